@@ -1,0 +1,11 @@
+"""The one exception that means 'your input cannot be used'."""
+
+__all__ = ["InputError"]
+
+
+class InputError(ValueError):
+    """A file, setting or data set that cannot be used.
+
+    The message is a single line that names the thing and says what is allowed. The commands in ``recipes/`` print
+    it without a traceback and exit with status 2; everything else that goes wrong keeps its traceback.
+    """

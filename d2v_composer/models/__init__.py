@@ -1,0 +1,1 @@
+"""Teacher, student and what they share; only :mod:`.distillation` knows Composer."""

@@ -1,0 +1,124 @@
+"""The teacher: a frozen data2vec 2.0 image model.
+
+Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
+Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from d2v_composer.models.block import Block
+from d2v_composer.models.frozen import Frozen
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
+from d2v_composer.models.transformer import Transformer
+from d2v_composer.targets import norm_mean
+
+__all__ = ["Data2Vec2", "Data2Vec2Config", "ExtraTokens"]
+
+ExtraTokens = Literal["regress", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2Vec2Config(ImageEncoderConfig):
+    """Sizes of a whole data2vec 2.0 image model."""
+
+    depth: int = 8
+    average_top_k_layers: int = 8
+    """How many of the last blocks make the target, as the model was pre-trained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+        if not 1 <= self.average_top_k_layers <= self.depth:
+            raise ValueError(
+                f"average_top_k_layers must be from 1 to depth {self.depth}, got {self.average_top_k_layers}"
+            )
+
+    def encoder_config(self) -> ImageEncoderConfig:
+        """The sizes of the modality encoder alone."""
+        return ImageEncoderConfig(**{name: getattr(self, name) for name in ImageEncoderConfig.__dataclass_fields__})
+
+
+class Data2Vec2(Transformer, Frozen):
+    """The teacher: frozen, in eval mode, whatever anybody calls.
+
+    Args:
+        config: The sizes.
+        provenance: Where the weights are from; kept with what is made of them.
+    """
+
+    def __init__(self, config: Data2Vec2Config, provenance: dict[str, Any] | None = None) -> None:
+        hidden_dim = int(config.embed_dim * config.mlp_ratio)
+        blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
+        super().__init__(ImageEncoder(config.encoder_config()), blocks)
+        self.config = config
+        self.provenance = provenance or {}
+        self.freeze()
+
+    def block_biases(self, dtype: torch.dtype) -> list[Tensor | None]:
+        prenet_depth = self.config.prenet_depth
+        return self.encoder.layer_biases(dtype, prenet_depth + self.config.depth)[prenet_depth:]
+
+    @torch.no_grad()
+    def targets(
+        self, x: Tensor, extra_tokens: ExtraTokens = "regress", average_top_k_layers: int | None = None
+    ) -> Tensor:
+        """What the student regresses: norm_mean of the FFN outputs.
+
+        Args:
+            x: (B, T, D), from :meth:`encode`.
+            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm as data2vec 2.0's own
+                pre-training does.
+            average_top_k_layers: How many of the last blocks count; default the teacher's own number, which its file
+                says (all of the released base's, 18 of large's 24, 24 of huge's 32).
+
+        Returns:
+            (B, T, D) float32, or (B, N, D) without the extra tokens.
+        """
+        depth = self.config.depth
+        top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
+        if not 1 <= top_k <= depth:
+            raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
+        layers = islice(self.ffn_outputs(x), depth - top_k, None)
+        if extra_tokens == "regress":
+            return norm_mean(layers)
+        return norm_mean(layer[:, self.num_extra_tokens :] for layer in layers)
+
+    def build_student(
+        self,
+        depth: int = 5,
+        mlp_ratio: float = 3.0,
+        alibi: bool = True,
+        init: Init = "random",
+        num_heads: int | None = None,
+        num_alibi_heads: int | None = None,
+    ) -> Student:
+        """A trainable student on this teacher's encoder, which it shares and does not copy.
+
+        Args:
+            depth: Its blocks.
+            mlp_ratio: Their MLP's hidden width over D.
+            alibi: Whether its attention has the 2-D ALiBi bias (the paper's has, though the teacher has none).
+            init: ``random`` (the paper), or copies of the teacher's first blocks: ``teacher_attention``, or
+                ``teacher_blocks`` where the MLP ratios agree.
+            num_heads: Default the teacher's.
+            num_alibi_heads: Default all heads.
+
+        Raises:
+            ValueError: The sizes contradict each other or, for a copy, the teacher's.
+        """
+        num_heads = self.config.num_heads if num_heads is None else num_heads
+        num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads
+        config = StudentConfig(
+            depth=depth, mlp_ratio=mlp_ratio, num_heads=num_heads, num_alibi_heads=num_alibi_heads if alibi else 0
+        )
+        student = Student(self.encoder, config, provenance={"teacher": self.provenance})
+        if init != "random":
+            init_from_teacher(student, self, init)
+        return student

@@ -1,0 +1,134 @@
+"""The model that Composer trains: teacher and student on one encoder.
+
+Shapes: B images, S pixels a side, E extra tokens, N patches, T = E + N time steps, D channels.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
+from d2v_composer.models.student import Student
+from d2v_composer.targets import Regression, norm_mean, regression_loss
+
+__all__ = ["DistillationModel", "Prediction"]
+
+Prediction = Literal["layer_mean", "last_block"]
+Batch = Tensor | Mapping[str, Any]
+
+TRAINED = "student.blocks."
+
+
+class DistillationModel(ComposerModel):
+    """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
+
+    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalised or uint8.
+    Nothing else of a batch is read, labels least of all.
+
+    Checkpoints hold the student's blocks alone. Loading checks that each of their tensors arrived, also where the
+    caller asked for less (Composer loads with ``strict=False``).
+
+    Args:
+        teacher: Frozen.
+        student: On the teacher's own encoder.
+        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, as the target is made; ``last_block``:
+            the last block's output as it is.
+        extra_tokens: ``regress`` all time steps alike; ``drop``, as data2vec 2.0's own pre-training: the extra
+            tokens are left out of InstanceNorm and of the loss, and CLS is regressed to the mean target with
+            weight 0.01.
+        average_top_k_layers: How many of the teacher's last blocks make the target; default the teacher's own number.
+
+    Raises:
+        ValueError: Teacher and student do not share an encoder, or an option has no such value.
+    """
+
+    def __init__(
+        self,
+        teacher: Data2Vec2,
+        student: Student,
+        prediction: Prediction = "layer_mean",
+        extra_tokens: ExtraTokens = "regress",
+        average_top_k_layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        if student.encoder is not teacher.encoder:
+            raise ValueError("teacher and student must share one encoder: build the student with teacher.build_student")
+        if prediction not in ("layer_mean", "last_block"):
+            raise ValueError(f"prediction must be layer_mean or last_block, got {prediction!r}")
+        if extra_tokens not in ("regress", "drop"):
+            raise ValueError(f"extra_tokens must be regress or drop, got {extra_tokens!r}")
+        self.teacher = teacher
+        self.student = student
+        self.prediction = prediction
+        self.extra_tokens = extra_tokens
+        self.average_top_k_layers = average_top_k_layers
+        # No FFN output depends on the last norm: it gets no gradient, and DDP refuses a trainable parameter without.
+        student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
+        # Hooks, not overrides: they hold under DDP's wrapper as well, where only the inner modules' hooks are called.
+        self.register_state_dict_post_hook(keep_trained_tensors)
+        self.register_load_state_dict_post_hook(check_trained_tensors)
+
+    def forward(self, batch: Batch) -> Regression:
+        """Prediction and target of a batch, see :class:`~d2v_composer.targets.Regression`."""
+        x = self.teacher.encode(images_of(batch))
+        target = self.teacher.targets(x, self.extra_tokens, self.average_top_k_layers)
+        # Statistics from the patches alone where the target's are, so that prediction and target mirror each other.
+        ignored_tokens = self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
+        if self.prediction == "layer_mean":
+            prediction = norm_mean(self.student.ffn_outputs(x), ignored_tokens)
+        else:
+            prediction, _ = self.student.forward_blocks(x)
+        if not ignored_tokens:
+            return Regression(prediction, target)
+        return Regression(prediction[:, ignored_tokens:], target, cls_prediction=prediction[:, 0])
+
+    def loss(self, outputs: Regression, batch: Batch) -> Tensor:
+        """Mean squared error, a scalar; ``batch`` is not looked at."""
+        return regression_loss(outputs)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Any]:
+        return {}  # retrieval is measured by a callback; the loss is logged by the Trainer
+
+    def embed_all(self, images: Tensor) -> dict[str, Tensor]:
+        """The student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
+        return self.student.embed_all(images)
+
+    def flops_per_batch(self, batch: Batch) -> int:
+        """Operations (2 per multiply-accumulate) of one training step: the linear layers' and the attention's."""
+        macs = (
+            self.teacher.encoder.forward_macs()
+            + self.teacher.forward_macs()
+            + self.student.forward_macs()
+            + self.student.backward_macs()
+        )
+        return 2 * macs * len(images_of(batch))
+
+
+def images_of(batch: Batch) -> Tensor:
+    """The images of a batch, (B, 3, S, S)."""
+    return batch if isinstance(batch, Tensor) else batch["image"]
+
+
+def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Drop everything but the student's blocks from a state dict."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        if not name.startswith(prefix + TRAINED):
+            del state_dict[name]
+
+
+def check_trained_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Refuse a state dict that lacks a tensor of the student's blocks or brings an unknown one.
+
+    Raises:
+        ValueError: It names the tensors.
+    """
+    missing = [name for name in incompatible_keys.missing_keys if TRAINED in name]
+    # The frozen parts are never in a checkpoint: strict loading need not mind.
+    incompatible_keys.missing_keys[:] = missing
+    problems = [("lacks", missing), ("has unknown", incompatible_keys.unexpected_keys)]
+    for problem, names in problems:
+        if names:
+            raise ValueError(f"the checkpoint {problem} {len(names)} of the student's tensors: {', '.join(names[:3])} …")

@@ -1,0 +1,58 @@
+"""A local path for an address: a file here, on a web server or in an object store."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from d2v_composer.errors import InputError
+
+__all__ = ["cache_folder", "fetch"]
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: below torch.hub's folder, which ``TORCH_HOME`` moves."""
+    return Path(torch.hub.get_dir()) / "d2v_composer"
+
+
+def fetch(address: str | Path) -> Path:
+    """The file behind an address.
+
+    Args:
+        address: A path, https://…, or an object store's: s3://, gs://, oci://, azure://, hf:// (whatever
+            mosaicml-streaming reads). Remote files are fetched once and kept in :func:`cache_folder`.
+
+    Raises:
+        InputError: There is no such file, or it cannot be fetched.
+    """
+    if "://" not in str(address):
+        path = Path(address)
+        if not path.is_file():
+            raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        return path
+    address = str(address)
+    name = f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rsplit('/', 1)[-1]}"
+    path = cache_folder() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
+        if not path.exists():
+            _download(address, path)
+    return path
+
+
+def _download(address: str, path: Path) -> None:
+    """Fetch into ``path``, which exists only once it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        if address.startswith(("https://", "http://")):
+            torch.hub.download_url_to_file(address, str(partial))
+        else:
+            from streaming.base.storage import CloudDownloader
+
+            CloudDownloader.get(address).download_file(address, str(partial), timeout=600)
+    except Exception as error:  # noqa: BLE001  (each store's client has exceptions of its own)
+        partial.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{address}: cannot be fetched ({reason[0] if reason else type(error).__name__})") from error
+    partial.replace(path)

@@ -1,0 +1,22 @@
+"""Modules that nobody may train."""
+
+from typing_extensions import Self
+
+from torch import nn
+
+__all__ = ["Frozen"]
+
+
+class Frozen(nn.Module):
+    """A module that stays in eval mode and takes no gradient, whatever its parents are told.
+
+    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole tree; here the call is
+    answered, not obeyed. Call :meth:`freeze` once the parameters exist.
+    """
+
+    def freeze(self) -> Self:
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)

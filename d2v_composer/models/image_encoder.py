@@ -1,0 +1,157 @@
+"""The frozen modality encoder for images: pixels to time steps.
+
+Everything the teacher and its student share. Attribute names follow fairseq's below ``modality_encoders.IMAGE``,
+so that weights load from a plain dict.
+Shapes: B images, S pixels a side, N patches, E extra tokens, T = E + N time steps, D channels, L layers.
+Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modalities/images.py``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from d2v_composer.models.alibi import Alibi, alibi_bias, compute_dtype, manhattan_distance
+from d2v_composer.models.block import Block
+from d2v_composer.models.frozen import Frozen
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageEncoder", "ImageEncoderConfig"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
+
+    Raises:
+        ValueError: The sizes contradict each other.
+    """
+
+    embed_dim: int = 768
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    prenet_depth: int = 4
+    num_extra_tokens: int = 0
+    image_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_alibi_heads: int = 0
+    """0: no ALiBi (``use_alibi_encoder: false``)."""
+    alibi_scale_shape: tuple[int, ...] | None = None
+    """(L or 1, 1, H or 1, 1, 1) as stored in the checkpoint, where ALiBi is used."""
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "image_size", "patch_size", "in_chans"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prenet_depth", "num_extra_tokens", "num_alibi_heads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+        if self.num_alibi_heads > self.num_heads:
+            raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_extra_tokens + self.num_patches
+
+    def build_alibi(self, num_heads: int, num_alibi_heads: int) -> Alibi | None:
+        """The 2-D ALiBi of a stack of blocks over this encoder's time steps; ``None`` for 0 ALiBi heads."""
+        if not num_alibi_heads:
+            return None
+        bias = alibi_bias(
+            manhattan_distance(self.num_patches),
+            num_heads=num_heads,
+            num_alibi_heads=num_alibi_heads,
+            num_extra_tokens=self.num_extra_tokens,
+        )
+        return Alibi(bias)
+
+
+class ImageEncoder(Frozen):
+    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks. Frozen once loaded.
+
+    Args:
+        config: The sizes.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.embed_dim, config.patch_size
+        self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
+        self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
+        self.extra_tokens = nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
+        hidden_dim = int(dim * config.mlp_ratio)
+        blocks = [Block(dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.prenet_depth)]
+        self.context_encoder = nn.ModuleDict(
+            {"norm": nn.LayerNorm(dim, eps=config.norm_eps), "blocks": nn.ModuleList(blocks)}
+        )
+        self.alibi = config.build_alibi(config.num_heads, config.num_alibi_heads)
+        self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
+        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: (B, 3, S, S), float: already normalised; uint8: normalised here.
+
+        Returns:
+            (B, T, D), without gradient.
+
+        Raises:
+            ValueError: The images have another size.
+        """
+        expected = (self.config.in_chans, self.config.image_size, self.config.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        patches_BDNN = self.local_encoder["proj"](self.normalise(images))
+        x = patches_BDNN.flatten(2).transpose(1, 2) + self.fixed_positional_encoder["positions"]
+        if self.extra_tokens is not None:
+            x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
+        x = self.context_encoder["norm"](x)
+        for block, bias in zip(self.context_encoder["blocks"], self.layer_biases(compute_dtype(x)), strict=False):
+            x = block.output(*block(x, bias))
+        return x
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 to what the model was trained on; float images pass as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images / 255 - self.image_mean) / self.image_std
+
+    def layer_biases(self, dtype: torch.dtype, num_layers: int | None = None) -> list[Tensor | None]:
+        """The attention bias of this encoder's blocks and of the teacher's after them, in that order.
+
+        Args:
+            dtype: What the attention computes in.
+            num_layers: How many are needed; default ``prenet_depth``.
+        """
+        num_layers = self.config.prenet_depth if num_layers is None else num_layers
+        if self.alibi is None:
+            return [None] * num_layers
+        return [*self.alibi(dtype, num_layers, self.alibi_scale)]
+
+    def forward_macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        config = self.config
+        patch_embedding = config.num_patches * config.embed_dim * config.in_chans * config.patch_size**2
+        return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.context_encoder["blocks"])

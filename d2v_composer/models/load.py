@@ -1,0 +1,129 @@
+"""Teachers and students from files and back."""
+
+import datetime
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from d2v_composer.errors import InputError
+from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, sha256, write_artifact
+from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
+from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.fetch import fetch
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.student import Student, StudentConfig
+
+__all__ = ["Conversion", "convert_teacher", "load_student", "load_teacher", "save_student"]
+
+LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
+
+
+def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
+    """A frozen teacher, in eval mode and float32.
+
+    Args:
+        path: fairseq's .pt or a file of ``convert_teacher``: a local path, https://, or an object store's address
+            (fetched once and cached).
+        weights: ``model``, or ``ema`` for the averaged ones. A converted file holds one of the two.
+
+    Raises:
+        InputError: There is no such file, or it cannot serve as a teacher; the message says why.
+    """
+    file = fetch(path)
+    if not is_safetensors(file):
+        checkpoint = read_fairseq_checkpoint(file, weights)
+        provenance = {"source": Path(path).name, "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
+        return _build_teacher(checkpoint.config, checkpoint.tensors, provenance)
+    artifact = read_artifact(file, "teacher")
+    stored_weights = artifact.provenance.get("weights")
+    if stored_weights != weights:
+        raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
+    config = _read_config(path, Data2Vec2Config, artifact.config)
+    tensors = {name: tensor.float() for name, tensor in artifact.tensors.items()}
+    check_tensors(path, expected_shapes(config), tensors)
+    return _build_teacher(config, tensors, artifact.provenance)
+
+
+def _build_teacher(config: Data2Vec2Config, tensors: dict[str, torch.Tensor], provenance: dict[str, Any]) -> Data2Vec2:
+    teacher = Data2Vec2(config, provenance)
+    teacher.load_state_dict(tensors)
+    return teacher
+
+
+class Conversion(NamedTuple):
+    """What ``convert_teacher`` did."""
+
+    config: Data2Vec2Config
+    provenance: dict[str, Any]
+    used: list[str]
+    left: list[str]
+
+
+def convert_teacher(
+    source: str | Path, out: Path, weights: Weights = "model", dtype: torch.dtype = torch.float32, licence: str | None = None
+) -> Conversion:
+    """fairseq's checkpoint as one safetensors file.
+
+    Args:
+        source: As :func:`load_teacher`'s path.
+        out: The file to write.
+        weights: Which weights to keep.
+        dtype: How to store them; a loaded teacher is float32 all the same.
+        licence: A note on the weights' licence for the metadata.
+
+    Raises:
+        InputError: As :func:`load_teacher`.
+    """
+    file = fetch(source)
+    if is_safetensors(file):
+        raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
+    checkpoint = read_fairseq_checkpoint(file, weights)
+    provenance = {
+        "source": Path(source).name,
+        "sha256": sha256(file),
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "licence": licence or LICENCE_NOTE,
+        "converted": datetime.date.today().isoformat(),
+    }
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
+    write_artifact(out, "teacher", Artifact(asdict(checkpoint.config), provenance, tensors))
+    return Conversion(checkpoint.config, provenance, list(tensors), checkpoint.left)
+
+
+def save_student(student: Student, out: Path) -> None:
+    """One file with everything :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
+    config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
+    write_artifact(out, "student", Artifact(config, student.provenance, student.state_dict()))
+
+
+def load_student(path: str | Path) -> Student:
+    """A student in eval mode and float32, from one file of ``export_student``; no teacher is needed.
+
+    Raises:
+        InputError: There is no such file, or it holds no student; the message says why.
+    """
+    artifact = read_artifact(fetch(path), "student")
+    encoder_config = _read_config(path, ImageEncoderConfig, artifact.config.get("encoder", {}))
+    student_config = _read_config(path, StudentConfig, artifact.config.get("student", {}))
+    with torch.device("meta"):
+        shapes = _shapes(Student(ImageEncoder(encoder_config), student_config))
+    check_tensors(path, shapes, artifact.tensors)
+    student = Student(ImageEncoder(encoder_config).freeze(), student_config, artifact.provenance)
+    student.load_state_dict(artifact.tensors)
+    return student.eval()
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _read_config(path: str | Path, config_class: type, fields: dict[str, Any]) -> Any:
+    """A config from a file's JSON, in which tuples are lists."""
+    try:
+        return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error

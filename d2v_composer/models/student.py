@@ -1,0 +1,109 @@
+"""The student: few trainable blocks on the teacher's frozen encoder.
+
+Shapes: B images, T time steps, D channels, H heads.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from d2v_composer.models.block import Block, init_linear_layers
+from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.transformer import Transformer
+
+__all__ = ["Init", "Student", "StudentConfig", "init_from_teacher"]
+
+Init = Literal["random", "teacher_attention", "teacher_blocks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Sizes of a student; its width and norm_eps are its encoder's.
+
+    Raises:
+        ValueError: The sizes contradict each other.
+    """
+
+    depth: int = 5
+    mlp_ratio: float = 3.0
+    num_heads: int = 12
+    num_alibi_heads: int = 12
+    """0: no ALiBi."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"student depth must be at least 1, got {self.depth}")
+        if self.num_heads < 1:
+            raise ValueError(f"student num_heads must be at least 1, got {self.num_heads}")
+        if not 0 <= self.num_alibi_heads <= self.num_heads:
+            raise ValueError(
+                f"student num_alibi_heads must be from 0 to num_heads {self.num_heads}, got {self.num_alibi_heads}"
+            )
+
+
+class Student(Transformer):
+    """The student. Only ``blocks`` train: the encoder is the teacher's and frozen.
+
+    Args:
+        encoder: Shared with the teacher.
+        config: The sizes.
+        provenance: Where teacher and student are from; kept in exported files.
+
+    Raises:
+        ValueError: The sizes do not fit the encoder's.
+    """
+
+    def __init__(self, encoder: ImageEncoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
+        dim, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
+        hidden_dim = int(dim * config.mlp_ratio)
+        if dim % config.num_heads:
+            raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
+        if hidden_dim < 1:
+            raise ValueError(f"student mlp_ratio must leave at least one hidden unit, got {config.mlp_ratio}")
+        super().__init__(encoder, [Block(dim, config.num_heads, hidden_dim, norm_eps) for _ in range(config.depth)])
+        self.config = config
+        self.provenance = provenance or {}
+        self.alibi = encoder.config.build_alibi(config.num_heads, config.num_alibi_heads)
+        init_linear_layers(self.blocks)
+
+    def block_biases(self, dtype: torch.dtype) -> list[Tensor | None]:
+        depth = len(self.blocks)
+        return [None] * depth if self.alibi is None else [*self.alibi(dtype, depth)]
+
+    def backward_macs(self) -> int:
+        """Multiply-accumulates of the gradients: twice the forward, but none for the frozen encoder's output."""
+        first_qkv = self.blocks[0].attn.qkv.weight.numel()
+        return 2 * self.forward_macs() - self.encoder.config.num_steps * first_qkv
+
+
+@torch.no_grad()
+def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> None:
+    """Copy the teacher's first blocks into the student's.
+
+    Args:
+        student: Changed in place.
+        teacher: On the same encoder.
+        init: ``teacher_attention`` copies each block's attention, ``teacher_blocks`` whole blocks.
+
+    Raises:
+        ValueError: The teacher has too few blocks, or blocks of other sizes.
+    """
+    if init not in get_args(Init):
+        raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
+    if len(student.blocks) > len(teacher.blocks):
+        raise ValueError(f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}")
+    for target, source in zip(student.blocks, teacher.blocks, strict=False):
+        if init == "teacher_attention":
+            target, source = target.attn, source.attn
+        mismatched = [
+            f"{name} {tuple(tensor.shape)} against the teacher's {tuple(source.get_parameter(name).shape)}"
+            for name, tensor in target.named_parameters()
+            if tensor.shape != source.get_parameter(name).shape
+        ]
+        if mismatched:
+            raise ValueError(f"init {init} needs the teacher's sizes: {mismatched[0]}")
+        target.load_state_dict(source.state_dict())
+    if student.config.num_heads != teacher.blocks[0].attn.num_heads:
+        raise ValueError(f"init {init} needs the teacher's {teacher.blocks[0].attn.num_heads} heads")
