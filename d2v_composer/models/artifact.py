@@ -81,5 +81,8 @@ def is_safetensors(path: Path) -> bool:
 
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

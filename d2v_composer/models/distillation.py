@@ -3,8 +3,8 @@
 Shapes: B images, S pixels a side, E extra tokens, N patches, T = E + N time steps, D channels.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from composer.models import ComposerModel
@@ -18,6 +18,7 @@ __all__ = ["DistillationModel", "Prediction"]
 
 Prediction = Literal["layer_mean", "last_block"]
 Batch = Tensor | Mapping[str, Any]
+EmbeddingT = TypeVar("EmbeddingT")
 
 TRAINED = "student.blocks."
 
@@ -40,6 +41,7 @@ class DistillationModel(ComposerModel):
             tokens are left out of InstanceNorm and of the loss, and CLS is regressed to the mean target with
             weight 0.01.
         average_top_k_layers: How many of the teacher's last blocks make the target; default the teacher's own number.
+        cpu_bf16: Compute in bfloat16 under autocast on a CPU, where Composer's Trainer takes no precision but fp32.
 
     Raises:
         ValueError: Teacher and student do not share an encoder, or an option has no such value.
@@ -52,6 +54,7 @@ class DistillationModel(ComposerModel):
         prediction: Prediction = "layer_mean",
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
+        cpu_bf16: bool = False,
     ) -> None:
         super().__init__()
         if student.encoder is not teacher.encoder:
@@ -65,6 +68,7 @@ class DistillationModel(ComposerModel):
         self.prediction = prediction
         self.extra_tokens = extra_tokens
         self.average_top_k_layers = average_top_k_layers
+        self.cpu_bf16 = cpu_bf16
         # No FFN output depends on the last norm: it gets no gradient, and DDP refuses a trainable parameter without.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
         # Hooks, not overrides: they hold under DDP's wrapper as well, where only the inner modules' hooks are called.
@@ -73,7 +77,12 @@ class DistillationModel(ComposerModel):
 
     def forward(self, batch: Batch) -> Regression:
         """Prediction and target of a batch, see :class:`~d2v_composer.targets.Regression`."""
-        x = self.teacher.encode(images_of(batch))
+        with self.cpu_autocast():
+            return self.compare(images_of(batch))
+
+    def compare(self, images: Tensor) -> Regression:
+        """Prediction and target of images, in the precision of the context."""
+        x = self.teacher.encode(images)
         target = self.teacher.targets(x, self.extra_tokens, self.average_top_k_layers)
         # Statistics from the patches alone where the target's are, so that prediction and target mirror each other.
         ignored_tokens = self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
@@ -94,7 +103,23 @@ class DistillationModel(ComposerModel):
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
         """The student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
-        return self.student.embed_all(images)
+        return self.in_precision(self.student.embed_all)(images)
+
+    def retrieval_references(self) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
+        """What the student is compared with: the teacher."""
+        return {"teacher": self.in_precision(self.teacher.embed_all)}
+
+    def in_precision(self, function: Callable[[Tensor], EmbeddingT]) -> Callable[[Tensor], EmbeddingT]:
+        """``function`` in the precision that this model computes in."""
+
+        def computed(images: Tensor) -> EmbeddingT:
+            with self.cpu_autocast():
+                return function(images)
+
+        return computed
+
+    def cpu_autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.cpu_bf16)
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Operations (2 per multiply-accumulate) of one training step: the linear layers' and the attention's."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from d2v_composer.models.alibi import Alibi, alibi_bias, compute_dtype, manhattan_distance
 from d2v_composer.models.block import Block
@@ -112,18 +113,20 @@ class ImageEncoder(Frozen):
         """Encode images.
 
         Args:
-            images: (B, 3, S, S), float: already normalised; uint8: normalised here.
+            images: (B, 3, S, S) float, already normalised; or (B, 3, any, any) uint8, resized (bicubic, antialias) and
+                normalised here.
 
         Returns:
             (B, T, D), without gradient.
 
         Raises:
-            ValueError: The images have another size.
+            ValueError: Float images have another size, or there are too few channels.
         """
+        images = self.prepare(images)
         expected = (self.config.in_chans, self.config.image_size, self.config.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
-        patches_BDNN = self.local_encoder["proj"](self.normalise(images))
+        patches_BDNN = self.local_encoder["proj"](images)
         x = patches_BDNN.flatten(2).transpose(1, 2) + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
             x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
@@ -132,11 +135,15 @@ class ImageEncoder(Frozen):
             x = block.output(*block(x, bias))
         return x
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 to what the model was trained on; float images pass as they are."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 of any size to what the model was trained on; float images pass as they are."""
         if images.dtype != torch.uint8:
             return images
-        return (images / 255 - self.image_mean) / self.image_std
+        pixels = images.float()
+        if pixels.shape[-2:] != (self.config.image_size, self.config.image_size):
+            pixels = interpolate(pixels, self.config.image_size, mode="bicubic", antialias=True)
+            pixels = pixels.round().clamp(0, 255)  # as if resized in uint8, where bicubic's overshoot is cut
+        return (pixels / 255 - self.image_mean) / self.image_std
 
     def layer_biases(self, dtype: torch.dtype, num_layers: int | None = None) -> list[Tensor | None]:
         """The attention bias of this encoder's blocks and of the teacher's after them, in that order.

@@ -12,7 +12,7 @@ from d2v_composer.errors import InputError
 from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, sha256, write_artifact
 from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
-from d2v_composer.models.fetch import fetch
+from d2v_composer.fetch import fetch
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 

@@ -52,7 +52,7 @@ class Transformer(nn.Module, ABC):
         """The attention bias of each block in ``dtype``, (1, H, T, T); ``None`` where there is none."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """The shared modality encoder: (B, 3, S, S), float normalised or uint8, to (B, T, D) without gradient."""
+        """The shared modality encoder: (B, 3, S, S) float normalised, or uint8 of any size, to (B, T, D), no gradient."""
         return self.encoder(images)
 
     def iterate_blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,7 +81,7 @@ class Transformer(nn.Module, ABC):
         """Every representation in every pooling from one forward pass.
 
         Args:
-            images: (B, 3, S, S), float normalised or uint8.
+            images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized and normalised here.
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32, for the representations ``output`` (of the last block)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from streaming.base.storage import CloudDownloader
 
 from d2v_composer.errors import InputError
 
-__all__ = ["cache_folder", "fetch"]
+__all__ = ["cache_folder", "download", "fetch"]
 
 
 def cache_folder() -> Path:
@@ -37,20 +38,22 @@ def fetch(address: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
         if not path.exists():
-            _download(address, path)
+            download(address, path)
     return path
 
 
-def _download(address: str, path: Path) -> None:
-    """Fetch into ``path``, which exists only once it is whole."""
+def download(address: str, path: Path, timeout: float = 600) -> None:
+    """Fetch ``address`` into ``path``, which exists only once it is whole.
+
+    Raises:
+        InputError: It cannot be fetched.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         if address.startswith(("https://", "http://")):
             torch.hub.download_url_to_file(address, str(partial))
         else:
-            from streaming.base.storage import CloudDownloader
-
-            CloudDownloader.get(address).download_file(address, str(partial), timeout=600)
+            CloudDownloader.get(address).download_file(address, str(partial), timeout)
     except Exception as error:  # noqa: BLE001  (each store's client has exceptions of its own)
         partial.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()

@@ -1,0 +1,260 @@
+"""One ``build_*`` for each section of the config: from checked values to the Trainer's arguments."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.algorithms import GradientClipping
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri, parse_uri
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
+
+from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
+from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, SchedulerConfig, TrainConfig
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.mds import fetch_index, read_index
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.errors import InputError
+from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.load import load_teacher
+from d2v_composer.models.transformer import poolings
+
+__all__ = [
+    "build_algorithms",
+    "build_callbacks",
+    "build_loggers",
+    "build_model",
+    "build_optimizer",
+    "build_precision",
+    "build_retrieval",
+    "build_run_record",
+    "build_scheduler",
+    "build_train_loader",
+    "local_save_folder",
+]
+
+# What a resume takes from the checkpoint or would silently mix with it.
+FIXED_BY_A_CHECKPOINT = (
+    "config.seed",
+    "config.global_train_batch_size",
+    "config.teacher.weights",
+    "config.student",
+    "config.prediction",
+    "config.targets",
+    "config.optimizer",
+    "config.train_loader.num_canonical_nodes",
+    "teacher.sha256",
+)
+VERSIONED_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
+
+
+def build_model(config: TrainConfig) -> DistillationModel:
+    """Teacher and student as the sections ``teacher``, ``student``, ``prediction`` and ``targets`` say.
+
+    Raises:
+        InputError: The teacher's file cannot be used, or the student does not fit it.
+    """
+    with dist.run_local_rank_zero_first():
+        teacher = load_teacher(config.teacher.checkpoint, config.teacher.weights)
+    top_k = config.targets.average_top_k_layers
+    if top_k is not None and top_k > teacher.config.depth:
+        raise InputError(
+            f"targets.average_top_k_layers: must be at most the teacher's depth {teacher.config.depth}, got {top_k}"
+        )
+    if config.retrieval.pooling == "cls" and not teacher.num_extra_tokens and config.retrieval.datasets:
+        raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
+    try:
+        student = teacher.build_student(**asdict(config.student))
+    except ValueError as error:
+        raise InputError(f"student: {error}") from error
+    return DistillationModel(
+        teacher, student, config.prediction, config.targets.extra_tokens, top_k, cpu_bf16=trains_in_cpu_bf16(config)
+    )
+
+
+def trains_in_cpu_bf16(config: TrainConfig) -> bool:
+    """Whether the model has to see to amp_bf16 itself: on a CPU the Trainer refuses it."""
+    return config.precision == "amp_bf16" and not torch.cuda.is_available()
+
+
+def build_precision(config: TrainConfig) -> str:
+    """The Trainer's precision."""
+    return "fp32" if trains_in_cpu_bf16(config) else config.precision
+
+
+def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
+    """The section ``train_loader``: augmented uint8 images of this rank.
+
+    An epoch is the largest whole number of global batches, the few samples left over being others in each epoch, so
+    that it has the same batches on any number of ranks.
+
+    Raises:
+        InputError: The data cannot be used, or is smaller than a batch.
+    """
+    loader, global_batch_size, world_size = config.train_loader, config.global_train_batch_size, dist.get_world_size()
+    if global_batch_size % world_size:
+        raise InputError(f"global_train_batch_size: must divide by the {world_size} ranks, got {global_batch_size}")
+    local = Path(loader.local)
+    with dist.run_local_rank_zero_first():
+        if loader.remote is not None:
+            fetch_index(loader.remote, local)
+    shards = read_index(local, columns=("image",), shards_may_be_missing=loader.remote is not None)
+    num_samples = sum(shard["samples"] for shard in shards)
+    if num_samples < global_batch_size:
+        raise InputError(
+            f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {global_batch_size}"
+        )
+    dataset = StreamingImages(
+        local=local,
+        remote=loader.remote,
+        batch_size=global_batch_size // world_size,
+        transform=RandomResizedCropFlip(
+            image_size, (loader.crop_scale[0], loader.crop_scale[1]), (loader.crop_ratio[0], loader.crop_ratio[1]), loader.flip
+        ),
+        seed=config.seed,
+        shuffle=loader.shuffle,
+        num_canonical_nodes=loader.num_canonical_nodes,
+        epoch_size=num_samples // global_batch_size * global_batch_size,
+        cache_limit=loader.cache_limit,
+    )
+    has_workers = loader.num_workers > 0
+    return DataLoader(
+        dataset,
+        batch_size=dataset.batch_size,
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor if has_workers else None,
+        persistent_workers=has_workers,
+        timeout=loader.timeout if has_workers else 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+    """torch's AdamW on what trains; no weight decay on biases and norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def build_scheduler(config: SchedulerConfig) -> CosineAnnealingWithWarmupScheduler:
+    """Linear warm-up, then cosine to ``alpha_f`` of the learning rate at the run's end."""
+    return CosineAnnealingWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
+
+
+def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    clipping = config.algorithms.gradient_clipping
+    if clipping is None:
+        return []
+    return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold)]
+
+
+def build_callbacks(config: TrainConfig) -> list[Callback]:
+    """Composer's own, of the section ``callbacks``."""
+    return [CALLBACKS[name](**arguments) for name, arguments in config.callbacks.items() if arguments is not None]
+
+
+def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+    """The section ``loggers``; the JSON lines go to the run's folder where nothing else is said."""
+    loggers: list[LoggerDestination] = []
+    for name, arguments in config.loggers.items():
+        if arguments is None:
+            continue
+        if name == "jsonl" and "filename" not in arguments:
+            folder = local_save_folder(config)
+            if folder is None:
+                raise InputError("loggers.jsonl: needs a filename where save_folder is null")
+            remote = None if remote_save_folder(config) is None else f"{remote_save_folder(config)}/log.jsonl"
+            arguments = {"filename": str(folder / "log.jsonl"), "remote_file_name": remote}
+        loggers.append(LOGGERS[name](**arguments))
+    if config.save_folder is not None and remote_save_folder(config) is not None:
+        uploader = maybe_create_remote_uploader_downloader_from_uri(config.save_folder, loggers)
+        loggers += [] if uploader is None else [uploader]
+    return loggers
+
+
+def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
+    """The section ``retrieval``, or ``None`` where it has no data sets.
+
+    Raises:
+        InputError: A data set cannot be used.
+    """
+    retrieval, teacher = config.retrieval, model.teacher
+    if not retrieval.datasets:
+        return None
+    with dist.run_local_rank_zero_first():
+        datasets = {
+            name: load_labelled_set(
+                labelled.format, labelled.root, image_size=teacher.config.image_size, download=labelled.download
+            )
+            for name, labelled in retrieval.datasets.items()
+        }
+    try:
+        return ZeroShotRetrieval(
+            datasets,
+            retrieval.interval,
+            retrieval.ks,
+            headline=f"{retrieval.representation}_{retrieval.pooling}",
+            references={name: model.in_precision(build_reference(name, teacher)) for name in retrieval.references},
+            at_start=retrieval.at_start,
+            device_batch_size=config.device_eval_batch_size,
+            progress_bar=config.progress_bar,
+        )
+    except ValueError as error:
+        raise InputError(f"retrieval: {error}") from error
+
+
+def build_reference(name: str, teacher: Data2Vec2) -> Callable[[Tensor], Tensor | dict[str, Tensor]]:
+    """What a student is compared with: raw pixels, the frozen encoder alone, or the teacher."""
+    encoder = teacher.encoder
+    if name == "pixels":
+        # Shrunk to CIFAR's size: the pixels of 224 px would be 150,528 channels an image.
+        side = min(32, teacher.config.image_size)
+        return lambda images: interpolate(encoder.prepare(images), side, mode="area").flatten(1)
+    if name == "encoder":
+        return lambda images: poolings(encoder(images), "output", teacher.num_extra_tokens)
+    if name == "teacher":
+        return teacher.embed_all
+    raise ValueError(f"no such reference {name!r}")
+
+
+def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
+    """What the run was made of, for its folder and its checkpoints."""
+    record = {
+        "config": asdict(config),
+        "teacher": teacher.provenance,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in VERSIONED_PACKAGES},
+        },
+        "hardware": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "ranks": dist.get_world_size(),
+        },
+    }
+    return RunRecord(record, local_save_folder(config), remote_save_folder(config), FIXED_BY_A_CHECKPOINT)
+
+
+def local_save_folder(config: TrainConfig) -> Path | None:
+    """Where Composer keeps the files of ``save_folder`` on this machine; those of a remote one before they go."""
+    return None if config.save_folder is None else Path(parse_uri(config.save_folder)[2] or ".")
+
+
+def remote_save_folder(config: TrainConfig) -> str | None:
+    """The prefix of a remote ``save_folder`` within its bucket, or ``None`` for a local one."""
+    if config.save_folder is None or not parse_uri(config.save_folder)[0]:
+        return None
+    return parse_uri(config.save_folder)[2].strip("/")

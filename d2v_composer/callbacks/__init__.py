@@ -1,0 +1,7 @@
+"""Callbacks for Composer's Trainer, ours and anybody's."""
+
+from d2v_composer.callbacks.graceful_stop import GracefulStop
+from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+
+__all__ = ["GracefulStop", "RunRecord", "ZeroShotRetrieval"]

@@ -1,0 +1,65 @@
+"""SIGTERM, as schedulers of clusters and spot instances send it: save, then go."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+
+__all__ = ["GracefulStop"]
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class GracefulStop(Callback):
+    """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
+
+    Pass :meth:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
+    CheckpointSaver's own: counted, pruned, and where autoresume looks.
+
+    Args:
+        save_interval: The interval at which checkpoints are saved anyway, a Composer time string.
+    """
+
+    def __init__(self, save_interval: str) -> None:
+        self.is_due = create_interval_scheduler(save_interval)
+        self.signalled = False
+        self.stopping = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        # All ranks must stop at the same batch, and the signal reaches them at different ones.
+        signalled = state.device.tensor_to_device(torch.tensor([self.signalled], dtype=torch.uint8))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(signalled, reduce_operation="MAX")
+        self.stopping = self.signalled if dist.get_world_size() == 1 else bool(signalled.item())
+
+    @property
+    def save_interval(self) -> Callable[[State, Event], bool]:
+        """When to save: at the interval, and once more when stopping."""
+
+        def is_due(state: State, event: Event) -> bool:
+            return self.is_due(state, event) or self.stopping
+
+        return is_due
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._exit_if_stopping(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._exit_if_stopping(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._exit_if_stopping(state)
+
+    def _exit_if_stopping(self, state: State) -> None:
+        """Leave once the checkpoint, the last thing of its batch, is written."""
+        if self.stopping:
+            print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
+            raise SystemExit(EXIT_STATUS)

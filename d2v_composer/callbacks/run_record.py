@@ -1,0 +1,72 @@
+"""The resolved config and the versions, kept with the run and in each of its checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from d2v_composer.errors import InputError
+
+__all__ = ["RunRecord"]
+
+
+class RunRecord(Callback):
+    """Write what the run was made of into its folder, and refuse to resume another run's checkpoint.
+
+    A resume takes learning rate and weight decay from the checkpoint, whatever the YAML says now, and would go on
+    with another teacher or seed without a word; here it stops instead.
+
+    Args:
+        record: The sections ``config`` (resolved), ``versions``, ``teacher`` (provenance); plain containers.
+        folder: Where ``run.yaml`` is written, or ``None``.
+        remote_folder: A prefix in the checkpoints' object store that the file goes to as well, or ``None``.
+        fixed: Dotted keys of the record that a resume must not change.
+    """
+
+    def __init__(
+        self, record: dict[str, Any], folder: Path | None, remote_folder: str | None, fixed: tuple[str, ...]
+    ) -> None:
+        self.record = record
+        self.folder = folder
+        self.remote_folder = remote_folder
+        self.fixed = fixed
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.folder is None or dist.get_global_rank() != 0:
+            return
+        path = self.folder / "run.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(yaml.safe_dump(self.record, sort_keys=False))
+        partial.replace(path)
+        if self.remote_folder is not None:
+            logger.upload_file(f"{self.remote_folder}/{path.name}", path, overwrite=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"record": self.record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the checkpoint's record.
+
+        Raises:
+            InputError: A fixed key has another value.
+        """
+        for key in self.fixed:
+            before, now = lookup(state["record"], key), lookup(self.record, key)
+            if before != now:
+                raise InputError(
+                    f"{key.removeprefix('config.')}: is {now}, but the checkpoint to resume from was trained with "
+                    f"{before}, and would go on with it: set it back, or give a new run_name and save_folder"
+                )
+
+
+def lookup(record: Mapping[str, Any], key: str) -> Any:
+    """The value behind a dotted key; ``None`` where there is none."""
+    value: Any = record
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,222 @@
+"""Zero-shot retrieval during training: do the representations get better?
+
+Shapes: B images of a batch, N images of a set, Q queries, D channels.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.retrieval import retrieval_hits
+
+__all__ = ["Embed", "ZeroShotRetrieval", "metric_key"]
+
+Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
+"""(B, 3, height, width) uint8 images, on the model's device → (B, D), or several such by name."""
+
+BANKS = ("train", "test")
+
+
+def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:
+    """The name under which an accuracy is logged; without ``embedding``, the headline's."""
+    parts = ["metrics", dataset, reference, f"bank_{bank}", f"top{k}", embedding]
+    return "/".join(part for part in parts if part is not None)
+
+
+class ZeroShotRetrieval(Callback):
+    """Top-k retrieval accuracy on labelled sets, both ways, while the model trains without those labels.
+
+    Every image is embedded once per evaluation, for both directions and all embeddings; over several ranks each
+    image once by one of them. Evaluated at ``interval``, at the end, and never twice for one batch.
+
+    What it needs of a model, in anybody's Composer run: a method ``embed_all`` or ``embed``, or a function given
+    here, that takes (B, 3, height, width) uint8 images as the set holds them, already on the model's device, and
+    returns one embedding, (B, D), or a dict of several by name. Resizing and normalising are its business. It is
+    called in eval mode, under inference mode, in the run's precision.
+
+    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline,
+    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
+    ``metrics/{dataset}/{reference}/`` for each reference, and ``time/zero_shot_retrieval`` in seconds.
+
+    Args:
+        datasets: Name → labelled images; bank and queries by turns.
+        interval: Composer time string.
+        ks: For which k accuracy is measured.
+        embed: Instead of the model's own method.
+        headline: The embedding that the short key reports, where the model gives several.
+        references: Name → embed function, measured once at the start: what the model is compared with. Default: the
+            model's ``retrieval_references()``, where it has that method.
+        at_start: Whether the untrained model is evaluated as well.
+        device_batch_size: Images embedded at once on each device.
+        progress_bar: Whether rank 0 shows one (on a terminal).
+
+    Attributes:
+        history: One entry an evaluation: ``{"batch": int, "metrics": {key: accuracy}}``, oldest first; kept in
+            checkpoints.
+        reference_metrics: key → accuracy of the references.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, LabelledSet],
+        interval: str = "5000ba",
+        ks: Sequence[int] = (1, 3),
+        *,
+        embed: Embed | None = None,
+        headline: str = "output_cls",
+        references: Mapping[str, Embed] | None = None,
+        at_start: bool = False,
+        device_batch_size: int = 256,
+        progress_bar: bool = True,
+    ) -> None:
+        for name, labelled in datasets.items():
+            smallest = min(len(labelled.train.labels), len(labelled.test.labels))
+            if not 1 <= min(ks) <= max(ks) <= smallest:
+                raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
+        self.datasets = dict(datasets)
+        self.ks = tuple(ks)
+        self.embed = embed
+        self.headline = headline
+        self.references = references
+        self.at_start = at_start
+        self.device_batch_size = device_batch_size
+        self.progress_bar = progress_bar
+        self.is_due = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
+        )
+        self.history: list[dict[str, Any]] = []
+        self.reference_metrics: dict[str, float] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        model = unwrapped(state)
+        if self.references is None:
+            self.references = model.retrieval_references() if hasattr(model, "retrieval_references") else {}
+        if not self.reference_metrics:
+            for reference, embed in self.references.items():
+                self.reference_metrics |= self.measure(embed, state, logger, reference)
+        logger.log_metrics(self.reference_metrics)
+        if self.at_start and state.timestamp.batch == 0:
+            self.evaluate(state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.BATCH_END):
+            self.evaluate(state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.EPOCH_END):
+            self.evaluate(state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "reference_metrics": self.reference_metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+        self.reference_metrics = state["reference_metrics"]
+
+    def evaluate(self, state: State, logger: Logger) -> None:
+        """Measure the model and log it, unless this batch has been."""
+        batch = int(state.timestamp.batch)
+        if self.history and self.history[-1]["batch"] == batch:
+            return
+        metrics = self.measure(self.embed or embed_method(unwrapped(state)), state, logger)
+        self.history.append({"batch": batch, "metrics": metrics})
+        logger.log_metrics(metrics)
+
+    def measure(self, embed: Embed, state: State, logger: Logger, reference: str | None = None) -> dict[str, float]:
+        """The accuracies of one embed function, under their keys; its seconds are logged."""
+        start = time.monotonic()
+        model, was_training = state.model, state.model.training
+        model.eval()
+        try:
+            with torch.inference_mode(), get_precision_context(state.precision, state.precision_config):
+                metrics = {
+                    key: accuracy
+                    for dataset, labelled in self.datasets.items()
+                    for key, accuracy in self.measure_set(embed, state, dataset, labelled, reference).items()
+                }
+        finally:
+            model.train(was_training)
+        logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
+        return metrics
+
+    def measure_set(
+        self, embed: Embed, state: State, dataset: str, labelled: LabelledSet, reference: str | None
+    ) -> dict[str, float]:
+        """One set's accuracies, both ways, for every embedding."""
+        embedded = {
+            bank: self.embed_my_share(embed, getattr(labelled, bank), state, f"{dataset} {bank}") for bank in BANKS
+        }
+        labels = {bank: state.device.tensor_to_device(getattr(labelled, bank).labels) for bank in BANKS}
+        metrics: dict[str, float] = {}
+        for name in self.check_names(list(embedded["train"])):
+            # One embedding at a time: all ranks' images of all embeddings would be gigabytes.
+            images = {bank: gather(embedded[bank].pop(name), len(labels[bank])) for bank in BANKS}
+            for bank, query in (BANKS, BANKS[::-1]):
+                for k, accuracy in self.accuracies(images[bank], labels[bank], images[query], labels[query]).items():
+                    if name == self.headline or not name:
+                        metrics[metric_key(dataset, bank, k, reference=reference)] = accuracy
+                    if name:
+                        metrics[metric_key(dataset, bank, k, name, reference)] = accuracy
+        return metrics
+
+    def check_names(self, names: list[str]) -> list[str]:
+        """An embedding without a name ('') is its own headline; among several the headline must be."""
+        if names != [""] and self.headline not in names:
+            raise ValueError(f"headline must be one of {', '.join(names)}, got {self.headline!r}")
+        return names
+
+    def embed_my_share(self, embed: Embed, images: LabelledImages, state: State, label: str) -> dict[str, Tensor]:
+        """Every world-size-th image, float32 on the device, padded so that all ranks have equally many."""
+        num_images, world_size = len(images.labels), dist.get_world_size()
+        mine = torch.arange(dist.get_global_rank(), num_images, world_size)
+        missing = -(-num_images // world_size) - len(mine)
+        mine = torch.cat([mine, mine.new_zeros(missing)])
+        hidden = None if self.progress_bar and dist.get_global_rank() == 0 else True  # None: only on a terminal
+        batches: list[dict[str, Tensor]] = []
+        for indices in tqdm(mine.split(self.device_batch_size), desc=f"retrieval {label}", disable=hidden, leave=False):
+            embeddings = embed(state.device.tensor_to_device(images.images[indices]))
+            embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
+            batches.append({name: embedding.float() for name, embedding in embeddings.items()})
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def accuracies(
+        self, bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor
+    ) -> dict[int, float]:
+        """Accuracy by k; each rank looks up its share of the queries."""
+        mine = slice(dist.get_global_rank(), None, dist.get_world_size())
+        hits = retrieval_hits(bank, bank_labels, queries[mine], query_labels[mine], self.ks)
+        counts = torch.stack([hits[k].sum() for k in self.ks])
+        dist.all_reduce(counts)
+        return {k: count / len(queries) for k, count in zip(self.ks, counts.tolist(), strict=True)}
+
+
+def gather(my_share: Tensor, num_images: int) -> Tensor:
+    """All ranks' embeddings in the order of the images, (N, D)."""
+    shares = torch.stack(list(dist.all_gather(my_share.contiguous())), dim=1)
+    return shares.flatten(0, 1)[:num_images]
+
+
+def unwrapped(state: State) -> torch.nn.Module:
+    """The model without DDP's wrapper, which forwards no method but ``forward``."""
+    return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+
+
+def embed_method(model: torch.nn.Module) -> Embed:
+    """The model's own ``embed_all`` or ``embed``.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    for name in ("embed_all", "embed"):
+        if callable(getattr(model, name, None)):
+            return getattr(model, name)
+    raise ValueError(f"{type(model).__name__} has no method embed_all or embed: give ZeroShotRetrieval(embed=…)")

@@ -1,0 +1,21 @@
+"""How a command ends: 0, or 2 with one line for bad input; everything else keeps its traceback and exits with 1."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from d2v_composer.errors import InputError
+
+__all__ = ["run"]
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+    """Call ``main`` with the command line's arguments and leave the process."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        # From a data worker the message is that of a whole traceback; what we said is its last line.
+        line = str(error).strip().splitlines()[-1]
+        print(f"error: {line.removeprefix(f'{InputError.__module__}.{InputError.__name__}: ')}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,381 @@
+"""Every field of a training YAML: name, type, default and check. Nothing else reads OmegaConf.
+
+The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Optional, TypeVar, Union
+
+import torch
+import yaml
+from composer import callbacks as composer_callbacks
+from composer import loggers as composer_loggers
+from composer.core import Time, TimeUnit
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from d2v_composer.errors import InputError
+from d2v_composer.loggers import JSONLLogger
+
+__all__ = ["CALLBACKS", "LOGGERS", "TrainConfig", "load_config"]
+
+CALLBACKS = {
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+}
+LOGGERS = {
+    "jsonl": JSONLLogger,
+    "mlflow": composer_loggers.MLFlowLogger,
+    "tensorboard": composer_loggers.TensorboardLogger,
+    "wandb": composer_loggers.WandBLogger,
+}
+
+
+@dataclass
+class TeacherConfig:
+    checkpoint: str = MISSING
+    """fairseq's .pt or a converted .safetensors: a path, https://, s3://, gs://, …"""
+    weights: Literal["model", "ema"] = "model"
+
+
+@dataclass
+class StudentConfig:
+    depth: int = 5
+    mlp_ratio: float = 3.0
+    alibi: bool = True
+    init: Literal["random", "teacher_attention", "teacher_blocks"] = "random"
+    num_heads: Optional[int] = None
+    """Default the teacher's."""
+    num_alibi_heads: Optional[int] = None
+    """Default all heads."""
+
+
+@dataclass
+class TargetsConfig:
+    extra_tokens: Literal["regress", "drop"] = "regress"
+    average_top_k_layers: Optional[int] = None
+    """Default the teacher's own number."""
+
+
+@dataclass
+class TrainLoaderConfig:
+    local: str = MISSING
+    """An MDS folder, or where the shards of ``remote`` are kept."""
+    remote: Optional[str] = None
+    """s3://, gs://, …; default: ``local`` is the data set."""
+    num_workers: int = 8
+    prefetch_factor: int = 2
+    timeout: float = 600.0
+    """Seconds after which a worker that brings nothing is given up."""
+    shuffle: bool = True
+    num_canonical_nodes: int = 1
+    cache_limit: Optional[Union[int, str]] = None
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    flip: float = 0.5
+
+
+@dataclass
+class OptimizerConfig:
+    """torch.optim.AdamW; no weight decay on 1-D parameters."""
+
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+
+
+@dataclass
+class SchedulerConfig:
+    """Composer's CosineAnnealingWithWarmupScheduler."""
+
+    t_warmup: str = "3000ba"
+    alpha_f: float = 0.0
+
+
+@dataclass
+class GradientClippingConfig:
+    clipping_threshold: float = 2.0
+    """Of the gradient's global norm."""
+
+
+@dataclass
+class AlgorithmsConfig:
+    gradient_clipping: Optional[GradientClippingConfig] = field(default_factory=GradientClippingConfig)
+
+
+@dataclass
+class LabelledSetConfig:
+    format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
+    root: str = MISSING
+    download: bool = False
+
+
+@dataclass
+class RetrievalConfig:
+    interval: str = "5000ba"
+    at_start: bool = False
+    ks: list[int] = field(default_factory=lambda: [1, 3])
+    pooling: Literal["cls", "mean", "mean_patches"] = "cls"
+    representation: Literal["output", "layer_mean"] = "output"
+    references: list[str] = field(default_factory=lambda: ["teacher"])
+    """Of: pixels, encoder, teacher."""
+    datasets: dict[str, LabelledSetConfig] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    run_name: str = "distill"
+    seed: int = 17
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "amp_fp16"
+    max_duration: str = "30000ba"
+    global_train_batch_size: int = 256
+    device_train_microbatch_size: Optional[Union[int, str]] = None
+    """Default the whole batch of a device; 'auto' on a GPU."""
+    device_eval_batch_size: int = 256
+    compile: bool = False
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    prediction: Literal["layer_mean", "last_block"] = "layer_mean"
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Name of Composer's callback → its arguments; null: off."""
+    loggers: dict[str, Any] = field(default_factory=dict)
+    """Name of the logger → its arguments; null: off."""
+    progress_bar: bool = True
+    log_to_console: bool = False
+    console_log_interval: str = "100ba"
+    save_folder: Optional[str] = "runs/${run_name}"
+    """Checkpoints, log and record of the run; a path or an object store's address. null: nothing is saved."""
+    save_interval: str = "1000ba"
+    save_num_checkpoints_to_keep: int = 3
+    autoresume: bool = True
+    load_path: Optional[str] = None
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(argv: Sequence[str]) -> TrainConfig:
+    """Read and check a YAML and its overrides.
+
+    ``${here:FILE}`` in a YAML is FILE beside that YAML.
+
+    Args:
+        argv: The YAML's path, then ``dotted.key=value`` any number of times.
+
+    Raises:
+        InputError: It names the key and says what is allowed.
+    """
+    config = merge_config(TrainConfig, argv)
+    for problem in problems(config):
+        raise InputError(problem)
+    return config
+
+
+def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """Schema, YAML and overrides in one: names and types are checked, values are not.
+
+    Raises:
+        InputError: A file that is none, an unknown key, a wrong type, or a required key that is missing.
+    """
+    if not argv:
+        raise InputError("no YAML given; usage: COMMAND FILE.yaml [dotted.key=value …]")
+    path, *overrides = argv
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise InputError(f"{override!r}: an override is dotted.key=value")
+    OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
+    structured = OmegaConf.structured(schema)
+    try:
+        from_file = OmegaConf.load(path)
+        if not isinstance(from_file, DictConfig):
+            raise InputError(f"{path}: expected keys and values, as in yamls/")
+        merged = OmegaConf.merge(structured, from_file, OmegaConf.from_dotlist(overrides))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise InputError(unknown_key(structured, error.full_key or "")) from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a YAML of keys and values: {' '.join(str(error).split())}") from error
+    assert isinstance(config, schema)
+    return config
+
+
+def unknown_key(structured: DictConfig, key: str) -> str:
+    """The line for a key that the schema lacks: what is allowed, and the nearest name."""
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(structured, parent) if parent else structured
+    allowed = [str(known) for known in section] if isinstance(section, DictConfig) else []
+    return f"{key}: no such key{suggestion(name, allowed)}"
+
+
+def suggestion(name: str, allowed: Sequence[str]) -> str:
+    """What to say after an unknown name."""
+    nearest = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{hint} (allowed: {', '.join(allowed)})" if allowed else hint
+
+
+def problems(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the values of a config whose names and types are right, a line each."""
+    yield from _numbers(config)
+    yield from _durations(config)
+    yield from _devices(config)
+    yield from _retrieval(config.retrieval)
+    for section, known in (("callbacks", CALLBACKS), ("loggers", LOGGERS)):
+        yield from _arguments(section, known, getattr(config, section))
+    if not config.run_name or "/" in config.run_name:
+        yield f"run_name: must be a name without '/', got {config.run_name!r}"
+
+
+def _numbers(config: TrainConfig) -> Iterator[str]:
+    for key, value in flatten(asdict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}: must be finite, got {value}"
+    student, loader, optimizer = config.student, config.train_loader, config.optimizer
+    at_least = {
+        "seed": (config.seed, 0),
+        "global_train_batch_size": (config.global_train_batch_size, 1),
+        "device_eval_batch_size": (config.device_eval_batch_size, 1),
+        "student.depth": (student.depth, 1),
+        "student.num_heads": (student.num_heads, 1),
+        "student.num_alibi_heads": (student.num_alibi_heads, 1),
+        "targets.average_top_k_layers": (config.targets.average_top_k_layers, 1),
+        "train_loader.num_workers": (loader.num_workers, 0),
+        "train_loader.prefetch_factor": (loader.prefetch_factor, 1),
+        "train_loader.timeout": (loader.timeout, 1),
+        "train_loader.num_canonical_nodes": (loader.num_canonical_nodes, 1),
+        "optimizer.weight_decay": (optimizer.weight_decay, 0),
+        "save_num_checkpoints_to_keep": (config.save_num_checkpoints_to_keep, 1),
+    }
+    for key, (value, minimum) in at_least.items():
+        if value is not None and value < minimum:
+            yield f"{key}: must be at least {minimum}, got {value}"
+    positive = {
+        "student.mlp_ratio": student.mlp_ratio,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.eps": optimizer.eps,
+    }
+    clipping = config.algorithms.gradient_clipping
+    if clipping is not None:
+        positive["algorithms.gradient_clipping.clipping_threshold"] = clipping.clipping_threshold
+    for key, value in positive.items():
+        if value <= 0:
+            yield f"{key}: must be greater than 0, got {value}"
+    for key, value in {"scheduler.alpha_f": config.scheduler.alpha_f, "train_loader.flip": loader.flip}.items():
+        if not 0 <= value <= 1:
+            yield f"{key}: must be from 0 to 1, got {value}"
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield f"optimizer.betas: must be two numbers from 0 to below 1, got {optimizer.betas}"
+    for key, pair in {"crop_scale": loader.crop_scale, "crop_ratio": loader.crop_ratio}.items():
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            yield f"train_loader.{key}: must be two numbers, 0 < smallest <= largest, got {pair}"
+    if loader.crop_scale[-1] > 1:
+        yield f"train_loader.crop_scale: must be at most 1, got {loader.crop_scale}"
+    if config.global_train_batch_size % loader.num_canonical_nodes:
+        yield (
+            f"train_loader.num_canonical_nodes: must divide global_train_batch_size {config.global_train_batch_size}, "
+            f"got {loader.num_canonical_nodes}"
+        )
+    microbatch = config.device_train_microbatch_size
+    if isinstance(microbatch, int) and microbatch < 1 or isinstance(microbatch, str) and microbatch != "auto":
+        yield f"device_train_microbatch_size: must be at least 1, 'auto' or null, got {microbatch!r}"
+
+
+def _durations(config: TrainConfig) -> Iterator[str]:
+    units = {
+        "max_duration": ("ba", "ep"),
+        "scheduler.t_warmup": ("ba", "ep", "dur"),
+        "retrieval.interval": ("ba", "ep", "dur"),
+        # Saved at an epoch's end, a resume would replay that epoch's order and shift every later one.
+        "save_interval": ("ba",),
+        "console_log_interval": ("ba", "ep"),
+    }
+    times: dict[str, Time] = {}
+    for key, allowed in units.items():
+        text = OmegaConf.select(OmegaConf.structured(config), key)
+        example = " or ".join(f"'{'0.1' if unit == 'dur' else 5}{unit}'" for unit in allowed)
+        try:
+            times[key] = Time.from_timestring(text)
+        except ValueError:
+            yield f"{key}: must be a duration such as {example}, got {text!r}"
+            continue
+        if times[key].unit.value not in allowed:
+            yield f"{key}: must be a duration such as {example}, got {text!r}"
+        elif times[key].value < (0 if key == "scheduler.t_warmup" else 1) and times[key].unit != TimeUnit.DURATION:
+            yield f"{key}: must be positive, got {text!r}"
+    warmup, duration = times.get("scheduler.t_warmup"), times.get("max_duration")
+    if warmup is not None and duration is not None and warmup.unit == duration.unit and warmup > duration:
+        yield f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {warmup}"
+    if warmup is not None and warmup.unit == TimeUnit.DURATION and not 0 <= warmup.value <= 1:
+        yield f"scheduler.t_warmup: must be from 0dur to 1dur, got {config.scheduler.t_warmup!r}"
+
+
+def _devices(config: TrainConfig) -> Iterator[str]:
+    if torch.cuda.is_available():
+        return
+    if config.precision == "amp_fp16":
+        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or precision=amp_bf16"
+    if config.device_train_microbatch_size == "auto":
+        yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
+
+
+def _retrieval(config: RetrievalConfig) -> Iterator[str]:
+    known = ["pixels", "encoder", "teacher"]
+    for name in config.references:
+        if name not in known:
+            yield f"retrieval.references: no such reference {name!r}{suggestion(name, known)}"
+    if not config.ks or min(config.ks) < 1:
+        yield f"retrieval.ks: must be one or more numbers from 1, got {config.ks}"
+
+
+def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Whether every chosen callback or logger exists and takes the arguments it is given."""
+    for name, arguments in chosen.items():
+        if name not in known:
+            yield f"{section}.{name}: no such name{suggestion(name, list(known))}"
+        elif arguments is not None and not isinstance(arguments, dict):
+            yield f"{section}.{name}: must be arguments by name, {{}} for none or null for off, got {arguments!r}"
+        elif arguments is not None:
+            allowed = [parameter for parameter in inspect.signature(known[name]).parameters if parameter != "kwargs"]
+            for argument in arguments:
+                if argument not in allowed:
+                    yield f"{section}.{name}.{argument}: no such argument{suggestion(argument, allowed)}"
+            package = {"jsonl": "json"}.get(name, name)
+            if section == "loggers" and find_spec(package) is None:
+                yield f"loggers.{name}: needs the package {package}: pip install {package}"
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of nested dicts and lists."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from flatten(value, f"{prefix}[{i}]")
+    else:
+        yield prefix, values

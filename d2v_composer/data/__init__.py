@@ -1,0 +1,1 @@
+"""Images for training (streamed, unlabelled) and for retrieval (labelled, in memory)."""

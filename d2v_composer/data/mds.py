@@ -1,0 +1,68 @@
+"""The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from d2v_composer.errors import InputError
+from d2v_composer.fetch import download
+
+__all__ = ["fetch_index", "read_index"]
+
+INDEX = "index.json"
+
+
+def fetch_index(remote: str, local: Path) -> None:
+    """Bring the index of a remote data set to ``local``, where it is not there yet; it appears only whole.
+
+    Raises:
+        InputError: There is none, or the store cannot be reached.
+    """
+    index = local / INDEX
+    if index.exists():
+        return
+    local.mkdir(parents=True, exist_ok=True)
+    download(f"{remote.rstrip('/')}/{INDEX}", index, timeout=60)
+
+
+def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing: bool = False) -> list[dict[str, Any]]:
+    """The shards that an index lists.
+
+    Args:
+        folder: Holds ``index.json``.
+        columns: What the samples must have.
+        shards_may_be_missing: They are fetched later; otherwise each must be there in its full size.
+
+    Raises:
+        InputError: There is no index, it is damaged, it lists no samples, lacks a column, or a shard is not whole.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(f"{folder}: no {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}")
+    try:
+        shards = json.loads(index.read_bytes())["shards"]
+        for shard in shards:
+            _check_shard(folder, shard, columns, shards_may_be_missing)
+        num_samples = sum(shard["samples"] for shard in shards)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: damaged, or not an MDS index ({type(error).__name__}: {error})") from error
+    if not num_samples:
+        raise InputError(f"{folder}: the data set is empty: its {INDEX} lists no samples")
+    return shards
+
+
+def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], may_be_missing: bool) -> None:
+    missing = [column for column in columns if column not in shard["column_names"]]
+    if missing:
+        raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {', '.join(shard['column_names'])}")
+    if may_be_missing:
+        return
+    candidates = [shard[kind] for kind in ("raw_data", "zip_data") if shard[kind] is not None]
+    if not any((folder / file["basename"]).is_file() for file in candidates):
+        raise InputError(f"{folder / candidates[0]['basename']}: the shard is missing")
+    for file in candidates:
+        path = folder / file["basename"]
+        if path.is_file() and path.stat().st_size != file["bytes"]:
+            raise InputError(f"{path}: the shard has {path.stat().st_size} bytes, the index says {file['bytes']}")
