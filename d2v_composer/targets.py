@@ -34,8 +34,10 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
     ``num_extra_tokens`` time steps in front are normalised with the others' statistics without adding to them.
     """
     layer = layer_BTD.float()
-    variance, mean = torch.var_mean(layer[:, num_extra_tokens:], dim=1, correction=0, keepdim=True)
-    return (layer - mean) * torch.rsqrt(variance + NORM_EPS)
+    centred = layer - layer[:, num_extra_tokens:].mean(dim=1, keepdim=True)
+    # Not torch.var_mean: over a dimension that is not the last it takes more than twice as long on a CPU.
+    variance = centred[:, num_extra_tokens:].square().mean(dim=1, keepdim=True)
+    return centred * torch.rsqrt(variance + NORM_EPS)
 
 
 def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
