@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer.algorithms import GradientClipping
@@ -119,7 +118,10 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         remote=loader.remote,
         batch_size=global_batch_size // world_size,
         transform=RandomResizedCropFlip(
-            image_size, (loader.crop_scale[0], loader.crop_scale[1]), (loader.crop_ratio[0], loader.crop_ratio[1]), loader.flip
+            image_size,
+            (loader.crop_scale[0], loader.crop_scale[1]),
+            (loader.crop_ratio[0], loader.crop_ratio[1]),
+            loader.flip,
         ),
         seed=config.seed,
         shuffle=loader.shuffle,
@@ -192,14 +194,15 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         InputError: A data set cannot be used.
     """
     retrieval, teacher = config.retrieval, model.teacher
-    if not retrieval.datasets:
+    chosen = {name: labelled for name, labelled in retrieval.datasets.items() if labelled is not None}
+    if not chosen:
         return None
     with dist.run_local_rank_zero_first():
         datasets = {
             name: load_labelled_set(
                 labelled.format, labelled.root, image_size=teacher.config.image_size, download=labelled.download
             )
-            for name, labelled in retrieval.datasets.items()
+            for name, labelled in chosen.items()
         }
     try:
         return ZeroShotRetrieval(

@@ -7,10 +7,10 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -18,7 +18,7 @@ from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer.core import Time, TimeUnit
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
@@ -55,16 +55,16 @@ class StudentConfig:
     mlp_ratio: float = 3.0
     alibi: bool = True
     init: Literal["random", "teacher_attention", "teacher_blocks"] = "random"
-    num_heads: Optional[int] = None
+    num_heads: int | None = None
     """Default the teacher's."""
-    num_alibi_heads: Optional[int] = None
+    num_alibi_heads: int | None = None
     """Default all heads."""
 
 
 @dataclass
 class TargetsConfig:
     extra_tokens: Literal["regress", "drop"] = "regress"
-    average_top_k_layers: Optional[int] = None
+    average_top_k_layers: int | None = None
     """Default the teacher's own number."""
 
 
@@ -72,7 +72,7 @@ class TargetsConfig:
 class TrainLoaderConfig:
     local: str = MISSING
     """An MDS folder, or where the shards of ``remote`` are kept."""
-    remote: Optional[str] = None
+    remote: str | None = None
     """s3://, gs://, …; default: ``local`` is the data set."""
     num_workers: int = 8
     prefetch_factor: int = 2
@@ -80,7 +80,7 @@ class TrainLoaderConfig:
     """Seconds after which a worker that brings nothing is given up."""
     shuffle: bool = True
     num_canonical_nodes: int = 1
-    cache_limit: Optional[Union[int, str]] = None
+    cache_limit: int | str | None = None
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     flip: float = 0.5
@@ -112,7 +112,7 @@ class GradientClippingConfig:
 
 @dataclass
 class AlgorithmsConfig:
-    gradient_clipping: Optional[GradientClippingConfig] = field(default_factory=GradientClippingConfig)
+    gradient_clipping: GradientClippingConfig | None = field(default_factory=GradientClippingConfig)
 
 
 @dataclass
@@ -131,7 +131,8 @@ class RetrievalConfig:
     representation: Literal["output", "layer_mean"] = "output"
     references: list[str] = field(default_factory=lambda: ["teacher"])
     """Of: pixels, encoder, teacher."""
-    datasets: dict[str, LabelledSetConfig] = field(default_factory=dict)
+    datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
+    """Name → where it is; null: off."""
 
 
 @dataclass
@@ -141,7 +142,7 @@ class TrainConfig:
     precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "amp_fp16"
     max_duration: str = "30000ba"
     global_train_batch_size: int = 256
-    device_train_microbatch_size: Optional[Union[int, str]] = None
+    device_train_microbatch_size: int | str | None = None
     """Default the whole batch of a device; 'auto' on a GPU."""
     device_eval_batch_size: int = 256
     compile: bool = False
@@ -161,12 +162,12 @@ class TrainConfig:
     progress_bar: bool = True
     log_to_console: bool = False
     console_log_interval: str = "100ba"
-    save_folder: Optional[str] = "runs/${run_name}"
+    save_folder: str | None = "runs/${run_name}"
     """Checkpoints, log and record of the run; a path or an object store's address. null: nothing is saved."""
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = 3
     autoresume: bool = True
-    load_path: Optional[str] = None
+    load_path: str | None = None
 
 
 ConfigT = TypeVar("ConfigT")
@@ -208,12 +209,15 @@ def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         from_file = OmegaConf.load(path)
         if not isinstance(from_file, DictConfig):
             raise InputError(f"{path}: expected keys and values, as in yamls/")
-        merged = OmegaConf.merge(structured, from_file, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(structured, from_file)
+        for override in overrides:
+            apply_override(merged, override)
         config = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        raise InputError(unknown_key(structured, error.full_key or "")) from error
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise InputError(unknown_key(error)) from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
+        problem = "must not be null" if "is not Optional" in str(error) else str(error).splitlines()[0]
+        raise InputError(f"{error.full_key or path}: {problem}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -224,12 +228,20 @@ def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     return config
 
 
-def unknown_key(structured: DictConfig, key: str) -> str:
+def apply_override(config: DictConfig, override: str) -> None:
+    """Set one ``dotted.key=value``."""
+    key, _, text = override.partition("=")
+    section = OmegaConf.select(config, key)
+    # A section's other fields stay as they are; names of data sets, callbacks and loggers go: datasets={} means none.
+    merge = isinstance(section, DictConfig) and is_dataclass(OmegaConf.get_type(section))
+    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, merge=merge)
+
+
+def unknown_key(error: OmegaConfBaseException) -> str:
     """The line for a key that the schema lacks: what is allowed, and the nearest name."""
-    parent, _, name = key.rpartition(".")
-    section = OmegaConf.select(structured, parent) if parent else structured
-    allowed = [str(known) for known in section] if isinstance(section, DictConfig) else []
-    return f"{key}: no such key{suggestion(name, allowed)}"
+    key = error.full_key or ""
+    allowed = [known.name for known in fields(error.object_type)] if is_dataclass(error.object_type) else []
+    return f"{key}: no such key{suggestion(key.rpartition('.')[2], allowed)}"
 
 
 def suggestion(name: str, allowed: Sequence[str]) -> str:
@@ -301,7 +313,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             f"got {loader.num_canonical_nodes}"
         )
     microbatch = config.device_train_microbatch_size
-    if isinstance(microbatch, int) and microbatch < 1 or isinstance(microbatch, str) and microbatch != "auto":
+    if (isinstance(microbatch, int) and microbatch < 1) or (isinstance(microbatch, str) and microbatch != "auto"):
         yield f"device_train_microbatch_size: must be at least 1, 'auto' or null, got {microbatch!r}"
 
 
@@ -338,7 +350,7 @@ def _devices(config: TrainConfig) -> Iterator[str]:
     if torch.cuda.is_available():
         return
     if config.precision == "amp_fp16":
-        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or precision=amp_bf16"
+        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
     if config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 

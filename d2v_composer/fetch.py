@@ -53,8 +53,8 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
         if address.startswith(("https://", "http://")):
             torch.hub.download_url_to_file(address, str(partial))
         else:
-            CloudDownloader.get(address).download_file(address, str(partial), timeout)
-    except Exception as error:  # noqa: BLE001  (each store's client has exceptions of its own)
+            CloudDownloader.direct_download(address, str(partial), timeout)
+    except Exception as error:
         partial.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()
         raise InputError(f"{address}: cannot be fetched ({reason[0] if reason else type(error).__name__})") from error

@@ -29,7 +29,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Tensor:
         ValueError: The shapes do not fit, or k is out of range.
     """
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}")
+        raise ValueError(
+            f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}"
+        )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
     bank_ND = normalize(bank.float(), dim=1)

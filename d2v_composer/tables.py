@@ -41,7 +41,12 @@ def _dataset_table(retrieval: ZeroShotRetrieval, dataset: str) -> str:
         f"Zero-shot retrieval on {dataset}, {retrieval.headline}, batch {last['batch']}, accuracy in %",
         " ".join([" " * width, *heads]),
         *(
-            " ".join([label.ljust(width), *(f"{100 * value:.1f}".rjust(len(head)) for value, head in zip(row, heads))])
+            " ".join(
+                [
+                    label.ljust(width),
+                    *(f"{100 * value:.1f}".rjust(len(head)) for value, head in zip(row, heads, strict=True)),
+                ]
+            )
             for label, row in rows.items()
         ),
     ]

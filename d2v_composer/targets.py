@@ -52,13 +52,14 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
         ValueError: There is no layer.
     """
     total: Tensor | None = None
-    count = 0
-    for count, layer in enumerate(layers, start=1):
+    num_layers = 0
+    for layer in layers:
         normalised = instance_norm(layer, num_extra_tokens)
         total = normalised if total is None else total + normalised
+        num_layers += 1
     if total is None:
         raise ValueError("norm_mean needs at least one layer")
-    return layer_norm(total / count, total.shape[-1:], eps=NORM_EPS)
+    return layer_norm(total / num_layers, total.shape[-1:], eps=NORM_EPS)
 
 
 def regression_loss(regression: Regression) -> Tensor:

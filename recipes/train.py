@@ -65,7 +65,9 @@ def main(argv: Sequence[str]) -> Trainer:
         load_path=config.load_path,
     )
     try:
-        trainer.fit()
+        # A finished run that is started again has nothing to do, which Composer takes for a mistake.
+        if trainer.state.timestamp < config.max_duration:
+            trainer.fit()
     finally:
         trainer.close()
     report(retrieval)

@@ -55,9 +55,6 @@ class GracefulStop(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         self._exit_if_stopping(state)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._exit_if_stopping(state)
-
     def _exit_if_stopping(self, state: State) -> None:
         """Leave once the checkpoint, the last thing of its batch, is written."""
         if self.stopping:

@@ -99,7 +99,7 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         model = unwrapped(state)
         if self.references is None:
-            self.references = model.retrieval_references() if hasattr(model, "retrieval_references") else {}
+            self.references = getattr(model, "retrieval_references", dict)()
         if not self.reference_metrics:
             for reference, embed in self.references.items():
                 self.reference_metrics |= self.measure(embed, state, logger, reference)
@@ -188,9 +188,7 @@ class ZeroShotRetrieval(Callback):
             batches.append({name: embedding.float() for name, embedding in embeddings.items()})
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    def accuracies(
-        self, bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor
-    ) -> dict[int, float]:
+    def accuracies(self, bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[int, float]:
         """Accuracy by k; each rank looks up its share of the queries."""
         mine = slice(dist.get_global_rank(), None, dist.get_world_size())
         hits = retrieval_hits(bank, bank_labels, queries[mine], query_labels[mine], self.ks)

@@ -68,9 +68,11 @@ def load_labelled_set(format: Format, root: str | Path, *, image_size: int, down
 def _cifar(dataset_class: type[CIFAR10], root: Path, train: bool, download: bool) -> LabelledImages:
     try:
         dataset = dataset_class(str(root), train=train, download=download)
-    except Exception as error:  # noqa: BLE001  (no such files, damaged ones, no network: each raises its own)
+    except Exception as error:
         hint = "" if download else "; set download: true to fetch it"
-        raise InputError(f"{root}: no readable {dataset_class.__name__} ({str(error).splitlines()[0]}){hint}") from error
+        raise InputError(
+            f"{root}: no readable {dataset_class.__name__} ({str(error).splitlines()[0]}){hint}"
+        ) from error
     return LabelledImages(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
 
 

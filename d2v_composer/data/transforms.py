@@ -46,7 +46,7 @@ def decode_rgb(encoded: bytes, source: str) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever a damaged file makes them)
+    except Exception as error:
         raise InputError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
 
 

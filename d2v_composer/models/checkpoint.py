@@ -114,7 +114,9 @@ def _check_supported(path: Path, model_cfg: dict[str, Any], stored: Mapping[str,
     modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
     others = sorted(modalities - {"IMAGE"})
     if others:
-        raise InputError(f"{path}: {others[0].lower()} checkpoints are not supported, because only images are read here")
+        raise InputError(
+            f"{path}: {others[0].lower()} checkpoints are not supported, because only images are read here"
+        )
     if any(name.startswith(FINE_TUNED) for name in stored):
         raise InputError(
             f"{path}: fine-tuned checkpoints are not supported, because the teacher is to be self-supervised: "

@@ -10,6 +10,7 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
+from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
 from d2v_composer.models.student import Student
 from d2v_composer.targets import Regression, norm_mean, regression_loss
@@ -66,13 +67,14 @@ class DistillationModel(ComposerModel):
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
-        self.extra_tokens = extra_tokens
+        self.extra_tokens: ExtraTokens = extra_tokens
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
         # No FFN output depends on the last norm: it gets no gradient, and DDP refuses a trainable parameter without.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
         # Hooks, not overrides: they hold under DDP's wrapper as well, where only the inner modules' hooks are called.
         self.register_state_dict_post_hook(keep_trained_tensors)
+        self.register_load_state_dict_pre_hook(check_trained_shapes)
         self.register_load_state_dict_post_hook(check_trained_tensors)
 
     def forward(self, batch: Batch) -> Regression:
@@ -144,16 +146,29 @@ def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str,
             del state_dict[name]
 
 
+def check_trained_shapes(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    """Refuse a state dict with a tensor of another shape than the student's.
+
+    Raises:
+        InputError: It names the tensor and both shapes.
+    """
+    for name, tensor in module.state_dict(prefix=prefix).items():
+        if name in state_dict and state_dict[name].shape != tensor.shape:
+            found, expected = tuple(state_dict[name].shape), tuple(tensor.shape)
+            raise InputError(f"the checkpoint's tensor {name} has shape {found}, the student's is {expected}")
+
+
 def check_trained_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:
     """Refuse a state dict that lacks a tensor of the student's blocks or brings an unknown one.
 
     Raises:
-        ValueError: It names the tensors.
+        InputError: It names the tensors.
     """
     missing = [name for name in incompatible_keys.missing_keys if TRAINED in name]
+    unknown = incompatible_keys.unexpected_keys
     # The frozen parts are never in a checkpoint: strict loading need not mind.
     incompatible_keys.missing_keys[:] = missing
-    problems = [("lacks", missing), ("has unknown", incompatible_keys.unexpected_keys)]
-    for problem, names in problems:
-        if names:
-            raise ValueError(f"the checkpoint {problem} {len(names)} of the student's tensors: {', '.join(names[:3])} …")
+    if missing:
+        raise InputError(f"the checkpoint lacks {len(missing)} of the student's tensors, first {missing[0]}")
+    if unknown:
+        raise InputError(f"the checkpoint has {len(unknown)} tensors that the student has not, first {unknown[0]}")

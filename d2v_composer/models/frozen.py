@@ -1,8 +1,7 @@
 """Modules that nobody may train."""
 
-from typing_extensions import Self
-
 from torch import nn
+from typing_extensions import Self
 
 __all__ = ["Frozen"]
 

@@ -7,6 +7,7 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modaliti
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,9 @@ class ImageEncoder(Frozen):
         dim, patch = config.embed_dim, config.patch_size
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
         self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
-        self.extra_tokens = nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
+        self.extra_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
+        )
         hidden_dim = int(dim * config.mlp_ratio)
         blocks = [Block(dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.prenet_depth)]
         self.context_encoder = nn.ModuleDict(
@@ -107,6 +110,11 @@ class ImageEncoder(Frozen):
         self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def block_list(self) -> list[Block]:
+        """The blocks with their type, which a ModuleDict forgets."""
+        return cast("list[Block]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ class ImageEncoder(Frozen):
         if self.extra_tokens is not None:
             x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
         x = self.context_encoder["norm"](x)
-        for block, bias in zip(self.context_encoder["blocks"], self.layer_biases(compute_dtype(x)), strict=False):
+        for block, bias in zip(self.block_list, self.layer_biases(compute_dtype(x)), strict=False):
             x = block.output(*block(x, bias))
         return x
 
@@ -161,4 +169,4 @@ class ImageEncoder(Frozen):
         """Multiply-accumulates of one image."""
         config = self.config
         patch_embedding = config.num_patches * config.embed_dim * config.in_chans * config.patch_size**2
-        return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.context_encoder["blocks"])
+        return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.block_list)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from d2v_composer.errors import InputError
+from d2v_composer.fetch import fetch
 from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, sha256, write_artifact
 from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
-from d2v_composer.fetch import fetch
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 
@@ -63,7 +63,11 @@ class Conversion(NamedTuple):
 
 
 def convert_teacher(
-    source: str | Path, out: Path, weights: Weights = "model", dtype: torch.dtype = torch.float32, licence: str | None = None
+    source: str | Path,
+    out: Path,
+    weights: Weights = "model",
+    dtype: torch.dtype = torch.float32,
+    licence: str | None = None,
 ) -> Conversion:
     """fairseq's checkpoint as one safetensors file.
 
@@ -124,6 +128,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _read_config(path: str | Path, config_class: type, fields: dict[str, Any]) -> Any:
     """A config from a file's JSON, in which tuples are lists."""
     try:
-        return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return config_class(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error

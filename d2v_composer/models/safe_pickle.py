@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
 from d2v_composer.errors import InputError
 
@@ -19,9 +20,13 @@ __all__ = ["Stub", "load_untrusted", "plain"]
 BUILT_FOR_REAL = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-} | {("torch", str(dtype).removeprefix("torch.")): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+} | {
+    ("torch", str(dtype).removeprefix("torch.")): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 
 
 class Stub:
@@ -91,23 +96,11 @@ def load_untrusted(path: Path) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            if _is_torchscript(path):
-                raise InputError(f"{path}: a TorchScript archive, which is a program, not a checkpoint") from None
+        except pickle.UnpicklingError:  # a global that torch does not know; TorchScript, a program, raises another
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  (a broken file raises whatever its bytes happen to hit)
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        names = torch._C.PyTorchFileReader(str(path)).get_all_records()
-    except RuntimeError:
-        return False
-    return "constants.pkl" in names
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_composer.models.block import Block, init_linear_layers
 from d2v_composer.models.image_encoder import ImageEncoder
@@ -74,7 +74,7 @@ class Student(Transformer):
 
     def backward_macs(self) -> int:
         """Multiply-accumulates of the gradients: twice the forward, but none for the frozen encoder's output."""
-        first_qkv = self.blocks[0].attn.qkv.weight.numel()
+        first_qkv = self.block_list[0].attn.qkv.weight.numel()
         return 2 * self.forward_macs() - self.encoder.config.num_steps * first_qkv
 
 
@@ -93,10 +93,15 @@ def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> Non
     if init not in get_args(Init):
         raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
     if len(student.blocks) > len(teacher.blocks):
-        raise ValueError(f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}")
-    for target, source in zip(student.blocks, teacher.blocks, strict=False):
-        if init == "teacher_attention":
-            target, source = target.attn, source.attn
+        raise ValueError(
+            f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
+        )
+    pairs: list[tuple[nn.Module, nn.Module]] = list(zip(student.block_list, teacher.block_list, strict=False))
+    if init == "teacher_attention":
+        pairs = [
+            (target.attn, source.attn) for target, source in zip(student.block_list, teacher.block_list, strict=False)
+        ]
+    for target, source in pairs:
         mismatched = [
             f"{name} {tuple(tensor.shape)} against the teacher's {tuple(source.get_parameter(name).shape)}"
             for name, tensor in target.named_parameters()
@@ -105,5 +110,5 @@ def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> Non
         if mismatched:
             raise ValueError(f"init {init} needs the teacher's sizes: {mismatched[0]}")
         target.load_state_dict(source.state_dict())
-    if student.config.num_heads != teacher.blocks[0].attn.num_heads:
-        raise ValueError(f"init {init} needs the teacher's {teacher.blocks[0].attn.num_heads} heads")
+    if student.config.num_heads != teacher.block_list[0].attn.num_heads:
+        raise ValueError(f"init {init} needs the teacher's {teacher.block_list[0].attn.num_heads} heads")

@@ -5,7 +5,7 @@ Shapes: B images, T time steps, D channels.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class Transformer(nn.Module, ABC):
         self.blocks = nn.ModuleList(blocks)
 
     @property
+    def block_list(self) -> list[Block]:
+        """:attr:`blocks` with their type, which a ModuleList forgets."""
+        return cast("list[Block]", list(self.blocks))
+
+    @property
     def num_extra_tokens(self) -> int:
         return self.encoder.config.num_extra_tokens
 
@@ -52,7 +57,7 @@ class Transformer(nn.Module, ABC):
         """The attention bias of each block in ``dtype``, (1, H, T, T); ``None`` where there is none."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """The shared modality encoder: (B, 3, S, S) float normalised, or uint8 of any size, to (B, T, D), no gradient."""
+        """The shared encoder: images as :meth:`embed_all` takes them to (B, T, D), without gradient."""
         return self.encoder(images)
 
     def iterate_blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,10 +65,10 @@ class Transformer(nn.Module, ABC):
 
         The last block's residual and norm are left out: who wants FFN outputs alone does not pay for them.
         """
-        for block, bias in zip(self.blocks, self.block_biases(compute_dtype(x)), strict=True):
+        for block, bias in zip(self.block_list, self.block_biases(compute_dtype(x)), strict=True):
             attended, ffn_output = block(x, bias)
             yield attended, ffn_output
-            if block is not self.blocks[-1]:
+            if block is not self.block_list[-1]:
                 x = block.output(attended, ffn_output)
 
     def ffn_outputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -72,10 +77,8 @@ class Transformer(nn.Module, ABC):
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """All blocks: the last one's output and every FFN output, (B, T, D) each."""
-        attended, ffn_outputs = x, []
-        for attended, ffn_output in self.iterate_blocks(x):
-            ffn_outputs.append(ffn_output)
-        return self.blocks[-1].output(attended, ffn_outputs[-1]), ffn_outputs
+        layers = list(self.iterate_blocks(x))
+        return self.block_list[-1].output(*layers[-1]), [ffn_output for _, ffn_output in layers]
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
         """Every representation in every pooling from one forward pass.
@@ -103,4 +106,4 @@ class Transformer(nn.Module, ABC):
 
     def forward_macs(self) -> int:
         """Multiply-accumulates of one image in the blocks after the encoder."""
-        return sum(block.forward_macs(self.encoder.config.num_steps) for block in self.blocks)
+        return sum(block.forward_macs(self.encoder.config.num_steps) for block in self.block_list)

@@ -1,0 +1,88 @@
+"""What several tests stand on: small data sets, the shipped teacher, and runs of the commands."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from streaming import MDSWriter
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+QUICKSTART = ROOT / "yamls" / "quickstart"
+
+# Six batches of 16 an epoch.
+NUM_IMAGES = 96
+
+
+def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None) -> Path:
+    """An MDS folder of encoded images in several shards."""
+    columns = {"image": "bytes"} | ({} if labels is None else {"label": "int"})
+    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
+        for i, image in enumerate(images):
+            writer.write({"image": image} | ({} if labels is None else {"label": labels[i]}))
+    return folder
+
+
+def encoded_image(seed: int, size: int = 32) -> bytes:
+    """A JPEG of smooth random colours."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 images of 32 px with labels; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("small") / "train"
+    return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
+
+
+def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
+    """Arguments of a tiny run on tests/golden's teacher: 14 batches, checkpoints every second, no retrieval."""
+    return [
+        str(ROOT / "yamls" / "quickstart.yaml"),
+        f"teacher.checkpoint={GOLDEN / 'tiny_base.pt'}",
+        f"train_loader.local={data}",
+        f"save_folder={folder}",
+        "retrieval.datasets={}",
+        "precision=fp32",
+        "max_duration=14ba",
+        "global_train_batch_size=16",
+        "scheduler.t_warmup=4ba",
+        "save_interval=2ba",
+        "console_log_interval=100ba",
+        "train_loader.num_workers=0",
+        *overrides,
+    ]
+
+
+def run_command(*command: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command of ours and collect what it prints."""
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=command_environment(),
+    )
+
+
+def command_environment() -> dict[str, str]:
+    """One thread a process, so that two ranks on two cores do not fight, and the results do not depend on the cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
+    """``python recipes/train.py …``, or Composer's launcher for several ranks."""
+    script = str(ROOT / "recipes" / "train.py")
+    if ranks == 1:
+        return [sys.executable, script, *arguments]
+    launcher = str(Path(sys.executable).parent / "composer")
+    return [launcher, "-n", str(ranks), script, *arguments]

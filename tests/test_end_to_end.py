@@ -1,0 +1,162 @@
+"""The training command as a user runs it: kills, restarts, several ranks, and what a run leaves behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import command_environment, run_command, small_run, train_command
+
+from d2v_composer.loggers.jsonl import read_jsonl
+
+# Runs the training command and kills it, without any warning, when the given batch starts.
+KILLED_AT = """
+import importlib.util, os, signal, sys
+from composer import Callback
+
+class Kill(Callback):
+    def batch_start(self, state, logger):
+        if int(state.timestamp.batch) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+spec = importlib.util.spec_from_file_location("train", sys.argv[1])
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+train.build_callbacks = lambda config: [Kill()]
+train.main(sys.argv[3:])
+"""
+
+
+def student_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The student's tensors in the newest checkpoint of a run."""
+    return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
+
+
+def load_checkpoint(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    return read_jsonl(folder / "log.jsonl")["loss/train/total"]
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
+    assert sorted(ours) == sorted(expected) == list(range(num_steps))
+    assert all(abs(ours[step] - expected[step]) < 1e-4 for step in expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """The folder of a run of 14 batches, 6 an epoch, in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = run_command(*train_command(small_run(folder, small_data)))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+# Batch 6 is an epoch's last, 3 and 9 lie within one; checkpoints are those of batches 2, 6 and 8.
+@pytest.mark.parametrize("batch", [3, 6, 9])
+def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
+    arguments = small_run(tmp_path, small_data)
+    train = train_command(arguments)
+    killed = run_command(sys.executable, "-c", KILLED_AT, train[1], str(batch), *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(losses_of(tmp_path)) == batch
+    again = run_command(*train)
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
+
+
+def test_killed_and_started_again_on_two_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, small_data)
+    killed = run_command(sys.executable, "-c", KILLED_AT, train_command(arguments)[1], "5", *arguments)
+    assert killed.returncode == -signal.SIGKILL
+    again = run_command(*train_command([*arguments, "train_loader.num_workers=1"], ranks=2))
+    assert again.returncode == 0, again.stderr
+    assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
+
+
+def test_two_ranks_train_as_one(small_data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for ranks in (1, 2):
+        runs[ranks] = small_run(tmp_path / str(ranks), small_data, "max_duration=20ba")
+        result = run_command(*train_command(runs[ranks], ranks))
+        assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), num_steps=20)
+
+
+def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, small_data, "save_interval=1000ba")
+    process = subprocess.Popen(train_command(arguments), env=command_environment(), stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "loss/train/total" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    batch = int(load_checkpoint(tmp_path / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"])
+    assert f"SIGTERM: stopped at batch {batch}, its checkpoint is saved" in output
+    assert batch == len(losses_of(tmp_path)) < 14
+
+    again = run_command(*train_command(arguments))
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
+
+
+def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_data: Path) -> None:
+    before = (uninterrupted / "latest-rank0.pt").read_bytes()
+    result = run_command(*train_command(small_run(uninterrupted, small_data)))
+    assert result.returncode == 0, result.stderr
+    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=0.002", "optimizer: is "),
+        ("seed=18", "seed: is 18, but the checkpoint to resume from was trained with 17"),
+        ("student.depth=2", "the checkpoint has 12 tensors that the student has not"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(uninterrupted: Path, small_data: Path, override: str, message: str) -> None:
+    result = run_command(*train_command(small_run(uninterrupted, small_data, override)))
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_what_a_run_leaves(uninterrupted: Path) -> None:
+    names = sorted(path.name for path in uninterrupted.iterdir())
+    assert names == ["ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
+    record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
+    assert record["config"]["optimizer"]["lr"] == 0.001
+    assert record["versions"]["mosaicml"] == "0.32.1"
+    assert record["teacher"]["source"] == "tiny_base.pt"
+    checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
+    assert all(name.startswith("student.blocks.") for name in checkpoint["model"])
+    assert checkpoint["callbacks"]["RunRecord"]["record"] == record
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert all("step" in line for line in lines)
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, small_data: Path) -> None:
+    folder = tmp_path / "run"
+    result = run_command(*train_command(small_run(folder, small_data, "optimizer.lrr=1")))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: optimizer.lrr: no such key; did you mean lr? (allowed: lr, betas, eps, weight_decay)"
+    ]
+    assert not folder.exists()
