@@ -1,6 +1,8 @@
 """Distil a frozen, self-supervised data2vec 2.0 image teacher into a small student, with Composer."""
 
+from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_student, load_teacher
+from d2v_composer.retrieval import retrieval_accuracy
 
-__all__ = ["load_student", "load_teacher"]
-__version__ = "0.1.0"
+__all__ = ["DistillationModel", "ZeroShotRetrieval", "load_student", "load_teacher", "retrieval_accuracy"]

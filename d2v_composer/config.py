@@ -18,7 +18,7 @@ from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer.core import Time, TimeUnit
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
@@ -210,11 +210,14 @@ def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         if not isinstance(from_file, DictConfig):
             raise InputError(f"{path}: expected keys and values, as in yamls/")
         merged = OmegaConf.merge(structured, from_file)
+        assert isinstance(merged, DictConfig)
         for override in overrides:
             apply_override(merged, override)
         config = OmegaConf.to_object(merged)
     except (ConfigKeyError, ConfigAttributeError) as error:
         raise InputError(unknown_key(error)) from error
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key}: is required, and {path} does not give it") from error
     except OmegaConfBaseException as error:
         problem = "must not be null" if "is not Optional" in str(error) else str(error).splitlines()[0]
         raise InputError(f"{error.full_key or path}: {problem}") from error
@@ -259,6 +262,8 @@ def problems(config: TrainConfig) -> Iterator[str]:
     yield from _retrieval(config.retrieval)
     for section, known in (("callbacks", CALLBACKS), ("loggers", LOGGERS)):
         yield from _arguments(section, known, getattr(config, section))
+    if config.load_path is not None and "://" not in config.load_path and not Path(config.load_path).is_file():
+        yield f"load_path: {config.load_path}: no such file"
     if not config.run_name or "/" in config.run_name:
         yield f"run_name: must be a name without '/', got {config.run_name!r}"
 

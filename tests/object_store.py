@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sysconfig
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import boto3
+from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Self
@@ -71,7 +70,7 @@ class ObjectStore:
 
     def client(self, **config: Any) -> Any:
         """A boto3 client; ``config`` as :class:`botocore.config.Config`'s."""
-        return boto3.session.Session().client(
+        return Session().client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=ACCESS_KEY,
@@ -109,12 +108,12 @@ class ObjectStore:
                     raise
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> None:
-        """End the server in good order; its data stay until the ``with`` block ends."""
-        self._end(signal.SIGTERM)
+        """End the server at once, as a crash would; what was written stays until the ``with`` block ends."""
+        if self.process is None:
+            raise RuntimeError("the object store does not run")
+        self.process.kill()
+        self.process.wait()
+        self.process = None
 
     def __enter__(self) -> Self:
         try:
@@ -161,7 +160,7 @@ class ObjectStore:
             command += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
         command += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
         # A bucket takes a few volumes; small ones, and none of the services that tests do not need.
-        command += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=0"]
+        command += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
         command += [f"-s3.config={identities}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         # Elections of a master that is alone: a restart should take a few seconds.
         command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
@@ -175,7 +174,9 @@ class ObjectStore:
             if self.process is None or self.process.poll() is not None:
                 break
             try:
-                with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                with contextlib.suppress(
+                    client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
+                ):
                     client.create_bucket(Bucket="ready")
                 client.put_object(Bucket="ready", Key="ready", Body=b"ready")
                 return
@@ -184,17 +185,6 @@ class ObjectStore:
                 time.sleep(0.1)
         log = (self.folder / "server.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"the object store did not start:\n{log}") from cause
-
-    def _end(self, number: signal.Signals) -> None:
-        if self.process is None:
-            raise RuntimeError("the object store does not run")
-        self.process.send_signal(number)
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
 
 
 def _binary() -> Path:

@@ -5,9 +5,11 @@ import http.server
 import importlib.util
 import json
 import math
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,29 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metada
 
 
 def refusal(load: Callable[[Path], Any], path: Path) -> str:
-    """The one line with which a file is refused."""
-    with pytest.raises(InputError) as caught:
+    """The one line with which a file is refused, in a few seconds."""
+    with pytest.raises(InputError) as caught, time_limit(5):
         load(path)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
     return message
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fail, instead of hanging, where something takes too long."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail(f"takes longer than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def targets(teacher: Data2Vec2) -> torch.Tensor:
@@ -299,6 +317,12 @@ def test_student_metadata_with_unusable_sizes(config: str, exported: Path) -> No
 def test_one_unusable_size(sizes: dict[str, Any], converted: Path) -> None:
     config = json.loads(read_metadata(converted)["config"])
     refusal(load_teacher, rewrite(converted, config=json.dumps(config | sizes)))
+
+
+@pytest.mark.parametrize("sizes", [{"num_heads": 7}, {"mlp_ratio": 0.001}, {"mlp_ratio": math.inf}, {"depth": 2.5}])
+def test_one_unusable_size_of_a_student(sizes: dict[str, Any], exported: Path) -> None:
+    config = json.loads(read_metadata(exported)["config"])
+    refusal(load_student, rewrite(exported, config=json.dumps(config | {"student": config["student"] | sizes})))
 
 
 @pytest.mark.parametrize("provenance", ["", "[]", "null", '"model"'])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import command_environment, run_command, small_run, train_command
+from conftest import GOLDEN, ROOT, command_environment, run_command, small_run, train_command
 
+from d2v_composer import load_student, load_teacher
 from d2v_composer.loggers.jsonl import read_jsonl
 
 # Runs the training command and kills it, without any warning, when the given batch starts.
@@ -126,7 +127,7 @@ def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr=0.002", "optimizer: is "),
+        ("optimizer.lr=0.001", "optimizer: is "),
         ("seed=18", "seed: is 18, but the checkpoint to resume from was trained with 17"),
         ("student.depth=2", "the checkpoint has 12 tensors that the student has not"),
     ],
@@ -142,7 +143,7 @@ def test_what_a_run_leaves(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert names == ["ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
-    assert record["config"]["optimizer"]["lr"] == 0.001
+    assert record["config"]["optimizer"]["lr"] == 0.002
     assert record["versions"]["mosaicml"] == "0.32.1"
     assert record["teacher"]["source"] == "tiny_base.pt"
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
@@ -150,6 +151,24 @@ def test_what_a_run_leaves(uninterrupted: Path) -> None:
     assert checkpoint["callbacks"]["RunRecord"]["record"] == record
     lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
     assert all("step" in line for line in lines)
+
+
+def test_the_exported_student_is_the_checkpoints(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.safetensors"
+    script = ROOT / "recipes" / "export_student.py"
+    result = run_command(sys.executable, script, uninterrupted / "latest-rank0.pt", out)
+    assert result.returncode == 0, result.stderr
+    exported = load_student(out)
+    trained = {name.removeprefix("student."): tensor for name, tensor in student_of(uninterrupted).items()}
+    assert_same_bits({name: tensor for name, tensor in exported.state_dict().items() if name in trained}, trained)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(exported.encode(images), load_teacher(GOLDEN / "tiny_base.pt").encode(images))
+    assert exported.provenance["config"]["run_name"] == "quickstart"
+
+    failed = run_command(sys.executable, script, GOLDEN / "tiny_base.pt", tmp_path / "none.safetensors")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"error: {GOLDEN / 'tiny_base.pt'}: not a checkpoint of recipes/train.py")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, small_data: Path) -> None:

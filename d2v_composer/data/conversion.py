@@ -111,7 +111,7 @@ class ShardRecord(NamedTuple):
 def convert_images(
     source: ImageSource,
     out: str | Path,
-    encoding: Encoding = Encoding(),
+    encoding: Encoding,
     *,
     seed: int = 0,
     workers: int = 1,

@@ -220,13 +220,12 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
         InputError: The image cannot be read to its end.
     """
     try:
-        # Pillow reports damaged metadata as warnings.
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(encoded))
             kind = _odd_kind(image)
             image.load()
-            if kind is None and (_exif_is_broken(image) or any("EXIF" in str(each.message) for each in caught)):
+            if kind is None and _exif_is_broken(image):
                 kind = "broken EXIF"
             rgb = _shrink(_to_rgb(image), resize)
             if kind is None and rgb is image:
@@ -248,11 +247,16 @@ def _odd_kind(image: Image.Image) -> str | None:
 
 
 def _exif_is_broken(image: Image.Image) -> bool:
-    try:
-        list(image.getexif().items())
-    except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError, struct.error):
-        return True
-    return False
+    # Parsed afresh: opening the image has parsed it before, and swallowed what was wrong.
+    exif = Image.Exif()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            exif.load(image.info.get("exif", b""))
+            list(exif.items())
+        except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError, struct.error):
+            return True
+    return bool(caught)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -29,15 +29,14 @@ class JSONLLogger(LoggerDestination):
         self.remote_file_name = remote_file_name
         self.file: TextIO | None = None
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0 and self.file is None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if dist.get_global_rank() != 0 or not metrics:
+            return
+        if self.file is None:  # opened with the first line: a run that cannot start leaves no file
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", buffering=1)  # a line reaches the file when it is complete
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if self.file is not None and metrics:
-            numbers = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        numbers = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         self._upload(logger)

@@ -14,9 +14,10 @@ from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact
 from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.models.student import Student, StudentConfig
 
-__all__ = ["Conversion", "convert_teacher", "load_student", "load_teacher", "save_student"]
+__all__ = ["Conversion", "convert_teacher", "export_student", "load_student", "load_teacher", "save_student"]
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
@@ -102,6 +103,43 @@ def save_student(student: Student, out: Path) -> None:
     """One file with everything :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
     config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
     write_artifact(out, "student", Artifact(config, student.provenance, student.state_dict()))
+
+
+def export_student(checkpoint: Path, out: Path) -> Student:
+    """The student of a training checkpoint as one file, with the record of its run.
+
+    No code of the checkpoint runs. The teacher is needed once more, for the frozen encoder, and must be the one that
+    the student was trained with.
+
+    Args:
+        checkpoint: A file of ``recipes/train.py``.
+        out: The file to write.
+
+    Raises:
+        InputError: It is no such checkpoint, or its teacher is not to be had or another.
+    """
+    try:
+        state = load_untrusted(checkpoint)["state"]
+        tensors, callbacks = state["model"], state["callbacks"]
+        record = callbacks["RunRecord"]["record"]
+        config, trained_with = record["config"], record["teacher"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
+    teacher = load_teacher(config["teacher"]["checkpoint"], config["teacher"]["weights"])
+    if teacher.provenance["sha256"] != trained_with["sha256"]:
+        raise InputError(
+            f"{config['teacher']['checkpoint']}: its sha256 is {teacher.provenance['sha256']}, the student was trained "
+            f"with {trained_with['sha256']}"
+        )
+    student = teacher.build_student(**config["student"] | {"init": "random"})
+    weights = {name.removeprefix("student."): tensor for name, tensor in tensors.items()}
+    expected = {name: shape for name, shape in _shapes(student).items() if not name.startswith("encoder.")}
+    check_tensors(checkpoint, expected, weights)
+    student.load_state_dict(weights, strict=False)
+    history = callbacks.get("ZeroShotRetrieval", {}).get("history", [])
+    student.provenance = {**record, "retrieval": history[-1] if history else None}
+    save_student(student, out)
+    return student.eval()
 
 
 def load_student(path: str | Path) -> Student:

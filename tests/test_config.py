@@ -1,0 +1,114 @@
+"""What a YAML may say, and what is answered to what it may not."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from d2v_composer.config import TrainConfig, load_config
+from d2v_composer.errors import InputError
+
+QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
+DISTILL_YAML = str(ROOT / "yamls" / "distill.yaml")
+
+
+def load(*overrides: str) -> TrainConfig:
+    return load_config([QUICKSTART_YAML, *overrides])
+
+
+def test_distill_is_the_papers_run() -> None:
+    config = load_config([DISTILL_YAML, "precision=fp32", "device_train_microbatch_size=null"])
+    assert config.max_duration == "30000ba"
+    assert config.global_train_batch_size == 256
+    assert (config.student.depth, config.student.mlp_ratio, config.student.alibi) == (5, 3.0, True)
+    assert (config.student.init, config.prediction, config.targets.extra_tokens) == ("random", "layer_mean", "regress")
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (5e-4, [0.9, 0.98], 1e-6, 0.01)
+    assert (config.scheduler.t_warmup, config.scheduler.alpha_f) == ("3000ba", 0.0)
+    assert config.algorithms.gradient_clipping is not None
+    assert config.algorithms.gradient_clipping.clipping_threshold == 2.0
+    assert config.train_loader.crop_scale == [0.08, 1.0]
+    assert config.train_loader.crop_ratio == pytest.approx([3 / 4, 4 / 3])
+    assert config.train_loader.flip == 0.5
+    assert (config.retrieval.interval, config.retrieval.ks) == ("5000ba", [1, 3])
+    assert set(config.retrieval.datasets) == {"cifar10", "cifar100"}
+    with pytest.raises(InputError, match=r"precision: amp_fp16 needs a GPU, .* precision=fp32 or amp_bf16"):
+        load_config([DISTILL_YAML])
+
+
+def test_overrides() -> None:
+    config = load("optimizer.lr=1e-4", "student={depth: 2}", "callbacks.memory_monitor={}", "callbacks.lr_monitor=null")
+    assert config.optimizer.lr == 1e-4
+    assert (config.student.depth, config.student.mlp_ratio) == (2, 3.0)
+    assert config.callbacks["memory_monitor"] == {}
+    assert config.callbacks["lr_monitor"] is None
+    assert load("retrieval.datasets={}").retrieval.datasets == {}
+    assert Path(config.teacher.checkpoint).is_file()  # ${here:…} is beside the YAML, from any folder
+
+
+REFUSED = {
+    "optimiser.lr=1": "optimiser: no such key; did you mean optimizer?",
+    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init,",
+    "retrieval.datasets.cifar10.rot=x": "retrieval.datasets.cifar10.rot: no such key; did you mean root?",
+    "optimizer.lr=fast": "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float",
+    "student.depth=1.5": "student.depth: Value '1.5' of type 'float' could not be converted to Integer",
+    "student.alibi=maybe": "student.alibi: Value 'maybe' is not a valid bool",
+    "student.init=copy": "student.init: Invalid value 'copy', expected one of ['random', 'teacher_attention', ",
+    "teacher.checkpoint=null": "teacher.checkpoint: must not be null",
+    "optimizer.lr=nan": "optimizer.lr: must be finite, got nan",
+    "optimizer.lr=0": "optimizer.lr: must be greater than 0, got 0.0",
+    "optimizer.betas=[0.9]": "optimizer.betas: must be two numbers from 0 to below 1, got [0.9]",
+    "global_train_batch_size=0": "global_train_batch_size: must be at least 1, got 0",
+    "seed=-1": "seed: must be at least 0, got -1",
+    "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, 0 < smallest <= largest",
+    "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 64, got 7",
+    "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
+    "max_duration=0ba": "max_duration: must be positive, got '0ba'",
+    "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
+    "scheduler.t_warmup=2000ba": "scheduler.t_warmup: must not be longer than max_duration 1000ba, got 2000ba",
+    "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",
+    "callbacks.speed_monitr={}": "callbacks.speed_monitr: no such name; did you mean speed_monitor?",
+    "callbacks.speed_monitor={window: 3}": "speed_monitor.window: no such argument; did you mean window_size?",
+    "callbacks.speed_monitor=3": "speed_monitor: must be arguments by name, {} for none or null for off, got 3",
+    "loggers.tensorbord={}": "loggers.tensorbord: no such name; did you mean tensorboard?",
+    "retrieval.references=[student]": "retrieval.references: no such reference 'student'",
+    "retrieval.ks=[0]": "retrieval.ks: must be one or more numbers from 1, got [0]",
+    "run_name=a/b": "run_name: must be a name without '/', got 'a/b'",
+    "just-a-word": "'just-a-word': an override is dotted.key=value",
+    "student.depth=[1,2": "not a YAML of keys and values",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load("max_duration=1000ba", override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        ("- a\n- b\n", "expected keys and values"),
+        ("seed: [1\n", "not a YAML of keys and values"),
+        ("seed: 1\n", "teacher.checkpoint: is required, and"),
+        ("student: {depht: 3}\n", "student.depht: no such key; did you mean depth?"),
+        ("teacher: {checkpoint: x}\ntrain_loader: {local: y}\nsave_folder: ${nothing}\n", "'nothing' not found"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config([str(path)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file() -> None:
+    with pytest.raises(InputError, match=r"missing.yaml: cannot be read \(No such file"):
+        load_config(["missing.yaml"])
+    with pytest.raises(InputError, match="no YAML given"):
+        load_config([])

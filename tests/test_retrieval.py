@@ -1,0 +1,217 @@
+"""Exact neighbours, and the callback that carries data to them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Trainer
+from composer.models import ComposerModel
+from composer.utils import dist
+from conftest import QUICKSTART, run_command
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy
+
+
+@pytest.fixture(scope="module")
+def cifar() -> LabelledSet:
+    """The shipped images: 4,480 for the bank, 2,000 queries."""
+    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+
+
+def pixels(images: Tensor) -> Tensor:
+    return images.flatten(1).float() - 127
+
+
+def sklearn_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and indices by brute force."""
+    brute = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(bank.double().numpy())
+    return brute.kneighbors(queries.double().numpy())
+
+
+def assert_same_neighbours(bank: Tensor, queries: Tensor, k: int) -> None:
+    """Index for index, except where scikit-learn's own distances tie to float32's last digits."""
+    distances, expected = sklearn_neighbours(bank, queries, k + 1)
+    ours = nearest_neighbours(bank, queries, k).numpy()
+    gaps = np.diff(distances, axis=1)
+    clear = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=1)[:, :k]) > 1e-6
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(ours[clear], expected[:, :k][clear])
+
+
+def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None:
+    assert_same_neighbours(pixels(cifar.train.images), pixels(cifar.test.images), k=3)
+
+
+def test_neighbours_of_ten_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 2_000))
+    monkeypatch.setattr("d2v_composer.retrieval.CHUNK_FLOATS", 10_000 * 300)  # seven chunks, the last one short
+    assert_same_neighbours(bank, queries, k=20)
+
+
+def test_accuracy_by_hand() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 5.0], [-1.0, 0.0]])
+    bank_labels = torch.tensor([0, 1, 2, 3])
+    queries = torch.tensor([[2.0, 0.01], [0.1, 1.0], [0.2, -0.01]])
+    # Nearest first: (0, 1, 2), (2, 1, 0) and (0, 1, ...): right at once, only among three, and never.
+    assert retrieval_accuracy(bank, bank_labels, queries, torch.tensor([0, 0, 3])) == {1: 1 / 3, 3: 2 / 3}
+
+
+def test_length_does_not_matter() -> None:
+    bank, queries = torch.randn(50, 8), torch.randn(20, 8)
+    scaled = nearest_neighbours(bank * torch.rand(50, 1).add(0.1), queries * 1000, 5)
+    assert torch.equal(scaled, nearest_neighbours(bank, queries, 5))
+
+
+@pytest.mark.parametrize(
+    ("bank", "queries", "ks", "message"),
+    [
+        ((4, 3), (2, 5), (1,), "must agree in D"),
+        ((4, 3), (2, 3), (5,), "k must be from 1 to the bank's 4 images, got 5"),
+        ((4, 3), (0, 3), (1,), "there is no query"),
+    ],
+)
+def test_what_does_not_fit(bank: tuple[int, int], queries: tuple[int, int], ks: tuple[int], message: str) -> None:
+    labels = torch.zeros(bank[0], dtype=torch.int64), torch.zeros(queries[0], dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        retrieval_accuracy(torch.randn(bank), labels[0], torch.randn(queries), labels[1], ks)
+
+
+class Classifier(ComposerModel):
+    """Somebody else's model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3 * 8 * 8, 16)
+        self.head = nn.Linear(16, 4)
+        self.embedded: list[int] = []
+        self.modes: list[bool] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.head(self.backbone(batch[0]))
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    def embed(self, images: Tensor) -> Tensor:
+        self.embedded += images[:, 0, 0, 0].tolist()
+        self.modes.append(self.training)
+        return self.backbone(images.flatten(1) / 255)
+
+
+def numbered_images(count: int, first: int) -> LabelledImages:
+    """Images whose first pixel is their number."""
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
+    images[:, 0, 0, 0] = torch.arange(first, first + count)
+    return LabelledImages(images, torch.arange(count) % 4)
+
+
+def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> None:
+    samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
+    sampler = dist.get_sampler(samples)
+    loader = DataLoader(samples, batch_size=8 // dist.get_world_size(), sampler=sampler)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=loader,
+        max_duration=max_duration,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
+        callbacks=[callback],
+        progress_bar=False,
+        device_train_microbatch_size=4,
+    )
+    trainer.fit()
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_duration", "at_start", "batches"),
+    [
+        ("4ba", "10ba", False, [4, 8, 10]),
+        ("5ba", "10ba", True, [0, 5, 10]),  # the last batch is an interval's, an epoch's and the run's end
+        ("1ep", "2ep", False, [5, 10]),
+        ("100ba", "7ba", False, [7]),
+        ("100ba", "1ep", False, [5]),
+    ],
+)
+def test_when_it_is_measured(interval: str, max_duration: str, at_start: bool, batches: list[int]) -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, interval, at_start=at_start, device_batch_size=4)
+    model = Classifier()
+    train(model, callback, max_duration)
+    assert [entry["batch"] for entry in callback.history] == batches
+    # Every image once an evaluation, in eval mode, and training goes on in train mode.
+    numbers = [*range(9), *range(100, 105)]
+    assert sorted(model.embedded) == sorted(numbers * len(batches))
+    assert not any(model.modes)
+    assert model.training
+
+
+def test_what_is_logged() -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2), references={"pixels": pixels})
+    model = Classifier()
+    train(model, callback, "10ba")
+    keys = {f"metrics/set/bank_{bank}/top{k}" for bank in ("train", "test") for k in (1, 2)}
+    assert set(callback.history[-1]["metrics"]) == keys
+    assert set(callback.reference_metrics) == {key.replace("/set/", "/set/pixels/") for key in keys}
+    bank, queries = (pixels(images.images) for images in labelled)
+    expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels, (1, 2))
+    assert callback.reference_metrics["metrics/set/pixels/bank_train/top1"] == pytest.approx(expected[1])
+    assert callback.reference_metrics["metrics/set/pixels/bank_train/top2"] == pytest.approx(expected[2])
+
+    restored = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2))
+    restored.load_state_dict(callback.state_dict())
+    assert restored.history == callback.history
+
+
+def test_a_model_that_cannot_embed_is_named() -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    model = Classifier()
+    model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="Classifier has no method embed_all or embed"):
+        train(model, ZeroShotRetrieval({"set": labelled}, "1ba"), "1ba")
+    with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
+        ZeroShotRetrieval({"set": labelled}, ks=(1, 6))
+
+
+def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
+    """Two processes share the images, 4,479 and 1,999 of them, and find what scikit-learn finds."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_retrieval import measure_odd_set\n"
+        f"measure_odd_set({str(tmp_path / 'metrics.pt')!r})\n"
+    )
+    launcher = Path(sys.executable).parent / "composer"
+    result = run_command(launcher, "-n", "2", script)
+    assert result.returncode == 0, result.stderr
+    metrics = torch.load(tmp_path / "metrics.pt")
+    train_set, test_set = odd_set(cifar)
+    for bank, bank_set, query_set in (("train", train_set, test_set), ("test", test_set, train_set)):
+        _, neighbours = sklearn_neighbours(pixels(bank_set.images), pixels(query_set.images), 3)
+        right = bank_set.labels.numpy()[neighbours] == query_set.labels.numpy()[:, None]
+        for k in (1, 3):
+            expected = right[:, :k].any(axis=1).mean()
+            assert metrics[f"metrics/odd/bank_{bank}/top{k}"] == pytest.approx(expected, abs=1e-9)
+
+
+def odd_set(full: LabelledSet) -> LabelledSet:
+    """Odd numbers of images, so that the ranks' shares differ in length."""
+    train_set, test_set = (LabelledImages(part.images[:-1], part.labels[:-1]) for part in full)
+    return LabelledSet(train_set, test_set)
+
+
+def measure_odd_set(out: str) -> None:
+    """Run by each of two ranks; rank 0 writes the accuracies down."""
+    labelled = odd_set(load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32))
+    callback = ZeroShotRetrieval({"odd": labelled}, "1ba", embed=pixels)
+    train(Classifier(), callback, "1ba")
+    if dist.get_global_rank() == 0:
+        torch.save(callback.history[-1]["metrics"], out)
