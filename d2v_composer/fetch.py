@@ -3,9 +3,11 @@
 import hashlib
 from pathlib import Path
 
+import requests
 import torch
 from filelock import FileLock
 from streaming.base.storage import CloudDownloader
+from tqdm.auto import tqdm
 
 from d2v_composer.errors import InputError
 
@@ -51,7 +53,7 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         if address.startswith(("https://", "http://")):
-            torch.hub.download_url_to_file(address, str(partial))
+            _download_from_web(address, partial, timeout)
         else:
             CloudDownloader.direct_download(address, str(partial), timeout)
     except Exception as error:
@@ -59,3 +61,15 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
         reason = str(error).strip().splitlines()
         raise InputError(f"{address}: cannot be fetched ({reason[0] if reason else type(error).__name__})") from error
     partial.replace(path)
+
+
+def _download_from_web(address: str, path: Path, timeout: float) -> None:
+    """requests notices a connection that breaks; torch.hub would keep the part that came."""
+    with requests.get(address, stream=True, timeout=timeout) as response:
+        response.raise_for_status()
+        length = response.headers.get("Content-Length")
+        bar = tqdm(desc=address, total=int(length) if length else None, unit="B", unit_scale=True, disable=None, leave=False)
+        with path.open("wb") as file, bar:
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))

@@ -6,22 +6,23 @@ written when the shard is in its place; the index, without which there is no dat
 was read back.
 """
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
@@ -343,16 +344,26 @@ def _sole_conversion(target: Target) -> Iterator[None]:
     identity = hashlib.sha256(str(target.work.absolute()).encode()).hexdigest()[:16]
     path = cache_folder() / "conversions" / f"{identity}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    # Not filelock: forked workers must inherit the lock, so that those of a conversion that was just killed hold it
+    # until they are gone.
+    with open(path, "w") as lock:
+        while not _acquire(lock):
+            if time.monotonic() > deadline:
+                raise InputError(f"{target.address}: another conversion is writing there")
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _acquire(lock: TextIO) -> bool:
     try:
-        # Workers of a conversion that was just killed hold it for a moment longer.
-        lock.acquire(timeout=LOCK_TIMEOUT)
-    except Timeout as error:
-        raise InputError(f"{target.address}: another conversion is writing there") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open(target: Target) -> None:

@@ -31,14 +31,23 @@ class Artifact(NamedTuple):
 
 
 def write_artifact(path: Path, kind: Kind, artifact: Artifact) -> None:
-    """Write a file that exists only once it is whole."""
+    """Write a file that exists only once it is whole.
+
+    Raises:
+        InputError: There cannot be such a file.
+    """
     metadata = {
         "format": f"d2v_composer.{kind}",
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(artifact.config),
         "provenance": json.dumps(artifact.provenance),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in artifact.tensors.items()}, partial, metadata)
@@ -58,9 +67,20 @@ def read_artifact(path: Path, kind: Kind) -> Artifact:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            return Artifact(json.loads(metadata["config"]), json.loads(metadata["provenance"]), tensors)
-    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+            return Artifact(_json_object(metadata, "config"), _json_object(metadata, "provenance"), tensors)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: unusable metadata ({type(error).__name__})") from error
+
+
+def _json_object(metadata: dict[str, str], name: str) -> dict[str, Any]:
+    content = json.loads(metadata[name])
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is no object")
+    return content
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], kind: Kind) -> None:

@@ -24,6 +24,7 @@ ENCODER = "encoder."
 ALIBI_SCALE = f"{IMAGE}alibi_scale"
 # What pre-training needed and a teacher does not: data2vec 2.0's decoder and the heads of its losses.
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINE_TUNED = ("head.", "fc_norm.", "model.")
 
 
@@ -47,32 +48,69 @@ def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCh
     Raises:
         InputError: The file is none, is damaged, is of another modality or kind, or lacks a tensor.
     """
-    checkpoint = load_untrusted(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+    checkpoint = plain(load_untrusted(path))
+    stored = _section(checkpoint, "model")
+    if stored is None:
         raise InputError(f"{path}: not a fairseq checkpoint: it has no dict 'model'")
-    try:
-        cfg = plain(checkpoint.get("cfg"))
-    except RecursionError:
-        raise InputError(f"{path}: 'cfg' refers to itself") from None
-    if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
+    sizes = Sizes(_section(checkpoint, "cfg"))
+    if sizes.model is None:
         raise InputError(f"{path}: not a data2vec 2.0 checkpoint: it has no dict cfg['model'] with the sizes")
-
-    stored: Any = checkpoint["model"]
     if weights == "ema":
-        stored = stored.get("_ema")
-        if not isinstance(stored, dict):
+        stored = _section(stored, "_ema")
+        if stored is None:
             raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-    _check_supported(path, cfg["model"], stored)
+    _check_supported(path, sizes, stored)
     try:
-        config = _read_config(cfg["model"], stored)
-    except (TypeError, ValueError) as error:
+        config = _read_config(sizes, stored)
+    except ValueError as error:
         raise InputError(f"{path}: unusable sizes in cfg['model']: {error}") from error
 
     left = [name for name in stored if name.startswith(LEFT)]
-    tensors = {_our_name(name): tensor.float() for name, tensor in stored.items() if name not in set(left)}
+    tensors = {_our_name(name): tensor for name, tensor in stored.items() if name not in set(left)}
     check_tensors(path, expected_shapes(config), tensors, their_name=_their_name)
-    return FairseqCheckpoint(config, tensors, left)
+    return FairseqCheckpoint(config, {name: tensor.float() for name, tensor in tensors.items()}, left)
+
+
+def _section(container: Any, name: str) -> dict[Any, Any] | None:
+    """The dict under a name, whatever class it was pickled from; ``None`` where there is none."""
+    # dict's own methods: an OrderedDict takes attributes from its pickle, and `items` may be one of them.
+    section = plain(dict.get(container, name)) if isinstance(container, dict) else None
+    return dict(dict.items(section)) if isinstance(section, dict) else None
+
+
+class Sizes:
+    """Reads sizes out of a checkpoint's ``cfg``, whatever classes it was pickled from.
+
+    Args:
+        cfg: The whole ``cfg``, to which OmegaConf's interpolations refer.
+    """
+
+    def __init__(self, cfg: dict[Any, Any] | None) -> None:
+        self.cfg = cfg
+        self.model = _section(cfg, "model")
+        self.image = _section(_section(self.model, "modalities"), "image") or {}
+
+    def model_value(self, name: str, default: Any = None) -> Any:
+        """A field of ``cfg["model"]``; the default where it is missing or null."""
+        return self._value(self.model, name, default)
+
+    def image_value(self, name: str, default: Any = None) -> Any:
+        """A field of ``cfg["model"]["modalities"]["image"]``, likewise."""
+        return self._value(self.image, name, default)
+
+    def _value(self, section: dict[Any, Any] | None, name: str, default: Any) -> Any:
+        value = plain((section or {}).get(name))
+        if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
+            value = self._interpolated(value[2:-1])
+        return default if value is None else value
+
+    def _interpolated(self, dotted: str) -> Any:
+        *sections, name = dotted.split(".")
+        section = self.cfg
+        for part in sections:
+            section = _section(section, part)
+        return plain((section or {}).get(name))
 
 
 def expected_shapes(config: Data2Vec2Config) -> dict[str, tuple[int, ...]]:
@@ -98,10 +136,14 @@ def check_tensors(
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{source}: tensor {their_name(name)} {shape} is missing")
-        if tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
-            raise InputError(f"{source}: tensor {their_name(name)} has shape {found}, the sizes ask for {shape}")
-        if not tensors[name].isfinite().all():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{source}: tensor {their_name(name)} has shape {tuple(tensor.shape)}, the sizes ask for {shape}"
+            )
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.device.type != "cpu":
+            raise InputError(f"{source}: tensor {their_name(name)} holds no plain floating-point numbers")
+        if not tensor.isfinite().all():
             raise InputError(f"{source}: tensor {their_name(name)} has values that are not finite")
     unknown = [their_name(name) for name in tensors if name not in expected]
     if unknown:
@@ -109,7 +151,7 @@ def check_tensors(
         raise InputError(f"{source}: {len(unknown)} tensor(s) that no image teacher has, first {unknown[0]} {found}")
 
 
-def _check_supported(path: Path, model_cfg: dict[str, Any], stored: Mapping[str, Tensor]) -> None:
+def _check_supported(path: Path, sizes: Sizes, stored: Mapping[str, Tensor]) -> None:
     """Refuse other modalities and kinds of model in words of their own."""
     modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
     others = sorted(modalities - {"IMAGE"})
@@ -124,72 +166,57 @@ def _check_supported(path: Path, model_cfg: dict[str, Any], stored: Mapping[str,
         )
     if not modalities:
         raise InputError(f"{path}: not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*")
-    if model_cfg.get("layer_norm_first", False):
+    if sizes.model_value("layer_norm_first", False):
         raise InputError(
             f"{path}: pre-norm models (layer_norm_first: true) are not supported, because the released image models "
             "are post-norm"
         )
-    image_cfg = _image_cfg(model_cfg)
-    if image_cfg.get("use_alibi_encoder", False):
-        if image_cfg.get("alibi_dims", 2) != 2 or image_cfg.get("alibi_distance", "manhattan") != "manhattan":
+    if sizes.image_value("use_alibi_encoder", False):
+        dims, distance = sizes.image_value("alibi_dims", 2), sizes.image_value("alibi_distance", "manhattan")
+        if (dims, distance) != (2, "manhattan"):
             raise InputError(
-                f"{path}: ALiBi with alibi_dims {image_cfg.get('alibi_dims', 2)} and alibi_distance "
-                f"{image_cfg.get('alibi_distance')} is not supported, because images use 2 and manhattan"
+                f"{path}: ALiBi with alibi_dims {dims} and alibi_distance {distance} is not supported, because images "
+                "use 2 and manhattan"
             )
-        if image_cfg.get("learned_alibi", False):
+        if sizes.image_value("learned_alibi", False):
             raise InputError(f"{path}: learned_alibi is not supported, because only the scale of ALiBi is read")
 
 
-def _image_cfg(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    modalities = model_cfg.get("modalities") or {}
-    return modalities.get("image") or {} if isinstance(modalities, dict) else {}
-
-
-def _read_config(model_cfg: dict[str, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """The sizes; what the file does not say takes data2vec's default."""
-    image_cfg = _image_cfg(model_cfg)
-    sizes: dict[str, Any] = {}
-    for ours, section, theirs in (
-        ("embed_dim", model_cfg, "embed_dim"),
-        ("num_heads", model_cfg, "num_heads"),
-        ("depth", model_cfg, "depth"),
-        ("average_top_k_layers", model_cfg, "average_top_k_layers"),
-        ("prenet_depth", image_cfg, "prenet_depth"),
-        ("num_extra_tokens", image_cfg, "num_extra_tokens"),
-        ("image_size", image_cfg, "input_size"),
-        ("patch_size", image_cfg, "patch_size"),
-        ("in_chans", image_cfg, "in_chans"),
-    ):
-        if section.get(theirs) is not None:
-            sizes[ours] = _whole(theirs, section[theirs])
-    for name in ("mlp_ratio", "norm_eps"):
-        if model_cfg.get(name) is not None:
-            sizes[name] = float(model_cfg[name])
-    if image_cfg.get("use_alibi_encoder", False):
-        default = sizes.get("num_heads", Data2Vec2Config.num_heads)
-        sizes["num_alibi_heads"] = _whole("num_alibi_heads", image_cfg.get("num_alibi_heads") or default)
-        sizes["alibi_scale_shape"] = _alibi_scale_shape(stored, sizes)
-    depth = sizes.get("depth", Data2Vec2Config.depth)
+def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
+    """The sizes; what the file does not say takes data2vec's default, which is the config's own."""
+    found: dict[str, Any] = {
+        "embed_dim": sizes.model_value("embed_dim"),
+        "num_heads": sizes.model_value("num_heads"),
+        "mlp_ratio": sizes.model_value("mlp_ratio"),
+        "norm_eps": sizes.model_value("norm_eps"),
+        "depth": sizes.model_value("depth"),
+        "prenet_depth": sizes.image_value("prenet_depth"),
+        "num_extra_tokens": sizes.image_value("num_extra_tokens"),
+        "image_size": sizes.image_value("input_size"),
+        "patch_size": sizes.image_value("patch_size"),
+        "in_chans": sizes.image_value("in_chans"),
+    }
+    found = {name: value for name, value in found.items() if value is not None}
     # As fairseq slices: where more layers are asked for than there are, all of them.
-    sizes["average_top_k_layers"] = min(sizes.get("average_top_k_layers", depth), depth)
-    return Data2Vec2Config(**sizes)
+    depth = Data2Vec2Config(**found, average_top_k_layers=1).depth
+    top_k = sizes.model_value("average_top_k_layers", depth)
+    found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
+    if sizes.image_value("use_alibi_encoder", False):
+        plain_sizes = Data2Vec2Config(**found)
+        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", plain_sizes.num_heads)
+        num_layers = plain_sizes.prenet_depth + plain_sizes.depth
+        found["alibi_scale_shape"] = _alibi_scale_shape(stored, num_layers, found["num_alibi_heads"])
+    return Data2Vec2Config(**found)
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def _alibi_scale_shape(stored: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[int, ...]:
+def _alibi_scale_shape(stored: Mapping[str, Tensor], num_layers: int, num_heads: int) -> tuple[int, ...]:
     """The stored scale's own shape, where it is one of those that data2vec 2.0 writes: per layer and head or not."""
     if ALIBI_SCALE not in stored:
         raise ValueError(f"ALiBi is on, but tensor {ALIBI_SCALE} is missing")
     shape = tuple(stored[ALIBI_SCALE].shape)
-    num_layers = sizes.get("prenet_depth", Data2Vec2Config.prenet_depth) + sizes.get("depth", Data2Vec2Config.depth)
-    layers, heads = (1, num_layers), (1, sizes["num_alibi_heads"])
-    if len(shape) != 5 or shape[0] not in layers or shape[2] not in heads or (shape[1], *shape[3:]) != (1, 1, 1):
-        expected = f"({num_layers} or 1, 1, {sizes['num_alibi_heads']} or 1, 1, 1)"
+    allowed = [(layers, 1, heads, 1, 1) for layers in (1, num_layers) for heads in (1, num_heads)]
+    if shape not in allowed:
+        expected = f"({num_layers} or 1, 1, {num_heads} or 1, 1, 1)"
         raise ValueError(f"tensor {ALIBI_SCALE} has shape {shape}, the sizes ask for {expected}")
     return shape
 

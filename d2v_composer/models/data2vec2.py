@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_composer.models.block import Block
 from d2v_composer.models.frozen import Frozen
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.image_encoder import MAX_DEPTH, ImageEncoder, ImageEncoderConfig, check_whole
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.targets import norm_mean
@@ -33,12 +33,8 @@ class Data2Vec2Config(ImageEncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
-        if not 1 <= self.average_top_k_layers <= self.depth:
-            raise ValueError(
-                f"average_top_k_layers must be from 1 to depth {self.depth}, got {self.average_top_k_layers}"
-            )
+        check_whole("depth", self.depth, 1, MAX_DEPTH)
+        check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
 
     def encoder_config(self) -> ImageEncoderConfig:
         """The sizes of the modality encoder alone."""

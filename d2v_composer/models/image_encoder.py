@@ -23,6 +23,34 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# Far beyond any vision transformer; a file that says more is damaged, or wants memory that nobody has.
+MAX_WIDTH = 1 << 16
+MAX_DEPTH = 1000
+MAX_PATCHES = 1 << 14
+
+
+def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
+    """Refuse what is no whole number of the range; files bring such sizes.
+
+    Raises:
+        ValueError: It names the size.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
+
+
+def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
+    """Refuse a ratio that leaves no hidden unit, or too many.
+
+    Raises:
+        ValueError: It says what is allowed.
+    """
+    if not isinstance(mlp_ratio, int | float) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
+        raise ValueError(
+            f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig:
     """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
@@ -49,15 +77,19 @@ class ImageEncoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "image_size", "patch_size", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("prenet_depth", "num_extra_tokens", "num_alibi_heads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1, MAX_WIDTH)
+        for name in ("num_extra_tokens", "num_alibi_heads"):
+            check_whole(name, getattr(self, name), 0, MAX_WIDTH)
+        check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
+        check_mlp_ratio(self.mlp_ratio, self.embed_dim)
+        if not isinstance(self.norm_eps, float) or not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number from 0 to below 1, got {self.norm_eps!r}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
         if self.num_alibi_heads > self.num_heads:
             raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
 

@@ -43,9 +43,8 @@ def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
     if stored_weights != weights:
         raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
     config = _read_config(path, Data2Vec2Config, artifact.config)
-    tensors = {name: tensor.float() for name, tensor in artifact.tensors.items()}
-    check_tensors(path, expected_shapes(config), tensors)
-    return _build_teacher(config, tensors, artifact.provenance)
+    check_tensors(path, expected_shapes(config), artifact.tensors)
+    return _build_teacher(config, artifact.tensors, artifact.provenance)
 
 
 def _build_teacher(config: Data2Vec2Config, tensors: dict[str, torch.Tensor], provenance: dict[str, Any]) -> Data2Vec2:
@@ -151,8 +150,11 @@ def load_student(path: str | Path) -> Student:
     artifact = read_artifact(fetch(path), "student")
     encoder_config = _read_config(path, ImageEncoderConfig, artifact.config.get("encoder", {}))
     student_config = _read_config(path, StudentConfig, artifact.config.get("student", {}))
-    with torch.device("meta"):
-        shapes = _shapes(Student(ImageEncoder(encoder_config), student_config))
+    try:
+        with torch.device("meta"):
+            shapes = _shapes(Student(ImageEncoder(encoder_config), student_config))
+    except ValueError as error:
+        raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error
     check_tensors(path, shapes, artifact.tensors)
     student = Student(ImageEncoder(encoder_config).freeze(), student_config, artifact.provenance)
     student.load_state_dict(artifact.tensors)
@@ -163,9 +165,11 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _read_config(path: str | Path, config_class: type, fields: dict[str, Any]) -> Any:
+def _read_config(path: str | Path, config_class: type, fields: Any) -> Any:
     """A config from a file's JSON, in which tuples are lists."""
     try:
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected sizes by name, got {type(fields).__name__}")
         return config_class(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         )

@@ -6,7 +6,8 @@ what it was given, and is neither imported nor called.
 """
 
 import pickle
-from collections import OrderedDict
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +18,38 @@ from d2v_composer.errors import InputError
 
 __all__ = ["Stub", "load_untrusted", "plain"]
 
+
+# How deep one value may be wrapped: an OmegaConf leaf around an enum's value is two.
+MAX_WRAPPERS = 8
+
+
+class Builder:
+    """A function that a pickle may call, but neither fill nor change: the pickle's BUILD sets attributes otherwise."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle that changes a function")
+
+
+class PlainDict(dict):
+    """torch's state dicts are OrderedDicts with attributes; these keep the items alone."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 BUILT_FOR_REAL = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): PlainDict,
     ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): Builder(_rebuild_parameter),
+    ("torch._utils", "_rebuild_tensor_v2"): Builder(_rebuild_tensor_v2),
 } | {
     ("torch", str(dtype).removeprefix("torch.")): dtype
     for dtype in vars(torch).values()
@@ -59,7 +87,7 @@ class Stub:
         self.items.append(item)
 
     def extend(self, items: Any) -> None:
-        self.items.append(items)
+        self.items.extend(items)
 
     add = append
 
@@ -94,27 +122,39 @@ def load_untrusted(path: Path) -> Any:
         InputError: It is truncated, or no PyTorch file.
     """
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # a global that torch does not know; TorchScript, a program, raises another
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # a global that torch does not know; TorchScript, a program, raises another
+                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
 
 
 def plain(value: Any) -> Any:
-    """Containers and numbers out of what was unpickled: OmegaConf's nodes, namespaces and enums lose their class."""
-    if isinstance(value, Stub):
-        if isinstance(value.state, dict):
-            for content in ("_content", "_val"):  # OmegaConf's containers and leaves
-                if content in value.state:
-                    return plain(value.state[content])
-        if value.state:
-            return plain(value.state)
-        return plain(value.args[0]) if len(value.args) == 1 else [plain(item) for item in value.args]
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+    """One level of what was unpickled without its class: a dict, a list, a number, a string.
+
+    OmegaConf's nodes give their content, namespaces and other objects their attributes, enums their value. Only one
+    level, since a stranger's file may nest without end.
+    """
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(value, Stub):
+            return value
+        if isinstance(value.state, dict) and ("_content" in value.state or "_val" in value.state):
+            value = value.state.get("_content", value.state.get("_val"))  # OmegaConf's containers and leaves
+        elif value.items or value.state:
+            return _contents(value)
+        elif len(value.args) == 1:
+            value = value.args[0]
+        else:
+            return {}
+    return None
+
+
+def _contents(stub: Stub) -> Any:
+    """The attributes of an object, or the items of a container."""
+    attributes = value if isinstance(value := stub.state, dict) else {}
+    named = {item[0]: item[1] for item in stub.items if isinstance(item, tuple) and isinstance(item[0], str)}
+    return attributes | named if attributes or named else stub.items

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.block import Block, init_linear_layers
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.image_encoder import MAX_DEPTH, MAX_WIDTH, ImageEncoder, check_mlp_ratio, check_whole
 from d2v_composer.models.transformer import Transformer
 
 __all__ = ["Init", "Student", "StudentConfig", "init_from_teacher"]
@@ -33,14 +33,9 @@ class StudentConfig:
     """0: no ALiBi."""
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"student depth must be at least 1, got {self.depth}")
-        if self.num_heads < 1:
-            raise ValueError(f"student num_heads must be at least 1, got {self.num_heads}")
-        if not 0 <= self.num_alibi_heads <= self.num_heads:
-            raise ValueError(
-                f"student num_alibi_heads must be from 0 to num_heads {self.num_heads}, got {self.num_alibi_heads}"
-            )
+        check_whole("student depth", self.depth, 1, MAX_DEPTH)
+        check_whole("student num_heads", self.num_heads, 1, MAX_WIDTH)
+        check_whole("student num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
 
 
 class Student(Transformer):
@@ -57,11 +52,10 @@ class Student(Transformer):
 
     def __init__(self, encoder: ImageEncoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
         dim, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
+        check_mlp_ratio(config.mlp_ratio, dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if dim % config.num_heads:
             raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
-        if hidden_dim < 1:
-            raise ValueError(f"student mlp_ratio must leave at least one hidden unit, got {config.mlp_ratio}")
         super().__init__(encoder, [Block(dim, config.num_heads, hidden_dim, norm_eps) for _ in range(config.depth)])
         self.config = config
         self.provenance = provenance or {}
