@@ -68,7 +68,9 @@ def _download_from_web(address: str, path: Path, timeout: float) -> None:
     with requests.get(address, stream=True, timeout=timeout) as response:
         response.raise_for_status()
         length = response.headers.get("Content-Length")
-        bar = tqdm(desc=address, total=int(length) if length else None, unit="B", unit_scale=True, disable=None, leave=False)
+        bar = tqdm(
+            desc=address, total=int(length) if length else None, unit="B", unit_scale=True, disable=None, leave=False
+        )
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)

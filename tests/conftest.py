@@ -62,16 +62,13 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     ]
 
 
-def run_command(*command: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *command: str | Path, timeout: float = 120, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command of ours and collect what it prints."""
-    return subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=command_environment(),
-    )
+    arguments = [str(part) for part in command]
+    variables = command_environment() | (environment or {})
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=variables)
 
 
 def command_environment() -> dict[str, str]:

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -97,24 +99,48 @@ def test_two_ranks_train_as_one(small_data: Path, tmp_path: Path) -> None:
     assert_same_losses(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), num_steps=20)
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def has_trained(folder: Path) -> bool:
+    log = folder / "log.jsonl"
+    return log.exists() and "loss/train/total" in log.read_text()
+
+
+def batch_of(checkpoint: Path) -> int:
+    return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
+
+
 def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     arguments = small_run(tmp_path, small_data, "save_interval=1000ba")
     process = subprocess.Popen(train_command(arguments), env=command_environment(), stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "loss/train/total" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: has_trained(tmp_path))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    batch = int(load_checkpoint(tmp_path / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"])
+    batch = batch_of(tmp_path / "latest-rank0.pt")
     assert f"SIGTERM: stopped at batch {batch}, its checkpoint is saved" in output
     assert batch == len(losses_of(tmp_path)) < 14
 
     again = run_command(*train_command(arguments))
     assert again.returncode == 0, again.stderr
     assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
+
+
+def test_sigterm_to_the_launcher_stops_all_ranks_at_one_batch(small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
+    launcher = subprocess.Popen(train_command(arguments, ranks=2), env=command_environment())
+    wait_for(lambda: has_trained(tmp_path))
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(timeout=60)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
 
 
 def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_data: Path) -> None:

@@ -1,6 +1,9 @@
 """SIGTERM, as schedulers of clusters and spot instances send it: save, then go."""
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -11,11 +14,14 @@ from composer.utils import create_interval_scheduler, dist
 
 __all__ = ["GracefulStop"]
 
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class GracefulStop(Callback):
     """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
+
+    Composer's launcher dies of SIGTERM without passing it on; its ranks get it from the kernel instead (on Linux).
 
     Pass :meth:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
     CheckpointSaver's own: counted, pruned, and where autoresume looks.
@@ -29,6 +35,7 @@ class GracefulStop(Callback):
         self.signalled = False
         self.stopping = False
         signal.signal(signal.SIGTERM, self._on_signal)
+        hear_of_the_launchers_end()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = True
@@ -60,3 +67,9 @@ class GracefulStop(Callback):
         if self.stopping:
             print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
             raise SystemExit(EXIT_STATUS)
+
+
+def hear_of_the_launchers_end() -> None:
+    """Have SIGTERM sent to this rank when its launcher ends; a process without one goes on when its shell does not."""
+    if "RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -79,9 +79,13 @@ class StreamingImages(StreamingDataset):
 
         Raises:
             InputError: It is no image that can be read.
+            RuntimeError: Its shard cannot be had.
         """
         source = f"sample {sample_id} of {self.folder}"
-        stored = super().get_item(sample_id, retry)["image"]
+        try:
+            stored = super().get_item(sample_id, retry)["image"]
+        except Exception as error:
+            raise RuntimeError(f"{source}: its shard is missing or damaged") from error
         image = stored.convert("RGB") if isinstance(stored, Image.Image) else decode_rgb(stored, source)
         pixels = self.transform(image, sample_rng(self.seed, self.epoch, int(sample_id)))
         return {"image": pixels, "sample_id": int(sample_id)}
@@ -94,7 +98,9 @@ class StreamingImages(StreamingDataset):
         """
         yield from super().__iter__()
         if self._event.is_set():
-            raise RuntimeError(f"{self.folder}: a shard could not be read, the epoch is not whole") from self.failure
+            raise RuntimeError(
+                f"{self.folder}: a shard is missing or damaged, the epoch is not whole"
+            ) from self.failure
 
     def on_exception(self, future: Future) -> None:
         self.failure = future.exception()

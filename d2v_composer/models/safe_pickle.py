@@ -60,8 +60,6 @@ BUILT_FOR_REAL = {
 class Stub:
     """Stands in for an object of a class that is not loaded. Every way in which a pickle fills an object ends here."""
 
-    global_name = ""
-
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
         stub = super().__new__(cls)
         stub.args = args
@@ -96,9 +94,7 @@ class Unpickler(pickle.Unpickler):
     """Builds what :data:`BUILT_FOR_REAL` lists; everything else that a pickle names becomes a :class:`Stub`."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) in BUILT_FOR_REAL:
-            return BUILT_FOR_REAL[module, name]
-        return type("Stub", (Stub,), {"global_name": f"{module}.{name}"})
+        return BUILT_FOR_REAL.get((module, name), Stub)
 
 
 def load(file: BinaryIO, **kwargs: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Data, teacher and checkpoints in an object store: a real S3 server on loopback."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import GOLDEN, run_command, small_run, train_command
+from object_store import ObjectStore
+
+from d2v_composer.loggers.jsonl import read_jsonl
+
+BUCKET = "cloud"
+
+
+@pytest.fixture(scope="module")
+def object_store(small_data: Path) -> Iterator[ObjectStore]:
+    """Holds the small data set and a teacher."""
+    with ObjectStore() as store:
+        store.create_bucket(BUCKET)
+        client = store.client()
+        for file in small_data.iterdir():
+            client.upload_file(str(file), BUCKET, f"images/{file.name}")
+        client.upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
+        yield store
+
+
+def test_a_run_from_and_to_the_store(object_store: ObjectStore, small_data: Path, tmp_path: Path) -> None:
+    local = run_command(*train_command(small_run(tmp_path / "local", small_data)))
+    assert local.returncode == 0, local.stderr
+
+    arguments = small_run(
+        Path("unused"),
+        tmp_path / "cache",
+        f"save_folder=s3://{BUCKET}/runs/cloud",
+        f"teacher.checkpoint=s3://{BUCKET}/teachers/tiny_base.pt",
+        f"train_loader.remote=s3://{BUCKET}/images",
+        "train_loader.num_workers=1",
+    )
+    command = train_command(arguments, ranks=2)
+    environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    remote = run_command(*command, cwd=tmp_path, environment=environment)
+    assert remote.returncode == 0, remote.stderr
+    ours, expected = (
+        read_jsonl(folder / "log.jsonl")["loss/train/total"]
+        for folder in (tmp_path / "runs" / "cloud", tmp_path / "local")
+    )
+    assert ours.keys() == expected.keys()
+    assert all(abs(ours[step] - expected[step]) < 1e-4 for step in expected)
+
+    stored = object_store.objects(BUCKET, "runs/cloud/")
+    assert {"ep2-ba14-rank0.pt", "latest-rank0.pt.symlink", "log.jsonl", "run.yaml"} <= stored.keys()
+    assert stored["log.jsonl"] == (tmp_path / "runs" / "cloud" / "log.jsonl").read_bytes()
+    assert yaml.safe_load(stored["run.yaml"])["config"]["train_loader"]["remote"] == f"s3://{BUCKET}/images"
+
+    # On another machine the same command finds the run in the store, and that it is finished.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    again = run_command(*command, cwd=elsewhere, environment=environment)
+    assert again.returncode == 0, again.stderr
+    assert not (elsewhere / "runs" / "cloud" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train_loader.remote=s3://nobody/images", "s3://nobody/images/index.json: cannot be fetched"),
+        (f"train_loader.remote=s3://{BUCKET}/nothing", f"s3://{BUCKET}/nothing/index.json: cannot be fetched"),
+        (f"teacher.checkpoint=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt: cannot be fetched"),
+    ],
+)
+def test_what_the_store_does_not_hold(object_store: ObjectStore, tmp_path: Path, override: str, message: str) -> None:
+    arguments = small_run(tmp_path / "run", tmp_path / "cache", override)
+    environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    result = run_command(*train_command(arguments), environment=environment)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
