@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from composer.algorithms import GradientClipping
@@ -17,6 +18,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
+from d2v_composer.callbacks.zero_shot_retrieval import Embed
 from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, SchedulerConfig, TrainConfig
 from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.data.mds import fetch_index, read_index
@@ -41,6 +43,8 @@ __all__ = [
     "build_train_loader",
     "local_save_folder",
 ]
+
+BuiltT = TypeVar("BuiltT")
 
 # What a resume takes from the checkpoint or would silently mix with it.
 FIXED_BY_A_CHECKPOINT = (
@@ -101,8 +105,6 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         InputError: The data cannot be used, or is smaller than a batch.
     """
     loader, global_batch_size, world_size = config.train_loader, config.global_train_batch_size, dist.get_world_size()
-    if global_batch_size % world_size:
-        raise InputError(f"global_train_batch_size: must divide by the {world_size} ranks, got {global_batch_size}")
     local = Path(loader.local)
     with dist.run_local_rank_zero_first():
         if loader.remote is not None:
@@ -164,12 +166,29 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """Composer's own, of the section ``callbacks``."""
-    return [CALLBACKS[name](**arguments) for name, arguments in config.callbacks.items() if arguments is not None]
+    """Composer's own, of the section ``callbacks``.
+
+    Raises:
+        InputError: One does not take an argument's value.
+    """
+    chosen = {name: arguments for name, arguments in config.callbacks.items() if arguments is not None}
+    return [build_chosen("callbacks", name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
+
+
+def build_chosen(section: str, name: str, chosen: Callable[..., BuiltT], arguments: dict[str, Any]) -> BuiltT:
+    """One callback or logger; which arguments it takes has been checked, their values only it can."""
+    try:
+        return chosen(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{section}.{name}: {str(error).splitlines()[0]}") from error
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
-    """The section ``loggers``; the JSON lines go to the run's folder where nothing else is said."""
+    """The section ``loggers``; JSON lines without a filename go to the run's folder, where there is one.
+
+    Raises:
+        InputError: One does not take an argument's value.
+    """
     loggers: list[LoggerDestination] = []
     for name, arguments in config.loggers.items():
         if arguments is None:
@@ -177,10 +196,10 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         if name == "jsonl" and "filename" not in arguments:
             folder = local_save_folder(config)
             if folder is None:
-                raise InputError("loggers.jsonl: needs a filename where save_folder is null")
-            remote = None if remote_save_folder(config) is None else f"{remote_save_folder(config)}/log.jsonl"
-            arguments = {"filename": str(folder / "log.jsonl"), "remote_file_name": remote}
-        loggers.append(LOGGERS[name](**arguments))
+                continue
+            remote = f"{config.save_folder}/log.jsonl" if remote_save_folder(config) is not None else None
+            arguments = {"filename": str(folder / "log.jsonl"), "remote": remote}
+        loggers.append(build_chosen("loggers", name, LOGGERS[name], arguments))
     if config.save_folder is not None and remote_save_folder(config) is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(config.save_folder, loggers)
         loggers += [] if uploader is None else [uploader]
@@ -210,7 +229,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             retrieval.interval,
             retrieval.ks,
             headline=f"{retrieval.representation}_{retrieval.pooling}",
-            references={name: model.in_precision(build_reference(name, teacher)) for name in retrieval.references},
+            references=build_references(retrieval.references, model),
             at_start=retrieval.at_start,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
@@ -219,18 +238,19 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         raise InputError(f"retrieval: {error}") from error
 
 
-def build_reference(name: str, teacher: Data2Vec2) -> Callable[[Tensor], Tensor | dict[str, Tensor]]:
-    """What a student is compared with: raw pixels, the frozen encoder alone, or the teacher."""
-    encoder = teacher.encoder
-    if name == "pixels":
+def build_references(names: list[str], model: DistillationModel) -> dict[str, Embed]:
+    """What the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
+    encoder = model.teacher.encoder
+
+    def pixels(images: Tensor) -> Tensor:
         # Shrunk to CIFAR's size: the pixels of 224 px would be 150,528 channels an image.
-        side = min(32, teacher.config.image_size)
-        return lambda images: interpolate(encoder.prepare(images), side, mode="area").flatten(1)
-    if name == "encoder":
-        return lambda images: poolings(encoder(images), "output", teacher.num_extra_tokens)
-    if name == "teacher":
-        return teacher.embed_all
-    raise ValueError(f"no such reference {name!r}")
+        return interpolate(encoder.prepare(images), min(32, encoder.config.image_size), mode="area").flatten(1)
+
+    def encoded(images: Tensor) -> dict[str, Tensor]:
+        return poolings(encoder(images), "output", encoder.config.num_extra_tokens)
+
+    known: dict[str, Embed] = {"pixels": pixels, "encoder": model.in_precision(encoded), **model.retrieval_references()}
+    return {name: known[name] for name in names}
 
 
 def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:

@@ -17,8 +17,10 @@ import yaml
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer.core import Time, TimeUnit
+from composer.utils import dist
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from streaming.base.util import bytes_to_int
 
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
@@ -262,6 +264,7 @@ def problems(config: TrainConfig) -> Iterator[str]:
     yield from _retrieval(config.retrieval)
     for section, known in (("callbacks", CALLBACKS), ("loggers", LOGGERS)):
         yield from _arguments(section, known, getattr(config, section))
+    yield from _data(config)
     if config.load_path is not None and "://" not in config.load_path and not Path(config.load_path).is_file():
         yield f"load_path: {config.load_path}: no such file"
     if not config.run_name or "/" in config.run_name:
@@ -322,22 +325,33 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         yield f"device_train_microbatch_size: must be at least 1, 'auto' or null, got {microbatch!r}"
 
 
+def _data(config: TrainConfig) -> Iterator[str]:
+    loader, world_size = config.train_loader, dist.get_world_size()
+    if config.global_train_batch_size % world_size:
+        yield f"global_train_batch_size: must divide by the {world_size} ranks, got {config.global_train_batch_size}"
+    if loader.remote is None and not Path(loader.local).is_dir():
+        yield f"train_loader.local: {loader.local}: no such folder"
+    try:
+        bytes_to_int(loader.cache_limit or 0)
+    except ValueError:
+        yield f"train_loader.cache_limit: must be bytes or a size such as '100gb', got {loader.cache_limit!r}"
+
+
 def _durations(config: TrainConfig) -> Iterator[str]:
-    units = {
-        "max_duration": ("ba", "ep"),
-        "scheduler.t_warmup": ("ba", "ep", "dur"),
-        "retrieval.interval": ("ba", "ep", "dur"),
+    durations = {
+        "max_duration": (config.max_duration, ("ba", "ep")),
+        "scheduler.t_warmup": (config.scheduler.t_warmup, ("ba", "ep", "dur")),
+        "retrieval.interval": (config.retrieval.interval, ("ba", "ep", "dur")),
         # Saved at an epoch's end, a resume would replay that epoch's order and shift every later one.
-        "save_interval": ("ba",),
-        "console_log_interval": ("ba", "ep"),
+        "save_interval": (config.save_interval, ("ba",)),
+        "console_log_interval": (config.console_log_interval, ("ba", "ep")),
     }
     times: dict[str, Time] = {}
-    for key, allowed in units.items():
-        text = OmegaConf.select(OmegaConf.structured(config), key)
+    for key, (text, allowed) in durations.items():
         example = " or ".join(f"'{'0.1' if unit == 'dur' else 5}{unit}'" for unit in allowed)
         try:
             times[key] = Time.from_timestring(text)
-        except ValueError:
+        except (TypeError, ValueError):
             yield f"{key}: must be a duration such as {example}, got {text!r}"
             continue
         if times[key].unit.value not in allowed:
@@ -381,9 +395,8 @@ def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any
             for argument in arguments:
                 if argument not in allowed:
                     yield f"{section}.{name}.{argument}: no such argument{suggestion(argument, allowed)}"
-            package = {"jsonl": "json"}.get(name, name)
-            if section == "loggers" and find_spec(package) is None:
-                yield f"loggers.{name}: needs the package {package}: pip install {package}"
+            if section == "loggers" and name != "jsonl" and find_spec(name) is None:
+                yield f"loggers.{name}: needs the package {name}: pip install {name}"
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,8 @@
 Shapes: N bank images, Q queries, D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,10 +38,21 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     bank_ND = normalize(bank.float(), dim=1)
     queries_QD = normalize(queries.float(), dim=1)
     chunk = max(1, CHUNK_FLOATS // len(bank))
-    # Autocast would round the similarities, and with them the order.
-    with torch.autocast(bank.device.type, enabled=False):
+    with full_float32(bank.device.type):
         neighbours = [(part @ bank_ND.T).topk(k, dim=1).indices for part in queries_QD.split(chunk)]
     return torch.cat(neighbours) if neighbours else torch.empty(0, k, dtype=torch.int64, device=bank.device)
+
+
+@contextmanager
+def full_float32(device: str) -> Iterator[None]:
+    """Neither autocast nor TF32, which Composer turns on: they round the similarities, and with them the order."""
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
 def retrieval_hits(

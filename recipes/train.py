@@ -23,11 +23,14 @@ from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval
 from d2v_composer.config import load_config
 from d2v_composer.tables import retrieval_table
 
+# How long ranks wait for the first of their machine to fetch the teacher and CIFAR.
+DOWNLOADS_SECONDS = 3600
+
 
 def main(argv: Sequence[str]) -> Trainer:
     """Train as the YAML says; a run that was interrupted goes on where its last checkpoint is."""
     config = load_config(argv)
-    dist.initialize_dist(get_device(None))
+    dist.initialize_dist(get_device(None), timeout=DOWNLOADS_SECONDS)
     reproducibility.seed_all(config.seed)
 
     model = build_model(config)

@@ -117,6 +117,7 @@ def test_teacher_that_runs_code(answer: Callable[..., str], tmp_path: Path) -> N
         ("global_train_batch_size=97", "has 96 samples, fewer than one batch of global_train_batch_size 97"),
         ("student.num_heads=5", "student: student num_heads must divide the width 48, got 5"),
         ("targets.average_top_k_layers=4", "average_top_k_layers: must be at most the teacher's depth 3, got 4"),
+        ("callbacks.speed_monitor.window_size=abc", "callbacks.speed_monitor: "),
         ("load_path=nowhere.pt", "load_path: nowhere.pt: no such file"),
         ("retrieval.datasets={x: {format: mds, root: nowhere}}", "nowhere/train: no index.json: no such folder"),
     ],

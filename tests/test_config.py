@@ -9,6 +9,7 @@ from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.errors import InputError
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
+REMOTE = "train_loader.remote=s3://bucket/imagenet/train"
 DISTILL_YAML = str(ROOT / "yamls" / "distill.yaml")
 
 
@@ -17,7 +18,7 @@ def load(*overrides: str) -> TrainConfig:
 
 
 def test_distill_is_the_papers_run() -> None:
-    config = load_config([DISTILL_YAML, "precision=fp32", "device_train_microbatch_size=null"])
+    config = load_config([DISTILL_YAML, "precision=fp32", "device_train_microbatch_size=null", REMOTE])
     assert config.max_duration == "30000ba"
     assert config.global_train_batch_size == 256
     assert (config.student.depth, config.student.mlp_ratio, config.student.alibi) == (5, 3.0, True)
@@ -33,7 +34,7 @@ def test_distill_is_the_papers_run() -> None:
     assert (config.retrieval.interval, config.retrieval.ks) == ("5000ba", [1, 3])
     assert set(config.retrieval.datasets) == {"cifar10", "cifar100"}
     with pytest.raises(InputError, match=r"precision: amp_fp16 needs a GPU, .* precision=fp32 or amp_bf16"):
-        load_config([DISTILL_YAML])
+        load_config([DISTILL_YAML, REMOTE])
 
 
 def test_overrides() -> None:
@@ -63,6 +64,9 @@ REFUSED = {
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, 0 < smallest <= largest",
     "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 64, got 7",
     "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
+    "max_duration=0.5ep": "max_duration: must be a duration such as '5ba' or '5ep', got '0.5ep'",
+    "train_loader.cache_limit=abc": "train_loader.cache_limit: must be bytes or a size such as '100gb', got 'abc'",
+    "train_loader.local=nowhere": "train_loader.local: nowhere: no such folder",
     "max_duration=0ba": "max_duration: must be positive, got '0ba'",
     "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
     "scheduler.t_warmup=2000ba": "scheduler.t_warmup: must not be longer than max_duration 1000ba, got 2000ba",

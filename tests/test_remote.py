@@ -1,13 +1,16 @@
 """Data, teacher and checkpoints in an object store: a real S3 server on loopback."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import GOLDEN, run_command, small_run, train_command
+from conftest import GOLDEN, encoded_image, run_command, small_run, train_command, write_mds
 from object_store import ObjectStore
 
+from d2v_composer.data.mds import fetch_index
+from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
 
 BUCKET = "cloud"
@@ -58,7 +61,30 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, small_data: Path
     elsewhere.mkdir()
     again = run_command(*command, cwd=elsewhere, environment=environment)
     assert again.returncode == 0, again.stderr
-    assert not (elsewhere / "runs" / "cloud" / "log.jsonl").exists()
+    assert (elsewhere / "runs" / "cloud" / "log.jsonl").read_bytes() == stored["log.jsonl"]
+
+
+def test_a_cache_of_another_data_set_or_a_cut_shard(
+    object_store: ObjectStore, small_data: Path, tmp_path: Path
+) -> None:
+    remote, cache = f"s3://{BUCKET}/images", tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment.items():
+            patch.setenv(name, value)
+        shutil.copytree(small_data, cache)
+        shard = sorted(cache.glob("shard.*"))[1]
+        shard.write_bytes(shard.read_bytes()[:-5])
+        fetch_index(remote, cache)
+        assert not shard.exists()  # Streaming would have used it
+        assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
+
+        (cache / "index.json").write_text("{cut")
+        fetch_index(remote, cache)
+        assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
+
+        write_mds(tmp_path / "other", [encoded_image(5)])
+        with pytest.raises(InputError, match="holds shards of another data set than"):
+            fetch_index(remote, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +96,7 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, small_data: Path
     ],
 )
 def test_what_the_store_does_not_hold(object_store: ObjectStore, tmp_path: Path, override: str, message: str) -> None:
-    arguments = small_run(tmp_path / "run", tmp_path / "cache", override)
+    arguments = small_run(tmp_path / "run", tmp_path / "cache", f"train_loader.remote=s3://{BUCKET}/images", override)
     environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
     result = run_command(*train_command(arguments), environment=environment)
     assert result.returncode == 2

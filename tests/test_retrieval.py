@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy
+from d2v_composer.tables import retrieval_table
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,40 @@ def test_what_is_logged() -> None:
     restored = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2))
     restored.load_state_dict(callback.state_dict())
     assert restored.history == callback.history
+
+
+def two_embeddings(images: Tensor) -> dict[str, Tensor]:
+    return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
+
+
+def test_a_resume_with_another_headline_or_k() -> None:
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    first = ZeroShotRetrieval(
+        {"set": labelled}, "10ba", embed=two_embeddings, headline="whole", references={"teacher": two_embeddings}
+    )
+    train(Classifier(), first, "10ba")
+    state = first.state_dict()
+    key = "metrics/set/bank_train/top1"
+    metrics = state["history"][-1]["metrics"]
+    assert metrics[key] == metrics[f"{key}/whole"] != metrics[f"{key}/corner"]
+
+    other = ZeroShotRetrieval({"set": labelled}, "10ba", headline="corner", references={"teacher": two_embeddings})
+    other.load_state_dict(state)
+    assert other.history[-1]["metrics"][key] == metrics[f"{key}/corner"]
+    assert f"{metrics[f'{key}/corner']:.1%}".rstrip("%") in retrieval_table(other)
+
+    more = ZeroShotRetrieval(
+        {"set": labelled},
+        "10ba",
+        ks=(1, 5),
+        embed=two_embeddings,
+        headline="whole",
+        references={"teacher": two_embeddings},
+    )
+    more.load_state_dict(state)
+    assert "student after" not in retrieval_table(more)  # its top-5 was not measured
+    train(Classifier(), more, "10ba")
+    assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
 
 
 def test_a_model_that_cannot_embed_is_named() -> None:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from types import FrameType
 
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
-from composer.loggers import Logger
+from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import create_interval_scheduler, dist
+
+from d2v_composer.loggers import JSONLLogger
 
 __all__ = ["GracefulStop"]
 
@@ -23,7 +26,7 @@ class GracefulStop(Callback):
 
     Composer's launcher dies of SIGTERM without passing it on; its ranks get it from the kernel instead (on Linux).
 
-    Pass :meth:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
+    Pass :attr:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
     CheckpointSaver's own: counted, pruned, and where autoresume looks.
 
     Args:
@@ -34,7 +37,7 @@ class GracefulStop(Callback):
         self.is_due = create_interval_scheduler(save_interval)
         self.signalled = False
         self.stopping = False
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self.previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
         hear_of_the_launchers_end()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -42,10 +45,12 @@ class GracefulStop(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         # All ranks must stop at the same batch, and the signal reaches them at different ones.
+        if dist.get_world_size() == 1:
+            self.stopping = self.signalled
+            return
         signalled = state.device.tensor_to_device(torch.tensor([self.signalled], dtype=torch.uint8))
-        if dist.get_world_size() > 1:
-            dist.all_reduce(signalled, reduce_operation="MAX")
-        self.stopping = self.signalled if dist.get_world_size() == 1 else bool(signalled.item())
+        dist.all_reduce(signalled, reduce_operation="MAX")
+        self.stopping = bool(signalled.item())
 
     @property
     def save_interval(self) -> Callable[[State, Event], bool]:
@@ -57,16 +62,25 @@ class GracefulStop(Callback):
         return is_due
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._exit_if_stopping(state)
+        self._exit_if_stopping(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        self._exit_if_stopping(state)
+        self._exit_if_stopping(state, logger)
 
-    def _exit_if_stopping(self, state: State) -> None:
-        """Leave once the checkpoint, the last thing of its batch, is written."""
-        if self.stopping:
+    def close(self, state: State, logger: Logger) -> None:
+        signal.signal(signal.SIGTERM, self.previous_handler)
+
+    def _exit_if_stopping(self, state: State, logger: Logger) -> None:
+        """Leave once the checkpoint, the last thing of its batch, is written, and where it is to be uploaded, is."""
+        if not self.stopping:
+            return
+        for callback in state.callbacks:
+            if isinstance(callback, CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
+                callback.fit_end(state, logger)
+        dist.barrier()  # the launcher gives the other ranks little time, once one is gone
+        if dist.get_global_rank() == 0:
             print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
-            raise SystemExit(EXIT_STATUS)
+        raise SystemExit(EXIT_STATUS)
 
 
 def hear_of_the_launchers_end() -> None:

@@ -60,7 +60,7 @@ class RunRecord(Callback):
             if before != now:
                 raise InputError(
                     f"{key.removeprefix('config.')}: is {now}, but the checkpoint to resume from was trained with "
-                    f"{before}, and would go on with it: set it back, or give a new run_name and save_folder"
+                    f"{before}, and would go on with it: set it back, or start anew in another save_folder"
                 )
 
 

@@ -100,7 +100,8 @@ class ZeroShotRetrieval(Callback):
         model = unwrapped(state)
         if self.references is None:
             self.references = getattr(model, "retrieval_references", dict)()
-        if not self.reference_metrics:
+        if not self.expected_reference_keys() <= self.reference_metrics.keys():  # none yet, or a resume wants others
+            self.reference_metrics = {}
             for reference, embed in self.references.items():
                 self.reference_metrics |= self.measure(embed, state, logger, reference)
         logger.log_metrics(self.reference_metrics)
@@ -119,8 +120,24 @@ class ZeroShotRetrieval(Callback):
         return {"history": self.history, "reference_metrics": self.reference_metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = state["history"]
-        self.reference_metrics = state["reference_metrics"]
+        """Take over what was measured; the short keys are those of the present headline."""
+        self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
+        self.reference_metrics = self.with_headline(state["reference_metrics"])
+
+    def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
+        suffix = f"/{self.headline}"
+        headline = {key.removesuffix(suffix): value for key, value in metrics.items() if key.endswith(suffix)}
+        return metrics | headline
+
+    def expected_reference_keys(self) -> set[str]:
+        """The short keys of every reference."""
+        return {
+            metric_key(dataset, bank, k, reference=reference)
+            for dataset in self.datasets
+            for bank in BANKS
+            for k in self.ks
+            for reference in self.references or {}
+        }
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure the model and log it, unless this batch has been."""

@@ -1,6 +1,7 @@
 """The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,41 @@ __all__ = ["fetch_index", "read_index"]
 
 INDEX = "index.json"
 
+log = logging.getLogger(__name__)
+
 
 def fetch_index(remote: str, local: Path) -> None:
-    """Bring the index of a remote data set to ``local``, where it is not there yet; it appears only whole.
+    """Bring the index of a remote data set to ``local``, and let go of cached shards that are not whole.
 
     Raises:
-        InputError: There is none, or the store cannot be reached.
+        InputError: There is none, the store cannot be reached, or ``local`` is another data set's cache.
     """
-    index = local / INDEX
-    if index.exists():
-        return
     local.mkdir(parents=True, exist_ok=True)
-    download(f"{remote.rstrip('/')}/{INDEX}", index, timeout=60)
+    index, fetched = local / INDEX, local / f".{INDEX}.fetched"
+    download(f"{remote.rstrip('/')}/{INDEX}", fetched, timeout=60)
+    if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
+        fetched.unlink()
+        raise InputError(f"{local}: holds shards of another data set than {remote}: give another train_loader.local")
+    fetched.replace(index)
+    for shard in read_index(local, columns=(), shards_may_be_missing=True):
+        for file in _files(shard):
+            path = local / file["basename"]
+            if path.is_file() and path.stat().st_size != file["bytes"]:
+                log.warning("%s: has %d bytes, not %d: fetched again", path, path.stat().st_size, file["bytes"])
+                path.unlink()
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+def _files(shard: dict[str, Any]) -> list[dict[str, Any]]:
+    """A shard's file as it is, and compressed, where there is one."""
+    return [shard[kind] for kind in ("raw_data", "zip_data") if shard[kind] is not None]
 
 
 def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing: bool = False) -> list[dict[str, Any]]:
@@ -59,7 +83,7 @@ def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], 
         raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {', '.join(shard['column_names'])}")
     if may_be_missing:
         return
-    candidates = [shard[kind] for kind in ("raw_data", "zip_data") if shard[kind] is not None]
+    candidates = _files(shard)
     if not any((folder / file["basename"]).is_file() for file in candidates):
         raise InputError(f"{folder / candidates[0]['basename']}: the shard is missing")
     for file in candidates:

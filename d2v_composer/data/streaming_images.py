@@ -103,5 +103,5 @@ class StreamingImages(StreamingDataset):
             ) from self.failure
 
     def on_exception(self, future: Future) -> None:
-        self.failure = future.exception()
+        self.failure = self.failure or future.exception()
         super().on_exception(future)

@@ -1,5 +1,6 @@
 """Metrics as JSON lines: what plots and scripts read."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,10 @@ from typing import Any, TextIO
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import dist
+from composer.utils import dist, parse_uri
+
+from d2v_composer.errors import InputError
+from d2v_composer.fetch import download
 
 __all__ = ["JSONLLogger", "read_jsonl"]
 
@@ -20,14 +24,20 @@ class JSONLLogger(LoggerDestination):
 
     Args:
         filename: Where; folders are made.
-        remote_file_name: Its name in the checkpoints' object store, uploaded at each epoch's end and at the run's, or
-            ``None``.
+        remote: Its address in the checkpoints' object store, or ``None``. Uploaded at each epoch's end and at the
+            run's; fetched from there where a restart on another machine has no file to append to.
     """
 
-    def __init__(self, filename: str, remote_file_name: str | None = None) -> None:
+    def __init__(self, filename: str, remote: str | None = None) -> None:
         self.path = Path(filename)
-        self.remote_file_name = remote_file_name
+        self.remote = remote
         self.file: TextIO | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        if self.remote is not None and dist.get_global_rank() == 0 and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(InputError):  # the first start: there is none
+                download(self.remote, self.path, timeout=60)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() != 0 or not metrics:
@@ -50,8 +60,8 @@ class JSONLLogger(LoggerDestination):
             self.file = None
 
     def _upload(self, logger: Logger) -> None:
-        if self.file is not None and self.remote_file_name is not None:
-            logger.upload_file(self.remote_file_name, self.path, overwrite=True)
+        if self.file is not None and self.remote is not None:
+            logger.upload_file(parse_uri(self.remote)[2], self.path, overwrite=True)
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:

@@ -104,7 +104,7 @@ def save_student(student: Student, out: Path) -> None:
     write_artifact(out, "student", Artifact(config, student.provenance, student.state_dict()))
 
 
-def export_student(checkpoint: Path, out: Path) -> Student:
+def export_student(checkpoint: Path, out: Path, teacher_path: str | None = None) -> Student:
     """The student of a training checkpoint as one file, with the record of its run.
 
     No code of the checkpoint runs. The teacher is needed once more, for the frozen encoder, and must be the one that
@@ -113,6 +113,7 @@ def export_student(checkpoint: Path, out: Path) -> Student:
     Args:
         checkpoint: A file of ``recipes/train.py``.
         out: The file to write.
+        teacher_path: Where the teacher is now; default where it was when the student trained.
 
     Raises:
         InputError: It is no such checkpoint, or its teacher is not to be had or another.
@@ -124,10 +125,11 @@ def export_student(checkpoint: Path, out: Path) -> Student:
         config, trained_with = record["config"], record["teacher"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
-    teacher = load_teacher(config["teacher"]["checkpoint"], config["teacher"]["weights"])
+    teacher_file: str = teacher_path or config["teacher"]["checkpoint"]
+    teacher = load_teacher(teacher_file, config["teacher"]["weights"])
     if teacher.provenance["sha256"] != trained_with["sha256"]:
         raise InputError(
-            f"{config['teacher']['checkpoint']}: its sha256 is {teacher.provenance['sha256']}, the student was trained "
+            f"{teacher_file}: its sha256 is {teacher.provenance['sha256']}, the student was trained "
             f"with {trained_with['sha256']}"
         )
     student = teacher.build_student(**config["student"] | {"init": "random"})
