@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from composer.algorithms import GradientClipping
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri, parse_uri
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
-from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, SchedulerConfig, TrainConfig
+from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, TrainConfig
 from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.data.mds import fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
@@ -153,9 +153,21 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
-def build_scheduler(config: SchedulerConfig) -> CosineAnnealingWithWarmupScheduler:
-    """Linear warm-up, then cosine to ``alpha_f`` of the learning rate at the run's end."""
-    return CosineAnnealingWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
+def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnnealingWithWarmupScheduler:
+    """Linear warm-up, then cosine to ``alpha_f`` of the learning rate at the run's end.
+
+    Raises:
+        InputError: The warm-up is longer than the run, which only the data's size shows where one is in epochs.
+    """
+    scheduler = config.scheduler
+    warmup, duration = Time.from_timestring(scheduler.t_warmup), Time.from_timestring(config.max_duration)
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
+    if warmup.unit in batches and warmup.value * batches[warmup.unit] > duration.value * batches[duration.unit]:
+        raise InputError(
+            f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {scheduler.t_warmup} "
+            f"with {batches_per_epoch} batches an epoch"
+        )
+    return CosineAnnealingWithWarmupScheduler(t_warmup=scheduler.t_warmup, alpha_f=scheduler.alpha_f)
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:

@@ -43,6 +43,8 @@ LOGGERS = {
     "wandb": composer_loggers.WandBLogger,
 }
 
+MAX_SEED = (1 << 31) - 1  # ranks and epochs add to it, and numpy's seeds end at 2^32
+
 
 @dataclass
 class TeacherConfig:
@@ -289,11 +291,15 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "train_loader.timeout": (loader.timeout, 1),
         "train_loader.num_canonical_nodes": (loader.num_canonical_nodes, 1),
         "optimizer.weight_decay": (optimizer.weight_decay, 0),
-        "save_num_checkpoints_to_keep": (config.save_num_checkpoints_to_keep, 1),
     }
     for key, (value, minimum) in at_least.items():
         if value is not None and value < minimum:
             yield f"{key}: must be at least {minimum}, got {value}"
+    if config.seed > MAX_SEED:
+        yield f"seed: must be at most {MAX_SEED}, got {config.seed}"
+    if config.save_num_checkpoints_to_keep < -1 or config.save_num_checkpoints_to_keep == 0:
+        kept = config.save_num_checkpoints_to_keep
+        yield f"save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got {kept}"
     positive = {
         "student.mlp_ratio": student.mlp_ratio,
         "optimizer.lr": optimizer.lr,

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> Trainer:
         train_dataloader=train_loader,
         max_duration=config.max_duration,
         optimizers=build_optimizer(config.optimizer, model),
-        schedulers=build_scheduler(config.scheduler),
+        schedulers=build_scheduler(config, len(train_loader)),
         algorithms=build_algorithms(config),
         callbacks=own_callbacks + build_callbacks(config),
         loggers=build_loggers(config),
@@ -68,9 +68,10 @@ def main(argv: Sequence[str]) -> Trainer:
         load_path=config.load_path,
     )
     try:
-        # A finished run that is started again has nothing to do, which Composer takes for a mistake.
         if trainer.state.timestamp < config.max_duration:
             trainer.fit()
+        elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
+            print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
     finally:
         trainer.close()
     report(retrieval)

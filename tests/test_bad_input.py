@@ -105,6 +105,12 @@ def test_teacher_that_runs_code(answer: Callable[..., str], tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_warm_up_longer_than_the_run_in_other_units(answer: Callable[..., str], tmp_path: Path) -> None:
+    line = answer("max_duration=2ep", "scheduler.t_warmup=13ba")
+    assert "must not be longer than max_duration 2ep, got 13ba with 6 batches an epoch" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

@@ -60,6 +60,8 @@ REFUSED = {
     "optimizer.lr=0": "optimizer.lr: must be greater than 0, got 0.0",
     "optimizer.betas=[0.9]": "optimizer.betas: must be two numbers from 0 to below 1, got [0.9]",
     "global_train_batch_size=0": "global_train_batch_size: must be at least 1, got 0",
+    "seed=4294967296": "seed: must be at most 2147483647",
+    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "seed=-1": "seed: must be at least 0, got -1",
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, 0 < smallest <= largest",
     "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 64, got 7",

@@ -147,6 +147,7 @@ def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_
     before = (uninterrupted / "latest-rank0.pt").read_bytes()
     result = run_command(*train_command(small_run(uninterrupted, small_data)))
     assert result.returncode == 0, result.stderr
+    assert f"{uninterrupted}: finished at 14ba" in result.stdout
     assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
 
 
