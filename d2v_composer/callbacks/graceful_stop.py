@@ -1,9 +1,6 @@
 """SIGTERM, as schedulers of clusters and spot instances send it: save, then go."""
 
-import ctypes
-import os
 import signal
-import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,14 +14,13 @@ from d2v_composer.loggers import JSONLLogger
 
 __all__ = ["GracefulStop"]
 
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class GracefulStop(Callback):
     """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
 
-    Composer's launcher dies of SIGTERM without passing it on; its ranks get it from the kernel instead (on Linux).
+    Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds.
 
     Pass :attr:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
     CheckpointSaver's own: counted, pruned, and where autoresume looks.
@@ -38,7 +34,6 @@ class GracefulStop(Callback):
         self.signalled = False
         self.stopping = False
         self.previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
-        hear_of_the_launchers_end()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = True
@@ -81,9 +76,3 @@ class GracefulStop(Callback):
         if dist.get_global_rank() == 0:
             print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
         raise SystemExit(EXIT_STATUS)
-
-
-def hear_of_the_launchers_end() -> None:
-    """Have SIGTERM sent to this rank when its launcher ends; a process without one goes on when its shell does not."""
-    if "RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
