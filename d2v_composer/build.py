@@ -107,7 +107,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
     loader, global_batch_size, world_size = config.train_loader, config.global_train_batch_size, dist.get_world_size()
     local = Path(loader.local)
     with dist.run_local_rank_zero_first():
-        if loader.remote is not None:
+        if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
     shards = read_index(local, columns=("image",), shards_may_be_missing=loader.remote is not None)
     num_samples = sum(shard["samples"] for shard in shards)

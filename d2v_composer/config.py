@@ -261,6 +261,8 @@ def suggestion(name: str, allowed: Sequence[str]) -> str:
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the values of a config whose names and types are right, a line each."""
     yield from _numbers(config)
+    yield from _pairs(config)
+    yield from _batch_sizes(config)
     yield from _durations(config)
     yield from _devices(config)
     yield from _retrieval(config.retrieval)
@@ -314,6 +316,10 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, value in {"scheduler.alpha_f": config.scheduler.alpha_f, "train_loader.flip": loader.flip}.items():
         if not 0 <= value <= 1:
             yield f"{key}: must be from 0 to 1, got {value}"
+
+
+def _pairs(config: TrainConfig) -> Iterator[str]:
+    loader, optimizer = config.train_loader, config.optimizer
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas: must be two numbers from 0 to below 1, got {optimizer.betas}"
     for key, pair in {"crop_scale": loader.crop_scale, "crop_ratio": loader.crop_ratio}.items():
@@ -321,6 +327,10 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"train_loader.{key}: must be two numbers, 0 < smallest <= largest, got {pair}"
     if loader.crop_scale[-1] > 1:
         yield f"train_loader.crop_scale: must be at most 1, got {loader.crop_scale}"
+
+
+def _batch_sizes(config: TrainConfig) -> Iterator[str]:
+    loader = config.train_loader
     if config.global_train_batch_size % loader.num_canonical_nodes:
         yield (
             f"train_loader.num_canonical_nodes: must divide global_train_batch_size {config.global_train_batch_size}, "

@@ -2,14 +2,20 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from streaming import MDSWriter
+
+from d2v_composer.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,3 +89,29 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
         return [sys.executable, script, *arguments]
     launcher = str(Path(sys.executable).parent / "composer")
     return [launcher, "-n", str(ranks), script, *arguments]
+
+
+def refused_by(load: Callable[[Path], Any], path: Path) -> str:
+    """The one line with which a file is refused, in a few seconds."""
+    with pytest.raises(InputError) as caught, time_limit(5):
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fail, instead of hanging, where something takes too long."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail(f"takes longer than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -4,18 +4,16 @@ import argparse
 import copy
 import math
 import pickle
-import signal
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, refused_by, time_limit
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -58,32 +56,11 @@ def run_teacher(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def refusal(path: Path) -> str:
-    """The one line with which a file is refused, without a warning and in a few seconds."""
-    with pytest.raises(InputError) as caught, time_limit(5):
-        load_teacher(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message
-    return message
+    """The one line with which a teacher's file is refused."""
+    return refused_by(load_teacher, path)
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Fail, instead of hanging, where something takes too long."""
-
-    def stop(*_: Any) -> None:
-        pytest.fail(f"takes longer than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-# SPEC section 1 once more, one image and one head at a time, in double precision.
+# What a teacher computes once more, one image and one head at a time, in double precision.
 
 
 def naive_slopes(num_heads: int) -> list[float]:
