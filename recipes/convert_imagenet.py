@@ -5,7 +5,8 @@
 
 An S3-compatible store is set with S3_ENDPOINT_URL, its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set; the same command again goes on
-where it was. Layouts and labels files: see find_images in d2v_composer/data/image_sources.py.
+where it was. With other settings it starts over; what that leaves in an object store is named at the end, not removed.
+Layouts and labels files: see find_images in d2v_composer/data/image_sources.py.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from collections.abc import Sequence
 from streaming.base.util import bytes_to_int
 
 from d2v_composer import cli
-from d2v_composer.data.conversion import Conversion, Encoding, convert_images
+from d2v_composer.data.conversion import Conversion, convert_images
 from d2v_composer.data.image_sources import find_images
+from d2v_composer.data.shards import Encoding
 from d2v_composer.errors import InputError
 
 
@@ -73,6 +75,12 @@ def print_report(conversion: Conversion, seconds: float) -> None:
     print(f"skipped as unreadable: {len(conversion.skipped) or 'none'}")
     for line in conversion.skipped:
         print(f"  {line}")
+    if conversion.leftover:
+        print(f"left from an earlier conversion, in no index, to be removed by hand: {len(conversion.leftover)} shards")
+        for name in conversion.leftover:
+            print(f"  {conversion.out}/{name}")
+    if conversion.leftover is None:
+        print(f"left from an earlier conversion: not known, {conversion.out} cannot be listed")
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -8,24 +8,32 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, encoded_image, run_command
-from object_store import ObjectStore
 from PIL import Image
 from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
+from streaming.base.storage.upload import S3Uploader
+from tqdm import tqdm
 
-from d2v_composer.data import conversion
-from d2v_composer.data.image_sources import as_rgb_jpeg, find_images
+from d2v_composer.data import conversion, shards
+from d2v_composer.data.image_sources import find_images
+from d2v_composer.data.publishing import Target
+from d2v_composer.data.rgb_jpeg import as_rgb_jpeg
+from d2v_composer.data.transforms import decode_rgb
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import cache_folder
+from d2v_composer.locks import sole_user
+from d2v_composer.testing.object_store import ObjectStore
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -62,6 +70,19 @@ def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, request: 
     name = f"b{abs(hash(request.node.name))}"
     object_store.create_bucket(name)
     return name
+
+
+def forked(arguments: list[str]) -> BaseProcess:
+    """:func:`main` in a process of its own that sees what was patched here."""
+
+    def run() -> None:
+        # Killed, it must not take the lock of this process's bars along: one for it and its workers, like tqdm's.
+        tqdm.set_lock(multiprocessing.get_context("fork").RLock())
+        main(arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def main(arguments: list[str]) -> conversion.Conversion:
@@ -172,6 +193,37 @@ def test_text_labels(tmp_path: Path, lines: list[str], want: list[int]):
     write(tmp_path / "val_labels.txt", "\n".join(lines).encode())
     assert [file.label for file in find_images(tmp_path, "val").files] == want
     assert [file.label for file in find_images(tmp_path, "val", labels="none").files] == [None, None]
+
+
+def test_devkit_ground_truth_is_refused(tmp_path: Path):
+    for i in range(2):
+        write(tmp_path / "val" / f"ILSVRC2012_val_{i + 1:08}.JPEG", encoded_image(i))
+    devkit = write(tmp_path / "ILSVRC2012_validation_ground_truth.txt", b"490\n361\n")
+    with pytest.raises(InputError, match=r"'filename label', or it is Kaggle's LOC_val_solution\.csv .*devkit"):
+        find_images(tmp_path, "val", labels=devkit)
+
+
+@pytest.mark.parametrize(
+    ("folders", "numbers", "want"),
+    [
+        (("cat", "dog"), "01", [0, 1]),
+        (("cat", "dog"), "12", "has the label 2; the train folder's classes are 0 to 1"),
+        # Classes whose names are numbers: in the order of the train folder's names, as there.
+        (("1", "2", "10"), ("10", "2"), [1, 2]),
+    ],
+)
+def test_numbers_agree_with_the_train_folder(tmp_path: Path, folders: tuple, numbers: str, want: list[int] | str):
+    for name in folders:
+        write(tmp_path / "train" / name / "a.jpg", encoded_image(0))
+    for i, number in enumerate(numbers):
+        write(tmp_path / "val" / f"{i}.jpg", encoded_image(i))
+        with (tmp_path / "val.txt").open("a") as file:
+            file.write(f"{i}.jpg {number}\n")
+    if isinstance(want, str):
+        with pytest.raises(InputError, match=want):
+            find_images(tmp_path, "val")
+    else:
+        assert [file.label for file in find_images(tmp_path, "val").files] == want
 
 
 def test_any_folder(tmp_path: Path):
@@ -328,6 +380,20 @@ def test_resize(tmp_path: Path):
     assert sum(map(len, images(tmp_path / "30"))) < sum(map(len, found))
 
 
+def test_orientation_is_ignored_everywhere():
+    picture = colours((60, 40))
+    stored = saved(picture, quality=95, exif=exif_with_orientation())
+    assert as_rgb_jpeg(stored, "kept", None, quality=95) == (stored, None)
+    greyscale = saved(picture.convert("L"), quality=95, exif=exif_with_orientation())
+    for encoded, resize in ((stored, 20), (greyscale, None), (greyscale, 20)):
+        found = Image.open(io.BytesIO(as_rgb_jpeg(encoded, "anew", resize, quality=95)[0]))
+        # Neither turned nor with a tag that says so: what a reader of the kept bytes sees.
+        assert found.size == ((30, 20) if resize else (60, 40))
+        assert not found.getexif()
+        want = decode_rgb(encoded, "kept").resize(found.size, Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(want)).mean() < 4
+
+
 def with_unreadable(source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     whole = encoded_image(1, size=48)
@@ -363,8 +429,7 @@ def test_nothing_readable(tmp_path: Path):
 
 def run_and_kill(arguments: list[str], seconds: float) -> None:
     """A conversion in a process of its own, ended by SIGKILL after a time."""
-    process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
-    process.start()
+    process = forked(arguments)
     time.sleep(seconds)
     process.kill()
     process.join()
@@ -372,8 +437,8 @@ def run_and_kill(arguments: list[str], seconds: float) -> None:
 
 def test_kill_at_random_moments(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Slow enough for a kill to hit something; the processes are forked, so they see it.
-    convert = conversion.as_rgb_jpeg
-    monkeypatch.setattr(conversion, "as_rgb_jpeg", lambda *a: time.sleep(0.01) or convert(*a))
+    convert = shards.as_rgb_jpeg
+    monkeypatch.setattr(shards, "as_rgb_jpeg", lambda *a: time.sleep(0.01) or convert(*a))
     start = time.monotonic()
     main([str(source), str(tmp_path / "whole"), *SMALL_SHARDS])
     duration = time.monotonic() - start
@@ -389,6 +454,21 @@ def test_kill_at_random_moments(source: Path, tmp_path: Path, monkeypatch: pytes
         main([str(source), str(out), *SMALL_SHARDS])
         assert tree(out) == tree(tmp_path / "whole")
     assert partial, "no kill came while shards were written: the test shows nothing"
+
+
+def test_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def die(*_: object) -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(shards, "as_rgb_jpeg", die)
+    process = forked([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
+    process.join(60)
+    hangs = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hangs
+    assert process.exitcode == 1
 
 
 def test_continues_where_it_was(source: Path, tmp_path: Path):
@@ -408,6 +488,7 @@ def test_other_settings_start_over(source: Path, tmp_path: Path):
             main([str(damaged), str(tmp_path / "out"), "--shard-size", "4kb", "--workers", "1", "--seed", seed])
     main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     main([str(source), str(tmp_path / "clean"), *SMALL_SHARDS])
+    # Nothing of the others is left: in a folder it is removed.
     assert tree(tmp_path / "out") == tree(tmp_path / "clean")
 
 
@@ -433,8 +514,7 @@ def test_verification_finds_a_damaged_shard(source: Path, tmp_path: Path, damage
 
 def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(conversion, "LOCK_TIMEOUT", 0.1)
-    target = conversion._target(str(tmp_path / "out"), source)
-    with conversion._sole_conversion(target), pytest.raises(InputError, match="another conversion"):
+    with sole_user(Target.at(str(tmp_path / "out")).lock), pytest.raises(InputError, match="another conversion"):
         main([str(source), str(tmp_path / "out")])
 
 
@@ -454,8 +534,7 @@ def test_object_store(source: Path, tmp_path: Path, object_store: ObjectStore, b
 
 def test_object_store_after_kill_and_damage(source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str):
     arguments = [str(source), f"s3://{bucket}/train", *REMOTE_SHARDS]
-    killed = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
-    killed.start()
+    killed = forked(arguments)
     first = wait_for(lambda: [path.stem for path in cache_folder().rglob("records/*.json")])[0]
     killed.kill()
     killed.join()
@@ -472,6 +551,33 @@ def test_object_store_after_kill_and_damage(source: Path, tmp_path: Path, object
     for key, content in object_store.objects(bucket, "train/").items():
         write(tmp_path / "copy" / key, content)
     assert images(tmp_path / "copy") == originals(source)
+
+
+def test_object_store_names_what_is_left(
+    source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str, capsys: pytest.CaptureFixture[str]
+):
+    remote = f"s3://{bucket}/deep/train"
+    with pytest.raises(InputError):
+        main([str(with_unreadable(source, tmp_path / "in")), remote, "--shard-size", "4kb", "--workers", "1"])
+    earlier = {name for name in object_store.objects(bucket, "deep/train/") if name.startswith("shard.")}
+    client = object_store.client()
+    client.put_object(Bucket=bucket, Key="deep/train/shard.00077.mds", Body=b"of a conversion on another machine")
+    client.put_object(Bucket=bucket, Key="deep/train-2/shard.00099.mds", Body=b"of another data set")
+    result = main([str(source), remote, "--workers", "1"])
+    assert result.shards == 1
+    assert result.leftover is not None
+    assert result.leftover == sorted((earlier | {"shard.00077.mds"}) - {"shard.00000.mds"})
+    assert f"in no index, to be removed by hand: {len(result.leftover)} shards" in capsys.readouterr().out
+    assert result.leftover[0] in object_store.objects(bucket, "deep/train/")  # named, not removed
+
+
+def test_object_store_that_cannot_be_listed(source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    def denied(*_: object) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(S3Uploader, "list_objects", denied)
+    result = main([str(source), f"s3://{bucket}/train", "--workers", "1"])
+    assert (result.images, result.leftover) == (NUM_IMAGES, None)
 
 
 def wait_for(condition: Callable[[], list[str]], timeout: float = 30) -> list[str]:

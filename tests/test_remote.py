@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import GOLDEN, encoded_image, run_command, small_run, train_command, write_mds
-from object_store import ObjectStore
 
 from d2v_composer.data.mds import fetch_index
 from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.testing.object_store import ObjectStore
 
 BUCKET = "cloud"
 

@@ -1,27 +1,21 @@
-"""Which image files a folder holds, with which labels, and each as an RGB JPEG: ImageNet's layouts, any folder."""
+"""Which image files a folder holds, with which labels: ImageNet's layouts, and any folder."""
 
 import csv
-import io
 import os
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from d2v_composer.errors import InputError
 
-__all__ = ["ImageFile", "ImageSource", "as_rgb_jpeg", "find_images"]
+__all__ = ["ImageFile", "ImageSource", "find_images"]
 
 LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
 SPLITS = ("train", "val", "validation", "test")
 NO_LABELS = "none"
-JPEG_KINDS = {"RGB": None, "L": "greyscale"}
 
 
 class ImageFile(NamedTuple):
@@ -60,7 +54,8 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
 
     An image is named with or without its suffix; a label is a class's name or, all of them, a number from 0. The file
     is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's, in SOURCE, beside the folder or in it, unless ``labels``
-    names another. (The ground truth file of ILSVRC's devkit numbers the classes in an order of its own: no such file.)
+    names another. Refused is the ground truth file of ILSVRC's devkit: its numbers, 1 to 1000 and without file names,
+    are in an order that is not that of the train folder's classes.
 
     Args:
         source: The folder.
@@ -84,9 +79,10 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         return ImageSource(root, files, None, ignored)
     else:
         names = _labels_of_folders(root, files)
-    if all(name.isdecimal() for name in names) and labels_file is not None:
-        return ImageSource(root, _labelled(files, map(int, names)), None, ignored)
-    classes = _class_names(source, root, names)
+    known = _train_classes(source, root)
+    if labels_file is not None and all(name.isdecimal() for name in names) and not known.issuperset(names):
+        return ImageSource(root, _labelled(files, _numbers(labels_file, names, len(known))), None, ignored)
+    classes = _class_names(root, set(names), known)
     number = {name: label for label, name in enumerate(classes)}
     return ImageSource(root, _labelled(files, (number[name] for name in names)), classes, ignored)
 
@@ -139,7 +135,10 @@ def _labels_of_file(path: Path, files: list[ImageFile]) -> list[str]:
     try:
         labels = dict(_read_labels(path))
     except (ValueError, IndexError, csv.Error) as error:
-        raise InputError(f"{path}: not a labels file: each line must be 'filename label'") from error
+        raise InputError(
+            f"{path}: not a labels file: each line must be 'filename label', or it is Kaggle's LOC_val_solution.csv "
+            "(numbers alone, as in ILSVRC's devkit, are not in the order of the classes)"
+        ) from error
     if all("/" not in file.path for file in files):
         labels = {PurePosixPath(name).name: label for name, label in labels.items()}
     keys = [_without_suffix(file.path) for file in files]
@@ -175,100 +174,34 @@ def _labels_of_folders(root: Path, files: list[ImageFile]) -> list[str]:
             f"{root / stray}: lies beside class folders and has no class; --labels {NO_LABELS} ignores them"
         )
     names = [file.path.split("/", 1)[0] for file in files]
-    empty = sorted(set(_subfolders(root)) - set(names))
+    empty = sorted(_subfolders(root) - set(names))
     if empty:
         raise InputError(f"{root / empty[0]}: a class folder without images; --labels {NO_LABELS} ignores the classes")
     return names
 
 
-def _class_names(source: Path, root: Path, names: list[str]) -> list[str]:
+def _train_classes(source: Path, root: Path) -> set[str]:
+    """Empty where this is the train folder, or there is none."""
     train = next((source / layout / "train" for layout in LAYOUTS if (source / layout / "train").is_dir()), root)
-    classes = sorted(set(names))
-    known = _subfolders(train) if train != root else []
-    unknown = sorted(set(classes) - set(known))
-    if known and unknown:
-        raise InputError(f"{root}: the train folder has no class {unknown[0]!r}")
-    return known or classes
+    return set() if train == root else _subfolders(train)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _class_names(root: Path, names: set[str], known: set[str]) -> list[str]:
+    if known and not names <= known:
+        raise InputError(f"{root}: the train folder has no class {min(names - known)!r}")
+    return sorted(known or names)
+
+
+def _numbers(path: Path, names: list[str], num_classes: int) -> list[int]:
+    labels = [int(name) for name in names]
+    if num_classes and max(labels) >= num_classes:
+        raise InputError(f"{path}: has the label {max(labels)}; the train folder's classes are 0 to {num_classes - 1}")
+    return labels
+
+
+def _subfolders(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
 
 
 def _labelled(files: list[ImageFile], labels: Iterable[int]) -> list[ImageFile]:
     return [file._replace(label=label) for file, label in zip(files, labels, strict=True)]
-
-
-def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> tuple[bytes, str | None]:
-    """An image file as an RGB JPEG that every reader decodes.
-
-    An RGB JPEG with sound EXIF, or none, keeps its bytes. Anything else, and what is made smaller, is encoded anew,
-    without metadata and with the pixels as stored: an EXIF orientation is not applied, as readers of the original
-    bytes do not apply it.
-
-    Args:
-        encoded: The file's bytes.
-        source: Named in the error.
-        resize: What a longer short side becomes, in pixels.
-        quality: Of the JPEG where it is encoded anew.
-
-    Returns:
-        The JPEG, and the kind of image where it was no plain RGB JPEG: ``PNG``, ``CMYK``, ``greyscale``,
-        ``broken EXIF``, …
-
-    Raises:
-        InputError: The image cannot be read to its end.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded))
-            kind = _odd_kind(image)
-            image.load()
-            if kind is None and _exif_is_broken(image):
-                kind = "broken EXIF"
-            rgb = _shrink(_to_rgb(image), resize)
-            if kind is None and rgb is image:
-                return encoded, None
-            buffer = io.BytesIO()
-            # A fresh image: a JPEG's own would pass its comment and its profile on.
-            Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else reason[0] if reason else repr(error)
-        raise InputError(f"{source}: cannot be read ({reason}; {len(encoded)} bytes)") from error
-    return buffer.getvalue(), kind
-
-
-def _odd_kind(image: Image.Image) -> str | None:
-    if image.format not in ("JPEG", "MPO"):  # MPO: a camera's JPEG with more pictures behind it
-        return image.format
-    return JPEG_KINDS.get(image.mode, image.mode)
-
-
-def _exif_is_broken(image: Image.Image) -> bool:
-    # Parsed afresh: opening the image has parsed it before, and swallowed what was wrong.
-    exif = Image.Exif()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            exif.load(image.info.get("exif", b""))
-            list(exif.items())
-        except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError, struct.error):
-            return True
-    return bool(caught)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # Pillow would clip what is above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _shrink(image: Image.Image, short_side: int | None) -> Image.Image:
-    if short_side is None or min(image.size) <= short_side:
-        return image
-    width, height = (max(short_side, round(side * short_side / min(image.size))) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)

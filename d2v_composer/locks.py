@@ -1,0 +1,55 @@
+"""One user of a thing at a time, on one machine: a file that is locked.
+
+Not filelock: here forked processes inherit the lock, so that a user that was just killed still counts as one until
+its workers are gone.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["acquire", "sole_user"]
+
+
+def acquire(path: Path, wait: float = 0) -> int | None:
+    """Lock a file for as long as the descriptor is open, in this process or in one forked from it.
+
+    Args:
+        path: The file; made, with its folders, where it does not exist. It stays when the lock is gone.
+        wait: How long it may take, in seconds, until another user has gone.
+
+    Returns:
+        A descriptor for :func:`os.close`; ``None`` where another user, in this process or elsewhere, has the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    while not _lock(descriptor):
+        if time.monotonic() >= deadline:
+            os.close(descriptor)
+            return None
+        time.sleep(0.05)
+    return descriptor
+
+
+@contextmanager
+def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
+    """Lock a file, as :func:`acquire` does, until the block ends; ``False``: another user has it."""
+    descriptor = acquire(path, wait)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # now, whatever forked processes still have it open
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""A locked file has one user, whose forked processes count as the user."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from d2v_composer.locks import acquire, sole_user
+
+FORK = multiprocessing.get_context("fork")
+
+
+def test_one_user_at_a_time(tmp_path: Path):
+    path = tmp_path / "folder" / "lock"
+    with sole_user(path) as first, sole_user(path) as second:
+        assert (first, second) == (True, False)
+        assert acquire(path) is None
+    descriptor = acquire(path)
+    assert descriptor is not None
+    with sole_user(path) as alone:
+        assert not alone
+    os.close(descriptor)
+    with pytest.raises(KeyError), sole_user(path):
+        raise KeyError
+    with sole_user(path) as alone:
+        assert alone
+
+
+def test_waits(tmp_path: Path):
+    descriptor = acquire(tmp_path / "lock")
+    assert descriptor is not None
+    start = time.monotonic()
+    assert acquire(tmp_path / "lock", wait=0.2) is None
+    assert time.monotonic() - start >= 0.2
+    threading.Timer(0.5, os.close, (descriptor,)).start()
+    with sole_user(tmp_path / "lock", wait=30) as alone:
+        assert alone
+
+
+def test_a_killed_user_counts_until_its_forked_processes_are_gone(tmp_path: Path):
+    receive, send = FORK.Pipe(duplex=False)
+    user = FORK.Process(target=_hold_with_worker, args=(tmp_path / "lock", send))
+    user.start()
+    worker = receive.recv()
+    user.kill()
+    user.join()
+    assert acquire(tmp_path / "lock") is None
+    os.kill(worker, signal.SIGKILL)
+    with sole_user(tmp_path / "lock", wait=30) as alone:
+        assert alone
+
+
+def _hold_with_worker(path: Path, send: Connection) -> None:
+    with sole_user(path):
+        worker = FORK.Process(target=time.sleep, args=(600,))
+        worker.start()
+        send.send(worker.pid)
+        time.sleep(600)
