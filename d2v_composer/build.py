@@ -29,6 +29,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_teacher
 from d2v_composer.models.transformer import poolings
+from d2v_composer.persistence import reason
 
 __all__ = [
     "build_algorithms",
@@ -56,8 +57,11 @@ FIXED_BY_A_CHECKPOINT = (
     "config.targets",
     "config.optimizer",
     "config.train_loader.num_canonical_nodes",
+    "config.train_loader.shuffle_block_size",
     "teacher.sha256",
 )
+# How much longer than the store is tried a worker may bring nothing.
+HANGING_SECONDS = 120
 VERSIONED_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
 
 
@@ -115,22 +119,27 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {global_batch_size}"
         )
-    dataset = StreamingImages(
-        local=local,
-        remote=loader.remote,
-        batch_size=global_batch_size // world_size,
-        transform=RandomResizedCropFlip(
-            image_size,
-            (loader.crop_scale[0], loader.crop_scale[1]),
-            (loader.crop_ratio[0], loader.crop_ratio[1]),
-            loader.flip,
-        ),
-        seed=config.seed,
-        shuffle=loader.shuffle,
-        num_canonical_nodes=loader.num_canonical_nodes,
-        epoch_size=num_samples // global_batch_size * global_batch_size,
-        cache_limit=loader.cache_limit,
-    )
+    try:
+        dataset = StreamingImages(
+            local=local,
+            remote=loader.remote,
+            batch_size=global_batch_size // world_size,
+            transform=RandomResizedCropFlip(
+                image_size,
+                (loader.crop_scale[0], loader.crop_scale[1]),
+                (loader.crop_ratio[0], loader.crop_ratio[1]),
+                loader.flip,
+            ),
+            seed=config.seed,
+            shuffle=loader.shuffle,
+            shuffle_block_size=loader.shuffle_block_size,
+            num_canonical_nodes=loader.num_canonical_nodes,
+            epoch_size=num_samples // global_batch_size * global_batch_size,
+            cache_limit=loader.cache_limit,
+            timeout=loader.timeout,
+        )
+    except ValueError as error:  # cache_limit, which only the shards show to be too small
+        raise InputError(f"train_loader: {reason(error)}") from error
     has_workers = loader.num_workers > 0
     return DataLoader(
         dataset,
@@ -138,7 +147,8 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
-        timeout=loader.timeout if has_workers else 0,
+        # After the worker's own error, which names the shard; this one is for a worker that hangs.
+        timeout=loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
 

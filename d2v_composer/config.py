@@ -81,10 +81,13 @@ class TrainLoaderConfig:
     num_workers: int = 8
     prefetch_factor: int = 2
     timeout: float = 600.0
-    """Seconds after which a worker that brings nothing is given up."""
+    """How many seconds an unreachable store is tried again before the run ends."""
     shuffle: bool = True
+    shuffle_block_size: int = 1 << 16
+    """How many samples are mixed with each other: the shards of as many are in use at a time."""
     num_canonical_nodes: int = 1
     cache_limit: int | str | None = None
+    """What ``local`` may hold of a remote data set, in bytes or as '100gb'; default: all of it."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     flip: float = 0.5
@@ -291,6 +294,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "train_loader.num_workers": (loader.num_workers, 0),
         "train_loader.prefetch_factor": (loader.prefetch_factor, 1),
         "train_loader.timeout": (loader.timeout, 1),
+        "train_loader.shuffle_block_size": (loader.shuffle_block_size, 1),
         "train_loader.num_canonical_nodes": (loader.num_canonical_nodes, 1),
         "optimizer.weight_decay": (optimizer.weight_decay, 0),
     }

@@ -1,7 +1,6 @@
 """The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,24 @@ __all__ = ["fetch_index", "read_index"]
 
 INDEX = "index.json"
 
-log = logging.getLogger(__name__)
-
 
 def fetch_index(remote: str, local: Path) -> None:
-    """Bring the index of a remote data set to ``local``, and let go of cached shards that are not whole.
+    """Bring the index of a remote data set to ``local``.
 
     Raises:
         InputError: There is none, the store cannot be reached, or ``local`` is another data set's cache.
     """
     local.mkdir(parents=True, exist_ok=True)
     index, fetched = local / INDEX, local / f".{INDEX}.fetched"
-    download(f"{remote.rstrip('/')}/{INDEX}", fetched, timeout=60)
+    address = f"{remote.rstrip('/')}/{INDEX}"
+    download(address, fetched, timeout=60)
+    if not _is_json(fetched):
+        fetched.unlink()
+        raise InputError(f"{address}: damaged, or not an MDS index")
     if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
         fetched.unlink()
         raise InputError(f"{local}: holds shards of another data set than {remote}: give another train_loader.local")
     fetched.replace(index)
-    for shard in read_index(local, columns=(), shards_may_be_missing=True):
-        for file in _files(shard):
-            path = local / file["basename"]
-            if path.is_file() and path.stat().st_size != file["bytes"]:
-                log.warning("%s: has %d bytes, not %d: fetched again", path, path.stat().st_size, file["bytes"])
-                path.unlink()
 
 
 def _is_json(path: Path) -> bool:

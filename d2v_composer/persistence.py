@@ -1,0 +1,74 @@
+"""Trying again, with pauses, what may work in a while: a store that is away, a connection that broke."""
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from botocore.exceptions import NoCredentialsError
+
+__all__ = ["is_lasting", "persist", "reason"]
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
+# A store that is just starting may say for a moment that something is not there, or not for us.
+LASTING_ATTEMPTS = 4
+LASTING_STATUS = (400, 401, 403, 404, 410)
+LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+log = logging.getLogger(__name__)
+
+
+def persist(attempt: Callable[[], None], what: str, timeout: float) -> None:
+    """Call ``attempt`` until it does not raise.
+
+    A fault of this machine's disk is raised at once, one that waiting seldom mends (not there, not allowed, damaged)
+    after four attempts, any other once ``timeout`` is over. Each failure is logged.
+
+    Args:
+        attempt: Called at least once.
+        what: Named in the log.
+        timeout: In seconds; an attempt under way is not cut off.
+    """
+    start = time.monotonic()
+    pause, lasting_attempts = FIRST_PAUSE, 0
+    dice = random.Random()  # not the process's: training draws from that one
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            lasting_attempts += is_lasting(error)
+            left = timeout - (time.monotonic() - start)
+            if is_local(error) or lasting_attempts >= LASTING_ATTEMPTS or left <= 0:
+                raise
+            log.warning("%s: %s; tried again for %.0f s", what, reason(error), left)
+        time.sleep(min(pause * dice.uniform(0.5, 1), left))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether the fault is this machine's disk: full, read-only, not ours."""
+    return isinstance(error, OSError) and error.errno in LOCAL_FAULTS
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether the fault will hardly go away by itself."""
+    return isinstance(error, (NoCredentialsError, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error of botocore, google-cloud, azure or requests."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    candidates = (
+        getattr(response, "status_code", None),
+        *(getattr(error, name, None) for name in ("status_code", "code")),
+    )
+    return next((value for value in candidates if isinstance(value, int)), None)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

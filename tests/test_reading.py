@@ -1,0 +1,366 @@
+"""Shards that are lost, damaged or evicted, in a cache that is filled from another folder as from a store."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import encoded_image, time_limit, write_mds
+from streaming import MDSWriter
+from torch.utils.data import DataLoader
+
+from d2v_composer import persistence
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.data.verified_stream import ShardError
+from d2v_composer.errors import InputError
+from d2v_composer.persistence import persist
+
+NUM_SAMPLES = 96
+WORKERS = pytest.mark.parametrize("workers", [0, 2])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some thirty hashed shards; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("original") / "images"
+    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
+        for i in range(NUM_SAMPLES):
+            writer.write({"image": encoded_image(i)})
+    return folder
+
+
+@pytest.fixture
+def remote(original: Path, tmp_path: Path) -> Path:
+    """A copy of its own."""
+    return shutil.copytree(original, tmp_path / "remote")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persistence, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    """What this process and its workers log."""
+    path = tmp_path / "log"
+    handler = logging.FileHandler(path)
+    logging.getLogger("d2v_composer").addHandler(handler)
+    yield path
+    logging.getLogger("d2v_composer").removeHandler(handler)
+    handler.close()
+
+
+def images(
+    local: Path, remote: Path | None = None, cache_limit: int | None = None, timeout: float = 1
+) -> StreamingImages:
+    return StreamingImages(
+        local=local,
+        remote=None if remote is None else str(remote),
+        batch_size=16,
+        transform=RandomResizedCropFlip(24),
+        seed=5,
+        cache_limit=cache_limit,
+        timeout=timeout,
+    )
+
+
+def epoch(dataset: StreamingImages, workers: int) -> list[int]:
+    """The sample ids of an epoch, in no order; it must not hang."""
+    batches = iter(loader(dataset, workers))
+    try:
+        with time_limit(30):
+            return sorted(i for batch in batches for i in batch["sample_id"].tolist())
+    finally:
+        if workers:  # now, not when a traceback lets go of it
+            batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def loader(dataset: StreamingImages, workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_size=16, num_workers=workers, timeout=20 if workers else 0)
+
+
+ALL = list(range(NUM_SAMPLES))
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    ours, theirs = ({file.name: file.read_bytes() for file in each.glob("*.mds")} for each in (folder, other))
+    return ours == theirs
+
+
+@WORKERS
+def test_a_damaged_cache_is_healed(original: Path, tmp_path: Path, workers: int, log: Path) -> None:
+    cache = shutil.copytree(original, tmp_path / "cache")
+    flip_bit(cache / "shard.00003.mds")
+    cut(cache / "shard.00004.mds")
+    (cache / "shard.00005.mds").unlink()
+    (cache / "shard.00005.mds.7-7.partial").write_bytes(b"what a killed process left")
+    (cache / "shard.00005.mds.7-7.partial.aB3dE5g7").write_bytes(b"boto's")
+    assert epoch(images(cache, original), workers) == ALL
+    assert same_files(cache, original)
+    assert not list(cache.glob("*.partial*"))
+    said = log.read_text()
+    assert "shard.00003.mds: its content has changed (xxh64): fetched again" in said
+    assert "shard.00004.mds: has 16" in said
+    assert said.count("fetched again") == 2
+
+
+@WORKERS
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (Path.unlink, "No such file"),
+        (cut, "bytes, the index says"),
+        (flip_bit, r"its content has changed \(xxh64\)"),
+    ],
+)
+def test_a_shard_that_the_store_has_not_whole(
+    remote: Path, tmp_path: Path, damage: Callable[[Path], None], cause: str, workers: int
+) -> None:
+    damage(remote / "shard.00007.mds")
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=rf"remote/shard\.00007\.mds: the shard cannot be fetched: .*{cause}"):
+        epoch(images(tmp_path / "cache", remote), workers)
+    assert time.monotonic() - start < 15
+    assert not (tmp_path / "cache" / "shard.00007.mds").exists()
+
+
+@WORKERS
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (Path.unlink, "the shard is missing"),
+        (cut, "bytes, the index says"),
+        (flip_bit, r"its content has changed \(xxh64\)"),
+    ],
+)
+def test_a_local_data_set_is_verified_but_never_changed(
+    remote: Path, damage: Callable[[Path], None], cause: str, workers: int
+) -> None:
+    shard = remote / "shard.00007.mds"
+    damage(shard)
+    before = shard.read_bytes() if shard.exists() else None
+    with pytest.raises(ShardError, match=rf"shard\.00007\.mds: .*{cause}"):
+        epoch(images(remote), workers)
+    assert (shard.read_bytes() if shard.exists() else None) == before
+    assert epoch_or_none(remote) is None
+
+
+def epoch_or_none(local: Path) -> list[int] | None:
+    try:
+        return epoch(images(local), 0)
+    except ShardError:
+        return None
+
+
+def test_a_shard_deleted_in_the_middle_of_an_epoch_is_fetched_again(original: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    dataset = images(cache, original)
+    seen = []
+    for sample in dataset:
+        seen.append(sample["sample_id"])
+        if len(seen) == 40:
+            for path in cache.glob("*.mds"):
+                path.unlink()
+    assert sorted(seen) == ALL
+    assert epoch(dataset, 0) == ALL  # with the shards that the first had done with
+    assert dataset.cache_usage == size(cache)
+
+
+def size(folder: Path) -> int:
+    """Of all files that count, in bytes."""
+    total = 0
+    for file in folder.iterdir():
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:  # evicted just now
+            continue
+    return total
+
+
+@WORKERS
+def test_the_cache_limit_holds_on_disk(original: Path, tmp_path: Path, workers: int) -> None:
+    # Full of an earlier run's shards, one of them damaged.
+    cache, limit = shutil.copytree(original, tmp_path / "cache"), 24_000
+    for path in sorted(cache.glob("*.mds"))[3:]:
+        path.unlink()
+    flip_bit(cache / "shard.00002.mds")
+    dataset = images(cache, original, cache_limit=limit)
+    largest, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            largest[0] = max(largest[0], size(cache))
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(2):
+            assert epoch(dataset, workers) == ALL
+    finally:
+        stop.set()
+        watcher.join()
+    assert limit / 2 < largest[0] <= limit
+    assert dataset.cache_usage == size(cache)
+
+
+def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v_composer.data.streaming_images.LAST_USER_LEAVES", 0.2)
+    program = f"""
+import sys, time
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip
+dataset = StreamingImages(local={str(tmp_path / "cache")!r}, remote={str(original)!r}, batch_size=16,
+                          transform=RandomResizedCropFlip(24), seed=5)
+next(iter(dataset))
+print("reading", flush=True)
+time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "reading\n"
+        with pytest.raises(InputError, match=r"cache: another run keeps its shards there: give each a train_loader"):
+            images(tmp_path / "cache", original)
+        assert epoch(images(tmp_path / "elsewhere", original), 0) == ALL
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    assert epoch(images(tmp_path / "cache", original), 0) == ALL
+    assert epoch(images(original), 0) == epoch(images(original), 0) == ALL  # a local data set is for everybody
+
+
+@WORKERS
+def test_a_full_disk(original: Path, tmp_path: Path, workers: int) -> None:
+    dataset = images(tmp_path / "cache", original, timeout=60)
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, largest[1]))  # a write beyond fails as on a full disk
+    try:
+        with pytest.raises(ShardError, match=rf"shard\.\d+\.mds: .*{os.strerror(errno.EFBIG)}"), time_limit(10):
+            epoch(dataset, workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+    assert not list((tmp_path / "cache").glob("*.partial*"))
+
+
+def test_a_killed_worker(original: Path, tmp_path: Path) -> None:
+    dataset = images(tmp_path / "cache", original)
+    batches = iter(loader(dataset, workers=2))
+    next(batches)
+    os.kill(batches._workers[1].pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
+    with (
+        pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)"),
+        time_limit(20),
+    ):
+        list(batches)
+    batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_who_waits_for_a_shard_learns_that_it_was_given_up(remote: Path, tmp_path: Path) -> None:
+    """Two workers want the same shard; together they are not slower than one."""
+    (remote / "shard.00007.mds").unlink()
+    dataset = images(tmp_path / "cache", remote)
+    failures: list[str] = []
+
+    def fetch() -> None:
+        try:
+            dataset.prepare_shard(7)
+        except ShardError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(failures) == 3
+    assert all("shard.00007.mds: the shard cannot be fetched" in failure for failure in failures)
+
+
+def test_shards_without_hashes_are_verified_by_their_size(tmp_path: Path) -> None:
+    data = write_mds(tmp_path / "data", [encoded_image(i) for i in range(NUM_SAMPLES)])
+    assert not any(shard["raw_data"]["hashes"] for shard in json.loads((data / "index.json").read_text())["shards"])
+    assert epoch(images(data), 0) == ALL
+    cut(data / "shard.00001.mds")
+    with pytest.raises(ShardError, match="bytes, the index says"):
+        epoch(images(data), 0)
+
+
+def test_compressed_shards(tmp_path: Path) -> None:
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    columns = {"image": "bytes"}
+    with MDSWriter(out=str(remote), columns=columns, size_limit=4096, compression="zstd", hashes=["sha1"]) as writer:
+        for i in range(NUM_SAMPLES):
+            writer.write({"image": encoded_image(i)})
+    dataset = images(cache, remote)
+    assert epoch(dataset, 0) == ALL
+    assert not list(cache.glob("*.zstd"))
+    assert dataset.cache_usage == size(cache)
+    del dataset
+
+    flip_bit(cache / "shard.00003.mds")
+    assert epoch(images(cache, remote), 0) == ALL
+    flip_bit(remote / "shard.00003.mds.zstd")
+    (cache / "shard.00003.mds").unlink()
+    with pytest.raises(ShardError, match=r"shard\.00003\.mds\.zstd: .*its content has changed \(sha1\)"):
+        epoch(images(cache, remote), 0)
+
+
+class Attempts:
+    """Fails as told, then works."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures: Iterator[Exception] = iter(failures)
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        failure = next(self.failures, None)
+        if failure is not None:
+            raise failure
+
+
+def test_persistence(caplog: pytest.LogCaptureFixture) -> None:
+    away = ConnectionError("nobody listens")
+    attempts = Attempts(*[away] * 6)
+    with caplog.at_level(logging.WARNING):
+        persist(attempts, "s3://bucket/shard", timeout=30)
+    assert attempts.count == 7
+    assert [record.message.split(";")[0] for record in caplog.records] == ["s3://bucket/shard: nobody listens"] * 6
+
+    attempts = Attempts(*[away] * 10_000)
+    with pytest.raises(ConnectionError), time_limit(5):
+        persist(attempts, "a shard", timeout=0.1)
+    assert attempts.count > 2
+
+    attempts = Attempts(*[FileNotFoundError("not there")] * 10)
+    with pytest.raises(FileNotFoundError):
+        persist(attempts, "a shard", timeout=30)
+    assert attempts.count == 4
+
+    attempts = Attempts(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        persist(attempts, "a shard", timeout=30)
+    assert attempts.count == 1
