@@ -1,13 +1,14 @@
 """What is streamed, in which order and with which pixels; and data that cannot be used."""
 
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from conftest import NUM_IMAGES, encoded_image, write_mds
 from PIL import Image
@@ -15,11 +16,12 @@ from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
+from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
 from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.data.mds import read_index
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip, random_crop_box, sample_rng
+from d2v_composer.data.transforms import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng
 from d2v_composer.errors import InputError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -58,24 +60,138 @@ def test_order_and_pixels_are_those_of_seed_and_epoch(small_data: Path) -> None:
     assert not torch.equal(dict(other_seed)[0], dict(first)[0])
 
 
-def test_an_epoch_that_loses_a_shard_raises(small_data: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(small_data, tmp_path / "data")
-    dataset = StreamingImages(local=data, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
-    (data / json.loads((data / "index.json").read_text())["shards"][1]["raw_data"]["basename"]).unlink()
-    with pytest.raises(RuntimeError, match=r"shard is missing or damaged"):
-        list(dataset)
-
-
-def test_pixels_are_those_of_torchvision() -> None:
-    """The same box gives the same pixels as torchvision's resized_crop on the same Pillow image, bit for bit."""
-    image = Image.open(io.BytesIO(encoded_image(7, size=200)))
-    transform = RandomResizedCropFlip(64, flip=0.0)
+def test_pixels_are_pillows_but_for_rounding() -> None:
+    """Measured on photographs: 0.29 % of the values differ by one from Pillow's resize, one in a million by two."""
+    encoded = encoded_image(7, size=200)
+    image = Image.open(io.BytesIO(encoded))
+    differences = []
     for sample_id in range(20):
         left, top, right, bottom = random_crop_box(200, 200, sample_rng(1, 2, sample_id), SCALE, RATIO)
         size = [bottom - top, right - left]
         expected = resized_crop(image, top, left, *size, [64, 64], InterpolationMode.BICUBIC)  # pyright: ignore
-        ours = transform(image, sample_rng(1, 2, sample_id))
-        assert torch.equal(ours, pil_to_tensor(expected))
+        for given in (encoded, image):
+            ours = RandomResizedCropFlip(64, flip=0.0)(given, sample_rng(1, 2, sample_id))
+            differences.append((ours.int() - pil_to_tensor(expected).int()).abs())
+    assert int(torch.stack(differences).max()) <= 2
+    assert float((torch.stack(differences) > 0).float().mean()) < 0.02
+
+
+def photo(width: int, height: int) -> np.ndarray:
+    """(height, width, 3) with colours that change from pixel to pixel, so that a wrong neighbour shows."""
+    rng = np.random.default_rng((width, height))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    return (np.asarray(coarse) // 2 + rng.integers(0, 128, (height, width, 3))).astype(np.uint8)
+
+
+def saved(image: np.ndarray, file_format: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def expected_pixels(encoded: bytes, box: Box, image_size: int) -> torch.Tensor:
+    """Torchvision's, of the whole image as a tensor, decoded by Pillow."""
+    left, top, right, bottom = box
+    image = pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    size = [image_size, image_size]
+    return resized_tensor(image, top, left, bottom - top, right - left, size, InterpolationMode.BICUBIC, antialias=True)
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (97, 61), (17, 130), (7, 5)])
+def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole(width: int, height: int, sampling: str) -> None:
+    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
+    whole = Image.open(io.BytesIO(encoded)).convert("RGB")
+    jpeg = CuttableJpeg.parse(encoded, "a picture")
+    assert jpeg
+    assert jpeg.size == (width, height)
+    for bottom in range(1, height + 1):
+        for box in (
+            Box(0, 0, width, bottom),
+            Box(0, bottom - 1, 1, bottom),
+            Box(width - 1, bottom - 1, width, bottom),
+            Box(width // 3, bottom // 2, width // 3 + 2, bottom),
+        ):
+            assert np.array_equal(np.asarray(jpeg.crop(box)), np.asarray(whole.crop(box)))
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420"])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (341, 256), (97, 131), (3, 2)])
+def test_pixels_of_a_jpeg_are_those_of_torchvision(width: int, height: int, sampling: str) -> None:
+    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
+    for sample_id in range(10):
+        box = random_crop_box(width, height, sample_rng(1, 2, sample_id), SCALE, RATIO)
+        expected = expected_pixels(encoded, box, 64)
+        straight, mirrored = (
+            RandomResizedCropFlip(64, flip=flip)(encoded, sample_rng(1, 2, sample_id)) for flip in (0.0, 1.0)
+        )
+        assert torch.equal(straight, expected)
+        assert torch.equal(mirrored, expected.flip(-1))
+
+
+RESTARTS = saved(photo(90, 70), restart_marker_blocks=3)
+OTHER_IMAGES = {
+    "greyscale": saved(photo(90, 70), mode="L"),
+    "CMYK": saved(photo(90, 70), mode="CMYK"),
+    "PNG": saved(photo(90, 70), "PNG"),
+    "palette PNG": saved(photo(90, 70), "PNG", mode="P"),
+    "WebP": saved(photo(90, 70), "WEBP"),
+    "progressive": saved(photo(90, 70), progressive=True),
+    "bytes behind the end": saved(photo(90, 70)) + b"\0\0",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_IMAGES)
+def test_other_images_are_left_to_pillow(kind: str) -> None:
+    encoded = OTHER_IMAGES[kind]
+    assert CuttableJpeg.parse(encoded, kind) is None
+    box = random_crop_box(90, 70, sample_rng(0, 0, 3), SCALE, RATIO)
+    pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, 3))
+    assert torch.equal(pixels, expected_pixels(encoded, box, 32))
+
+
+HOLED = saved(photo(90, 70))
+UNUSUAL_JPEGS = {
+    "RGB inside": saved(photo(90, 70), keep_rgb=True),
+    "restart markers": RESTARTS,
+    "a thumbnail with an end of its own": RESTARTS[:2] + b"\xff\xe1\0\x06\xff\xd8\xff\xd9" + RESTARTS[2:],
+    "a hole": HOLED[: len(HOLED) // 2] + HOLED[len(HOLED) // 2 + 200 :],
+    "nothing but the end after the middle": HOLED[: len(HOLED) // 2] + b"\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL_JPEGS)
+def test_unusual_and_damaged_jpegs_have_pillows_pixels(kind: str) -> None:
+    encoded = UNUSUAL_JPEGS[kind]
+    assert CuttableJpeg.parse(encoded, kind)
+    for sample_id in range(20):
+        box = random_crop_box(90, 70, sample_rng(0, 0, sample_id), SCALE, RATIO)
+        pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, sample_id))
+        assert torch.equal(pixels, expected_pixels(encoded, box, 32))
+
+
+@pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])
+def test_a_jpeg_that_is_cut_short_is_named(kept: int) -> None:
+    encoded = saved(photo(90, 70))[:kept]
+    with pytest.raises(InputError, match=rf"sample 3 of x: not an image that can be read \({len(encoded)} bytes\)"):
+        RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0), "sample 3 of x")
+
+
+def test_a_jpeg_cut_within_its_thumbnail_is_named() -> None:
+    encoded = UNUSUAL_JPEGS["a thumbnail with an end of its own"][:10]
+    assert encoded.endswith(b"\xff\xd9")
+    with pytest.raises(InputError, match="not an image that can be read"):
+        RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0))
+
+
+def test_a_jpeg_that_claims_to_be_huge_is_refused_unread() -> None:
+    encoded = bytearray(saved(photo(90, 70)))
+    jpeg = CuttableJpeg.parse(bytes(encoded), "")
+    assert jpeg
+    encoded[jpeg.height_at : jpeg.height_at + 4] = b"\xff\xdc\xff\xdc"
+    assert CuttableJpeg.parse(bytes(encoded), "") is None
+    with pytest.raises(InputError, match="not an image that can be read"):
+        RandomResizedCropFlip(32)(bytes(encoded), sample_rng(0, 0, 0))
 
 
 def test_boxes_are_distributed_as_torchvisions() -> None:

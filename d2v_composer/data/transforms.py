@@ -6,16 +6,19 @@ horizontal flip with probability 0.5. Pixels stay uint8: normalising is the mode
 
 import io
 import math
+import struct
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from d2v_composer.errors import InputError
 
-__all__ = ["Box", "RandomResizedCropFlip", "decode_rgb", "random_crop_box", "sample_rng", "to_tensor"]
+__all__ = ["Box", "CuttableJpeg", "RandomResizedCropFlip", "decode_rgb", "random_crop_box", "sample_rng", "to_tensor"]
 
 CROP_ATTEMPTS = 10
 
@@ -50,9 +53,70 @@ def decode_rgb(encoded: bytes, source: str) -> Image.Image:
         raise InputError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
 
 
+class CuttableJpeg(NamedTuple):
+    """A JPEG of which the rows below a crop need not be decoded.
+
+    It is one of the common kind, and whole: sequential, three colours of 8 bits in a single scan, with its end marker.
+    Its rows lie in order, so a header that tells of fewer rows makes any decoder stop after those.
+    """
+
+    encoded: bytes
+    source: str
+    size: tuple[int, int]
+    height_at: int
+
+    @classmethod
+    def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
+        """Read the header; ``None`` is whatever should be left to Pillow: other images, and those cut short."""
+        # Pillow refuses a file without its end, which a decoder that stops early cannot notice. A cut file does not
+        # end like this by chance: the marker cannot occur within the coded pixels.
+        if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
+            return None
+        jpeg, at = None, 2
+        while at + 10 <= len(encoded) and encoded[at] == 0xFF:
+            marker, length = struct.unpack_from(">BH", encoded, at + 1)
+            if marker == 0xDA:  # start of scan: the coded pixels follow
+                return jpeg if encoded[at + 4] == 3 else None
+            if marker in (0xC0, 0xC1):  # frame header: Huffman-coded, sequential
+                precision, height, width, colours = struct.unpack_from(">BHHB", encoded, at + 4)
+                # Pillow says what is to say about pictures that take all the memory.
+                pixels = width * height
+                too_large = Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
+                if jpeg or precision != 8 or colours != 3 or pixels == 0 or too_large:
+                    return None
+                jpeg = cls(encoded, source, (width, height), at + 5)
+            elif marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # not a table, a comment or an application's own
+                return None
+            at += 2 + length
+        return None
+
+    def crop(self, box: Box) -> np.ndarray:
+        """(height, width, 3) uint8: the very pixels that a crop of the whole image has.
+
+        Raises:
+            InputError: It cannot be decoded.
+        """
+        encoded = self.encoded
+        # A row's colours depend on at most the next two colour samples, each of two rows.
+        rows = box.bottom + 4
+        if rows < self.size[1]:
+            encoded = bytearray(encoded)
+            struct.pack_into(">H", encoded, self.height_at, rows)
+        try:
+            # Not strict: libjpeg warns of the bytes left over; and of damaged pixels, which Pillow lets pass, too.
+            pixels = simplejpeg.decode_jpeg(encoded, strict=False)
+        except ValueError:
+            return np.array(decode_rgb(self.encoded, self.source).crop(box))
+        return pixels[box.top : box.bottom, box.left : box.right]
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, height, width) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _to_tensor(np.array(image))
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def random_crop_box(
@@ -93,11 +157,25 @@ class RandomResizedCropFlip(NamedTuple):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """(3, image_size, image_size) uint8, of an RGB image."""
-        box = random_crop_box(*image.size, rng, self.scale, self.ratio)
-        # Cropping first, not resize(box=...): the filter must not see pixels outside of the crop.
-        crop = image.crop(box).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        if rng.random() < self.flip:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(crop)
+    def __call__(self, image: bytes | Image.Image, rng: np.random.Generator, source: str = "image") -> Tensor:
+        """Augment one image.
+
+        Args:
+            image: An image file's bytes, or an image in RGB.
+            rng: Where the randomness comes from.
+            source: Named in the error.
+
+        Returns:
+            (3, image_size, image_size) uint8.
+
+        Raises:
+            InputError: The bytes are no image, or a damaged one.
+        """
+        whole = CuttableJpeg.parse(image, source) or decode_rgb(image, source) if isinstance(image, bytes) else image
+        box = random_crop_box(*whole.size, rng, self.scale, self.ratio)
+        crop = whole.crop(box) if isinstance(whole, CuttableJpeg) else np.array(whole.crop(box))
+        # Torch's filter is Pillow's with weights of 16 bits, not 22: a fifth of the time, and hardly a value differs by
+        # one. Cropping comes first, as the filter must not see pixels outside of the crop.
+        size = (self.image_size, self.image_size)
+        pixels = functional.interpolate(_to_tensor(crop)[None], size, mode="bicubic", antialias=True)[0]
+        return pixels.flip(-1) if rng.random() < self.flip else pixels
