@@ -13,6 +13,7 @@ from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri, parse_uri
+from streaming.base.util import bytes_to_int
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
 from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, TrainConfig
 from d2v_composer.data.labelled import load_labelled_set
-from d2v_composer.data.mds import fetch_index, read_index
+from d2v_composer.data.mds import check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.errors import InputError
@@ -114,6 +115,8 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
     shards = read_index(local, columns=("image",), shards_may_be_missing=loader.remote is not None)
+    if loader.remote is not None:
+        check_room(shards, local, bytes_to_int(loader.cache_limit or 0))
     num_samples = sum(shard["samples"] for shard in shards)
     if num_samples < global_batch_size:
         raise InputError(

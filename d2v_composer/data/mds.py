@@ -1,13 +1,14 @@
 """The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import download
 
-__all__ = ["fetch_index", "read_index"]
+__all__ = ["check_room", "fetch_index", "read_index"]
 
 INDEX = "index.json"
 
@@ -29,6 +30,23 @@ def fetch_index(remote: str, local: Path) -> None:
         fetched.unlink()
         raise InputError(f"{local}: holds shards of another data set than {remote}: give another train_loader.local")
     fetched.replace(index)
+
+
+def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None) -> None:
+    """Make sure that the shards of a remote data set find room.
+
+    Raises:
+        InputError: The disk has less free than is still to come.
+    """
+    files = [shard["raw_data"] for shard in shards]
+    total = sum(file["bytes"] for file in files)
+    here = sum(file["bytes"] for file in files if (local / file["basename"]).is_file())
+    needed, free = min(total, cache_limit or total) - here, shutil.disk_usage(local).free
+    if needed > free:
+        raise InputError(
+            f"{local}: {needed / 1e9:.1f} GB of shards are still to come, {free / 1e9:.1f} GB of the disk are free: "
+            "make room, or set train_loader.cache_limit"
+        )
 
 
 def _is_json(path: Path) -> bool:
@@ -73,6 +91,10 @@ def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing:
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], may_be_missing: bool) -> None:
+    for file in _files(shard):
+        name = Path(file["basename"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{folder}: its {INDEX} names a file outside of it: {name}")
     missing = [column for column in columns if column not in shard["column_names"]]
     if missing:
         raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {', '.join(shard['column_names'])}")

@@ -1,5 +1,6 @@
 """Training images from MDS shards, local or in an object store, without labels."""
 
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ TICK = 0.007
 LAST_USER_LEAVES = 15.0
 # A shard may be evicted between being fetched and being read.
 READ_ATTEMPTS = 8
+
+log = logging.getLogger(__name__)
 
 
 class StreamingImages(StreamingDataset):
@@ -104,6 +107,19 @@ class StreamingImages(StreamingDataset):
         if dist.get_local_rank() == 0:
             for shard_id in self._unverified:
                 self._shard_states[shard_id] = ShardState.REMOTE
+            self._warn_of_thrashing(shuffle_block_size)
+
+    def _warn_of_thrashing(self, shuffle_block_size: int) -> None:
+        samples = min(round(1.25 * shuffle_block_size), self.num_samples) if self.shuffle else 0
+        needed = sum(shard.get_raw_size() for shard in self.shards) * samples // self.num_samples
+        if isinstance(self.cache_limit, int) and 0 < self.cache_limit < needed:
+            log.warning(
+                "%s: cache_limit %d is less than what is mixed at a time, about %d bytes: shards will be fetched more "
+                "than once an epoch; a smaller shuffle_block_size helps",
+                self.folder,
+                self.cache_limit,
+                needed,
+            )
 
     def _occupy(self, local: Path) -> None:
         descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)

@@ -128,7 +128,9 @@ class VerifiedStream(Stream):
         try:
             persist(download, self._address(info), timeout)
         except Exception as error:
-            raise ShardError(f"{self._address(info)}: the shard cannot be fetched: {reason(error)}") from error
+            raise ShardError(
+                f"{self._address(info)}: the shard cannot be fetched: {reason(error)} (to {self.local})"
+            ) from error
 
     def _decompress(self, raw: FileInfo, compressed: FileInfo, algorithm: str | None) -> None:
         try:
@@ -147,6 +149,8 @@ class VerifiedStream(Stream):
         partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         try:
             yield partial
+            if not partial.is_file():  # Streaming's downloader of gs:// with GCS_KEY passes over most errors
+                raise RuntimeError("the store sent nothing")
             if (fault := _fault(partial, info)) is not None:
                 raise DamagedError(f"what came is not what the index says: {fault}")
             partial.replace(path)
