@@ -51,6 +51,7 @@ class VerifiedStream(Stream):
     def __init__(self, *, local: str | Path, remote: str | None, timeout: float) -> None:
         super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, READ_TIMEOUT))
         self.timeout = timeout
+        self._connected_pid = os.getpid()
 
     @override
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
@@ -118,6 +119,9 @@ class VerifiedStream(Stream):
             raise ShardError(f"{self._path(info)}: the shard is missing")
 
         def download() -> None:
+            if self._connected_pid != os.getpid():  # forked: two processes on one connection get each other's answers
+                self._connected_pid = os.getpid()
+                self._downloader.clean_up()
             with self._partial(info) as partial:
                 try:
                     self._downloader.download(self._address(info), str(partial), self.download_timeout)

@@ -1,0 +1,258 @@
+"""Whoever reads training images: ours, and what people use otherwise, all for a torch DataLoader with batches of 64.
+
+Each rival is set up as its documentation says, and delivers what is usual there (float32, normalised) or what ours
+delivers (uint8, to be normalised on the device). All crop, resize and flip alike: RandomResizedCrop to 224 px with
+scale (0.08, 1), bicubic, and a flip with probability 0.5; all shuffle.
+"""
+
+import functools
+import io
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from d2v_composer.benchmarks.measure import Pass
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip, sample_rng
+
+__all__ = [
+    "FLOAT32",
+    "ORIGINALS",
+    "RESIZED",
+    "UINT8",
+    "Reader",
+    "decode_alone",
+    "image_folder",
+    "litdata_chunks",
+    "ours",
+    "ours_cold",
+    "webdataset_tars",
+]
+
+BATCH_SIZE = 64
+IMAGE_SIZE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHUFFLE_BUFFER = 1000
+SEED = 17
+
+ORIGINALS, RESIZED = "originals", "256 px"
+FLOAT32, UINT8 = "float32", "uint8"
+
+Augmentation = Callable[[Any], Tensor]
+
+
+class Reader(NamedTuple):
+    """One contender."""
+
+    name: str
+    stored: str
+    """What it reads: originals, or 256 px."""
+    delivers: str
+    """float32 (normalised) or uint8."""
+    start: Callable[[int], AbstractContextManager[Pass]]
+    """From a number of worker processes, 0 for none, to a pass over all images."""
+    installed: bool = True
+    """Otherwise it cannot be measured."""
+
+
+def ours(name: str, stored: str, local: Path, num_images: int, remote: str | None = None) -> Reader:
+    """Shards on disk, or in an object store with the first pass's downloads kept in ``local``."""
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        # A cache has one user, and the last one's may not be gone yet.
+        folder = local if remote is None else local / f"{workers} workers"
+        loader = _our_loader(folder, remote, workers)
+        yield functools.partial(_take_all, loader, UINT8, num_images)
+
+    return Reader(name, stored, UINT8, start)
+
+
+def ours_cold(name: str, stored: str, folder: Path, num_images: int, remote: str) -> Reader:
+    """Shards in an object store, none of them kept: a pass is a new data set's first epoch, with its start."""
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        caches = (folder / f"{workers} workers, pass {i}" for i in range(1 << 30))
+
+        def cold_pass() -> None:
+            _take_all(_our_loader(next(caches), remote, workers), UINT8, num_images)
+
+        yield cold_pass
+
+    return Reader(name, stored, UINT8, start)
+
+
+def _our_loader(local: Path, remote: str | None, workers: int) -> DataLoader:
+    dataset = StreamingImages(
+        local=local, remote=remote, batch_size=BATCH_SIZE, transform=RandomResizedCropFlip(IMAGE_SIZE), seed=SEED
+    )
+    return DataLoader(dataset, BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0)
+
+
+def decode_alone(name: str, stored: str, images: Sequence[bytes]) -> Reader:
+    """Our decoding and augmentation of images in memory, with nothing around it; with workers, in as many processes."""
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        if workers == 0:
+            yield functools.partial(_decode_all, images)
+            return
+        shares = [range(i, len(images), workers) for i in range(workers)]
+        # Not multiprocessing.Pool: it ends its processes with SIGTERM, of which Composer has made an orderly exit, and
+        # in a forked process that may wait for ever.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _hold, (images,)) as pool:
+            yield lambda: list(pool.map(_decode_held, shares))
+
+    return Reader(name, stored, UINT8, start)
+
+
+_held: Sequence[bytes] = ()
+
+
+def _hold(images: Sequence[bytes]) -> None:
+    global _held
+    _held = images
+    torch.set_num_threads(1)
+
+
+def _decode_held(numbers: range) -> None:
+    _decode_all([_held[number] for number in numbers])
+
+
+def _decode_all(images: Sequence[bytes]) -> None:
+    transform = RandomResizedCropFlip(IMAGE_SIZE)
+    for i, encoded in enumerate(images):
+        transform(encoded, sample_rng(SEED, 0, i))
+
+
+def image_folder(folder: Path, num_images: int, delivers: str = FLOAT32) -> Reader:
+    """torchvision's ImageFolder of the JPEG files, decoded by PIL."""
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        dataset = ImageFolder(str(folder), _augment_pil(delivers))
+        loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        yield functools.partial(_take_all, loader, delivers, num_images)
+
+    return Reader("ImageFolder + PIL", ORIGINALS, delivers, start)
+
+
+def litdata_chunks(
+    files: Sequence[Path], out: Path, images_per_chunk: int, delivers: str = FLOAT32, *, tensors: bool = False
+) -> Reader:
+    """litdata's chunks of the JPEGs' bytes, decoded by PIL; or of its own type for JPEGs, decoded by torchvision."""
+    to_sample = _litdata_jpeg if tensors else _litdata_bytes
+    augment = _augment_tensor(delivers) if tensors else _augment_pil(delivers)
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it asks PyPI
+        from litdata import StreamingDataLoader, StreamingDataset, optimize
+
+        if not out.exists():
+            for variable in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
+                os.environ[variable] = str(out.with_name(f"{out.name}.cache"))
+            inputs = [(str(path), i) for i, path in enumerate(files)]
+            chunks = {"chunk_size": images_per_chunk, "num_workers": 1, "start_method": "fork", "verbose": False}
+            optimize(to_sample, inputs, output_dir=str(out), optimize_dns=False, **chunks)
+        transform = functools.partial(_transform_litdata, augment, tensors)
+        dataset = StreamingDataset(str(out), shuffle=True, seed=SEED, transform=transform)
+        loader = StreamingDataLoader(
+            dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0
+        )
+        yield functools.partial(_take_all, loader, delivers, len(files))
+
+    return Reader(
+        f"litdata + {'torchvision' if tensors else 'PIL'}", ORIGINALS, delivers, start, find_spec("litdata") is not None
+    )
+
+
+def _litdata_bytes(file: tuple[str, int]) -> dict[str, Any]:
+    return {"image": Path(file[0]).read_bytes(), "label": file[1]}
+
+
+def _litdata_jpeg(file: tuple[str, int]) -> dict[str, Any]:
+    from litdata import Jpeg
+
+    return {"image": Jpeg(path=file[0]), "label": file[1]}
+
+
+def _transform_litdata(augment: Augmentation, tensors: bool, sample: dict[str, Any], *_: Any) -> tuple[Tensor, int]:
+    image = sample["image"] if tensors else Image.open(io.BytesIO(sample["image"])).convert("RGB")
+    return augment(image), sample["label"]
+
+
+def webdataset_tars(files: Sequence[Path], out: Path, images_per_tar: int, delivers: str = FLOAT32) -> Reader:
+    """webdataset's tar files of the JPEGs, decoded by PIL and batched in the workers."""
+
+    @contextmanager
+    def start(workers: int) -> Iterator[Pass]:
+        from webdataset.compat import WebDataset, WebLoader
+        from webdataset.writer import ShardWriter
+
+        if not out.exists():
+            out.mkdir(parents=True)
+            with ShardWriter(f"{out}/%06d.tar", maxcount=images_per_tar, verbose=0) as writer:
+                for i, path in enumerate(files):
+                    writer.write({"__key__": f"{i:08}", "jpg": path.read_bytes(), "cls": i})
+        tars = sorted(str(path) for path in out.glob("*.tar"))
+        dataset = (
+            WebDataset(tars, shardshuffle=len(tars))
+            .shuffle(SHUFFLE_BUFFER)
+            .decode("pil")
+            .to_tuple("jpg", "cls")
+            .map_tuple(_augment_pil(delivers), int)
+            .batched(BATCH_SIZE)
+        )
+        loader = WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        yield functools.partial(_take_all, loader, delivers, len(files))
+
+    return Reader("webdataset + PIL", ORIGINALS, delivers, start, find_spec("webdataset") is not None)
+
+
+def _augment_pil(delivers: str) -> Augmentation:
+    augment = [
+        transforms.RandomResizedCrop(IMAGE_SIZE, (0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+    ]
+    normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose(augment + (normalise if delivers == FLOAT32 else [transforms.PILToTensor()]))
+
+
+def _augment_tensor(delivers: str) -> Augmentation:
+    augment = [
+        v2.RandomResizedCrop(IMAGE_SIZE, (0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(),
+    ]
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return v2.Compose(augment + (normalise if delivers == FLOAT32 else []))
+
+
+def _take_all(loader: Iterable[Any], delivers: str, num_images: int) -> None:
+    """One epoch.
+
+    Raises:
+        RuntimeError: It is not what the contender says: something else would be measured.
+    """
+    images = torch.empty(0)
+    count = 0
+    for batch in loader:
+        images = batch["image"] if isinstance(batch, dict) else batch[0]
+        count += len(images)
+    kind = (*images.shape[1:], str(images.dtype))
+    if count != num_images or kind != (3, IMAGE_SIZE, IMAGE_SIZE, f"torch.{delivers}"):
+        raise RuntimeError(f"{count} images of {num_images}, the last of them {kind}")
