@@ -61,8 +61,8 @@ FIXED_BY_A_CHECKPOINT = (
     "config.train_loader.shuffle_block_size",
     "teacher.sha256",
 )
-# How much longer than the store is tried a worker may bring nothing.
-HANGING_SECONDS = 120
+# How much longer than two give up a shard, one after the other, a worker may bring nothing.
+HANGING_SECONDS = 300
 VERSIONED_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
 
 
@@ -151,7 +151,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
         # After the worker's own error, which names the shard; this one is for a worker that hangs.
-        timeout=loader.timeout + HANGING_SECONDS if has_workers else 0,
+        timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -3,23 +3,25 @@
 import errno
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
 __all__ = ["is_lasting", "persist", "reason"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is just starting may say for a moment that something is not there, or not for us.
 LASTING_ATTEMPTS = 4
-LASTING_STATUS = (400, 401, 403, 404, 410)
+LASTING_STATUS = (401, 403, 404)
+NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 log = logging.getLogger(__name__)
 
 
-def persist(attempt: Callable[[], None], what: str, timeout: float) -> None:
+def persist(attempt: Callable[[], None], what: str, timeout: float, stop: threading.Event | None = None) -> None:
     """Call ``attempt`` until it does not raise.
 
     A fault of this machine's disk is raised at once, one that waiting seldom mends (not there, not allowed, damaged)
@@ -29,8 +31,9 @@ def persist(attempt: Callable[[], None], what: str, timeout: float) -> None:
         attempt: Called at least once.
         what: Named in the log.
         timeout: In seconds; an attempt under way is not cut off.
+        stop: Where it is set, a failure is raised without another attempt.
     """
-    start = time.monotonic()
+    start, stop = time.monotonic(), stop or threading.Event()
     pause, lasting_attempts = FIRST_PAUSE, 0
     dice = random.Random()  # not the process's: training draws from that one
     while True:
@@ -42,7 +45,8 @@ def persist(attempt: Callable[[], None], what: str, timeout: float) -> None:
             if is_local(error) or lasting_attempts >= LASTING_ATTEMPTS or left <= 0:
                 raise
             log.warning("%s: %s; tried again for %.0f s", what, reason(error), left)
-        time.sleep(min(pause * dice.uniform(0.5, 1), left))
+            if stop.wait(min(pause * dice.uniform(0.5, 1), left)):
+                raise
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -53,17 +57,17 @@ def is_local(error: BaseException) -> bool:
 
 def is_lasting(error: BaseException) -> bool:
     """Whether the fault will hardly go away by itself."""
-    return isinstance(error, (NoCredentialsError, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
+    return isinstance(error, (*NO_CREDENTIALS, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of botocore, google-cloud, azure or requests."""
+    """The HTTP status in an error of botocore, google-cloud, azure, oci or requests."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     candidates = (
         getattr(response, "status_code", None),
-        *(getattr(error, name, None) for name in ("status_code", "code")),
+        *(getattr(error, name, None) for name in ("status_code", "code", "status")),
     )
     return next((value for value in candidates if isinstance(value, int)), None)
 

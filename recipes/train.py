@@ -72,8 +72,11 @@ def main(argv: Sequence[str]) -> Trainer:
             trainer.fit()
         elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
             print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
-    finally:
-        trainer.close()
+    except BaseException:
+        # Not trainer.close(): that waits for all ranks, and not all may have failed.
+        trainer.engine.close()
+        raise
+    trainer.close()
     report(retrieval)
     return trainer
 

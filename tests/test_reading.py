@@ -12,9 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 
+import azure.core.exceptions
+import psutil
 import pytest
+import requests
+from botocore.exceptions import ClientError, NoCredentialsError
 from conftest import encoded_image, time_limit, write_mds
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
@@ -24,7 +29,7 @@ from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.errors import InputError
-from d2v_composer.persistence import persist
+from d2v_composer.persistence import is_lasting, persist
 
 NUM_SAMPLES = 96
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -202,8 +207,8 @@ def size(folder: Path) -> int:
 @WORKERS
 def test_the_cache_limit_holds_on_disk(original: Path, tmp_path: Path, workers: int) -> None:
     # Full of an earlier run's shards, one of them damaged.
-    cache, limit = shutil.copytree(original, tmp_path / "cache"), 24_000
-    for path in sorted(cache.glob("*.mds"))[3:]:
+    cache, limit = shutil.copytree(original, tmp_path / "cache"), 27_000
+    for path in sorted(cache.glob("*.mds"))[4:]:
         path.unlink()
     flip_bit(cache / "shard.00002.mds")
     dataset = images(cache, original, cache_limit=limit)
@@ -226,8 +231,75 @@ def test_the_cache_limit_holds_on_disk(original: Path, tmp_path: Path, workers: 
     assert dataset.cache_usage == size(cache)
 
 
+def test_a_cache_over_its_limit_is_brought_below_it(
+    original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = shutil.copytree(original, tmp_path / "cache")
+    cut(cache / "shard.00004.mds")
+    with caplog.at_level(logging.WARNING):
+        dataset = images(cache, original, cache_limit=30_000)
+    assert dataset.cache_usage == size(cache)
+    assert "cache_limit 30000 is less than what is mixed at a time, about 1065" in caplog.text
+    assert epoch(dataset, 0) == ALL
+    assert size(cache) <= 30_000
+    assert dataset.cache_usage == size(cache)
+
+
+def test_what_is_fetched_is_not_evicted_and_what_was_read_last_is_evicted_last(original: Path, tmp_path: Path) -> None:
+    dataset = images(shutil.copytree(original, tmp_path / "cache"), original, cache_limit=200_000)
+    assert dataset._claim(31) is not None  # the one that is next among those not verified
+    assert dataset._coldest_shard(wanted=30) == 29
+    for sample_id in (0, 40, 90):
+        dataset[sample_id]
+    dataset[0]
+    dataset._unverified.clear()
+    assert dataset._coldest_shard(wanted=5) == dataset.spanner[40][0]
+
+
+def test_only_a_cache_has_a_limit(original: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(original, tmp_path / "data")
+    with pytest.raises(ValueError, match="cache_limit is for a remote data set"):
+        images(data, cache_limit=30_000)
+    with pytest.raises(ValueError, match="remote must be elsewhere than local"):
+        images(data, data, cache_limit=30_000)
+    with pytest.raises(ValueError, match="cache_limit must be at least 25490 bytes, the index and four shards"):
+        images(tmp_path / "cache", data, cache_limit=25_000)
+    assert same_files(data, original)
+
+
+def test_workers_do_not_outlive_their_run(original: Path, tmp_path: Path) -> None:
+    """They would hold the cache's lock, here while they wait for a store that is away."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    shutil.copy(original / "index.json", cache)
+    program = f"""
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip
+from torch.utils.data import DataLoader
+dataset = StreamingImages(local={str(cache)!r}, remote="s3://bucket/images", batch_size=16,
+                          transform=RandomResizedCropFlip(24), seed=5, timeout=60)
+batches = iter(DataLoader(dataset, 16, num_workers=2))
+print("waiting", flush=True)
+next(batches)
+"""
+    environment = os.environ | {"S3_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a"}
+    environment |= {"AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"waiting\n"
+        time.sleep(2)
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert len(workers) >= 2
+        run.kill()
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+    assert epoch(images(cache, original), 0) == ALL
+
+
 def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.data.streaming_images.LAST_USER_LEAVES", 0.2)
+    monkeypatch.setattr("d2v_composer.data.verified_dataset.LAST_USER_LEAVES", 0.2)
     program = f"""
 import sys, time
 from d2v_composer.data.streaming_images import StreamingImages
@@ -280,10 +352,18 @@ def test_a_killed_worker(original: Path, tmp_path: Path) -> None:
     batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_who_waits_for_a_shard_learns_that_it_was_given_up(remote: Path, tmp_path: Path) -> None:
-    """Two workers want the same shard; together they are not slower than one."""
-    (remote / "shard.00007.mds").unlink()
-    dataset = images(tmp_path / "cache", remote)
+def test_who_waits_for_a_shard_learns_that_it_was_given_up(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several want the same shard of a store that is away; together they are hardly slower than one."""
+    dataset = images(tmp_path / "cache", original, timeout=2)
+    attempts = []
+
+    def download(*_: object) -> None:
+        attempts.append(time.monotonic())
+        raise ConnectionError("nobody listens")
+
+    monkeypatch.setattr(dataset.stream._downloader, "download", download)
     failures: list[str] = []
 
     def fetch() -> None:
@@ -292,13 +372,43 @@ def test_who_waits_for_a_shard_learns_that_it_was_given_up(remote: Path, tmp_pat
         except ShardError as error:
             failures.append(str(error))
 
+    start = time.monotonic()
     threads = [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
+    assert 2 <= time.monotonic() - start < 3.5
+    assert len(attempts) > 4
     assert len(failures) == 3
-    assert all("shard.00007.mds: the shard cannot be fetched" in failure for failure in failures)
+    assert all("shard.00007.mds: the shard cannot be fetched: nobody listens" in failure for failure in failures)
+
+
+def test_a_store_that_sends_nothing(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = images(tmp_path / "cache", original, timeout=0.1)
+    monkeypatch.setattr(dataset.stream._downloader, "download", lambda *_: None)
+    with pytest.raises(ShardError, match="cannot be fetched: the store sent nothing"):
+        dataset.prepare_shard(7)
+
+
+def test_epochs_that_the_workers_do_not_divide(tmp_path: Path) -> None:
+    data = write_mds(tmp_path / "data", [encoded_image(i) for i in range(97)])
+    dataset = images(data)
+    for _ in range(2):
+        assert epoch(dataset, 2) == list(range(97))
+
+
+def test_a_process_that_is_killed_while_it_fetches(original: Path, tmp_path: Path) -> None:
+    dataset = images(tmp_path / "cache", original, timeout=20)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert dataset._claim(7) is not None
+    dataset._fetchers[7] = ended.pid
+    dataset.prepare_shard(7, blocking=False)  # does not wait
+    assert not (tmp_path / "cache" / "shard.00007.mds").exists()
+    with time_limit(5):
+        assert epoch(dataset, 0) == ALL
+    assert dataset.cache_usage == size(tmp_path / "cache")
 
 
 def test_shards_without_hashes_are_verified_by_their_size(tmp_path: Path) -> None:
@@ -366,3 +476,42 @@ def test_persistence(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(OSError, match="No space left"):
         persist(attempts, "a shard", timeout=30)
     assert attempts.count == 1
+
+
+def client_error(status: int, code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")  # pyright: ignore
+
+
+class GoogleError(Exception):
+    """As google.api_core's, whose import warns."""
+
+    def __init__(self, code: HTTPStatus) -> None:
+        super().__init__()
+        self.code = code
+
+
+def http_error(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (client_error(404, "NoSuchKey"), True),
+        (client_error(403, "AccessDenied"), True),
+        (client_error(400, "RequestTimeout"), False),
+        (client_error(503, "SlowDown"), False),
+        (NoCredentialsError(), True),
+        (GoogleError(HTTPStatus.NOT_FOUND), True),
+        (GoogleError(HTTPStatus.SERVICE_UNAVAILABLE), False),
+        (azure.core.exceptions.ResourceNotFoundError("gone", response=http_error(404).response), True),
+        (http_error(404), True),
+        (http_error(502), False),
+        (ConnectionResetError("reset"), False),
+        (TimeoutError("late"), False),
+    ],
+)
+def test_what_waiting_does_not_mend(error: Exception, lasting: bool) -> None:
+    assert is_lasting(error) is lasting

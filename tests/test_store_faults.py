@@ -1,12 +1,15 @@
 """Epochs from an object store are whole, or end in an error: kills, a store that goes away, faults of its content."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -118,10 +121,18 @@ def test_epochs_are_whole_though_killed(
     assert record == undisturbed  # the same samples in the same batches, with the same pixels
 
 
-def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=command_environment() | environment
-    )
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A run in the background, which is gone after the block."""
+    variables = command_environment() | environment
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+    ) as run:
+        try:
+            yield run
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
 
 
 def wait_for_batch(folder: Path, batch: int) -> None:
@@ -135,14 +146,16 @@ def test_a_store_that_is_away_for_twenty_seconds(
     store: ObjectStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:
     overrides = cached_remote(f"train_loader.num_workers={workers}")
-    run = start(recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides), store.environment)
-    wait_for_batch(tmp_path, 2)
-    store.kill()
-    time.sleep(20)
-    assert run.poll() is None
-    assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
-    store.start()
-    _, errors = run.communicate(timeout=120)
+    with started(recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides), store.environment) as run:
+        wait_for_batch(tmp_path, 2)
+        store.kill()
+        try:
+            time.sleep(20)
+            assert run.poll() is None
+            assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
+        finally:
+            store.start()
+        _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert_whole(read_record(tmp_path))
     assert read_record(tmp_path) == undisturbed
@@ -154,14 +167,14 @@ def test_a_store_that_is_away_for_twenty_seconds(
 )
 def test_a_store_that_is_gone_for_good(store: ObjectStore, tmp_path: Path, ranks: int, workers: int) -> None:
     overrides = cached_remote(f"train_loader.num_workers={workers}", "train_loader.timeout=10")
-    run = start(recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides), store.environment)
-    wait_for_batch(tmp_path, 2)
-    store.kill()
-    # Ten seconds, the last attempt's own, and what it takes the launcher to end the other rank.
-    try:
-        output, errors = run.communicate(timeout=60)
-    finally:
-        store.start()
+    with started(recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides), store.environment) as run:
+        wait_for_batch(tmp_path, 2)
+        store.kill()
+        try:
+            # Ten seconds, the last attempt's own, and up to thirty that the launcher gives the other rank.
+            output, errors = run.communicate(timeout=90)
+        finally:
+            store.start()
     assert run.returncode != 0
     said = output + errors
     assert "ShardError: s3://cloud/images/shard.000" in said

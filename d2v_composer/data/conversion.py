@@ -9,8 +9,6 @@ was read back.
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import shutil
 import threading
 from collections import Counter
@@ -37,6 +35,7 @@ from d2v_composer.data.shards import (
 )
 from d2v_composer.errors import InputError
 from d2v_composer.locks import sole_user
+from d2v_composer.processes import end_with_parent
 
 __all__ = ["Conversion", "convert_images"]
 
@@ -142,15 +141,7 @@ def _run(
 def _start_worker() -> None:
     # Streaming's uploads have a bar too: a worker that is killed must not take the lock of this process's bars along.
     tqdm.set_lock(threading.RLock())
-    # A killed conversion must not leave workers behind that go on with what was queued.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    end_with_parent()
 
 
 def _verify(pool: ProcessPoolExecutor, target: Target, records: list[ShardRecord], expected: int) -> None:

@@ -1,7 +1,7 @@
 """The shards of an MDS data set, used only when they are what the index says: fetched, tried again, verified."""
 
+import hashlib
 import logging
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.compression import decompress
 from streaming.base.format.base.reader import FileInfo, Reader
-from streaming.base.hashing import get_hash
 from typing_extensions import override
 
 from d2v_composer.persistence import persist, reason
@@ -23,7 +23,8 @@ __all__ = ["ShardError", "VerifiedStream"]
 # The fastest first; from blake2b on a hash takes longer than a fast disk.
 HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
 # Of one request; a store that hangs is asked again after it.
-READ_TIMEOUT = 60
+READ_TIMEOUT = 20
+READ_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +65,16 @@ class VerifiedStream(Stream):
                     path = self._path(info)
                     if path.is_file() and path.stat().st_size != info.bytes:
                         self._drop(path, _wrong_size(path, info))
-        super().set_up_local(shards, cache_usage_per_shard)
+        # Not the base class's, which deletes what it holds to be inconsistent, in a local data set too.
+        cache_usage_per_shard[:] = [self.bytes_here(shard) for shard in shards]
 
-    def fetch_shard(self, shard: Reader, timeout: float | None = None) -> None:
+    def fetch_shard(self, shard: Reader, timeout: float | None = None, stop: threading.Event | None = None) -> None:
         """Make sure that a shard is here and whole.
 
         Args:
             shard: One of :meth:`get_shards`.
             timeout: Instead of the stream's own.
+            stop: Ends waiting for the store, where it is set.
 
         Raises:
             ShardError: It cannot be had.
@@ -81,10 +84,10 @@ class VerifiedStream(Stream):
             if self._is_whole(raw):
                 continue
             if compressed is None:
-                self._fetch(raw, timeout)
+                self._fetch(raw, timeout, stop)
             else:
                 if not self._is_whole(compressed):
-                    self._fetch(compressed, timeout)
+                    self._fetch(compressed, timeout, stop)
                 self._decompress(raw, compressed, shard.compression)
 
     def bytes_here(self, shard: Reader) -> int:
@@ -114,7 +117,7 @@ class VerifiedStream(Stream):
         log.warning("%s: fetched again", fault)
         path.unlink()
 
-    def _fetch(self, info: FileInfo, timeout: float) -> None:
+    def _fetch(self, info: FileInfo, timeout: float, stop: threading.Event | None) -> None:
         if self.remote is None:
             raise ShardError(f"{self._path(info)}: the shard is missing")
 
@@ -130,7 +133,7 @@ class VerifiedStream(Stream):
                     raise
 
         try:
-            persist(download, self._address(info), timeout)
+            persist(download, self._address(info), timeout, stop)
         except Exception as error:
             raise ShardError(
                 f"{self._address(info)}: the shard cannot be fetched: {reason(error)} (to {self.local})"
@@ -172,12 +175,19 @@ def _fault(path: Path, info: FileInfo) -> str | None:
     """What about a file is not as the index says, if anything."""
     if path.stat().st_size != info.bytes:
         return _wrong_size(path, info)
-    algorithm = next((name for name in HASHES if name in info.hashes), None)
-    if algorithm is not None and info.bytes:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if get_hash(algorithm, content) != info.hashes[algorithm]:  # pyright: ignore[reportArgumentType]
-                return f"{path}: its content has changed ({algorithm})"
+    algorithm = next((name for name in (*HASHES, *info.hashes) if name in info.hashes), None)
+    if algorithm is not None and _digest(path, algorithm) != info.hashes[algorithm]:
+        return f"{path}: its content has changed ({algorithm})"
     return None
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    # Not Streaming's get_hash, which wants the whole file in memory.
+    state = getattr(xxhash, algorithm)() if algorithm.startswith("xxh") else hashlib.new(algorithm)
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def _wrong_size(path: Path, info: FileInfo) -> str:
