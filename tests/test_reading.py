@@ -506,7 +506,7 @@ def http_error(status: int) -> requests.HTTPError:
         (NoCredentialsError(), True),
         (GoogleError(HTTPStatus.NOT_FOUND), True),
         (GoogleError(HTTPStatus.SERVICE_UNAVAILABLE), False),
-        (azure.core.exceptions.ResourceNotFoundError("gone", response=http_error(404).response), True),
+        (azure.core.exceptions.ResourceNotFoundError("gone", response=http_error(404).response), True),  # pyright: ignore
         (http_error(404), True),
         (http_error(502), False),
         (ConnectionResetError("reset"), False),
