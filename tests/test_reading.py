@@ -298,6 +298,33 @@ next(batches)
     assert epoch(images(cache, original), 0) == ALL
 
 
+def test_runs_that_start_at_one_time(original: Path) -> None:
+    """They would take each other's names in shared memory."""
+    program = f"""
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.transforms import RandomResizedCropFlip
+print("ready", flush=True)
+input()
+for _ in range(5):
+    dataset = StreamingImages(local={str(original)!r}, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
+    assert sorted(sample["sample_id"] for sample in dataset) == list(range(96))
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    for run in runs:
+        run.communicate(timeout=60)
+    assert [run.returncode for run in runs] == [0] * 4
+
+
 def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2v_composer.data.verified_dataset.LAST_USER_LEAVES", 0.2)
     program = f"""

@@ -2,16 +2,19 @@
 
 import logging
 import os
+import sys
+import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
@@ -24,7 +27,7 @@ from typing_extensions import override
 
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
-from d2v_composer.locks import acquire
+from d2v_composer.locks import acquire, sole_user
 from d2v_composer.processes import end_with_parent
 
 __all__ = ["VerifiedDataset"]
@@ -34,6 +37,7 @@ TICK = 0.03
 LAST_USER_LEAVES = 15.0
 # A shard may be evicted between being fetched and being read.
 READ_ATTEMPTS = 8
+STARTING_SECONDS = 300.0
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +86,12 @@ class VerifiedDataset(StreamingDataset):
         if remote is not None and dist.get_local_rank() == 0:
             self._occupy(Path(local))
         self.stream = VerifiedStream(local=local, remote=remote, timeout=timeout)
-        super().__init__(
-            streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
-        )
-        # The process that fetches each shard, while it is fetched.
-        self._fetchers = SharedArray(self.num_shards, np.int64, shared_name(self._shm_prefix_int, "fetchers"))
+        with _starting_alone():
+            super().__init__(
+                streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
+            )
+            # The process that fetches each shard, while it is fetched.
+            self._fetchers = SharedArray(self.num_shards, np.int64, shared_name(self._shm_prefix_int, "fetchers"))
         # Shards that an earlier run left take space, but are as good as remote until they are verified.
         self._unverified = [i for i, shard in enumerate(self.shards) if self.stream.bytes_here(shard)]
         if dist.get_local_rank() == 0:
@@ -137,13 +142,15 @@ class VerifiedDataset(StreamingDataset):
         # A daemon: a process that ends must not wait for one that waits for a store.
         thread = threading.Thread(target=self._fetch_ahead, args=(ahead,), daemon=True)
         thread.start()
+        interpreter_ends = sys.is_finalizing  # when it does, there may be no more globals
         try:
             for sample_id in sample_ids:
                 yield self[int(sample_id)]
                 ahead.num_read += 1
         finally:
             ahead.stop.set()
-            thread.join()  # what it fetches would for ever look as if it were being fetched
+            if not interpreter_ends():  # where it does, the thread never will
+                thread.join()  # what it fetches would for ever look as if it were being fetched
 
     def _fetch_ahead(self, ahead: "Lookahead") -> None:
         for shard_id in ahead.shards(self):
@@ -315,6 +322,17 @@ class Lookahead:
                 return
             if i >= self.num_read:
                 yield dataset.spanner[int(sample_id)][0]
+
+
+@contextmanager
+def _starting_alone() -> Iterator[None]:
+    """One run of a machine (and user) at a time: Streaming looks for free names in shared memory, then takes them."""
+    # Not below the home folder, which the machines of one run may share: they have to start together.
+    lock = Path(tempfile.gettempdir(), f"d2v_composer-{os.getuid()}.lock")
+    with sole_user(lock, STARTING_SECONDS) if dist.get_local_rank() == 0 else nullcontext():
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the other ranks of this run look as well
+        yield
 
 
 def _is_alive(pid: int) -> bool:
