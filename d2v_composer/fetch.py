@@ -10,6 +10,7 @@ from streaming.base.storage import CloudDownloader
 from tqdm.auto import tqdm
 
 from d2v_composer.errors import InputError
+from d2v_composer.persistence import reason
 
 __all__ = ["cache_folder", "download", "fetch"]
 
@@ -58,8 +59,7 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
             CloudDownloader.direct_download(address, str(partial), timeout)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()
-        raise InputError(f"{address}: cannot be fetched ({reason[0] if reason else type(error).__name__})") from error
+        raise InputError(f"{address}: cannot be fetched ({reason(error)})") from error
     partial.replace(path)
 
 

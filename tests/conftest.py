@@ -43,6 +43,16 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 images of 32 px without labels in some thirty hashed shards; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("many") / "images"
+    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
+        for i in range(NUM_IMAGES):
+            writer.write({"image": encoded_image(i)})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 images of 32 px with labels; nobody may write into it."""
     folder = tmp_path_factory.mktemp("small") / "train"

@@ -36,13 +36,8 @@ WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some thirty hashed shards; nobody may write into it."""
-    folder = tmp_path_factory.mktemp("original") / "images"
-    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
-        for i in range(NUM_SAMPLES):
-            writer.write({"image": encoded_image(i)})
-    return folder
+def original(many_shards: Path) -> Path:
+    return many_shards
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from d2v_composer.data.mds import INDEX
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import cache_folder, download
+from d2v_composer.persistence import reason
 
 __all__ = ["ATTEMPTS", "SUMMARY", "Target", "write_atomically"]
 
@@ -59,7 +60,7 @@ class Target(NamedTuple):
             self.work.mkdir(parents=True, exist_ok=True)
             self.publish_text(SUMMARY, json.dumps({"finished": False}))
         except Exception as error:
-            raise InputError(f"{self.address}: cannot be written ({_reason(error)})") from error
+            raise InputError(f"{self.address}: cannot be written ({reason(error)})") from error
         with self.read_back(SUMMARY) as path:
             if not path.exists():
                 raise InputError(f"{self.address}: can be written, but what was written cannot be read back")
@@ -122,7 +123,7 @@ class Target(NamedTuple):
         try:
             keys = CloudUploader.get((str(folder), self.address)).list_objects(prefix)
         except Exception as error:
-            raise InputError(f"{self.address}: cannot be listed ({_reason(error)})") from error
+            raise InputError(f"{self.address}: cannot be listed ({reason(error)})") from error
         return sorted(key.rsplit("/", 1)[-1] for key in keys)
 
 
@@ -141,8 +142,3 @@ def _empty_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
