@@ -5,6 +5,7 @@ Shapes: N bank images, Q queries, D channels.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +13,33 @@ from torch.nn.functional import normalize
 
 __all__ = ["nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
 
-# Similarities held at once, in floats: 256 MB. Larger chunks are no faster.
-CHUNK_FLOATS = 64 * 2**20
+MEMORY_BUDGET = 256 * 2**20
+# Bank images compared at once: matrix products gain nothing from more.
+BANK_PART = 1 << 14
+# Similarities of which the largest is looked at first.
+GROUP_SIZE = 64
 
 
-def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Tensor:
+class Neighbours(NamedTuple):
+    """Bank images of each query, nearest first."""
+
+    similarities: Tensor
+    """(Q, K) float32."""
+    indices: Tensor
+    """(Q, K) int64."""
+
+
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> Tensor:
     """The bank indices of each query's k nearest by cosine, nearest first: (Q, k) int64.
 
-    Exact, float32, in chunks of queries, so that memory stays bounded whatever Q is.
+    Exact in float32; of equally near ones any may come first.
 
     Args:
         bank: (N, D), any float dtype, any length.
         queries: (Q, D), likewise.
         k: From 1 to N.
+        memory_budget: What is held at most besides the arguments and the result, in bytes; no less than a few
+            images and one query's similarities to them need.
 
     Raises:
         ValueError: The shapes do not fit, or k is out of range.
@@ -35,12 +50,59 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Tensor:
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
-    bank_ND = normalize(bank.float(), dim=1)
-    queries_QD = normalize(queries.float(), dim=1)
-    chunk = max(1, CHUNK_FLOATS // len(bank))
+    bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
+    query_parts = queries.split(query_part)
+    nearest = [
+        Neighbours(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts
+    ]
     with full_float32(bank.device.type):
-        neighbours = [(part @ bank_ND.T).topk(k, dim=1).indices for part in queries_QD.split(chunk)]
-    return torch.cat(neighbours) if neighbours else torch.empty(0, k, dtype=torch.int64, device=bank.device)
+        for first in range(0, len(bank), bank_part):
+            # A query's own length does not change which bank images are nearest to it.
+            unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
+            for i, part in enumerate(query_parts):
+                more = top_k(part.float() @ unit_ND.T, k)
+                nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
+    return torch.cat([neighbours.indices for neighbours in nearest])
+
+
+def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
+    """How many bank images and how many queries are compared at once."""
+    budget = memory_budget - 2 * num_queries * k * 12  # neighbours of the parts, and of all of them
+    unit_bytes = 8 * dim  # an image in float32, and normalised
+    bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
+    candidates = min(bank_part, (k + 1) * GROUP_SIZE)
+    query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 28 * candidates
+    return bank_part, max(1, (budget - bank_part * unit_bytes) // query_bytes)
+
+
+def top_k(similarities_QN: Tensor, k: int) -> Neighbours:
+    """The k largest of each row (all of a shorter one), largest first.
+
+    In two levels, because a whole row's topk takes as long as a good part of the product that made it: the k groups
+    with the largest maxima hold the k largest values.
+    """
+    num_columns = similarities_QN.shape[1]
+    num_groups = num_columns // GROUP_SIZE
+    if k >= num_groups:
+        return Neighbours(*similarities_QN.topk(min(k, num_columns), dim=1))
+    # Group j has the columns j, j + num_groups, j + 2 * num_groups, …; the few columns left over are all looked at.
+    num_grouped = num_groups * GROUP_SIZE
+    maxima = similarities_QN[:, :num_grouped].unflatten(1, (GROUP_SIZE, num_groups)).amax(dim=1)
+    device = similarities_QN.device
+    members = torch.arange(0, num_grouped, num_groups, device=device)
+    grouped = (maxima.topk(k, dim=1).indices[:, :, None] + members).flatten(1)
+    others = torch.arange(num_grouped, num_columns, device=device).expand(len(similarities_QN), -1)
+    candidates = torch.cat([grouped, others], dim=1)
+    similarities, chosen = similarities_QN.gather(1, candidates).topk(k, dim=1)
+    return Neighbours(similarities, candidates.gather(1, chosen))
+
+
+def merge(some: Neighbours, others: Neighbours, k: int) -> Neighbours:
+    """The k nearest of both."""
+    similarities = torch.cat([some.similarities, others.similarities], dim=1)
+    indices = torch.cat([some.indices, others.indices], dim=1)
+    similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
+    return Neighbours(similarities, indices.gather(1, chosen))
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from d2v_composer.benchmarks.measure import peak_allocated
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy
+from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy, top_k
 from d2v_composer.tables import retrieval_table
 
 
@@ -54,8 +55,40 @@ def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None
 def test_neighbours_of_ten_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 2_000))
-    monkeypatch.setattr("d2v_composer.retrieval.CHUNK_FLOATS", 10_000 * 300)  # seven chunks, the last one short
+    monkeypatch.setattr("d2v_composer.retrieval.BANK_PART", 3_000)  # four parts, the last one short
     assert_same_neighbours(bank, queries, k=20)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 129, 130, 4000])
+@pytest.mark.parametrize("num_columns", [1, 64, 127, 8191, 8192])
+def test_two_levels_find_what_one_does(num_columns: int, k: int) -> None:
+    similarities = torch.randn(5, num_columns, generator=torch.Generator().manual_seed(k))
+    values, indices = top_k(similarities, k)
+    expected = similarities.topk(min(k, num_columns), dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(indices, expected.indices)
+
+
+@pytest.mark.parametrize("megabytes", [2, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_budget_is_kept(megabytes: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    bank, queries = (torch.randn(count, 64, generator=generator).to(dtype) for count in (9_000, 1_500))
+    found: list[Tensor] = []
+    budget = megabytes << 20
+    held = peak_allocated(lambda: found.append(nearest_neighbours(bank, queries, 5, budget)), "cpu")
+    assert held - found[0].nbytes <= budget
+    if budget > 4 * len(bank) * len(queries):  # all at once would fit
+        assert held > 4 * len(bank) * len(queries) / 2
+    assert torch.equal(found[0], nearest_neighbours(bank, queries, 5))
+
+
+def test_any_k_within_any_budget() -> None:
+    bank, queries = torch.randn(300, 16), torch.randn(7, 16)
+    everything = nearest_neighbours(bank, queries, 300, memory_budget=1)
+    assert torch.equal(everything.sort(dim=1).values, torch.arange(300).expand(7, -1))
+    assert torch.equal(everything[:, :9], nearest_neighbours(bank, queries, 9, memory_budget=1))
+    assert nearest_neighbours(bank, queries[:0], 3).shape == (0, 3)
 
 
 def test_accuracy_by_hand() -> None:
