@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.errors import InputError
-from d2v_composer.models.alibi import alibi_bias, alibi_slopes, manhattan_distance
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_teacher
@@ -155,22 +154,6 @@ def test_loss_is_a_plain_mean() -> None:
     prediction, target = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     expected = ((prediction - target) ** 2).sum() / prediction.numel()
     torch.testing.assert_close(regression_loss(Regression(prediction, target)), expected)
-
-
-def test_alibi() -> None:
-    torch.testing.assert_close(alibi_slopes(4), torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]))
-    # 6 heads: those of 4, then the first and third of 8.
-    torch.testing.assert_close(alibi_slopes(6)[4:], torch.tensor([2.0**-1, 2.0**-3]))
-    distance = manhattan_distance(9)
-    assert distance[0, 8] == 4  # corner to corner of a 3 × 3 grid
-    bias = alibi_bias(distance, num_heads=6, num_alibi_heads=4, num_extra_tokens=2)
-    assert bias.shape == (6, 11, 11)
-    assert not bias[:, :2].any()
-    assert not bias[:, :, :2].any()
-    assert not bias[4:].any()
-    assert bias[1, 2, 10] == -4 * 2.0**-4
-    with pytest.raises(ValueError, match="square grid"):
-        manhattan_distance(8)
 
 
 def test_student_init_from_teacher(teacher: Data2Vec2) -> None:

@@ -16,7 +16,6 @@ from d2v_composer.models.frozen import Frozen
 from d2v_composer.models.image_encoder import MAX_DEPTH, ImageEncoder, ImageEncoderConfig, check_whole
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.targets import norm_mean
 
 __all__ = ["Data2Vec2", "Data2Vec2Config", "ExtraTokens"]
 
@@ -57,9 +56,9 @@ class Data2Vec2(Transformer, Frozen):
         self.provenance = provenance or {}
         self.freeze()
 
-    def block_biases(self, dtype: torch.dtype) -> list[Tensor | None]:
+    def block_biases(self, x: Tensor) -> list[Tensor | None]:
         prenet_depth = self.config.prenet_depth
-        return self.encoder.layer_biases(dtype, prenet_depth + self.config.depth)[prenet_depth:]
+        return self.encoder.layer_biases(x, prenet_depth + self.config.depth)[prenet_depth:]
 
     @torch.no_grad()
     def targets(
@@ -83,8 +82,8 @@ class Data2Vec2(Transformer, Frozen):
             raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
         layers = islice(self.ffn_outputs(x), depth - top_k, None)
         if extra_tokens == "regress":
-            return norm_mean(layers)
-        return norm_mean(layer[:, self.num_extra_tokens :] for layer in layers)
+            return self.norm_mean(layers)
+        return self.norm_mean(layer[:, self.num_extra_tokens :] for layer in layers)
 
     def build_student(
         self,

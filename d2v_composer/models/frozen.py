@@ -1,5 +1,6 @@
 """Modules that nobody may train."""
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -19,3 +20,14 @@ class Frozen(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
+
+    def cast_weights(self, dtype: torch.dtype) -> Self:
+        """Keep the weights of linear and convolution layers in the dtype that autocast computes in.
+
+        It casts them to the same values in every step otherwise. LayerNorms, positions and extra tokens, which it
+        computes with in float32, stay as they are.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(dtype)
+        return self

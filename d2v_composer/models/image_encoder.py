@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from d2v_composer.models.alibi import Alibi, alibi_bias, compute_dtype, manhattan_distance
+from d2v_composer.models.alibi import Alibi, compute_dtype, manhattan_distance
 from d2v_composer.models.block import Block
 from d2v_composer.models.frozen import Frozen
 
@@ -105,13 +105,12 @@ class ImageEncoderConfig:
         """The 2-D ALiBi of a stack of blocks over this encoder's time steps; ``None`` for 0 ALiBi heads."""
         if not num_alibi_heads:
             return None
-        bias = alibi_bias(
-            manhattan_distance(self.num_patches),
+        return Alibi(
+            manhattan_distance,
             num_heads=num_heads,
             num_alibi_heads=num_alibi_heads,
             num_extra_tokens=self.num_extra_tokens,
         )
-        return Alibi(bias)
 
 
 class ImageEncoder(Frozen):
@@ -162,6 +161,21 @@ class ImageEncoder(Frozen):
         Raises:
             ValueError: Float images have another size, or there are too few channels.
         """
+        x = self.embed_patches(images)
+        for block, bias in zip(self.block_list, self.layer_biases(x), strict=False):
+            x, _ = block(x, bias)
+        return x
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 of any size to what the model was trained on; float images pass as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        size = self.config.image_size
+        pixels = (images if images.shape[-2:] == (size, size) else resize(images, size)).float()
+        return pixels.div_(255).sub_(self.image_mean).div_(self.image_std)
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """What the first block gets of images: patches, positions, extra tokens, LayerNorm; see :meth:`forward`."""
         images = self.prepare(images)
         expected = (self.config.in_chans, self.config.image_size, self.config.image_size)
         if tuple(images.shape[1:]) != expected:
@@ -170,35 +184,34 @@ class ImageEncoder(Frozen):
         x = patches_BDNN.flatten(2).transpose(1, 2) + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
             x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
-        x = self.context_encoder["norm"](x)
-        for block, bias in zip(self.block_list, self.layer_biases(compute_dtype(x)), strict=False):
-            x = block.output(*block(x, bias))
-        return x
+        return self.context_encoder["norm"](x)
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """uint8 of any size to what the model was trained on; float images pass as they are."""
-        if images.dtype != torch.uint8:
-            return images
-        pixels = images.float()
-        if pixels.shape[-2:] != (self.config.image_size, self.config.image_size):
-            pixels = interpolate(pixels, self.config.image_size, mode="bicubic", antialias=True)
-            pixels = pixels.round().clamp(0, 255)  # as if resized in uint8, where bicubic's overshoot is cut
-        return (pixels / 255 - self.image_mean) / self.image_std
-
-    def layer_biases(self, dtype: torch.dtype, num_layers: int | None = None) -> list[Tensor | None]:
+    def layer_biases(self, x: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
         """The attention bias of this encoder's blocks and of the teacher's after them, in that order.
 
         Args:
-            dtype: What the attention computes in.
+            x: What the blocks get, (B, T, D).
             num_layers: How many are needed; default ``prenet_depth``.
         """
         num_layers = self.config.prenet_depth if num_layers is None else num_layers
         if self.alibi is None:
             return [None] * num_layers
-        return [*self.alibi(dtype, num_layers, self.alibi_scale)]
+        shape = (x.shape[1], compute_dtype(x), x.device)
+        if self.alibi_scale is None or len(self.alibi_scale) == 1:
+            scale = None if self.alibi_scale is None else self.alibi_scale[0]
+            return [self.alibi(*shape, scale)] * num_layers
+        return [self.alibi(*shape, layer_scale) for layer_scale in self.alibi_scale]
 
     def forward_macs(self) -> int:
         """Multiply-accumulates of one image."""
         config = self.config
         patch_embedding = config.num_patches * config.embed_dim * config.in_chans * config.patch_size**2
         return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.block_list)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, any, any) uint8 to (B, 3, size, size), bicubic with antialiasing, whole numbers from 0 to 255."""
+    if images.device.type == "cpu":
+        return interpolate(images, size, mode="bicubic", antialias=True)
+    # Elsewhere there is no such kernel for uint8; rounded as if there were, and bicubic's overshoot cut.
+    return interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)

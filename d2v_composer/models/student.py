@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.models.alibi import compute_dtype
 from d2v_composer.models.block import Block, init_linear_layers
 from d2v_composer.models.image_encoder import MAX_DEPTH, MAX_WIDTH, ImageEncoder, check_mlp_ratio, check_whole
 from d2v_composer.models.transformer import Transformer
@@ -62,9 +63,9 @@ class Student(Transformer):
         self.alibi = encoder.config.build_alibi(config.num_heads, config.num_alibi_heads)
         init_linear_layers(self.blocks)
 
-    def block_biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        depth = len(self.blocks)
-        return [None] * depth if self.alibi is None else [*self.alibi(dtype, depth)]
+    def block_biases(self, x: Tensor) -> list[Tensor | None]:
+        bias = None if self.alibi is None else self.alibi(x.shape[1], compute_dtype(x), x.device)
+        return [bias] * len(self.blocks)
 
     def backward_macs(self) -> int:
         """Multiply-accumulates of the gradients: twice the forward, but none for the frozen encoder's output."""

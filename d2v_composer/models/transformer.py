@@ -5,12 +5,14 @@ Shapes: B images, T time steps, D channels.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from d2v_composer.models.alibi import compute_dtype
+from d2v_composer.models.alibi import compute_dtype, mask_padding
 from d2v_composer.models.block import Block
 from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.targets import norm_mean
@@ -30,18 +32,28 @@ def poolings(x_BTD: Tensor, representation: Representation, num_extra_tokens: in
     return {f"{representation}_{pooling}": embedding for pooling, embedding in pooled.items()}
 
 
+def masked_biases(biases: list[Tensor | None], padding_mask: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+    """Each block's bias with padding masked; what blocks share is made once."""
+    masked = {id(bias): mask_padding(bias, padding_mask, dtype) for bias in biases}
+    return [masked[id(bias)] for bias in biases]
+
+
 class Transformer(nn.Module, ABC):
     """Blocks that return their FFN outputs, on an encoder that turns a batch into (B, T, D).
 
     Args:
         encoder: Shared, not copied; frozen.
         blocks: The blocks after it.
+
+    Attributes:
+        norm_mean: :func:`~d2v_composer.targets.norm_mean`, or what computes the same.
     """
 
     def __init__(self, encoder: ImageEncoder, blocks: list[Block]) -> None:
         super().__init__()
         self.encoder = encoder
         self.blocks = nn.ModuleList(blocks)
+        self.norm_mean = norm_mean
 
     @property
     def block_list(self) -> list[Block]:
@@ -53,32 +65,45 @@ class Transformer(nn.Module, ABC):
         return self.encoder.config.num_extra_tokens
 
     @abstractmethod
-    def block_biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """The attention bias of each block in ``dtype``, (1, H, T, T); ``None`` where there is none."""
+    def block_biases(self, x: Tensor) -> list[Tensor | None]:
+        """What is added to each block's attention scores for an input ``x``, (B, T, D): (1, H, T, T), or ``None``."""
 
     def encode(self, images: Tensor) -> Tensor:
         """The shared encoder: images as :meth:`embed_all` takes them to (B, T, D), without gradient."""
         return self.encoder(images)
 
-    def iterate_blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each block's ``(attended, ffn_output)``, (B, T, D) both.
+    def ffn_outputs(self, x: Tensor, padding_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the FFN output of each block, (B, T, D); what the last block makes of its own is not computed.
 
-        The last block's residual and norm are left out: who wants FFN outputs alone does not pay for them.
+        Args:
+            x: (B, T, D), from :meth:`encode`.
+            padding_mask: (B, T) bool, true for time steps that are padding and are not attended to; default none.
         """
-        for block, bias in zip(self.block_list, self.block_biases(compute_dtype(x)), strict=True):
-            attended, ffn_output = block(x, bias)
-            yield attended, ffn_output
-            if block is not self.block_list[-1]:
-                x = block.output(attended, ffn_output)
+        return (ffn_output for _, ffn_output in self._iterate_blocks(x, padding_mask, needs_last_output=False))
 
-    def ffn_outputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the FFN output of each block, (B, T, D)."""
-        return (ffn_output for _, ffn_output in self.iterate_blocks(x))
+    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """All blocks: the last one's output and every FFN output, (B, T, D) each; see :meth:`ffn_outputs`."""
+        output, ffn_outputs = x, []
+        for output, ffn_output in self._iterate_blocks(x, padding_mask, needs_last_output=True):
+            ffn_outputs.append(ffn_output)
+        return output, ffn_outputs
 
-    def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """All blocks: the last one's output and every FFN output, (B, T, D) each."""
-        layers = list(self.iterate_blocks(x))
-        return self.block_list[-1].output(*layers[-1]), [ffn_output for _, ffn_output in layers]
+    def _iterate_blocks(
+        self, x: Tensor, padding_mask: Tensor | None, needs_last_output: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        biases = self.block_biases(x)
+        if padding_mask is not None:
+            biases = masked_biases(biases, padding_mask, compute_dtype(x))
+        last = self.block_list[-1]
+        for block, bias in zip(self.block_list, biases, strict=True):
+            x, ffn_output = block(x, bias, needs_last_output or block is not last)
+            yield x, ffn_output
+
+    def checkpoint_activations(self) -> None:
+        """Make training keep each block's input alone, and compute the rest once more in the backward pass."""
+        for block in self.block_list:
+            # Within forward, and so within FSDP's hooks. Nothing in a block is random.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
         """Every representation in every pooling from one forward pass.
@@ -93,7 +118,7 @@ class Transformer(nn.Module, ABC):
         """
         output, ffn_outputs = self.forward_blocks(self.encode(images))
         return poolings(output, "output", self.num_extra_tokens) | poolings(
-            norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
+            self.norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
         )
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:
