@@ -12,7 +12,13 @@ from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
-from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri, parse_uri
+from composer.utils import (
+    FSDP2Config,
+    ParallelismConfig,
+    dist,
+    maybe_create_remote_uploader_downloader_from_uri,
+    parse_uri,
+)
 from streaming.base.util import bytes_to_int
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -20,12 +26,13 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
-from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, TrainConfig
+from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, TrainConfig, compute_dtype
 from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.data.mds import check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.errors import InputError
+from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_teacher
@@ -38,6 +45,7 @@ __all__ = [
     "build_loggers",
     "build_model",
     "build_optimizer",
+    "build_parallelism",
     "build_precision",
     "build_retrieval",
     "build_run_record",
@@ -85,9 +93,19 @@ def build_model(config: TrainConfig) -> DistillationModel:
         student = teacher.build_student(**asdict(config.student))
     except ValueError as error:
         raise InputError(f"student: {error}") from error
-    return DistillationModel(
+    uses_fsdp = config.parallelism_config.fsdp is not None
+    if not uses_fsdp:  # it casts what it gathers, and wants one dtype in a block
+        teacher.cast_weights(getattr(torch, config.frozen_dtype or compute_dtype(config)))
+    elif teacher.encoder.alibi_scale is not None:
+        raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
+    model = DistillationModel(
         teacher, student, config.prediction, config.targets.extra_tokens, top_k, cpu_bf16=trains_in_cpu_bf16(config)
     )
+    if config.compile:
+        compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
+    if config.activation_checkpointing:
+        student.checkpoint_activations()
+    return model
 
 
 def trains_in_cpu_bf16(config: TrainConfig) -> bool:
@@ -163,7 +181,8 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnnealingWithWarmupScheduler:
@@ -188,6 +207,12 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     if clipping is None:
         return []
     return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold)]
+
+
+def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
+    """The section ``parallelism_config``; checkpoints are whole all the same."""
+    fsdp = config.parallelism_config.fsdp
+    return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **asdict(fsdp)))
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:

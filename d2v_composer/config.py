@@ -6,6 +6,9 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 import difflib
 import inspect
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
@@ -25,7 +28,7 @@ from streaming.base.util import bytes_to_int
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
 
-__all__ = ["CALLBACKS", "LOGGERS", "TrainConfig", "load_config"]
+__all__ = ["CALLBACKS", "LOGGERS", "TrainConfig", "compute_dtype", "load_config"]
 
 CALLBACKS = {
     "lr_monitor": composer_callbacks.LRMonitor,
@@ -123,6 +126,22 @@ class AlgorithmsConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """torch's fully_shard (FSDP2), through Composer."""
+
+    reshard_after_forward: bool = True
+    """Whether a block's weights are let go of after its forward and gathered again for its backward."""
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    """Composer's: what weights are gathered and gradients reduced in."""
+
+
+@dataclass
+class ParallelismConfig:
+    fsdp: FSDPConfig | None = None
+    """Default: every device holds all weights (DDP)."""
+
+
+@dataclass
 class LabelledSetConfig:
     format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
     root: str = MISSING
@@ -153,6 +172,11 @@ class TrainConfig:
     """Default the whole batch of a device; 'auto' on a GPU."""
     device_eval_batch_size: int = 256
     compile: bool = False
+    frozen_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What the frozen linear and convolution weights are kept in; default: what ``precision`` computes in."""
+    activation_checkpointing: bool = False
+    """Whether the student's blocks are computed once more in the backward pass instead of kept."""
+    parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     prediction: Literal["layer_mean", "last_block"] = "layer_mean"
@@ -243,8 +267,8 @@ def apply_override(config: DictConfig, override: str) -> None:
     key, _, text = override.partition("=")
     section = OmegaConf.select(config, key)
     # A section's other fields stay as they are; names of data sets, callbacks and loggers go: datasets={} means none.
-    merge = isinstance(section, DictConfig) and is_dataclass(OmegaConf.get_type(section))
-    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, merge=merge)
+    are_names = isinstance(section, DictConfig) and not is_dataclass(OmegaConf.get_type(section))
+    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, merge=not are_names)
 
 
 def unknown_key(error: OmegaConfBaseException) -> str:
@@ -268,6 +292,9 @@ def problems(config: TrainConfig) -> Iterator[str]:
     yield from _batch_sizes(config)
     yield from _durations(config)
     yield from _devices(config)
+    yield from _compilation(config)
+    yield from _frozen_dtype(config)
+    yield from _parallelism(config)
     yield from _retrieval(config.retrieval)
     for section, known in (("callbacks", CALLBACKS), ("loggers", LOGGERS)):
         yield from _arguments(section, known, getattr(config, section))
@@ -392,6 +419,35 @@ def _devices(config: TrainConfig) -> Iterator[str]:
         yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
     if config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
+
+
+def _compilation(config: TrainConfig) -> Iterator[str]:
+    """Whether torch.compile finds what it needs on this machine."""
+    if not config.compile:
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        yield "compile: needs a C++ compiler, and neither g++ nor clang++ was found; install one, or compile=false"
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").is_file():
+        yield f"compile: needs Python's headers, and {headers} has no Python.h; install python3-dev, or compile=false"
+
+
+def _frozen_dtype(config: TrainConfig) -> Iterator[str]:
+    allowed = ["float32"] if config.parallelism_config.fsdp is not None else ["float32", compute_dtype(config)]
+    if config.frozen_dtype is not None and config.frozen_dtype not in allowed:
+        names = " or ".join(dict.fromkeys(allowed))
+        why = "with FSDP, which casts what it gathers" if len(allowed) == 1 else f"with precision {config.precision}"
+        yield f"frozen_dtype: must be {names} {why}, got {config.frozen_dtype}"
+
+
+def compute_dtype(config: TrainConfig) -> str:
+    """What linear layers compute in."""
+    return {"fp32": "float32", "amp_fp16": "float16", "amp_bf16": "bfloat16"}[config.precision]
+
+
+def _parallelism(config: TrainConfig) -> Iterator[str]:
+    if config.parallelism_config.fsdp is not None and config.device_train_microbatch_size == "auto":
+        yield "device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
 
 
 def _retrieval(config: RetrievalConfig) -> Iterator[str]:

@@ -1,11 +1,16 @@
-"""How fast it is, measured here and against others: ``python recipes/benchmark.py data``.
+"""How fast it is, measured here and against others: ``python recipes/benchmark.py {data,step,retrieval}``.
 
     python recipes/benchmark.py data                                          # four minutes on two cores
     python recipes/benchmark.py data --images /data/ILSVRC --workers 0 8 --json data.json
+    python recipes/benchmark.py step --precision amp_bf16
+    python recipes/benchmark.py step --device cuda --size large --json step.json
 
 ``data``: images/s of our training data, from original JPEGs and from 256-px shards, on disk and from an S3 server
-that it starts, beside torchvision's ImageFolder, litdata and webdataset (``pip install -e '.[benchmark]'``), in one
-process, interleaved. How it measures: d2v_composer/benchmarks/data.py.
+that it starts, beside torchvision's ImageFolder, litdata and webdataset (``pip install -e '.[benchmark]'``).
+``step``: images/s and memory of a training step, beside the program that people would write, our savings added to it
+one by one; and the share of what matrix products reach on the same device.
+
+All contenders run in one process, interleaved. How each is measured: d2v_composer/benchmarks/.
 """
 
 import argparse
@@ -15,19 +20,26 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from d2v_composer import cli
-from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, DataBenchmark, benchmark_data, data_tables
+from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, DataBenchmark, benchmark_data
+from d2v_composer.benchmarks.step import PRECISIONS, SIZES, StepBenchmark, benchmark_step
 from d2v_composer.errors import InputError
 
+Benchmark = DataBenchmark | StepBenchmark
 
-def main(argv: Sequence[str]) -> DataBenchmark:
+
+def main(argv: Sequence[str]) -> Benchmark:
     """Run the benchmark that the arguments name, and print and write what it found."""
     arguments = parse(argv)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise InputError(f"--json: no such folder: {arguments.json.parent}")
+    if arguments.repeats < 1:
+        raise InputError(f"--repeats: must be 1 or more, got {arguments.repeats}")
     command = f"python {shlex.join(['recipes/benchmark.py', *argv])}"
-    benchmark = run_data(arguments)
-    print(f"{command}\n{data_tables(benchmark)}")
+    benchmark: Benchmark = arguments.run(arguments)
+    print(f"{command}\n{benchmark.as_text()}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"command": command} | benchmark.as_json(), indent=1) + "\n")
     return benchmark
@@ -35,25 +47,34 @@ def main(argv: Sequence[str]) -> DataBenchmark:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     data = benchmarks.add_parser("data", help="reading training images")
     data.add_argument("--images", metavar="FOLDER", help="to draw from; default: scikit-image's photographs and more")
     data.add_argument("--num-images", type=int, default=1000, help="default: 1000")
     data.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of processes; default: 0 2")
-    data.add_argument("--repeats", type=int, default=5, help="passes of each contender; default: 5")
     data.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: where others use the core; --workers 0 only"
     )
     data.add_argument("--work", metavar="FOLDER", help="where a temporary folder is made; default: the system's place")
-    data.add_argument("--json", type=Path, metavar="FILE", help="write it all there too")
+    data.set_defaults(run=run_data)
+
+    step = benchmarks.add_parser("step", help="a training step")
+    step.add_argument("--size", choices=SIZES, default="base", help="of the teacher; default: base")
+    step.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
+    step.add_argument("--batch-size", type=int, help="images a step; default: 8, on a GPU 256")
+    step.add_argument("--steps", type=int, help="between two looks at the clock; default: 1, on a GPU 10")
+    step.set_defaults(run=run_step)
+
+    for benchmark in (data, step):
+        benchmark.add_argument("--repeats", type=int, default=5, help="passes of each contender; default: 5")
+        benchmark.add_argument("--json", type=Path, metavar="FILE", help="write it all there too")
+    step.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
 def run_data(arguments: argparse.Namespace) -> DataBenchmark:
     if arguments.num_images < FEWEST_IMAGES:
         raise InputError(f"--num-images: must be {FEWEST_IMAGES} or more, got {arguments.num_images}")
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats: must be 1 or more, got {arguments.repeats}")
     workers = list(dict.fromkeys(arguments.workers))
     if not all(0 <= number <= 64 for number in workers):
         raise InputError(f"--workers: must be 0 to 64, got {' '.join(map(str, workers))}")
@@ -65,6 +86,20 @@ def run_data(arguments: argparse.Namespace) -> DataBenchmark:
         return benchmark_data(
             Path(work), arguments.images, arguments.num_images, workers, arguments.repeats, arguments.clock
         )
+
+
+def run_step(arguments: argparse.Namespace) -> StepBenchmark:
+    on_gpu = arguments.device == "cuda"
+    batch_size = arguments.batch_size if arguments.batch_size is not None else 256 if on_gpu else 8
+    steps = arguments.steps if arguments.steps is not None else 10 if on_gpu else 1
+    for name, value in (("batch-size", batch_size), ("steps", steps)):
+        if value < 1:
+            raise InputError(f"--{name}: must be 1 or more, got {value}")
+    if on_gpu and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no GPU that torch can use")
+    if arguments.precision == "amp_fp16" and not on_gpu:
+        raise InputError("--precision amp_fp16: needs a GPU; on a CPU fp32 or amp_bf16")
+    return benchmark_step(arguments.size, arguments.device, arguments.precision, batch_size, steps, arguments.repeats)
 
 
 if __name__ == "__main__":

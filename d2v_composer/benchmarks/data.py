@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 from streaming.base.format.mds import MDSReader
 from tqdm import tqdm
 
-from d2v_composer.benchmarks.measure import Rates, describe_machine, interleave, one_core, versions
+from d2v_composer.benchmarks.measure import (
+    Rates,
+    Target,
+    describe_machine,
+    describe_setting,
+    interleave,
+    one_core,
+    versions,
+)
 from d2v_composer.benchmarks.photos import PhotoSet, make_photos, take_photos
 from d2v_composer.benchmarks.readers import (
     FLOAT32,
@@ -42,7 +50,7 @@ from d2v_composer.data.shards import Encoding
 from d2v_composer.errors import InputError
 from d2v_composer.testing.object_store import ObjectStore, find_server
 
-__all__ = ["CLOCKS", "FEWEST_IMAGES", "DataBenchmark", "Row", "Target", "benchmark_data", "data_tables"]
+__all__ = ["CLOCKS", "FEWEST_IMAGES", "DataBenchmark", "Row", "benchmark_data"]
 
 FEWEST_IMAGES = 32
 NUM_SHARDS = 8  # of about as many images each, for every format, so that workers have equal shares
@@ -66,16 +74,6 @@ class Row(NamedTuple):
     """Images a second; ``None``: not installed."""
 
 
-class Target(NamedTuple):
-    """A ratio that should be reached, and was or was not."""
-
-    what: str
-    workers: int
-    ratio: float | None
-    """``None``: what it compares with is not installed."""
-    at_least: float
-
-
 class DataBenchmark(NamedTuple):
     """The whole measurement."""
 
@@ -85,7 +83,8 @@ class DataBenchmark(NamedTuple):
     versions: dict[str, str | None]
     rounds: int
     rows: list[Row]
-    targets: list[Target]
+    targets: dict[int, list[Target]]
+    """By number of workers."""
 
     def as_json(self) -> dict[str, Any]:
         rows = [
@@ -98,11 +97,25 @@ class DataBenchmark(NamedTuple):
             for row in self.rows
         ]
         photos = self.photos._asdict() | {"folder": None}  # it is gone by then
-        return self._asdict() | {
-            "photos": photos,
-            "rows": rows,
-            "targets": [target._asdict() for target in self.targets],
-        }
+        targets = [
+            {"workers": workers} | target._asdict() for workers, targets in self.targets.items() for target in targets
+        ]
+        return self._asdict() | {"photos": photos, "rows": rows, "targets": targets}
+
+    def as_text(self) -> str:
+        """What was measured, where, and which targets are reached."""
+        photos = self.photos
+        lines = [
+            *describe_setting(self.machine, self.versions),
+            f"{photos.images} JPEGs ({photos.source}): on average {photos.mean_width:.0f} × {photos.mean_height:.0f} px, "
+            f"{photos.mean_bytes / 1000:.0f} KB",
+            f"Images a second ({self.clock} clock): median and range of {self.rounds} passes over all images, "
+            f"interleaved; × is the ratio to {BASELINE} with {FLOAT32}, median of the rounds'",
+        ]
+        for workers, targets in self.targets.items():
+            lines += ["", *_table([row for row in self.rows if row.workers == workers], workers)]
+            lines += [target.verdict for target in targets]
+        return "\n".join(lines)
 
 
 def benchmark_data(
@@ -130,7 +143,7 @@ def benchmark_data(
         readers = _readers(work, photos, store)
         for num_workers in workers:
             rows += _measure(readers, photos.images, num_workers, rounds, clock)
-    targets = [target for num_workers in workers for target in _targets(rows, num_workers)]
+    targets = {num_workers: _targets(rows, num_workers) for num_workers in workers}
     return DataBenchmark(photos, clock, describe_machine(), versions(*PACKAGES), rounds, rows, targets)
 
 
@@ -225,7 +238,7 @@ def _targets(rows: Sequence[Row], workers: int) -> list[Target]:
         ("originals, S3 warm against local disk", warm, own, 0.95),
     ]
     return [
-        Target(what, workers, None if rates is None or other is None else rates.ratio(other), at_least)
+        Target(what, None if rates is None or other is None else rates.ratio(other), at_least)
         for what, rates, other, at_least in comparisons
     ]
 
@@ -243,23 +256,6 @@ def _best(rows: Sequence[Row], name: str, stored: str, delivers: str = "") -> Ra
     return max(candidates, key=lambda rates: rates.median, default=None)
 
 
-def data_tables(benchmark: DataBenchmark) -> str:
-    """What was measured, where, and which targets are reached."""
-    photos, machine = benchmark.photos, benchmark.machine
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}",
-        ", ".join(f"{name} {version or 'not installed'}" for name, version in benchmark.versions.items()),
-        f"{photos.images} JPEGs ({photos.source}): on average {photos.mean_width:.0f} × {photos.mean_height:.0f} px, "
-        f"{photos.mean_bytes / 1000:.0f} KB",
-        f"Images a second ({benchmark.clock} clock): median and range of {benchmark.rounds} passes over all images, "
-        f"interleaved; × is the ratio to {BASELINE} with {FLOAT32}, median of the rounds'",
-    ]
-    for workers in dict.fromkeys(row.workers for row in benchmark.rows):
-        lines += ["", *_table([row for row in benchmark.rows if row.workers == workers], workers)]
-        lines += [_verdict(target) for target in benchmark.targets if target.workers == workers]
-    return "\n".join(lines)
-
-
 def _table(rows: list[Row], workers: int) -> Iterator[str]:
     yield f"{_setting(workers):24}  {'reads':9}  {'delivers':8}  {'images/s':>8}  {'range':>13}  {'×':>5}"
     for row in rows:
@@ -275,13 +271,6 @@ def _ratio(rows: Sequence[Row], row: Row) -> float | None:
     """To the baseline with as many workers."""
     baseline = _best([other for other in rows if other.workers == row.workers], BASELINE, ORIGINALS, FLOAT32)
     return None if row.rates is None or baseline is None else row.rates.ratio(baseline)
-
-
-def _verdict(target: Target) -> str:
-    if target.ratio is None:
-        return f"{target.what}: not installed"
-    verdict = "reached" if target.ratio >= target.at_least else f"missed by {1 - target.ratio / target.at_least:.0%}"
-    return f"{target.what}: {target.ratio:.2f}, to be {target.at_least} or more: {verdict}"
 
 
 def _setting(workers: int) -> str:

@@ -1,8 +1,10 @@
 """Rates of things that compete in one process, and the machine that they were measured on."""
 
+import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,8 +15,20 @@ from typing import NamedTuple
 import psutil
 import torch
 from PIL import features
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Pass", "Rates", "describe_machine", "interleave", "one_core", "versions"]
+__all__ = [
+    "Pass",
+    "Rates",
+    "Target",
+    "describe_machine",
+    "describe_setting",
+    "interleave",
+    "one_core",
+    "peak_allocated",
+    "synchronise",
+    "versions",
+]
 
 Pass = Callable[[], object]
 """Does a fixed piece of work; what it returns means nothing."""
@@ -33,6 +47,27 @@ class Rates(NamedTuple):
     def ratio(self, baseline: "Rates") -> float:
         """How many times the baseline: the median over the rounds, so that what slows a whole round drops out."""
         return statistics.median(own / other for own, other in zip(self.each, baseline.each, strict=True))
+
+    def scaled(self, factor: float) -> "Rates":
+        """In another unit of work, of which one of these has ``factor``."""
+        return Rates([factor * rate for rate in self.each])
+
+
+class Target(NamedTuple):
+    """A ratio that should be reached, and was or was not."""
+
+    what: str
+    ratio: float | None
+    """``None``: what it compares with is not installed."""
+    at_least: float
+
+    @property
+    def verdict(self) -> str:
+        if self.ratio is None:
+            return f"{self.what}: not measured, something is not installed"
+        missed = f"missed by {1 - self.ratio / self.at_least:.0%}"
+        verdict = "reached" if self.ratio >= self.at_least else missed
+        return f"{self.what}: {self.ratio:.2f}, to be {self.at_least} or more: {verdict}"
 
 
 def interleave(
@@ -66,6 +101,32 @@ def interleave(
     return {name: Rates(each) for name, each in rates.items()}
 
 
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_allocated(function: Callable[[], object], device: str) -> int:
+    """What torch allocates on the device while a function runs, at its peak and beyond what was there, in bytes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in changes]
+    return max(totals) - (totals[0] - changes[0]["args"]["Bytes"])
+
+
 @contextmanager
 def one_core() -> Iterator[None]:
     """Keep all of this process, its threads of before, of now and of later, on one core."""
@@ -88,13 +149,23 @@ def _pin_threads(cores: set[int]) -> None:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, cores that this process may use, memory, system."""
+    """Processor, GPU ('' for none), cores that this process may use, memory, system."""
     return {
         "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(),
     }
+
+
+def describe_setting(machine: Mapping[str, str | int], versions: Mapping[str, str | None]) -> list[str]:
+    """Machine and versions in a line each."""
+    hardware = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", machine["gpu"]]
+    return [
+        "; ".join(str(part) for part in [*hardware, machine["system"]] if part),
+        ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
+    ]
 
 
 def _cpu_model() -> str:

@@ -4,6 +4,7 @@ Shapes: B images, S pixels a side, E extra tokens, N patches, T = E + N time ste
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,9 +12,11 @@ from composer.models import ComposerModel
 from torch import Tensor
 
 from d2v_composer.errors import InputError
+from d2v_composer.models.block import Block
 from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
+from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.student import Student
-from d2v_composer.targets import Regression, norm_mean, regression_loss
+from d2v_composer.targets import Regression, regression_loss
 
 __all__ = ["DistillationModel", "Prediction"]
 
@@ -44,6 +47,9 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: How many of the teacher's last blocks make the target; default the teacher's own number.
         cpu_bf16: Compute in bfloat16 under autocast on a CPU, where Composer's Trainer takes no precision but fp32.
 
+    Attributes:
+        regression_loss: :func:`~d2v_composer.targets.regression_loss`, or what computes the same.
+
     Raises:
         ValueError: Teacher and student do not share an encoder, or an option has no such value.
     """
@@ -70,8 +76,13 @@ class DistillationModel(ComposerModel):
         self.extra_tokens: ExtraTokens = extra_tokens
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
+        self.regression_loss = regression_loss
         # No FFN output depends on the last norm: it gets no gradient, and DDP refuses a trainable parameter without.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
+        # Composer's FSDP: the shared encoder and each block for itself, so that everything may be called in any order.
+        for transformer in (teacher, student):
+            transformer._fsdp_wrap = False
+            transformer.fsdp_wrap_fn = is_sharded_alone
         # Hooks, not overrides: they hold under DDP's wrapper as well, where only the inner modules' hooks are called.
         self.register_state_dict_post_hook(keep_trained_tensors)
         self.register_load_state_dict_pre_hook(check_trained_shapes)
@@ -89,7 +100,7 @@ class DistillationModel(ComposerModel):
         # Statistics from the patches alone where the target's are, so that prediction and target mirror each other.
         ignored_tokens = self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
         if self.prediction == "layer_mean":
-            prediction = norm_mean(self.student.ffn_outputs(x), ignored_tokens)
+            prediction = self.student.norm_mean(self.student.ffn_outputs(x), ignored_tokens)
         else:
             prediction, _ = self.student.forward_blocks(x)
         if not ignored_tokens:
@@ -98,7 +109,7 @@ class DistillationModel(ComposerModel):
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Mean squared error, a scalar; ``batch`` is not looked at."""
-        return regression_loss(outputs)
+        return self.regression_loss(outputs)
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # retrieval is measured by a callback; the loss is logged by the Trainer
@@ -120,8 +131,9 @@ class DistillationModel(ComposerModel):
 
         return computed
 
-    def cpu_autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.cpu_bf16)
+    def cpu_autocast(self) -> AbstractContextManager[Any]:
+        # Not autocast with enabled=False, which would end the caller's own.
+        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Operations (2 per multiply-accumulate) of one training step: the linear layers' and the attention's."""
@@ -137,6 +149,11 @@ class DistillationModel(ComposerModel):
 def images_of(batch: Batch) -> Tensor:
     """The images of a batch, (B, 3, S, S)."""
     return batch if isinstance(batch, Tensor) else batch["image"]
+
+
+def is_sharded_alone(module: torch.nn.Module) -> bool:
+    """Whether FSDP gathers a module's weights together, when it is called."""
+    return isinstance(module, ImageEncoder | Block)
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
