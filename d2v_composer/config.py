@@ -446,7 +446,11 @@ def compute_dtype(config: TrainConfig) -> str:
 
 
 def _parallelism(config: TrainConfig) -> Iterator[str]:
-    if config.parallelism_config.fsdp is not None and config.device_train_microbatch_size == "auto":
+    if config.parallelism_config.fsdp is None:
+        return
+    if not torch.cuda.is_available():
+        yield "parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients up where they are to be averaged"
+    if config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
 
 

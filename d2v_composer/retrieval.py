@@ -15,7 +15,7 @@ __all__ = ["nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
 
 MEMORY_BUDGET = 256 * 2**20
 # Bank images compared at once: matrix products gain nothing from more.
-BANK_PART = 1 << 14
+BANK_PART = 1 << 13
 # Similarities of which the largest is looked at first.
 GROUP_SIZE = 64
 
@@ -51,7 +51,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
     bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
-    query_parts = queries.split(query_part)
+    bank_part, query_parts = min(bank_part, len(bank)), queries.split(query_part)
+    # Written over and over: fresh memory for each part would cost as much as looking through it.
+    buffer = bank.new_empty(len(query_parts[0]) * bank_part, dtype=torch.float32)
     nearest = [
         Neighbours(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts
     ]
@@ -60,7 +62,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
             # A query's own length does not change which bank images are nearest to it.
             unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
             for i, part in enumerate(query_parts):
-                more = top_k(part.float() @ unit_ND.T, k)
+                similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
+                torch.mm(part.float(), unit_ND.T, out=similarities_QN)
+                more = top_k(similarities_QN, k)
                 nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
     return torch.cat([neighbours.indices for neighbours in nearest])
 
@@ -71,30 +75,29 @@ def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[
     unit_bytes = 8 * dim  # an image in float32, and normalised
     bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
     candidates = min(bank_part, (k + 1) * GROUP_SIZE)
-    query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 28 * candidates
+    query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 8 * candidates + 100 * k
     return bank_part, max(1, (budget - bank_part * unit_bytes) // query_bytes)
 
 
 def top_k(similarities_QN: Tensor, k: int) -> Neighbours:
     """The k largest of each row (all of a shorter one), largest first.
 
-    In two levels, because a whole row's topk takes as long as a good part of the product that made it: the k groups
+    In two levels, because a whole row's topk takes far longer than finding maxima: the k groups of neighbouring columns
     with the largest maxima hold the k largest values.
     """
-    num_columns = similarities_QN.shape[1]
+    num_rows, num_columns = similarities_QN.shape
     num_groups = num_columns // GROUP_SIZE
     if k >= num_groups:
         return Neighbours(*similarities_QN.topk(min(k, num_columns), dim=1))
-    # Group j has the columns j, j + num_groups, j + 2 * num_groups, …; the few columns left over are all looked at.
-    num_grouped = num_groups * GROUP_SIZE
-    maxima = similarities_QN[:, :num_grouped].unflatten(1, (GROUP_SIZE, num_groups)).amax(dim=1)
-    device = similarities_QN.device
-    members = torch.arange(0, num_grouped, num_groups, device=device)
-    grouped = (maxima.topk(k, dim=1).indices[:, :, None] + members).flatten(1)
-    others = torch.arange(num_grouped, num_columns, device=device).expand(len(similarities_QN), -1)
-    candidates = torch.cat([grouped, others], dim=1)
-    similarities, chosen = similarities_QN.gather(1, candidates).topk(k, dim=1)
-    return Neighbours(similarities, candidates.gather(1, chosen))
+    num_grouped = num_groups * GROUP_SIZE  # the few columns left over are all looked at
+    grouped = similarities_QN[:, :num_grouped].unflatten(1, (num_groups, GROUP_SIZE))
+    groups_QK = grouped.amax(dim=2).topk(k, dim=1).indices
+    rows = torch.arange(num_rows, device=similarities_QN.device)[:, None]
+    candidates = torch.cat([grouped[rows, groups_QK].flatten(1), similarities_QN[:, num_grouped:]], dim=1)
+    similarities, chosen = candidates.topk(k, dim=1)
+    in_group = groups_QK.gather(1, (chosen // GROUP_SIZE).clamp(max=k - 1)) * GROUP_SIZE + chosen % GROUP_SIZE
+    left_over = chosen - k * GROUP_SIZE + num_grouped
+    return Neighbours(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, left_over))
 
 
 def merge(some: Neighbours, others: Neighbours, k: int) -> Neighbours:

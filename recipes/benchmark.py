@@ -4,11 +4,14 @@
     python recipes/benchmark.py data --images /data/ILSVRC --workers 0 8 --json data.json
     python recipes/benchmark.py step --precision amp_bf16
     python recipes/benchmark.py step --device cuda --size large --json step.json
+    python recipes/benchmark.py retrieval
 
 ``data``: images/s of our training data, from original JPEGs and from 256-px shards, on disk and from an S3 server
 that it starts, beside torchvision's ImageFolder, litdata and webdataset (``pip install -e '.[benchmark]'``).
 ``step``: images/s and memory of a training step, beside the program that people would write, our savings added to it
 one by one; and the share of what matrix products reach on the same device.
+``retrieval``: queries/s of the neighbours' search beside faiss and scikit-learn, images/s from CIFAR's size to what the
+model computes with beside PIL, and on a GPU the seconds of a whole evaluation.
 
 All contenders run in one process, interleaved. How each is measured: d2v_composer/benchmarks/.
 """
@@ -24,10 +27,13 @@ import torch
 
 from d2v_composer import cli
 from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, DataBenchmark, benchmark_data
+from d2v_composer.benchmarks.retrieval import RetrievalBenchmark, Setting, benchmark_retrieval
 from d2v_composer.benchmarks.step import PRECISIONS, SIZES, StepBenchmark, benchmark_step
 from d2v_composer.errors import InputError
 
-Benchmark = DataBenchmark | StepBenchmark
+Benchmark = DataBenchmark | RetrievalBenchmark | StepBenchmark
+
+CIFAR_IMAGES = 60_000
 
 
 def main(argv: Sequence[str]) -> Benchmark:
@@ -35,8 +41,7 @@ def main(argv: Sequence[str]) -> Benchmark:
     arguments = parse(argv)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise InputError(f"--json: no such folder: {arguments.json.parent}")
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats: must be 1 or more, got {arguments.repeats}")
+    check_positive({"repeats": arguments.repeats})
     command = f"python {shlex.join(['recipes/benchmark.py', *argv])}"
     benchmark: Benchmark = arguments.run(arguments)
     print(f"{command}\n{benchmark.as_text()}")
@@ -59,16 +64,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.set_defaults(run=run_data)
 
     step = benchmarks.add_parser("step", help="a training step")
-    step.add_argument("--size", choices=SIZES, default="base", help="of the teacher; default: base")
-    step.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
     step.add_argument("--batch-size", type=int, help="images a step; default: 8, on a GPU 256")
     step.add_argument("--steps", type=int, help="between two looks at the clock; default: 1, on a GPU 10")
     step.set_defaults(run=run_step)
 
-    for benchmark in (data, step):
+    retrieval = benchmarks.add_parser("retrieval", help="an evaluation")
+    retrieval.add_argument("--bank", type=int, default=50_000, help="vectors; default: 50000")
+    retrieval.add_argument("--queries", type=int, default=10_000, help="vectors; default: 10000")
+    retrieval.add_argument("--dim", type=int, default=768, help="of a vector; default: 768")
+    retrieval.add_argument("--k", type=int, default=20, help="neighbours; default: 20")
+    retrieval.add_argument(
+        "--evaluation-images", type=int, help="of a whole evaluation; default: none, on a GPU CIFAR's 60000"
+    )
+    retrieval.set_defaults(run=run_retrieval)
+
+    for benchmark in (step, retrieval):
+        benchmark.add_argument("--size", choices=SIZES, default="base", help="of the teacher; default: base")
+        benchmark.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
+        benchmark.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    for benchmark in (data, step, retrieval):
         benchmark.add_argument("--repeats", type=int, default=5, help="passes of each contender; default: 5")
         benchmark.add_argument("--json", type=Path, metavar="FILE", help="write it all there too")
-    step.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
@@ -89,17 +105,58 @@ def run_data(arguments: argparse.Namespace) -> DataBenchmark:
 
 
 def run_step(arguments: argparse.Namespace) -> StepBenchmark:
-    on_gpu = arguments.device == "cuda"
+    device = choose_device(arguments)
+    on_gpu = device == "cuda"
     batch_size = arguments.batch_size if arguments.batch_size is not None else 256 if on_gpu else 8
     steps = arguments.steps if arguments.steps is not None else 10 if on_gpu else 1
-    for name, value in (("batch-size", batch_size), ("steps", steps)):
+    check_positive({"batch-size": batch_size, "steps": steps})
+    return benchmark_step(arguments.size, device, arguments.precision, batch_size, steps, arguments.repeats)
+
+
+def run_retrieval(arguments: argparse.Namespace) -> RetrievalBenchmark:
+    device = choose_device(arguments)
+    evaluation_images = arguments.evaluation_images
+    if evaluation_images is None:
+        evaluation_images = CIFAR_IMAGES if device == "cuda" else 0
+    elif evaluation_images < 6:
+        raise InputError(f"--evaluation-images: must be 6 or more, got {evaluation_images}")
+    check_positive({"bank": arguments.bank, "queries": arguments.queries, "dim": arguments.dim, "k": arguments.k})
+    if arguments.k > arguments.bank:
+        raise InputError(f"--k: must be at most --bank {arguments.bank}, got {arguments.k}")
+    return benchmark_retrieval(
+        Setting(
+            num_bank=arguments.bank,
+            num_queries=arguments.queries,
+            dim=arguments.dim,
+            k=arguments.k,
+            size=arguments.size,
+            device=device,
+            precision=arguments.precision,
+            rounds=arguments.repeats,
+            evaluation_images=evaluation_images,
+        )
+    )
+
+
+def choose_device(arguments: argparse.Namespace) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        InputError: There is none such, or it does not compute in the precision.
+    """
+    has_gpu = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if has_gpu else "cpu")
+    if device == "cuda" and not has_gpu:
+        raise InputError("--device cuda: this machine has no GPU that torch can use")
+    if arguments.precision == "amp_fp16" and device == "cpu":
+        raise InputError("--precision amp_fp16: needs a GPU; on a CPU fp32 or amp_bf16")
+    return device
+
+
+def check_positive(arguments: dict[str, int]) -> None:
+    for name, value in arguments.items():
         if value < 1:
             raise InputError(f"--{name}: must be 1 or more, got {value}")
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no GPU that torch can use")
-    if arguments.precision == "amp_fp16" and not on_gpu:
-        raise InputError("--precision amp_fp16: needs a GPU; on a CPU fp32 or amp_bf16")
-    return benchmark_step(arguments.size, arguments.device, arguments.precision, batch_size, steps, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streaming.base.format.mds import MDSReader
-from tqdm import tqdm
 
 from d2v_composer.benchmarks.measure import (
     Rates,
@@ -27,6 +26,7 @@ from d2v_composer.benchmarks.measure import (
     describe_setting,
     interleave,
     one_core,
+    progress_bar,
     versions,
 )
 from d2v_composer.benchmarks.photos import PhotoSet, make_photos, take_photos
@@ -107,8 +107,8 @@ class DataBenchmark(NamedTuple):
         photos = self.photos
         lines = [
             *describe_setting(self.machine, self.versions),
-            f"{photos.images} JPEGs ({photos.source}): on average {photos.mean_width:.0f} × {photos.mean_height:.0f} px, "
-            f"{photos.mean_bytes / 1000:.0f} KB",
+            f"{photos.images} JPEGs ({photos.source}): on average {photos.mean_width:.0f} × {photos.mean_height:.0f} "
+            f"px, {photos.mean_bytes / 1000:.0f} KB",
             f"Images a second ({self.clock} clock): median and range of {self.rounds} passes over all images, "
             f"interleaved; × is the ratio to {BASELINE} with {FLOAT32}, median of the rounds'",
         ]
@@ -214,13 +214,9 @@ def _upload(store: ObjectStore, folder: Path) -> str:
 
 def _measure(readers: Sequence[Reader], num_images: int, workers: int, rounds: int, clock: str) -> list[Row]:
     present = {"  ".join(reader[:3]): reader for reader in readers if reader.installed}
-    bar = tqdm(total=len(present) * (rounds + 1), desc=_setting(workers), unit="pass")
-
-    def progress(name: str) -> None:
-        bar.set_postfix_str(name)
-        bar.update()
-
-    with bar, one_core() if workers == 0 else nullcontext(), ExitStack() as stack:
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar(_setting(workers), len(present) * (rounds + 1)))
+        stack.enter_context(one_core() if workers == 0 else nullcontext())
         passes = {name: stack.enter_context(reader.start(workers)) for name, reader in present.items()}
         rates = interleave(passes, num_images, rounds, progress, CLOCKS[clock])
     return [Row(*reader[:3], workers, rates.get("  ".join(reader[:3]))) for reader in readers]

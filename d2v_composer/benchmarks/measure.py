@@ -16,6 +16,7 @@ import psutil
 import torch
 from PIL import features
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 __all__ = [
     "Pass",
@@ -26,6 +27,7 @@ __all__ = [
     "interleave",
     "one_core",
     "peak_allocated",
+    "progress_bar",
     "synchronise",
     "versions",
 ]
@@ -101,6 +103,18 @@ def interleave(
     return {name: Rates(each) for name, each in rates.items()}
 
 
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of so many passes; gives what is called with a pass's name when it begins."""
+    with tqdm(total=total, desc=description, unit="pass") as bar:
+
+        def progress(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        yield progress
+
+
 def synchronise(device: str) -> None:
     """Wait until the device has done what it was told."""
     if device == "cuda":
@@ -123,8 +137,10 @@ def peak_allocated(function: Callable[[], object], device: str) -> int:
         events = json.loads(path.read_text())["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]"]
     changes.sort(key=lambda event: event["ts"])
-    totals = [event["args"]["Total Allocated"] for event in changes]
-    return max(totals) - (totals[0] - changes[0]["args"]["Bytes"])
+    if not changes:
+        return 0
+    before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in changes) - before
 
 
 @contextmanager

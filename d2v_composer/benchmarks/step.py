@@ -17,7 +17,6 @@ from composer.core import Precision, State
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from d2v_composer.benchmarks.measure import (
     Rates,
@@ -26,6 +25,7 @@ from d2v_composer.benchmarks.measure import (
     describe_setting,
     interleave,
     peak_allocated,
+    progress_bar,
     synchronise,
     versions,
 )
@@ -106,10 +106,10 @@ class StepBenchmark(NamedTuple):
         naive = self.rows[0].rates
         lines = [
             *describe_setting(self.machine, self.versions),
-            f"{self.size}, {self.device}, {self.precision}, {self.device_batch_size} images a batch, {self.gflop_per_image:.1f} GFLOP "
-            f"an image; median and range of {self.rounds} rounds of {self.steps} steps, interleaved",
-            f"GEMM: a matrix product of the MLP's shape, {self.gemm_gflops:.0f} GFLOP/s; memory: weights and optimizer + "
-            "what a step adds at its peak",
+            f"{self.size}, {self.device}, {self.precision}, {self.device_batch_size} images a batch, "
+            f"{self.gflop_per_image:.1f} GFLOP an image",
+            f"median and range of {self.rounds} rounds of {self.steps} steps, interleaved; GEMM: a product of the "
+            f"MLP's shape, {self.gemm_gflops:.0f} GFLOP/s; memory: weights and optimizer, and a step's peak besides",
             "",
             f"{'':24}  {'images/s':>8}  {'range':>15}  {'× naive':>7}  {'% GEMM':>6}  {'MFU %':>5}  {'memory MB':>14}",
         ]
@@ -189,13 +189,7 @@ def benchmark_step(
     image_size = model.teacher.config.image_size
     images = torch.randint(0, 256, (device_batch_size, 3, image_size, image_size), dtype=torch.uint8).to(device)
     contenders = dict(build_contenders(model, precision))
-    bar = tqdm(total=(len(contenders) + 1) * (rounds + 1) + len(contenders), unit="pass")
-
-    def progress(name: str) -> None:
-        bar.set_postfix_str(name)
-        bar.update()
-
-    with bar:
+    with progress_bar("steps", (len(contenders) + 1) * (rounds + 1) + len(contenders)) as progress:
         losses, kernels, step_bytes = {}, {}, {}
         for name, contender in contenders.items():
             progress(name)
@@ -339,5 +333,5 @@ def find_targets(rows: list[StepRow], size: str, device: str, precision: str) ->
         yield Target("ours / naive", ours.rates.ratio(by_name[NAIVE].rates), speed)
         yield Target("ours / matrix product", ours.gemm_share, share)
     if device == "cuda" and precision != "fp32":
-        yield Target("ours / datasheet (MFU)", ours.mfu, 0.40)
+        yield Target("ours / datasheet (MFU)", ours.mfu, 0.4)
         yield Target("with ALiBi / without", ours.rates.ratio(by_name[UNBIASED].rates), 0.95)

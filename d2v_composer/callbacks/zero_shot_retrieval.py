@@ -154,7 +154,9 @@ class ZeroShotRetrieval(Callback):
         model, was_training = state.model, state.model.training
         model.eval()
         try:
-            with torch.inference_mode(), get_precision_context(state.precision, state.precision_config):
+            # What FSDP gathers in inference mode is of no use to training.
+            without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
+            with without_gradient, get_precision_context(state.precision, state.precision_config):
                 metrics = {
                     key: accuracy
                     for dataset, labelled in self.datasets.items()

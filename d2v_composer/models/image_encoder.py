@@ -172,7 +172,7 @@ class ImageEncoder(Frozen):
             return images
         size = self.config.image_size
         pixels = (images if images.shape[-2:] == (size, size) else resize(images, size)).float()
-        return pixels.div_(255).sub_(self.image_mean).div_(self.image_std)
+        return pixels.sub_(255 * self.image_mean).div_(255 * self.image_std)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """What the first block gets of images: patches, positions, extra tokens, LayerNorm; see :meth:`forward`."""
@@ -212,6 +212,7 @@ class ImageEncoder(Frozen):
 def resize(images: Tensor, size: int) -> Tensor:
     """(B, 3, any, any) uint8 to (B, 3, size, size), bicubic with antialiasing, whole numbers from 0 to 255."""
     if images.device.type == "cpu":
-        return interpolate(images, size, mode="bicubic", antialias=True)
+        # Channels last is the kernel's fast way in, and everybody else's slow way on.
+        return interpolate(images, size, mode="bicubic", antialias=True).contiguous()
     # Elsewhere there is no such kernel for uint8; rounded as if there were, and bicubic's overshoot cut.
     return interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)

@@ -83,10 +83,8 @@ class Transformer(nn.Module, ABC):
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """All blocks: the last one's output and every FFN output, (B, T, D) each; see :meth:`ffn_outputs`."""
-        output, ffn_outputs = x, []
-        for output, ffn_output in self._iterate_blocks(x, padding_mask, needs_last_output=True):
-            ffn_outputs.append(ffn_output)
-        return output, ffn_outputs
+        layers = list(self._iterate_blocks(x, padding_mask, needs_last_output=True))
+        return layers[-1][0], [ffn_output for _, ffn_output in layers]
 
     def _iterate_blocks(
         self, x: Tensor, padding_mask: Tensor | None, needs_last_output: bool
