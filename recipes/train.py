@@ -22,6 +22,7 @@ from d2v_composer.build import (
 )
 from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval
 from d2v_composer.config import load_config
+from d2v_composer.nodes import separate_signal_files
 from d2v_composer.tables import retrieval_table
 
 # How long ranks wait for the first of their machine to fetch the teacher and CIFAR.
@@ -42,32 +43,32 @@ def main(argv: Sequence[str]) -> Trainer:
     own_callbacks = [run_record, graceful_stop] + ([] if retrieval is None else [retrieval])
 
     on_terminal = sys.stderr.isatty()
-
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train_loader,
-        max_duration=config.max_duration,
-        optimizers=build_optimizer(config.optimizer, model),
-        schedulers=build_scheduler(config, len(train_loader)),
-        algorithms=build_algorithms(config),
-        callbacks=own_callbacks + build_callbacks(config),
-        loggers=build_loggers(config),
-        # A bar on a terminal; plain lines in a log file or a pipe.
-        progress_bar=config.progress_bar and on_terminal,
-        log_to_console=config.log_to_console or (config.progress_bar and not on_terminal),
-        console_log_interval=config.console_log_interval,
-        precision=build_precision(config),
-        device_train_microbatch_size=config.device_train_microbatch_size,
-        parallelism_config=build_parallelism(config),
-        seed=config.seed,
-        run_name=config.run_name,
-        save_folder=config.save_folder,
-        save_interval=graceful_stop.save_interval,
-        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
-        autoresume=config.autoresume and config.save_folder is not None,
-        load_path=config.load_path,
-    )
+    with separate_signal_files():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train_loader,
+            max_duration=config.max_duration,
+            optimizers=build_optimizer(config.optimizer, model),
+            schedulers=build_scheduler(config, len(train_loader)),
+            algorithms=build_algorithms(config),
+            callbacks=own_callbacks + build_callbacks(config),
+            loggers=build_loggers(config),
+            # A bar on a terminal; plain lines in a log file or a pipe.
+            progress_bar=config.progress_bar and on_terminal,
+            log_to_console=config.log_to_console or (config.progress_bar and not on_terminal),
+            console_log_interval=config.console_log_interval,
+            precision=build_precision(config),
+            device_train_microbatch_size=config.device_train_microbatch_size,
+            parallelism_config=build_parallelism(config),
+            seed=config.seed,
+            run_name=config.run_name,
+            save_folder=config.save_folder,
+            save_interval=graceful_stop.save_interval,
+            save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+            save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
+            autoresume=config.autoresume and config.save_folder is not None,
+            load_path=config.load_path,
+        )
     try:
         if trainer.state.timestamp < config.max_duration:
             trainer.fit()

@@ -257,7 +257,8 @@ def prepare_with_pil(images: Tensor, encoder: ImageEncoder) -> None:
         ]
     )
     for batch in images.split(INPUT_BATCH):
-        torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in batch])
+        tensors = [transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in batch]
+        torch.stack(tensors)  # pyright: ignore[reportArgumentType]: Compose is typed as if it gave what it gets
 
 
 def prepare_in_batches(images: Tensor, encoder: ImageEncoder, device: str) -> None:
@@ -275,10 +276,11 @@ def measure_evaluation(setting: Setting) -> float:
     num_test = max(3, setting.evaluation_images // 6)
     labelled = LabelledSet(_random_set(setting.evaluation_images - num_test), _random_set(num_test))
     size = model.teacher.config.image_size
+    two_images = list(torch.zeros(2, 3, size, size, dtype=torch.uint8))
     seconds = InMemoryLogger()
     trainer = Trainer(
         model=model,
-        train_dataloader=DataLoader(list(torch.zeros(2, 3, size, size, dtype=torch.uint8)), batch_size=1),
+        train_dataloader=DataLoader(two_images, batch_size=1),  # pyright: ignore[reportArgumentType]: a list will do
         max_duration="2ba",
         optimizers=torch.optim.SGD(model.student.parameters(), lr=0.0),
         callbacks=[ZeroShotRetrieval({"cifar": labelled}, "1ba", references={})],

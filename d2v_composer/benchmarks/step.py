@@ -15,6 +15,7 @@ import torch
 from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Precision, State
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
@@ -146,7 +147,7 @@ class Contender:
             self.trained, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=fused
         )
         device = self.trained[0].device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=precision == "amp_fp16")
+        self.scaler = GradScaler(device, enabled=precision == "amp_fp16")
         self.autocast = functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
 
     def step(self, images: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Labelled images for retrieval, in memory as uint8: CIFAR-10 and CIFAR-100, folders, MDS."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from streaming.base.format.mds import MDSReader
 from torch import Tensor
@@ -67,7 +69,11 @@ def load_labelled_set(format: Format, root: str | Path, *, image_size: int, down
 
 def _cifar(dataset_class: type[CIFAR10], root: Path, train: bool, download: bool) -> LabelledImages:
     try:
-        dataset = dataset_class(str(root), train=train, download=download)
+        if download:
+            root.mkdir(parents=True, exist_ok=True)
+        # Runs may share the folder, and machines.
+        with FileLock(root / ".download.lock") if download else nullcontext():
+            dataset = dataset_class(str(root), train=train, download=download)
     except Exception as error:
         hint = "" if download else "; set download: true to fetch it"
         raise InputError(

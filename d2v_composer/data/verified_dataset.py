@@ -20,14 +20,14 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState as ShardState
-from streaming.base.shared import SharedArray
-from streaming.base.shared.prefix import _get_path as shared_name
+from streaming.base.shared import SharedArray, prefix
 from streaming.base.util import bytes_to_int
 from typing_extensions import override
 
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
 from d2v_composer.locks import acquire, sole_user
+from d2v_composer.nodes import find_node_place, separate_shared_memory
 from d2v_composer.processes import end_with_parent
 
 __all__ = ["VerifiedDataset"]
@@ -91,7 +91,7 @@ class VerifiedDataset(StreamingDataset):
                 streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
             )
             # The process that fetches each shard, while it is fetched.
-            self._fetchers = SharedArray(self.num_shards, np.int64, shared_name(self._shm_prefix_int, "fetchers"))
+            self._fetchers = SharedArray(self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))
         # Shards that an earlier run left take space, but are as good as remote until they are verified.
         self._unverified = [i for i, shard in enumerate(self.shards) if self.stream.bytes_here(shard)]
         if dist.get_local_rank() == 0:
@@ -327,9 +327,11 @@ class Lookahead:
 @contextmanager
 def _starting_alone() -> Iterator[None]:
     """One run of a machine (and user) at a time: Streaming looks for free names in shared memory, then takes them."""
+    place = find_node_place()
     # Not below the home folder, which the machines of one run may share: they have to start together.
     lock = Path(tempfile.gettempdir(), f"d2v_composer-{os.getuid()}.lock")
-    with sole_user(lock, STARTING_SECONDS) if dist.get_local_rank() == 0 else nullcontext():
+    first_here = place.number == 0 and dist.get_local_rank() == 0
+    with sole_user(lock, STARTING_SECONDS) if first_here else nullcontext(), separate_shared_memory(place):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the other ranks of this run look as well
         yield

@@ -6,6 +6,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.targets import norm_mean, regression_loss
@@ -58,7 +59,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(frozen_pass)
     @torch.no_grad()
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._inductor.config.patch(freezing=True):  # read when the first call compiles
+        with inductor.patch(freezing=True):  # read when the first call compiles
             return function(*args, **kwargs)
 
     return call

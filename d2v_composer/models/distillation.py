@@ -12,9 +12,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 
 from d2v_composer.errors import InputError
-from d2v_composer.models.block import Block
 from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
-from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.student import Student
 from d2v_composer.targets import Regression, regression_loss
 
@@ -79,10 +77,6 @@ class DistillationModel(ComposerModel):
         self.regression_loss = regression_loss
         # No FFN output depends on the last norm: it gets no gradient, and DDP refuses a trainable parameter without.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
-        # Composer's FSDP: the shared encoder and each block for itself, so that everything may be called in any order.
-        for transformer in (teacher, student):
-            transformer._fsdp_wrap = False
-            transformer.fsdp_wrap_fn = is_sharded_alone
         # Hooks, not overrides: they hold under DDP's wrapper as well, where only the inner modules' hooks are called.
         self.register_state_dict_post_hook(keep_trained_tensors)
         self.register_load_state_dict_pre_hook(check_trained_shapes)
@@ -149,11 +143,6 @@ class DistillationModel(ComposerModel):
 def images_of(batch: Batch) -> Tensor:
     """The images of a batch, (B, 3, S, S)."""
     return batch if isinstance(batch, Tensor) else batch["image"]
-
-
-def is_sharded_alone(module: torch.nn.Module) -> bool:
-    """Whether FSDP gathers a module's weights together, when it is called."""
-    return isinstance(module, ImageEncoder | Block)
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

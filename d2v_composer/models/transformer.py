@@ -55,6 +55,13 @@ class Transformer(nn.Module, ABC):
         self.blocks = nn.ModuleList(blocks)
         self.norm_mean = norm_mean
 
+    # Composer's FSDP: no unit of its own, but each part that is called by itself, in whatever order.
+    _fsdp_wrap = False
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Whether FSDP gathers a module's weights when it is called, and lets them go after."""
+        return isinstance(module, ImageEncoder | Block)
+
     @property
     def block_list(self) -> list[Block]:
         """:attr:`blocks` with their type, which a ModuleList forgets."""
@@ -101,7 +108,9 @@ class Transformer(nn.Module, ABC):
         """Make training keep each block's input alone, and compute the rest once more in the backward pass."""
         for block in self.block_list:
             # Within forward, and so within FSDP's hooks. Nothing in a block is random.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type says too little
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
         """Every representation in every pooling from one forward pass.
