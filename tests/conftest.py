@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from streaming import MDSWriter
+from torch import Tensor
 
 from d2v_composer.errors import InputError
+from d2v_composer.loggers.jsonl import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -99,6 +102,34 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
         return [sys.executable, script, *arguments]
     launcher = str(Path(sys.executable).parent / "composer")
     return [launcher, "-n", str(ranks), script, *arguments]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """The folder of a run of 14 batches, 6 an epoch, in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = run_command(*train_command(small_run(folder, small_data)))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def student_of(folder: Path) -> dict[str, Tensor]:
+    """The student's tensors in the newest checkpoint of a run."""
+    return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    return read_jsonl(folder / "log.jsonl")["loss/train/total"]
+
+
+def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
+    """Equal up to the order of sums, in each of so many steps; Adam forgives gradients of a wrong scale much."""
+    assert sorted(ours) == sorted(expected) == list(range(num_steps))
+    np.testing.assert_allclose([ours[step] for step in expected], list(expected.values()), rtol=2e-6)
 
 
 def refused_by(load: Callable[[Path], Any], path: Path) -> str:

@@ -12,10 +12,20 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import GOLDEN, ROOT, command_environment, run_command, small_run, train_command
+from conftest import (
+    GOLDEN,
+    ROOT,
+    assert_same_losses,
+    command_environment,
+    load_checkpoint,
+    losses_of,
+    run_command,
+    small_run,
+    student_of,
+    train_command,
+)
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.loggers.jsonl import read_jsonl
 
 # Runs the training command and kills it, without any warning, when the given batch starts.
 KILLED_AT = """
@@ -35,36 +45,9 @@ train.main(sys.argv[3:])
 """
 
 
-def student_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The student's tensors in the newest checkpoint of a run."""
-    return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
-
-
-def load_checkpoint(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
-def losses_of(folder: Path) -> dict[int, float]:
-    return read_jsonl(folder / "log.jsonl")["loss/train/total"]
-
-
 def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-
-
-def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
-    assert sorted(ours) == sorted(expected) == list(range(num_steps))
-    assert all(abs(ours[step] - expected[step]) < 1e-4 for step in expected)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
-    """The folder of a run of 14 batches, 6 an epoch, in one process."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = run_command(*train_command(small_run(folder, small_data)))
-    assert result.returncode == 0, result.stderr
-    return folder
 
 
 # Batch 6 is an epoch's last, 3 and 9 lie within one; checkpoints are those of batches 2, 6 and 8.

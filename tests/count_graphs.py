@@ -1,0 +1,35 @@
+"""recipes/train.py, with a count of what torch.compile makes: ``count_graphs.py FOLDER RUN's arguments``.
+
+After each batch, its retrieval included, each rank writes a line to its file in FOLDER: graphs, and breaks in them.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer import Callback, Logger, State
+from composer.utils import dist
+from torch._dynamo.utils import counters
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from d2v_composer import build, cli
+from recipes import train
+
+
+class CountGraphs(Callback):
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / str(dist.get_global_rank())
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{counters['stats']['unique_graphs']} {sum(counters['graph_break'].values())}\n")
+
+
+def main(argv: Sequence[str]) -> None:
+    train.build_callbacks = lambda config: [*build.build_callbacks(config), CountGraphs(Path(argv[0]))]
+    train.main(argv[1:])
+
+
+if __name__ == "__main__":
+    cli.run(main)

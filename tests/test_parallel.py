@@ -1,0 +1,121 @@
+"""Several ranks train as one process does: compiled, sharded, in microbatches, and on several nodes."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    QUICKSTART,
+    ROOT,
+    assert_same_losses,
+    command_environment,
+    losses_of,
+    run_command,
+    small_run,
+    student_of,
+    train_command,
+)
+
+LAUNCHER = Path(sys.executable).parent / "composer"
+TESTS = Path(__file__).parent
+
+# Evaluations of 6,479 images before the first batch, after each fifth, and at the end.
+WITH_RETRIEVAL = (
+    f"retrieval.datasets={{cifar10: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}",
+    "retrieval.interval=5ba",
+    "retrieval.at_start=true",
+    "retrieval.references=[encoder,teacher]",
+)
+
+
+def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """Sixteen images in parts of 6, 6 and 4."""
+    options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
+    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
+    assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
+
+
+def test_two_compiled_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
+    script = TESTS / "count_graphs.py"
+    result = run_command(LAUNCHER, "-n", "2", script, tmp_path / "counts", *arguments, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted), num_steps=14)
+    for rank in (0, 1):
+        counts = [line.split() for line in (tmp_path / "counts" / str(rank)).read_text().splitlines()]
+        graphs, breaks = ([int(each) for each in column] for column in zip(*counts, strict=True))
+        assert len(graphs) == 14
+        assert 10 < graphs[0] < 40
+        assert graphs[-1] == graphs[1]  # the three evaluations that follow included
+        assert breaks[-1] == 0
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sharded(uninterrupted: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
+    """FSDP, with all that goes with it; and one process goes on with what it saved."""
+    options = [
+        "parallelism_config.fsdp={}",
+        "device_train_microbatch_size=3",
+        "activation_checkpointing=true",
+        f"compile={compiled}",
+        "save_num_checkpoints_to_keep=-1",
+    ]
+    arguments = small_run(tmp_path / "sharded", small_data, *options, *WITH_RETRIEVAL)
+    result = run_command(LAUNCHER, "-n", "2", TESTS / "fsdp_on_cpu.py", *arguments, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path / "sharded"), losses_of(uninterrupted), num_steps=14)
+    shapes, expected = (
+        {name: tensor.shape for name, tensor in student_of(folder).items()}
+        for folder in (tmp_path / "sharded", uninterrupted)
+    )
+    assert shapes == expected
+
+    checkpoint = tmp_path / "sharded" / "ep1-ba8-rank0.pt"
+    alone = small_run(tmp_path / "alone", small_data, f"load_path={checkpoint}")
+    result = run_command(*train_command(alone))
+    assert result.returncode == 0, result.stderr
+    after = {step: loss for step, loss in losses_of(uninterrupted).items() if step >= 8}
+    assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
+
+
+def run_on_two_nodes(arguments: list[str]) -> None:
+    """Two launches of one process each, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = ROOT / "recipes" / "train.py"
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [LAUNCHER, "--nproc", "1", "--world_size", "2", "--node_rank", str(rank), *address, script, *arguments],
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for node in nodes:
+            output, _ = node.communicate(timeout=120)
+            assert node.returncode == 0, output
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def test_two_nodes_on_one_machine(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """With one data set and one folder for both, as on machines with a common file system; resumed, too."""
+    run_on_two_nodes(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL))
+    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted), num_steps=14)
+
+    resumed = shutil.copytree(uninterrupted, tmp_path / "resumed", symlinks=True)
+    latest = resumed / "latest-rank0.pt"
+    latest.unlink()
+    latest.symlink_to("ep1-ba12-rank0.pt")
+    run_on_two_nodes(small_run(resumed, small_data))
+    assert_same_losses(losses_of(resumed), losses_of(uninterrupted), num_steps=14)

@@ -1,0 +1,113 @@
+"""What a training step costs: memory, passes, waits for the device."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+
+from d2v_composer.benchmarks.measure import peak_allocated
+from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.distillation import DistillationModel
+
+MIB = 2**20
+
+
+def build_model(embed_dim: int = 96, depth: int = 3) -> DistillationModel:
+    """Small, with as many time steps as the paper's."""
+    torch.manual_seed(0)
+    config = Data2Vec2Config(
+        embed_dim=embed_dim, num_heads=4, prenet_depth=2, num_extra_tokens=1, depth=depth, average_top_k_layers=depth
+    )
+    teacher = Data2Vec2(config)
+    return DistillationModel(teacher, teacher.build_student(depth=depth))
+
+
+@pytest.fixture(scope="module")
+def model() -> DistillationModel:
+    return build_model()
+
+
+@pytest.fixture(autouse=True)
+def without_gradients(model: DistillationModel) -> Iterator[None]:
+    yield
+    model.zero_grad(set_to_none=True)
+
+
+def random_images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def backward(model: DistillationModel, images: Tensor, num_images: int | None = None) -> Tensor:
+    """The loss of images, as a part of a batch of so many."""
+    loss = model.loss(model(images), images) * (len(images) / (num_images or len(images)))
+    loss.backward()
+    return loss.detach()
+
+
+def gradient(model: DistillationModel) -> Tensor:
+    """Of all that is trained, in one vector; some of it is zero but for rounding, behind an InstanceNorm."""
+    return torch.cat([tensor.grad.flatten() for tensor in model.parameters() if tensor.grad is not None])
+
+
+def assert_same_gradient(ours: DistillationModel, expected: DistillationModel) -> None:
+    difference = gradient(ours) - gradient(expected)
+    assert difference.norm() <= 1e-5 * gradient(expected).norm()
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 3])
+def test_parts_of_a_batch_have_its_loss_and_gradients(model: DistillationModel, microbatch_size: int) -> None:
+    whole, images = copy.deepcopy(model), random_images(7)
+    expected = backward(whole, images)
+    loss = torch.stack([backward(model, part, len(images)) for part in images.split(microbatch_size)]).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert_same_gradient(model, whole)
+
+
+def test_checkpointed_activations(model: DistillationModel) -> None:
+    """The same gradients from a fraction of the memory."""
+    checkpointed, images = copy.deepcopy(model), random_images(8)
+    checkpointed.student.checkpoint_activations()
+    peaks = {each: peak_allocated(lambda each=each: backward(each, images), "cpu") for each in (model, checkpointed)}
+    assert peaks[checkpointed] < 0.7 * peaks[model]
+    assert_same_gradient(checkpointed, model)
+
+
+@pytest.mark.parametrize("cpu_bf16", [False, True])
+def test_memory_grows_with_the_batch_and_no_faster(model: DistillationModel, cpu_bf16: bool) -> None:
+    model = copy.deepcopy(model)
+    model.cpu_bf16 = cpu_bf16
+    backward(model, random_images(1))  # the gradients, and ALiBi's bias, are there from now on
+    images = random_images(16)
+    peaks = [peak_allocated(lambda n=n: backward(model, images[:n]), "cpu") for n in (4, 8, 16)]
+    first, second = peaks[1] - peaks[0], (peaks[2] - peaks[1]) / 2
+    assert first > MIB
+    assert second == pytest.approx(first, rel=0.02)
+
+
+def test_no_layers_activations_outlive_the_target(model: DistillationModel) -> None:
+    """Deeper teachers take more time, not more memory."""
+    images = random_images(8)
+    x = model.teacher.encode(images)
+    deep = build_model(depth=9).teacher
+    peaks = [peak_allocated(lambda teacher=teacher: teacher.targets(x), "cpu") for teacher in (model.teacher, deep)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """A step on tensors that have no values: reading one, as ``.item()`` or a mask as an index do, is an error."""
+    with FakeTensorMode():
+        model = build_model()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+        images = torch.zeros(4, 3, 224, 224, dtype=torch.uint8)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(model(images), images)
+        loss.backward()
+        clip_grad_norm_(trained, 2.0)
+        optimizer.step()
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
