@@ -20,7 +20,7 @@ from d2v_composer.build import (
     build_scheduler,
     build_train_loader,
 )
-from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval
+from d2v_composer.callbacks import FiniteLoss, GracefulStop, ZeroShotRetrieval
 from d2v_composer.config import load_config
 from d2v_composer.nodes import separate_signal_files
 from d2v_composer.tables import retrieval_table
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> Trainer:
     retrieval = build_retrieval(config, model)
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
-    own_callbacks = [run_record, graceful_stop] + ([] if retrieval is None else [retrieval])
+    own_callbacks = [run_record, FiniteLoss(), graceful_stop] + ([] if retrieval is None else [retrieval])
 
     on_terminal = sys.stderr.isatty()
     with separate_signal_files():

@@ -1,8 +1,10 @@
 """What a YAML may say, and what is answered to what it may not."""
 
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from d2v_composer.config import TrainConfig, load_config
@@ -18,7 +20,7 @@ def load(*overrides: str) -> TrainConfig:
 
 
 def test_distill_is_the_papers_run() -> None:
-    config = load_config([DISTILL_YAML, "precision=fp32", "device_train_microbatch_size=null", REMOTE])
+    config = load_config([DISTILL_YAML, "precision=fp32", "compile=false", "device_train_microbatch_size=null", REMOTE])
     assert config.max_duration == "30000ba"
     assert config.global_train_batch_size == 256
     assert (config.student.depth, config.student.mlp_ratio, config.student.alibi) == (5, 3.0, True)
@@ -79,6 +81,11 @@ REFUSED = {
     "loggers.tensorbord={}": "loggers.tensorbord: no such name; did you mean tensorboard?",
     "retrieval.references=[student]": "retrieval.references: no such reference 'student'",
     "retrieval.ks=[0]": "retrieval.ks: must be one or more numbers from 1, got [0]",
+    "frozen_dtype=float16": "frozen_dtype: must be float32 or bfloat16 with precision amp_bf16, got float16",
+    "frozen_dtype=half": "frozen_dtype: Invalid value 'half', expected one of ['float32', 'float16', 'bfloat16']",
+    "parallelism_config.fsdp={}": "parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients up",
+    "parallelism_config.fsdp={shard: 1}": "parallelism_config.fsdp.shard: no such key",
+    "parallelism_config.fdsp={}": "parallelism_config.fdsp: no such key; did you mean fsdp?",
     "run_name=a/b": "run_name: must be a name without '/', got 'a/b'",
     "just-a-word": "'just-a-word': an override is dotted.key=value",
     "student.depth=[1,2": "not a YAML of keys and values",
@@ -91,6 +98,34 @@ def test_refused_in_one_line(override: str, message: str) -> None:
         load("max_duration=1000ba", override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("device_train_microbatch_size=auto", "device_train_microbatch_size: Composer has no 'auto' with FSDP; give a"),
+        ("frozen_dtype=bfloat16", "frozen_dtype: must be float32 with FSDP, which casts what it gathers, got bfloat16"),
+    ],
+)
+def test_what_fsdp_does_not_go_with(monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fsdp = load("parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
+    assert fsdp is not None
+    assert not fsdp.reshard_after_forward
+    with pytest.raises(InputError) as caught:
+        load("parallelism_config.fsdp={}", override)
+    assert message in str(caught.value)
+
+
+def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load("compile=true").compile
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path))
+        with pytest.raises(InputError, match=r"^compile: needs a C\+\+ compiler, and neither g\+\+ nor clang\+\+ was"):
+            load("compile=true")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(InputError, match=f"^compile: needs Python's headers, and {tmp_path} has no Python.h"):
+        load("compile=true")
 
 
 @pytest.mark.parametrize(

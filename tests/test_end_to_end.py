@@ -181,6 +181,15 @@ def test_the_exported_student_is_the_checkpoints(uninterrupted: Path, tmp_path: 
     assert not (tmp_path / "none.safetensors").exists()
 
 
+def test_a_run_that_comes_to_nan_ends_before_it_is_saved(small_data: Path, tmp_path: Path) -> None:
+    options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
+    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
+    assert result.returncode == 1
+    batch = batch_of(tmp_path / "latest-rank0.pt")
+    assert f"FloatingPointError: batch {batch}: the training loss is nan; what was saved" in result.stderr
+    assert all(tensor.isfinite().all() for tensor in student_of(tmp_path).values())
+
+
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, small_data: Path) -> None:
     folder = tmp_path / "run"
     result = run_command(*train_command(small_run(folder, small_data, "optimizer.lrr=1")))

@@ -2,14 +2,19 @@
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composer import Trainer
 from conftest import GOLDEN
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2v_composer.build import build_optimizer
+from d2v_composer.config import OptimizerConfig
 from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
@@ -57,6 +62,28 @@ def test_paper_cost(paper_model: DistillationModel) -> None:
     # A second pass of the encoder would be 1.085 of it; the counter misses the CPU's fused attention, 2 %.
     assert 0.95 * PAPER_FLOPS < counter.get_total_flops() < 1.02 * PAPER_FLOPS
     assert paper_model.flops_per_batch(images) == pytest.approx(PAPER_FLOPS, rel=0.002)
+
+
+def test_paper_checkpoint(paper_model: DistillationModel, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    trainer = Trainer(
+        model=paper_model,
+        train_dataloader=DataLoader(list(images)),  # pyright: ignore[reportArgumentType]: a list will do
+        optimizers=build_optimizer(OptimizerConfig(), paper_model),
+        max_duration="1ba",
+        save_folder=str(tmp_path),
+        save_interval="1ba",
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    checkpoint = tmp_path / "latest-rank0.pt"
+    # Weights and AdamW's two moments, float32.
+    assert 12 * 29_537_280 < checkpoint.stat().st_size < 365e6
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]
+    assert state["model"].keys() == {
+        f"student.{name}" for name in paper_model.student.state_dict() if name.startswith("blocks.")
+    }
 
 
 @pytest.mark.parametrize("cpu_bf16", [False, True])
