@@ -6,9 +6,6 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 import difflib
 import inspect
 import math
-import os
-import shutil
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
@@ -27,6 +24,7 @@ from streaming.base.util import bytes_to_int
 
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
+from d2v_composer.models.compilation import find_missing
 
 __all__ = ["CALLBACKS", "LOGGERS", "TrainConfig", "compute_dtype", "load_config"]
 
@@ -422,14 +420,8 @@ def _devices(config: TrainConfig) -> Iterator[str]:
 
 
 def _compilation(config: TrainConfig) -> Iterator[str]:
-    """Whether torch.compile finds what it needs on this machine."""
-    if not config.compile:
-        return
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        yield "compile: needs a C++ compiler, and neither g++ nor clang++ was found; install one, or compile=false"
-    headers = sysconfig.get_path("include")
-    if not (Path(headers) / "Python.h").is_file():
-        yield f"compile: needs Python's headers, and {headers} has no Python.h; install python3-dev, or compile=false"
+    if config.compile and (missing := find_missing()) is not None:
+        yield f"compile: {missing}; install it, or compile=false"
 
 
 def _frozen_dtype(config: TrainConfig) -> Iterator[str]:

@@ -30,6 +30,7 @@ from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, DataBenchmark, b
 from d2v_composer.benchmarks.retrieval import RetrievalBenchmark, Setting, benchmark_retrieval
 from d2v_composer.benchmarks.step import PRECISIONS, SIZES, StepBenchmark, benchmark_step
 from d2v_composer.errors import InputError
+from d2v_composer.models.compilation import find_missing
 
 Benchmark = DataBenchmark | RetrievalBenchmark | StepBenchmark
 
@@ -66,6 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     step = benchmarks.add_parser("step", help="a training step")
     step.add_argument("--batch-size", type=int, help="images a step; default: 8, on a GPU 256")
     step.add_argument("--steps", type=int, help="between two looks at the clock; default: 1, on a GPU 10")
+    step.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     step.set_defaults(run=run_step)
 
     retrieval = benchmarks.add_parser("retrieval", help="an evaluation")
@@ -110,7 +112,12 @@ def run_step(arguments: argparse.Namespace) -> StepBenchmark:
     batch_size = arguments.batch_size if arguments.batch_size is not None else 256 if on_gpu else 8
     steps = arguments.steps if arguments.steps is not None else 10 if on_gpu else 1
     check_positive({"batch-size": batch_size, "steps": steps})
-    return benchmark_step(arguments.size, device, arguments.precision, batch_size, steps, arguments.repeats)
+    compiles = not arguments.no_compile
+    if compiles and (missing := find_missing()) is not None:
+        raise InputError(f"torch.compile {missing}; install it, or --no-compile")
+    return benchmark_step(
+        arguments.size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles
+    )
 
 
 def run_retrieval(arguments: argparse.Namespace) -> RetrievalBenchmark:

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, encoded_image, run_command
 from PIL import Image
+from torch.nn.functional import normalize
 
 from d2v_composer.benchmarks.data import FEWEST_IMAGES
 from d2v_composer.benchmarks.measure import Rates, interleave, one_core
 from d2v_composer.benchmarks.photos import make_photos, take_photos
+from d2v_composer.benchmarks.retrieval import check_neighbours
+from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.errors import InputError
 
 SCRIPT = ROOT / "recipes" / "benchmark.py"
@@ -78,6 +82,79 @@ def test_data(tmp_path: Path) -> None:
     assert not any(work.iterdir())
 
 
+STEP = ["step", "--size", "quickstart", "--batch-size", "2", "--repeats", "2"]
+STEP_ROWS = ["naive", "+ one encoder", "+ fused attention", "+ half frozen weights", "+ fused AdamW"]
+
+
+@pytest.mark.parametrize(
+    ("options", "more_rows"),
+    [
+        (["--no-compile"], ["ours, no ALiBi", "ours, checkpointing"]),
+        pytest.param([], ["+ torch.compile", "ours, no ALiBi", "ours, checkpointing"], marks=pytest.mark.slow),
+    ],
+)
+def test_step(tmp_path: Path, options: list[str], more_rows: list[str]) -> None:
+    report = tmp_path / "report.json"
+    ended = run_command(sys.executable, SCRIPT, *STEP, *options, "--json", report, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(report.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == STEP_ROWS + more_rows
+    for name, row in rows.items():
+        assert len(row["rates"]) == 2
+        assert row["gemm_share"] > 0
+        assert row["mfu"] is None
+        assert f"\n{name:24}  {row['median']:8.2f}  " in ended.stdout
+        assert name == "ours, no ALiBi" or row["loss"] == pytest.approx(rows["naive"]["loss"], rel=1e-3)
+    # Two encoders whole or one; frozen weights in float32 or half of it.
+    held = {name: row["held_bytes"] for name, row in rows.items()}
+    assert held["naive"] > held["+ fused attention"] > held["+ half frozen weights"] == held["ours, checkpointing"]
+    assert rows["naive"]["step_bytes"] > rows["+ fused AdamW"]["step_bytes"] > rows["ours, checkpointing"]["step_bytes"]
+    assert rows["naive"]["attention_kernels"] == []
+    assert rows["+ fused attention"]["attention_kernels"] == ["flash_attention_for_cpu"]
+    assert (found["precision"], found["device_batch_size"], found["targets"]) == ("amp_bf16", 2, [])
+
+
+def test_retrieval(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    sizes = ["--bank", "3000", "--queries", "200", "--dim", "64", "--k", "5", "--evaluation-images", "30"]
+    command = [sys.executable, SCRIPT, "retrieval", "--size", "quickstart", *sizes, "--repeats", "2"]
+    ended = run_command(*command, "--json", report)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(report.read_text())
+    rows = {row["name"]: row for row in found["neighbours"]}
+    assert list(rows) == [
+        "matrix product alone",
+        "ours",
+        "torch, all at once",
+        "faiss IndexFlatIP",
+        "scikit-learn brute",
+    ]
+    for name, row in rows.items():
+        assert row["rates"] is not None or (name.startswith("faiss") and find_spec("faiss") is None)
+    assert 0 < rows["ours"]["peak_bytes"] < 256 * 2**20
+    assert [row["name"] for row in found["inputs"]] == ["PIL, one by one", "ours, in batches"]
+    assert found["evaluation_seconds"] > 0
+    assert "a whole evaluation, 30 images of 32 px" in ended.stdout
+    assert {target["what"] for target in found["targets"]} >= {"ours / matrix product alone"}
+
+
+def test_a_search_that_finds_others_is_refused() -> None:
+    bank, queries = torch.randn(50, 8), torch.randn(6, 8)
+    right = (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(3).indices.numpy()
+    wrong = right.copy()
+    wrong[4, 1] = next(i for i in range(50) if i not in right[4])
+    check_neighbours(bank, queries, {"ours": right, "theirs": right})
+    with pytest.raises(RuntimeError, match="'theirs' finds other neighbours than 'ours'"):
+        check_neighbours(bank, queries, {"ours": right, "theirs": wrong})
+
+
+def test_contenders_that_compute_something_else_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"'\+ one encoder' finds the loss 2.01, 'naive' 2.0"):
+        check_losses({"naive": 2.0, "+ one encoder": 2.01})
+    check_losses({"naive": 2.0, "ours, no ALiBi": 1.5, "+ one encoder": 2.001})
+
+
 def is_installed(name: str) -> bool:
     if "S3" in name:
         return shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is not None
@@ -95,11 +172,21 @@ def is_installed(name: str) -> bool:
         (["--images", "absent"], "absent: no such folder"),
         (["--work", "absent"], "--work: no such folder: absent"),
         (["--json", "absent/report.json"], "--json: no such folder: absent"),
+        (["step", "--batch-size", "0"], "--batch-size: must be 1 or more, got 0"),
+        (["step", "--steps", "0"], "--steps: must be 1 or more, got 0"),
+        (["step", "--device", "cuda"], "--device cuda: this machine has no GPU that torch can use"),
+        (["step", "--precision", "amp_fp16"], "--precision amp_fp16: needs a GPU; on a CPU fp32 or amp_bf16"),
+        (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
+        (["retrieval", "--evaluation-images", "5"], "--evaluation-images: must be 6 or more, got 5"),
+        (["retrieval", "--dim", "0"], "--dim: must be 1 or more, got 0"),
     ],
 )
-def test_bad_arguments(benchmark: Callable[[Sequence[str]], Any], arguments: list[str], message: str) -> None:
+def test_bad_arguments(
+    benchmark: Callable[[Sequence[str]], Any], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as caught:
-        benchmark(["data", *arguments])
+        benchmark(arguments if arguments[0] in ("step", "retrieval") else ["data", *arguments])
     assert str(caught.value) == message
 
 

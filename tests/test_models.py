@@ -1,15 +1,17 @@
 """What the goldens do not show: sizes, cost, freezing, options, what a checkpoint holds."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer import Trainer
 from conftest import GOLDEN
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +20,7 @@ from d2v_composer.config import OptimizerConfig
 from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.image_encoder import resize, resize_in_float
 from d2v_composer.models.load import load_teacher
 from d2v_composer.targets import Regression, norm_mean, regression_loss
 
@@ -213,6 +216,21 @@ def test_uint8_images_are_normalised_as_float_ones(teacher: Data2Vec2) -> None:
     torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalised))
     with pytest.raises(ValueError, match=r"must be \(B, 3, 32, 32\), got \(2, 3, 16, 16\)"):
         teacher.encode(normalised[..., :16, :16])
+
+
+@pytest.mark.parametrize("size", [32, 20, 100])
+@pytest.mark.parametrize("resize_images", [resize, resize_in_float])
+def test_images_of_another_size_are_resized_as_pillow_does(
+    resize_images: Callable[[Tensor, int], Tensor], size: int
+) -> None:
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    resized = resize_images(images, 48)
+    assert resized.shape == (3, 3, 48, 48)
+    for ours, image in zip(resized, images, strict=True):
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((48, 48), Image.Resampling.BICUBIC)
+        difference = (ours.float() - torch.from_numpy(np.array(pillow)).permute(2, 0, 1)).abs()
+        assert difference.max() <= 2
+        assert difference.mean() < 0.025
 
 
 def test_embeddings(teacher: Data2Vec2) -> None:

@@ -1,7 +1,11 @@
 """torch.compile of a whole distillation model, piece by piece."""
 
 import functools
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -11,13 +15,23 @@ from torch._inductor import config as inductor
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.targets import norm_mean, regression_loss
 
-__all__ = ["compile_model"]
+__all__ = ["compile_model", "find_missing"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Graphs of one piece: by input shape, by what wants a gradient, training or evaluation. torch's own limit is 8.
 MAX_GRAPHS = 64
+
+
+def find_missing() -> str | None:
+    """What torch.compile needs and this machine has not: 'needs …'; ``None``: nothing."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "needs a C++ compiler, and neither g++ nor clang++ was found"
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
+    return None
 
 
 def compile_model(model: DistillationModel, packs_weights: bool = False) -> None:

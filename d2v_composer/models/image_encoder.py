@@ -214,5 +214,12 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.device.type == "cpu":
         # Channels last is the kernel's fast way in, and everybody else's slow way on.
         return interpolate(images, size, mode="bicubic", antialias=True).contiguous()
-    # Elsewhere there is no such kernel for uint8; rounded as if there were, and bicubic's overshoot cut.
-    return interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return resize_in_float(images, size)
+
+
+def resize_in_float(images: Tensor, size: int) -> Tensor:
+    """:func:`resize` where there is no such kernel for uint8: rows, then columns, bicubic's overshoot cut after each."""
+    pixels = images.float()
+    for shape in ((images.shape[-2], size), (size, size)):
+        pixels = interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pixels
