@@ -19,6 +19,8 @@ from conftest import (
     train_command,
 )
 
+from d2v_composer.loggers.jsonl import read_jsonl
+
 LAUNCHER = Path(sys.executable).parent / "composer"
 TESTS = Path(__file__).parent
 
@@ -31,6 +33,26 @@ WITH_RETRIEVAL = (
 )
 
 
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """The folder of a run in one process that measures retrieval."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    result = run_command(*train_command(small_run(folder, small_data, *WITH_RETRIEVAL)))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same losses, and the same neighbours but for a few of 6,479 that are equally near."""
+    assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
+    ours, theirs = (read_jsonl(each / "log.jsonl") for each in (folder, expected))
+    metrics = [name for name in theirs if name.startswith("metrics/")]
+    assert len(metrics) == 4 * (7 + 4 + 7)  # of student, encoder and teacher: the headline, and every embedding
+    for name in metrics:
+        at_the_same_steps = {step: ours[name][step] for step in theirs[name]}  # a resume measures the references anew
+        assert at_the_same_steps == pytest.approx(theirs[name], abs=2e-3), name
+
+
 def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     """Sixteen images in parts of 6, 6 and 4."""
     options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
@@ -39,12 +61,12 @@ def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, 
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
-def test_two_compiled_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
     script = TESTS / "count_graphs.py"
     result = run_command(LAUNCHER, "-n", "2", script, tmp_path / "counts", *arguments, timeout=400)
     assert result.returncode == 0, result.stderr
-    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted), num_steps=14)
+    assert_same_run(tmp_path / "run", evaluated)
     for rank in (0, 1):
         counts = [line.split() for line in (tmp_path / "counts" / str(rank)).read_text().splitlines()]
         graphs, breaks = ([int(each) for each in column] for column in zip(*counts, strict=True))
@@ -55,7 +77,7 @@ def test_two_compiled_ranks(uninterrupted: Path, small_data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_sharded(uninterrupted: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
+def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
     """FSDP, with all that goes with it; and one process goes on with what it saved."""
     options = [
         "parallelism_config.fsdp={}",
@@ -67,10 +89,10 @@ def test_sharded(uninterrupted: Path, small_data: Path, tmp_path: Path, compiled
     arguments = small_run(tmp_path / "sharded", small_data, *options, *WITH_RETRIEVAL)
     result = run_command(LAUNCHER, "-n", "2", TESTS / "fsdp_on_cpu.py", *arguments, timeout=400)
     assert result.returncode == 0, result.stderr
-    assert_same_losses(losses_of(tmp_path / "sharded"), losses_of(uninterrupted), num_steps=14)
+    assert_same_run(tmp_path / "sharded", evaluated)
     shapes, expected = (
         {name: tensor.shape for name, tensor in student_of(folder).items()}
-        for folder in (tmp_path / "sharded", uninterrupted)
+        for folder in (tmp_path / "sharded", evaluated)
     )
     assert shapes == expected
 
@@ -78,7 +100,7 @@ def test_sharded(uninterrupted: Path, small_data: Path, tmp_path: Path, compiled
     alone = small_run(tmp_path / "alone", small_data, f"load_path={checkpoint}")
     result = run_command(*train_command(alone))
     assert result.returncode == 0, result.stderr
-    after = {step: loss for step, loss in losses_of(uninterrupted).items() if step >= 8}
+    after = {step: loss for step, loss in losses_of(evaluated).items() if step >= 8}
     assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
 
 
@@ -108,14 +130,14 @@ def run_on_two_nodes(arguments: list[str]) -> None:
             node.kill()
 
 
-def test_two_nodes_on_one_machine(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_two_nodes_on_one_machine(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """With one data set and one folder for both, as on machines with a common file system; resumed, too."""
     run_on_two_nodes(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL))
-    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted), num_steps=14)
+    assert_same_run(tmp_path / "run", evaluated)
 
-    resumed = shutil.copytree(uninterrupted, tmp_path / "resumed", symlinks=True)
+    resumed = shutil.copytree(evaluated, tmp_path / "resumed", symlinks=True)
     latest = resumed / "latest-rank0.pt"
     latest.unlink()
     latest.symlink_to("ep1-ba12-rank0.pt")
-    run_on_two_nodes(small_run(resumed, small_data))
-    assert_same_losses(losses_of(resumed), losses_of(uninterrupted), num_steps=14)
+    run_on_two_nodes(small_run(resumed, small_data, *WITH_RETRIEVAL))
+    assert_same_run(resumed, evaluated)

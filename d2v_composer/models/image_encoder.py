@@ -218,7 +218,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def resize_in_float(images: Tensor, size: int) -> Tensor:
-    """:func:`resize` where there is no such kernel for uint8: rows, then columns, bicubic's overshoot cut after each."""
+    """:func:`resize` where there is no such kernel for uint8: rows, columns, and bicubic's overshoot cut each time."""
     pixels = images.float()
     for shape in ((images.shape[-2], size), (size, size)):
         pixels = interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
