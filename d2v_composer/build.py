@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,28 +21,38 @@ from composer.utils import (
     parse_uri,
 )
 from streaming.base.util import bytes_to_int
-from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
-from d2v_composer.config import CALLBACKS, LOGGERS, OptimizerConfig, TrainConfig, compute_dtype
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.config import (
+    CALLBACKS,
+    LOGGERS,
+    EvaluateConfig,
+    LabelledSetConfig,
+    OptimizerConfig,
+    TrainConfig,
+    compute_dtype,
+)
+from d2v_composer.data.labelled import LabelledSet, load_labelled_set
 from d2v_composer.data.mds import check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.errors import InputError
+from d2v_composer.evaluation import Candidate
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
-from d2v_composer.models.transformer import poolings
+from d2v_composer.models.load import load_any, load_teacher
+from d2v_composer.models.student import Student
 from d2v_composer.persistence import reason
+from d2v_composer.references import embed_with_encoder, pixels
 
 __all__ = [
     "build_algorithms",
     "build_callbacks",
+    "build_candidates",
+    "build_labelled_sets",
     "build_loggers",
     "build_model",
     "build_optimizer",
@@ -263,16 +274,11 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         InputError: A data set cannot be used.
     """
     retrieval, teacher = config.retrieval, model.teacher
-    chosen = {name: labelled for name, labelled in retrieval.datasets.items() if labelled is not None}
-    if not chosen:
+    chosen = retrieval.datasets
+    if not any(labelled is not None for labelled in chosen.values()):
         return None
     with dist.run_local_rank_zero_first():
-        datasets = {
-            name: load_labelled_set(
-                labelled.format, labelled.root, image_size=teacher.config.image_size, download=labelled.download
-            )
-            for name, labelled in chosen.items()
-        }
+        datasets = build_labelled_sets(chosen, teacher.config.image_size)
     try:
         return ZeroShotRetrieval(
             datasets,
@@ -288,18 +294,65 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         raise InputError(f"retrieval: {error}") from error
 
 
+def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size: int) -> dict[str, LabelledSet]:
+    """The data sets of a section ``datasets``, but those that are off.
+
+    Raises:
+        InputError: One cannot be used.
+    """
+    return {
+        name: load_labelled_set(labelled.format, labelled.root, image_size=image_size, download=labelled.download)
+        for name, labelled in chosen.items()
+        if labelled is not None
+    }
+
+
+def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], int]:
+    """The model of ``recipes/evaluate.py``, and what it is compared with: pixels, encoder, untrained student, teacher.
+
+    Returns:
+        The candidates on the device, in eval mode, and their image size.
+
+    Raises:
+        InputError: A file cannot be used, or the model has no such embedding.
+    """
+    student, teacher = load_any(config.model, config.weights, config.teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if student is not None:
+            untrained = Student(student.encoder, student.config)
+        else:
+            assert teacher is not None  # load_any gives one of them
+            untrained = teacher.build_student()
+    encoder = untrained.encoder
+    if config.pooling == "cls" and not untrained.num_extra_tokens:
+        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
+    transformers = {"untrained student": untrained, "student": student, "teacher": teacher}
+    candidates = [
+        Candidate("pixels", partial(pixels, encoder), 0, 0.0),
+        Candidate(
+            "encoder",
+            partial(embed_with_encoder, encoder),
+            sum(parameter.numel() for parameter in encoder.parameters()),
+            2e-9 * encoder.forward_macs(),
+        ),
+    ]
+    for name, transformer in transformers.items():
+        if transformer is not None:
+            size = sum(parameter.numel() for parameter in transformer.parameters())
+            gflop = 2e-9 * (encoder.forward_macs() + transformer.forward_macs())
+            candidates.append(Candidate(name, transformer.eval().to(device).embed_all, size, gflop))
+    return candidates, encoder.config.image_size
+
+
 def build_references(names: list[str], model: DistillationModel) -> dict[str, Embed]:
     """What the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
     encoder = model.teacher.encoder
-
-    def pixels(images: Tensor) -> Tensor:
-        # Shrunk to CIFAR's size: the pixels of 224 px would be 150,528 channels an image.
-        return interpolate(encoder.prepare(images), min(32, encoder.config.image_size), mode="area").flatten(1)
-
-    def encoded(images: Tensor) -> dict[str, Tensor]:
-        return poolings(encoder(images), "output", encoder.config.num_extra_tokens)
-
-    known: dict[str, Embed] = {"pixels": pixels, "encoder": model.in_precision(encoded), **model.retrieval_references()}
+    known: dict[str, Embed] = {
+        "pixels": partial(pixels, encoder),
+        "encoder": model.in_precision(partial(embed_with_encoder, encoder)),
+        **model.retrieval_references(),
+    }
     return {name: known[name] for name in names}
 
 

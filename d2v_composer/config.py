@@ -22,13 +22,23 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from streaming.base.util import bytes_to_int
 
+from d2v_composer.callbacks.health import Health
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
 from d2v_composer.models.compilation import find_missing
 
-__all__ = ["CALLBACKS", "LOGGERS", "TrainConfig", "compute_dtype", "load_config"]
+__all__ = [
+    "CALLBACKS",
+    "LOGGERS",
+    "EvaluateConfig",
+    "TrainConfig",
+    "compute_dtype",
+    "load_config",
+    "load_evaluate_config",
+]
 
 CALLBACKS = {
+    "health": Health,
     "lr_monitor": composer_callbacks.LRMonitor,
     "memory_monitor": composer_callbacks.MemoryMonitor,
     "nan_monitor": composer_callbacks.NaNMonitor,
@@ -44,6 +54,7 @@ LOGGERS = {
     "wandb": composer_loggers.WandBLogger,
 }
 
+NO_FP16 = "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
 MAX_SEED = (1 << 31) - 1  # ranks and epochs add to it, and numpy's seeds end at 2^32
 
 
@@ -199,6 +210,29 @@ class TrainConfig:
     load_path: str | None = None
 
 
+@dataclass
+class EvaluateConfig:
+    """What recipes/evaluate.py measures, and how."""
+
+    model: str = MISSING
+    """A teacher's file, a training checkpoint, or an exported student: a path, https://, s3://, …"""
+    weights: Literal["model", "ema"] = "model"
+    """Of a teacher's file."""
+    teacher: str | None = None
+    """The student's teacher; default, for a checkpoint, where it was; an exported student has none without."""
+    seed: int = 17
+    """Of the untrained student."""
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32"
+    device_eval_batch_size: int = 256
+    ks: list[int] = field(default_factory=lambda: [1, 3])
+    pooling: Literal["cls", "mean", "mean_patches"] = "cls"
+    representation: Literal["output", "layer_mean"] = "output"
+    datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
+    """Name → where it is; null: off."""
+    out: str | None = None
+    """A folder for evaluation.json and evaluation.csv."""
+
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -216,6 +250,22 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
     config = merge_config(TrainConfig, argv)
     for problem in problems(config):
         raise InputError(problem)
+    return config
+
+
+def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
+    """As :func:`load_config`, for recipes/evaluate.py."""
+    config = merge_config(EvaluateConfig, argv)
+    if config.precision == "amp_fp16" and not torch.cuda.is_available():
+        raise InputError(NO_FP16)
+    if config.device_eval_batch_size < 1:
+        raise InputError(f"device_eval_batch_size: must be at least 1, got {config.device_eval_batch_size}")
+    if not 0 <= config.seed <= MAX_SEED:
+        raise InputError(f"seed: must be from 0 to {MAX_SEED}, got {config.seed}")
+    if not config.ks or min(config.ks) < 1:
+        raise InputError(f"ks: must be one or more numbers from 1, got {config.ks}")
+    if not any(labelled is not None for labelled in config.datasets.values()):
+        raise InputError("datasets: there is none; give at least one, as yamls/evaluate.yaml does")
     return config
 
 
@@ -414,7 +464,7 @@ def _devices(config: TrainConfig) -> Iterator[str]:
     if torch.cuda.is_available():
         return
     if config.precision == "amp_fp16":
-        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
+        yield NO_FP16
     if config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 
@@ -432,7 +482,7 @@ def _frozen_dtype(config: TrainConfig) -> Iterator[str]:
         yield f"frozen_dtype: must be {names} {why}, got {config.frozen_dtype}"
 
 
-def compute_dtype(config: TrainConfig) -> str:
+def compute_dtype(config: TrainConfig | EvaluateConfig) -> str:
     """What linear layers compute in."""
     return {"fp32": "float32", "amp_fp16": "float16", "amp_bf16": "bfloat16"}[config.precision]
 

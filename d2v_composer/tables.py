@@ -1,10 +1,11 @@
 """Results as text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from d2v_composer.callbacks.zero_shot_retrieval import BANKS, ZeroShotRetrieval, metric_key
+from d2v_composer.evaluation import Evaluation, Interval
 
-__all__ = ["retrieval_table", "share_recovered"]
+__all__ = ["evaluation_tables", "retrieval_table", "share_recovered"]
 
 
 def share_recovered(before: float, after: float, teacher: float) -> float | None:
@@ -31,15 +32,11 @@ def _dataset_table(retrieval: ZeroShotRetrieval, dataset: str) -> str:
     rows["teacher"] = _row(retrieval.reference_metrics, dataset, columns, "teacher")
     rows = {label: row for label, row in rows.items() if row}
 
-    width = max(map(len, rows), default=0)
     heads = [f"bank {bank} top-{k}" for bank, k in columns]
     lines = [
         f"Zero-shot retrieval on {dataset}, {retrieval.headline}, batch {last['batch']}, accuracy in %",
-        " ".join([" " * width, *heads]),
+        *_aligned(heads, {label: [f"{100 * value:.1f}" for value in row] for label, row in rows.items()}),
     ]
-    for label, row in rows.items():
-        cells = [f"{100 * value:.1f}".rjust(len(head)) for value, head in zip(row, heads, strict=True)]
-        lines.append(" ".join([label.ljust(width), *cells]))
     if {"student before", "student after", "teacher"} <= rows.keys():
         share = share_recovered(rows["student before"][0], rows["student after"][0], rows["teacher"][0])
         what = f"of the teacher's advantage over the untrained student ({heads[0]})"
@@ -53,3 +50,59 @@ def _row(
     """The accuracies of a row; none where they were not measured (a resume may ask for another set or k)."""
     keys = [metric_key(dataset, bank, k, reference=reference) for bank, k in columns]
     return [metrics[key] for key in keys] if all(key in metrics for key in keys) else []
+
+
+def evaluation_tables(evaluation: Evaluation) -> str:
+    """Accuracies with their intervals, the share recovered, each class's accuracy, and costs."""
+    columns = [(bank, k) for bank in BANKS for k in evaluation.ks]
+    heads = [f"bank {bank} top-{k}" for bank, k in columns]
+    parts = []
+    for dataset in dict.fromkeys(each.dataset for each in evaluation.retrievals):
+        rows = {}
+        for candidate in evaluation.candidates:
+            found = {bank: evaluation.find(candidate.name, dataset, bank) for bank in BANKS}
+            intervals = [each.accuracy(k) for bank, k in columns if (each := found[bank]) is not None]
+            rows[candidate.name] = [_percent(interval) for interval in intervals]
+        title = f"Zero-shot retrieval on {dataset}, {evaluation.headline}, accuracy in % [95 % interval]"
+        shares = [evaluation.share_recovered(dataset, bank, k) for bank, k in columns]
+        if any(shares):
+            rows["share recovered"] = ["–" if share is None else _percent(share) for share in shares]
+        parts.append("\n".join([title, *_aligned(heads, rows)]))
+        parts.append("\n".join(_class_table(evaluation, dataset)))
+    costs = {
+        candidate.name: [
+            f"{candidate.num_parameters / 1e6:.2f}",
+            f"{candidate.gflop_per_image:.2f}",
+            f"{next(each.images_per_second for each in evaluation.retrievals if each.candidate == candidate.name):.0f}",
+        ]
+        for candidate in evaluation.candidates
+    }
+    parts.append("\n".join(_aligned(["M parameters", "GFLOP/image", "images/s"], costs)))
+    return "\n\n".join(parts)
+
+
+def _class_table(evaluation: Evaluation, dataset: str) -> Iterator[str]:
+    """The last student's or teacher's top-1 of each class, and what it is most often taken for."""
+    name = "student" if evaluation.find("student", dataset, "train") else "teacher"
+    found = evaluation.find(name, dataset, "train")
+    assert found is not None
+    yield f"{name}, bank train, top-1 in % of each class, and the class that its other queries find most"
+    for label, accuracy in enumerate(found.class_accuracy):
+        others = found.confusion[label].copy()
+        others[label] = 0
+        yield f"{label:5}  {100 * accuracy:5.1f}  {others.argmax():5}"
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _aligned(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines with labels on the left, cells on the right of their columns."""
+    label_width = max(map(len, rows), default=0)
+    widths = [max(len(head), *(len(row[i]) for row in rows.values() if row)) for i, head in enumerate(heads)]
+    lines = [" ".join([" " * label_width, *(head.rjust(width) for head, width in zip(heads, widths, strict=True))])]
+    for label, row in rows.items():
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(" ".join([label.ljust(label_width), *cells]))
+    return lines

@@ -20,6 +20,9 @@ from torch import Tensor
 from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"

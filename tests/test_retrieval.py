@@ -1,5 +1,6 @@
 """Exact neighbours, and the callback that carries data to them."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from composer import Trainer
 from composer.models import ComposerModel
 from composer.utils import dist
-from conftest import QUICKSTART, run_command
+from conftest import QUICKSTART, ROOT, run_command
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -283,3 +284,14 @@ def measure_odd_set(out: str) -> None:
     train(Classifier(), callback, "1ba")
     if dist.get_global_rank() == 0:
         torch.save(callback.history[-1]["metrics"], out)
+
+
+def test_in_a_supervised_run() -> None:
+    """recipes/supervised_resnet.py: somebody else's model, with labels, and our callback alone."""
+    ended = run_command(sys.executable, ROOT / "recipes" / "supervised_resnet.py", "--epochs", "1")
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("batch ")]
+    assert [line.split(":")[0] for line in lines] == ["batch 0", "batch 70"]
+    before, after = (dict(re.findall(r"metrics/cifar10/(\S+) ([\d.]+)%", line)) for line in lines)
+    assert before.keys() == {f"bank_{bank}/top{k}" for bank in ("train", "test") for k in (1, 3)}
+    assert all(float(after[key]) > float(before[key]) + 2 for key in before)

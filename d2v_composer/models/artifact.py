@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_composer.errors import InputError
 
-__all__ = ["Artifact", "is_safetensors", "read_artifact", "sha256", "write_artifact"]
+__all__ = ["Artifact", "is_safetensors", "read_artifact", "read_kind", "sha256", "write_artifact"]
 
 Kind = Literal["teacher", "student"]
 FORMAT_VERSION = 1
@@ -74,6 +74,19 @@ def read_artifact(path: Path, kind: Kind) -> Artifact:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: unusable metadata ({type(error).__name__})") from error
+
+
+def read_kind(path: Path) -> str:
+    """What a file says it holds: ``teacher``, ``student``, or something else.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format", "none").removeprefix("d2v_composer.")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
 
 
 def _json_object(metadata: dict[str, str], name: str) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from composer.models import ComposerModel
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
 from d2v_composer.models.student import Student
-from d2v_composer.targets import Regression, regression_loss
+from d2v_composer.targets import Regression, instance_norm, regression_loss
 
 __all__ = ["DistillationModel", "Prediction"]
 
@@ -91,15 +92,41 @@ class DistillationModel(ComposerModel):
         """Prediction and target of images, in the precision of the context."""
         x = self.teacher.encode(images)
         target = self.teacher.targets(x, self.extra_tokens, self.average_top_k_layers)
-        # Statistics from the patches alone where the target's are, so that prediction and target mirror each other.
-        ignored_tokens = self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
-        if self.prediction == "layer_mean":
-            prediction = self.student.norm_mean(self.student.ffn_outputs(x), ignored_tokens)
-        else:
-            prediction, _ = self.student.forward_blocks(x)
-        if not ignored_tokens:
+        prediction = self.predict(x)
+        if not self.ignored_tokens:
             return Regression(prediction, target)
-        return Regression(prediction[:, ignored_tokens:], target, cls_prediction=prediction[:, 0])
+        return Regression(prediction[:, self.ignored_tokens :], target, cls_prediction=prediction[:, 0])
+
+    @property
+    def ignored_tokens(self) -> int:
+        """How many time steps in front are kept out of target and statistics."""
+        return self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The student's prediction from what the encoder gives, (B, T, D)."""
+        if self.prediction == "last_block":
+            return self.student.forward_blocks(x)[0]
+        # Statistics from the patches alone where the target's are, so that prediction and target mirror each other.
+        return self.student.norm_mean(self.student.ffn_outputs(x), self.ignored_tokens)
+
+    @torch.no_grad()
+    def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
+        """Cosine of the prediction and each of the teacher's layers by itself, (L,): which ones it resembles.
+
+        Each FFN output is instance-normalised as in the target; the mean is over images and time steps.
+
+        Args:
+            batch: As for :meth:`forward`.
+            num_images: How many of its images are looked at, the last ones.
+        """
+        with self.cpu_autocast():
+            x = self.teacher.encode(images_of(batch)[-num_images:])
+            prediction = self.predict(x)
+            cosines = [
+                cosine_similarity(prediction, instance_norm(layer, self.ignored_tokens), dim=2)
+                for layer in self.teacher.ffn_outputs(x)
+            ]
+        return torch.stack([cosine_BT[:, self.ignored_tokens :].mean() for cosine_BT in cosines])
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Mean squared error, a scalar; ``batch`` is not looked at."""

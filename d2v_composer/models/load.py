@@ -10,14 +10,23 @@ from torch import nn
 
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import fetch
-from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, sha256, write_artifact
+from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, read_kind, sha256, write_artifact
 from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.models.student import Student, StudentConfig
 
-__all__ = ["Conversion", "convert_teacher", "export_student", "load_student", "load_teacher", "save_student"]
+__all__ = [
+    "Conversion",
+    "convert_teacher",
+    "export_student",
+    "load_any",
+    "load_student",
+    "load_teacher",
+    "load_trained",
+    "save_student",
+]
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
@@ -105,14 +114,45 @@ def save_student(student: Student, out: Path) -> None:
 
 
 def export_student(checkpoint: Path, out: Path, teacher_path: str | None = None) -> Student:
-    """The student of a training checkpoint as one file, with the record of its run.
+    """The student of a training checkpoint as one file, with the record of its run; see :func:`load_trained`."""
+    student, _ = load_trained(checkpoint, teacher_path)
+    save_student(student, out)
+    return student
+
+
+def load_any(
+    path: str | Path, weights: Weights = "model", teacher_path: str | None = None
+) -> tuple[Student | None, Data2Vec2 | None]:
+    """Student and teacher of whatever file it is.
+
+    Args:
+        path: A teacher's (as for :func:`load_teacher`): no student. An exported student's: a teacher only where
+            ``teacher_path`` says which. A training checkpoint's: both.
+        weights: Of a teacher's file.
+        teacher_path: The student's teacher; default, for a checkpoint, where it was when the student trained.
+
+    Raises:
+        InputError: It is none of them, or damaged.
+    """
+    file = fetch(path)
+    if is_safetensors(file):
+        if read_kind(file) == "student":
+            return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
+        return None, load_teacher(path, weights)
+    contents = load_untrusted(file)
+    if isinstance(contents, dict) and "state" in contents:
+        return load_trained(file, teacher_path)
+    return None, load_teacher(path, weights)
+
+
+def load_trained(checkpoint: Path, teacher_path: str | None = None) -> tuple[Student, Data2Vec2]:
+    """The student of a training checkpoint, with the record of its run, and its teacher.
 
     No code of the checkpoint runs. The teacher is needed once more, for the frozen encoder, and must be the one that
     the student was trained with.
 
     Args:
         checkpoint: A file of ``recipes/train.py``.
-        out: The file to write.
         teacher_path: Where the teacher is now; default where it was when the student trained.
 
     Raises:
@@ -139,8 +179,7 @@ def export_student(checkpoint: Path, out: Path, teacher_path: str | None = None)
     student.load_state_dict(weights, strict=False)
     history = callbacks.get("ZeroShotRetrieval", {}).get("history", [])
     student.provenance = {**record, "retrieval": history[-1] if history else None}
-    save_student(student, out)
-    return student.eval()
+    return student.eval(), teacher
 
 
 def load_student(path: str | Path) -> Student:

@@ -1,0 +1,49 @@
+"""Measure a model's embeddings: ``composer recipes/evaluate.py yamls/evaluate.yaml model=PATH [key=value …]``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from composer.utils import dist
+
+from d2v_composer import cli
+from d2v_composer.build import build_candidates, build_labelled_sets
+from d2v_composer.config import compute_dtype, load_evaluate_config
+from d2v_composer.errors import InputError
+from d2v_composer.evaluation import Evaluation, evaluate
+from d2v_composer.tables import evaluation_tables
+
+
+def main(argv: Sequence[str]) -> Evaluation | None:
+    """Print the tables, and write them where ``out`` says; one process does, should the launcher start several."""
+    config = load_evaluate_config(argv)
+    if dist.get_global_rank() != 0:
+        return None
+    if config.out is not None:
+        make_folder(Path(config.out))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    candidates, image_size = build_candidates(config, device)
+    datasets = build_labelled_sets(config.datasets, image_size)
+    for name, labelled in datasets.items():
+        smallest = min(len(part.labels) for part in labelled)
+        if max(config.ks) > smallest:
+            raise InputError(f"ks: must be at most {smallest}, the images of {name}'s smaller set, got {config.ks}")
+    autocast_dtype = None if config.precision == "fp32" else getattr(torch, compute_dtype(config))
+    retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
+    evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}")
+    if config.out is not None:
+        evaluation.write(Path(config.out), {"config": asdict(config)})
+    print(evaluation_tables(evaluation))
+    return evaluation
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {folder}: there can be no such folder ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

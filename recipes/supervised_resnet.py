@@ -1,0 +1,59 @@
+"""ZeroShotRetrieval in somebody else's run: torchvision's ResNet-18, trained with labels on CIFAR-10 images.
+
+    python recipes/supervised_resnet.py
+
+Nothing else of this repository is used; the images ship with the quickstart.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.models import ComposerClassifier
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+from d2v_composer import ZeroShotRetrieval, cli
+from d2v_composer.data.labelled import load_labelled_set
+
+CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
+
+
+class Scale(nn.Module):
+    """uint8 to float from -1 to 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() / 127.5 - 1
+
+
+def main(argv: Sequence[str]) -> ZeroShotRetrieval:
+    """Train, and print what was retrieved before and after each epoch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5, help="default: 5")
+    arguments = parser.parse_args(argv)
+
+    cifar10 = load_labelled_set("mds", CIFAR10, image_size=32)
+    features = resnet18()
+    features.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]: its own classifier is not wanted
+    embed = nn.Sequential(Scale(), features)
+    module = nn.Sequential(embed, nn.Linear(512, 10))
+    retrieval = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep", embed=embed, at_start=True)
+    trainer = Trainer(
+        model=ComposerClassifier(module, num_classes=10),
+        train_dataloader=DataLoader(TensorDataset(*cifar10.train), batch_size=64, shuffle=True),
+        optimizers=torch.optim.AdamW(module.parameters(), lr=1e-3),
+        max_duration=f"{arguments.epochs}ep",
+        callbacks=[retrieval],
+    )
+    trainer.fit()
+    trainer.close()
+    for entry in retrieval.history:
+        print(f"batch {entry['batch']}:", ", ".join(f"{key} {value:.1%}" for key, value in entry["metrics"].items()))
+    return retrieval
+
+
+if __name__ == "__main__":
+    cli.run(main)
