@@ -4,5 +4,13 @@ from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_student, load_teacher
 from d2v_composer.retrieval import retrieval_accuracy
+from d2v_composer.timm_student import d2v2_student
 
-__all__ = ["DistillationModel", "ZeroShotRetrieval", "load_student", "load_teacher", "retrieval_accuracy"]
+__all__ = [
+    "DistillationModel",
+    "ZeroShotRetrieval",
+    "d2v2_student",
+    "load_student",
+    "load_teacher",
+    "retrieval_accuracy",
+]

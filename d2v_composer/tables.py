@@ -100,7 +100,7 @@ def _percent(interval: Interval) -> str:
 def _aligned(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
     """Lines with labels on the left, cells on the right of their columns."""
     label_width = max(map(len, rows), default=0)
-    widths = [max(len(head), *(len(row[i]) for row in rows.values() if row)) for i, head in enumerate(heads)]
+    widths = [max(map(len, [head, *(row[i] for row in rows.values() if row)])) for i, head in enumerate(heads)]
     lines = [" ".join([" " * label_width, *(head.rjust(width) for head, width in zip(heads, widths, strict=True))])]
     for label, row in rows.items():
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

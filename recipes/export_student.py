@@ -1,25 +1,53 @@
-"""Training checkpoint to one self-contained file: ``python recipes/export_student.py CHECKPOINT OUT.safetensors``."""
+"""A student as one file that works anywhere: ``python recipes/export_student.py CHECKPOINT OUT``.
+
+    python recipes/export_student.py runs/distill/latest-rank0.pt student.safetensors
+    python recipes/export_student.py student.safetensors student.onnx
+    python recipes/export_student.py student.safetensors student.pt2 --pooling mean
+
+OUT's ending says what it is: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, or ``.pt2`` for torch.export.
+The last two hold a program of one embedding, and no record of the run.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from d2v_composer import cli
-from d2v_composer.fetch import fetch
-from d2v_composer.models.load import export_student
+from d2v_composer.errors import InputError
+from d2v_composer.models.load import load_any, save_student
+from d2v_composer.models.portable import Embedder, export_onnx, export_program
 from d2v_composer.models.student import Student
+from d2v_composer.models.transformer import Pooling, Representation
+
+PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
 
 
 def main(argv: Sequence[str]) -> Student:
-    """Export the student of a checkpoint; the frozen encoder comes from the teacher's file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a path, s3://, …")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
+    """Export a student; a checkpoint's frozen encoder comes from its teacher's file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student: a path, s3://, …")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="where the teacher is now; default where it was when the student trained")
+    parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="of .onnx, .pt2; default: cls")
+    parser.add_argument(
+        "--representation", choices=get_args(Representation), default="output", help="of .onnx, .pt2; default: output"
+    )
     arguments = parser.parse_args(argv)
-    student = export_student(fetch(arguments.checkpoint), arguments.out, arguments.teacher)
+    out = arguments.out
+    if out.suffix not in (".safetensors", *PROGRAMS):
+        raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
+    student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
+    if student is None:
+        raise InputError(f"{arguments.source}: is a teacher; expected a checkpoint of recipes/train.py, or its student")
+    if out.suffix == ".safetensors":
+        save_student(student, out)
+    else:
+        if arguments.pooling == "cls" and not student.num_extra_tokens:
+            raise InputError("--pooling: this student has no CLS token; allowed here: mean, mean_patches")
+        PROGRAMS[out.suffix](Embedder(student, arguments.pooling, arguments.representation), out)
     size = sum(parameter.numel() for parameter in student.parameters())
-    print(f"wrote {arguments.out}: {size / 1e6:.1f} M parameters, {arguments.out.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     return student
 
 

@@ -1,12 +1,14 @@
-"""recipes/train.py, with a count of what torch.compile makes: ``count_graphs.py FOLDER RUN's arguments``.
+"""recipes/train.py, with a count of what torch.compile makes: ``count_graphs.py BACKEND FOLDER RUN's arguments``.
 
 After each batch, its retrieval included, each rank writes a line to its file in FOLDER: graphs, and breaks in them.
 """
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 from torch._dynamo.utils import counters
@@ -27,8 +29,10 @@ class CountGraphs(Callback):
 
 
 def main(argv: Sequence[str]) -> None:
-    train.build_callbacks = lambda config: [*build.build_callbacks(config), CountGraphs(Path(argv[0]))]
-    train.main(argv[1:])
+    backend, folder, *arguments = argv
+    torch.compile = partial(torch.compile, backend=backend)
+    train.build_callbacks = lambda config: [*build.build_callbacks(config), CountGraphs(Path(folder))]
+    train.main(arguments)
 
 
 if __name__ == "__main__":

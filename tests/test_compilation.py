@@ -85,7 +85,7 @@ def test_frozen_weights_in_bfloat16_change_no_bit(model: DistillationModel, batc
     assert plain(batches[0]).target.dtype == torch.float32
 
 
-@pytest.mark.slow  # test_parallel.py compiles as well
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled(model: DistillationModel, batches: Tensor, expected: list[float], bf16: bool) -> None:
     """The same numbers from a few graphs: as on a GPU in float32, as on a CPU in bfloat16."""

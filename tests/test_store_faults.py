@@ -97,7 +97,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Recor
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(1, 3), (2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+    [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
     store: ObjectStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int

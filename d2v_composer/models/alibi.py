@@ -86,16 +86,21 @@ class Alibi(nn.Module):
             scale: ``None`` for 1, or a layer's factors, (1, H or fewer, 1, 1); negative ones count as 0.
         """
         if scale is not None:
-            return aligned(self.forward(num_steps, torch.float32, device) * self._every_heads(scale), dtype)
+            return aligned(self.unscaled(num_steps, torch.float32, device) * self._every_heads(scale), dtype)
+        return self.unscaled(num_steps, dtype, device)
+
+    def unscaled(self, num_steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The bias itself, the same tensor at every call."""
         key = (num_steps, dtype, device)
         if key not in self.kept:
             if len(self.kept) == MAX_KEPT:
                 del self.kept[next(iter(self.kept))]
             with torch.inference_mode(False):  # an evaluation may come first, and training could not use what it made
-                self.kept[key] = aligned(self._build(num_steps).to(device), dtype)
+                self.kept[key] = aligned(self.build(num_steps).to(device), dtype)
         return self.kept[key]
 
-    def _build(self, num_steps: int) -> Tensor:
+    def build(self, num_steps: int) -> Tensor:
+        """Compute it, (1, H, T, T) float32 on the CPU."""
         bias_HTT = torch.zeros(self.num_heads, num_steps, num_steps)
         slopes = alibi_slopes(self.num_alibi_heads)[:, None, None]
         extra = self.num_extra_tokens

@@ -183,7 +183,7 @@ class ImageEncoder(Frozen):
         patches_BDNN = self.local_encoder["proj"](images)
         x = patches_BDNN.flatten(2).transpose(1, 2) + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
-            x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.extra_tokens.expand(x.shape[0], -1, -1), x], dim=1)
         return self.context_encoder["norm"](x)
 
     def layer_biases(self, x: Tensor, num_layers: int | None = None) -> list[Tensor | None]:

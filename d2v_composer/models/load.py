@@ -1,6 +1,7 @@
 """Teachers and students from files and back."""
 
 import datetime
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.models.student import Student, StudentConfig
 
 __all__ = [
+    "CONFIG_TENSOR",
     "Conversion",
+    "config_tensor",
+    "configs_from_tensor",
     "convert_teacher",
-    "export_student",
     "load_any",
     "load_student",
     "load_teacher",
@@ -28,6 +31,7 @@ __all__ = [
     "save_student",
 ]
 
+CONFIG_TENSOR = "config_json"
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
 
@@ -110,14 +114,28 @@ def convert_teacher(
 def save_student(student: Student, out: Path) -> None:
     """One file with everything :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
     config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
-    write_artifact(out, "student", Artifact(config, student.provenance, student.state_dict()))
+    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config)}
+    write_artifact(out, "student", Artifact(config, student.provenance, tensors))
 
 
-def export_student(checkpoint: Path, out: Path, teacher_path: str | None = None) -> Student:
-    """The student of a training checkpoint as one file, with the record of its run; see :func:`load_trained`."""
-    student, _ = load_trained(checkpoint, teacher_path)
-    save_student(student, out)
-    return student
+def config_tensor(encoder: ImageEncoderConfig, student: StudentConfig) -> torch.Tensor:
+    """A student's sizes as bytes of JSON, (any,) uint8: for who gets nothing but the tensors of a file."""
+    text = json.dumps({"encoder": asdict(encoder), "student": asdict(student)})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def configs_from_tensor(stored: torch.Tensor) -> tuple[ImageEncoderConfig, StudentConfig]:
+    """Back from :func:`config_tensor`.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        configs = json.loads(bytes(stored.tolist()))
+        encoder, student = configs["encoder"], configs["student"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({type(error).__name__})") from error
+    return _read_config(CONFIG_TENSOR, ImageEncoderConfig, encoder), _read_config(CONFIG_TENSOR, StudentConfig, student)
 
 
 def load_any(
@@ -183,7 +201,7 @@ def load_trained(checkpoint: Path, teacher_path: str | None = None) -> tuple[Stu
 
 
 def load_student(path: str | Path) -> Student:
-    """A student in eval mode and float32, from one file of ``export_student``; no teacher is needed.
+    """A student in eval mode and float32, from one file of :func:`save_student`; no teacher is needed.
 
     Raises:
         InputError: There is no such file, or it holds no student; the message says why.
@@ -196,6 +214,7 @@ def load_student(path: str | Path) -> Student:
             shapes = _shapes(Student(ImageEncoder(encoder_config), student_config))
     except ValueError as error:
         raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error
+    artifact.tensors.pop(CONFIG_TENSOR, None)  # the metadata says the same
     check_tensors(path, shapes, artifact.tensors)
     student = Student(ImageEncoder(encoder_config).freeze(), student_config, artifact.provenance)
     student.load_state_dict(artifact.tensors)
