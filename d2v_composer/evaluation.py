@@ -255,7 +255,8 @@ def bootstrap(statistic: Callable[[Callable[[NDArray], NDArray]], NDArray], num_
     rng = np.random.default_rng(0)
     resampled = []
     for _ in range(NUM_RESAMPLES // RESAMPLES_AT_ONCE):
-        counts = rng.multinomial(num_queries, np.full(num_queries, 1 / num_queries), size=RESAMPLES_AT_ONCE)
+        drawn = [rng.integers(num_queries, size=num_queries) for _ in range(RESAMPLES_AT_ONCE)]
+        counts = np.stack([np.bincount(queries, minlength=num_queries) for queries in drawn])
         resampled.append(statistic(lambda values, counts=counts: counts @ values.astype(float) / num_queries))
     low, high = np.nanpercentile(np.concatenate(resampled), [2.5, 97.5])
     return Interval(value, float(low), float(high))

@@ -48,6 +48,14 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
     return buffer.getvalue()
 
 
+# What takes minutes, begun first: at the end no core waits for the other's last long test.
+LONG = ("test_remote.py", "test_parallel.py", "test_store_faults.py", "test_end_to_end.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 images of 32 px without labels in some thirty hashed shards; nobody may write into it."""

@@ -133,10 +133,13 @@ def run_on_two_nodes(arguments: list[str]) -> None:
 
 
 def test_two_nodes_on_one_machine(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
-    """With one data set and one folder for both, as on machines with a common file system; resumed, too."""
+    """With one data set and one folder for both, as on machines with a common file system."""
     run_on_two_nodes(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL))
     assert_same_run(tmp_path / "run", evaluated)
 
+
+@pytest.mark.slow
+def test_two_nodes_go_on_from_a_checkpoint(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     resumed = shutil.copytree(evaluated, tmp_path / "resumed", symlinks=True)
     latest = resumed / "latest-rank0.pt"
     latest.unlink()

@@ -286,6 +286,7 @@ def measure_odd_set(out: str) -> None:
         torch.save(callback.history[-1]["metrics"], out)
 
 
+@pytest.mark.slow
 def test_in_a_supervised_run() -> None:
     """recipes/supervised_resnet.py: somebody else's model, with labels, and our callback alone."""
     ended = run_command(sys.executable, ROOT / "recipes" / "supervised_resnet.py", "--epochs", "1")
