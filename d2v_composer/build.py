@@ -1,10 +1,10 @@
 """One ``build_*`` for each section of the config: from checked values to the Trainer's arguments."""
 
-import platform
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from composer.utils import (
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
+from d2v_composer.algorithms import GradientNorm
 from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
 from d2v_composer.config import (
@@ -38,8 +39,10 @@ from d2v_composer.data.labelled import LabelledSet, load_labelled_set
 from d2v_composer.data.mds import check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.errors import InputError
 from d2v_composer.evaluation import Candidate
+from d2v_composer.loggers import Progress
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
@@ -82,7 +85,6 @@ FIXED_BY_A_CHECKPOINT = (
 )
 # How much longer than two give up a shard, one after the other, a worker may bring nothing.
 HANGING_SECONDS = 300
-VERSIONED_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
 
 
 def build_model(config: TrainConfig) -> DistillationModel:
@@ -214,10 +216,11 @@ def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnneal
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    """The gradient's norm for the log, and then the section ``algorithms``."""
     clipping = config.algorithms.gradient_clipping
     if clipping is None:
-        return []
-    return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold)]
+        return [GradientNorm()]
+    return [GradientNorm(), GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold)]
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
@@ -245,12 +248,12 @@ def build_chosen(section: str, name: str, chosen: Callable[..., BuiltT], argumen
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
-    """The section ``loggers``; JSON lines without a filename go to the run's folder, where there is one.
+    """The progress, and the section ``loggers``; JSON lines without a filename go to the run's folder, if any.
 
     Raises:
         InputError: One does not take an argument's value.
     """
-    loggers: list[LoggerDestination] = []
+    loggers: list[LoggerDestination] = [build_progress(config)]
     for name, arguments in config.loggers.items():
         if arguments is None:
             continue
@@ -265,6 +268,13 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         uploader = maybe_create_remote_uploader_downloader_from_uri(config.save_folder, loggers)
         loggers += [] if uploader is None else [uploader]
     return loggers
+
+
+def build_progress(config: TrainConfig) -> Progress:
+    """A bar on a terminal; plain lines in a log file or a pipe, or where they are asked for."""
+    on_terminal = sys.stderr.isatty()
+    prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)
+    return Progress(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
@@ -360,16 +370,10 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
     """What the run was made of, for its folder and its checkpoints."""
     record = {
         "config": asdict(config),
+        "command": shlex.join(sys.argv),
         "teacher": teacher.provenance,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in VERSIONED_PACKAGES},
-        },
-        "hardware": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "ranks": dist.get_world_size(),
-        },
+        "versions": package_versions(*OUR_PACKAGES),
+        "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
     return RunRecord(record, local_save_folder(config), remote_save_folder(config), FIXED_BY_A_CHECKPOINT)
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
+from d2v_composer.atomic import write_atomically
 from d2v_composer.callbacks.zero_shot_retrieval import BANKS, Embed
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.retrieval import nearest_neighbours
+from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = [
     "Candidate",
@@ -176,9 +177,7 @@ class Evaluation(NamedTuple):
             "evaluation.csv": table.getvalue(),
         }
         for name, text in texts.items():
-            partial = folder / f".{name}.partial"
-            partial.write_text(text)
-            partial.replace(folder / name)
+            write_atomically(folder / name, text)
 
 
 def evaluate(
@@ -207,19 +206,19 @@ def evaluate(
                     bank: embed_images(candidate, getattr(labelled, bank), device, batch_size, f"{dataset} {bank}")
                     for bank in BANKS
                 }
-            images_per_second = sum(len(part.labels) for part in labelled) / (time.perf_counter() - start)
+            images_per_second = sum(labelled.num_images) / (time.perf_counter() - start)
             for bank, query in (BANKS, BANKS[::-1]):
-                labels = [getattr(labelled, each).labels.to(device) for each in (bank, query)]
+                bank_labels, query_labels = (getattr(labelled, each).labels.to(device) for each in (bank, query))
                 for name, queries in embedded[query].items():
-                    nearest = labels[0][nearest_neighbours(embedded[bank][name], queries, max(ks))]
-                    right_QK = (nearest == labels[1][:, None]).cpu().numpy()
+                    nearest = nearest_neighbours(embedded[bank][name], queries, max(ks))
+                    hits = retrieval_hits(nearest, bank_labels, query_labels, ks)
                     yield Retrieval(
                         candidate=candidate.name,
                         dataset=dataset,
                         bank=bank,
                         embedding=name,
-                        hits={k: right_QK[:, :k].any(axis=1) for k in ks},
-                        confusion=confusion_matrix(labels[1], nearest[:, 0]),
+                        hits={k: right.cpu().numpy() for k, right in hits.items()},
+                        confusion=confusion_matrix(query_labels, bank_labels[nearest[:, 0]]),
                         images_per_second=images_per_second,
                     )
 

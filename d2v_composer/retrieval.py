@@ -120,12 +120,19 @@ def full_float32(device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
-def retrieval_hits(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int]
-) -> dict[int, Tensor]:
-    """Whether any of a query's k nearest bank images has its label: k → (Q,) bool. See :func:`retrieval_accuracy`."""
-    neighbours = nearest_neighbours(bank, queries, max(ks))
-    right_QK = bank_labels[neighbours] == query_labels[:, None]
+def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
+    """Whether any of a query's k nearest bank images has its label.
+
+    Args:
+        nearest: (Q, K) of :func:`nearest_neighbours`.
+        bank_labels: (N,) int.
+        query_labels: (Q,) int.
+        ks: Each from 1 to K.
+
+    Returns:
+        k → (Q,) bool.
+    """
+    right_QK = bank_labels[nearest] == query_labels[:, None]
     return {k: right_QK[:, :k].any(dim=1) for k in ks}
 
 
@@ -154,5 +161,5 @@ def retrieval_accuracy(
         )
     if not len(queries):
         raise ValueError("there is no query")
-    hits = retrieval_hits(bank, bank_labels, queries, query_labels, ks)
+    hits = retrieval_hits(nearest_neighbours(bank, queries, max(ks)), bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}

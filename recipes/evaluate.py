@@ -10,6 +10,7 @@ from composer.utils import dist
 from d2v_composer import cli
 from d2v_composer.build import build_candidates, build_labelled_sets
 from d2v_composer.config import compute_dtype, load_evaluate_config
+from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.errors import InputError
 from d2v_composer.evaluation import Evaluation, evaluate
 from d2v_composer.tables import evaluation_tables
@@ -26,14 +27,19 @@ def main(argv: Sequence[str]) -> Evaluation | None:
     candidates, image_size = build_candidates(config, device)
     datasets = build_labelled_sets(config.datasets, image_size)
     for name, labelled in datasets.items():
-        smallest = min(len(part.labels) for part in labelled)
+        smallest = min(labelled.num_images)
         if max(config.ks) > smallest:
             raise InputError(f"ks: must be at most {smallest}, the images of {name}'s smaller set, got {config.ks}")
     autocast_dtype = None if config.precision == "fp32" else getattr(torch, compute_dtype(config))
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
     evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}")
     if config.out is not None:
-        evaluation.write(Path(config.out), {"config": asdict(config)})
+        about = {
+            "config": asdict(config),
+            "machine": describe_machine(),
+            "versions": package_versions(*OUR_PACKAGES),
+        }
+        evaluation.write(Path(config.out), about)
     print(evaluation_tables(evaluation))
     return evaluation
 

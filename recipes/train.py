@@ -1,6 +1,5 @@
 """Distil a student: ``composer recipes/train.py FILE.yaml [dotted.key=value …]``."""
 
-import sys
 from collections.abc import Sequence
 
 from composer import Trainer
@@ -19,10 +18,14 @@ from d2v_composer.build import (
     build_run_record,
     build_scheduler,
     build_train_loader,
+    local_save_folder,
+    remote_save_folder,
 )
-from d2v_composer.callbacks import FiniteLoss, GracefulStop, ZeroShotRetrieval
-from d2v_composer.config import load_config
+from d2v_composer.callbacks import FiniteLoss, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
+from d2v_composer.config import TrainConfig, load_config
+from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.nodes import separate_signal_files
+from d2v_composer.report import Run, write_report
 from d2v_composer.tables import retrieval_table
 
 # How long ranks wait for the first of their machine to fetch the teacher and CIFAR.
@@ -40,9 +43,8 @@ def main(argv: Sequence[str]) -> Trainer:
     retrieval = build_retrieval(config, model)
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
-    own_callbacks = [run_record, FiniteLoss(), graceful_stop] + ([] if retrieval is None else [retrieval])
+    own_callbacks = [run_record, StepTime(), FiniteLoss(), graceful_stop] + ([] if retrieval is None else [retrieval])
 
-    on_terminal = sys.stderr.isatty()
     with separate_signal_files():
         trainer = Trainer(
             model=model,
@@ -53,10 +55,7 @@ def main(argv: Sequence[str]) -> Trainer:
             algorithms=build_algorithms(config),
             callbacks=own_callbacks + build_callbacks(config),
             loggers=build_loggers(config),
-            # A bar on a terminal; plain lines in a log file or a pipe.
-            progress_bar=config.progress_bar and on_terminal,
-            log_to_console=config.log_to_console or (config.progress_bar and not on_terminal),
-            console_log_interval=config.console_log_interval,
+            progress_bar=False,  # ours is among the loggers
             precision=build_precision(config),
             device_train_microbatch_size=config.device_train_microbatch_size,
             parallelism_config=build_parallelism(config),
@@ -74,19 +73,30 @@ def main(argv: Sequence[str]) -> Trainer:
             trainer.fit()
         elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
             print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
+        report(trainer, config, run_record, retrieval)
     except BaseException:
         # Not trainer.close(): that waits for all ranks, and not all may have failed.
         trainer.engine.close()
         raise
     trainer.close()
-    report(retrieval)
     return trainer
 
 
-def report(retrieval: ZeroShotRetrieval | None) -> None:
-    """Print what the run was for."""
-    if retrieval is not None and retrieval.history and dist.get_global_rank() == 0:
+def report(trainer: Trainer, config: TrainConfig, run_record: RunRecord, retrieval: ZeroShotRetrieval | None) -> None:
+    """Print what the run was for, and draw it in its folder."""
+    if dist.get_global_rank() != 0:
+        return
+    if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
+    folder = local_save_folder(config)
+    if folder is None or not (folder / "log.jsonl").is_file():
+        return
+    neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
+    written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
+    print(f"report: {written[0]}")
+    remote_folder = remote_save_folder(config)
+    for path in written if remote_folder is not None else []:
+        trainer.logger.upload_file(f"{remote_folder}/{path.relative_to(folder)}", path, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: P
     # The student's numbers are those of its own embeddings.
     labelled = load_labelled_set("folder", small_set, image_size=load_student(student).encoder.config.image_size)
     with torch.inference_mode():
-        bank, queries = (load_student(student).embed(images.images) for images in labelled)
+        bank, queries = (load_student(student).embed(images.images) for images in labelled[:2])
     expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
     for k in (1, 3):
         assert accuracies(from_checkpoint)["student", "small", "train", "output_cls", k][0] == pytest.approx(

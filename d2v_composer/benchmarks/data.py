@@ -22,7 +22,6 @@ from streaming.base.format.mds import MDSReader
 from d2v_composer.benchmarks.measure import (
     Rates,
     Target,
-    describe_machine,
     describe_setting,
     interleave,
     one_core,
@@ -47,6 +46,7 @@ from d2v_composer.data.conversion import convert_images
 from d2v_composer.data.image_sources import find_images
 from d2v_composer.data.mds import read_index
 from d2v_composer.data.shards import Encoding
+from d2v_composer.environment import describe_machine
 from d2v_composer.errors import InputError
 from d2v_composer.testing.object_store import ObjectStore, find_server
 

@@ -2,27 +2,25 @@
 
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from PIL import features
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from d2v_composer.environment import package_versions
+
 __all__ = [
     "Pass",
     "Rates",
     "Target",
-    "describe_machine",
     "describe_setting",
     "interleave",
     "one_core",
@@ -164,17 +162,6 @@ def _pin_threads(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def describe_machine() -> dict[str, str | int]:
-    """Processor, GPU ('' for none), cores that this process may use, memory, system."""
-    return {
-        "cpu": _cpu_model(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.platform(),
-    }
-
-
 def describe_setting(machine: Mapping[str, str | int], versions: Mapping[str, str | None]) -> list[str]:
     """Machine and versions in a line each."""
     hardware = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", machine["gpu"]]
@@ -184,19 +171,9 @@ def describe_setting(machine: Mapping[str, str | int], versions: Mapping[str, st
     ]
 
 
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
 def versions(*distributions: str) -> dict[str, str | None]:
     """Of Python, of installed distributions (``None``: not installed), and of the JPEG decoder in Pillow."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
     turbo, jpeg = features.version_feature("libjpeg_turbo"), features.version_codec("jpg")
-    return found | {"pillow's JPEG": f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {jpeg}"}
+    return package_versions(*distributions) | {
+        "pillow's JPEG": f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {jpeg}"
+    }

@@ -23,7 +23,6 @@ from d2v_composer.benchmarks.measure import (
     Pass,
     Rates,
     Target,
-    describe_machine,
     describe_setting,
     interleave,
     peak_allocated,
@@ -34,6 +33,7 @@ from d2v_composer.benchmarks.measure import (
 from d2v_composer.benchmarks.step import PRECISIONS, build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.environment import describe_machine
 from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
 

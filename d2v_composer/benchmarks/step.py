@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 from d2v_composer.benchmarks.measure import (
     Rates,
     Target,
-    describe_machine,
     describe_setting,
     interleave,
     peak_allocated,
@@ -31,6 +30,7 @@ from d2v_composer.benchmarks.measure import (
     versions,
 )
 from d2v_composer.benchmarks.naive import NaiveDistillation
+from d2v_composer.environment import describe_machine
 from d2v_composer.models.block import init_linear_layers
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config

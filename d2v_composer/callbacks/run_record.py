@@ -9,6 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from d2v_composer.atomic import write_atomically
 from d2v_composer.errors import InputError
 
 __all__ = ["RunRecord"]
@@ -40,9 +41,7 @@ class RunRecord(Callback):
             return
         path = self.folder / "run.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(yaml.safe_dump(self.record, sort_keys=False))
-        partial.replace(path)
+        write_atomically(path, yaml.safe_dump(self.record, sort_keys=False))
         if self.remote_folder is not None:
             logger.upload_file(f"{self.remote_folder}/{path.name}", path, overwrite=True)
 

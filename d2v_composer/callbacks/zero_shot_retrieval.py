@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.retrieval import retrieval_hits
+from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = ["Embed", "ZeroShotRetrieval", "metric_key"]
 
@@ -63,6 +63,8 @@ class ZeroShotRetrieval(Callback):
         history: One entry an evaluation: ``{"batch": int, "metrics": {key: accuracy}}``, oldest first; kept in
             checkpoints.
         reference_metrics: key → accuracy of the references.
+        neighbours: The headline's of the last evaluation: data set → bank ('train', 'test') → (Q, K) int32, the bank
+            indices of each query's nearest images, nearest first, K the largest of ``ks``; kept in checkpoints.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class ZeroShotRetrieval(Callback):
         progress_bar: bool = True,
     ) -> None:
         for name, labelled in datasets.items():
-            smallest = min(len(labelled.train.labels), len(labelled.test.labels))
+            smallest = min(labelled.num_images)
             if not 1 <= min(ks) <= max(ks) <= smallest:
                 raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
         self.datasets = dict(datasets)
@@ -95,6 +97,7 @@ class ZeroShotRetrieval(Callback):
         )
         self.history: list[dict[str, Any]] = []
         self.reference_metrics: dict[str, float] = {}
+        self.neighbours: dict[str, dict[str, Tensor]] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         model = unwrapped(state)
@@ -117,12 +120,18 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "reference_metrics": self.reference_metrics}
+        return {
+            "history": self.history,
+            "reference_metrics": self.reference_metrics,
+            "headline": self.headline,
+            "neighbours": self.neighbours,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was measured; the short keys are those of the present headline."""
+        """Take over what was measured; the short keys are those of the present headline, and so are neighbours."""
         self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
         self.reference_metrics = self.with_headline(state["reference_metrics"])
+        self.neighbours = state["neighbours"] if state["headline"] == self.headline else {}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
         suffix = f"/{self.headline}"
@@ -180,8 +189,13 @@ class ZeroShotRetrieval(Callback):
             # One embedding at a time: all ranks' images of all embeddings would be gigabytes.
             images = {bank: gather(embedded[bank].pop(name), len(labels[bank])) for bank in BANKS}
             for bank, query in (BANKS, BANKS[::-1]):
-                for k, accuracy in self.accuracies(images[bank], labels[bank], images[query], labels[query]).items():
-                    if name == self.headline or not name:
+                nearest = self.look_up(images[bank], images[query])
+                is_headline = name in (self.headline, "")
+                if is_headline and reference is None:
+                    self.neighbours.setdefault(dataset, {})[bank] = nearest.int().cpu()
+                for k, hits in retrieval_hits(nearest, labels[bank], labels[query], self.ks).items():
+                    accuracy = hits.double().mean().item()
+                    if is_headline:
                         metrics[metric_key(dataset, bank, k, reference=reference)] = accuracy
                     if name:
                         metrics[metric_key(dataset, bank, k, name, reference)] = accuracy
@@ -195,10 +209,7 @@ class ZeroShotRetrieval(Callback):
 
     def embed_my_share(self, embed: Embed, images: LabelledImages, state: State, label: str) -> dict[str, Tensor]:
         """Every world-size-th image, float32 on the device, padded so that all ranks have equally many."""
-        num_images, world_size = len(images.labels), dist.get_world_size()
-        mine = torch.arange(dist.get_global_rank(), num_images, world_size)
-        missing = -(-num_images // world_size) - len(mine)
-        mine = torch.cat([mine, mine.new_zeros(missing)])
+        mine = my_share(len(images.labels))
         hidden = None if self.progress_bar and dist.get_global_rank() == 0 else True  # None: only on a terminal
         batches: list[dict[str, Tensor]] = []
         for indices in tqdm(mine.split(self.device_batch_size), desc=f"retrieval {label}", disable=hidden, leave=False):
@@ -207,18 +218,23 @@ class ZeroShotRetrieval(Callback):
             batches.append({name: embedding.float() for name, embedding in embeddings.items()})
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    def accuracies(self, bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[int, float]:
-        """Accuracy by k; each rank looks up its share of the queries."""
-        mine = slice(dist.get_global_rank(), None, dist.get_world_size())
-        hits = retrieval_hits(bank, bank_labels, queries[mine], query_labels[mine], self.ks)
-        counts = torch.stack([hits[k].sum() for k in self.ks])
-        dist.all_reduce(counts)
-        return {k: count / len(queries) for k, count in zip(self.ks, counts.tolist(), strict=True)}
+    def look_up(self, bank: Tensor, queries: Tensor) -> Tensor:
+        """The bank indices of each query's nearest, (Q, K); each rank looks up its share of the queries."""
+        mine = my_share(len(queries)).to(queries.device)
+        return gather(nearest_neighbours(bank, queries[mine], max(self.ks)), len(queries))
 
 
-def gather(my_share: Tensor, num_images: int) -> Tensor:
-    """All ranks' embeddings in the order of the images, (N, D)."""
-    shares = torch.stack(list(dist.all_gather(my_share.contiguous())), dim=1)
+def my_share(num_images: int) -> Tensor:
+    """The indices that are this rank's: every world-size-th, padded so that all ranks have equally many."""
+    world_size = dist.get_world_size()
+    mine = torch.arange(dist.get_global_rank(), num_images, world_size)
+    missing = -(-num_images // world_size) - len(mine)
+    return torch.cat([mine, mine.new_zeros(missing)])
+
+
+def gather(share: Tensor, num_images: int) -> Tensor:
+    """All ranks' shares in the order of the images, (N, …)."""
+    shares = torch.stack(list(dist.all_gather(share.contiguous())), dim=1)
     return shares.flatten(0, 1)[:num_images]
 
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from d2v_composer.atomic import write_atomically
 from d2v_composer.data.image_sources import ImageSource
 from d2v_composer.data.mds import INDEX
-from d2v_composer.data.publishing import ATTEMPTS, SUMMARY, Target, write_atomically
+from d2v_composer.data.publishing import ATTEMPTS, SUMMARY, Target
 from d2v_composer.data.shards import (
     Encoding,
     ShardJob,

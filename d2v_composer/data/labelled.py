@@ -1,5 +1,6 @@
 """Labelled images for retrieval, in memory as uint8: CIFAR-10 and CIFAR-100, folders, MDS."""
 
+import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.mds import read_index
+from d2v_composer.data.publishing import SUMMARY
 from d2v_composer.data.transforms import decode_rgb, to_tensor
 from d2v_composer.errors import InputError
 
@@ -36,6 +38,13 @@ class LabelledSet(NamedTuple):
 
     train: LabelledImages
     test: LabelledImages
+    class_names: tuple[str, ...] = ()
+    """By label; none where the labels are bare numbers."""
+
+    @property
+    def num_images(self) -> tuple[int, int]:
+        """Of train and test."""
+        return len(self.train.labels), len(self.test.labels)
 
 
 def load_labelled_set(format: Format, root: str | Path, *, image_size: int, download: bool = False) -> LabelledSet:
@@ -54,32 +63,36 @@ def load_labelled_set(format: Format, root: str | Path, *, image_size: int, down
     """
     root = Path(root)
     if format == "cifar10":
-        return LabelledSet(_cifar(CIFAR10, root, True, download), _cifar(CIFAR10, root, False, download))
+        return _cifar(CIFAR10, root, download)
     if format == "cifar100":
-        return LabelledSet(_cifar(CIFAR100, root, True, download), _cifar(CIFAR100, root, False, download))
+        return _cifar(CIFAR100, root, download)
     if format == "folder":
         class_names = sorted(folder.name for folder in _subfolders(root / "train"))
-        return LabelledSet(
-            _folder(root / "train", class_names, image_size), _folder(root / "test", class_names, image_size)
-        )
+        train, test = (_folder(root / split, class_names, image_size) for split in ("train", "test"))
+        return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
-        return LabelledSet(_mds(root / "train", image_size), _mds(root / "test", image_size))
+        train, test = (_mds(root / split, image_size) for split in ("train", "test"))
+        return LabelledSet(train, test, _mds_class_names(root / "train"))
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
 
-def _cifar(dataset_class: type[CIFAR10], root: Path, train: bool, download: bool) -> LabelledImages:
+def _cifar(dataset_class: type[CIFAR10], root: Path, download: bool) -> LabelledSet:
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)
         # Runs may share the folder, and machines.
         with FileLock(root / ".download.lock") if download else nullcontext():
-            dataset = dataset_class(str(root), train=train, download=download)
+            splits = [dataset_class(str(root), train=train, download=download) for train in (True, False)]
     except Exception as error:
         hint = "" if download else "; set download: true to fetch it"
         raise InputError(
             f"{root}: no readable {dataset_class.__name__} ({str(error).splitlines()[0]}){hint}"
         ) from error
-    return LabelledImages(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
+    train, test = (
+        LabelledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        for split in splits
+    )
+    return LabelledSet(train, test, tuple(splits[0].classes))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -103,6 +116,16 @@ def _mds(folder: Path, image_size: int) -> LabelledImages:
     samples = [sample for shard in shards for sample in MDSReader.from_json(str(folder), None, shard)]
     images = (decode_rgb(sample["image"], f"sample {i} of {folder}") for i, sample in enumerate(samples))
     return _stack(folder, images, [int(sample["label"]) for sample in samples], image_size)
+
+
+def _mds_class_names(folder: Path) -> tuple[str, ...]:
+    """What recipes/convert_imagenet.py wrote beside the index, where it did."""
+    try:
+        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / SUMMARY}: damaged ({type(error).__name__})") from error
 
 
 def _stack(source: Path, images: Iterable[Image.Image], labels: list[int], image_size: int) -> LabelledImages:

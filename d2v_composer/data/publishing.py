@@ -18,7 +18,7 @@ from d2v_composer.errors import InputError
 from d2v_composer.fetch import cache_folder, download
 from d2v_composer.persistence import reason
 
-__all__ = ["ATTEMPTS", "SUMMARY", "Target", "write_atomically"]
+__all__ = ["ATTEMPTS", "SUMMARY", "Target"]
 
 SUMMARY = "conversion.json"
 ATTEMPTS = 6  # to upload or read back a file, with Streaming's back-off: half a minute
@@ -125,13 +125,6 @@ class Target(NamedTuple):
         except Exception as error:
             raise InputError(f"{self.address}: cannot be listed ({reason(error)})") from error
         return sorted(key.rsplit("/", 1)[-1] for key in keys)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a local file that is there whole or as it was."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _conversions() -> Path:

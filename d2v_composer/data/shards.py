@@ -11,8 +11,9 @@ from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 
+from d2v_composer.atomic import write_atomically
 from d2v_composer.data.image_sources import ImageFile
-from d2v_composer.data.publishing import ATTEMPTS, Target, write_atomically
+from d2v_composer.data.publishing import ATTEMPTS, Target
 from d2v_composer.data.rgb_jpeg import as_rgb_jpeg
 from d2v_composer.errors import InputError
 

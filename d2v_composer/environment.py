@@ -1,0 +1,41 @@
+"""What a result was found on: the machine, and the versions of what ran."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+__all__ = ["OUR_PACKAGES", "describe_machine", "package_versions"]
+
+OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Processor, GPU ('' for none), cores that this process may use, memory, system."""
+    return {
+        "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def package_versions(*distributions: str) -> dict[str, str | None]:
+    """Of Python, and of installed distributions; ``None``: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,235 @@
+"""The plots of a run, as matplotlib figures.
+
+Shapes: N bank images, Q queries, K neighbours, C classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.callbacks.zero_shot_retrieval import metric_key
+from d2v_composer.evaluation import confusion_matrix
+from d2v_composer.report.run import Run
+
+__all__ = ["confusion_plot", "curves", "gallery", "retrieval_plot"]
+
+# Okabe and Ito's palette: told apart by colour-blind readers, too.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
+WIDTH, HEIGHT = 6.4, 3.6
+
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "figure.constrained_layout.use": True,
+}
+
+REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
+QUERIES_A_FIGURE = 4
+
+
+class Curve:
+    """One plot over the steps of a run: title, unit of the y axis, and key → label of its lines."""
+
+    def __init__(self, title: str, unit: str, lines: Mapping[str, str], scale: str = "linear") -> None:
+        self.title = title
+        self.unit = unit
+        self.lines = lines
+        self.scale = scale
+
+
+# File name → plot; a key may end in '*'.
+CURVES = {
+    "loss": Curve("Training loss", "mean squared error", {"loss/train/total": "loss"}, scale="log"),
+    "learning_rate": Curve("Learning rate", "", {"lr-AdamW/group0": "learning rate"}),
+    "gradient_norm": Curve("Gradient norm before clipping", "", {"l2_norm/grad/global": "gradient norm"}, scale="log"),
+    "throughput": Curve("Throughput", "images/s", {"throughput/images_per_sec": "images/s"}),
+    "data_wait": Curve("Waiting for images", "% of the time", {"throughput/data_wait": "data wait"}),
+    "cosines": Curve(
+        "Cosine of prediction and target", "", {"health/cosine/cls": "CLS", "health/cosine/patch": "patches"}
+    ),
+    "layers": Curve("Cosine of prediction and each teacher layer", "", {"health/cosine/layer_*": "layer"}),
+    "variance": Curve(
+        "Variance over the images",
+        "",
+        {"health/prediction_variance": "prediction", "health/target_variance": "target"},
+    ),
+    "effective_rank": Curve("Effective rank of the predictions", "", {"health/effective_rank": "effective rank"}),
+}
+
+
+def curves(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """File name, title and figure of every plot over steps of which the log has something."""
+    for name, curve in CURVES.items():
+        lines = {
+            label: run.log[key]
+            for wanted, text in curve.lines.items()
+            for key, label in _matching(run.log, wanted, text)
+        }
+        if lines:
+            yield name, curve.title, _curve_plot(curve, lines, run)
+
+
+def _matching(log: Mapping[str, object], wanted: str, text: str) -> list[tuple[str, str]]:
+    """The log's keys that are wanted, each with its label."""
+    if not wanted.endswith("*"):
+        return [(wanted, text)] if wanted in log else []
+    prefix = wanted.removesuffix("*")
+    numbers = sorted(int(key.removeprefix(prefix)) for key in log if key.startswith(prefix))
+    return [(f"{prefix}{number}", f"{text} {number}") for number in numbers]
+
+
+def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]], run: Run) -> Figure:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.subplots()
+        colours = [BLUE, ORANGE] if len(lines) <= 2 else mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+        for (label, values), colour in zip(lines.items(), colours, strict=False):
+            steps, numbers = _arrays(values)
+            numbers = 100 * numbers if curve.unit.startswith("%") else numbers
+            smooth = running_mean(numbers, max(1, len(numbers) // 100))
+            if len(numbers) > 200:
+                axes.plot(steps, numbers, color=colour, alpha=0.3, linewidth=0.7)
+            axes.plot(steps, smooth if len(numbers) > 200 else numbers, color=colour, label=label)
+        positive = all(number > 0 for values in lines.values() for number in values.values())
+        if curve.scale == "log" and positive:
+            axes.set_yscale("log")
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if curve.scale == "linear" and positive:
+            axes.set_ylim(bottom=0)
+        if len(lines) > 1:
+            axes.legend(ncols=1 if len(lines) <= 6 else 2, fontsize=9)
+        _label(axes, curve.title, curve.unit)
+    return figure
+
+
+def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    steps = sorted(values)
+    return np.array(steps), np.array([values[step] for step in steps], dtype=float)
+
+
+def running_mean(numbers: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """The mean of each value and up to ``width`` - 1 before it, which NaN does not spoil for what comes later."""
+    finite = np.isfinite(numbers)
+    sums, counts = (np.concatenate([[0], np.cumsum(each)]) for each in (np.where(finite, numbers, 0), finite))
+    last = np.arange(1, len(numbers) + 1)
+    first = np.maximum(0, last - width)
+    with np.errstate(invalid="ignore"):
+        return (sums[last] - sums[first]) / (counts[last] - counts[first])
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+    axes.set_xlabel("batch")
+    axes.set_ylabel(unit)
+
+
+def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
+    """Accuracy over the steps with one of the sets as the bank, and the references as horizontal lines.
+
+    Who it is shows in the colour, k in the kind of line.
+    """
+    ks = sorted(run.record["config"]["retrieval"]["ks"])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
+        axes = figure.subplots()
+        for k, style in zip(ks, cycle(["-", "--", ":", "-."])):  # noqa: B905: as many styles as there are k
+            steps, numbers = _arrays(run.log[metric_key(dataset, bank, k)])
+            axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, top-{k}")
+            for reference, colour in REFERENCE_COLOURS.items():
+                value = run.last(metric_key(dataset, bank, k, reference=reference))
+                if value is not None:
+                    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{reference}, top-{k}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _label(axes, f"{dataset}, bank {bank}", "")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    return figure
+
+
+def confusion_plot(labelled_queries: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
+    """How often queries of a class find each class, in % of the class's queries.
+
+    Args:
+        labelled_queries: (Q,) int64, the queries' own labels.
+        found: (Q,) int64, the labels of their nearest images.
+        class_names: Of each label; none: the numbers.
+    """
+    counts = confusion_matrix(labelled_queries, found).astype(float)
+    with np.errstate(invalid="ignore"):
+        shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, WIDTH))
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0)
+        figure.colorbar(image, ax=axes, shrink=0.75, format="%d %%")
+        if len(shares) <= 20:
+            names = class_names or [str(label) for label in range(len(shares))]
+            axes.set_xticks(range(len(shares)), names, rotation=45, ha="right")
+            axes.set_yticks(range(len(shares)), names)
+            for (i, j), share in np.ndenumerate(shares):
+                if np.isfinite(share):
+                    dark = share > 0.6 * np.nanmax(shares)
+                    axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        axes.set_title("Class of the nearest image", loc="left", fontweight="bold", fontsize=11)
+        axes.set_ylabel("class of the query")
+    return figure
+
+
+def gallery(
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    nearest: Tensor,
+    class_names: Sequence[str],
+) -> Figure:
+    """Queries, one a row, and their nearest bank images; right ones have a tick and a green frame, wrong ones a cross.
+
+    Args:
+        queries: (Q, 3, height, width) uint8, a few.
+        query_labels: (Q,).
+        bank: (N, 3, height, width) uint8.
+        bank_labels: (N,).
+        nearest: (Q, K) bank indices, nearest first.
+        class_names: Of each label; none: the numbers.
+    """
+    num_queries, num_shown = nearest.shape
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.72 * num_queries))
+        grid = figure.subplots(num_queries, num_shown + 1, squeeze=False)
+        for row, query, label, indices in zip(grid, queries, query_labels, nearest.long(), strict=True):
+            _show(row[0], query, _name(class_names, label), "k")
+            for axes, index in zip(row[1:], indices, strict=True):
+                is_right = bool(bank_labels[index] == label)
+                mark, colour = ("✓", GREEN) if is_right else ("✗", VERMILION)
+                _show(axes, bank[index], f"{mark} {_name(class_names, bank_labels[index])}", colour, frame=4)
+        for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, num_shown + 1))]):
+            grid[0][column].set_title(head, fontsize=10, fontweight="bold")
+    return figure
+
+
+def _name(class_names: Sequence[str], label: Tensor) -> str:
+    return class_names[int(label)] if class_names else f"class {int(label)}"
+
+
+def _show(axes: Axes, image: Tensor, text: str, colour: str, frame: float = 0.8) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(text, color=colour, fontsize=10)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=frame)

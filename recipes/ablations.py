@@ -1,0 +1,155 @@
+"""What does each choice do? ``python recipes/ablations.py`` trains every row of yamls/ablations/rows.yaml.
+
+Each row is a run of recipes/train.py in a folder of its own: started again, the command goes on where it was, and prints
+the table of what is finished.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from PIL import Image
+from streaming import MDSWriter
+from torchvision.datasets import CIFAR10
+
+from d2v_composer import cli
+from d2v_composer.callbacks.zero_shot_retrieval import metric_key
+from d2v_composer.errors import InputError
+from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.tables import share_recovered
+
+ROOT = Path(__file__).parent.parent
+YAMLS = ROOT / "yamls" / "ablations"
+NUM_IMAGES = {"train": 10_000, "test": 2_000}
+DATASET = "cifar10"
+EMBEDDINGS = [
+    f"{representation}_{pooling}"
+    for representation in ("output", "layer_mean")
+    for pooling in ("cls", "mean", "mean_patches")
+]
+
+
+class Row(NamedTuple):
+    """A finished run."""
+
+    name: str
+    log: Mapping[str, Mapping[int, float]]
+
+    def accuracy(self, embedding: str, bank: str, *, untrained: bool = False, reference: str | None = None) -> float:
+        """Top-1 of the last evaluation, or of the first."""
+        values = self.log[metric_key(DATASET, bank, 1, embedding, reference)]
+        return values[0 if untrained else max(values)]
+
+
+def main(argv: Sequence[str]) -> list[Row]:
+    """Train what is not trained yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="where CIFAR-10 is; default: datasets")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder for the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time; default: 2")
+    parser.add_argument("--rows", nargs="*", help="names in rows.yaml; default: all")
+    arguments = parser.parse_args(argv)
+    rows: dict[str, dict[str, Any]] = yaml.safe_load((YAMLS / "rows.yaml").read_text())
+    chosen = list(rows) if arguments.rows is None else arguments.rows
+    for name in chosen:
+        if name not in rows:
+            raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(rows)})")
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    sample = make_sample(arguments.images)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        folders = {name: arguments.out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
+        threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+        list(pool.map(lambda name: train(rows[name], folders[name], sample, threads), chosen))
+    finished = [Row(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
+    print("\n".join(table(finished)))
+    return finished
+
+
+def make_sample(images: Path) -> Path:
+    """The first 10,000 training and 2,000 test images of CIFAR-10 as MDS, made where they are missing."""
+    sample = images / "cifar10_sample"
+    for split, count in NUM_IMAGES.items():
+        if (sample / split / "index.json").exists():
+            continue
+        cifar10 = CIFAR10(str(images), train=split == "train", download=True)
+        partial = sample / f".{split}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with MDSWriter(out=str(partial), columns={"image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
+            for pixels, label in zip(cifar10.data[:count], cifar10.targets[:count], strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                writer.write({"image": buffer.getvalue(), "label": label})
+        partial.replace(sample / split)
+    return sample
+
+
+def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) -> None:
+    """One row, in a process of its own."""
+    overrides = {
+        "run_name": folder.name,
+        "save_folder": folder,
+        "train_loader.local": sample / "train",
+        f"retrieval.datasets.{DATASET}.root": sample,
+        **changes,
+    }
+    command = [sys.executable, ROOT / "recipes" / "train.py", YAMLS / "base.yaml"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as output:
+        subprocess.run(
+            [*map(str, command), *(f"{key}={value}" for key, value in overrides.items())],
+            check=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Top-1 of every row and embedding in %, and the share of the teacher's advantage, as Markdown.
+
+    The share is of the same embedding's: from the untrained student of the first row to the teacher.
+    """
+    first, *_ = rows
+    yield "| bank train / test | " + " | ".join(EMBEDDINGS) + " | loss |"
+    yield "|---" * (len(EMBEDDINGS) + 2) + "|"
+    yield _line("untrained", [_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS], "")
+    for row in rows:
+        loss = row.log["loss/train/total"]
+        tail = [loss[step] for step in sorted(loss)[-100:]]
+        cells = [f"{_both_ways(row, embedding)} ({_share(first, row, embedding)})" for embedding in EMBEDDINGS]
+        yield _line(row.name, cells, f"{sum(tail) / len(tail):.3f}")
+    yield _line("teacher", [_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS], "")
+
+
+def _line(name: str, cells: Sequence[str], loss: str) -> str:
+    return f"| {name} | " + " | ".join(cells) + f" | {loss} |"
+
+
+def _both_ways(row: Row, embedding: str, **which: Any) -> str:
+    return " / ".join(f"{100 * row.accuracy(embedding, bank, **which):.1f}" for bank in ("train", "test"))
+
+
+def _share(first: Row, row: Row, embedding: str) -> str:
+    shares = [
+        share_recovered(
+            first.accuracy(embedding, bank, untrained=True),
+            row.accuracy(embedding, bank),
+            first.accuracy(embedding, bank, reference="teacher"),
+        )
+        for bank in ("train", "test")
+    ]
+    known = [share for share in shares if share is not None]
+    return f"{100 * sum(known) / len(known):.0f} %" if known else "–"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,26 @@
+"""A run in pictures: ``python recipes/report.py RUN_FOLDER`` writes report.html and report/*.png into it.
+
+The page needs nothing else and no network. A finished run has it already; this makes it of one that still runs or was
+interrupted.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_composer import cli
+from d2v_composer.report import read_run, write_report
+
+
+def main(argv: Sequence[str]) -> list[Path]:
+    """Write the report of a run and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a run's save_folder, such as runs/quickstart")
+    folder = parser.parse_args(argv).folder
+    written = write_report(read_run(folder), folder)
+    print(f"wrote {written[0]} and {len(written) - 1} plots in {folder / 'report'}")
+    return written
+
+
+if __name__ == "__main__":
+    cli.run(main)
