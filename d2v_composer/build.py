@@ -216,11 +216,11 @@ def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnneal
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
-    """The gradient's norm for the log, and then the section ``algorithms``."""
+    """The section ``algorithms``, and the gradient's norm for the log."""
     clipping = config.algorithms.gradient_clipping
     if clipping is None:
         return [GradientNorm()]
-    return [GradientNorm(), GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold)]
+    return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold), GradientNorm()]
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:

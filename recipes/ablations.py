@@ -1,7 +1,7 @@
 """What does each choice do? ``python recipes/ablations.py`` trains every row of yamls/ablations/rows.yaml.
 
-Each row is a run of recipes/train.py in a folder of its own: started again, the command goes on where it was, and prints
-the table of what is finished.
+Each row is a run of recipes/train.py in a folder of its own. Started again, the command goes on where it was; it ends
+with the table.
 """
 
 import argparse

@@ -11,8 +11,8 @@ __all__ = ["GradientNorm"]
 class GradientNorm(Algorithm):
     """Log ``l2_norm/grad/global``, as Composer's OptimizerMonitor calls it, every so many batches.
 
-    It changes nothing. It is an algorithm because callbacks come after all algorithms, and find the gradient clipped:
-    give it to the Trainer before GradientClipping.
+    It changes nothing. It is an algorithm because callbacks come after all algorithms, and find the gradient clipped.
+    Give it to the Trainer after GradientClipping: Composer takes the algorithms of an AFTER event from last to first.
 
     Args:
         every: Batches.

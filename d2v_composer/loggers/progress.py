@@ -38,7 +38,7 @@ class Progress(LoggerDestination):
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
-        self.first_batch = 0
+        self.first_batch = self.last_line = 0
         self.started_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -76,6 +76,9 @@ class Progress(LoggerDestination):
         if self.line_is_due is None or dist.get_global_rank() != 0 or not self.line_is_due(state, event):
             return
         batch, total = int(state.timestamp.batch), num_batches(state)
+        if batch == self.last_line:  # the last batch's end is its epoch's as well
+            return
+        self.last_line = batch
         left = (time.monotonic() - self.started_at) / (batch - self.first_batch) * (total - batch)
         place = f"batch {batch}/{total} ({100 * batch // total} %)"
         # Above the bar, where there is one.
