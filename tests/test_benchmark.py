@@ -84,13 +84,18 @@ def test_data(tmp_path: Path) -> None:
 
 STEP = ["step", "--size", "quickstart", "--batch-size", "2", "--repeats", "2"]
 STEP_ROWS = ["naive", "+ one encoder", "+ fused attention", "+ half frozen weights", "+ fused AdamW"]
+VARIANT_ROWS = ["ours, no ALiBi", "ours, checkpointing", "ours, health each step"]
 
 
 @pytest.mark.parametrize(
     ("options", "more_rows"),
     [
-        (["--no-compile"], ["ours, no ALiBi", "ours, checkpointing"]),
-        pytest.param([], ["+ torch.compile", "ours, no ALiBi", "ours, checkpointing"], marks=pytest.mark.slow),
+        (["--no-compile"], ["ours, no ALiBi", "ours, checkpointing", "ours, health each step"]),
+        pytest.param(
+            [],
+            ["+ torch.compile", "ours, no ALiBi", "ours, checkpointing", "ours, health each step"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_step(tmp_path: Path, options: list[str], more_rows: list[str]) -> None:
@@ -112,7 +117,11 @@ def test_step(tmp_path: Path, options: list[str], more_rows: list[str]) -> None:
     assert rows["naive"]["step_bytes"] > rows["+ fused AdamW"]["step_bytes"] > rows["ours, checkpointing"]["step_bytes"]
     assert rows["naive"]["attention_kernels"] == []
     assert rows["+ fused attention"]["attention_kernels"] == ["flash_attention_for_cpu"]
-    assert (found["precision"], found["device_batch_size"], found["targets"]) == ("amp_bf16", 2, [])
+    assert (found["precision"], found["device_batch_size"]) == ("amp_bf16", 2)
+    (health,) = found["targets"]
+    ours = rows.get("+ torch.compile", rows["+ fused AdamW"])
+    each_step = np.median(ours["rates"]) / np.median(rows["ours, health each step"]["rates"])
+    assert health["ratio"] == pytest.approx(1 / (1 + (each_step - 1) / 100), rel=0.01)
 
 
 def test_retrieval(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Target(NamedTuple):
             return f"{self.what}: not measured, something is not installed"
         missed = f"missed by {1 - self.ratio / self.at_least:.0%}"
         verdict = "reached" if self.ratio >= self.at_least else missed
-        return f"{self.what}: {self.ratio:.2f}, to be {self.at_least} or more: {verdict}"
+        return f"{self.what}: {self.ratio:.3g}, to be {self.at_least} or more: {verdict}"
 
 
 def interleave(
