@@ -202,6 +202,8 @@ class TrainConfig:
     progress_bar: bool = True
     log_to_console: bool = False
     console_log_interval: str = "100ba"
+    report: bool = True
+    """Whether the run ends with its report.html; recipes/report.py makes one at any time."""
     save_folder: str | None = "runs/${run_name}"
     """Checkpoints, log and record of the run; a path or an object store's address. null: nothing is saved."""
     save_interval: str = "1000ba"

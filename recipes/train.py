@@ -89,7 +89,7 @@ def report(trainer: Trainer, config: TrainConfig, run_record: RunRecord, retriev
     if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
     folder = local_save_folder(config)
-    if folder is None or not (folder / "log.jsonl").is_file():
+    if not config.report or folder is None or not (folder / "log.jsonl").is_file():
         return
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
     written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)

@@ -88,6 +88,7 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
         "save_interval=2ba",
         "console_log_interval=100ba",
         "train_loader.num_workers=0",
+        "report=false",  # seconds
         *overrides,
     ]
 

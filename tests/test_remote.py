@@ -44,6 +44,7 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, uninterrupted: P
         f"teacher.checkpoint=s3://{BUCKET}/teachers/tiny_base.pt",
         f"train_loader.remote=s3://{BUCKET}/images",
         "train_loader.num_workers=1",
+        "report=true",
     )
     command = train_command(arguments, ranks=2)
     environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
@@ -52,7 +53,8 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, uninterrupted: P
     assert_same_losses(losses_of(tmp_path / "runs" / "cloud"), losses_of(uninterrupted), num_steps=14)
 
     stored = object_store.objects(BUCKET, "runs/cloud/")
-    assert {"ep2-ba14-rank0.pt", "latest-rank0.pt.symlink", "log.jsonl", "run.yaml"} <= stored.keys()
+    pointer = "latest-rank0.pt.symlink"
+    assert {"ep2-ba14-rank0.pt", pointer, "log.jsonl", "report.html", "report/loss.png", "run.yaml"} <= stored.keys()
     assert stored["log.jsonl"] == (tmp_path / "runs" / "cloud" / "log.jsonl").read_bytes()
     assert yaml.safe_load(stored["run.yaml"])["config"]["train_loader"]["remote"] == f"s3://{BUCKET}/images"
 

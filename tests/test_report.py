@@ -51,6 +51,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
                 "retrieval.interval=6ba",
                 "callbacks.health={interval: 2ba}",
                 "run_name=<b>mine",
+                "report=true",
             )
         )
     )

@@ -17,6 +17,7 @@ __all__ = ["Run", "read_run"]
 
 # What images of any size are shown in, in pixels a side.
 SHOWN_SIZE = 96
+SECTIONS = ("config", "command", "teacher", "versions", "hardware")
 
 Neighbours = Mapping[str, Mapping[str, Tensor]]
 
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
             raise InputError(f"{file}: no such file; a report is made of a run's run.yaml and log.jsonl")
     try:
         record = yaml.safe_load(record_file.read_text())
-        chosen = record["config"]["retrieval"]["datasets"]
+        chosen = {section: record[section] for section in SECTIONS}["config"]["retrieval"]["datasets"]
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
     return Run(record, read_jsonl(log_file), _neighbours(folder / "latest-rank0.pt"), dict(_still_there(chosen)))
