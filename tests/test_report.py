@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.report import read_run, write_report
@@ -154,6 +154,15 @@ def test_an_interrupted_run_and_one_whose_images_are_gone(run_folder: Path, tmp_
     assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
     assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
     assert "diverging at batches 7 to 9 (2 measurements)" in (folder / "report.html").read_text()
+
+
+def test_images_that_are_not_those_of_the_run_are_not_shown(run_folder: Path) -> None:
+    """Their neighbours would be others."""
+    run = read_run(run_folder)
+    (name,) = run.looked_up
+    train, test, names = run.datasets[name]
+    fewer = LabelledSet(train, LabelledImages(test.images[1:], test.labels[1:]), names)
+    assert run._replace(datasets={name: fewer}).looked_up == []
 
 
 def test_the_neighbours_are_the_checkpoints(run_folder: Path, images: Path) -> None:

@@ -59,9 +59,8 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         ],
         "Training": [picture(*curve) for curve in curves(run)],
     }
-    for name in run.neighbours.keys() & run.datasets.keys():
-        pictures = list(_looked_up(run, name))
-        sections[f"What the queries of {name} find (bank train)"] = pictures
+    for name in run.looked_up:
+        sections[f"What the queries of {name} find (bank train)"] = list(_looked_up(run, name))
     page = jinja2.Environment(
         loader=jinja2.PackageLoader("d2v_composer.report", ""),
         autoescape=True,

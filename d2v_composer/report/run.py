@@ -41,6 +41,16 @@ class Run(NamedTuple):
         return [name for name in chosen if metric_key(name, "train", self.smallest_k) in self.log]
 
     @property
+    def looked_up(self) -> list[str]:
+        """The data sets whose neighbours can be shown: those of which neither images nor neighbours are missing."""
+        return [
+            name
+            for name, labelled in self.datasets.items()
+            if name in self.neighbours
+            and tuple(len(self.neighbours[name][bank]) for bank in ("test", "train")) == labelled.num_images
+        ]
+
+    @property
     def smallest_k(self) -> int:
         return min(self.record["config"]["retrieval"]["ks"])
 
