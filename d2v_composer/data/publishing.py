@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from streaming.base.storage import CloudUploader
 from streaming.base.util import retry
@@ -18,7 +19,7 @@ from d2v_composer.errors import InputError
 from d2v_composer.fetch import cache_folder, download
 from d2v_composer.persistence import reason
 
-__all__ = ["ATTEMPTS", "SUMMARY", "Target", "write_atomically"]
+__all__ = ["ATTEMPTS", "SUMMARY", "Target", "whole_file", "write_atomically"]
 
 SUMMARY = "conversion.json"
 ATTEMPTS = 6  # to upload or read back a file, with Streaming's back-off: half a minute
@@ -129,9 +130,22 @@ class Target(NamedTuple):
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a local file that is there whole or as it was."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A local file to be written, which is on the disk and in its place when the block ends, or as it was before."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _conversions() -> Path:
