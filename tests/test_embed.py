@@ -225,7 +225,7 @@ def test_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = tmp_path / "student.safetensors"
     save_student(teacher.build_student(depth=2), path)
-    embed(path, photos, tmp_path / "photos.npy")
+    embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # which is not asked
     ids, embeddings = loaded(tmp_path / "photos.npy")
     want = expected(load_student(path), [(photos / path).read_bytes() for path in ids])
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
@@ -272,12 +272,14 @@ def test_kill_and_resume(photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
         embed(TEACHER, source / "b", out, *SMALL_PARTS)
     with pytest.raises(InputError, match="another pooling, normalize: "):
         embed(TEACHER, source, out, *SMALL_PARTS, "--pooling", "mean", "--normalize")
-    assert parts <= names(folder)
-
-    # An image of a part that is there changes without a trace: whoever embeds it again has another embedding.
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
+    with pytest.raises(InputError, match="another source: "):
+        embed(TEACHER, source, out, *SMALL_PARTS)
+    assert parts <= names(folder)
+
+    # Now it has changed without a trace, and cannot be read: whoever embeds it again fails.
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
     result = embed(TEACHER, source, out, *SMALL_PARTS, workers=1)
     assert result.resumed == 10 * len(parts)
