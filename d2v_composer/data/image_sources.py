@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from d2v_composer.errors import InputError
 
-__all__ = ["ImageFile", "ImageSource", "find_images"]
+__all__ = ["ImageFile", "ImageSource", "find_images", "list_images"]
 
 LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
 SPLITS = ("train", "val", "validation", "test")
@@ -69,9 +69,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
     if not source.is_dir():
         raise InputError(f"{source}: {'is not a folder' if source.exists() else 'no such folder'}")
     root = _split_folder(source, split)
-    files, ignored = _walk(root)
-    if not files:
-        raise InputError(f"{root}: no images; read are the suffixes {', '.join(IMG_EXTENSIONS)}")
+    files, ignored = list_images(root)
     labels_file = _labels_file(source, root, split, labels, flat=all("/" not in file.path for file in files))
     if labels_file is not None:
         names = _labels_of_file(labels_file, files)
@@ -98,7 +96,12 @@ def _split_folder(source: Path, split: str) -> Path:
     raise InputError(f"{source}: no split {split!r}; {hint}")
 
 
-def _walk(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
+def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
+    """The images in a folder and its subfolders, in the order of their paths, and the other files by suffix.
+
+    Raises:
+        InputError: There are no images, or a folder cannot be listed.
+    """
     files: list[ImageFile] = []
     ignored: Counter[str] = Counter()
     # As torchvision's ImageFolder: links are followed. A folder that cannot be listed must not pass for an empty one.
@@ -112,6 +115,8 @@ def _walk(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
                 files.append(ImageFile(relative, status.st_size, status.st_mtime_ns, label=None))
             else:
                 ignored[path.suffix.lower() or "without suffix"] += 1
+    if not files:
+        raise InputError(f"{root}: no images; read are the suffixes {', '.join(IMG_EXTENSIONS)}")
     return sorted(files), dict(sorted(ignored.items()))
 
 

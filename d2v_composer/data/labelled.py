@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.mds import read_index
 from d2v_composer.data.publishing import SUMMARY
-from d2v_composer.data.transforms import decode_rgb, to_tensor
+from d2v_composer.data.transforms import decode_rgb, square, to_tensor
 from d2v_composer.errors import InputError
 
 __all__ = ["Format", "LabelledImages", "LabelledSet", "load_labelled_set"]
@@ -131,6 +131,5 @@ def _mds_class_names(folder: Path) -> tuple[str, ...]:
 def _stack(source: Path, images: Iterable[Image.Image], labels: list[int], image_size: int) -> LabelledImages:
     if not labels:
         raise InputError(f"{source}: no images; read are the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}")
-    size = (image_size, image_size)
-    resized = (image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in images)
-    return LabelledImages(torch.stack([to_tensor(image) for image in resized]), torch.tensor(labels))
+    pixels = torch.stack([to_tensor(square(image, image_size)) for image in images])
+    return LabelledImages(pixels, torch.tensor(labels))

@@ -28,7 +28,7 @@ def fetch_index(remote: str, local: Path) -> None:
         raise InputError(f"{address}: damaged, or not an MDS index")
     if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
         fetched.unlink()
-        raise InputError(f"{local}: holds shards of another data set than {remote}: give another train_loader.local")
+        raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
     fetched.replace(index)
 
 
@@ -45,7 +45,7 @@ def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | Non
     if needed > free:
         raise InputError(
             f"{local}: {needed / 1e9:.1f} GB of shards are still to come, {free / 1e9:.1f} GB of the disk are free: "
-            "make room, or set train_loader.cache_limit"
+            "make room, or set a cache limit"
         )
 
 

@@ -18,7 +18,16 @@ from torch.nn import functional
 
 from d2v_composer.errors import InputError
 
-__all__ = ["Box", "CuttableJpeg", "RandomResizedCropFlip", "decode_rgb", "random_crop_box", "sample_rng", "to_tensor"]
+__all__ = [
+    "Box",
+    "CuttableJpeg",
+    "RandomResizedCropFlip",
+    "decode_rgb",
+    "random_crop_box",
+    "sample_rng",
+    "square",
+    "to_tensor",
+]
 
 CROP_ATTEMPTS = 10
 
@@ -108,6 +117,11 @@ class CuttableJpeg(NamedTuple):
         except ValueError:
             return np.array(decode_rgb(self.encoded, self.source).crop(box))
         return pixels[box.top : box.bottom, box.left : box.right]
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The whole image in ``size`` by ``size`` pixels (Pillow's bicubic filter), whatever its aspect ratio was."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -103,7 +103,7 @@ class VerifiedDataset(StreamingDataset):
     def _occupy(self, local: Path) -> None:
         descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)
         if descriptor is None:
-            raise InputError(f"{local}: another run keeps its shards there: give each a train_loader.local of its own")
+            raise InputError(f"{local}: another run keeps its shards there: give each a folder of its own")
         weakref.finalize(self, os.close, descriptor)
 
     def _check_limit(self, limit: int, shuffle_block_size: int) -> None:

@@ -1,0 +1,108 @@
+"""A collection of images to embeddings and ids: ``python recipes/embed.py MODEL SOURCE OUT``.
+
+    python recipes/embed.py student.safetensors photos photos.npy
+    python recipes/embed.py base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
+
+OUT.npy is (N, D), for np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. OUT.parquet has the columns id and
+embedding. An image's id is its path below SOURCE, its number in an MDS data set, or train/00000, … test/00000, … of
+CIFAR. Images are squeezed to the model's square, without cropping.
+An interrupted run leaves no OUT; the same command again goes on where it was.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from streaming.base.util import bytes_to_int
+
+from d2v_composer import cli
+from d2v_composer.data.image_collections import open_collection
+from d2v_composer.embedding import DTYPES, PRECISIONS, Embedding, EmbeddingOptions, embed_collection
+from d2v_composer.embedding_files import open_out
+from d2v_composer.errors import InputError
+from d2v_composer.fetch import fetch
+from d2v_composer.models.artifact import sha256
+from d2v_composer.models.checkpoint import Weights
+from d2v_composer.models.load import load_any
+from d2v_composer.models.transformer import Pooling, Representation, Transformer
+
+
+def main(argv: Sequence[str]) -> Embedding:
+    """Embed, and print what was written and what was left out."""
+    arguments = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.precision == "amp_fp16" and device == "cpu":
+        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
+    file = open_out(arguments.out)
+    model = load_model(arguments).to(device)
+    collection = open_collection(
+        arguments.source, model.encoder.config.image_size, local=arguments.local, cache_limit=arguments.cache_limit
+    )
+    embedding = embed_collection(
+        model,
+        collection,
+        file,
+        EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
+        model_hash=f"{sha256(fetch(arguments.model))} {arguments.weights}",
+        device=device,
+        workers=arguments.workers,
+        skip_unreadable=arguments.skip_unreadable,
+    )
+    print_report(embedding)
+    return embedding
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint, an exported student, or a teacher: a path, s3://, …"
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder of images, of MDS or of CIFAR; or MDS at s3://, …")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
+    parser.add_argument("--teacher", help="where a checkpoint's teacher is now; default where it was in training")
+    parser.add_argument("--weights", choices=get_args(Weights), default="model", help="of a teacher; default: model")
+    parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="default: cls")
+    parser.add_argument("--representation", choices=get_args(Representation), default="output", help="default: output")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is much faster")
+    parser.add_argument("--normalize", action="store_true", help="make each embedding's length 1")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of what is stored; default: float32")
+    parser.add_argument("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
+    parser.add_argument("--part-size", type=int, default=4096, help="images an interruption costs; default: 4096")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding; default: one a core")
+    parser.add_argument("--local", type=Path, metavar="FOLDER", help="where a remote SOURCE's shards are kept")
+    parser.add_argument("--cache-limit", type=bytes_to_int, metavar="SIZE", help="of --local, 60gb; default: all")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and list them")
+    arguments = parser.parse_args(argv)
+    for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
+        value = getattr(arguments, name)
+        if not smallest <= value <= largest:
+            raise InputError(f"--{name.replace('_', '-')}: must be {smallest} to {largest}, got {value}")
+    return arguments
+
+
+def load_model(arguments: argparse.Namespace) -> Transformer:
+    """The student where there is one, or else the teacher."""
+    student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
+    model = teacher if student is None else student
+    assert model is not None  # load_any gives one of them
+    if arguments.pooling == "cls" and not model.num_extra_tokens:
+        raise InputError("--pooling: this model has no CLS token; allowed here: mean, mean_patches")
+    return model.eval()
+
+
+def print_report(embedding: Embedding) -> None:
+    num_now = embedding.images + len(embedding.skipped) - embedding.resumed
+    if embedding.resumed:
+        print(f"continued an interrupted run: {embedding.resumed} images were there")
+    print(f"skipped as unreadable: {len(embedding.skipped) or 'none'}")
+    for line in embedding.skipped:
+        print(f"  {line}")
+    rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
+    print(f"wrote {embedding.out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
