@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import yaml
@@ -48,6 +49,18 @@ class Row(NamedTuple):
         values = self.log[metric_key(DATASET, bank, 1, embedding, reference)]
         return values[0 if untrained else max(values)]
 
+    @property
+    def loss(self) -> float:
+        """The mean of the last 100 batches."""
+        losses = self.log["loss/train/total"]
+        return mean(losses[step] for step in sorted(losses)[-100:])
+
+    @property
+    def seconds(self) -> float:
+        """What training took, without evaluations."""
+        seconds_per_image = mean(1 / pace for pace in self.log["throughput/images_per_sec"].values())
+        return max(self.log["time/sample"].values()) * seconds_per_image
+
 
 def main(argv: Sequence[str]) -> list[Row]:
     """Train what is not trained yet, and print the table."""
@@ -55,13 +68,14 @@ def main(argv: Sequence[str]) -> list[Row]:
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="where CIFAR-10 is; default: datasets")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder for the runs")
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time; default: 2")
-    parser.add_argument("--rows", nargs="*", help="names in rows.yaml; default: all")
+    parser.add_argument("--rows", nargs="*", help="names in rows.yaml, besides the first; default: all")
     arguments = parser.parse_args(argv)
     rows: dict[str, dict[str, Any]] = yaml.safe_load((YAMLS / "rows.yaml").read_text())
-    chosen = list(rows) if arguments.rows is None else arguments.rows
-    for name in chosen:
+    for name in arguments.rows or []:
         if name not in rows:
             raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(rows)})")
+    first, *others = rows  # the first one has what the others are compared with
+    chosen = [first, *(name for name in others if arguments.rows is None or name in arguments.rows)]
     if arguments.jobs < 1:
         raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
     sample = make_sample(arguments.images)
@@ -116,22 +130,20 @@ def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Top-1 of every row and embedding in %, and the share of the teacher's advantage, as Markdown.
 
-    The share is of the same embedding's: from the untrained student of the first row to the teacher.
+    The share is of the same embedding's, the mean of both ways: from the first row's untrained student to the teacher.
     """
     first, *_ = rows
-    yield "| bank train / test | " + " | ".join(EMBEDDINGS) + " | loss |"
-    yield "|---" * (len(EMBEDDINGS) + 2) + "|"
-    yield _line("untrained", [_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS], "")
+    yield _line("bank train / bank test", *EMBEDDINGS, "loss", "s")
+    yield "|---" * (len(EMBEDDINGS) + 3) + "|"
+    yield _line("untrained", *(_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS), "", "")
     for row in rows:
-        loss = row.log["loss/train/total"]
-        tail = [loss[step] for step in sorted(loss)[-100:]]
         cells = [f"{_both_ways(row, embedding)} ({_share(first, row, embedding)})" for embedding in EMBEDDINGS]
-        yield _line(row.name, cells, f"{sum(tail) / len(tail):.3f}")
-    yield _line("teacher", [_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS], "")
+        yield _line(row.name, *cells, f"{row.loss:.3f}", f"{row.seconds:.0f}")
+    yield _line("teacher", *(_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS), "", "")
 
 
-def _line(name: str, cells: Sequence[str], loss: str) -> str:
-    return f"| {name} | " + " | ".join(cells) + f" | {loss} |"
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _both_ways(row: Row, embedding: str, **which: Any) -> str:
