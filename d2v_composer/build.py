@@ -42,6 +42,7 @@ from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.errors import InputError
 from d2v_composer.evaluation import Candidate
+from d2v_composer.fetch import cache_folder
 from d2v_composer.loggers import Progress
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -50,12 +51,14 @@ from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
 from d2v_composer.persistence import reason
 from d2v_composer.references import embed_with_encoder, pixels
+from d2v_composer.resuming import check_checkpoint, fetch_checkpoint, find_newest_checkpoint
 
 __all__ = [
     "build_algorithms",
     "build_callbacks",
     "build_candidates",
     "build_labelled_sets",
+    "build_load_path",
     "build_loggers",
     "build_model",
     "build_optimizer",
@@ -376,6 +379,29 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
     return RunRecord(record, local_save_folder(config), remote_save_folder(config), FIXED_BY_A_CHECKPOINT)
+
+
+def build_load_path(config: TrainConfig) -> str | None:
+    """The checkpoint of ``load_path``, on this machine; the Trainer takes the run's own newest one first, if any.
+
+    Whichever it will be is looked through beforehand.
+
+    Raises:
+        InputError: It is not whole, was not written by ``recipes/train.py``, or cannot be read.
+    """
+    folder, load_path = local_save_folder(config), config.load_path
+    remote = None if remote_save_folder(config) is None else config.save_folder
+    if load_path is not None and "://" in load_path:
+        load_path = str(cache_folder() / "checkpoints" / load_path.partition("://")[2])
+    with dist.run_local_rank_zero_first():
+        if dist.get_local_rank() == 0:
+            resumes = config.autoresume and folder is not None and find_newest_checkpoint(folder, remote) is not None
+            if load_path is not None and not resumes:
+                assert config.load_path is not None
+                if load_path != config.load_path:
+                    fetch_checkpoint(config.load_path, Path(load_path))
+                check_checkpoint(Path(load_path))
+    return load_path
 
 
 def local_save_folder(config: TrainConfig) -> Path | None:

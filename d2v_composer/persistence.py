@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
-__all__ = ["is_lasting", "persist", "reason"]
+__all__ = ["is_lasting", "is_missing", "persist", "reason"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is just starting may say for a moment that something is not there, or not for us.
@@ -58,6 +58,11 @@ def is_local(error: BaseException) -> bool:
 def is_lasting(error: BaseException) -> bool:
     """Whether the fault will hardly go away by itself."""
     return isinstance(error, (*NO_CREDENTIALS, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether a store answered that there is no such file, which is not the same as forbidding to look."""
+    return isinstance(error, FileNotFoundError) or _status(error) == 404
 
 
 def _status(error: BaseException) -> int | None:

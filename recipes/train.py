@@ -9,6 +9,7 @@ from d2v_composer import cli
 from d2v_composer.build import (
     build_algorithms,
     build_callbacks,
+    build_load_path,
     build_loggers,
     build_model,
     build_optimizer,
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> Trainer:
     retrieval = build_retrieval(config, model)
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
+    load_path = build_load_path(config)
     own_callbacks = [run_record, StepTime(), FiniteLoss(), graceful_stop] + ([] if retrieval is None else [retrieval])
 
     with separate_signal_files():
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> Trainer:
             save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             autoresume=config.autoresume and config.save_folder is not None,
-            load_path=config.load_path,
+            load_path=load_path,
         )
     try:
         if trainer.state.timestamp < config.max_duration:

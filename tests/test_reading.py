@@ -336,7 +336,9 @@ time.sleep(60)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "reading\n"
-        with pytest.raises(InputError, match=r"cache: another run keeps its shards there: give each a train_loader"):
+        with pytest.raises(
+            InputError, match=r"cache: another run keeps its shards there: give each a folder of its own"
+        ):
             images(tmp_path / "cache", original)
         assert epoch(images(tmp_path / "elsewhere", original), 0) == ALL
     finally:

@@ -1,6 +1,7 @@
 """Data, teacher and checkpoints in an object store: a real S3 server on loopback."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from conftest import (
 
 from d2v_composer.data.mds import fetch_index
 from d2v_composer.errors import InputError
+from d2v_composer.resuming import find_newest_checkpoint
 from d2v_composer.testing.object_store import ObjectStore
 
 BUCKET = "cloud"
@@ -64,6 +66,33 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, uninterrupted: P
     again = run_command(*command, cwd=elsewhere, environment=environment)
     assert again.returncode == 0, again.stderr
     assert (elsewhere / "runs" / "cloud" / "log.jsonl").read_bytes() == stored["log.jsonl"]
+
+
+def test_the_newest_checkpoint_of_a_store(
+    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched; none yet is no error, one that may not be read is; a store that is away is waited for."""
+    remote, name = f"s3://{BUCKET}/runs/by_hand", "ep2-ba14-rank0.pt"
+    for variable, value in object_store.environment.items():
+        monkeypatch.setenv(variable, value)
+    assert find_newest_checkpoint(tmp_path / "first", remote) is None
+    client = object_store.client()
+    client.upload_file(str(uninterrupted / name), BUCKET, f"runs/by_hand/{name}")
+    client.put_object(Bucket=BUCKET, Key="runs/by_hand/latest-rank0.pt.symlink", Body=f"runs/by_hand/{name}".encode())
+
+    object_store.kill()
+    starter = threading.Timer(3, object_store.start)
+    starter.start()
+    found = find_newest_checkpoint(tmp_path / "second", remote)
+    starter.join()
+    assert found == tmp_path / "second" / name
+    assert found.read_bytes() == (uninterrupted / name).read_bytes()
+    assert (tmp_path / "second" / "latest-rank0.pt").resolve() == found
+    assert sorted(path.name for path in found.parent.iterdir()) == [name, "latest-rank0.pt"]
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(InputError, match="whether there is a checkpoint to go on from is not known"):
+        find_newest_checkpoint(tmp_path / "third", remote)
 
 
 def test_a_cache_of_another_data_set_or_with_a_cut_index(

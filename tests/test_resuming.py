@@ -1,0 +1,149 @@
+"""Which checkpoint a run goes on from: whole, ours, and the newest such."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_checkpoint, run_command, small_run, student_of, train_command
+
+from d2v_composer.errors import InputError
+from d2v_composer.resuming import DamagedCheckpointError, check_checkpoint, find_newest_checkpoint
+
+
+@pytest.fixture
+def run_folder(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run with two checkpoints: those of batches 12 and 14."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    """One bit of a tensor, in the middle of the file."""
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def unnamed(path: Path) -> None:
+    """As between Composer's removing and setting the pointer."""
+    (path.parent / "latest-rank0.pt").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    run_folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, before = run_folder / "ep2-ba14-rank0.pt", run_folder / "ep1-ba12-rank0.pt"
+    assert find_newest_checkpoint(run_folder, None) == newest
+    damage(newest)
+    with pytest.raises(DamagedCheckpointError, match=str(newest)):
+        check_checkpoint(newest)
+    assert find_newest_checkpoint(run_folder, None) == before
+    assert (run_folder / "latest-rank0.pt").resolve() == before.resolve()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(newest) in caplog.text
+    damage(before)
+    with pytest.raises(InputError, match="none of its 2 checkpoints is whole: remove them to start anew"):
+        find_newest_checkpoint(run_folder, None)
+
+
+def test_the_newest_is_found_without_its_pointer(run_folder: Path, tmp_path: Path) -> None:
+    newest = run_folder / "ep2-ba14-rank0.pt"
+    unnamed(newest)
+    assert find_newest_checkpoint(run_folder, None) == newest
+    assert os.readlink(run_folder / "latest-rank0.pt") == newest.name
+    shutil.copy(newest, run_folder / "ep10-ba100-rank0.pt")  # by number, not by name or time
+    assert find_newest_checkpoint(run_folder, None) == run_folder / "ep10-ba100-rank0.pt"
+    assert find_newest_checkpoint(tmp_path / "new", None) is None
+
+
+def test_a_run_with_a_cut_checkpoint_ends_with_the_same_bits(
+    run_folder: Path, uninterrupted: Path, small_data: Path
+) -> None:
+    cut(run_folder / "ep2-ba14-rank0.pt")
+    ended = run_command(*train_command(small_run(run_folder, small_data)))
+    assert ended.returncode == 0, ended.stderr
+    assert "ep2-ba14-rank0.pt: is cut" in ended.stderr
+    ours, expected = student_of(run_folder), student_of(uninterrupted)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def with_canary(checkpoint: dict[str, Any], path: Path) -> None:
+    checkpoint["state"]["callbacks"]["Health"] = Canary(path)
+
+
+def with_algorithm(checkpoint: dict[str, Any], path: Path) -> None:
+    """Composer evaluates the representation of an algorithm that must be there when a checkpoint is loaded."""
+    expression = f"__import__('os').system('touch {path}')"
+    checkpoint["state"]["algorithms"] = [("BlurPool", {"repr": f"BlurPool if {expression} else 0"})]
+
+
+@pytest.mark.parametrize("poison", [with_canary, with_algorithm])
+def test_a_strangers_checkpoint_runs_nothing(
+    run_folder: Path, small_data: Path, tmp_path: Path, poison: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Neither as a run's newest nor as load_path; torch.load itself would, and Composer."""
+    canary, newest = tmp_path / "canary", run_folder / "ep2-ba14-rank0.pt"
+    checkpoint = load_checkpoint(newest)
+    poison(checkpoint, canary)
+    torch.save(checkpoint, newest)
+    arguments = {
+        with_canary: small_run(run_folder, small_data),
+        with_algorithm: small_run(tmp_path / "another", small_data, f"load_path={newest}"),
+    }[poison]
+    refused = run_command(*train_command(arguments))
+    assert refused.returncode == 2, refused.stderr
+    assert f"{newest}: is not a checkpoint of recipes/train.py" in refused.stderr.splitlines()[-1]
+    assert not canary.exists()
+    if poison is with_canary:
+        load_checkpoint(newest)
+        assert canary.exists()  # the poison works
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (lambda: b"\x80\x04N.", "is cut, or no checkpoint"),
+        (lambda: pickle.dumps({"state": {}}), "is cut, or no checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path: Path, contents: Callable[[], bytes], message: str) -> None:
+    path = tmp_path / "ep0-ba1-rank0.pt"
+    path.write_bytes(contents())
+    with pytest.raises(InputError, match=message):
+        check_checkpoint(path)
+
+
+def test_what_is_another_programs_file(tmp_path: Path) -> None:
+    path = tmp_path / "ep0-ba1-rank0.pt"
+    for saved in ({"model": {}}, [1, 2], {"state": {}}, {"state": {"algorithms": 3}}):
+        torch.save(saved, path)
+        with pytest.raises(InputError, match=r"is not a checkpoint of recipes/train\.py"):
+            check_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "dear stranger")
+    with pytest.raises(InputError, match=r"is not a checkpoint of recipes/train\.py"):
+        check_checkpoint(path)
