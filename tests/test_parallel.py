@@ -78,7 +78,8 @@ def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path, b
         assert breaks[-1] == 0
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
     """FSDP, with all that goes with it; and one process goes on with what it saved."""
     options = [
