@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from d2v_composer.atomic import write_atomically
-from d2v_composer.callbacks.zero_shot_retrieval import BANKS, Embed
+from d2v_composer.callbacks.zero_shot_retrieval import BANKS, Embed, stand_ins
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
 from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
@@ -99,9 +99,7 @@ class Evaluation(NamedTuple):
         for candidate in self.candidates:
             mine = [each for each in self.retrievals if each.candidate == candidate.name]
             names = {each.embedding for each in mine}
-            wanted = next(
-                name for name in (self.headline, self.headline.replace("layer_mean", "output"), "") if name in names
-            )
+            wanted = next(name for name in (*stand_ins(self.headline), "") if name in names)
             shown += [each for each in mine if each.embedding == wanted]
         return shown
 

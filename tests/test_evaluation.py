@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -70,14 +71,18 @@ def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: P
         }
 
     assert accuracies(from_checkpoint) == accuracies(from_student)
+    assert found[from_student]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found[from_student]["machine"]["cores"] >= 1
 
     # The student's numbers are those of its own embeddings.
     labelled = load_labelled_set("folder", small_set, image_size=load_student(student).encoder.config.image_size)
     with torch.inference_mode():
-        bank, queries = (load_student(student).embed(images.images) for images in labelled[:2])
+        bank, queries = (
+            load_student(student).embed(images.images, representation="layer_mean") for images in labelled[:2]
+        )
     expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
     for k in (1, 3):
-        assert accuracies(from_checkpoint)["student", "small", "train", "output_cls", k][0] == pytest.approx(
+        assert accuracies(from_checkpoint)["student", "small", "train", "layer_mean_cls", k][0] == pytest.approx(
             expected[k]
         )
         assert f"{100 * expected[k]:.1f} [" in printed
@@ -98,8 +103,9 @@ def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: P
 def test_a_teacher(small_set: Path) -> None:
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "precision=amp_bf16")
     lines = printed.splitlines()
-    assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
-    assert [line.split("  ")[0].strip() for line in lines[2:6]] == ["pixels", "encoder", "untrained student", "teacher"]
+    assert lines[0] == "Zero-shot retrieval on small, layer_mean_cls, accuracy in % [95 % interval]"
+    rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
+    assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
     assert "share recovered" not in printed
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     size = sum(parameter.numel() for parameter in teacher.parameters())

@@ -85,6 +85,7 @@ def test_the_newest_checkpoint_of_a_store(
     starter.start()
     found = find_newest_checkpoint(tmp_path / "second", remote)
     starter.join()
+    assert found is not None
     assert found == tmp_path / "second" / name
     assert found.read_bytes() == (uninterrupted / name).read_bytes()
     assert (tmp_path / "second" / "latest-rank0.pt").resolve() == found

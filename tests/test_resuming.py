@@ -110,10 +110,10 @@ def test_a_strangers_checkpoint_runs_nothing(
     checkpoint = load_checkpoint(newest)
     poison(checkpoint, canary)
     torch.save(checkpoint, newest)
-    arguments = {
-        with_canary: small_run(run_folder, small_data),
-        with_algorithm: small_run(tmp_path / "another", small_data, f"load_path={newest}"),
-    }[poison]
+    if poison is with_canary:
+        arguments = small_run(run_folder, small_data)
+    else:
+        arguments = small_run(tmp_path / "another", small_data, f"load_path={newest}")
     refused = run_command(*train_command(arguments))
     assert refused.returncode == 2, refused.stderr
     assert f"{newest}: is not a checkpoint of recipes/train.py" in refused.stderr.splitlines()[-1]

@@ -222,8 +222,10 @@ def test_a_resume_with_another_headline_or_k() -> None:
     metrics = state["history"][-1]["metrics"]
     assert metrics[key] == metrics[f"{key}/whole"] != metrics[f"{key}/corner"]
 
+    assert first.neighbours["set"]["train"].shape == (50, 3)
     other = ZeroShotRetrieval({"set": labelled}, "10ba", headline="corner", references={"teacher": two_embeddings})
     other.load_state_dict(state)
+    assert other.neighbours == {}  # they are those of the other embedding
     assert other.history[-1]["metrics"][key] == metrics[f"{key}/corner"]
     assert f"{metrics[f'{key}/corner']:.1%}".rstrip("%") in retrieval_table(other)
 
@@ -239,6 +241,31 @@ def test_a_resume_with_another_headline_or_k() -> None:
     assert "student after" not in retrieval_table(more)  # its top-5 was not measured
     train(Classifier(), more, "10ba")
     assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
+
+
+def test_a_reference_without_the_headlines_embedding() -> None:
+    """The bare encoder has no layers to average: its output is what a layer_mean is compared with."""
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
+    callback = ZeroShotRetrieval(
+        {"set": labelled},
+        "10ba",
+        embed=lambda images: {name: embed(images) for name, embed in students.items()},
+        headline="layer_mean_cls",
+        references={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
+    )
+    train(Classifier(), callback, "10ba")
+    key = "metrics/set/bank_train/top1"
+    metrics, references = callback.history[-1]["metrics"], callback.reference_metrics
+    assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == references["metrics/set/pixels/bank_train/top1"]
+    assert references["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
+    restored = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls")
+    restored.load_state_dict(callback.state_dict())
+    assert (restored.history[-1]["metrics"], restored.reference_metrics) == (metrics, references)
+
+    without = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls", embed=two_embeddings)
+    with pytest.raises(ValueError, match="headline must be one of whole, corner, got 'layer_mean_cls'"):
+        train(Classifier(), without, "10ba")
 
 
 def test_a_model_that_cannot_embed_is_named() -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
 from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
-__all__ = ["Embed", "ZeroShotRetrieval", "metric_key"]
+__all__ = ["Embed", "ZeroShotRetrieval", "metric_key", "stand_ins"]
 
 Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
 """(B, 3, height, width) uint8 images, on the model's device → (B, D), or several such by name."""
@@ -30,6 +30,11 @@ def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, re
     """The name under which an accuracy is logged; without ``embedding``, the headline's."""
     parts = ["metrics", dataset, reference, f"bank_{bank}", f"top{k}", embedding]
     return "/".join(part for part in parts if part is not None)
+
+
+def stand_ins(headline: str) -> list[str]:
+    """An embedding, and which one to compare with it of what has no such: the bare encoder has no layers to average."""
+    return list(dict.fromkeys([headline, headline.replace("layer_mean", "output")]))
 
 
 class ZeroShotRetrieval(Callback):
@@ -134,9 +139,10 @@ class ZeroShotRetrieval(Callback):
         self.neighbours = state["neighbours"] if state["headline"] == self.headline else {}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        suffix = f"/{self.headline}"
-        headline = {key.removesuffix(suffix): value for key, value in metrics.items() if key.endswith(suffix)}
-        return metrics | headline
+        for name in reversed(stand_ins(self.headline)):
+            suffix = f"/{name}"
+            metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
+        return metrics
 
     def expected_reference_keys(self) -> set[str]:
         """The short keys of every reference."""
@@ -185,12 +191,14 @@ class ZeroShotRetrieval(Callback):
         }
         labels = {bank: state.device.tensor_to_device(getattr(labelled, bank).labels) for bank in BANKS}
         metrics: dict[str, float] = {}
-        for name in self.check_names(list(embedded["train"])):
+        names = list(embedded["train"])
+        headline = self.headline_among(names, reference)
+        for name in names:
             # One embedding at a time: all ranks' images of all embeddings would be gigabytes.
             images = {bank: gather(embedded[bank].pop(name), len(labels[bank])) for bank in BANKS}
             for bank, query in (BANKS, BANKS[::-1]):
                 nearest = self.look_up(images[bank], images[query])
-                is_headline = name in (self.headline, "")
+                is_headline = name == headline
                 if is_headline and reference is None:
                     self.neighbours.setdefault(dataset, {})[bank] = nearest.int().cpu()
                 for k, hits in retrieval_hits(nearest, labels[bank], labels[query], self.ks).items():
@@ -201,11 +209,13 @@ class ZeroShotRetrieval(Callback):
                         metrics[metric_key(dataset, bank, k, name, reference)] = accuracy
         return metrics
 
-    def check_names(self, names: list[str]) -> list[str]:
-        """An embedding without a name ('') is its own headline; among several the headline must be."""
-        if names != [""] and self.headline not in names:
+    def headline_among(self, names: list[str], reference: str | None) -> str:
+        """An embedding without a name ('') is its own headline; a reference may have another that stands in for it."""
+        allowed = ["", self.headline] if reference is None else ["", *stand_ins(self.headline)]
+        found = next((name for name in allowed if name in names), None)
+        if found is None:
             raise ValueError(f"headline must be one of {', '.join(names)}, got {self.headline!r}")
-        return names
+        return found
 
     def embed_my_share(self, embed: Embed, images: LabelledImages, state: State, label: str) -> dict[str, Tensor]:
         """Every world-size-th image, float32 on the device, padded so that all ranks have equally many."""
