@@ -51,7 +51,7 @@ from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
 from d2v_composer.persistence import reason
 from d2v_composer.references import embed_with_encoder, pixels
-from d2v_composer.resuming import check_checkpoint, fetch_checkpoint, find_newest_checkpoint
+from d2v_composer.resuming import bring_checkpoint, check_checkpoint, fetch_checkpoint, find_newest_checkpoint
 
 __all__ = [
     "build_algorithms",
@@ -382,26 +382,36 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
 
 
 def build_load_path(config: TrainConfig) -> str | None:
-    """The checkpoint of ``load_path``, on this machine; the Trainer takes the run's own newest one first, if any.
+    """The checkpoint that the Trainer is to load: the run's own newest one, or else that of ``load_path``.
 
-    Whichever it will be is looked through beforehand.
+    The first node chooses, and all take the same; whichever it is was looked through beforehand.
 
     Raises:
         InputError: It is not whole, was not written by ``recipes/train.py``, or cannot be read.
     """
     folder, load_path = local_save_folder(config), config.load_path
     remote = None if remote_save_folder(config) is None else config.save_folder
+    newest = None
+    if config.autoresume and folder is not None:
+        chosen: list[str | None] = [None]
+        if dist.get_global_rank() == 0:
+            found = find_newest_checkpoint(folder, remote)
+            chosen = [None if found is None else found.name]
+        dist.broadcast_object_list(chosen)
+        newest = chosen[0]
+    path = None if load_path is None else Path(load_path)
     if load_path is not None and "://" in load_path:
-        load_path = str(cache_folder() / "checkpoints" / load_path.partition("://")[2])
+        path = cache_folder() / "checkpoints" / load_path.partition("://")[2]
     with dist.run_local_rank_zero_first():
-        if dist.get_local_rank() == 0:
-            resumes = config.autoresume and folder is not None and find_newest_checkpoint(folder, remote) is not None
-            if load_path is not None and not resumes:
-                assert config.load_path is not None
-                if load_path != config.load_path:
-                    fetch_checkpoint(config.load_path, Path(load_path))
-                check_checkpoint(Path(load_path))
-    return load_path
+        is_first = dist.get_local_rank() == 0
+        if newest is not None:
+            assert folder is not None  # there was one to look in
+            path = bring_checkpoint(newest, folder, remote) if is_first else folder / newest
+        elif is_first and load_path is not None and path is not None:
+            if "://" in load_path:
+                fetch_checkpoint(load_path, path)
+            check_checkpoint(path)
+    return None if path is None else str(path)
 
 
 def local_save_folder(config: TrainConfig) -> Path | None:

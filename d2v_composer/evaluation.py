@@ -233,9 +233,9 @@ def embed_images(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def confusion_matrix(labels: Tensor, found: Tensor) -> NDArray[np.int64]:
-    """How often queries of class i found class j, (C, C)."""
-    num_classes = int(torch.stack([labels, found]).max()) + 1
+def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDArray[np.int64]:
+    """How often queries of class i found class j, (C, C), C at least ``num_classes``."""
+    num_classes = max(num_classes, int(torch.stack([labels, found]).max()) + 1)
     return (one_hot(labels, num_classes).double().T @ one_hot(found, num_classes).double()).long().cpu().numpy()
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
 
-__all__ = ["cache_folder", "download", "fetch"]
+__all__ = ["cache_folder", "download", "fetch", "transfer"]
 
 
 def cache_folder() -> Path:
@@ -53,14 +53,19 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        if address.startswith(("https://", "http://")):
-            _download_from_web(address, partial, timeout)
-        else:
-            CloudDownloader.direct_download(address, str(partial), timeout)
+        transfer(address, partial, timeout)
     except Exception as error:
         partial.unlink(missing_ok=True)
         raise InputError(f"{address}: cannot be fetched ({reason(error)})") from error
     partial.replace(path)
+
+
+def transfer(address: str, path: Path, timeout: float) -> None:
+    """Fetch ``address`` into ``path``, once; a failure is whatever the client raises, and leaves what came."""
+    if address.startswith(("https://", "http://")):
+        _download_from_web(address, path, timeout)
+    else:
+        CloudDownloader.direct_download(address, str(path), timeout)
 
 
 def _download_from_web(address: str, path: Path, timeout: float) -> None:

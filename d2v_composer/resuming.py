@@ -9,33 +9,42 @@ import logging
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import torch
-from streaming.base.storage import CloudDownloader
 from torch.torch_version import TorchVersion
 
 from d2v_composer.errors import InputError
+from d2v_composer.fetch import transfer
 from d2v_composer.persistence import is_missing, persist, reason
 
-__all__ = ["check_checkpoint", "fetch_checkpoint", "find_newest_checkpoint"]
+__all__ = [
+    "DamagedCheckpointError",
+    "bring_checkpoint",
+    "check_checkpoint",
+    "fetch_checkpoint",
+    "find_newest_checkpoint",
+]
 
 LATEST = "latest-rank0.pt"
-NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
-# What ours name beyond what torch itself holds for safe.
+NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
+RECONSTRUCT = np.array(0).__reduce__()[0]
+# What ours name beyond what torch itself holds for safe; numpy 1 had another name for its function.
 OUR_GLOBALS = [
     datetime.timedelta,
     np.dtype,
     np.ndarray,
-    np.array(0).__reduce__()[0],  # numpy._core.multiarray._reconstruct
+    RECONSTRUCT,
+    (RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     TorchVersion,
     *(type(np.dtype(name)) for name in ("uint32", "uint64", "int64", "float64")),
 ]
-ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 # Composer evaluates what a checkpoint says of algorithms as a Python expression.
 OUR_ALGORITHMS = {"GradientClipping", "GradientNorm"}
+ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 
 log = logging.getLogger(__name__)
 
@@ -49,33 +58,41 @@ def check_checkpoint(path: Path) -> None:
 
     Raises:
         DamagedCheckpointError: It is cut or damaged.
-        InputError: It is whole, but none that ``recipes/train.py`` writes.
+        InputError: It is not there, or is whole, but none that ``recipes/train.py`` writes.
     """
+    _check_sums(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise DamagedCheckpointError(f"{path}: is damaged: the checksum of its {damaged} is wrong")
         with torch.serialization.safe_globals(OUR_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         algorithms = [name for name, _ in checkpoint["state"]["algorithms"]]
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DamagedCheckpointError(f"{path}: is cut, or no checkpoint ({reason(error)})") from error
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+) was not", str(error))
         what = f"it names {foreign[1]}, which none of ours does" if foreign else reason(error)
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py, and is not loaded: {what}") from error
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py ({reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py: it has the algorithms {algorithms}")
 
 
-def find_newest_checkpoint(folder: Path, remote: str | None) -> Path | None:
-    """Make ``latest-rank0.pt`` in a run's folder the newest whole checkpoint: where Composer's autoresume goes on.
+def _check_sums(path: Path) -> None:
+    """Read all of a checkpoint, which is a ZIP archive, and compare with its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: is cut or damaged, or no checkpoint ({reason(error)})") from error
+    if damaged is not None:
+        raise DamagedCheckpointError(f"{path}: is damaged: the checksum of its {damaged} is wrong")
 
-    Of a remote run the store's newest is fetched, where the folder has none.
+
+def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, in its folder on this machine.
+
+    The newest is what Composer's pointer ``latest-rank0.pt`` says, or the one before it where that is damaged, or,
+    without a pointer, the one of the latest batch. Of a remote run the store's is fetched where it is of a later batch.
 
     Args:
         folder: The run's, on this machine.
@@ -85,90 +102,107 @@ def find_newest_checkpoint(folder: Path, remote: str | None) -> Path | None:
         The checkpoint, or ``None`` where there is none yet.
 
     Raises:
-        InputError: The store cannot be read, or of the checkpoints that are there none is whole, or one is not ours.
+        InputError: The store cannot be read, none of the checkpoints is whole, or one is not ours.
     """
-    candidates = sorted(_checkpoints(folder), key=_batch, reverse=True)
-    if not candidates and remote is not None:
-        candidates = _fetch_newest(folder, remote)
-    for path in candidates:
-        try:
-            check_checkpoint(path)
-        except DamagedCheckpointError as error:
-            log.warning("%s; the one before it is taken", error)
-            continue
-        _point(folder / LATEST, path)
-        return path
-    if candidates:
+    candidates = _candidates(folder)
+    newest = next(filter(_is_whole, candidates), None)
+    if remote is not None:
+        name = _remote_newest(folder, remote)
+        if name is not None and (newest is None or _age(Path(name)) > _age(newest)):
+            return bring_checkpoint(name, folder, remote)
+    if newest is None and (folder / LATEST).is_symlink():
         raise InputError(f"{folder}: none of its {len(candidates)} checkpoints is whole: remove them to start anew")
-    return None
+    if newest is None and candidates:
+        log.warning("%s: its first checkpoint was not written to its end: the run starts anew", folder)
+    return newest
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """What may be the newest checkpoint, the best first: the pointer's, and those before it."""
+    checkpoints = sorted((path for path in folder.glob("*.pt") if NAME.fullmatch(path.name)), key=_age, reverse=True)
+    pointer = folder / LATEST
+    if not pointer.is_symlink() or not NAME.fullmatch(pointer.readlink().name):
+        return checkpoints
+    # A later one was abandoned, when somebody began again before it.
+    return [path for path in checkpoints if _age(path) <= _age(pointer.readlink())]
+
+
+def _age(checkpoint: Path) -> tuple[int, int]:
+    """Batches and epochs of training, as its name says."""
+    match = NAME.fullmatch(checkpoint.name)
+    assert match is not None  # who calls this has looked
+    return int(match[2]), int(match[1])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        check_checkpoint(checkpoint)
+    except DamagedCheckpointError as error:
+        log.warning("%s; it is passed over", error)
+        return False
+    return True
+
+
+def bring_checkpoint(name: str, folder: Path, remote: str | None) -> Path:
+    """A checkpoint by its name, whole, in the folder on this machine: it is there, or is fetched from the store.
+
+    Raises:
+        InputError: It is not to be had, or none that is to be loaded.
+    """
+    path = folder / name
+    if remote is not None and not (path.is_file() and _is_whole(path)):
+        fetch_checkpoint(f"{remote.rstrip('/')}/{name}", path)
+    check_checkpoint(path)
+    return path
 
 
 def fetch_checkpoint(address: str, path: Path) -> None:
-    """Bring a checkpoint from an object store to a path of this machine; each time anew, it may be another by now.
+    """Bring a checkpoint to a path of this machine, each time anew, for it may be another by now.
+
+    Args:
+        address: https://…, or in an object store; there, Composer's ``latest-rank0.pt`` is a file that names another.
+        path: Where it is to be.
 
     Raises:
         InputError: It is not there, or cannot be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not _fetch(address, path):
+    if _fetch(address, path):
+        return
+    target = _follow(address, path.with_name(f".{uuid4().hex}.symlink"))
+    if target is None or not _fetch(f"{address.rpartition('/')[0]}/{target}", path):
         raise InputError(f"{address}: no such file")
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.pt") if NAME.fullmatch(path.name)]
+def _remote_newest(folder: Path, remote: str) -> str | None:
+    """The name of the checkpoint that the store's pointer names; ``None`` where there is no pointer."""
+    return _follow(f"{remote.rstrip('/')}/{LATEST}", folder / f".{uuid4().hex}.symlink")
 
 
-def _batch(path: Path) -> int:
-    match = NAME.fullmatch(path.name)
-    assert match is not None  # _checkpoints and _fetch_newest give no others
-    return int(match[1])
-
-
-def _point(link: Path, checkpoint: Path) -> None:
-    """Let the link name the checkpoint; there is no moment without it."""
-    if link.is_symlink() and link.resolve() == checkpoint.resolve():
-        return
-    new = link.with_name(f".{link.name}.{uuid4().hex}")  # several nodes may share the folder
-    new.symlink_to(checkpoint.name)
-    new.replace(link)
-
-
-def _fetch_newest(folder: Path, remote: str) -> list[Path]:
-    """The checkpoint that the store's pointer names; none where there is no pointer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pointer = folder / f".{LATEST}.symlink"
-    if not _fetch(f"{remote.rstrip('/')}/{LATEST}.symlink", pointer):
-        return []
+def _follow(address: str, pointer: Path) -> str | None:
+    """The name in a store's symlink, which Composer writes as a small file; ``None`` where there is none."""
+    if not _fetch(f"{address}.symlink", pointer):
+        return None
     name = Path(pointer.read_text().strip()).name
     pointer.unlink()
     if not NAME.fullmatch(name):
-        raise InputError(f"{remote}/{LATEST}.symlink: names {name!r}, which is no checkpoint")
-    if not _fetch(f"{remote.rstrip('/')}/{name}", folder / name):
-        raise InputError(f"{remote}/{name}: is not there, and {LATEST}.symlink names it")
-    return [folder / name]
+        raise InputError(f"{address}.symlink: names {name!r}, which is no checkpoint")
+    return name
 
 
 def _fetch(address: str, path: Path) -> bool:
-    """Whether there is such a file in the store; it is at ``path`` then, whole. One that is away is tried again."""
-    is_there = True
-    partial = path.with_name(f".{path.name}.partial")
-
-    def attempt() -> None:
-        nonlocal is_there
-        try:
-            CloudDownloader.direct_download(address, str(partial), ATTEMPT_SECONDS)
-        except Exception as error:
-            if not is_missing(error):
-                raise
-            is_there = False
-
+    """Whether there is such a file; it is at ``path`` then, whole. A store that is away is tried again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several nodes may share the folder
     try:
-        persist(attempt, address, PATIENCE_SECONDS)
+        persist(lambda: transfer(address, partial, ATTEMPT_SECONDS), address, PATIENCE_SECONDS)
+        partial.replace(path)
     except Exception as error:
+        if is_missing(error):
+            return False
         raise InputError(
             f"{address}: cannot be read ({reason(error)}); whether there is a checkpoint to go on from is not known: a "
             "run in a store needs the permission to read and to list"
         ) from error
-    if is_there:
-        partial.replace(path)
-    return is_there
+    finally:
+        partial.unlink(missing_ok=True)
+    return True

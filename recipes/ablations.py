@@ -22,6 +22,7 @@ from streaming import MDSWriter
 from torchvision.datasets import CIFAR10
 
 from d2v_composer import cli
+from d2v_composer.atomic import write_atomically
 from d2v_composer.callbacks.zero_shot_retrieval import metric_key
 from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
@@ -117,14 +118,23 @@ def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) 
     }
     command = [sys.executable, ROOT / "recipes" / "train.py", YAMLS / "base.yaml"]
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_changed(folder / "settings.txt", (YAMLS / "base.yaml").read_text() + repr(dict(changes)))
     with (folder / "output.txt").open("a") as output:
-        subprocess.run(
+        ended = subprocess.run(
             [*map(str, command), *(f"{key}={value}" for key, value in overrides.items())],
-            check=True,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
+    if ended.returncode:
+        raise InputError(f"{folder.name}: ended with status {ended.returncode}; {folder / 'output.txt'} says why")
+
+
+def refuse_changed(path: Path, settings: str) -> None:
+    """A run made by other settings than today's would stand in the table under today's name."""
+    if path.exists() and path.read_text() != settings:
+        raise InputError(f"{path.parent}: was trained by another base.yaml or row: remove it, or choose another --out")
+    write_atomically(path, settings)
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

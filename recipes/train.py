@@ -67,15 +67,15 @@ def main(argv: Sequence[str]) -> Trainer:
             save_interval=graceful_stop.save_interval,
             save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
-            autoresume=config.autoresume and config.save_folder is not None,
-            load_path=load_path,
+            load_path=load_path,  # autoresume is ours
         )
     try:
-        if trainer.state.timestamp < config.max_duration:
+        was_finished = trainer.state.timestamp >= config.max_duration
+        if not was_finished:
             trainer.fit()
         elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
             print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
-        report(trainer, config, run_record, retrieval)
+        report(trainer, config, run_record, retrieval, was_finished)
     except BaseException:
         # Not trainer.close(): that waits for all ranks, and not all may have failed.
         trainer.engine.close()
@@ -84,7 +84,13 @@ def main(argv: Sequence[str]) -> Trainer:
     return trainer
 
 
-def report(trainer: Trainer, config: TrainConfig, run_record: RunRecord, retrieval: ZeroShotRetrieval | None) -> None:
+def report(
+    trainer: Trainer,
+    config: TrainConfig,
+    run_record: RunRecord,
+    retrieval: ZeroShotRetrieval | None,
+    was_finished: bool,
+) -> None:
     """Print what the run was for, and draw it in its folder."""
     if dist.get_global_rank() != 0:
         return
@@ -92,6 +98,8 @@ def report(trainer: Trainer, config: TrainConfig, run_record: RunRecord, retriev
         print(f"\n{retrieval_table(retrieval)}")
     folder = local_save_folder(config)
     if not config.report or folder is None or not (folder / "log.jsonl").is_file():
+        return
+    if was_finished and (folder / "report.html").is_file():  # which says where and how it was trained
         return
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
     written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)

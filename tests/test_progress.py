@@ -130,6 +130,24 @@ def test_plain_lines_show_what_is_logged() -> None:
     ]
 
 
+def test_a_run_that_goes_on_at_an_epochs_end() -> None:
+    """Its first event may be the epoch's end, with no batch of its own yet."""
+    stream = io.StringIO()
+    progress = Progress(bar=False, lines_interval="1ep", stream=stream)
+    model = Linear()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(Numbers(), batch_size=2),
+        max_duration="1ep",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        progress_bar=False,
+    )
+    trainer.fit()
+    progress.fit_start(trainer.state, trainer.logger)
+    progress.epoch_end(trainer.state, trainer.logger)
+    assert stream.getvalue() == ""
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path) -> None:
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

@@ -20,7 +20,7 @@ from conftest import (
 
 from d2v_composer.data.mds import fetch_index
 from d2v_composer.errors import InputError
-from d2v_composer.resuming import find_newest_checkpoint
+from d2v_composer.resuming import fetch_checkpoint, find_newest_checkpoint
 from d2v_composer.testing.object_store import ObjectStore
 
 BUCKET = "cloud"
@@ -88,8 +88,18 @@ def test_the_newest_checkpoint_of_a_store(
     assert found is not None
     assert found == tmp_path / "second" / name
     assert found.read_bytes() == (uninterrupted / name).read_bytes()
-    assert (tmp_path / "second" / "latest-rank0.pt").resolve() == found
-    assert sorted(path.name for path in found.parent.iterdir()) == [name, "latest-rank0.pt"]
+    assert [path.name for path in found.parent.iterdir()] == [name]
+
+    # What this machine has is older, or newer than what reached the store.
+    shutil.copy(uninterrupted / "ep1-ba12-rank0.pt", tmp_path / "first")
+    assert find_newest_checkpoint(tmp_path / "first", remote) == tmp_path / "first" / name
+    newer = Path(shutil.copy(found, tmp_path / "first" / "ep3-ba18-rank0.pt"))
+    assert find_newest_checkpoint(tmp_path / "first", remote) == newer
+
+    fetch_checkpoint(f"{remote}/latest-rank0.pt", tmp_path / "given.pt")
+    assert (tmp_path / "given.pt").read_bytes() == found.read_bytes()
+    with pytest.raises(InputError, match=r"by_hand/ep9-ba9-rank0\.pt: no such file"):
+        fetch_checkpoint(f"{remote}/ep9-ba9-rank0.pt", tmp_path / "given.pt")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match="whether there is a checkpoint to go on from is not known"):

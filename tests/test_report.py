@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, load_checkpoint, run_command, small_run, train_command
 from PIL import Image
@@ -204,6 +205,14 @@ def test_confusion_is_in_percent_of_the_querys_class(run_folder: Path) -> None:
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["50", "0", "50", "0", "100", "0", "0", "0", "100"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
+
+
+def test_a_class_that_nobody_asked_for_and_one_without_a_name() -> None:
+    labels = torch.tensor([0, 0, 1])
+    figure = confusion_plot(labels, labels, ["cat", "dog", "ship"])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100", "0", "0", "0", "100", "0"]
+    figure = confusion_plot(labels, labels, ["cat"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "class 1"]
 
 
 def test_running_mean() -> None:

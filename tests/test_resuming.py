@@ -37,37 +37,48 @@ def flip(path: Path) -> None:
     path.write_bytes(contents)
 
 
-def unnamed(path: Path) -> None:
-    """As between Composer's removing and setting the pointer."""
-    (path.parent / "latest-rank0.pt").unlink()
+def encrypt(path: Path) -> None:
+    """The bit of the archive's directory that says so, of its first file."""
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip])
+@pytest.mark.parametrize("damage", [cut, empty, flip, encrypt])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     run_folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     newest, before = run_folder / "ep2-ba14-rank0.pt", run_folder / "ep1-ba12-rank0.pt"
-    assert find_newest_checkpoint(run_folder, None) == newest
+    assert find_newest_checkpoint(run_folder) == newest
     damage(newest)
     with pytest.raises(DamagedCheckpointError, match=str(newest)):
         check_checkpoint(newest)
-    assert find_newest_checkpoint(run_folder, None) == before
-    assert (run_folder / "latest-rank0.pt").resolve() == before.resolve()
+    assert find_newest_checkpoint(run_folder) == before
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(newest) in caplog.text
     damage(before)
     with pytest.raises(InputError, match="none of its 2 checkpoints is whole: remove them to start anew"):
-        find_newest_checkpoint(run_folder, None)
+        find_newest_checkpoint(run_folder)
 
 
-def test_the_newest_is_found_without_its_pointer(run_folder: Path, tmp_path: Path) -> None:
-    newest = run_folder / "ep2-ba14-rank0.pt"
-    unnamed(newest)
-    assert find_newest_checkpoint(run_folder, None) == newest
-    assert os.readlink(run_folder / "latest-rank0.pt") == newest.name
-    shutil.copy(newest, run_folder / "ep10-ba100-rank0.pt")  # by number, not by name or time
-    assert find_newest_checkpoint(run_folder, None) == run_folder / "ep10-ba100-rank0.pt"
-    assert find_newest_checkpoint(tmp_path / "new", None) is None
+def test_which_is_the_newest(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the pointer says; without it, as between Composer's removing and setting it, that of the latest batch."""
+    pointer, newest = run_folder / "latest-rank0.pt", run_folder / "ep2-ba14-rank0.pt"
+    later = run_folder / "ep10-ba100-rank0.pt"
+    shutil.copy(newest, later)
+    assert find_newest_checkpoint(run_folder) == newest  # somebody began again before the later one
+    pointer.unlink()
+    assert find_newest_checkpoint(run_folder) == later
+    shutil.copy(newest, run_folder / "ep11-ba100-rank0.pt")
+    assert find_newest_checkpoint(run_folder) == run_folder / "ep11-ba100-rank0.pt"
+    assert caplog.text == ""
+
+    assert find_newest_checkpoint(tmp_path / "new") is None
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "ep0-ba2-rank0.pt").write_bytes(newest.read_bytes()[:999])
+    assert find_newest_checkpoint(killed) is None
+    assert "its first checkpoint was not written to its end: the run starts anew" in caplog.text
 
 
 def test_a_run_with_a_cut_checkpoint_ends_with_the_same_bits(
@@ -76,7 +87,7 @@ def test_a_run_with_a_cut_checkpoint_ends_with_the_same_bits(
     cut(run_folder / "ep2-ba14-rank0.pt")
     ended = run_command(*train_command(small_run(run_folder, small_data)))
     assert ended.returncode == 0, ended.stderr
-    assert "ep2-ba14-rank0.pt: is cut" in ended.stderr
+    assert "ep2-ba14-rank0.pt: is cut or damaged" in ended.stderr
     ours, expected = student_of(run_folder), student_of(uninterrupted)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -126,8 +137,8 @@ def test_a_strangers_checkpoint_runs_nothing(
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (lambda: b"\x80\x04N.", "is cut, or no checkpoint"),
-        (lambda: pickle.dumps({"state": {}}), "is cut, or no checkpoint"),
+        (lambda: b"\x80\x04N.", "is cut or damaged, or no checkpoint"),
+        (lambda: pickle.dumps({"state": {}}), "is cut or damaged, or no checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path: Path, contents: Callable[[], bytes], message: str) -> None:

@@ -136,7 +136,8 @@ class ZeroShotRetrieval(Callback):
         """Take over what was measured; the short keys are those of the present headline, and so are neighbours."""
         self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
         self.reference_metrics = self.with_headline(state["reference_metrics"])
-        self.neighbours = state["neighbours"] if state["headline"] == self.headline else {}
+        # Checkpoints of earlier versions have none.
+        self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
         for name in reversed(stand_ins(self.headline)):

@@ -42,7 +42,8 @@ class Progress(LoggerDestination):
         self.started_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.first_batch, self.started_at = int(state.timestamp.batch), time.monotonic()
+        self.first_batch = self.last_line = int(state.timestamp.batch)
+        self.started_at = time.monotonic()
         if self.shows_bar and dist.get_global_rank() == 0:
             self.bar = tqdm(
                 desc=state.run_name,
@@ -76,7 +77,7 @@ class Progress(LoggerDestination):
         if self.line_is_due is None or dist.get_global_rank() != 0 or not self.line_is_due(state, event):
             return
         batch, total = int(state.timestamp.batch), num_batches(state)
-        if batch == self.last_line:  # the last batch's end is its epoch's as well
+        if batch == self.last_line:  # a batch's end may be its epoch's as well, also that of a run that goes on there
             return
         self.last_line = batch
         left = (time.monotonic() - self.started_at) / (batch - self.first_batch) * (total - batch)

@@ -142,11 +142,11 @@ def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
 
     Who it is shows in the colour, k in the kind of line.
     """
-    ks = sorted(run.record["config"]["retrieval"]["ks"])
+    ks = [k for k in sorted(run.record["config"]["retrieval"]["ks"]) if metric_key(dataset, bank, k) in run.log]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
         axes = figure.subplots()
-        for k, style in zip(ks, cycle(["-", "--", ":", "-."])):  # noqa: B905: as many styles as there are k
+        for k, style in zip(ks, cycle(["-", "--", ":", "-."])):
             steps, numbers = _arrays(run.log[metric_key(dataset, bank, k)])
             axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, top-{k}")
             for reference, colour in REFERENCE_COLOURS.items():
@@ -167,7 +167,7 @@ def confusion_plot(labelled_queries: Tensor, found: Tensor, class_names: Sequenc
         found: (Q,) int64, the labels of their nearest images.
         class_names: Of each label; none: the numbers.
     """
-    counts = confusion_matrix(labelled_queries, found).astype(float)
+    counts = confusion_matrix(labelled_queries, found, len(class_names)).astype(float)
     with np.errstate(invalid="ignore"):
         shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
@@ -176,7 +176,7 @@ def confusion_plot(labelled_queries: Tensor, found: Tensor, class_names: Sequenc
         image = axes.imshow(shares, cmap="Blues", vmin=0)
         figure.colorbar(image, ax=axes, shrink=0.75, format="%d %%")
         if len(shares) <= 20:
-            names = class_names or [str(label) for label in range(len(shares))]
+            names = [_name(class_names, label) for label in range(len(shares))]
             axes.set_xticks(range(len(shares)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(shares)), names)
             for (i, j), share in np.ndenumerate(shares):
@@ -221,8 +221,8 @@ def gallery(
     return figure
 
 
-def _name(class_names: Sequence[str], label: Tensor) -> str:
-    return class_names[int(label)] if class_names else f"class {int(label)}"
+def _name(class_names: Sequence[str], label: int | Tensor) -> str:
+    return class_names[int(label)] if int(label) < len(class_names) else f"class {int(label)}"
 
 
 def _show(axes: Axes, image: Tensor, text: str, colour: str, frame: float = 0.8) -> None:
