@@ -66,7 +66,7 @@ REFUSED = {
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "seed=-1": "seed: must be at least 0, got -1",
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, 0 < smallest <= largest",
-    "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 64, got 7",
+    "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 32, got 7",
     "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
     "max_duration=0.5ep": "max_duration: must be a duration such as '5ba' or '5ep', got '0.5ep'",
     "train_loader.cache_limit=abc": "train_loader.cache_limit: must be bytes or a size such as '100gb', got 'abc'",
