@@ -406,7 +406,9 @@ def build_load_path(config: TrainConfig) -> str | None:
         is_first = dist.get_local_rank() == 0
         if newest is not None:
             assert folder is not None  # there was one to look in
-            path = bring_checkpoint(newest, folder, remote) if is_first else folder / newest
+            path = folder / newest
+            if is_first and dist.get_global_rank() != 0:  # the first node has it, and has read all of it
+                bring_checkpoint(newest, folder, remote)
         elif is_first and load_path is not None and path is not None:
             if "://" in load_path:
                 fetch_checkpoint(load_path, path)

@@ -150,7 +150,9 @@ def bring_checkpoint(name: str, folder: Path, remote: str | None) -> Path:
         InputError: It is not to be had, or none that is to be loaded.
     """
     path = folder / name
-    if remote is not None and not (path.is_file() and _is_whole(path)):
+    if remote is not None:
+        if path.is_file() and _is_whole(path):
+            return path
         fetch_checkpoint(f"{remote.rstrip('/')}/{name}", path)
     check_checkpoint(path)
     return path

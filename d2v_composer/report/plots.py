@@ -5,7 +5,7 @@ Shapes: N bank images, Q queries, K neighbours, C classes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -40,14 +40,15 @@ REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
 QUERIES_A_FIGURE = 4
 
 
-class Curve:
-    """One plot over the steps of a run: title, unit of the y axis, and key → label of its lines."""
+class Curve(NamedTuple):
+    """One plot over the steps of a run."""
 
-    def __init__(self, title: str, unit: str, lines: Mapping[str, str], scale: str = "linear") -> None:
-        self.title = title
-        self.unit = unit
-        self.lines = lines
-        self.scale = scale
+    title: str
+    unit: str
+    """Of the y axis."""
+    lines: Mapping[str, str]
+    """Key → label."""
+    scale: str = "linear"
 
 
 # File name → plot; a key may end in '*'.
@@ -99,10 +100,9 @@ def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]], run: Run
         for (label, values), colour in zip(lines.items(), colours, strict=False):
             steps, numbers = _arrays(values)
             numbers = 100 * numbers if curve.unit.startswith("%") else numbers
-            smooth = running_mean(numbers, max(1, len(numbers) // 100))
-            if len(numbers) > 200:
-                axes.plot(steps, numbers, color=colour, alpha=0.3, linewidth=0.7)
-            axes.plot(steps, smooth if len(numbers) > 200 else numbers, color=colour, label=label)
+            axes.plot(steps, numbers, color=colour, alpha=0.3, linewidth=0.7)
+            # A short curve is its own mean.
+            axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=colour, label=label)
         positive = all(number > 0 for values in lines.values() for number in values.values())
         if curve.scale == "log" and positive:
             axes.set_yscale("log")
