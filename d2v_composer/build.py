@@ -24,7 +24,8 @@ from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
 from d2v_composer.algorithms import GradientNorm
-from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
+from d2v_composer.callbacks import CheckpointKeeping, RunRecord, SoleRun, ZeroShotRetrieval
+from d2v_composer.callbacks.checkpoint_keeping import PATIENT_CLIENT
 from d2v_composer.callbacks.zero_shot_retrieval import Embed
 from d2v_composer.config import (
     CALLBACKS,
@@ -57,6 +58,7 @@ __all__ = [
     "build_algorithms",
     "build_callbacks",
     "build_candidates",
+    "build_folder_callbacks",
     "build_labelled_sets",
     "build_load_path",
     "build_loggers",
@@ -232,8 +234,19 @@ def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
     return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **asdict(fsdp)))
 
 
+def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
+    """What sees to ``save_folder``."""
+    folder = local_save_folder(config)
+    if folder is None:
+        return []
+    return [
+        SoleRun(folder),
+        CheckpointKeeping(folder, remote_save_folder(config), config.save_num_checkpoints_to_keep),
+    ]
+
+
 def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """Composer's own, of the section ``callbacks``.
+    """Those of the section ``callbacks``.
 
     Raises:
         InputError: One does not take an argument's value.
@@ -246,8 +259,8 @@ def build_chosen(section: str, name: str, chosen: Callable[..., BuiltT], argumen
     """One callback or logger; which arguments it takes has been checked, their values only it can."""
     try:
         return chosen(**arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{section}.{name}: {str(error).splitlines()[0]}") from error
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{section}.{name}: {reason(error)}") from error
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
@@ -269,7 +282,10 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         loggers.append(build_chosen("loggers", name, LOGGERS[name], arguments))
     if config.save_folder is not None and remote_save_folder(config) is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(config.save_folder, loggers)
-        loggers += [] if uploader is None else [uploader]
+        assert uploader is not None  # there is no other one among ours
+        if uploader.remote_backend_name == "s3":
+            uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
+        loggers.append(uploader)
     return loggers
 
 

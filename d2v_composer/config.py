@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer.core import Time, TimeUnit
-from composer.utils import dist
+from composer.utils import dist, parse_uri
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from streaming.base.util import bytes_to_int
@@ -54,8 +55,15 @@ LOGGERS = {
     "wandb": composer_loggers.WandBLogger,
 }
 
+# What Composer's own divide by, and do not look at.
+EVERY_SO_MANY = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every_n_steps", "window_size")
+
 NO_FP16 = "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
-MAX_SEED = (1 << 31) - 1  # ranks and epochs add to it, and numpy's seeds end at 2^32
+# For a seed as well: ranks and epochs add to it, and numpy's seeds end at 2^32.
+LARGEST_INT = (1 << 31) - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30  # float32's end at 1e-38 and 3e38
+WEEK = 7 * 24 * 3600
+STORES = ("s3", "gs", "oci", "azure", "dbfs")
 
 
 @dataclass
@@ -262,8 +270,10 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
         raise InputError(NO_FP16)
     if config.device_eval_batch_size < 1:
         raise InputError(f"device_eval_batch_size: must be at least 1, got {config.device_eval_batch_size}")
-    if not 0 <= config.seed <= MAX_SEED:
-        raise InputError(f"seed: must be from 0 to {MAX_SEED}, got {config.seed}")
+    for problem in _magnitudes(config):
+        raise InputError(problem)
+    if config.seed < 0:
+        raise InputError(f"seed: must be at least 0, got {config.seed}")
     if not config.ks or min(config.ks) < 1:
         raise InputError(f"ks: must be one or more numbers from 1, got {config.ks}")
     if not any(labelled is not None for labelled in config.datasets.values()):
@@ -290,6 +300,9 @@ def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         from_file = OmegaConf.load(path)
         if not isinstance(from_file, DictConfig):
             raise InputError(f"{path}: expected keys and values, as in yamls/")
+        for layer in (from_file, *(OmegaConf.from_dotlist([override]) for override in overrides)):
+            for problem in wrong_types(schema, OmegaConf.to_container(layer)):
+                raise InputError(problem)
         merged = OmegaConf.merge(structured, from_file)
         assert isinstance(merged, DictConfig)
         for override in overrides:
@@ -319,6 +332,30 @@ def apply_override(config: DictConfig, override: str) -> None:
     # A section's other fields stay as they are; names of data sets, callbacks and loggers go: datasets={} means none.
     are_names = isinstance(section, DictConfig) and not is_dataclass(OmegaConf.get_type(section))
     OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, merge=not are_names)
+
+
+def wrong_types(kind: Any, value: Any, key: str = "") -> Iterator[str]:
+    """What OmegaConf would make something else of without a word, or refuse without saying where, a line each."""
+    if get_origin(kind) in (Union, UnionType):  # with None, or int | str
+        kind = next(member for member in get_args(kind) if member is not NoneType)
+    if value is None or (isinstance(value, str) and "${" in value) or kind is Any:
+        return
+    if is_dataclass(kind) or get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            yield f"{key}: must be a section of keys and values, got {value!r}"
+            return
+        kinds = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+        for name in kinds.keys() & value.keys():  # an unknown one is OmegaConf's to refuse
+            yield from wrong_types(kinds[name], value[name], f"{key}.{name}" if key else str(name))
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            yield f"{key}: must be a list, got {value!r}"
+        elif any(isinstance(each, bool) for each in value):
+            yield f"{key}: must be a list without true and false, got {value!r}"
+    elif isinstance(value, bool) != (kind is bool):
+        yield f"{key}: must {'' if kind is bool else 'not '}be true or false, got {value!r}"
+    elif isinstance(value, str) and not (value and value.isprintable()):
+        yield f"{key}: must be text of printable characters, got {value!r}"
 
 
 def unknown_key(error: OmegaConfBaseException) -> str:
@@ -351,14 +388,26 @@ def problems(config: TrainConfig) -> Iterator[str]:
     yield from _data(config)
     if config.load_path is not None and "://" not in config.load_path and not Path(config.load_path).is_file():
         yield f"load_path: {config.load_path}: no such file"
-    if not config.run_name or "/" in config.run_name:
+    if "/" in config.run_name or config.run_name in (".", ".."):
         yield f"run_name: must be a name without '/', got {config.run_name!r}"
+    store = None if config.save_folder is None else parse_uri(config.save_folder)[0]
+    if store and store not in STORES:
+        yield f"save_folder: must be a folder or an address in one of {', '.join(STORES)}, got {config.save_folder!r}"
 
 
-def _numbers(config: TrainConfig) -> Iterator[str]:
+def _magnitudes(config: TrainConfig | EvaluateConfig) -> Iterator[str]:
+    """What is beyond the numbers that are computed with."""
     for key, value in flatten(asdict(config)):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be finite, got {value}"
+        elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+            yield f"{key}: must be at most {LARGEST_FLOAT:g}, got {value:g}"
+        elif isinstance(value, int) and abs(value) > LARGEST_INT and key != "train_loader.cache_limit":
+            yield f"{key}: must be at most {LARGEST_INT}, got {value}"
+
+
+def _numbers(config: TrainConfig) -> Iterator[str]:
+    yield from _magnitudes(config)
     student, loader, optimizer = config.student, config.train_loader, config.optimizer
     at_least = {
         "seed": (config.seed, 0),
@@ -378,8 +427,16 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, (value, minimum) in at_least.items():
         if value is not None and value < minimum:
             yield f"{key}: must be at least {minimum}, got {value}"
-    if config.seed > MAX_SEED:
-        yield f"seed: must be at most {MAX_SEED}, got {config.seed}"
+    at_most = {
+        "student.depth": (student.depth, 1000),
+        "student.mlp_ratio": (student.mlp_ratio, 1000),
+        "train_loader.num_workers": (loader.num_workers, 1000),
+        "train_loader.prefetch_factor": (loader.prefetch_factor, 1000),
+        "train_loader.timeout": (loader.timeout, WEEK),
+    }
+    for key, (value, maximum) in at_most.items():
+        if value > maximum:
+            yield f"{key}: must be at most {maximum}, got {value}"
     if config.save_num_checkpoints_to_keep < -1 or config.save_num_checkpoints_to_keep == 0:
         kept = config.save_num_checkpoints_to_keep
         yield f"save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got {kept}"
@@ -394,6 +451,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for key, value in positive.items():
         if value <= 0:
             yield f"{key}: must be greater than 0, got {value}"
+        elif value < SMALLEST_FLOAT:
+            yield f"{key}: must be at least {SMALLEST_FLOAT:g}, got {value:g}"
     for key, value in {"scheduler.alpha_f": config.scheduler.alpha_f, "train_loader.flip": loader.flip}.items():
         if not 0 <= value <= 1:
             yield f"{key}: must be from 0 to 1, got {value}"
@@ -515,10 +574,14 @@ def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any
         elif arguments is not None and not isinstance(arguments, dict):
             yield f"{section}.{name}: must be arguments by name, {{}} for none or null for off, got {arguments!r}"
         elif arguments is not None:
-            allowed = [parameter for parameter in inspect.signature(known[name]).parameters if parameter != "kwargs"]
-            for argument in arguments:
+            parameters = inspect.signature(known[name]).parameters.values()
+            allowed = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            for argument, value in arguments.items():
+                key = f"{section}.{name}.{argument}"
                 if argument not in allowed:
-                    yield f"{section}.{name}.{argument}: no such argument{suggestion(argument, allowed)}"
+                    yield f"{key}: no such argument{suggestion(argument, allowed)}"
+                elif argument in EVERY_SO_MANY and (not isinstance(value, int) or value < 1):
+                    yield f"{key}: must be a number of at least 1, got {value!r}"
             if section == "loggers" and name != "jsonl" and find_spec(name) is None:
                 yield f"loggers.{name}: needs the package {name}: pip install {name}"
 

@@ -12,7 +12,10 @@ from tqdm.auto import tqdm
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
 
-__all__ = ["cache_folder", "download", "fetch", "transfer"]
+# data2vec 2.0's largest has 600 million weights; with its decoder, its moving average and the optimizer's state, 15 GB.
+LARGEST_FILE = 32 << 30
+
+__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "transfer"]
 
 
 def cache_folder() -> Path:
@@ -34,6 +37,8 @@ def fetch(address: str | Path) -> Path:
         path = Path(address)
         if not path.is_file():
             raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{address}: has {path.stat().st_size} bytes; no teacher or student has {LARGEST_FILE}")
         return path
     address = str(address)
     name = f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rsplit('/', 1)[-1]}"
@@ -78,5 +83,7 @@ def _download_from_web(address: str, path: Path, timeout: float) -> None:
         )
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):
+                if file.tell() > LARGEST_FILE:
+                    raise ValueError(f"sends more than {LARGEST_FILE} bytes")
                 file.write(chunk)
                 bar.update(len(chunk))

@@ -19,8 +19,11 @@ def end_with_parent() -> None:
     if parent is None or any(thread.name == end_with_parent.__name__ for thread in threading.enumerate()):
         return
 
+    started_by = os.getppid()  # the parent, or a server that forks for it
+
     def watch() -> None:
-        while os.getppid() == parent.pid:
+        # Of a fork, the sentinel is held by its siblings as well.
+        while os.getppid() == started_by and parent.is_alive():
             time.sleep(POLL_SECONDS)
         os._exit(1)
 

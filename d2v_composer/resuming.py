@@ -7,9 +7,11 @@ name, and takes a store that forbids reading for one that holds no checkpoint.
 import datetime
 import logging
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,15 +20,18 @@ import torch
 from torch.torch_version import TorchVersion
 
 from d2v_composer.errors import InputError
-from d2v_composer.fetch import transfer
+from d2v_composer.fetch import LARGEST_FILE, transfer
+from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.persistence import is_missing, persist, reason
 
 __all__ = [
+    "LATEST",
     "DamagedCheckpointError",
     "bring_checkpoint",
     "check_checkpoint",
     "fetch_checkpoint",
     "find_newest_checkpoint",
+    "newest_first",
 ]
 
 LATEST = "latest-rank0.pt"
@@ -60,8 +65,12 @@ def check_checkpoint(path: Path) -> None:
         DamagedCheckpointError: It is cut or damaged.
         InputError: It is not there, or is whole, but none that ``recipes/train.py`` writes.
     """
+    if path.is_file() and path.stat().st_size > LARGEST_FILE:
+        raise InputError(f"{path}: is not a checkpoint of recipes/train.py: it has {path.stat().st_size} bytes")
     _check_sums(path)
     try:
+        load_untrusted(path)  # within bounds of time and memory, which those below do not keep
+        _check_memo(path)
         with torch.serialization.safe_globals(OUR_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         algorithms = [name for name, _ in checkpoint["state"]["algorithms"]]
@@ -69,7 +78,7 @@ def check_checkpoint(path: Path) -> None:
         foreign = re.search(r"GLOBAL (\S+) was not", str(error))
         what = f"it names {foreign[1]}, which none of ours does" if foreign else reason(error)
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py, and is not loaded: {what}") from error
-    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py ({reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py: it has the algorithms {algorithms}")
@@ -86,6 +95,20 @@ def _check_sums(path: Path) -> None:
         raise DamagedCheckpointError(f"{path}: is cut or damaged, or no checkpoint ({reason(error)})") from error
     if damaged is not None:
         raise DamagedCheckpointError(f"{path}: is damaged: the checksum of its {damaged} is wrong")
+
+
+def _check_memo(path: Path) -> None:
+    """Refuse a pickle whose memo's numbers are not those of its objects: pickle in C sets aside memory for them.
+
+    Raises:
+        ValueError: It has such numbers, or is none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        content = archive.read(name)
+    for operation, number, _ in pickletools.genops(content):
+        if operation.name in ("LONG_BINPUT", "PUT") and (number or 0) > len(content):
+            raise ValueError(f"its pickle has an object of the number {number}")
 
 
 def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | None:
@@ -108,7 +131,7 @@ def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | No
     newest = next(filter(_is_whole, candidates), None)
     if remote is not None:
         name = _remote_newest(folder, remote)
-        if name is not None and (newest is None or _age(Path(name)) > _age(newest)):
+        if name is not None and (newest is None or _age(name) > _age(newest.name)):
             return bring_checkpoint(name, folder, remote)
     if newest is None and (folder / LATEST).is_symlink():
         raise InputError(f"{folder}: none of its {len(candidates)} checkpoints is whole: remove them to start anew")
@@ -119,17 +142,28 @@ def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | No
 
 def _candidates(folder: Path) -> list[Path]:
     """What may be the newest checkpoint, the best first: the pointer's, and those before it."""
-    checkpoints = sorted((path for path in folder.glob("*.pt") if NAME.fullmatch(path.name)), key=_age, reverse=True)
     pointer = folder / LATEST
-    if not pointer.is_symlink() or not NAME.fullmatch(pointer.readlink().name):
+    pointed_at = pointer.readlink().name if pointer.is_symlink() else None
+    return [folder / name for name in newest_first((path.name for path in folder.glob("*.pt")), pointed_at)]
+
+
+def newest_first(names: Iterable[str], pointed_at: str | None) -> list[str]:
+    """The checkpoints among some files' names, from the one that the pointer names to the oldest.
+
+    Args:
+        names: The files'.
+        pointed_at: The one that the pointer names. A later one was abandoned, when somebody began again before it;
+            without a pointer, all count.
+    """
+    checkpoints = sorted(filter(NAME.fullmatch, names), key=_age, reverse=True)
+    if pointed_at is None or not NAME.fullmatch(pointed_at):
         return checkpoints
-    # A later one was abandoned, when somebody began again before it.
-    return [path for path in checkpoints if _age(path) <= _age(pointer.readlink())]
+    return [name for name in checkpoints if _age(name) <= _age(pointed_at)]
 
 
-def _age(checkpoint: Path) -> tuple[int, int]:
-    """Batches and epochs of training, as its name says."""
-    match = NAME.fullmatch(checkpoint.name)
+def _age(name: str) -> tuple[int, int]:
+    """Batches and epochs of training, as a checkpoint's name says."""
+    match = NAME.fullmatch(name)
     assert match is not None  # who calls this has looked
     return int(match[2]), int(match[1])
 

@@ -9,6 +9,7 @@ from d2v_composer import cli
 from d2v_composer.build import (
     build_algorithms,
     build_callbacks,
+    build_folder_callbacks,
     build_load_path,
     build_loggers,
     build_model,
@@ -22,7 +23,7 @@ from d2v_composer.build import (
     local_save_folder,
     remote_save_folder,
 )
-from d2v_composer.callbacks import FiniteLoss, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
+from d2v_composer.callbacks import FiniteTraining, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
 from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.nodes import separate_signal_files
@@ -45,7 +46,9 @@ def main(argv: Sequence[str]) -> Trainer:
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
     load_path = build_load_path(config)
-    own_callbacks = [run_record, StepTime(), FiniteLoss(), graceful_stop] + ([] if retrieval is None else [retrieval])
+    finite_training = FiniteTraining(graceful_stop.save_interval)
+    own_callbacks = [*build_folder_callbacks(config), run_record, StepTime(), finite_training, graceful_stop]
+    own_callbacks += [] if retrieval is None else [retrieval]
 
     with separate_signal_files():
         trainer = Trainer(
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> Trainer:
             run_name=config.run_name,
             save_folder=config.save_folder,
             save_interval=graceful_stop.save_interval,
-            save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+            save_num_checkpoints_to_keep=-1,  # CheckpointKeeping sees to it
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             load_path=load_path,  # autoresume is ours
         )

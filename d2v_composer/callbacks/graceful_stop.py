@@ -15,9 +15,6 @@ from d2v_composer.loggers import JSONLLogger
 __all__ = ["GracefulStop"]
 
 EXIT_STATUS = 128 + signal.SIGTERM
-# How often Composer looks whether a checkpoint is in the store, before it writes there which one is the newest. Its own
-# 30 s are as long as its launcher waits before it kills.
-POINTER_SECONDS = 2.0
 
 
 class GracefulStop(Callback):
@@ -40,11 +37,6 @@ class GracefulStop(Callback):
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = True
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        for callback in state.callbacks:
-            if isinstance(callback, CheckpointSaver):
-                callback._symlink_upload_wait_before_next_try_in_seconds = POINTER_SECONDS
 
     def batch_end(self, state: State, logger: Logger) -> None:
         # All ranks must stop at the same batch, and the signal reaches them at different ones.

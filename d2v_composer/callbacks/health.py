@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_context
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from d2v_composer.callbacks.interval import due_every
 from d2v_composer.callbacks.zero_shot_retrieval import unwrapped
 from d2v_composer.targets import Regression
 
@@ -85,7 +85,11 @@ class Health(Callback):
         regression: Callable[[Any, Any], Regression] | None = None,
         num_extra_tokens: int | None = None,
     ) -> None:
-        self.is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=set())
+        if regression is not None and not callable(regression):
+            raise TypeError(f"regression must be a function, got {regression!r}")
+        if num_extra_tokens is not None and (not isinstance(num_extra_tokens, int) or num_extra_tokens < 0):
+            raise ValueError(f"num_extra_tokens must be at least 0, got {num_extra_tokens!r}")
+        self.is_due = due_every(interval)
         self.grace = Time.from_timestring(grace)
         self.regression = regression
         self.num_extra_tokens = num_extra_tokens

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from d2v_composer.callbacks.interval import due_every
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
 from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
@@ -97,9 +98,7 @@ class ZeroShotRetrieval(Callback):
         self.at_start = at_start
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
-        self.is_due = create_interval_scheduler(
-            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
-        )
+        self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.reference_metrics: dict[str, float] = {}
         self.neighbours: dict[str, dict[str, Tensor]] = {}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -17,6 +17,7 @@ from d2v_composer.data.mds import read_index
 from d2v_composer.data.publishing import SUMMARY
 from d2v_composer.data.transforms import decode_rgb, square, to_tensor
 from d2v_composer.errors import InputError
+from d2v_composer.persistence import reason
 
 __all__ = ["Format", "LabelledImages", "LabelledSet", "load_labelled_set"]
 
@@ -113,9 +114,17 @@ def _folder(folder: Path, class_names: list[str], image_size: int) -> LabelledIm
 
 def _mds(folder: Path, image_size: int) -> LabelledImages:
     shards = read_index(folder, columns=("image", "label"))
-    samples = [sample for shard in shards for sample in MDSReader.from_json(str(folder), None, shard)]
+    samples = [sample for shard in shards for sample in _samples(folder, shard)]
     images = (decode_rgb(sample["image"], f"sample {i} of {folder}") for i, sample in enumerate(samples))
     return _stack(folder, images, [int(sample["label"]) for sample in samples], image_size)
+
+
+def _samples(folder: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return list(MDSReader.from_json(str(folder), None, shard))
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        name = shard["raw_data"]["basename"]
+        raise InputError(f"{folder / name}: the shard is damaged ({reason(error)})") from error
 
 
 def _mds_class_names(folder: Path) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing:
         num_samples = sum(shard["samples"] for shard in shards)
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: damaged, or not an MDS index ({type(error).__name__}: {error})") from error
     if not num_samples:
         raise InputError(f"{folder}: the data set is empty: its {INDEX} lists no samples")
@@ -95,6 +95,12 @@ def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], 
         name = Path(file["basename"])
         if name.is_absolute() or ".." in name.parts:
             raise InputError(f"{folder}: its {INDEX} names a file outside of it: {name}")
+    if "pkl" in shard["column_encodings"]:
+        raise InputError(f"{folder}: has a column of pickles, which may hold code: it is not read")
+    # Each sample has at least the number of its place; more of them would take memory for what is not there.
+    raw, num_samples = shard["raw_data"], shard["samples"]
+    if not 0 < 4 * num_samples <= raw["bytes"]:
+        raise InputError(f"{folder}: its {INDEX} claims {num_samples} samples in {raw['bytes']} bytes")
     missing = [column for column in columns if column not in shard["column_names"]]
     if missing:
         raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {', '.join(shard['column_names'])}")

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from d2v_composer.data.transforms import open_image, to_rgb
 from d2v_composer.errors import InputError
 
 __all__ = ["as_rgb_jpeg"]
@@ -37,12 +38,12 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded))
+            image = open_image(encoded)
             kind = _odd_kind(image)
             image.load()
             if kind is None and _exif_is_broken(image):
                 kind = "broken EXIF"
-            rgb = _shrink(_to_rgb(image), resize)
+            rgb = _shrink(to_rgb(image), resize)
             if kind is None and rgb is image:
                 return encoded, None
             buffer = io.BytesIO()
@@ -72,14 +73,6 @@ def _exif_is_broken(image: Image.Image) -> bool:
         except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError, struct.error):
             return True
     return bool(caught)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # Pillow would clip what is above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _shrink(image: Image.Image, short_side: int | None) -> Image.Image:

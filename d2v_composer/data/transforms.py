@@ -23,13 +23,17 @@ __all__ = [
     "CuttableJpeg",
     "RandomResizedCropFlip",
     "decode_rgb",
+    "open_image",
     "random_crop_box",
     "sample_rng",
     "square",
+    "to_rgb",
     "to_tensor",
 ]
 
 CROP_ATTEMPTS = 10
+# What Pillow decodes by itself; for others it calls programs, such as Ghostscript, with a stranger's file.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 
 
 class Box(NamedTuple):
@@ -47,19 +51,57 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 
 
 def decode_rgb(encoded: bytes, source: str) -> Image.Image:
-    """Decode an image of any kind to RGB.
+    """Decode an image of any kind to RGB; of an animation, the first frame.
 
     Args:
         encoded: The file's bytes.
         source: Named in the error.
 
     Raises:
-        InputError: The bytes are no image, or a damaged one.
+        InputError: The bytes are no image, a damaged one, or one of more than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        return to_rgb(open_image(encoded))
+    except ImageSizeError as error:
+        raise InputError(f"{source}: {error}") from error
     except Exception as error:
         raise InputError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
+
+
+class ImageSizeError(ValueError):
+    """An image would take too much memory."""
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Read the header of an image file.
+
+    Raises:
+        ImageSizeError: It has too many pixels. Pillow alone would warn of it, and decode twice as many.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageSizeError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ImageSizeError(f"has {image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB; its colours of 16 bits in 8.
+
+    Raises:
+        ValueError: Its numbers are no colours; and whatever Pillow raises where its file is damaged.
+    """
+    image.load()
+    if image.mode.startswith("I"):  # Pillow would clip what is above 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 1 << 16:
+            raise ValueError("has numbers of 32 bits")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("has floating-point numbers")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class CuttableJpeg(NamedTuple):

@@ -28,6 +28,7 @@ from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
 from d2v_composer.locks import acquire, sole_user
 from d2v_composer.nodes import find_node_place, separate_shared_memory
+from d2v_composer.persistence import reason
 from d2v_composer.processes import end_with_parent
 
 __all__ = ["VerifiedDataset"]
@@ -175,6 +176,11 @@ class VerifiedDataset(StreamingDataset):
             except FileNotFoundError:
                 self._note_loss(shard_id)
                 continue
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # where the index has no hash
+                raise ShardError(
+                    f"{self.folder}: shard {shard_id} is damaged: its sample {sample_in_shard} cannot be read "
+                    f"({reason(error)})"
+                ) from error
             self._shard_access_times[shard_id] = time.time_ns()
             return sample
         raise ShardError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import fetch
@@ -17,6 +17,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.persistence import reason
 
 __all__ = [
     "CONFIG_TENSOR",
@@ -27,7 +28,6 @@ __all__ = [
     "load_any",
     "load_student",
     "load_teacher",
-    "load_trained",
     "save_student",
 ]
 
@@ -152,50 +152,55 @@ def load_any(
     Raises:
         InputError: It is none of them, or damaged.
     """
-    file = fetch(path)
-    if is_safetensors(file):
-        if read_kind(file) == "student":
-            return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
-        return None, load_teacher(path, weights)
-    contents = load_untrusted(file)
+    file = fetch(path).resolve()  # a run's pointer may name another checkpoint soon
+    if is_safetensors(file) and read_kind(file) == "student":
+        return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
+    contents = None if is_safetensors(file) else load_untrusted(file)
     if isinstance(contents, dict) and "state" in contents:
-        return load_trained(file, teacher_path)
+        return _load_trained(file, contents, teacher_path)
+    if teacher_path is not None:
+        raise InputError(f"{path}: is no student, for which teacher {teacher_path} would be")
     return None, load_teacher(path, weights)
 
 
-def load_trained(checkpoint: Path, teacher_path: str | None = None) -> tuple[Student, Data2Vec2]:
+def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str | None) -> tuple[Student, Data2Vec2]:
     """The student of a training checkpoint, with the record of its run, and its teacher.
 
-    No code of the checkpoint runs. The teacher is needed once more, for the frozen encoder, and must be the one that
-    the student was trained with.
+    The teacher is needed once more, for the frozen encoder, and must be the one that the student was trained with.
 
     Args:
         checkpoint: A file of ``recipes/train.py``.
+        contents: What is in it.
         teacher_path: Where the teacher is now; default where it was when the student trained.
 
     Raises:
         InputError: It is no such checkpoint, or its teacher is not to be had or another.
     """
+    foreign = f"{checkpoint}: not a checkpoint of recipes/train.py"
     try:
-        state = load_untrusted(checkpoint)["state"]
-        tensors, callbacks = state["model"], state["callbacks"]
-        record = callbacks["RunRecord"]["record"]
-        config, trained_with = record["config"], record["teacher"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
-    teacher_file: str = teacher_path or config["teacher"]["checkpoint"]
-    teacher = load_teacher(teacher_file, config["teacher"]["weights"])
-    if teacher.provenance["sha256"] != trained_with["sha256"]:
+        tensors, callbacks = dict(contents["state"]["model"]), dict(contents["state"]["callbacks"])
+        record = dict(callbacks["RunRecord"]["record"])
+        teacher_file: str = teacher_path or str(record["config"]["teacher"]["checkpoint"])
+        weights, trained_with = record["config"]["teacher"]["weights"], record["teacher"]["sha256"]
+        sizes: dict[str, Any] = dict(record["config"]["student"]) | {"init": "random"}
+        history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error
+    teacher = load_teacher(teacher_file, weights)
+    if teacher.provenance["sha256"] != trained_with:
         raise InputError(
-            f"{teacher_file}: its sha256 is {teacher.provenance['sha256']}, the student was trained "
-            f"with {trained_with['sha256']}"
+            f"{teacher_file}: its sha256 is {teacher.provenance['sha256']}, the student was trained with {trained_with}"
         )
-    student = teacher.build_student(**config["student"] | {"init": "random"})
-    weights = {name.removeprefix("student."): tensor for name, tensor in tensors.items()}
+    try:
+        student = teacher.build_student(**sizes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{foreign} ({reason(error)})") from error
+    blocks = {
+        str(name).removeprefix("student."): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)
+    }
     expected = {name: shape for name, shape in _shapes(student).items() if not name.startswith("encoder.")}
-    check_tensors(checkpoint, expected, weights)
-    student.load_state_dict(weights, strict=False)
-    history = callbacks.get("ZeroShotRetrieval", {}).get("history", [])
+    check_tensors(checkpoint, expected, blocks)
+    student.load_state_dict(blocks, strict=False)
     student.provenance = {**record, "retrieval": history[-1] if history else None}
     return student.eval(), teacher
 

@@ -7,9 +7,10 @@ what it was given, and is neither imported nor called.
 
 import pickle
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
@@ -40,6 +41,11 @@ class Builder:
 
 class PlainDict(dict):
     """torch's state dicts are OrderedDicts with attributes; these keep the items alone."""
+
+    def __init__(self, items: Iterable[tuple[Any, Any]] = ()) -> None:
+        super().__init__()
+        for key, value in items:
+            self[checked_key(key)] = value
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -90,8 +96,47 @@ class Stub:
     add = append
 
 
-class Unpickler(pickle.Unpickler):
+def checked_key(key: Any) -> Any:
+    """A dict's key, or a set's item. To hash tuples of tuples, a few bytes of pickle, may take for ever."""
+    if isinstance(key, tuple) and any(isinstance(each, tuple) for each in key):
+        raise pickle.UnpicklingError("a key of nested tuples")
+    return key
+
+
+def _with_checked_keys(load: Callable[[Any], None], places: slice) -> Callable[[Any], None]:
+    """An operation of an unpickler that first looks at the keys among what lies on its stack."""
+
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[places]:
+            checked_key(key)
+        load(unpickler)
+
+    return checked
+
+
+def _refuse_bytearray(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("a bytearray, which is made before there is anything to fill it")
+
+
+# Not the one in C: there, the number of a memo is how much memory is set aside.
+PythonUnpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+KEYS = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(0, None, 2),
+    pickle.DICT: slice(0, None, 2),
+    pickle.ADDITEMS: slice(0, None),
+    pickle.FROZENSET: slice(0, None),
+}
+
+
+class Unpickler(PythonUnpickler):
     """Builds what :data:`BUILT_FOR_REAL` lists; everything else that a pickle names becomes a :class:`Stub`."""
+
+    dispatch: ClassVar = (
+        PythonUnpickler.dispatch
+        | {code[0]: _with_checked_keys(PythonUnpickler.dispatch[code[0]], places) for code, places in KEYS.items()}
+        | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
+    )
 
     def find_class(self, module: str, name: str, /) -> Any:
         return BUILT_FOR_REAL.get((module, name), Stub)
@@ -120,13 +165,30 @@ def load_untrusted(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # a global that torch does not know; TorchScript, a program, raises another
-                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
+            _check_archive(path)
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a program, and what is not stored as torch.save stores it.
+
+    Raises:
+        ValueError: The file is a TorchScript archive, or one of few bytes that become many.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells
+            return
+    # torch's own reader as well: what it takes for a program is one, whatever others find in the file.
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    if "constants.pkl" in reader.get_all_records():
+        raise ValueError("a TorchScript archive, which is a program")
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(entry.file_size for entry in archive.infolist())
+    if num_bytes > 2 * path.stat().st_size + (1 << 20):
+        raise ValueError(f"its parts come to {num_bytes} bytes")
 
 
 def plain(value: Any) -> Any:

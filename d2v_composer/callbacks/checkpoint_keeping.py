@@ -1,0 +1,109 @@
+"""What Composer's CheckpointSaver leaves to do: patient uploads, and old checkpoints that go, here and in the store."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from composer.utils.object_store import S3ObjectStore
+
+from d2v_composer.persistence import reason
+from d2v_composer.resuming import LATEST, newest_first
+
+__all__ = ["PATIENT_CLIENT", "CheckpointKeeping"]
+
+# botocore pauses before each attempt, at last for 10 s on average: a store may be away for ten minutes.
+PATIENT_CLIENT = {"retries": {"mode": "standard", "max_attempts": 64}}
+# How often Composer looks whether a checkpoint is in the store, before it writes there which one is the newest. Its own
+# 30 s are as long as its launcher waits before it kills.
+POINTER_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointKeeping(Callback):
+    """Keep the newest checkpoints, also of earlier processes and in S3, and wait for a store that is away.
+
+    Composer counts those of its own process alone, removes none from a store, and gives a store up after seconds. What
+    the pointer ``latest-rank0.pt`` names is never removed, nor what is newer: an old checkpoint goes only when the one
+    that follows it is whole, on the disk or in the store.
+
+    Give the Trainer ``save_num_checkpoints_to_keep=-1``.
+
+    Args:
+        folder: The checkpoints', on this machine.
+        remote_folder: Their prefix in the object store, or ``None``.
+        num_to_keep: How many, here and in the store each; -1: all.
+    """
+
+    def __init__(self, folder: Path, remote_folder: str | None, num_to_keep: int) -> None:
+        self.folder = folder
+        self.remote_folder = remote_folder
+        self.num_to_keep = num_to_keep
+        self.saver: CheckpointSaver | None = None
+        self.num_saved = 0
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.saver = next((each for each in state.callbacks if isinstance(each, CheckpointSaver)), None)
+        if self.saver is None or self.saver.remote_uploader is None:
+            return
+        self.saver._symlink_upload_wait_before_next_try_in_seconds = POINTER_SECONDS
+        uploader = self.saver.remote_uploader
+        if uploader.remote_backend_name == "s3":
+            uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
+        elif self.num_to_keep > 0:
+            log.warning("%s: old checkpoints are removed from S3 alone; all are kept here", self.saver.folder)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        # The first event after that of a checkpoint, at which Composer's own callback is the last.
+        if self.saver is not None and len(self.saver.saved_checkpoints) != self.num_saved:
+            self.num_saved = len(self.saver.saved_checkpoints)
+            self._prune(self.saver)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.saver is not None and self.saver.saved_checkpoints:  # the last ones, whose upload has ended by now
+            self._prune(self.saver)
+
+    def _prune(self, saver: CheckpointSaver) -> None:
+        if self.num_to_keep < 0 or dist.get_global_rank() != 0:
+            return
+        prune_folder(self.folder, self.num_to_keep)
+        if saver.remote_uploader is None or saver.remote_uploader.remote_backend_name != "s3":
+            return
+        try:
+            assert self.remote_folder is not None  # there is an uploader
+            prune_store(saver.remote_uploader.remote_bucket_name, self.remote_folder, self.num_to_keep)
+        except Exception as error:  # noqa: BLE001
+            log.warning("%s: its old checkpoints are not removed yet (%s)", self.remote_folder, reason(error))
+
+
+def prune_folder(folder: Path, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints of a folder."""
+    pointer = folder / LATEST
+    if not pointer.is_symlink() or not pointer.exists():
+        return
+    with pointer.open("rb") as newest:
+        os.fsync(newest.fileno())  # a machine may fail as well
+    for name in outdated((path.name for path in folder.iterdir()), pointer.readlink().name, num_to_keep):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prune_store(bucket: str, folder: str, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints below a prefix in S3; an error is whatever the client raises."""
+    store = S3ObjectStore(bucket)
+    names = [key.removeprefix(f"{folder}/") for key in store.list_objects(f"{folder}/")]
+    if f"{LATEST}.symlink" not in names:
+        return
+    pointer = store.client.get_object(Bucket=bucket, Key=f"{folder}/{LATEST}.symlink")["Body"].read().decode()
+    for name in outdated(names, Path(pointer.strip()).name, num_to_keep):
+        store.client.delete_object(Bucket=bucket, Key=f"{folder}/{name}")
+
+
+def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
+    """The checkpoints among some files' names that may go; none, where the one that the pointer names is not there."""
+    checkpoints = newest_first(names, pointed_at)
+    return checkpoints[num_to_keep:] if pointed_at in checkpoints else []

@@ -1,0 +1,104 @@
+"""Slips of a hand in a YAML: each key dropped, misspelt, doubled, moved, and each value made another one."""
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+Path = tuple[str, ...]
+
+VALUES: dict[str, Any] = {
+    "null": None,
+    "nothing": "",
+    "a word": "abc",
+    "a number as text": "7",
+    "a duration": "3ba",
+    "a wrong duration": "3xy",
+    "true": True,
+    "zero": 0,
+    "negative": -1,
+    "huge": 10**18,
+    "beyond 64 bits": 10**30,
+    "a fraction": 0.5,
+    "tiny": 1e-300,
+    "a huge fraction": 1e300,
+    "NaN": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+    "a list": [1, 2, 3],
+    "no list": [],
+    "NaN in a list": [math.nan, 1.0],
+    "a section": {"a": 1},
+    "no section": {},
+    "an unknown reference": "${nothing}",
+    "lines": "a\nb",
+    "not ASCII": "é\u202e\u0000",
+}
+TWIN = "__twin"
+
+
+class Mutation(NamedTuple):
+    """A YAML with one slip."""
+
+    what: str
+    path: Path
+    """The keys down to the one that it happened to."""
+    text: str
+    value: Any = None
+    """What it is now, where the slip is another value."""
+
+    @property
+    def is_value(self) -> bool:
+        return self.what in VALUES
+
+
+def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) -> list[Mutation]:
+    """Slips in a YAML, so many at random or all."""
+    every = list(_every(config))
+    return every if num is None else random.Random(seed).sample(every, min(num, len(every)))
+
+
+def _every(config: Mapping[str, Any]) -> Iterator[Mutation]:
+    for path in _paths(config):
+        *parents, name = path
+
+        def changed(*without: str, path: Path = path, **added: Any) -> str:
+            """The YAML in which the mutated key's section lacks some keys and has others."""
+            copied = copy.deepcopy(dict(config))
+            section = _get(copied, path[:-1])
+            for key in without:
+                del section[key]
+            section.update(added)
+            return _dump(copied)
+
+        value = _get(config, path)
+        yield Mutation("dropped", path, changed(name))
+        for misspelt in dict.fromkeys((name[:-1], name[0] + name[2:] + name[1:2], name.upper(), f"{name}s")):
+            if misspelt not in ("", name):
+                yield Mutation("misspelt", path, changed(name, **{misspelt: value}))
+        yield Mutation("doubled", path, changed(**{name + TWIN: value}).replace(name + TWIN, name))
+        if parents:
+            moved = yaml.safe_load(changed(name))
+            yield Mutation("moved", path, _dump({**moved, name: value}))
+        for what, other in VALUES.items():
+            yield Mutation(what, path, changed(**{name: other}), other)
+
+
+def _paths(config: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
+    for name, value in config.items():
+        yield (*above, name)
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*above, name))
+
+
+def _get(config: Mapping[str, Any], path: Path) -> Any:
+    for name in path:
+        config = config[name]
+    return config
+
+
+def _dump(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
