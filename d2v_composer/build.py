@@ -235,7 +235,11 @@ def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
 
 
 def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
-    """What sees to ``save_folder``."""
+    """What sees to ``save_folder``, which is this run's alone from now on.
+
+    Raises:
+        InputError: Another run trains there.
+    """
     folder = local_save_folder(config)
     if folder is None:
         return []

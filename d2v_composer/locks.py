@@ -14,12 +14,13 @@ from pathlib import Path
 __all__ = ["acquire", "sole_user"]
 
 
-def acquire(path: Path, wait: float = 0) -> int | None:
+def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
     """Lock a file for as long as the descriptor is open, in this process or in one forked from it.
 
     Args:
         path: The file; made, with its folders, where it does not exist. It stays when the lock is gone.
         wait: How long it may take, in seconds, until another user has gone.
+        shared: Whether others who share it may have it as well.
 
     Returns:
         A descriptor for :func:`os.close`; ``None`` where another user, in this process or elsewhere, has the lock.
@@ -27,7 +28,7 @@ def acquire(path: Path, wait: float = 0) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    while not _lock(descriptor):
+    while not _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
         if time.monotonic() >= deadline:
             os.close(descriptor)
             return None
@@ -47,9 +48,9 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

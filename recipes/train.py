@@ -45,9 +45,10 @@ def main(argv: Sequence[str]) -> Trainer:
     retrieval = build_retrieval(config, model)
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
+    folder_callbacks = build_folder_callbacks(config)  # from here on the folder is ours alone
     load_path = build_load_path(config)
     finite_training = FiniteTraining(graceful_stop.save_interval)
-    own_callbacks = [*build_folder_callbacks(config), run_record, StepTime(), finite_training, graceful_stop]
+    own_callbacks = [*folder_callbacks, run_record, StepTime(), finite_training, graceful_stop]
     own_callbacks += [] if retrieval is None else [retrieval]
 
     with separate_signal_files():

@@ -117,6 +117,31 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
     return [launcher, "-n", str(ranks), script, *arguments]
 
 
+# Runs the training command and kills it, without any warning, when the given batch starts.
+KILLED_AT = """
+import importlib.util, os, signal, sys
+from composer import Callback
+
+class Kill(Callback):
+    def batch_start(self, state, logger):
+        if int(state.timestamp.batch) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+spec = importlib.util.spec_from_file_location("train", sys.argv[1])
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+train.build_callbacks = lambda config: [Kill()]
+train.main(sys.argv[3:])
+"""
+
+
+def train_until_killed(arguments: list[str], batch: int) -> None:
+    """A run in one process that is killed when the batch starts."""
+    _, script, *_ = train_command(arguments)
+    killed = run_command(sys.executable, "-c", KILLED_AT, script, str(batch), *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """The folder of a run of 14 batches, 6 an epoch, in one process."""

@@ -23,26 +23,10 @@ from conftest import (
     small_run,
     student_of,
     train_command,
+    train_until_killed,
 )
 
 from d2v_composer import load_student, load_teacher
-
-# Runs the training command and kills it, without any warning, when the given batch starts.
-KILLED_AT = """
-import importlib.util, os, signal, sys
-from composer import Callback
-
-class Kill(Callback):
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-spec = importlib.util.spec_from_file_location("train", sys.argv[1])
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
-train.build_callbacks = lambda config: [Kill()]
-train.main(sys.argv[3:])
-"""
 
 
 def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -54,11 +38,9 @@ def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Te
 @pytest.mark.parametrize("batch", [6, 9, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
     arguments = small_run(tmp_path, small_data)
-    train = train_command(arguments)
-    killed = run_command(sys.executable, "-c", KILLED_AT, train[1], str(batch), *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train_until_killed(arguments, batch)
     assert len(losses_of(tmp_path)) == batch
-    again = run_command(*train)
+    again = run_command(*train_command(arguments))
     assert again.returncode == 0, again.stderr
     assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
     assert losses_of(tmp_path) == losses_of(uninterrupted)
@@ -66,8 +48,7 @@ def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_pat
 
 def test_killed_and_started_again_on_two_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     arguments = small_run(tmp_path, small_data)
-    killed = run_command(sys.executable, "-c", KILLED_AT, train_command(arguments)[1], "5", *arguments)
-    assert killed.returncode == -signal.SIGKILL
+    train_until_killed(arguments, 5)
     again = run_command(*train_command([*arguments, "train_loader.num_workers=1"], ranks=2))
     assert again.returncode == 0, again.stderr
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 class CheckpointKeeping(Callback):
     """Keep the newest checkpoints, also of earlier processes and in S3, and wait for a store that is away.
 
-    Composer counts those of its own process alone, removes none from a store, and gives a store up after seconds. What
-    the pointer ``latest-rank0.pt`` names is never removed, nor what is newer: an old checkpoint goes only when the one
-    that follows it is whole, on the disk or in the store.
+    Composer counts those of its own process alone, removes none from a store, gives a store up after seconds, and
+    leaves what goes there in a temporary folder. What the pointer ``latest-rank0.pt`` names is never removed here, nor
+    what is newer: an old checkpoint goes only when the one that follows it is whole, on the disk or in the store.
 
     Give the Trainer ``save_num_checkpoints_to_keep=-1``.
 
@@ -51,6 +51,7 @@ class CheckpointKeeping(Callback):
         self.saver = next((each for each in state.callbacks if isinstance(each, CheckpointSaver)), None)
         if self.saver is None or self.saver.remote_uploader is None:
             return
+        use_folder(self.saver, self.folder)
         self.saver._symlink_upload_wait_before_next_try_in_seconds = POINTER_SECONDS
         uploader = self.saver.remote_uploader
         if uploader.remote_backend_name == "s3":
@@ -63,6 +64,7 @@ class CheckpointKeeping(Callback):
         if self.saver is not None and len(self.saver.saved_checkpoints) != self.num_saved:
             self.num_saved = len(self.saver.saved_checkpoints)
             self._prune(self.saver)
+            remove_pointers(self.saver)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.saver is not None and self.saver.saved_checkpoints:  # the last ones, whose upload has ended by now
@@ -72,13 +74,38 @@ class CheckpointKeeping(Callback):
         if self.num_to_keep < 0 or dist.get_global_rank() != 0:
             return
         prune_folder(self.folder, self.num_to_keep)
-        if saver.remote_uploader is None or saver.remote_uploader.remote_backend_name != "s3":
-            return
+        if saver.remote_uploader is not None and saver.remote_uploader.remote_backend_name == "s3":
+            self.prune_remote(saver.remote_uploader.remote_bucket_name)
+
+    def prune_remote(self, bucket: str) -> None:
+        """Remove the outdated checkpoints in the store; where that cannot be, a run must not end for it."""
+        assert self.remote_folder is not None  # there is a bucket
         try:
-            assert self.remote_folder is not None  # there is an uploader
-            prune_store(saver.remote_uploader.remote_bucket_name, self.remote_folder, self.num_to_keep)
+            prune_store(bucket, self.remote_folder, self.num_to_keep)
         except Exception as error:  # noqa: BLE001
             log.warning("%s: its old checkpoints are not removed yet (%s)", self.remote_folder, reason(error))
+
+
+def use_folder(saver: CheckpointSaver, folder: Path) -> None:
+    """Make checkpoints that go to a store lie in the run's own folder before, where a restart finds them.
+
+    Composer makes a temporary one for them, which it leaves behind; what it does with the path is done by no one yet.
+    """
+    temporary = Path(saver.folder)
+    for _ in folder.parts:
+        temporary = temporary.parent
+    temporary.rmdir()
+    saver.folder = saver.filename.folder = str(folder)
+    if saver.latest_filename is not None:
+        saver.latest_filename.folder = str(folder)
+
+
+def remove_pointers(saver: CheckpointSaver) -> None:
+    """Remove the files that Composer makes for a store's pointer, one a checkpoint, and never removes, store or not."""
+    waiting = {Path(file) for _, file, _ in saver.symlink_upload_tasks}
+    for file in Path(saver.tmp_dir_for_symlink.name).iterdir():
+        if file not in waiting:
+            file.unlink()
 
 
 def prune_folder(folder: Path, num_to_keep: int) -> None:

@@ -1,10 +1,10 @@
 """One run in a folder at a time."""
 
 import os
+import weakref
 from pathlib import Path
 
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import Callback
 from composer.utils import dist
 
 from d2v_composer.errors import InputError
@@ -21,29 +21,26 @@ class SoleRun(Callback):
 
     Two would write into one log, and each resume from what the other saved.
 
+    The folder is locked when the callback is made, before anything of it is read, and until the run is over.
+
     Args:
         folder: The run's.
+
+    Raises:
+        InputError: Another run has it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.lock: int | None = None
-
-    def init(self, state: State, logger: Logger) -> None:
-        """Lock the folder, on all ranks' behalf.
-
-        Raises:
-            InputError: Another run has it.
-        """
         is_ours = [True]
         if dist.get_global_rank() == 0:
-            self.lock = acquire(self.folder / ".in_use", wait=LAST_RUN_LEAVES)
-            is_ours = [self.lock is not None]
+            lock = acquire(folder / ".in_use", wait=LAST_RUN_LEAVES)
+            is_ours = [lock is not None]
+            if lock is not None:
+                self.release = weakref.finalize(self, os.close, lock)
         dist.broadcast_object_list(is_ours)
         if not is_ours[0]:
-            raise InputError(f"{self.folder}: another run trains there: give each a run_name or save_folder of its own")
+            raise InputError(f"{folder}: another run trains there: give each a run_name or save_folder of its own")
 
     def post_close(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if dist.get_global_rank() == 0:
+            self.release()

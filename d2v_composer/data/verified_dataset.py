@@ -1,9 +1,9 @@
 """A StreamingDataset that cannot lose a sample, or hang, without a word."""
 
+import atexit
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -19,9 +19,11 @@ from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base import dataset as streaming_dataset
 from streaming.base.dataset import _ShardState as ShardState
-from streaming.base.shared import SharedArray, prefix
+from streaming.base.shared import SharedArray, SharedMemory, prefix
 from streaming.base.util import bytes_to_int
+from streaming.base.world import World
 from typing_extensions import override
 
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
@@ -30,6 +32,7 @@ from d2v_composer.locks import acquire, sole_user
 from d2v_composer.nodes import find_node_place, separate_shared_memory
 from d2v_composer.persistence import reason
 from d2v_composer.processes import end_with_parent
+from d2v_composer.scratch import machine_lock
 
 __all__ = ["VerifiedDataset"]
 
@@ -100,6 +103,12 @@ class VerifiedDataset(StreamingDataset):
                 self._shard_states[shard_id] = ShardState.REMOTE
             if cache_limit:
                 self._check_limit(bytes_to_int(cache_limit), shuffle_block_size)
+
+    @override
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        # Of each epoch and each checkpoint the base class leaves a descriptor open, until there are no more.
+        with _closed_afterwards():
+            return super()._resume(world, epoch)
 
     def _occupy(self, local: Path) -> None:
         descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)
@@ -335,12 +344,32 @@ def _starting_alone() -> Iterator[None]:
     """One run of a machine (and user) at a time: Streaming looks for free names in shared memory, then takes them."""
     place = find_node_place()
     # Not below the home folder, which the machines of one run may share: they have to start together.
-    lock = Path(tempfile.gettempdir(), f"d2v_composer-{os.getuid()}.lock")
+    lock = machine_lock("start")
     first_here = place.number == 0 and dist.get_local_rank() == 0
     with sole_user(lock, STARTING_SECONDS) if first_here else nullcontext(), separate_shared_memory(place):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the other ranks of this run look as well
         yield
+
+
+@contextmanager
+def _closed_afterwards() -> Iterator[None]:
+    """Close the shared memory that Streaming opens within the block, and would have open until the process ends."""
+    opened: list[SharedMemory] = []
+
+    def open_shared_memory(*args: Any, **kwargs: Any) -> SharedMemory:
+        opened.append(SharedMemory(*args, **kwargs))
+        return opened[-1]
+
+    module: Any = streaming_dataset
+    module.SharedMemory = open_shared_memory
+    try:
+        yield
+    finally:
+        module.SharedMemory = SharedMemory
+        for each in opened:
+            atexit.unregister(each.cleanup)
+            each.cleanup()
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,0 +1,198 @@
+"""Where a run is saved: a full disk, a store that is away, checkpoints that are old, two runs at a time."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command_environment, run_command, small_run, student_of, train_command, train_until_killed
+
+from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdated, prune_folder, prune_store
+from d2v_composer.models.load import load_any
+from d2v_composer.resuming import LATEST
+from d2v_composer.testing.object_store import ObjectStore
+
+BUCKET = "saved"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with ObjectStore() as store:
+        store.create_bucket(BUCKET)
+        yield store
+
+
+def start(command: list[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    variables = command_environment() | (environment or {})
+    return subprocess.Popen(
+        command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def has_trained(folder: Path) -> bool:
+    log = folder / "log.jsonl"
+    return log.exists() and "loss/train/total" in log.read_text()
+
+
+def checkpoints_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("ep*.pt")}
+
+
+def assert_same_student(folder: Path, expected: Path) -> None:
+    ours, theirs = student_of(folder), student_of(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_disk_that_is_full_while_saving(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """An error, the older checkpoints as they were, and, when there is room again, the very student."""
+    train_until_killed(small_run(tmp_path, small_data), 9)
+    before = {name: (tmp_path / name).read_bytes() for name in checkpoints_of(tmp_path)}
+    command = train_command(small_run(tmp_path, small_data))
+    # A file may have 200 blocks of 1024 bytes: a write beyond fails as on a full disk. A checkpoint has a megabyte.
+    full = run_command("bash", "-c", 'ulimit -f 200 && exec "$@"', "--", *command)
+    assert full.returncode == 1
+    assert "File too large" in full.stderr or "file write failed" in full.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert (tmp_path / LATEST).readlink().name == "ep1-ba8-rank0.pt"
+    again = run_command(*command)
+    assert again.returncode == 0, again.stderr
+    assert_same_student(tmp_path, uninterrupted)
+    assert checkpoints_of(tmp_path) == {"ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt"}
+
+
+def test_a_store_that_is_away_while_saving(
+    store: ObjectStore, uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """The run goes on without it, and waits at its end; a later run's checkpoints replace the first one's."""
+
+    def command(*overrides: str) -> list[str]:
+        return train_command(small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/away", *overrides))
+
+    folder = tmp_path / "away"
+    process = start(command(), tmp_path, store.environment)
+    wait_until(lambda: has_trained(folder), process)
+    store.kill()
+    wait_until(lambda: (folder / "ep2-ba14-rank0.pt").is_file(), process)
+    time.sleep(5)  # what does not wait gives up
+    assert process.poll() is None
+    store.start()
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    stored = store.objects(BUCKET, "away/")
+    assert stored[f"{LATEST}.symlink"].decode().strip() == "away/ep2-ba14-rank0.pt"
+    assert stored["ep2-ba14-rank0.pt"] == (folder / "ep2-ba14-rank0.pt").read_bytes()
+    assert stored["log.jsonl"] == (folder / "log.jsonl").read_bytes()
+    assert_same_student(folder, uninterrupted)
+
+    shutil.rmtree(folder)  # another machine
+    again = run_command(*command("max_duration=20ba"), cwd=tmp_path, environment=store.environment)
+    assert again.returncode == 0, again.stderr
+    stored = store.objects(BUCKET, "away/")
+    kept = {"ep2-ba18-rank0.pt", "ep3-ba20-rank0.pt"}
+    assert {name for name in stored if name.endswith(".pt")} == kept
+    assert checkpoints_of(folder) == kept
+
+
+def names_of(*batches: int) -> list[str]:
+    return [f"ep0-ba{batch}-rank0.pt" for batch in batches]
+
+
+def test_which_checkpoints_are_outdated() -> None:
+    others = ["log.jsonl", LATEST, "student.pt", "ep0-ba5-rank1.pt", "ep0-ba5-rank0.pt.partial"]
+    assert outdated(names_of(5, 100, 10, 20) + others, names_of(100)[0], 2) == names_of(10, 5)
+    assert outdated(names_of(5, 10), names_of(10)[0], 2) == []
+    # One that a run abandoned, or whose upload is not over, is nobody's to remove, and replaces none.
+    assert outdated(names_of(5, 10, 20, 100), names_of(10)[0], 1) == names_of(5)
+    # What the pointer names is not there: nothing is known.
+    assert outdated(names_of(5, 10, 20), names_of(100)[0], 1) == []
+    assert outdated(names_of(5, 10, 20), "student.pt", 1) == []
+
+
+def test_a_folder_is_pruned_of_earlier_runs_checkpoints(tmp_path: Path) -> None:
+    for name in names_of(5, 10, 20, 30):
+        (tmp_path / name).write_text("weights")
+    prune_folder(tmp_path, 2)  # no pointer yet
+    assert len(checkpoints_of(tmp_path)) == 4
+    (tmp_path / LATEST).symlink_to(names_of(40)[0])
+    prune_folder(tmp_path, 2)
+    assert len(checkpoints_of(tmp_path)) == 4
+    (tmp_path / LATEST).unlink()
+    (tmp_path / LATEST).symlink_to(names_of(20)[0])
+    prune_folder(tmp_path, 2)
+    assert checkpoints_of(tmp_path) == set(names_of(10, 20, 30))
+
+
+def test_a_store_is_pruned_below_the_folder_alone(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in store.environment.items():
+        monkeypatch.setenv(variable, value)
+    client = store.client()
+    for prefix in ("runs/a/", "runs/a/b/", "runs/ab/"):
+        for name in names_of(5, 10, 20):
+            client.put_object(Bucket=BUCKET, Key=prefix + name, Body=b"weights")
+    prune_store(BUCKET, "runs/a", 1)  # no pointer yet
+    assert len(store.objects(BUCKET, "runs/a")) == 9
+    pointed_at = f"runs/a/{names_of(10)[0]}".encode()
+    client.put_object(Bucket=BUCKET, Key=f"runs/a/{LATEST}.symlink", Body=pointed_at)
+    prune_store(BUCKET, "runs/a", 1)
+    kept = set(store.objects(BUCKET, "runs/a/"))
+    assert kept == {*names_of(10, 20), f"{LATEST}.symlink", *(f"b/{name}" for name in names_of(5, 10, 20))}
+    assert len(store.objects(BUCKET, "runs/ab/")) == 3
+
+
+def test_a_store_that_forbids_to_remove_is_said_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on."""
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError("AccessDenied: you may not")
+
+    monkeypatch.setattr("d2v_composer.callbacks.checkpoint_keeping.prune_store", forbidden)
+    keeping = CheckpointKeeping(Path("nowhere"), "runs/a", 2)
+    with caplog.at_level(logging.WARNING):
+        keeping.prune_remote("bucket")
+    assert caplog.messages == ["runs/a: its old checkpoints are not removed yet (AccessDenied: you may not)"]
+
+
+def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """On one data set, in different folders and in the same one; the newest checkpoint can be read at any time."""
+    shared = tmp_path / "shared"
+    endless = ("max_duration=100000ba", "save_interval=3ba", "save_num_checkpoints_to_keep=2")
+    process = start(train_command(small_run(shared, small_data, *endless)))
+    wait_until(lambda: (shared / LATEST).exists(), process)
+
+    other = run_command(*train_command(small_run(tmp_path / "other", small_data)))
+    assert other.returncode == 0, other.stderr
+    assert_same_student(tmp_path / "other", uninterrupted)
+
+    second = run_command(*train_command(small_run(shared, small_data, *endless)))
+    assert second.returncode == 2, second.stderr
+    assert second.stderr.splitlines()[-1] == (
+        f"error: {shared}: another run trains there: give each a run_name or save_folder of its own"
+    )
+    for _ in range(20):
+        student, teacher = load_any(shared / LATEST)
+        assert student is not None
+        assert teacher is not None
+
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    steps = [json.loads(line)["step"] for line in (shared / "log.jsonl").read_text().splitlines() if "loss/" in line]
+    assert steps == list(range(len(steps)))  # nobody else wrote into it
+    assert len(checkpoints_of(shared)) == 2
