@@ -241,10 +241,10 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
         InputError: Another run trains there.
     """
     folder = local_save_folder(config)
-    if folder is None:
+    if folder is None or config.save_folder is None:
         return []
     return [
-        SoleRun(folder),
+        SoleRun(folder, config.save_folder),
         CheckpointKeeping(folder, remote_save_folder(config), config.save_num_checkpoints_to_keep),
     ]
 

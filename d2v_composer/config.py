@@ -348,6 +348,8 @@ def wrong_types(kind: Any, value: Any, key: str = "") -> Iterator[str]:
         for name in kinds.keys() & value.keys():  # an unknown one is OmegaConf's to refuse
             yield from wrong_types(kinds[name], value[name], f"{key}.{name}" if key else str(name))
     elif get_origin(kind) is list:
+        if isinstance(value, Mapping) and all(str(place).isdigit() for place in value):
+            return  # an override of one of its items
         if not isinstance(value, list):
             yield f"{key}: must be a list, got {value!r}"
         elif any(isinstance(each, bool) for each in value):
@@ -400,6 +402,8 @@ def _magnitudes(config: TrainConfig | EvaluateConfig) -> Iterator[str]:
     for key, value in flatten(asdict(config)):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: must be finite, got {value}"
+        elif key.startswith(("callbacks.", "loggers.")):
+            continue  # any number may be meant, such as a GPU's FLOPs
         elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
             yield f"{key}: must be at most {LARGEST_FLOAT:g}, got {value:g}"
         elif isinstance(value, int) and abs(value) > LARGEST_INT and key != "train_loader.cache_limit":

@@ -4,7 +4,9 @@ Not filelock: here forked processes inherit the lock, so that a user that was ju
 its workers are gone.
 """
 
+import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["acquire", "sole_user"]
+
+# What file systems answer that do not lock, such as Lustre without its option for it.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+log = logging.getLogger(__name__)
 
 
 def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
@@ -53,4 +60,8 @@ def _lock(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("this file system has no locks (%s): nothing keeps two runs from using the same files", error)
     return True

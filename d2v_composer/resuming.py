@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -78,7 +79,7 @@ def check_checkpoint(path: Path) -> None:
         foreign = re.search(r"GLOBAL (\S+) was not", str(error))
         what = f"it names {foreign[1]}, which none of ours does" if foreign else reason(error)
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py, and is not loaded: {what}") from error
-    except (RuntimeError, LookupError, StopIteration, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py ({reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py: it has the algorithms {algorithms}")
@@ -103,9 +104,8 @@ def _check_memo(path: Path) -> None:
     Raises:
         ValueError: It has such numbers, or is none.
     """
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        content = archive.read(name)
+    reader: Any = torch._C.PyTorchFileReader(str(path))  # torch's own, which may look elsewhere than others
+    content: bytes = reader.get_record("data.pkl")
     for operation, number, _ in pickletools.genops(content):
         if operation.name in ("LONG_BINPUT", "PUT") and (number or 0) > len(content):
             raise ValueError(f"its pickle has an object of the number {number}")

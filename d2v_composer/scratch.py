@@ -44,9 +44,13 @@ def use_scratch_folder() -> None:
     folder = shared / f"{PREFIX}{os.environ.get('MASTER_PORT', f'p{os.getpid()}')}-{os.environ.get('NODE_RANK', '0')}"
     if len(str(folder)) > LONGEST_PATH:
         return
-    with sole_user(machine_lock("scratch"), TURN_SECONDS):
+    with sole_user(machine_lock("scratch"), TURN_SECONDS) as is_our_turn:
+        if not is_our_turn:
+            return
         _sweep(shared)
-        lock = acquire(folder / LOCK, shared=True)
+        lock = acquire(folder / LOCK, wait=TURN_SECONDS, shared=True)
+    if lock is None:
+        return
     multiprocessing.util.Finalize(None, _leave, (folder, lock), exitpriority=LAST_OF_ALL)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # which is to stay
     if (remote_modules := sys.modules.get("torch.distributed.nn.jit.instantiator")) is not None:
@@ -64,5 +68,6 @@ def _sweep(shared: Path) -> None:
 
 def _leave(folder: Path, lock: int) -> None:
     os.close(lock)
-    with sole_user(machine_lock("scratch"), TURN_SECONDS):
-        _sweep(folder.parent)
+    with sole_user(machine_lock("scratch"), TURN_SECONDS) as is_our_turn:
+        if is_our_turn:
+            _sweep(folder.parent)

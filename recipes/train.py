@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> Trainer:
 
     model = build_model(config)
     train_loader = build_train_loader(config, model.teacher.config.image_size)
+    scheduler = build_scheduler(config, len(train_loader))
     retrieval = build_retrieval(config, model)
+    chosen_callbacks = build_callbacks(config)
     graceful_stop = GracefulStop(config.save_interval)
     run_record = build_run_record(config, model.teacher)
     folder_callbacks = build_folder_callbacks(config)  # from here on the folder is ours alone
@@ -57,9 +59,9 @@ def main(argv: Sequence[str]) -> Trainer:
             train_dataloader=train_loader,
             max_duration=config.max_duration,
             optimizers=build_optimizer(config.optimizer, model),
-            schedulers=build_scheduler(config, len(train_loader)),
+            schedulers=scheduler,
             algorithms=build_algorithms(config),
-            callbacks=own_callbacks + build_callbacks(config),
+            callbacks=own_callbacks + chosen_callbacks,
             loggers=build_loggers(config),
             progress_bar=False,  # ours is among the loggers
             precision=build_precision(config),

@@ -51,6 +51,7 @@ def benchmark() -> Callable[[Sequence[str]], Any]:
     return runpy.run_path(str(SCRIPT))["main"]
 
 
+@pytest.mark.slow
 def test_data(tmp_path: Path) -> None:
     work, report = tmp_path / "work", tmp_path / "report.json"
     work.mkdir()

@@ -42,6 +42,9 @@ def test_distill_is_the_papers_run() -> None:
 def test_overrides() -> None:
     config = load("optimizer.lr=1e-4", "student={depth: 2}", "callbacks.memory_monitor={}", "callbacks.lr_monitor=null")
     assert config.optimizer.lr == 1e-4
+    assert load("optimizer.betas[0]=0.8").optimizer.betas == [0.8, 0.98]
+    flops = load("callbacks.speed_monitor={gpu_flops_available: 312000000000000}").callbacks["speed_monitor"]
+    assert flops == {"gpu_flops_available": 312_000_000_000_000}
     assert (config.student.depth, config.student.mlp_ratio) == (2, 3.0)
     assert config.callbacks["memory_monitor"] == {}
     assert config.callbacks["lr_monitor"] is None

@@ -35,7 +35,7 @@ def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 
 # Batch 6 is an epoch's last, 3 and 9 lie within one; checkpoints are those of batches 2, 6 and 8.
-@pytest.mark.parametrize("batch", [6, 9, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
 def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
     arguments = small_run(tmp_path, small_data)
     train_until_killed(arguments, batch)
@@ -54,6 +54,7 @@ def test_killed_and_started_again_on_two_ranks(uninterrupted: Path, small_data: 
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(small_data: Path, tmp_path: Path) -> None:
     runs = {}
     for ranks in (1, 2):
@@ -118,9 +119,11 @@ def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr=0.001", "optimizer: is "),
+        pytest.param("optimizer.lr=0.001", "optimizer: is ", marks=pytest.mark.slow),
         ("seed=18", "seed: is 18, but the checkpoint to resume from was trained with 17"),
-        ("student.depth=2", "the checkpoint has 12 tensors that the student has not"),
+        pytest.param(
+            "student.depth=2", "the checkpoint has 12 tensors that the student has not", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_another_runs_checkpoint_is_refused(uninterrupted: Path, small_data: Path, override: str, message: str) -> None:
@@ -132,7 +135,7 @@ def test_another_runs_checkpoint_is_refused(uninterrupted: Path, small_data: Pat
 
 def test_what_a_run_leaves(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir())
-    assert names == ["ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
+    assert names == [".in_use", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
     assert record["config"]["optimizer"]["lr"] == 0.002
     assert record["versions"]["mosaicml"] == "0.32.1"

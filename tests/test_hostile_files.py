@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from conftest import GOLDEN, encoded_image, load_checkpoint
 from PIL import Image
 from streaming import MDSWriter
 
+from d2v_composer.data.image_collections import open_collection
 from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.data.mds import read_index
+from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip, decode_rgb, sample_rng
 from d2v_composer.errors import InputError
 from d2v_composer.models.load import load_any, load_student, load_teacher
+from d2v_composer.models.safe_pickle import load_untrusted
 from d2v_composer.resuming import check_checkpoint
 
 SECONDS, MEGABYTES = 10.0, 700
@@ -187,6 +191,9 @@ def test_16_bits_become_8(format: str, dtype: Any) -> None:
     np.testing.assert_array_equal(pixels[..., 0], values >> 8)
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
 def test_a_picture_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow gives PostScript to Ghostscript."""
     canary, fake = tmp_path / "canary", tmp_path / "gs"
@@ -194,14 +201,13 @@ def test_a_picture_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     with pytest.raises(InputError, match="not an image that can be read"):
-        decode_rgb(postscript, "sample 3")
+        decode_rgb(POSTSCRIPT, "sample 3")
     with pytest.raises(InputError, match="not an image that can be read"):
-        augmented(postscript)
+        augmented(POSTSCRIPT)
     assert not canary.exists()
     with pytest.raises(OSError, match=r"."):
-        Image.open(io.BytesIO(postscript)).load()
+        Image.open(io.BytesIO(POSTSCRIPT)).load()
     assert canary.exists()  # it would have
 
 
@@ -349,7 +355,13 @@ def with_pickle(path: Path, content: bytes) -> Path:
     return path
 
 
-HUGE = [terabyte_of_safetensors, terabyte_of_zip, huge_memo, nested_tuples, huge_bytearray]
+def nested_frozensets(path: Path) -> Path:
+    """Two dict keys that are the same frozensets of pairs of frozensets, 40 deep: to compare them takes 2^40 steps."""
+    pair = b"q\x010(h\x01K\x01\x86h\x01K\x02\x86\x91"
+    return with_pickle(path, b"\x80\x04}(" + 2 * (b"(\x91" + pair * 40 + b"K\x01") + b"u.")
+
+
+HUGE = [terabyte_of_safetensors, terabyte_of_zip, huge_memo, nested_tuples, nested_frozensets, huge_bytearray]
 
 
 @pytest.mark.parametrize("make", HUGE)
@@ -359,6 +371,57 @@ def test_files_that_would_take_all_memory_or_time(make: Callable[[Path], Path], 
         given = answer(door, path)
         assert given.refused, given
         assert str(path) in given.result
+
+
+def test_a_tensor_beyond_the_end_of_its_file(tmp_path: Path) -> None:
+    """torch reads as many numbers as the pickle says, from whatever lies behind in memory."""
+    path = tmp_path / "teacher.pt"
+    torch.save({"model": {"a": torch.zeros(4)}, "cfg": {}}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(b"K\x04", b"M\xd0\x07") if name.endswith("data.pkl") else content)
+    assert len(torch.load(path)["model"]["a"]) == 2000
+    with pytest.raises(InputError, match="storage 0 has fewer than 2000 numbers"):
+        load_untrusted(path)
+
+
+def test_an_archive_that_would_write_files(tmp_path: Path) -> None:
+    """Of a tar archive torch writes out a member, which may be a link to a file of ours."""
+    ours, path = tmp_path / "ours", tmp_path / "teacher.pt"
+    ours.write_text("secret")
+    ours.chmod(0o600)
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("storages")
+        link.type, link.linkname, link.mode = tarfile.LNKTYPE, str(ours), 0o777
+        archive.addfile(link)
+    with pytest.raises(InputError, match="a tar archive"):
+        load_untrusted(path)
+    assert ours.stat().st_mode & 0o777 == 0o600
+
+
+def train_on(folder: Path) -> None:
+    StreamingImages(local=folder, batch_size=1, transform=RandomResizedCropFlip(32), seed=0)[0]
+
+
+DOORS: dict[str, Callable[[Path], Any]] = {
+    "training": lambda folder: train_on(folder / "train"),
+    "embedding": lambda folder: open_collection(str(folder / "train"), 32).load(0),
+    "retrieval": labels_of,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_column_of_images_is_looked_at_as_files_are(door: str, tmp_path: Path) -> None:
+    """Streaming opens whatever Pillow knows in a column that is said to hold JPEGs, here PostScript."""
+    for split in ("train", "test"):
+        with MDSWriter(out=str(tmp_path / split), columns={"image": "bytes", "label": "int"}) as writer:
+            writer.write({"image": POSTSCRIPT, "label": 0})
+        index = tmp_path / split / "index.json"
+        index.write_text(index.read_text().replace('"bytes", "int"', '"jpeg", "int"'))
+    with pytest.raises(InputError, match=r"sample 0 of .*: not an image that can be read \(is EPS\)"):
+        DOORS[door](tmp_path)
 
 
 def test_a_checkpoint_of_nan_is_not_evaluated(uninterrupted: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Cal
 
 
 CASES = [(number, ranks) for number in range(NUM_KILLS // 2) for ranks in (1, 2)]
-FAST = [(2, 1), (3, 1)]
+FAST = [(2, 1)]
 
 
 @pytest.mark.parametrize(

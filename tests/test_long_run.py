@@ -121,7 +121,7 @@ def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> lis
 
 @pytest.mark.parametrize(
     ("num_steps", "warm_up", "interval"),
-    [(1_500, 500, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
+    [(900, 300, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
 )
 def test_nothing_grows_and_nothing_is_left(
     labelled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int

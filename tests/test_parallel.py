@@ -62,7 +62,8 @@ def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, 
 
 
 # The graphs are the same, whatever is made of them; inductor takes a minute more for kernels of them.
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
     arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
     script = TESTS / "count_graphs.py"

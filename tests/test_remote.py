@@ -38,26 +38,30 @@ def object_store(small_data: Path) -> Iterator[ObjectStore]:
         yield store
 
 
-def test_a_run_from_and_to_the_store(object_store: ObjectStore, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_from_and_to_the_store(
+    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, ranks: int
+) -> None:
+    name = f"run{ranks}"
     arguments = small_run(
         Path("unused"),
         tmp_path / "cache",
-        f"save_folder=s3://{BUCKET}/runs/cloud",
+        f"save_folder=s3://{BUCKET}/runs/{name}",
         f"teacher.checkpoint=s3://{BUCKET}/teachers/tiny_base.pt",
         f"train_loader.remote=s3://{BUCKET}/images",
         "train_loader.num_workers=1",
         "report=true",
     )
-    command = train_command(arguments, ranks=2)
+    command = train_command(arguments, ranks)
     environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
-    remote = run_command(*command, cwd=tmp_path, environment=environment)
+    remote = run_command(*command, cwd=tmp_path, environment=environment, timeout=300)
     assert remote.returncode == 0, remote.stderr
-    assert_same_losses(losses_of(tmp_path / "runs" / "cloud"), losses_of(uninterrupted), num_steps=14)
+    assert_same_losses(losses_of(tmp_path / "runs" / name), losses_of(uninterrupted), num_steps=14)
 
-    stored = object_store.objects(BUCKET, "runs/cloud/")
+    stored = object_store.objects(BUCKET, f"runs/{name}/")
     pointer = "latest-rank0.pt.symlink"
     assert {"ep2-ba14-rank0.pt", pointer, "log.jsonl", "report.html", "report/loss.png", "run.yaml"} <= stored.keys()
-    assert stored["log.jsonl"] == (tmp_path / "runs" / "cloud" / "log.jsonl").read_bytes()
+    assert stored["log.jsonl"] == (tmp_path / "runs" / name / "log.jsonl").read_bytes()
     assert yaml.safe_load(stored["run.yaml"])["config"]["train_loader"]["remote"] == f"s3://{BUCKET}/images"
 
     # On another machine the same command finds the run in the store, and that it is finished.
@@ -65,7 +69,7 @@ def test_a_run_from_and_to_the_store(object_store: ObjectStore, uninterrupted: P
     elsewhere.mkdir()
     again = run_command(*command, cwd=elsewhere, environment=environment)
     assert again.returncode == 0, again.stderr
-    assert (elsewhere / "runs" / "cloud" / "log.jsonl").read_bytes() == stored["log.jsonl"]
+    assert (elsewhere / "runs" / name / "log.jsonl").read_bytes() == stored["log.jsonl"]
 
 
 def test_the_newest_checkpoint_of_a_store(

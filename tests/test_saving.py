@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, command_environment, run_command, small_run, student_of, train_command, train_until_killed
 
+from d2v_composer.callbacks import SoleRun
 from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdated, prune_folder, prune_store
+from d2v_composer.errors import InputError
 from d2v_composer.models.load import load_any
 from d2v_composer.resuming import LATEST
 from d2v_composer.testing.object_store import ObjectStore
@@ -153,6 +155,13 @@ def test_a_store_is_pruned_below_the_folder_alone(store: ObjectStore, monkeypatc
     assert kept == {*names_of(10, 20), f"{LATEST}.symlink", *(f"b/{name}" for name in names_of(5, 10, 20))}
     assert len(store.objects(BUCKET, "runs/ab/")) == 3
 
+    store.create_bucket("root")
+    for name in names_of(5, 10, 20):
+        client.put_object(Bucket="root", Key=name, Body=b"weights")
+    client.put_object(Bucket="root", Key=f"{LATEST}.symlink", Body=names_of(20)[0].encode())
+    prune_store("root", "", 2)
+    assert set(store.objects("root")) == {*names_of(10, 20), f"{LATEST}.symlink"}
+
 
 def test_a_store_that_forbids_to_remove_is_said_so(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +176,16 @@ def test_a_store_that_forbids_to_remove_is_said_so(
     with caplog.at_level(logging.WARNING):
         keeping.prune_remote("bucket")
     assert caplog.messages == ["runs/a: its old checkpoints are not removed yet (AccessDenied: you may not)"]
+
+
+def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
+    first = SoleRun(tmp_path, "s3://a/runs")
+    with pytest.raises(InputError, match=": another run trains there"):
+        SoleRun(tmp_path, "s3://a/runs")
+    first.post_close()
+    SoleRun(tmp_path, "s3://a/runs").post_close()
+    with pytest.raises(InputError, match="holds the files of s3://a/runs, not those of s3://b/runs"):
+        SoleRun(tmp_path, "s3://b/runs")
 
 
 def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:

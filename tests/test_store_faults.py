@@ -137,7 +137,7 @@ def wait_for_batch(folder: Path, batch: int) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_store_that_is_away_for_twenty_seconds(
     store: ObjectStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from composer.callbacks import CheckpointSaver
@@ -16,8 +17,11 @@ from d2v_composer.resuming import LATEST, newest_first
 
 __all__ = ["PATIENT_CLIENT", "CheckpointKeeping"]
 
-# botocore pauses before each attempt, at last for 10 s on average: a store may be away for ten minutes.
-PATIENT_CLIENT = {"retries": {"mode": "standard", "max_attempts": 64}}
+# Before attempt n botocore's legacy mode pauses for up to 2^(n-1) s: a store may be away for some ten minutes. The
+# other modes have a quota of attempts, which the parts of one large file use up within a second.
+PATIENT_CLIENT = {"retries": {"mode": "legacy", "max_attempts": 11}}
+# Training waits for this one, and there is a next time.
+IMPATIENT_CLIENT = {"retries": {"mode": "standard", "max_attempts": 1}, "connect_timeout": 10, "read_timeout": 20}
 # How often Composer looks whether a checkpoint is in the store, before it writes there which one is the newest. Its own
 # 30 s are as long as its launcher waits before it kills.
 POINTER_SECONDS = 2.0
@@ -94,7 +98,8 @@ def use_folder(saver: CheckpointSaver, folder: Path) -> None:
     temporary = Path(saver.folder)
     for _ in folder.parts:
         temporary = temporary.parent
-    temporary.rmdir()
+    with suppress(OSError):
+        temporary.rmdir()
     saver.folder = saver.filename.folder = str(folder)
     if saver.latest_filename is not None:
         saver.latest_filename.folder = str(folder)
@@ -121,13 +126,14 @@ def prune_folder(folder: Path, num_to_keep: int) -> None:
 
 def prune_store(bucket: str, folder: str, num_to_keep: int) -> None:
     """Remove the outdated checkpoints below a prefix in S3; an error is whatever the client raises."""
-    store = S3ObjectStore(bucket)
-    names = [key.removeprefix(f"{folder}/") for key in store.list_objects(f"{folder}/")]
+    store = S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT))
+    prefix = f"{folder}/" if folder else ""  # a bucket's root
+    names = [key.removeprefix(prefix) for key in store.list_objects(prefix)]
     if f"{LATEST}.symlink" not in names:
         return
-    pointer = store.client.get_object(Bucket=bucket, Key=f"{folder}/{LATEST}.symlink")["Body"].read().decode()
+    pointer = store.client.get_object(Bucket=bucket, Key=f"{prefix}{LATEST}.symlink")["Body"].read().decode()
     for name in outdated(names, Path(pointer.strip()).name, num_to_keep):
-        store.client.delete_object(Bucket=bucket, Key=f"{folder}/{name}")
+        store.client.delete_object(Bucket=bucket, Key=f"{prefix}{name}")
 
 
 def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:

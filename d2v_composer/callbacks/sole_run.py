@@ -24,22 +24,32 @@ class SoleRun(Callback):
     The folder is locked when the callback is made, before anything of it is read, and until the run is over.
 
     Args:
-        folder: The run's.
+        folder: The run's, on this machine.
+        address: What ``save_folder`` is: of a remote one, ``folder`` holds copies, and may hold no other's.
 
     Raises:
-        InputError: Another run has it.
+        InputError: Another run has it, it is another run's, or there can be no such folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        is_ours = [True]
+    def __init__(self, folder: Path, address: str) -> None:
+        problem: list[str | None] = [None]
         if dist.get_global_rank() == 0:
-            lock = acquire(folder / ".in_use", wait=LAST_RUN_LEAVES)
-            is_ours = [lock is not None]
-            if lock is not None:
-                self.release = weakref.finalize(self, os.close, lock)
-        dist.broadcast_object_list(is_ours)
-        if not is_ours[0]:
-            raise InputError(f"{folder}: another run trains there: give each a run_name or save_folder of its own")
+            try:
+                lock = acquire(folder / ".in_use", wait=LAST_RUN_LEAVES)
+            except OSError as error:
+                problem = [f"save_folder: {folder}: cannot be written ({error.strerror})"]
+            else:
+                if lock is None:
+                    problem = [f"{folder}: another run trains there: give each a run_name or save_folder of its own"]
+                elif (other := os.pread(lock, 1000, 0).decode()) not in ("", address):
+                    problem = [f"save_folder: {folder} holds the files of {other}, not those of {address}"]
+                    os.close(lock)
+                else:
+                    os.pwrite(lock, address.encode(), 0)
+                    self.release = weakref.finalize(self, os.close, lock)
+        dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise InputError(problem[0])
 
     def post_close(self) -> None:
         if dist.get_global_rank() == 0:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -18,7 +18,7 @@ from typing_extensions import override
 from d2v_composer.data.image_sources import list_images
 from d2v_composer.data.labelled import Format, load_labelled_set
 from d2v_composer.data.mds import INDEX, check_room, fetch_index, read_index
-from d2v_composer.data.transforms import decode_rgb, square, to_tensor
+from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.data.verified_dataset import VerifiedDataset
 from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.errors import InputError
@@ -167,7 +167,7 @@ class MdsImages(ImageCollection):
         source = f"sample {index} of {self.name}"
         try:
             stored = self.dataset[index]["image"]
-            image = stored.convert("RGB") if isinstance(stored, Image.Image) else decode_rgb(stored, source)
+            image = rgb_of(stored, source)
         except ShardError as error:
             raise InputError(str(error)) from error
         except InputError as error:

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.mds import read_index
 from d2v_composer.data.publishing import SUMMARY
-from d2v_composer.data.transforms import decode_rgb, square, to_tensor
+from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
 
@@ -115,7 +115,7 @@ def _folder(folder: Path, class_names: list[str], image_size: int) -> LabelledIm
 def _mds(folder: Path, image_size: int) -> LabelledImages:
     shards = read_index(folder, columns=("image", "label"))
     samples = [sample for shard in shards for sample in _samples(folder, shard)]
-    images = (decode_rgb(sample["image"], f"sample {i} of {folder}") for i, sample in enumerate(samples))
+    images = (rgb_of(sample["image"], f"sample {i} of {folder}") for i, sample in enumerate(samples))
     return _stack(folder, images, [int(sample["label"]) for sample in samples], image_size)
 
 

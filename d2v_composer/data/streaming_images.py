@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
-from d2v_composer.data.transforms import RandomResizedCropFlip, sample_rng
+from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
 from d2v_composer.data.verified_dataset import READ_ATTEMPTS, VerifiedDataset
 
 __all__ = ["StreamingImages"]
@@ -85,6 +85,6 @@ class StreamingImages(VerifiedDataset):
         """
         source = f"sample {sample_id} of {self.folder}"
         stored = super().get_item(sample_id, retry)["image"]
-        image = stored.convert("RGB") if isinstance(stored, Image.Image) else stored
+        image = rgb_of(stored, source) if isinstance(stored, Image.Image) else stored
         pixels = self.transform(image, sample_rng(self.seed, self.epoch, int(sample_id)), source)
         return {"image": pixels, "sample_id": int(sample_id)}

@@ -25,6 +25,7 @@ __all__ = [
     "decode_rgb",
     "open_image",
     "random_crop_box",
+    "rgb_of",
     "sample_rng",
     "square",
     "to_rgb",
@@ -68,6 +69,20 @@ def decode_rgb(encoded: bytes, source: str) -> Image.Image:
         raise InputError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
 
 
+def rgb_of(stored: bytes | Image.Image, source: str) -> Image.Image:
+    """What an MDS column gives, an image file's bytes or an image that Streaming has opened, as :func:`decode_rgb`."""
+    if not isinstance(stored, Image.Image):
+        return decode_rgb(stored, source)
+    try:
+        if stored.format is not None:  # a file that is not yet decoded, of whatever kind Pillow knows
+            if stored.format not in (*IMAGE_FORMATS, "MPO"):
+                raise ValueError(f"is {stored.format}")
+            check_size(stored)
+        return to_rgb(stored)
+    except Exception as error:
+        raise InputError(f"{source}: not an image that can be read ({error})") from error
+
+
 class ImageSizeError(ValueError):
     """An image would take too much memory."""
 
@@ -82,9 +97,18 @@ def open_image(encoded: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageSizeError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    check_size(image)
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse an image by what its header says.
+
+    Raises:
+        ImageSizeError: It has too many pixels.
+    """
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ImageSizeError(f"has {image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

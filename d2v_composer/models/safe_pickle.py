@@ -6,9 +6,10 @@ what it was given, and is neither imported nor called.
 """
 
 import pickle
+import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -114,8 +115,18 @@ def _with_checked_keys(load: Callable[[Any], None], places: slice) -> Callable[[
     return checked
 
 
-def _refuse_bytearray(unpickler: Any) -> None:
-    raise pickle.UnpicklingError("a bytearray, which is made before there is anything to fill it")
+def _load_storage(unpickler: Any) -> None:
+    """A storage, of which torch reads as many numbers as the pickle says, also from behind the end of what there is."""
+    if unpickler.record_sizes is not None:
+        _, storage_type, key, _, num = unpickler.stack[-1]
+        if num * storage_type.dtype.itemsize > unpickler.record_sizes.get(key, 0):
+            raise pickle.UnpicklingError(f"storage {key} has fewer than {num} numbers")
+    PythonUnpickler.load_binpersid(unpickler)
+
+
+def _refuse(unpickler: Any) -> None:
+    # A bytearray is made before there is anything to fill it; frozensets nest as tuples do.
+    raise pickle.UnpicklingError("an object that no checkpoint needs")
 
 
 # Not the one in C: there, the number of a memo is how much memory is set aside.
@@ -125,7 +136,6 @@ KEYS = {
     pickle.SETITEMS: slice(0, None, 2),
     pickle.DICT: slice(0, None, 2),
     pickle.ADDITEMS: slice(0, None),
-    pickle.FROZENSET: slice(0, None),
 }
 
 
@@ -135,8 +145,11 @@ class Unpickler(PythonUnpickler):
     dispatch: ClassVar = (
         PythonUnpickler.dispatch
         | {code[0]: _with_checked_keys(PythonUnpickler.dispatch[code[0]], places) for code, places in KEYS.items()}
-        | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
+        | {pickle.BINPERSID[0]: _load_storage}
+        | {code[0]: _refuse for code in (pickle.BYTEARRAY8, pickle.FROZENSET)}
     )
+    record_sizes: Mapping[str, int] | None = None
+    """Of the file's storages, by key, in bytes; ``None`` for a format that is read in order."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         return BUILT_FOR_REAL.get((module, name), Stub)
@@ -148,12 +161,14 @@ def load(file: BinaryIO, **kwargs: Any) -> Any:
 
 
 class _PickleModule:
-    """What ``torch.load`` uses of the :mod:`pickle` module."""
+    """What ``torch.load`` uses of the :mod:`pickle` module, for one file."""
 
     __name__ = __name__
-    Unpickler = Unpickler
     UnpicklingError = pickle.UnpicklingError
     load = staticmethod(load)
+
+    def __init__(self, record_sizes: Mapping[str, int] | None) -> None:
+        self.Unpickler = type("Unpickler", (Unpickler,), {"record_sizes": record_sizes})
 
 
 def load_untrusted(path: Path) -> Any:
@@ -165,30 +180,42 @@ def load_untrusted(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
-            _check_archive(path)
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule())
+            module = _PickleModule(_check_archive(path))
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> dict[str, int] | None:
     """Refuse a program, and what is not stored as torch.save stores it.
 
+    Returns:
+        The sizes of its storages, by key, in bytes; ``None`` for a file that is no archive.
+
     Raises:
-        ValueError: The file is a TorchScript archive, or one of few bytes that become many.
+        ValueError: The file is a TorchScript archive, one of few bytes that become many, or a tar archive, of which
+            torch would write to the disk whatever it holds.
     """
+    if tarfile.is_tarfile(path):
+        raise ValueError("a tar archive, as no torch of this decade writes")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch.load tells
-            return
+            return None
     # torch's own reader as well: what it takes for a program is one, whatever others find in the file.
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    if "constants.pkl" in reader.get_all_records():
+    records = reader.get_all_records()
+    if "constants.pkl" in records:
         raise ValueError("a TorchScript archive, which is a program")
     with zipfile.ZipFile(path) as archive:
-        num_bytes = sum(entry.file_size for entry in archive.infolist())
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    found = {name.partition("/")[2].casefold() for name in sizes}
+    if found != {name.casefold() for name in records} or len(found) != len(records):
+        raise ValueError("an archive with several files of one name")
+    num_bytes = sum(sizes.values())
     if num_bytes > 2 * path.stat().st_size + (1 << 20):
         raise ValueError(f"its parts come to {num_bytes} bytes")
+    return {name.rpartition("/data/")[2]: size for name, size in sizes.items() if "/data/" in name}
 
 
 def plain(value: Any) -> Any:
