@@ -243,9 +243,10 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
     folder = local_save_folder(config)
     if folder is None or config.save_folder is None:
         return []
+    prefix = remote_save_folder(config)
     return [
-        SoleRun(folder, config.save_folder),
-        CheckpointKeeping(folder, remote_save_folder(config), config.save_num_checkpoints_to_keep),
+        SoleRun(folder, None if prefix is None else config.save_folder.rstrip("/")),
+        CheckpointKeeping(folder, prefix, config.save_num_checkpoints_to_keep),
     ]
 
 

@@ -348,7 +348,7 @@ def wrong_types(kind: Any, value: Any, key: str = "") -> Iterator[str]:
         for name in kinds.keys() & value.keys():  # an unknown one is OmegaConf's to refuse
             yield from wrong_types(kinds[name], value[name], f"{key}.{name}" if key else str(name))
     elif get_origin(kind) is list:
-        if isinstance(value, Mapping) and all(str(place).isdigit() for place in value):
+        if isinstance(value, Mapping) and value and all(str(place).isdigit() for place in value):
             return  # an override of one of its items
         if not isinstance(value, list):
             yield f"{key}: must be a list, got {value!r}"

@@ -184,8 +184,9 @@ def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
         SoleRun(tmp_path, "s3://a/runs")
     first.post_close()
     SoleRun(tmp_path, "s3://a/runs").post_close()
-    with pytest.raises(InputError, match="holds the files of s3://a/runs, not those of s3://b/runs"):
-        SoleRun(tmp_path, "s3://b/runs")
+    for remote, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
+        with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not those of {words}"):
+            SoleRun(tmp_path, remote)
 
 
 def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ class SoleRun(Callback):
 
     Args:
         folder: The run's, on this machine.
-        address: What ``save_folder`` is: of a remote one, ``folder`` holds copies, and may hold no other's.
+        remote: The address of a run in a store, of which ``folder`` holds copies, and may hold no other's; or ``None``.
 
     Raises:
         InputError: Another run has it, it is another run's, or there can be no such folder.
     """
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, remote: str | None = None) -> None:
         problem: list[str | None] = [None]
         if dist.get_global_rank() == 0:
             try:
@@ -41,11 +41,11 @@ class SoleRun(Callback):
             else:
                 if lock is None:
                     problem = [f"{folder}: another run trains there: give each a run_name or save_folder of its own"]
-                elif (other := os.pread(lock, 1000, 0).decode()) not in ("", address):
-                    problem = [f"save_folder: {folder} holds the files of {other}, not those of {address}"]
+                elif (other := os.pread(lock, 1000, 0).decode()) not in ("", remote):
+                    problem = [f"save_folder: {folder} holds the files of {other}, not those of {remote or 'this run'}"]
                     os.close(lock)
                 else:
-                    os.pwrite(lock, address.encode(), 0)
+                    os.pwrite(lock, (remote or "").encode(), 0)
                     self.release = weakref.finalize(self, os.close, lock)
         dist.broadcast_object_list(problem)
         if problem[0] is not None:
