@@ -129,6 +129,27 @@ def test_what_fsdp_does_not_go_with(monkeypatch: pytest.MonkeyPatch, override: s
     assert message in str(caught.value)
 
 
+CONTRADICTIONS = {
+    ("max_duration=10ba", "scheduler.t_warmup=11ba"): "scheduler.t_warmup: must not be longer than max_duration 10ba",
+    ("max_duration=2ep", "scheduler.t_warmup=1.5dur"): "scheduler.t_warmup: must be from 0dur to 1dur, got '1.5dur'",
+    ("global_train_batch_size=2",): "global_train_batch_size: must divide by the 3 ranks, got 2",
+    ("global_train_batch_size=32",): "global_train_batch_size: must divide by the 3 ranks, got 32",
+    ("precision=fp32", "frozen_dtype=bfloat16"): "frozen_dtype: must be float32 with precision fp32, got bfloat16",
+    ("train_loader.crop_scale=[0.5,1.5]",): "train_loader.crop_scale: must be at most 1, got [0.5, 1.5]",
+    ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
+def test_what_contradicts_itself(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On three ranks, each value by itself is one that could be meant."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    batch = [] if "global" in overrides[0] else ["global_train_batch_size=33"]
+    with pytest.raises(InputError) as caught:
+        load(*batch, *overrides)
+    assert str(caught.value).startswith(message)
+
+
 def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert load("compile=true").compile
     with monkeypatch.context() as patched:
