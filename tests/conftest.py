@@ -73,6 +73,15 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """144 images of 32 px with labels, in two splits; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, num in {"train": 96, "test": 48}.items():
+        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
+    return folder
+
+
 def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     """Arguments of a tiny run on tests/golden's teacher: 14 batches, checkpoints every second, no retrieval."""
     return [

@@ -16,27 +16,16 @@ from conftest import (
     ROOT,
     assert_same_losses,
     command_environment,
-    encoded_image,
     losses_of,
     run_command,
     small_run,
     student_of,
     train_command,
-    write_mds,
 )
 
 NUM_BATCHES = 24
 NUM_KILLS = 50
 POLL_SECONDS = 0.001
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set with two splits."""
-    folder = tmp_path_factory.mktemp("labelled")
-    for split, num in {"train": 192, "test": 96}.items():
-        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
-    return folder
 
 
 def quickstart(folder: Path, labelled: Path) -> list[str]:

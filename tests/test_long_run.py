@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import command_environment, encoded_image, losses_of, small_run, train_command, write_mds
+from conftest import command_environment, losses_of, small_run, train_command
 
 
 class Usage(NamedTuple):
@@ -29,14 +29,6 @@ class Usage(NamedTuple):
     """Files of it."""
     temporary: int
     """Files and folders."""
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("labelled")
-    for split, num in {"train": 96, "test": 32}.items():
-        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
-    return folder
 
 
 @pytest.fixture

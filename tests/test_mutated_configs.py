@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import GOLDEN, ROOT, encoded_image, write_mds
+from conftest import GOLDEN, ROOT
 from mutations import Mutation, mutations
 
 from d2v_composer.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
@@ -56,15 +56,6 @@ RECIPES = {
         "evaluate.yaml", load_evaluate_config, "evaluate.py", {"model": str(GOLDEN / "tiny_base.pt"), "ks": [1, 3]}
     ),
 }
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set with two splits."""
-    folder = tmp_path_factory.mktemp("labelled")
-    for split, num in {"train": 96, "test": 48}.items():
-        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
-    return folder
 
 
 def small_config(recipe: Recipe, labelled: Path, save_folder: Path) -> dict[str, Any]:
