@@ -11,13 +11,14 @@ import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
+from composer.utils.file_helpers import list_remote_objects, parse_uri
 from torch.torch_version import TorchVersion
 
 from d2v_composer.errors import InputError
@@ -130,9 +131,7 @@ def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | No
     candidates = _candidates(folder)
     newest = next(filter(_is_whole, candidates), None)
     if remote is not None:
-        name = _remote_newest(folder, remote)
-        if name is not None and (newest is None or _age(name) > _age(newest.name)):
-            return bring_checkpoint(name, folder, remote)
+        newest = _newer_in_store(folder, remote, newest)
     if newest is None and (folder / LATEST).is_symlink():
         raise InputError(f"{folder}: none of its {len(candidates)} checkpoints is whole: remove them to start anew")
     if newest is None and candidates:
@@ -209,9 +208,35 @@ def fetch_checkpoint(address: str, path: Path) -> None:
         raise InputError(f"{address}: no such file")
 
 
-def _remote_newest(folder: Path, remote: str) -> str | None:
-    """The name of the checkpoint that the store's pointer names; ``None`` where there is no pointer."""
-    return _follow(f"{remote.rstrip('/')}/{LATEST}", folder / f".{uuid4().hex}.symlink")
+def _newer_in_store(folder: Path, remote: str, newest: Path | None) -> Path | None:
+    """The newest whole checkpoint of a store, fetched, where it is newer than what this machine has; otherwise that."""
+    damaged = 0
+    for name in _remote_candidates(folder, remote):
+        if newest is not None and _age(name) <= _age(newest.name):
+            return newest
+        try:
+            return bring_checkpoint(name, folder, remote)
+        except DamagedCheckpointError as error:
+            log.warning("%s, from the store; it is passed over", error)
+            damaged += 1
+    if newest is None and damaged:
+        raise InputError(f"{remote}: none of its {damaged} checkpoints is whole: remove them to start anew")
+    return newest
+
+
+def _remote_candidates(folder: Path, remote: str) -> Iterator[str]:
+    """The names of what may be a store's newest checkpoint, the best first; none, where there is no pointer yet."""
+    remote = f"{remote.rstrip('/')}/"
+    pointed_at = _follow(f"{remote}{LATEST}", folder / f".{uuid4().hex}.symlink")
+    if pointed_at is None:
+        return
+    yield pointed_at
+    try:
+        keys = list_remote_objects(remote)
+    except Exception as error:
+        raise InputError(f"{remote}: cannot be looked through for an older checkpoint ({reason(error)})") from error
+    names = [key.removeprefix(parse_uri(remote)[2]) for key in keys]
+    yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
 
 
 def _follow(address: str, pointer: Path) -> str | None:

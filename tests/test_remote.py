@@ -110,6 +110,42 @@ def test_the_newest_checkpoint_of_a_store(
         find_newest_checkpoint(tmp_path / "third", remote)
 
 
+def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
+    object_store: ObjectStore,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for variable, value in object_store.environment.items():
+        monkeypatch.setenv(variable, value)
+    remote, client = f"s3://{BUCKET}/runs/damaged", object_store.client()
+    before, newest, abandoned = "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "ep2-ba16-rank0.pt"
+    whole = (uninterrupted / before).read_bytes()
+
+    def put(name: str, contents: bytes) -> None:
+        client.put_object(Bucket=BUCKET, Key=f"runs/damaged/{name}", Body=contents)
+
+    for name, contents in {before: whole, newest: whole[:1000], abandoned: whole, f"report/{before}": b""}.items():
+        put(name, contents)
+    put("latest-rank0.pt.symlink", f"runs/damaged/{newest}".encode())
+
+    assert find_newest_checkpoint(tmp_path / "new", remote) == tmp_path / "new" / before
+    assert (tmp_path / "new" / before).read_bytes() == whole
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert newest in caplog.text
+
+    # What this machine has itself is as good as the store's, and is not fetched again.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    shutil.copy(uninterrupted / before, kept)
+    put(before, b"")
+    assert find_newest_checkpoint(kept, remote) == kept / before
+
+    with pytest.raises(InputError, match=f"{remote}: none of its 2 checkpoints is whole: remove them to start anew"):
+        find_newest_checkpoint(tmp_path / "other", remote)
+
+
 def test_a_cache_of_another_data_set_or_with_a_cut_index(
     object_store: ObjectStore, small_data: Path, tmp_path: Path
 ) -> None:
