@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.utils import dist
 from conftest import ROOT
 
 from d2v_composer.config import TrainConfig, load_config
@@ -143,7 +144,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
 def test_what_contradicts_itself(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, each value by itself is one that could be meant."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     batch = [] if "global" in overrides[0] else ["global_train_batch_size=33"]
     with pytest.raises(InputError) as caught:
         load(*batch, *overrides)

@@ -143,8 +143,9 @@ def test_nothing_grows_and_nothing_is_left(
     # The last quarter before the end, and the first.
     first, last = usages[0], usages[2] + usages[3][: len(usages[3]) // 2]
     for name in ("descriptors", "threads", "processes", "shared_memory", "temporary"):
-        series = [[getattr(usage, name) for usage in quarter] for quarter in (first, last)]
-        assert statistics.median(series[1]) <= statistics.median(series[0]), name
+        before, after = (statistics.median(getattr(usage, name) for usage in quarter) for quarter in (first, last))
+        # One may come and go; where each checkpoint, retrieval or epoch leaves one, it is three or more.
+        assert after - before <= 1, name
     megabytes = [statistics.median(usage.megabytes for usage in quarter) for quarter in (first, last)]
     assert megabytes[1] - megabytes[0] < 8, megabytes
     print(f"\n{num_steps} steps: {first[0]} at the beginning, {last[-1]} at the end")
