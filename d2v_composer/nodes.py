@@ -1,16 +1,14 @@
-"""Nodes of one run that share a machine, or a folder: what Composer and Streaming name alike for all of them."""
+"""Nodes of one run that share a machine, or a folder: what Composer names alike for all of them."""
 
 import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import NamedTuple
 
 from composer.utils import dist
-from streaming.base.shared import prefix
 
-__all__ = ["NodePlace", "find_node_place", "separate_shared_memory", "separate_signal_files"]
+__all__ = ["NodePlace", "find_node_place", "separate_signal_files"]
 
 
 class NodePlace(NamedTuple):
@@ -25,17 +23,6 @@ def find_node_place() -> NodePlace:
     this = (platform.node(), dist.get_node_rank())
     nodes_here = sorted({node for machine, node in dist.all_gather_object(this) if machine == this[0]})
     return NodePlace(nodes_here.index(this[1]), len(nodes_here))
-
-
-@contextmanager
-def separate_shared_memory(place: NodePlace) -> Iterator[None]:
-    """Make Streaming take every ``place.num_nodes``-th number for what it shares; else nodes would take the same."""
-    each_number = prefix._each_prefix_int
-    prefix._each_prefix_int = lambda: count(place.number, place.num_nodes)
-    try:
-        yield
-    finally:
-        prefix._each_prefix_int = each_number
 
 
 @contextmanager

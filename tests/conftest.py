@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -101,6 +102,21 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
         "report=false",  # seconds
         *overrides,
     ]
+
+
+def shared_memory_of(pid: int) -> set[tuple[str, int]]:
+    """Path and inode of the shared memory of a process and its children: another's may have the name later."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    mapped = {region.path for each in family for region in each.memory_maps()}
+    return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
+
+
+def inode_of(path: str) -> int:
+    """0: there is no such file."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def run_command(

@@ -16,8 +16,10 @@ from conftest import (
     ROOT,
     assert_same_losses,
     command_environment,
+    inode_of,
     losses_of,
     run_command,
+    shared_memory_of,
     small_run,
     student_of,
     train_command,
@@ -63,6 +65,8 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """As when a machine goes down: launcher, ranks and workers at once."""
+    if process.poll() is not None:
+        return
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
         with suppress(ProcessLookupError):
@@ -179,6 +183,30 @@ def test_killed_at_a_random_moment(
             torch.testing.assert_close(ours[name], theirs[name])
     partial = [path.name for path in tmp_path.iterdir() if "partial" in path.name]
     assert partial == []
+
+
+def test_what_a_killed_run_shared_goes_with_the_next_start(small_data: Path, tmp_path: Path) -> None:
+    """And what a run that goes on shares does not."""
+
+    def endless(name: str) -> list[str]:
+        return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))
+
+    with started(endless("beside")) as beside, started(endless("killed")) as killed:
+        for process, name in ((beside, "beside"), (killed, "killed")):
+            while '"step": 2,' not in log_of(tmp_path / name):
+                assert process.poll() is None
+                time.sleep(0.1)
+        kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
+        assert kept
+        assert left
+        assert kept.isdisjoint(left)
+        kill_all(killed)
+        assert all(inode_of(path) == inode for path, inode in left)  # nobody has removed it
+        ended = run_command(*train_command(small_run(tmp_path / "next", small_data)))
+        assert ended.returncode == 0, ended.stderr
+        assert [path for path, inode in left if inode_of(path) == inode] == []
+        assert all(inode_of(path) == inode for path, inode in kept)
+        assert beside.poll() is None
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.campaign)])

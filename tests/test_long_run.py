@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import command_environment, losses_of, small_run, train_command
+from conftest import command_environment, inode_of, losses_of, shared_memory_of, small_run, train_command
 
 
 class Usage(NamedTuple):
@@ -58,27 +58,9 @@ def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
         sum(each.num_fds() for each in family),
         sum(each.num_threads() for each in family),
         len(family),
-        len(shared_memory_of(process)),
+        len(shared_memory_of(process.pid)),
         len(list(temporary.rglob("*"))),
     )
-
-
-def shared_memory_of(process: subprocess.Popen[bytes]) -> set[tuple[str, int]]:
-    """Name and inode of the shared memory that a run has: others on this machine may have the name before or after."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    mapped = {region.path for each in family for region in each.memory_maps()}
-    # Streaming looks at one file of each other run: where its data are.
-    others = {path for path in mapped if path.endswith("_locals") and path.replace("_locals", "_barrier") not in mapped}
-    mapped -= others
-    return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
-
-
-def inode_of(path: str) -> int:
-    """0: there is no such file."""
-    try:
-        return os.stat(path).st_ino
-    except FileNotFoundError:
-        return 0
 
 
 def step_of(folder: Path) -> int:
@@ -127,7 +109,7 @@ def test_nothing_grows_and_nothing_is_left(
         while step_of(folder) < interval:
             assert process.poll() is None
             time.sleep(0.1)
-        shared_memory |= shared_memory_of(process)
+        shared_memory |= shared_memory_of(process.pid)
     usages: dict[int, list[Usage]] = defaultdict(list)
     with started(command, temporary) as process:
         while process.poll() is None:
@@ -135,7 +117,7 @@ def test_nothing_grows_and_nothing_is_left(
             if step > warm_up:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(process, temporary))
-                    shared_memory |= shared_memory_of(process)
+                    shared_memory |= shared_memory_of(process.pid)
             time.sleep(0.25)
         assert process.returncode == 0
     assert len(losses_of(folder)) == num_steps

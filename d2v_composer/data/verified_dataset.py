@@ -1,6 +1,5 @@
 """A StreamingDataset that cannot lose a sample, or hang, without a word."""
 
-import atexit
 import logging
 import os
 import sys
@@ -21,15 +20,16 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.dataset import _ShardState as ShardState
-from streaming.base.shared import SharedArray, SharedMemory, prefix
+from streaming.base.shared import SharedArray, prefix
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from typing_extensions import override
 
+from d2v_composer.data.shared_memory import closed_afterwards, occupy, remove_abandoned, separate_numbers
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
 from d2v_composer.locks import acquire, sole_user
-from d2v_composer.nodes import find_node_place, separate_shared_memory
+from d2v_composer.nodes import find_node_place
 from d2v_composer.persistence import reason
 from d2v_composer.processes import end_with_parent
 from d2v_composer.scratch import machine_lock
@@ -90,10 +90,13 @@ class VerifiedDataset(StreamingDataset):
         if remote is not None and dist.get_local_rank() == 0:
             self._occupy(Path(local))
         self.stream = VerifiedStream(local=local, remote=remote, timeout=timeout)
-        with _starting_alone():
+        with _starting_alone(), closed_afterwards(prefix) as opened:
             super().__init__(
                 streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
             )
+            opened.remove(self._locals_shm)  # others are of the runs that have the numbers before
+            if (descriptor := occupy(self._shm_prefix_int)) is not None:
+                weakref.finalize(self, os.close, descriptor)
             # The process that fetches each shard, while it is fetched.
             self._fetchers = SharedArray(self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))
         # Shards that an earlier run left take space, but are as good as remote until they are verified.
@@ -107,7 +110,7 @@ class VerifiedDataset(StreamingDataset):
     @override
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         # Of each epoch and each checkpoint the base class leaves a descriptor open, until there are no more.
-        with _closed_afterwards():
+        with closed_afterwards(streaming_dataset):
             return super()._resume(world, epoch)
 
     def _occupy(self, local: Path) -> None:
@@ -346,30 +349,13 @@ def _starting_alone() -> Iterator[None]:
     # Not below the home folder, which the machines of one run may share: they have to start together.
     lock = machine_lock("start")
     first_here = place.number == 0 and dist.get_local_rank() == 0
-    with sole_user(lock, STARTING_SECONDS) if first_here else nullcontext(), separate_shared_memory(place):
+    turn = sole_user(lock, STARTING_SECONDS) if first_here else nullcontext(False)
+    with turn as is_our_turn, separate_numbers(place):
+        if is_our_turn:
+            remove_abandoned()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the other ranks of this run look as well
         yield
-
-
-@contextmanager
-def _closed_afterwards() -> Iterator[None]:
-    """Close the shared memory that Streaming opens within the block, and would have open until the process ends."""
-    opened: list[SharedMemory] = []
-
-    def open_shared_memory(*args: Any, **kwargs: Any) -> SharedMemory:
-        opened.append(SharedMemory(*args, **kwargs))
-        return opened[-1]
-
-    module: Any = streaming_dataset
-    module.SharedMemory = open_shared_memory
-    try:
-        yield
-    finally:
-        module.SharedMemory = SharedMemory
-        for each in opened:
-            atexit.unregister(each.cleanup)
-            each.cleanup()
 
 
 def _is_alive(pid: int) -> bool:
