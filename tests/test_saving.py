@@ -5,6 +5,7 @@ import logging
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,10 +190,23 @@ def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
             SoleRun(tmp_path, remote)
 
 
+def test_a_pointer_that_is_gone_for_a_moment(uninterrupted: Path, tmp_path: Path) -> None:
+    """As while a run makes the next one."""
+    pointer = tmp_path / LATEST
+    maker = threading.Timer(0.2, lambda: pointer.symlink_to(uninterrupted / "ep2-ba14-rank0.pt"))
+    maker.start()
+    student, teacher = load_any(pointer)
+    maker.join()
+    assert student is not None
+    assert teacher is not None
+    with pytest.raises(InputError, match=r"none\.pt: no such file"):
+        load_any(tmp_path / "none.pt")
+
+
 def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     """On one data set, in different folders and in the same one; the newest checkpoint can be read at any time."""
     shared = tmp_path / "shared"
-    endless = ("max_duration=100000ba", "save_interval=3ba", "save_num_checkpoints_to_keep=2")
+    endless = ("max_duration=100000ba", "save_interval=3ba", "save_num_checkpoints_to_keep=5")
     process = start(train_command(small_run(shared, small_data, *endless)))
     wait_until(lambda: (shared / LATEST).exists(), process)
 
@@ -205,7 +219,7 @@ def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, t
     assert second.stderr.splitlines()[-1] == (
         f"error: {shared}: another run trains there: give each a run_name or save_folder of its own"
     )
-    for _ in range(20):
+    for _ in range(60):
         student, teacher = load_any(shared / LATEST)
         assert student is not None
         assert teacher is not None
@@ -215,4 +229,4 @@ def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, t
     assert process.returncode == 128 + signal.SIGTERM, output
     steps = [json.loads(line)["step"] for line in (shared / "log.jsonl").read_text().splitlines() if "loss/" in line]
     assert steps == list(range(len(steps)))  # nobody else wrote into it
-    assert len(checkpoints_of(shared)) == 2
+    assert len(checkpoints_of(shared)) == 5

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,9 @@ __all__ = [
     "load_teacher",
     "save_student",
 ]
+
+# Composer removes a pointer before it makes the next one.
+POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
 
 CONFIG_TENSOR = "config_json"
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
@@ -152,7 +157,7 @@ def load_any(
     Raises:
         InputError: It is none of them, or damaged.
     """
-    file = fetch(path).resolve()  # a run's pointer may name another checkpoint soon
+    file = fetch(path if "://" in str(path) else _pointed_at(Path(path)))
     if is_safetensors(file) and read_kind(file) == "student":
         return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
@@ -161,6 +166,15 @@ def load_any(
     if teacher_path is not None:
         raise InputError(f"{path}: is no student, for which teacher {teacher_path} would be")
     return None, load_teacher(path, weights)
+
+
+def _pointed_at(path: Path) -> Path:
+    """The file that a run's pointer names. It may name another one soon, and for a moment in between there is none."""
+    for _ in range(POINTER_ATTEMPTS):
+        with suppress(OSError):
+            return path.resolve(strict=True)
+        time.sleep(POINTER_PAUSE)
+    return path
 
 
 def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str | None) -> tuple[Student, Data2Vec2]:
