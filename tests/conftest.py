@@ -104,6 +104,10 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     ]
 
 
+def checkpoints_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("ep*.pt")}
+
+
 def shared_memory_of(pid: int) -> set[tuple[str, int]]:
     """Path and inode of the shared memory of a process and its children: another's may have the name later."""
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]

@@ -15,6 +15,7 @@ import torch
 from conftest import (
     ROOT,
     assert_same_losses,
+    checkpoints_of,
     command_environment,
     inode_of,
     losses_of,
@@ -77,10 +78,6 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 def log_of(folder: Path) -> str:
     path = folder / "log.jsonl"
     return path.read_text() if path.exists() else ""
-
-
-def checkpoints_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("ep*.pt")}
 
 
 # Each says, with a random number from 0 to 1, whether the moment has come; given the run's folder, and for how long it

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command_environment, run_command, small_run, student_of, train_command, train_until_killed
+from conftest import (
+    ROOT,
+    checkpoints_of,
+    command_environment,
+    run_command,
+    small_run,
+    student_of,
+    train_command,
+    train_until_killed,
+)
 
 from d2v_composer.callbacks import SoleRun
 from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdated, prune_folder, prune_store
@@ -49,10 +58,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 def has_trained(folder: Path) -> bool:
     log = folder / "log.jsonl"
     return log.exists() and "loss/train/total" in log.read_text()
-
-
-def checkpoints_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("ep*.pt")}
 
 
 def assert_same_student(folder: Path, expected: Path) -> None:

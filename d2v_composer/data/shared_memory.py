@@ -18,7 +18,7 @@ from streaming.base.shared import SharedMemory, prefix
 from d2v_composer.locks import acquire, sole_user
 from d2v_composer.nodes import NodePlace
 
-__all__ = ["closed_afterwards", "occupy", "remove_abandoned", "separate_numbers"]
+__all__ = ["closed_afterwards", "hold", "remove_abandoned", "separate_numbers"]
 
 FOLDER = Path("/dev/shm")  # Linux's; elsewhere nothing is removed
 # Other programs' end at the first free number from 0, far below.
@@ -36,7 +36,7 @@ def separate_numbers(place: NodePlace) -> Iterator[None]:
         prefix._each_prefix_int = each_number
 
 
-def occupy(number: int) -> int | None:
+def hold(number: int) -> int | None:
     """Keep a number's shared memory, for as long as the descriptor is open here or in a process forked from this one.
 
     Returns:

@@ -25,7 +25,7 @@ from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from typing_extensions import override
 
-from d2v_composer.data.shared_memory import closed_afterwards, occupy, remove_abandoned, separate_numbers
+from d2v_composer.data.shared_memory import closed_afterwards, hold, remove_abandoned, separate_numbers
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
 from d2v_composer.locks import acquire, sole_user
@@ -95,7 +95,7 @@ class VerifiedDataset(StreamingDataset):
                 streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
             )
             opened.remove(self._locals_shm)  # others are of the runs that have the numbers before
-            if (descriptor := occupy(self._shm_prefix_int)) is not None:
+            if (descriptor := hold(self._shm_prefix_int)) is not None:
                 weakref.finalize(self, os.close, descriptor)
             # The process that fetches each shard, while it is fetched.
             self._fetchers = SharedArray(self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))

@@ -16,6 +16,7 @@ from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
 from d2v_composer.errors import InputError
 from d2v_composer.models.torch_archive import check_archive
+from d2v_composer.persistence import reason
 
 __all__ = ["Stub", "load_untrusted", "plain"]
 
@@ -182,8 +183,7 @@ def load_untrusted(path: Path) -> Any:
             module = _PickleModule(check_archive(path))
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
+        raise InputError(f"{path}: truncated, or not a PyTorch checkpoint ({reason(error)})") from error
 
 
 def plain(value: Any) -> Any:
