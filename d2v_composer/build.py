@@ -37,7 +37,7 @@ from d2v_composer.config import (
     compute_dtype,
 )
 from d2v_composer.data.labelled import LabelledSet, load_labelled_set
-from d2v_composer.data.mds import check_room, fetch_index, read_index
+from d2v_composer.data.mds import check_image_column, check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
@@ -150,7 +150,9 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
     with dist.run_local_rank_zero_first():
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
-    shards = read_index(local, columns=("image",), shards_may_be_missing=loader.remote is not None)
+    is_remote = loader.remote is not None
+    shards = read_index(local, columns=(loader.column,), option="train_loader.column", shards_may_be_missing=is_remote)
+    check_image_column(shards, loader.column, str(local))
     if loader.remote is not None:
         check_room(shards, local, bytes_to_int(loader.cache_limit or 0))
     num_samples = sum(shard["samples"] for shard in shards)
@@ -169,6 +171,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
                 (loader.crop_ratio[0], loader.crop_ratio[1]),
                 loader.flip,
             ),
+            column=loader.column,
             seed=config.seed,
             shuffle=loader.shuffle,
             shuffle_block_size=loader.shuffle_block_size,
@@ -335,7 +338,7 @@ def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size:
         InputError: One cannot be used.
     """
     return {
-        name: load_labelled_set(labelled.format, labelled.root, image_size=image_size, download=labelled.download)
+        name: load_labelled_set(**asdict(labelled), image_size=image_size)
         for name, labelled in chosen.items()
         if labelled is not None
     }

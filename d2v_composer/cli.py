@@ -18,6 +18,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     except InputError as error:
         # From a data worker the message is that of a whole traceback; what we said is its last line.
         line = str(error).strip().splitlines()[-1]
-        print(f"error: {line.removeprefix(f'{InputError.__module__}.{InputError.__name__}: ')}", file=sys.stderr)
+        kind = type(error)
+        print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -98,6 +98,8 @@ class TrainLoaderConfig:
     """An MDS folder, or where the shards of ``remote`` are kept."""
     remote: str | None = None
     """s3://, gs://, …; default: ``local`` is the data set."""
+    column: str = "image"
+    """The one with the images; Streaming's own converters call it x."""
     num_workers: int = 8
     prefetch_factor: int = 2
     timeout: float = 600.0
@@ -163,6 +165,10 @@ class LabelledSetConfig:
     format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
     root: str = MISSING
     download: bool = False
+    column: str = "image"
+    """Of mds: the one with the images."""
+    label_column: str = "label"
+    """Of mds: the one with the labels."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""The one exception that means 'your input cannot be used'."""
+"""The exceptions that mean 'your input cannot be used'."""
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "UnreadableImageError"]
 
 
 class InputError(ValueError):
@@ -9,3 +9,7 @@ class InputError(ValueError):
     The message is a single line that names the thing and says what is allowed. The commands in ``recipes/`` print
     it without a traceback and exit with status 2; everything else that goes wrong keeps its traceback.
     """
+
+
+class UnreadableImageError(InputError):
+    """One image is absent, damaged or no image; others may well be readable."""

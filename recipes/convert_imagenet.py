@@ -51,7 +51,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
     parser.add_argument("--seed", type=int, default=0, help="of the order; default: 0")
     parser.add_argument("--shard-size", type=bytes_to_int, default="64mb", help="about; default: 64mb")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and list them")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out, and list, images that are absent or damaged"
+    )
     arguments = parser.parse_args(argv)
     for name, largest in (("resize", 65500), ("quality", 100), ("workers", 1024), ("shard_size", 1 << 31)):
         value = getattr(arguments, name)

@@ -39,7 +39,11 @@ def main(argv: Sequence[str]) -> Embedding:
     file = open_out(arguments.out)
     model = load_model(arguments).to(device)
     collection = open_collection(
-        arguments.source, model.encoder.config.image_size, local=arguments.local, cache_limit=arguments.cache_limit
+        arguments.source,
+        model.encoder.config.image_size,
+        local=arguments.local,
+        cache_limit=arguments.cache_limit,
+        column=arguments.column,
     )
     embedding = embed_collection(
         model,
@@ -74,6 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding; default: one a core")
     parser.add_argument("--local", type=Path, metavar="FOLDER", help="where a remote SOURCE's shards are kept")
     parser.add_argument("--cache-limit", type=bytes_to_int, metavar="SIZE", help="of --local, 60gb; default: all")
+    parser.add_argument("--column", metavar="NAME", help="of MDS, the one with the images; default: image")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and list them")
     arguments = parser.parse_args(argv)
     for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):

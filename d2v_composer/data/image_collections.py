@@ -9,31 +9,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from typing_extensions import override
 
-from d2v_composer.data.image_sources import list_images
+from d2v_composer.data.image_sources import list_images, read_image_file
 from d2v_composer.data.labelled import Format, load_labelled_set
-from d2v_composer.data.mds import INDEX, check_room, fetch_index, read_index
+from d2v_composer.data.mds import INDEX, check_image_column, check_room, fetch_index, keep_encoded, read_index
 from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.data.verified_dataset import VerifiedDataset
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.errors import InputError
+from d2v_composer.errors import InputError, UnreadableImageError
 from d2v_composer.processes import end_with_parent
 
 __all__ = ["Batch", "CifarImages", "FolderImages", "ImageCollection", "MdsImages", "load_batches", "open_collection"]
 
-# What a column of an MDS data set may be for Streaming to give an image, or an image file's bytes.
-IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 CIFAR_FOLDERS: dict[str, Format] = {CIFAR10.base_folder: "cifar10", CIFAR100.base_folder: "cifar100"}
 STORE_TIMEOUT = 600.0
-
-
-class UnreadableImageError(InputError):
-    """One image of a collection cannot be read; the others may well be."""
 
 
 class ImageCollection(ABC):
@@ -97,17 +90,11 @@ class FolderImages(ImageCollection):
     @override
     def load(self, index: int) -> Tensor:
         path = self.root / self.paths[index].decode()
-        try:
-            image = decode_rgb(path.read_bytes(), str(path))
-        except OSError as error:
-            raise UnreadableImageError(f"{path}: cannot be read ({error.strerror})") from error
-        except InputError as error:
-            raise UnreadableImageError(str(error)) from error
-        return to_tensor(square(image, self.image_size))
+        return to_tensor(square(decode_rgb(read_image_file(path), str(path)), self.image_size))
 
 
 class MdsImages(ImageCollection):
-    """The column ``image`` of an MDS data set, local or remote; an id is the sample's number.
+    """A column of an MDS data set, local or remote; an id is the sample's number.
 
     A shard is verified before its first use: see :class:`VerifiedDataset`.
 
@@ -116,29 +103,31 @@ class MdsImages(ImageCollection):
         image_size: What the images are resized to, in pixels a side.
         remote: Its address in an object store, or ``None``.
         cache_limit: What ``local`` may hold of a remote data set, in bytes; default all.
+        column: Holds the images.
 
     Raises:
         InputError: It cannot be used.
     """
 
-    def __init__(self, local: Path, image_size: int, remote: str | None = None, cache_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        local: Path,
+        image_size: int,
+        remote: str | None = None,
+        cache_limit: int | None = None,
+        column: str = "image",
+    ) -> None:
         self.name = remote or str(local)
         self.image_size = image_size
         if remote is not None:
             fetch_index(remote, local)
-        shards = read_index(local, columns=("image",), shards_may_be_missing=remote is not None)
-        encodings = {
-            dict(zip(shard["column_names"], shard["column_encodings"], strict=True))["image"] for shard in shards
-        }
-        if not encodings <= set(IMAGE_ENCODINGS):
-            raise InputError(
-                f"{self.name}: its column 'image' is {', '.join(sorted(encodings))}; "
-                f"expected one of {', '.join(IMAGE_ENCODINGS)}"
-            )
+        shards = read_index(local, columns=(column,), option="--column", shards_may_be_missing=remote is not None)
+        check_image_column(shards, column, self.name)
         if remote is not None:
             check_room(shards, local, cache_limit)
         where = remote or str(local.resolve())
-        self.fingerprint = hashlib.sha256(where.encode() + (local / INDEX).read_bytes()).hexdigest()
+        what = "" if column == "image" else column
+        self.fingerprint = hashlib.sha256(where.encode() + (local / INDEX).read_bytes() + what.encode()).hexdigest()
         try:
             self.dataset = VerifiedDataset(
                 local=local,
@@ -154,6 +143,8 @@ class MdsImages(ImageCollection):
             raise
         except ValueError as error:  # the cache limit, which only the shards show to be too small
             raise InputError(f"{self.name}: {error}") from error
+        keep_encoded(self.dataset.shards, column)
+        self.column = column
 
     def __len__(self) -> int:
         return self.dataset.num_samples
@@ -166,15 +157,10 @@ class MdsImages(ImageCollection):
     def load(self, index: int) -> Tensor:
         source = f"sample {index} of {self.name}"
         try:
-            stored = self.dataset[index]["image"]
-            image = rgb_of(stored, source)
+            stored = self.dataset[index][self.column]
         except ShardError as error:
             raise InputError(str(error)) from error
-        except InputError as error:
-            raise UnreadableImageError(str(error)) from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise UnreadableImageError(f"{source}: not an image that can be read") from error
-        return to_tensor(square(image, self.image_size))
+        return to_tensor(square(rgb_of(stored, source), self.image_size))
 
 
 class CifarImages(ImageCollection):
@@ -208,7 +194,12 @@ class CifarImages(ImageCollection):
 
 
 def open_collection(
-    source: str, image_size: int, *, local: Path | None = None, cache_limit: int | None = None
+    source: str,
+    image_size: int,
+    *,
+    local: Path | None = None,
+    cache_limit: int | None = None,
+    column: str | None = None,
 ) -> ImageCollection:
     """The images of whatever it is.
 
@@ -218,6 +209,7 @@ def open_collection(
         image_size: What images of all kinds of sizes are resized to, in pixels a side; CIFAR's stay as they are.
         local: Where the shards of a remote data set are kept.
         cache_limit: What ``local`` may hold, in bytes; default all.
+        column: Of an MDS data set, the one with the images; default ``image``.
 
     Raises:
         InputError: It is none of them, or cannot be used.
@@ -228,12 +220,14 @@ def open_collection(
     if not remote and (local is not None or cache_limit is not None):
         raise InputError(f"{source}: is local: --local and --cache-limit are for an object store's shards")
     if local is not None:
-        return MdsImages(local, image_size, source, cache_limit)
+        return MdsImages(local, image_size, source, cache_limit, column or "image")
     root = Path(source)
     if not root.is_dir():
         raise InputError(f"{source}: {'is not a folder' if root.exists() else 'no such folder'}")
     if (root / INDEX).is_file():
-        return MdsImages(root, image_size)
+        return MdsImages(root, image_size, column=column or "image")
+    if column is not None:
+        raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
     if root.resolve().name in CIFAR_FOLDERS:
         return CifarImages(root.resolve().parent, CIFAR_FOLDERS[root.resolve().name])
     cifar = [name for name in CIFAR_FOLDERS if (root / name).is_dir()]

@@ -1,21 +1,25 @@
 """Which image files a folder holds, with which labels: ImageNet's layouts, and any folder."""
 
 import csv
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from d2v_composer.errors import InputError
+from d2v_composer.errors import InputError, UnreadableImageError
 
-__all__ = ["ImageFile", "ImageSource", "find_images", "list_images"]
+__all__ = ["ImageFile", "ImageSource", "find_images", "list_images", "read_image_file"]
 
 LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
 SPLITS = ("train", "val", "validation", "test")
 NO_LABELS = "none"
+# A dangling link, or a file removed since it was listed: that image is not there.
+ABSENT = (errno.ENOENT, errno.ELOOP)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 class ImageFile(NamedTuple):
@@ -109,8 +113,7 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() in IMG_EXTENSIONS:
-                # A dangling link is found unreadable when its turn comes, as a damaged image is.
-                status = path.stat() if path.exists() else path.lstat()
+                status = _status(path)
                 relative = path.relative_to(root).as_posix()
                 files.append(ImageFile(relative, status.st_size, status.st_mtime_ns, label=None))
             else:
@@ -120,7 +123,35 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
     return sorted(files), dict(sorted(ignored.items()))
 
 
-def _cannot_list(error: OSError) -> None:
+def _status(path: Path) -> os.stat_result:
+    try:
+        # A dangling link is found unreadable when its turn comes, as a damaged image is.
+        return path.stat() if path.exists() else path.lstat()
+    except OSError as error:
+        _cannot_list(error)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read an image file.
+
+    Raises:
+        UnreadableImageError: It is not there.
+        InputError: Reading it is not permitted, which is a fault of the folder's settings and not of the image.
+        OSError: The machine cannot read (too many open files, a disk that fails, …).
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in ABSENT:
+            raise UnreadableImageError(f"{path}: cannot be read ({error.strerror})") from error
+        if error.errno in FORBIDDEN:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}): grant the permission, or remove it"
+            ) from error
+        raise
+
+
+def _cannot_list(error: OSError) -> NoReturn:
     raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 

@@ -13,7 +13,8 @@ from streaming.base.format.mds import MDSReader
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from d2v_composer.data.mds import read_index
+from d2v_composer.data.image_sources import read_image_file
+from d2v_composer.data.mds import check_image_column, keep_encoded, read_index
 from d2v_composer.data.publishing import SUMMARY
 from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.errors import InputError
@@ -48,16 +49,26 @@ class LabelledSet(NamedTuple):
         return len(self.train.labels), len(self.test.labels)
 
 
-def load_labelled_set(format: Format, root: str | Path, *, image_size: int, download: bool = False) -> LabelledSet:
+def load_labelled_set(
+    format: Format,
+    root: str | Path,
+    *,
+    image_size: int,
+    download: bool = False,
+    column: str = "image",
+    label_column: str = "label",
+) -> LabelledSet:
     """Load a labelled set.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files below ``root``; ``folder``: root/train/CLASS/* and
-            root/test/CLASS/*; ``mds``: root/train and root/test with the columns ``image`` and ``label``.
+            root/test/CLASS/*; ``mds``: root/train and root/test.
         root: Where it is.
         image_size: What the images of a folder or of MDS are resized to, in pixels a side (CIFAR stays as it is: it
             is resized in batches on the device).
         download: Whether CIFAR is fetched where it is missing.
+        column: Of an MDS data set, the one with the images.
+        label_column: Of an MDS data set, the one with the labels.
 
     Raises:
         InputError: It is not there, is damaged, or has no images.
@@ -72,7 +83,7 @@ def load_labelled_set(format: Format, root: str | Path, *, image_size: int, down
         train, test = (_folder(root / split, class_names, image_size) for split in ("train", "test"))
         return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
-        train, test = (_mds(root / split, image_size) for split in ("train", "test"))
+        train, test = (_mds(root / split, image_size, column, label_column) for split in ("train", "test"))
         return LabelledSet(train, test, _mds_class_names(root / "train"))
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
@@ -108,23 +119,35 @@ def _folder(folder: Path, class_names: list[str], image_size: int) -> LabelledIm
     unknown = sorted({path.parent.name for path in files} - set(class_names))
     if unknown:
         raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks")
-    images = (decode_rgb(path.read_bytes(), str(path)) for path in files)
+    images = (decode_rgb(read_image_file(path), str(path)) for path in files)
     return _stack(folder, images, [class_names.index(path.parent.name) for path in files], image_size)
 
 
-def _mds(folder: Path, image_size: int) -> LabelledImages:
-    shards = read_index(folder, columns=("image", "label"))
-    samples = [sample for shard in shards for sample in _samples(folder, shard)]
-    images = (rgb_of(sample["image"], f"sample {i} of {folder}") for i, sample in enumerate(samples))
-    return _stack(folder, images, [int(sample["label"]) for sample in samples], image_size)
+def _mds(folder: Path, image_size: int, column: str, label_column: str) -> LabelledImages:
+    shards = read_index(folder, columns=(column, label_column), option="column and label_column")
+    check_image_column(shards, column, str(folder))
+    samples = [sample for shard in shards for sample in _samples(folder, shard, column)]
+    images = (rgb_of(sample[column], f"sample {i} of {folder}") for i, sample in enumerate(samples))
+    return _stack(folder, images, _labels(folder, [sample[label_column] for sample in samples]), image_size)
 
 
-def _samples(folder: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
+def _labels(folder: Path, stored: list[Any]) -> list[int]:
     try:
-        return list(MDSReader.from_json(str(folder), None, shard))
-    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
-        name = shard["raw_data"]["basename"]
-        raise InputError(f"{folder / name}: the shard is damaged ({reason(error)})") from error
+        return [int(label) for label in stored]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
+
+
+def _samples(folder: Path, shard: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    reader = MDSReader.from_json(str(folder), None, shard)
+    keep_encoded([reader], column)
+    path = folder / shard["raw_data"]["basename"]
+    try:
+        return list(reader)
+    except OSError as error:
+        raise InputError(f"{path}: the shard cannot be read ({reason(error)})") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the shard is damaged ({reason(error)})") from error
 
 
 def _mds_class_names(folder: Path) -> tuple[str, ...]:

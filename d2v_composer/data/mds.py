@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from streaming.base.format.base.reader import Reader
+from streaming.base.format.mds import MDSReader
 
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import download
 
-__all__ = ["check_room", "fetch_index", "read_index"]
+__all__ = ["check_image_column", "check_room", "fetch_index", "keep_encoded", "read_index"]
 
 INDEX = "index.json"
+# Encodings of a column that holds images: files as bytes, files that Streaming would open, raw pixels.
+IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
 def fetch_index(remote: str, local: Path) -> None:
@@ -62,12 +68,15 @@ def _files(shard: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard[kind] for kind in ("raw_data", "zip_data") if shard[kind] is not None]
 
 
-def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing: bool = False) -> list[dict[str, Any]]:
+def read_index(
+    folder: Path, *, columns: tuple[str, ...], option: str | None = None, shards_may_be_missing: bool = False
+) -> list[dict[str, Any]]:
     """The shards that an index lists.
 
     Args:
         folder: Holds ``index.json``.
         columns: What the samples must have.
+        option: The setting that chooses other columns, for the error.
         shards_may_be_missing: They are fetched later; otherwise each must be there in its full size.
 
     Raises:
@@ -79,7 +88,10 @@ def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing:
     try:
         shards = json.loads(index.read_bytes())["shards"]
         for shard in shards:
-            _check_shard(folder, shard, columns, shards_may_be_missing)
+            _check_shard(folder, shard)
+            _check_columns(folder, shard, columns, option)
+            if not shards_may_be_missing:
+                _check_files(folder, shard)
         num_samples = sum(shard["samples"] for shard in shards)
     except InputError:
         raise
@@ -90,7 +102,38 @@ def read_index(folder: Path, *, columns: tuple[str, ...], shards_may_be_missing:
     return shards
 
 
-def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], may_be_missing: bool) -> None:
+def check_image_column(shards: list[dict[str, Any]], column: str, source: str) -> None:
+    """Make sure that a column can hold images.
+
+    Args:
+        shards: As :func:`read_index` gives them.
+        column: Which.
+        source: Named in the error.
+
+    Raises:
+        InputError: Its encoding is another one.
+    """
+    encodings = {dict(zip(shard["column_names"], shard["column_encodings"], strict=True))[column] for shard in shards}
+    if not encodings <= set(IMAGE_ENCODINGS):
+        raise InputError(
+            f"{source}: its column {column!r} is {', '.join(sorted(encodings))}; "
+            f"expected one of {', '.join(IMAGE_ENCODINGS)}"
+        )
+
+
+def keep_encoded(readers: Sequence[Reader], column: str) -> None:
+    """Make readers give the files of an image column as bytes, where Streaming would open them with Pillow.
+
+    Bytes are decoded in part, which is faster, and by none but the decoders that we allow.
+    """
+    for reader in readers:
+        assert isinstance(reader, MDSReader)  # the index has been read
+        at = reader.column_names.index(column)
+        if reader.column_encodings[at] in ("jpeg", "png"):
+            reader.column_encodings[at] = "bytes"
+
+
+def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
     for file in _files(shard):
         name = Path(file["basename"])
         if name.is_absolute() or ".." in name.parts:
@@ -101,11 +144,17 @@ def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], 
     raw, num_samples = shard["raw_data"], shard["samples"]
     if not 0 < 4 * num_samples <= raw["bytes"]:
         raise InputError(f"{folder}: its {INDEX} claims {num_samples} samples in {raw['bytes']} bytes")
+
+
+def _check_columns(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], option: str | None) -> None:
     missing = [column for column in columns if column not in shard["column_names"]]
     if missing:
-        raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {', '.join(shard['column_names'])}")
-    if may_be_missing:
-        return
+        hint = f"; choose with {option}" if option else ""
+        names = ", ".join(shard["column_names"])
+        raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {names}{hint}")
+
+
+def _check_files(folder: Path, shard: dict[str, Any]) -> None:
     candidates = _files(shard)
     if not any((folder / file["basename"]).is_file() for file in candidates):
         raise InputError(f"{folder / candidates[0]['basename']}: the shard is missing")

@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from d2v_composer.data.transforms import open_image, to_rgb
-from d2v_composer.errors import InputError
+from d2v_composer.data.transforms import is_of_machine, open_image, to_rgb
+from d2v_composer.errors import UnreadableImageError
 
 __all__ = ["as_rgb_jpeg"]
 
@@ -33,7 +33,7 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
         ``broken EXIF``, …
 
     Raises:
-        InputError: The image cannot be read to its end.
+        UnreadableImageError: The image cannot be read to its end. A fault of the machine is raised as it is.
     """
     try:
         with warnings.catch_warnings():
@@ -50,9 +50,11 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
             # A fresh image: a JPEG's own would pass its comment and its profile on.
             Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
     except Exception as error:
+        if is_of_machine(error):
+            raise
         reason = str(error).strip().splitlines()
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else reason[0] if reason else repr(error)
-        raise InputError(f"{source}: cannot be read ({reason}; {len(encoded)} bytes)") from error
+        raise UnreadableImageError(f"{source}: cannot be read ({reason}; {len(encoded)} bytes)") from error
     return buffer.getvalue(), kind
 
 

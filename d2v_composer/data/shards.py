@@ -12,10 +12,11 @@ from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 
 from d2v_composer.atomic import write_atomically
-from d2v_composer.data.image_sources import ImageFile
+from d2v_composer.data.image_sources import ImageFile, read_image_file
 from d2v_composer.data.publishing import ATTEMPTS, Target
 from d2v_composer.data.rgb_jpeg import as_rgb_jpeg
-from d2v_composer.errors import InputError
+from d2v_composer.errors import InputError, UnreadableImageError
+from d2v_composer.persistence import reason
 
 __all__ = [
     "Encoding",
@@ -92,10 +93,10 @@ def convert_shard(job: ShardJob) -> ShardRecord:
         for file in job.files:
             try:
                 image, kind = _read_image(job, file)
-            except InputError as error:
+            except UnreadableImageError as error:
                 if not job.skip_unreadable:
-                    raise InputError(f"{job.root}/{error}; --skip-unreadable leaves such images out") from error
-                skipped.append(str(error))
+                    raise InputError(f"{error}; --skip-unreadable leaves such images out") from error
+                skipped.append(str(error).removeprefix(f"{job.root}/"))
                 continue
             converted.update([kind] if kind else [])
             writer.write({"image": image, "label": file.label})
@@ -106,11 +107,13 @@ def convert_shard(job: ShardJob) -> ShardRecord:
 
 
 def _read_image(job: ShardJob, file: ImageFile) -> tuple[bytes, str | None]:
+    path = job.root / file.path
     try:
-        encoded = (job.root / file.path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{file.path}: cannot be read ({error.strerror})") from error
-    return as_rgb_jpeg(encoded, file.path, job.encoding.resize, job.encoding.quality)
+        return as_rgb_jpeg(read_image_file(path), str(path), job.encoding.resize, job.encoding.quality)
+    except (OSError, MemoryError) as error:
+        raise RuntimeError(
+            f"{path}: cannot be read now ({reason(error)}): start again, and the rest is converted"
+        ) from error
 
 
 def _close_shard(writer: MDSWriter, path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
+from d2v_composer.data.mds import keep_encoded
 from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
 from d2v_composer.data.verified_dataset import READ_ATTEMPTS, VerifiedDataset
 
@@ -13,7 +14,7 @@ __all__ = ["StreamingImages"]
 
 
 class StreamingImages(VerifiedDataset):
-    """Augmented images of an MDS data set with a column ``image`` (an image file's bytes).
+    """Augmented images from a column of an MDS data set.
 
     A sample is ``{"image": (3, S, S) uint8, "sample_id": int}``; other columns, a label for one, are not passed on.
     Its augmentation depends on (seed, epoch, sample id) alone, and with ``num_canonical_nodes`` given so does the
@@ -25,6 +26,7 @@ class StreamingImages(VerifiedDataset):
         remote: Its address in an object store, or ``None``.
         batch_size: Of one device.
         transform: The augmentation.
+        column: Holds the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
         seed: Of the order and of the augmentation.
         shuffle: Whether the order is random, another in every epoch.
         num_canonical_nodes: Into how many equal parts the order is cut; nodes must divide it or be its multiple. An
@@ -47,6 +49,7 @@ class StreamingImages(VerifiedDataset):
         remote: str | None = None,
         batch_size: int,
         transform: RandomResizedCropFlip,
+        column: str = "image",
         seed: int,
         shuffle: bool = True,
         num_canonical_nodes: int = 1,
@@ -72,6 +75,8 @@ class StreamingImages(VerifiedDataset):
             epoch_size=epoch_size,
             predownload=max(predownload, batch_size),
         )
+        keep_encoded(self.shards, column)
+        self.column = column
         self.transform = transform
         self.seed = seed
 
@@ -84,7 +89,7 @@ class StreamingImages(VerifiedDataset):
             InputError: It is no image that can be read.
         """
         source = f"sample {sample_id} of {self.folder}"
-        stored = super().get_item(sample_id, retry)["image"]
+        stored = super().get_item(sample_id, retry)[self.column]
         image = rgb_of(stored, source) if isinstance(stored, Image.Image) else stored
         pixels = self.transform(image, sample_rng(self.seed, self.epoch, int(sample_id)), source)
         return {"image": pixels, "sample_id": int(sample_id)}

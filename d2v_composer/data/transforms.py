@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from d2v_composer.errors import InputError
+from d2v_composer.errors import UnreadableImageError
 
 __all__ = [
     "Box",
     "CuttableJpeg",
     "RandomResizedCropFlip",
     "decode_rgb",
+    "is_of_machine",
     "open_image",
     "random_crop_box",
     "rgb_of",
@@ -35,6 +36,8 @@ __all__ = [
 CROP_ATTEMPTS = 10
 # What Pillow decodes by itself; for others it calls programs, such as Ghostscript, with a stranger's file.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+# Load Pillow's decoders now: where descriptors are short, it takes one that it cannot load for one that it lacks.
+Image.init()
 
 
 class Box(NamedTuple):
@@ -59,28 +62,36 @@ def decode_rgb(encoded: bytes, source: str) -> Image.Image:
         source: Named in the error.
 
     Raises:
-        InputError: The bytes are no image, a damaged one, or one of more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        UnreadableImageError: The bytes are no image, a damaged one, or one of more than
+            ``PIL.Image.MAX_IMAGE_PIXELS``. A fault of the machine is raised as it is.
     """
     try:
         return to_rgb(open_image(encoded))
     except ImageSizeError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise UnreadableImageError(f"{source}: {error}") from error
     except Exception as error:
-        raise InputError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
+        if is_of_machine(error):
+            raise
+        raise UnreadableImageError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether decoding failed for want of memory or descriptors: Pillow's own errors have no number."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def rgb_of(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """What an MDS column gives, an image file's bytes or an image that Streaming has opened, as :func:`decode_rgb`."""
+    """An image column's value in RGB: a file's bytes, or pixels (of an encoding ``pil``).
+
+    Raises:
+        UnreadableImageError: As :func:`decode_rgb`.
+    """
     if not isinstance(stored, Image.Image):
         return decode_rgb(stored, source)
     try:
-        if stored.format is not None:  # a file that is not yet decoded, of whatever kind Pillow knows
-            if stored.format not in (*IMAGE_FORMATS, "MPO"):
-                raise ValueError(f"is {stored.format}")
-            check_size(stored)
         return to_rgb(stored)
-    except Exception as error:
-        raise InputError(f"{source}: not an image that can be read ({error})") from error
+    except ValueError as error:
+        raise UnreadableImageError(f"{source}: not an image that can be read ({error})") from error
 
 
 class ImageSizeError(ValueError):
@@ -169,7 +180,7 @@ class CuttableJpeg(NamedTuple):
         """(height, width, 3) uint8: the very pixels that a crop of the whole image has.
 
         Raises:
-            InputError: It cannot be decoded.
+            UnreadableImageError: It cannot be decoded.
         """
         encoded = self.encoded
         # A row's colours depend on at most the next two colour samples, each of two rows.
@@ -249,7 +260,7 @@ class RandomResizedCropFlip(NamedTuple):
             (3, image_size, image_size) uint8.
 
         Raises:
-            InputError: The bytes are no image, or a damaged one.
+            UnreadableImageError: The bytes are no image, or a damaged one.
         """
         whole = CuttableJpeg.parse(image, source) or decode_rgb(image, source) if isinstance(image, bytes) else image
         box = random_crop_box(*whole.size, rng, self.scale, self.ratio)

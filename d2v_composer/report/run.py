@@ -101,6 +101,7 @@ def _still_there(chosen: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tup
         if labelled is None:
             continue
         try:
-            yield name, load_labelled_set(labelled["format"], labelled["root"], image_size=SHOWN_SIZE)
+            columns = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
+            yield name, load_labelled_set(labelled["format"], labelled["root"], image_size=SHOWN_SIZE, **columns)
         except InputError as error:
             print(f"{name}: its images are left out: {error}")
