@@ -26,6 +26,7 @@ from d2v_composer.build import (
 from d2v_composer.callbacks import FiniteTraining, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
 from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.models.sharding import join_units
 from d2v_composer.nodes import separate_signal_files
 from d2v_composer.report import Run, write_report
 from d2v_composer.tables import retrieval_table
@@ -75,6 +76,8 @@ def main(argv: Sequence[str]) -> Trainer:
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             load_path=load_path,  # autoresume is ours
         )
+    if trainer.state.fsdp_config is not None:
+        join_units(model, trainer.state.fsdp_config.device_mesh)
     try:
         was_finished = trainer.state.timestamp >= config.max_duration
         if not was_finished:

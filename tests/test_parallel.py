@@ -93,6 +93,7 @@ def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bo
     arguments = small_run(tmp_path / "sharded", small_data, *options, *WITH_RETRIEVAL)
     result = run_command(LAUNCHER, "-n", "2", TESTS / "fsdp_on_cpu.py", *arguments, timeout=400)
     assert result.returncode == 0, result.stderr
+    assert "held at most 0.50 of the weights" in result.stdout
     assert_same_run(tmp_path / "sharded", evaluated)
     shapes, expected = (
         {name: tensor.shape for name, tensor in student_of(folder).items()}

@@ -48,10 +48,13 @@ class DistillationModel(ComposerModel):
 
     Attributes:
         regression_loss: :func:`~d2v_composer.targets.regression_loss`, or what computes the same.
+        forward_methods: The methods besides ``forward`` that run encoder or blocks; FSDP has to surround each of them.
 
     Raises:
         ValueError: Teacher and student do not share an encoder, or an option has no such value.
     """
+
+    forward_methods = ("compute", "layer_cosines")
 
     def __init__(
         self,
@@ -144,13 +147,14 @@ class DistillationModel(ComposerModel):
         return {"teacher": self.in_precision(self.teacher.embed_all)}
 
     def in_precision(self, function: Callable[[Tensor], EmbeddingT]) -> Callable[[Tensor], EmbeddingT]:
-        """``function`` in the precision that this model computes in."""
+        """``function``, of this model's parts, in the precision that it computes in."""
+        # Looked up at each call: FSDP replaces the method after evaluations have been set up.
+        return lambda images: self.compute(function, images)
 
-        def computed(images: Tensor) -> EmbeddingT:
-            with self.cpu_autocast():
-                return function(images)
-
-        return computed
+    def compute(self, function: Callable[[Tensor], EmbeddingT], images: Tensor) -> EmbeddingT:
+        """``function`` of images, see :meth:`in_precision`."""
+        with self.cpu_autocast():
+            return function(images)
 
     def cpu_autocast(self) -> AbstractContextManager[Any]:
         # Not autocast with enabled=False, which would end the caller's own.

@@ -1,0 +1,46 @@
+"""What FSDP holds of a model at the moment, for tests in this process and in others."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from d2v_composer.models.sharding import sharded_units
+
+
+def parameter_groups(model: nn.Module) -> dict[str, Any]:
+    """FSDP's own record of each unit."""
+    return {name: cast("Any", unit)._get_fsdp_state()._fsdp_param_group for name, unit in sharded_units(model).items()}
+
+
+def gathered_units(model: nn.Module) -> set[str]:
+    """The units whose weights are whole on this rank, or on their way."""
+    return {
+        name
+        for name, group in parameter_groups(model).items()
+        if not group.is_sharded or group._all_gather_result is not None
+    }
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """The memory of weights beyond this rank's share."""
+    return sum(
+        gathered.untyped_storage().nbytes()
+        for group in parameter_groups(model).values()
+        for parameter in group.fsdp_params
+        for gathered in parameter.all_gather_outputs
+    )
+
+
+def share(model: nn.Module) -> tuple[int, int]:
+    """The numbers that this rank holds of all weights, and how many there are."""
+    held = whole = 0
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        held += local(parameter).numel()
+        whole += parameter.numel()
+    return held, whole
+
+
+def local(parameter: DTensor) -> Tensor:
+    return parameter.to_local()
