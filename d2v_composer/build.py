@@ -40,6 +40,7 @@ from d2v_composer.data.labelled import LabelledSet, load_labelled_set
 from d2v_composer.data.mds import check_image_column, check_room, fetch_index, read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.errors import InputError
 from d2v_composer.evaluation import Candidate
@@ -180,7 +181,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
             cache_limit=loader.cache_limit,
             timeout=loader.timeout,
         )
-    except ValueError as error:  # cache_limit, which only the shards show to be too small
+    except (ShardError, ValueError) as error:  # cache_limit, which only the shards show to be too small
         raise InputError(f"train_loader: {reason(error)}") from error
     has_workers = loader.num_workers > 0
     return DataLoader(

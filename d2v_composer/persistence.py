@@ -16,7 +16,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 LASTING_ATTEMPTS = 4
 LASTING_STATUS = (401, 403, 404)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
-LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+LOCAL_FAULTS = (*FULL, *FORBIDDEN, *IN_THE_WAY)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def persist(attempt: Callable[[], None], what: str, timeout: float, stop: thread
 
 
 def is_local(error: BaseException) -> bool:
-    """Whether the fault is this machine's disk: full, read-only, not ours."""
+    """Whether the fault is this machine's disk: full, read-only, not ours, a folder where a file should be."""
     return isinstance(error, OSError) and error.errno in LOCAL_FAULTS
 
 

@@ -141,7 +141,7 @@ class MdsImages(ImageCollection):
             )
         except InputError:
             raise
-        except ValueError as error:  # the cache limit, which only the shards show to be too small
+        except (ShardError, ValueError) as error:  # the cache limit, which only the shards show to be too small
             raise InputError(f"{self.name}: {error}") from error
         keep_encoded(self.dataset.shards, column)
         self.column = column

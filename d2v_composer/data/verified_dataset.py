@@ -99,6 +99,7 @@ class VerifiedDataset(StreamingDataset):
                 weakref.finalize(self, os.close, descriptor)
             # The process that fetches each shard, while it is fetched.
             self._fetchers = SharedArray(self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))
+        self._index_bytes = self.stream.get_index_size()  # now: the folder may be removed under a run
         # Shards that an earlier run left take space, but are as good as remote until they are verified.
         self._unverified = [i for i, shard in enumerate(self.shards) if self.stream.bytes_here(shard)]
         if dist.get_local_rank() == 0:
@@ -114,13 +115,16 @@ class VerifiedDataset(StreamingDataset):
             return super()._resume(world, epoch)
 
     def _occupy(self, local: Path) -> None:
-        descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)
+        try:
+            descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)
+        except OSError as error:
+            raise InputError(f"{local}: shards cannot be kept there ({reason(error)})") from error
         if descriptor is None:
             raise InputError(f"{local}: another run keeps its shards there: give each a folder of its own")
         weakref.finalize(self, os.close, descriptor)
 
     def _check_limit(self, limit: int, shuffle_block_size: int) -> None:
-        smallest = self.stream.get_index_size() + 4 * max(shard.get_max_size() for shard in self.shards)
+        smallest = self._index_bytes + 4 * max(shard.get_max_size() for shard in self.shards)
         if limit < smallest:
             raise ValueError(f"cache_limit must be at least {smallest} bytes, the index and four shards, got {limit}")
         # Each canonical node mixes its own part of the order.
@@ -268,7 +272,7 @@ class VerifiedDataset(StreamingDataset):
     def _recount(self) -> None:
         """Set the cache's usage to what is on disk, and what will be."""
         fetched = set(np.flatnonzero(self._shard_states.numpy() == ShardState.PREPARING).tolist())
-        self.cache_usage = self.stream.get_index_size() + sum(
+        self.cache_usage = self._index_bytes + sum(
             shard.get_max_size() if i in fetched else self.stream.bytes_here(shard)
             for i, shard in enumerate(self.shards)
         )
@@ -296,13 +300,23 @@ class VerifiedDataset(StreamingDataset):
                 recounted = True
         return True
 
+    @override
+    def _evict_shard(self, shard_id: int) -> None:
+        before = self._shard_states[shard_id]
+        try:
+            super()._evict_shard(shard_id)
+        except OSError as error:
+            self._shard_states[shard_id] = before
+            raise ShardError(f"{self.folder}: shard {shard_id} cannot be evicted: {reason(error)}") from error
+
     def _coldest_shard(self, wanted: int) -> int | None:
         """What is best evicted: a shard that nobody has used in this run, or the one whose last use is longest ago."""
         while self._unverified:
-            shard_id = self._unverified.pop()
+            shard_id = self._unverified[-1]
             remote = self._shard_states[shard_id] == ShardState.REMOTE
             if remote and shard_id != wanted and self.stream.bytes_here(self.shards[shard_id]):
-                return shard_id
+                return shard_id  # which stays on the list until it is really gone
+            self._unverified.pop()
         here = np.flatnonzero(self._shard_states.numpy() == ShardState.LOCAL)
         if not len(here):
             return None

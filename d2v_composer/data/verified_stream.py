@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", 
 # Of one request; a store that hangs is asked again after it.
 READ_TIMEOUT = 20
 READ_BYTES = 1 << 20
+# The end of a partial file's name: of the process and thread that fetch, and what downloaders put behind it.
+PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,14 @@ class VerifiedStream(Stream):
 
     @override
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Let go of what is wrong at a glance: files of another size, and what a killed process left half-written."""
+        """Let go of what is wrong at a glance: files of another size, and what a killed process left half-written.
+
+        Raises:
+            ShardError: Such a file cannot be deleted.
+        """
         if self.remote is not None:
-            for path in Path(self.local).rglob("*.partial*"):
-                path.unlink()
+            for path in self._partials(shards):
+                _delete(path, "is left of a killed run")
             for shard in shards:
                 for info in _files(shard):
                     path = self._path(info)
@@ -115,7 +122,21 @@ class VerifiedStream(Stream):
 
     def _drop(self, path: Path, fault: str) -> None:
         log.warning("%s: fetched again", fault)
-        path.unlink()
+        _delete(path, "is not as the index says")
+
+    def _partials(self, shards: list[Reader]) -> Iterator[Path]:
+        """What killed processes left of these shards; no other file, whatever its name."""
+        shard_files = {self._path(info) for shard in shards for info in _files(shard)}
+        for folder in {path.parent for path in shard_files}:
+            for path in folder.glob("*.partial*"):
+                name = PARTIAL.sub("", path.name)
+                if (
+                    name != path.name
+                    and path.with_name(name) in shard_files
+                    and path.is_file()
+                    and not path.is_symlink()
+                ):
+                    yield path
 
     def _fetch(self, info: FileInfo, timeout: float, stop: threading.Event | None) -> None:
         if self.remote is None:
@@ -164,6 +185,13 @@ class VerifiedStream(Stream):
         finally:
             for left in path.parent.glob(f"{partial.name}*"):  # downloaders have partial files of their own
                 left.unlink()
+
+
+def _delete(path: Path, why: str) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ShardError(f"{path}: {why}, and cannot be deleted ({error.strerror})") from error
 
 
 def _files(shard: Reader) -> list[FileInfo]:
