@@ -1,5 +1,6 @@
 """One ``build_*`` for each section of the config: from checked values to the Trainer's arguments."""
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from composer.utils import (
     ParallelismConfig,
     dist,
     maybe_create_remote_uploader_downloader_from_uri,
-    parse_uri,
 )
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
+from d2v_composer.addresses import Address, RunFolder, check_path
 from d2v_composer.algorithms import GradientNorm
 from d2v_composer.callbacks import CheckpointKeeping, RunRecord, SoleRun, ZeroShotRetrieval
 from d2v_composer.callbacks.checkpoint_keeping import PATIENT_CLIENT
@@ -71,7 +72,7 @@ __all__ = [
     "build_run_record",
     "build_scheduler",
     "build_train_loader",
-    "local_save_folder",
+    "find_run_folder",
 ]
 
 BuiltT = TypeVar("BuiltT")
@@ -244,13 +245,12 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
     Raises:
         InputError: Another run trains there.
     """
-    folder = local_save_folder(config)
-    if folder is None or config.save_folder is None:
+    folder = find_run_folder(config)
+    if folder is None:
         return []
-    prefix = remote_save_folder(config)
     return [
-        SoleRun(folder, None if prefix is None else config.save_folder.rstrip("/")),
-        CheckpointKeeping(folder, prefix, config.save_num_checkpoints_to_keep),
+        SoleRun(folder.local, folder.address),
+        CheckpointKeeping(folder.local, folder.prefix, config.save_num_checkpoints_to_keep),
     ]
 
 
@@ -279,18 +279,18 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         InputError: One does not take an argument's value.
     """
     loggers: list[LoggerDestination] = [build_progress(config)]
+    folder = find_run_folder(config)
     for name, arguments in config.loggers.items():
         if arguments is None:
             continue
         if name == "jsonl" and "filename" not in arguments:
-            folder = local_save_folder(config)
             if folder is None:
                 continue
-            remote = f"{config.save_folder}/log.jsonl" if remote_save_folder(config) is not None else None
-            arguments = {"filename": str(folder / "log.jsonl"), "remote": remote}
+            remote = None if folder.address is None else f"{folder.address}/log.jsonl"
+            arguments = {"filename": str(folder.local / "log.jsonl"), "remote": remote}
         loggers.append(build_chosen("loggers", name, LOGGERS[name], arguments))
-    if config.save_folder is not None and remote_save_folder(config) is not None:
-        uploader = maybe_create_remote_uploader_downloader_from_uri(config.save_folder, loggers)
+    if folder is not None and folder.address is not None:
+        uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
         assert uploader is not None  # there is no other one among ours
         if uploader.remote_backend_name == "s3":
             uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
@@ -403,7 +403,9 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
         "versions": package_versions(*OUR_PACKAGES),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
-    return RunRecord(record, local_save_folder(config), remote_save_folder(config), FIXED_BY_A_CHECKPOINT)
+    folder = find_run_folder(config)
+    local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
+    return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT)
 
 
 def build_load_path(config: TrainConfig) -> str | None:
@@ -414,40 +416,45 @@ def build_load_path(config: TrainConfig) -> str | None:
     Raises:
         InputError: It is not whole, was not written by ``recipes/train.py``, or cannot be read.
     """
-    folder, load_path = local_save_folder(config), config.load_path
-    remote = None if remote_save_folder(config) is None else config.save_folder
+    folder, load_path = find_run_folder(config), config.load_path
     newest = None
     if config.autoresume and folder is not None:
         chosen: list[str | None] = [None]
         if dist.get_global_rank() == 0:
-            found = find_newest_checkpoint(folder, remote)
+            found = find_newest_checkpoint(folder.local, folder.address)
             chosen = [None if found is None else found.name]
         dist.broadcast_object_list(chosen)
         newest = chosen[0]
-    path = None if load_path is None else Path(load_path)
-    if load_path is not None and "://" in load_path:
-        path = cache_folder() / "checkpoints" / load_path.partition("://")[2]
+    is_remote = load_path is not None and Address.parse(load_path).is_remote
+    path = None if load_path is None else fetched_path(load_path) if is_remote else Path(load_path)
     with dist.run_local_rank_zero_first():
         is_first = dist.get_local_rank() == 0
         if newest is not None:
             assert folder is not None  # there was one to look in
-            path = folder / newest
+            path = folder.local / newest
             if is_first and dist.get_global_rank() != 0:  # the first node has it, and has read all of it
-                bring_checkpoint(newest, folder, remote)
+                bring_checkpoint(newest, folder.local, folder.address)
         elif is_first and load_path is not None and path is not None:
-            if "://" in load_path:
+            if is_remote:
                 fetch_checkpoint(load_path, path)
             check_checkpoint(path)
     return None if path is None else str(path)
 
 
-def local_save_folder(config: TrainConfig) -> Path | None:
-    """Where Composer keeps the files of ``save_folder`` on this machine; those of a remote one before they go."""
-    return None if config.save_folder is None else Path(parse_uri(config.save_folder)[2] or ".")
+def fetched_path(load_path: str) -> Path:
+    """Where a remote checkpoint is kept on this machine.
+
+    Raises:
+        InputError: Composer would look elsewhere.
+    """
+    path = cache_folder() / "checkpoints" / f"{hashlib.sha256(load_path.encode()).hexdigest()[:16]}.pt"
+    try:
+        check_path(str(path))
+    except ValueError as error:
+        raise InputError(f"TORCH_HOME: {error}") from error
+    return path
 
 
-def remote_save_folder(config: TrainConfig) -> str | None:
-    """The prefix of a remote ``save_folder`` within its bucket, or ``None`` for a local one."""
-    if config.save_folder is None or not parse_uri(config.save_folder)[0]:
-        return None
-    return parse_uri(config.save_folder)[2].strip("/")
+def find_run_folder(config: TrainConfig) -> RunFolder | None:
+    """Where the run's files are; ``None`` where nothing is saved."""
+    return None if config.save_folder is None else RunFolder.parse(config.save_folder)

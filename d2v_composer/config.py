@@ -6,7 +6,7 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 import difflib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +18,12 @@ import yaml
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
 from composer.core import Time, TimeUnit
-from composer.utils import dist, parse_uri
+from composer.utils import dist
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from streaming.base.util import bytes_to_int
 
+from d2v_composer.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.callbacks.health import Health
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
@@ -63,7 +64,6 @@ NO_FP16 = "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU:
 LARGEST_INT = (1 << 31) - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30  # float32's end at 1e-38 and 3e38
 WEEK = 7 * 24 * 3600
-STORES = ("s3", "gs", "oci", "azure", "dbfs")
 
 
 @dataclass
@@ -276,7 +276,7 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
         raise InputError(NO_FP16)
     if config.device_eval_batch_size < 1:
         raise InputError(f"device_eval_batch_size: must be at least 1, got {config.device_eval_batch_size}")
-    for problem in _magnitudes(config):
+    for problem in (*_magnitudes(config), *_folders({"out": config.out, **_roots("", config)})):
         raise InputError(problem)
     if config.seed < 0:
         raise InputError(f"seed: must be at least 0, got {config.seed}")
@@ -337,7 +337,11 @@ def apply_override(config: DictConfig, override: str) -> None:
     section = OmegaConf.select(config, key)
     # A section's other fields stay as they are; names of data sets, callbacks and loggers go: datasets={} means none.
     are_names = isinstance(section, DictConfig) and not is_dataclass(OmegaConf.get_type(section))
-    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, merge=not are_names)
+    alone = OmegaConf.from_dotlist([f"value={text}"])
+    written = OmegaConf.to_container(alone)
+    assert isinstance(written, dict)
+    refers = OmegaConf.is_interpolation(alone, "value")  # to a key of the whole config
+    OmegaConf.update(config, key, written["value"] if refers else alone.value, merge=not are_names)
 
 
 def wrong_types(kind: Any, value: Any, key: str = "") -> Iterator[str]:
@@ -394,13 +398,51 @@ def problems(config: TrainConfig) -> Iterator[str]:
     for section, known in (("callbacks", CALLBACKS), ("loggers", LOGGERS)):
         yield from _arguments(section, known, getattr(config, section))
     yield from _data(config)
-    if config.load_path is not None and "://" not in config.load_path and not Path(config.load_path).is_file():
-        yield f"load_path: {config.load_path}: no such file"
-    if "/" in config.run_name or config.run_name in (".", ".."):
-        yield f"run_name: must be a name without '/', got {config.run_name!r}"
-    store = None if config.save_folder is None else parse_uri(config.save_folder)[0]
-    if store and store not in STORES:
-        yield f"save_folder: must be a folder or an address in one of {', '.join(STORES)}, got {config.save_folder!r}"
+    yield from _addresses(config)
+
+
+def _addresses(config: TrainConfig) -> Iterator[str]:
+    """What Composer, Streaming or a store would read otherwise than it is written."""
+    checks: dict[str, tuple[Callable[[str], Any], str | None]] = {
+        "run_name": (check_run_name, config.run_name),
+        "teacher.checkpoint": (Address.parse, config.teacher.checkpoint),
+        "train_loader.remote": (Address.parse, config.train_loader.remote),
+        "save_folder": (RunFolder.parse, config.save_folder),
+        "load_path": (_check_load_path, config.load_path),
+    }
+    for key, (check, text) in checks.items():
+        if text is not None:
+            try:
+                check(text)
+            except ValueError as error:
+                yield f"{key}: {error}"
+    yield from _folders({"train_loader.local": config.train_loader.local, **_roots("retrieval.", config.retrieval)})
+
+
+def _roots(section: str, config: RetrievalConfig | EvaluateConfig) -> dict[str, str]:
+    """Key → root of every labelled set that is on."""
+    chosen = config.datasets.items()
+    return {f"{section}datasets.{name}.root": labelled.root for name, labelled in chosen if labelled is not None}
+
+
+def _folders(folders: Mapping[str, str | None]) -> Iterator[str]:
+    """Which folders are in a store, where they must be of this machine."""
+    for key, folder in folders.items():
+        if folder is not None and "://" in folder:
+            yield f"{key}: must be a folder of this machine, got {folder!r}"
+
+
+def _check_load_path(text: str) -> None:
+    """Refuse a checkpoint that is not there, or that Composer would look for elsewhere.
+
+    Raises:
+        ValueError: It says what is allowed.
+    """
+    if Address.parse(text).is_remote:
+        return
+    check_path(text)
+    if not Path(text).is_file():
+        raise ValueError(f"{text}: {'is a folder, not a file' if Path(text).is_dir() else 'no such file'}")
 
 
 def _magnitudes(config: TrainConfig | EvaluateConfig) -> Iterator[str]:

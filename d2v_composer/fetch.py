@@ -9,18 +9,31 @@ from filelock import FileLock
 from streaming.base.storage import CloudDownloader
 from tqdm.auto import tqdm
 
+from d2v_composer.addresses import Address
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
 
 # data2vec 2.0's largest has 600 million weights; with its decoder, its moving average and the optimizer's state, 15 GB.
 LARGEST_FILE = 32 << 30
 
-__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "transfer"]
+__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "is_remote", "transfer"]
 
 
 def cache_folder() -> Path:
     """Where fetched files are kept: below torch.hub's folder, which ``TORCH_HOME`` moves."""
     return Path(torch.hub.get_dir()) / "d2v_composer"
+
+
+def is_remote(address: str | Path) -> bool:
+    """Whether an address is a web server's or an object store's.
+
+    Raises:
+        InputError: A store would read it otherwise than it is written.
+    """
+    try:
+        return Address.parse(str(address)).is_remote
+    except ValueError as error:
+        raise InputError(f"{address}: {error}") from error
 
 
 def fetch(address: str | Path) -> Path:
@@ -33,7 +46,7 @@ def fetch(address: str | Path) -> Path:
     Raises:
         InputError: There is no such file, or it cannot be fetched.
     """
-    if "://" not in str(address):
+    if not is_remote(address):
         path = Path(address)
         if not path.is_file():
             raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")

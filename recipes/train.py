@@ -20,8 +20,7 @@ from d2v_composer.build import (
     build_run_record,
     build_scheduler,
     build_train_loader,
-    local_save_folder,
-    remote_save_folder,
+    find_run_folder,
 )
 from d2v_composer.callbacks import FiniteTraining, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
 from d2v_composer.config import TrainConfig, load_config
@@ -105,17 +104,18 @@ def report(
         return
     if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
-    folder = local_save_folder(config)
-    if not config.report or folder is None or not (folder / "log.jsonl").is_file():
+    run_folder = find_run_folder(config)
+    if not config.report or run_folder is None or not (run_folder.local / "log.jsonl").is_file():
         return
+    folder = run_folder.local
     if was_finished and (folder / "report.html").is_file():  # which says where and how it was trained
         return
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
     written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
     print(f"report: {written[0]}")
-    remote_folder = remote_save_folder(config)
-    for path in written if remote_folder is not None else []:
-        trainer.logger.upload_file(f"{remote_folder}/{path.relative_to(folder)}", path, overwrite=True)
+    for path in written:
+        if (key := run_folder.key(str(path.relative_to(folder)))) is not None:
+            trainer.logger.upload_file(key, path, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class RunRecord(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, yaml.safe_dump(self.record, sort_keys=False))
         if self.remote_folder is not None:
-            logger.upload_file(f"{self.remote_folder}/{path.name}", path, overwrite=True)
+            logger.upload_file(f"{self.remote_folder}/{path.name}".lstrip("/"), path, overwrite=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"record": self.record}

@@ -21,6 +21,7 @@ from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.data.verified_dataset import VerifiedDataset
 from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.errors import InputError, UnreadableImageError
+from d2v_composer.fetch import is_remote
 from d2v_composer.processes import end_with_parent
 
 __all__ = ["Batch", "CifarImages", "FolderImages", "ImageCollection", "MdsImages", "load_batches", "open_collection"]
@@ -214,7 +215,7 @@ def open_collection(
     Raises:
         InputError: It is none of them, or cannot be used.
     """
-    remote = "://" in source
+    remote = is_remote(source)
     if remote and local is None:
         raise InputError(f"{source}: is remote: --local says in which folder its shards are kept")
     if not remote and (local is not None or cache_limit is not None):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing_extensions import Self
 
 from d2v_composer.data.mds import INDEX
 from d2v_composer.errors import InputError
-from d2v_composer.fetch import cache_folder, download
+from d2v_composer.fetch import cache_folder, download, is_remote
 from d2v_composer.persistence import reason
 
 __all__ = ["ATTEMPTS", "SUMMARY", "Target"]
@@ -34,8 +33,12 @@ class Target(NamedTuple):
 
     @classmethod
     def at(cls, address: str) -> Self:
-        """The target at a folder's path or an object store's address."""
-        if urllib.parse.urlparse(address).scheme:
+        """The target at a folder's path or an object store's address.
+
+        Raises:
+            InputError: A store would read the address otherwise than it is written.
+        """
+        if is_remote(address):
             address = address.rstrip("/")
             return cls(address, True, _conversions() / hashlib.sha256(address.encode()).hexdigest()[:16])
         return cls(address, False, Path(address).resolve() / ".converting")

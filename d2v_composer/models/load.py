@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.errors import InputError
-from d2v_composer.fetch import fetch
+from d2v_composer.fetch import fetch, is_remote
 from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, read_kind, sha256, write_artifact
 from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
@@ -157,7 +157,7 @@ def load_any(
     Raises:
         InputError: It is none of them, or damaged.
     """
-    file = fetch(path if "://" in str(path) else _pointed_at(Path(path)))
+    file = fetch(path if is_remote(path) else _pointed_at(Path(path)))
     if is_safetensors(file) and read_kind(file) == "student":
         return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)

@@ -1,0 +1,158 @@
+"""Where files are: a path here, https://…, or SCHEME://BUCKET/KEY in an object store, read in one way everywhere.
+
+Composer and Streaming take addresses apart with urllib, which cuts '#', '?' and ';' off, and Composer fills in
+placeholders. What they would read otherwise than it is written is refused.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from composer.utils import parse_uri
+from typing_extensions import Self
+
+__all__ = ["STORES", "Address", "RunFolder", "check_path", "check_run_name"]
+
+# Where Composer can write.
+STORES = ("s3", "gs", "oci", "azure", "dbfs")
+WEB = ("http", "https")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
+# What urllib takes for the end of a path, or Composer for a placeholder.
+MISREAD = "#?;{}\\"
+PLACEHOLDER = "placeholders such as {run_name} are not supported; in a YAML write ${run_name}"
+# Limits of file systems and of S3, in bytes; a run's own names (log, report, partial files) take the rest.
+LONGEST_NAME, LONGEST_PATH, LONGEST_KEY, OWN_NAMES = 255, 4095, 1024, 120
+
+
+class Address(NamedTuple):
+    """A file or folder here, on a web server or in an object store."""
+
+    scheme: str
+    """Empty: here."""
+    bucket: str
+    path: str
+    """Of a store's the key, without slashes around it."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read an address; a path here may have any characters.
+
+        Raises:
+            ValueError: It says what a store's address must be.
+        """
+        match = SCHEME.match(text)
+        if match is None:
+            return cls("", "", text)
+        scheme, rest = match[1] or match[2], text[match.end() :]
+        bucket, _, path = ("", "", rest) if match[2] else rest.partition("/")
+        if scheme in WEB:
+            return cls(scheme, bucket, path)
+        _check_text(text)
+        cut = [character for character in "#?" if character in text]
+        if cut:
+            raise ValueError(f"must not have {' or '.join(cut)}, which ends the address for a store, got {text!r}")
+        path = path.rstrip("/")
+        if (not bucket and scheme != "dbfs") or re.search(r"[][\s]", bucket):
+            raise ValueError(f"must be {scheme}://BUCKET/…, got {text!r}")
+        if path and not {"", ".", ".."}.isdisjoint(path.split("/")):
+            raise ValueError(f"must have a name between any two slashes, not '.' or '..', got {text!r}")
+        if _size(path) > LONGEST_KEY:
+            raise ValueError(f"must have a key of at most {LONGEST_KEY} bytes, got {_size(path)}")
+        return cls(scheme, bucket, path)
+
+    @property
+    def is_remote(self) -> bool:
+        return self.scheme != ""
+
+
+class RunFolder(NamedTuple):
+    """Where a run's files are: in a folder here and, of a run in a store, below a prefix of a bucket."""
+
+    local: Path
+    prefix: str | None
+    """Of a run in a store; empty: the bucket's root."""
+    address: str | None
+    """Of a run in a store, without a slash at the end."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a ``save_folder``.
+
+        Raises:
+            ValueError: It says what a ``save_folder`` must be.
+        """
+        _check_characters(text)
+        address = Address.parse(text)
+        if address.scheme not in ("", *STORES) or not _composer_agrees(text, address):
+            raise ValueError(f"must be a folder or an address in one of {', '.join(STORES)}, got {text!r}")
+        local = Path(address.path or ".")
+        _check_lengths(local)
+        if not address.is_remote:
+            return cls(local, None, None)
+        if _size(address.path) > LONGEST_KEY - OWN_NAMES:
+            raise ValueError(f"must have a key of at most {LONGEST_KEY - OWN_NAMES} bytes, got {_size(address.path)}")
+        return cls(local, address.path, text.rstrip("/"))
+
+    def key(self, name: str) -> str | None:
+        """The key of one of the run's files in the bucket; ``None`` for a run that is here alone."""
+        return None if self.prefix is None else f"{self.prefix}/{name}".lstrip("/")
+
+
+def check_run_name(name: str) -> None:
+    """Refuse what cannot be a folder's name here and in every store.
+
+    Raises:
+        ValueError: It says what a name must be.
+    """
+    if "/" in name or name in (".", ".."):
+        raise ValueError(f"must be a name without '/', got {name!r}")
+    _check_characters(name)
+    if not _composer_agrees(f"/{name}", Address("", "", f"/{name}")):
+        raise ValueError(f"must be a name that is nothing else to Composer, got {name!r}")
+    _check_lengths(Path(name))
+
+
+def check_path(path: str) -> None:
+    """Refuse the path of a file here that Composer would read otherwise.
+
+    Raises:
+        ValueError: It says what the path must be.
+    """
+    _check_characters(path)
+    if not _composer_agrees(path, Address("", "", path)):
+        raise ValueError(f"must be a path that does not begin like an address, got {path!r}")
+
+
+def _check_characters(text: str) -> None:
+    _check_text(text)
+    if "{" in text or "}" in text:
+        raise ValueError(f"{PLACEHOLDER}, got {text!r}")
+    if any(character in text for character in MISREAD):
+        raise ValueError(f"must not have any of # ? ; {{ }} \\, got {text!r}")
+
+
+def _check_text(text: str) -> None:
+    if not text or not text.isprintable() or text != text.strip():
+        raise ValueError(f"must be printable characters without spaces around them, got {text!r}")
+
+
+def _check_lengths(path: Path) -> None:
+    longest = max(map(_size, path.parts), default=0)
+    if longest > LONGEST_NAME:
+        raise ValueError(f"must have names of at most {LONGEST_NAME} bytes, got one of {longest}")
+    size = _size(str(path.absolute()))
+    if size > LONGEST_PATH - OWN_NAMES:
+        raise ValueError(f"must be a path of at most {LONGEST_PATH - OWN_NAMES} bytes, got {size}")
+
+
+def _composer_agrees(text: str, address: Address) -> bool:
+    """Whether Composer finds the same store, bucket and path in a text."""
+    try:
+        scheme, bucket, path = parse_uri(text)
+    except ValueError:  # urllib's, of brackets
+        return False
+    return (scheme, bucket, path.rstrip("/") if scheme else path) == tuple(address)
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))
