@@ -195,12 +195,14 @@ def test_runs_go_on_with_their_own_checkpoints(
 ) -> None:
     """Names that differ in one odd character, trained in turn and again: none touches another's."""
     monkeypatch.chdir(tmp_path)
-    data = shutil.copytree(small_data, "data#1?;{x}")  # of a data set here any name will do
+    data = tmp_path / "data#1?;{x}"  # of a data set here any name will do
+    shutil.copytree(small_data, data)
     train = runpy.run_path(str(ROOT / "recipes" / "train.py"))["main"]
     names = ["vit", "vit 3", "vit=3@%23,é", "vit.3"]
+    short = ("scheduler.t_warmup=1ba", "student.depth=1", "save_num_checkpoints_to_keep=1")
     for name, batches in itertools.product(names, (2, 4)):
-        overrides = (f"run_name='{name}'", f"train_loader.local='{data}'", f"max_duration={batches}ba", "scheduler.t_warmup=1ba", "student.depth=1")
-        train(small_run(Path("runs/${run_name}"), data, *overrides, "save_num_checkpoints_to_keep=1"))
+        chosen = (f"run_name='{name}'", f"max_duration={batches}ba", f"train_loader.local='{data}'")
+        train(small_run(Path("runs/${run_name}"), small_data, *short, *chosen))
     assert {path.name for path in Path("runs").iterdir()} == set(names)
     for name in names:
         folder = Path("runs") / name
