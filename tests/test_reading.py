@@ -14,17 +14,22 @@ import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import azure.core.exceptions
+import numpy as np
 import psutil
 import pytest
 import requests
 from botocore.exceptions import ClientError, NoCredentialsError
 from conftest import encoded_image, time_limit, write_mds
+from filelock import FileLock
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
 
 from d2v_composer import persistence
+from d2v_composer.data.lookahead import Lookahead
+from d2v_composer.data.shard_cache import FEWEST_AHEAD, Claim, ShardState
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
@@ -242,13 +247,81 @@ def test_a_cache_over_its_limit_is_brought_below_it(
 
 def test_what_is_fetched_is_not_evicted_and_what_was_read_last_is_evicted_last(original: Path, tmp_path: Path) -> None:
     dataset = images(shutil.copytree(original, tmp_path / "cache"), original, cache_limit=200_000)
-    assert dataset._claim(31) is not None  # the one that is next among those not verified
-    assert dataset._coldest_shard(wanted=30) == 29
+    assert dataset.cache.claim(31) is Claim.OURS  # the one that is next among those not verified
+    assert dataset.cache.coldest_shard(wanted=30) == 29
     for sample_id in (0, 40, 90):
         dataset[sample_id]
     dataset[0]
-    dataset._unverified.clear()
-    assert dataset._coldest_shard(wanted=5) == dataset.spanner[40][0]
+    dataset.cache._unverified.clear()
+    assert dataset.cache.coldest_shard(wanted=5) == dataset.spanner[40][0]
+
+
+def test_several_shards_are_fetched_ahead_but_not_more_than_the_machine_may(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those first that are needed first; two processes share the number."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    dataset = images(tmp_path / "cache", original, timeout=20)
+    begun: list[str] = []
+    may_end = threading.Event()
+    copy = dataset.stream._downloader.download
+
+    def download(address: str, *rest: Any) -> None:
+        begun.append(address)
+        assert may_end.wait(20)
+        copy(address, *rest)
+
+    monkeypatch.setattr(dataset.stream._downloader, "download", download)
+    needed = list(dict.fromkeys(dataset.spanner[i][0] for i in ALL))
+    both = [Lookahead(dataset.cache, lambda i: dataset.spanner[i][0], np.array(ids), 1024) for ids in (ALL, ALL)]
+    for ahead in both:
+        ahead.start()
+    wait_until(lambda: len(begun) == FEWEST_AHEAD)
+    time.sleep(0.2)
+    assert sorted(begun) == [dataset.stream._address(dataset.shards[i].raw_data) for i in needed[:FEWEST_AHEAD]]
+    assert dataset.cache.claim(needed[-1]).is_ours  # a thread that needs a shard now is not held up
+    dataset.cache.release(needed[-1], ShardState.REMOTE)
+    may_end.set()
+    wait_until(lambda: all(dataset.cache.is_here(i) for i in needed))
+    for ahead in both:
+        ahead.stop(wait=True)
+    assert len(begun) == len(needed)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    with time_limit(seconds):
+        while not holds():
+            time.sleep(0.005)
+
+
+def test_threads_that_wait_leave_the_lock_alone(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a shard that another fetches, and for room that only those being fetched take."""
+    cache = images(tmp_path / "cache", original, cache_limit=27_000).cache
+    fetched = [i for i in range(8) if cache.claim(i).is_ours]
+    assert fetched == list(range(len(fetched)))
+    assert 3 < len(fetched) < 8  # the others find no room
+    acquired: list[int] = []
+    acquire = FileLock.acquire
+
+    def counted(self: FileLock, *args: Any, **kwargs: Any) -> Any:
+        acquired.append(threading.get_native_id())
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", counted)
+    waiting = [threading.Thread(target=cache.prepare, args=(i % 8,)) for i in range(32)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(1.5)  # at least one look whether the fetching thread still exists
+    assert acquired == []
+    for shard_id in fetched:
+        cache.release(shard_id, ShardState.REMOTE)
+    for thread in waiting:
+        thread.join(20)
+    assert all(cache.is_here(i) or cache.states[i] == ShardState.REMOTE for i in range(8))
+    assert not any(thread.is_alive() for thread in waiting)
+    assert acquired != []
 
 
 def test_only_a_cache_has_a_limit(original: Path, tmp_path: Path) -> None:
@@ -422,12 +495,27 @@ def test_epochs_that_the_workers_do_not_divide(tmp_path: Path) -> None:
         assert epoch(dataset, 2) == list(range(97))
 
 
-def test_a_process_that_is_killed_while_it_fetches(original: Path, tmp_path: Path) -> None:
-    dataset = images(tmp_path / "cache", original, timeout=20)
+def killed_process() -> tuple[int, int]:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert dataset._claim(7) is not None
-    dataset._fetchers[7] = ended.pid
+    return ended.pid, ended.pid
+
+
+def ended_thread() -> tuple[int, int]:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    assert thread.native_id is not None
+    return os.getpid(), thread.native_id
+
+
+@pytest.mark.parametrize("fetcher", [killed_process, ended_thread])
+def test_a_process_or_thread_that_ends_while_it_fetches(
+    original: Path, tmp_path: Path, fetcher: Callable[[], tuple[int, int]]
+) -> None:
+    dataset = images(tmp_path / "cache", original, timeout=20)
+    assert dataset.cache.claim(7) is Claim.OURS
+    dataset.cache._fetchers[14:16] = fetcher()
     dataset.prepare_shard(7, blocking=False)  # does not wait
     assert not (tmp_path / "cache" / "shard.00007.mds").exists()
     with time_limit(5):
