@@ -25,6 +25,7 @@ from botocore.exceptions import ClientError, NoCredentialsError
 from conftest import encoded_image, time_limit, write_mds
 from filelock import FileLock
 from streaming import MDSWriter
+from streaming.base.storage import LocalDownloader
 from torch.utils.data import DataLoader
 
 from d2v_composer import persistence
@@ -264,14 +265,14 @@ def test_several_shards_are_fetched_ahead_but_not_more_than_the_machine_may(
     dataset = images(tmp_path / "cache", original, timeout=20)
     begun: list[str] = []
     may_end = threading.Event()
-    copy = dataset.stream._downloader.download
+    copy = LocalDownloader.download
 
-    def download(address: str, *rest: Any) -> None:
+    def download(self: LocalDownloader, address: str, *rest: Any) -> None:
         begun.append(address)
         assert may_end.wait(20)
-        copy(address, *rest)
+        copy(self, address, *rest)
 
-    monkeypatch.setattr(dataset.stream._downloader, "download", download)
+    monkeypatch.setattr(LocalDownloader, "download", download)
     needed = list(dict.fromkeys(dataset.spanner[i][0] for i in ALL))
     both = [Lookahead(dataset.cache, lambda i: dataset.spanner[i][0], np.array(ids), 1024) for ids in (ALL, ALL)]
     for ahead in both:
@@ -460,7 +461,7 @@ def test_who_waits_for_a_shard_learns_that_it_was_given_up(
         attempts.append(time.monotonic())
         raise ConnectionError("nobody listens")
 
-    monkeypatch.setattr(dataset.stream._downloader, "download", download)
+    monkeypatch.setattr(LocalDownloader, "download", download)
     failures: list[str] = []
 
     def fetch() -> None:
@@ -483,7 +484,7 @@ def test_who_waits_for_a_shard_learns_that_it_was_given_up(
 
 def test_a_store_that_sends_nothing(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = images(tmp_path / "cache", original, timeout=0.1)
-    monkeypatch.setattr(dataset.stream._downloader, "download", lambda *_: None)
+    monkeypatch.setattr(LocalDownloader, "download", lambda *_: None)
     with pytest.raises(ShardError, match="cannot be fetched: the store sent nothing"):
         dataset.prepare_shard(7)
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,16 +16,18 @@ from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.compression import decompress
 from streaming.base.format.base.reader import FileInfo, Reader
+from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
 from d2v_composer.persistence import persist, reason
+from d2v_composer.s3_download import SCHEME, S3Downloader
 
 __all__ = ["ShardError", "VerifiedStream"]
 
 # The fastest first; from blake2b on a hash takes longer than a fast disk.
 HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
-# Of one request; a store that hangs is asked again after it.
-READ_TIMEOUT = 20
+# Of one request: a store that hangs, or hardly sends anything for so long, is asked again.
+REQUEST_PATIENCE = 20
 READ_BYTES = 1 << 20
 # The end of a partial file's name: of the process and thread that fetch, and what downloaders put behind it.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -53,9 +56,10 @@ class VerifiedStream(Stream):
     """
 
     def __init__(self, *, local: str | Path, remote: str | None, timeout: float) -> None:
-        super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, READ_TIMEOUT))
+        super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_PATIENCE))
         self.timeout = timeout
-        self._connected_pid = os.getpid()
+        self._s3 = S3Downloader(self.download_timeout)
+        self._idle: tuple[int, list[CloudDownloader]] = (os.getpid(), [self._downloader])
 
     @override
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
@@ -143,15 +147,12 @@ class VerifiedStream(Stream):
             raise ShardError(f"{self._path(info)}: the shard is missing")
 
         def download() -> None:
-            if self._connected_pid != os.getpid():  # forked: two processes on one connection get each other's answers
-                self._connected_pid = os.getpid()
-                self._downloader.clean_up()
             with self._partial(info) as partial:
-                try:
-                    self._downloader.download(self._address(info), str(partial), self.download_timeout)
-                except Exception:
-                    self._downloader.clean_up()  # the next attempt is to have a connection of its own
-                    raise
+                if self.remote is not None and self.remote.startswith(SCHEME):
+                    self._s3.download(self._address(info), partial, stop)
+                else:
+                    with self._own_downloader() as downloader:
+                        downloader.download(self._address(info), str(partial), self.download_timeout)
 
         try:
             persist(download, self._address(info), timeout, stop)
@@ -159,6 +160,27 @@ class VerifiedStream(Stream):
             raise ShardError(
                 f"{self._address(info)}: the shard cannot be fetched: {reason(error)} (to {self.local})"
             ) from error
+
+    @contextmanager
+    def _own_downloader(self) -> Iterator[CloudDownloader]:
+        """One of Streaming's clients that no other thread uses now, with its connection; a failure costs it that."""
+        process, idle = self._idle
+        if process != os.getpid():  # forked: two processes on one connection get each other's answers
+            process, idle = self._idle = os.getpid(), []
+        try:
+            downloader = idle.pop()
+        except IndexError:
+            downloader = CloudDownloader.get(self.remote)
+        try:
+            yield downloader
+        except Exception:
+            downloader.clean_up()
+            raise
+        finally:
+            idle.append(downloader)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_idle": (0, [])}
 
     def _decompress(self, raw: FileInfo, compressed: FileInfo, algorithm: str | None) -> None:
         try:

@@ -1,0 +1,100 @@
+"""Files from an S3 store: a request for each, which is given up when it brings hardly anything."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from boto3.session import Session
+from botocore.config import Config
+from urllib3 import BaseHTTPResponse
+
+__all__ = ["SCHEME", "S3Downloader"]
+
+SCHEME = "s3://"
+# Bytes a second. A link may be slow, and shared by many requests; one that is slower than this is not waited for.
+LEAST_RATE = 1024
+READ_BYTES = 1 << 20
+MOST_CONNECTIONS = 128
+
+
+class S3Downloader:
+    """Download files, in one request each, from the store of ``S3_ENDPOINT_URL``, or from AWS.
+
+    Not Streaming's: a read of that one waits for a number of bytes, however long they take, and it asks twice or more
+    for a file, at half the speed. One object serves all threads of a process, and processes forked from it.
+
+    Args:
+        patience: How long a connection, an answer or :data:`LEAST_RATE` bytes for each of its seconds may take, in
+            seconds. A body that brings less is given up, and one that brings more may take any time.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self._client: tuple[int, Any] = (0, None)
+
+    def download(self, address: str, path: Path, stop: threading.Event | None = None) -> None:
+        """Download a file, once; a failure leaves what came.
+
+        Args:
+            address: s3://BUCKET/KEY.
+            path: Where to.
+            stop: Ends the download with an error, where it is set.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ConnectionError: It broke off.
+            TimeoutError: Too little came.
+            InterruptedError: ``stop`` was set.
+            Exception: Whatever else botocore and urllib3 raise.
+        """
+        bucket, _, key = address.removeprefix(SCHEME).partition("/")
+        request = {"Bucket": bucket, "Key": key}
+        if bucket in os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(","):
+            request["RequestPayer"] = "requester"
+        client = self._connect()
+        try:
+            response = client.get_object(**request)
+        except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket) as error:
+            raise FileNotFoundError(f"{address}: not found ({error})") from error
+        # boto's own reads wait for all bytes that they ask for.
+        with closing(response["Body"]) as body, path.open("wb") as file:
+            for chunk in _steady(body._raw_stream, self.patience, stop or threading.Event()):
+                file.write(chunk)
+            if file.tell() < (length := response.get("ContentLength", 0)):
+                raise ConnectionError(f"broke off after {file.tell()} of {length} bytes")
+
+    def _connect(self) -> Any:
+        process, client = self._client
+        if process != os.getpid():  # forked: two processes on one connection get each other's answers
+            config = Config(
+                connect_timeout=self.patience,
+                read_timeout=self.patience,
+                retries={"total_max_attempts": 1},  # the caller tries again
+                max_pool_connections=MOST_CONNECTIONS,
+                response_checksum_validation="when_required",  # the caller verifies
+            )
+            client = Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=config)
+            self._client = os.getpid(), client
+        return client
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"patience": self.patience, "_client": (0, None)}
+
+
+def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> Iterator[bytes]:
+    """The chunks of a body as they come, as long as they do."""
+    since, came = time.monotonic(), 0
+    while chunk := body.read1(READ_BYTES):
+        yield chunk
+        came += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds > patience:
+            if came < LEAST_RATE * seconds:
+                raise TimeoutError(f"given up: {came} bytes came in {seconds:.0f} s")
+            since, came = time.monotonic(), 0
+        if stop.is_set():
+            raise InterruptedError("the download was stopped")
