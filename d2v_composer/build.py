@@ -53,6 +53,7 @@ from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
 from d2v_composer.persistence import reason
+from d2v_composer.processes import FORK
 from d2v_composer.references import embed_with_encoder, pixels
 from d2v_composer.resuming import bring_checkpoint, check_checkpoint, fetch_checkpoint, find_newest_checkpoint
 
@@ -191,6 +192,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
+        multiprocessing_context=FORK if has_workers else None,
         # After the worker's own error, which names the shard; this one is for a worker that hangs.
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from d2v_composer.errors import InputError
+from d2v_composer.processes import end_with_launcher
 from d2v_composer.scratch import use_scratch_folder
 
 __all__ = ["run"]
@@ -12,6 +13,7 @@ __all__ = ["run"]
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments and leave the process."""
+    end_with_launcher()
     use_scratch_folder()
     try:
         main(sys.argv[1:])

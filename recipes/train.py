@@ -27,6 +27,7 @@ from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.models.sharding import join_units
 from d2v_composer.nodes import separate_signal_files
+from d2v_composer.processes import uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
 from d2v_composer.tables import retrieval_table
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> Trainer:
     own_callbacks = [*folder_callbacks, run_record, StepTime(), finite_training, graceful_stop]
     own_callbacks += [] if retrieval is None else [retrieval]
 
-    with separate_signal_files():
+    with separate_signal_files(), uploads_outlive_sigterm():
         trainer = Trainer(
             model=model,
             train_dataloader=train_loader,

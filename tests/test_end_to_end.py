@@ -1,6 +1,7 @@
 """The training command as a user runs it: kills, restarts, several ranks, and what a run leaves behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,10 +82,17 @@ def batch_of(checkpoint: Path) -> int:
 
 
 def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
-    arguments = small_run(tmp_path, small_data, "save_interval=1000ba")
-    process = subprocess.Popen(train_command(arguments), env=command_environment(), stdout=subprocess.PIPE, text=True)
+    """Although each process of the run gets it, as from SLURM and systemd."""
+    arguments = small_run(tmp_path, small_data, "save_interval=1000ba", "train_loader.num_workers=2")
+    process = subprocess.Popen(
+        train_command(arguments),
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_for(lambda: has_trained(tmp_path))
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     batch = batch_of(tmp_path / "latest-rank0.pt")
@@ -96,14 +104,27 @@ def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path
     assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
 
 
-def test_sigterm_to_the_launcher_stops_all_ranks_at_one_batch(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_launcher_that_ends_stops_all_ranks_at_one_batch(
+    small_data: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """Whether all processes get a SIGTERM, which it passes on once more, or it alone is killed: they save, and go."""
     arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
-    launcher = subprocess.Popen(train_command(arguments, ranks=2), env=command_environment())
+    command = train_command(arguments, ranks=2)
+    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
     wait_for(lambda: has_trained(tmp_path))
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
-    launcher.send_signal(signal.SIGTERM)
-    launcher.wait(timeout=60)
+    (os.killpg if sent == signal.SIGTERM else os.kill)(launcher.pid, sent)
+    assert launcher.wait(timeout=60) == (128 + sent if sent == signal.SIGTERM else -sent)
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
     assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
 

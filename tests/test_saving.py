@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -43,7 +45,13 @@ def store() -> Iterator[ObjectStore]:
 def start(command: list[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     variables = command_environment() | (environment or {})
     return subprocess.Popen(
-        command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -116,6 +124,31 @@ def test_a_store_that_is_away_while_saving(
     assert checkpoints_of(folder) == kept
 
 
+@pytest.mark.slow
+def test_sigterm_to_everyone_while_saving_to_a_store(
+    store: ObjectStore, uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Data workers and uploaders as well: what was saved for it reaches the store, and a resume goes on."""
+    options = ("save_interval=1000ba", "train_loader.num_workers=1")
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/everyone", *options)
+    command, folder = train_command(arguments), tmp_path / "everyone"
+    process = start(command, tmp_path, store.environment)
+    wait_until(lambda: has_trained(folder), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    [name] = checkpoints_of(folder)
+    stored = store.objects(BUCKET, "everyone/")
+    assert stored[f"{LATEST}.symlink"].decode().strip() == f"everyone/{name}"
+    assert stored[name] == (folder / name).read_bytes()
+    assert stored["log.jsonl"] == (folder / "log.jsonl").read_bytes()
+
+    shutil.rmtree(folder)  # another machine
+    again = run_command(*command, cwd=tmp_path, environment=store.environment)
+    assert again.returncode == 0, again.stderr
+    assert_same_student(folder, uninterrupted)
+
+
 def names_of(*batches: int) -> list[str]:
     return [f"ep0-ba{batch}-rank0.pt" for batch in batches]
 
@@ -186,7 +219,8 @@ def test_a_store_that_forbids_to_remove_is_said_so(
 
 def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
     first = SoleRun(tmp_path, "s3://a/runs")
-    with pytest.raises(InputError, match=": another run trains there"):
+    this_one = f"or end process {os.getpid()} of {platform.node()}$"
+    with pytest.raises(InputError, match=f": another run trains there: .*, {this_one}"):
         SoleRun(tmp_path, "s3://a/runs")
     first.post_close()
     SoleRun(tmp_path, "s3://a/runs").post_close()
@@ -222,7 +256,8 @@ def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, t
     second = run_command(*train_command(small_run(shared, small_data, *endless)))
     assert second.returncode == 2, second.stderr
     assert second.stderr.splitlines()[-1] == (
-        f"error: {shared}: another run trains there: give each a run_name or save_folder of its own"
+        f"error: {shared}: another run trains there: give each a run_name or save_folder of its own, "
+        f"or end process {process.pid} of {platform.node()}"
     )
     for _ in range(60):
         student, teacher = load_any(shared / LATEST)

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -20,7 +21,8 @@ EXIT_STATUS = 128 + signal.SIGTERM
 class GracefulStop(Callback):
     """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
 
-    Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds.
+    Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds. The run's
+    other processes may get it as well: see :mod:`d2v_composer.processes`.
 
     Pass :attr:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
     CheckpointSaver's own: counted, pruned, and where autoresume looks.
@@ -63,7 +65,8 @@ class GracefulStop(Callback):
         self._exit_if_stopping(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        signal.signal(signal.SIGTERM, self.previous_handler)
+        if not self.stopping:  # otherwise the process is about to end, and with this status
+            signal.signal(signal.SIGTERM, self.previous_handler)
 
     def _exit_if_stopping(self, state: State, logger: Logger) -> None:
         """Leave once the checkpoint, the last thing of its batch, is written, and where it is to be uploaded, is."""
@@ -74,5 +77,6 @@ class GracefulStop(Callback):
                 callback.fit_end(state, logger)
         dist.barrier()  # the launcher gives the other ranks little time, once one is gone
         if dist.get_global_rank() == 0:
-            print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
+            with suppress(OSError):  # a launcher that was killed may have taken the terminal along
+                print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
         raise SystemExit(EXIT_STATUS)

@@ -1,6 +1,7 @@
 """One run in a folder at a time."""
 
 import os
+import platform
 import weakref
 from pathlib import Path
 
@@ -14,6 +15,7 @@ __all__ = ["SoleRun"]
 
 # How long the workers of a run that was killed may hold on to its lock.
 LAST_RUN_LEAVES = 10.0
+LONGEST_NOTE = 4096
 
 
 class SoleRun(Callback):
@@ -34,22 +36,32 @@ class SoleRun(Callback):
     def __init__(self, folder: Path, remote: str | None = None) -> None:
         problem: list[str | None] = [None]
         if dist.get_global_rank() == 0:
-            try:
-                lock = acquire(folder / ".in_use", wait=LAST_RUN_LEAVES)
-            except OSError as error:
-                problem = [f"save_folder: {folder}: cannot be written ({error.strerror})"]
-            else:
-                if lock is None:
-                    problem = [f"{folder}: another run trains there: give each a run_name or save_folder of its own"]
-                elif (other := os.pread(lock, 1000, 0).decode()) not in ("", remote):
-                    problem = [f"save_folder: {folder} holds the files of {other}, not those of {remote or 'this run'}"]
-                    os.close(lock)
-                else:
-                    os.pwrite(lock, (remote or "").encode(), 0)
-                    self.release = weakref.finalize(self, os.close, lock)
+            problem = [self._lock(folder, remote)]
         dist.broadcast_object_list(problem)
         if problem[0] is not None:
             raise InputError(problem[0])
+
+    def _lock(self, folder: Path, remote: str | None) -> str | None:
+        """Lock the folder and note whose it is; what is wrong, where that cannot be."""
+        path = folder / ".in_use"
+        try:
+            lock = acquire(path, wait=LAST_RUN_LEAVES)
+        except OSError as error:
+            return f"save_folder: {folder}: cannot be written ({error.strerror})"
+        if lock is None:
+            user = path.read_text().splitlines()[1:2]
+            return (
+                f"{folder}: another run trains there: give each a run_name or save_folder of its own"
+                f"{''.join(f', or end {each}' for each in user)}"
+            )
+        other = os.pread(lock, LONGEST_NOTE, 0).decode().partition("\n")[0]
+        if other not in ("", remote):
+            os.close(lock)
+            return f"save_folder: {folder} holds the files of {other}, not those of {remote or 'this run'}"
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{remote or ''}\nprocess {os.getpid()} of {platform.node()}\n".encode(), 0)
+        self.release = weakref.finalize(self, os.close, lock)
+        return None
 
     def post_close(self) -> None:
         if dist.get_global_rank() == 0:

@@ -1,6 +1,7 @@
 """torch.compile of a whole distillation model, piece by piece."""
 
 import functools
+import importlib
 import os
 import shutil
 import sysconfig
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.processes import block_sigterm
 from d2v_composer.targets import norm_mean, regression_loss
 
 __all__ = ["compile_model", "find_missing"]
@@ -46,6 +48,8 @@ def compile_model(model: DistillationModel, packs_weights: bool = False) -> None
         packs_weights: Make whole graphs of the frozen passes, with their weights in the layout that a CPU's matrix
             products want; they are held twice then.
     """
+    with block_sigterm():  # which starts the processes that compile: a run that SIGTERM stops may need them once more
+        importlib.import_module("torch._inductor.async_compile")
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     # The blocks are small enough as they are: nothing is to be cut for DDP's sake.
     torch._dynamo.config.optimize_ddp = False

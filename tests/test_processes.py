@@ -1,0 +1,112 @@
+"""Workers outlive SIGTERM but not their parent; nothing but Composer's launcher takes its ranks along."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from d2v_composer.processes import FORK, SPAWN, _is_launcher, block_sigterm
+
+
+class Numbers(Dataset[int]):
+    """The worker's own process number and 99 zeros, slowly."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return 0 if index else os.getpid()
+
+
+def test_a_data_worker_outlives_a_sigterm_that_is_not_its_parents() -> None:
+    loader = DataLoader(Numbers(), batch_size=1, num_workers=1, multiprocessing_context=FORK)
+    batches = iter(loader)
+    worker = int(next(batches))
+    assert worker != os.getpid()
+    os.kill(worker, signal.SIGTERM)
+    assert sum(1 for _ in batches) == 99
+    assert psutil.pid_exists(worker) is False
+
+
+@pytest.mark.parametrize("kind", [FORK, pytest.param(SPAWN, marks=pytest.mark.slow)])
+def test_a_parent_ends_its_worker(kind: Any) -> None:
+    worker = kind.Process(target=time.sleep, args=(600,), daemon=True)
+    worker.start()
+    os.kill(worker.pid, signal.SIGTERM)  # at once: it may have run nothing of ours yet
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode in (0, -signal.SIGKILL)
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v_composer.processes.END_SECONDS", 0.2)
+    monkeypatch.setattr("d2v_composer.processes.end_with_parent", lambda: None)  # as where it hangs
+    worker = FORK.Process(target=time.sleep, args=(600,), daemon=True)
+    worker.start()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    receive, send = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=_start_worker, args=(send,))
+    parent.start()
+    worker = psutil.Process(receive.recv())
+    parent.kill()
+    parent.join()
+    worker.wait(timeout=30)
+
+
+def _start_worker(send: Connection) -> None:
+    worker = FORK.Process(target=time.sleep, args=(600,))
+    worker.start()
+    send.send(worker.pid)
+    time.sleep(600)
+
+
+def test_sigterm_that_arrives_while_it_is_blocked_is_not_lost() -> None:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with block_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+            assert received == []
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_launcher"),
+    [
+        (["composer", "-n", "2"], True),
+        (["-u", "composer"], True),
+        (["nohup.py", "composer"], False),
+        (["-c", "import time; time.sleep(600)"], False),
+    ],
+)
+def test_which_parent_is_composers_launcher(tmp_path: Path, arguments: list[str], is_launcher: bool) -> None:
+    """A shell or nohup that started a rank may end without it."""
+    for name in ("composer", "nohup.py"):
+        (tmp_path / name).write_text("import time; time.sleep(600)")
+    parent = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path)
+    try:
+        while not psutil.Process(parent.pid).cmdline():  # for a moment it has none
+            time.sleep(0.01)
+        assert _is_launcher(parent.pid) == is_launcher
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not _is_launcher(parent.pid)
