@@ -319,6 +319,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         return None
     with dist.run_local_rank_zero_first():
         datasets = build_labelled_sets(chosen, teacher.config.image_size)
+    if retrieval.max_images is not None:
+        datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
     try:
         return ZeroShotRetrieval(
             datasets,

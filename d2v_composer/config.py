@@ -180,6 +180,8 @@ class RetrievalConfig:
     representation: Literal["output", "layer_mean"] = "output"
     references: list[str] = field(default_factory=lambda: ["teacher"])
     """Of: pixels, encoder, teacher."""
+    max_images: int | None = None
+    """Use at most so many images of each split, evenly spaced; default all."""
     datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
     """Name → where it is; null: off."""
 
@@ -616,6 +618,8 @@ def _retrieval(config: RetrievalConfig) -> Iterator[str]:
             yield f"retrieval.references: no such reference {name!r}{suggestion(name, known)}"
     if not config.ks or min(config.ks) < 1:
         yield f"retrieval.ks: must be one or more numbers from 1, got {config.ks}"
+    if config.max_images is not None and config.max_images < 1:
+        yield f"retrieval.max_images: must be at least 1, got {config.max_images}"
 
 
 def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any]) -> Iterator[str]:

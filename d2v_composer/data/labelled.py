@@ -34,6 +34,14 @@ class LabelledImages(NamedTuple):
     labels: Tensor
     """(N,) int64."""
 
+    def at_most(self, num_images: int) -> "LabelledImages":
+        """So many of them, evenly spaced, since a folder has them class by class; all where there are no more."""
+        total = len(self.labels)
+        if num_images >= total:
+            return self
+        chosen = torch.arange(num_images) * total // num_images
+        return LabelledImages(self.images[chosen], self.labels[chosen])
+
 
 class LabelledSet(NamedTuple):
     """Two sets of images: either is the bank for the other's queries."""
@@ -42,6 +50,10 @@ class LabelledSet(NamedTuple):
     test: LabelledImages
     class_names: tuple[str, ...] = ()
     """By label; none where the labels are bare numbers."""
+
+    def at_most(self, num_images: int) -> "LabelledSet":
+        """The same classes with so many images in each split, see :meth:`LabelledImages.at_most`."""
+        return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
 
     @property
     def num_images(self) -> tuple[int, int]:

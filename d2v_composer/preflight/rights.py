@@ -1,0 +1,78 @@
+"""The rights that a run needs in its ``save_folder``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from composer.utils import maybe_create_object_store_from_uri, parse_uri
+from composer.utils.object_store import S3ObjectStore
+
+from d2v_composer.callbacks.checkpoint_keeping import IMPATIENT_CLIENT
+from d2v_composer.errors import InputError
+from d2v_composer.persistence import reason
+
+__all__ = ["check_rights", "remove_prefix"]
+
+
+def check_rights(save_folder: str) -> str:
+    """Write, list, read and delete a small file in a ``save_folder``.
+
+    Args:
+        save_folder: A folder, which may not exist yet, or an address in an object store.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        InputError: It names the right that is missing.
+    """
+    backend, bucket, prefix = parse_uri(save_folder)
+    name = f".preflight-{uuid4().hex}"
+    if not backend:
+        return _check_folder(Path(save_folder), name)
+    key = f"{prefix.strip('/')}/{name}".lstrip("/")
+    if backend == "s3":
+        client = S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT)).client
+        _try_each(
+            save_folder,
+            write=lambda: client.put_object(Bucket=bucket, Key=key, Body=b"preflight"),
+            list=lambda: client.list_objects_v2(Bucket=bucket, Prefix=key),
+            read=lambda: client.get_object(Bucket=bucket, Key=key)["Body"].read(),
+            delete=lambda: client.delete_object(Bucket=bucket, Key=key),
+        )
+        return f"{save_folder}: write, list, read, delete"
+    store = maybe_create_object_store_from_uri(save_folder)
+    assert store is not None  # there is a backend
+    _try_each(save_folder, list=lambda: store.list_objects(prefix))
+    return f"{save_folder}: list; the rehearsal writes and reads; nothing is deleted from {backend}://"
+
+
+def _check_folder(folder: Path, name: str) -> str:
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    probe = existing / name
+    _try_each(
+        str(folder),
+        write=lambda: probe.write_bytes(b"preflight"),
+        list=lambda: list(existing.iterdir()),
+        read=probe.read_bytes,
+        delete=probe.unlink,
+    )
+    return f"{folder}: write, list, read, delete"
+
+
+def _try_each(place: str, **rights: Callable[[], object]) -> None:
+    for right, attempt in rights.items():
+        try:
+            attempt()
+        except Exception as error:
+            raise InputError(f"{place}: no right to {right} ({reason(error)})") from error
+
+
+def remove_prefix(address: str) -> None:
+    """Remove everything below an address in S3; from other stores nothing can be removed."""
+    backend, bucket, prefix = parse_uri(address)
+    if backend != "s3":
+        return
+    store = S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT))
+    for key in store.list_objects(f"{prefix.strip('/')}/"):
+        store.client.delete_object(Bucket=bucket, Key=key)

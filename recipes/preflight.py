@@ -1,0 +1,28 @@
+"""Rehearse a run: ``composer recipes/preflight.py FILE.yaml [dotted.key=value …]``, with the run's own arguments.
+
+In minutes: packages, GPUs, teacher, data set, room and rights are checked; the run is started with every callback at
+every batch, stopped by SIGTERM, resumed and exported, in folders of its own, which are removed. It prints a table of
+checks, and what the whole run will need. The status is 0 only where all checks passed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.utils import dist
+
+from d2v_composer import cli
+from d2v_composer.config import load_config
+from d2v_composer.preflight import preflight
+
+
+def main(argv: Sequence[str]) -> None:
+    """Rehearse in one process of each node, which starts the others by itself."""
+    if dist.get_local_rank() != 0:
+        return
+    if not preflight(argv, load_config(argv), Path(__file__).with_name("train.py")):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
