@@ -95,7 +95,11 @@ def check_machine(nodes: Nodes) -> tuple[str, None]:
     if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < OPEN_FILES:
         raise InputError(f"a process may open {limit} files, {OPEN_FILES} are needed (ulimit -n)")
     devices = f"{num_gpus} × {machine['gpu']}" if num_gpus else f"no GPU, {machine['cpu']}"
-    ranks = f"{nodes.count} × {nodes.ranks_per_node} ranks" if nodes.count > 1 else f"{nodes.ranks_per_node} rank(s)"
+    ranks = (
+        f"{nodes.num_nodes} × {nodes.ranks_per_node} ranks"
+        if nodes.num_nodes > 1
+        else f"{nodes.ranks_per_node} rank(s)"
+    )
     return f"{devices}, {machine['cores']} cores, {machine['memory_gib']} GiB, {ranks}", None
 
 

@@ -60,7 +60,7 @@ def needs(
     config: TrainConfig, nodes: Nodes, data: DataSet, sets: Mapping[str, LabelledSet], measured: Measured
 ) -> Iterator[str]:
     """What the whole run will need, a line each."""
-    batch_size, num_ranks = config.global_train_batch_size, nodes.count * nodes.ranks_per_node
+    batch_size, num_ranks = config.global_train_batch_size, nodes.num_nodes * nodes.ranks_per_node
     per_epoch = data.num_samples // batch_size
     batches = in_batches(config.max_duration, 0, per_epoch)
     images, pace = batches * batch_size, measured.images_per_second
@@ -89,7 +89,7 @@ def needs(
         yield f"GPU memory    {measured.gpu_gigabytes:.1f} GB of {total:.0f} GB reserved at the peak"
     yield f"memory        {measured.process_bytes / 1e9:.1f} GB of this node's processes at the peak"
 
-    needed = pace / (1 - min(measured.data_wait, 0.99)) / nodes.count
+    needed = pace / (1 - min(measured.data_wait, 0.99)) / nodes.num_nodes
     yield (
         f"data workers  {needed / measured.decoded_per_core:.1f} cores a node decode the {needed:,.0f} images/s that "
         f"its ranks could take; asked for: {config.train_loader.num_workers * nodes.ranks_per_node} workers"

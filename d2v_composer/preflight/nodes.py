@@ -1,10 +1,10 @@
 """The nodes of a preflight: one process of each talks to the others, without any device."""
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which pyright does not see there
 from typing_extensions import Self
 
 __all__ = ["Nodes"]
@@ -13,14 +13,15 @@ __all__ = ["Nodes"]
 PATIENCE = timedelta(hours=1)
 
 
-class Nodes(NamedTuple):
+@dataclass(frozen=True)
+class Nodes:
     """This node among those of the run.
 
     A store of torch's rather than a process group: the preflight itself must not hold the devices that it rehearses.
     """
 
     rank: int
-    count: int
+    num_nodes: int
     ranks_per_node: int
     store: TCPStore | None
     """``None`` for one node."""
@@ -29,12 +30,14 @@ class Nodes(NamedTuple):
     def from_environment(cls) -> Self:
         """As Composer's launcher describes them; one node of one rank without it."""
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        count = int(os.environ.get("WORLD_SIZE", "1")) // ranks_per_node
+        num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // ranks_per_node
         rank = int(os.environ.get("NODE_RANK", "0"))
-        if count == 1:
+        if num_nodes == 1:
             return cls(0, 1, ranks_per_node, None)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return cls(rank, count, ranks_per_node, TCPStore(address, port, count, is_master=rank == 0, timeout=PATIENCE))
+        return cls(
+            rank, num_nodes, ranks_per_node, TCPStore(address, port, num_nodes, is_master=rank == 0, timeout=PATIENCE)
+        )
 
     def exchange(self, key: str, text: str) -> list[str]:
         """Give the other nodes a text, and wait for theirs.
@@ -49,4 +52,12 @@ class Nodes(NamedTuple):
         if self.store is None:
             return [text]
         self.store.set(f"{key}/{self.rank}", text)
-        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.count)]
+        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.num_nodes)]
+
+    def leave(self) -> None:
+        """End the talk. The first node, which holds what is said, is the last to go."""
+        if self.store is None:
+            return
+        self.store.set(f"left/{self.rank}", "")
+        if self.rank == 0:
+            self.store.wait([f"left/{rank}" for rank in range(self.num_nodes)])

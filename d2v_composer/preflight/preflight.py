@@ -57,7 +57,16 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
         Whether all checks passed, on all nodes.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the rehearsal ends, and is removed
-    nodes, table = Nodes.from_environment(), Table()
+    nodes = Nodes.from_environment()
+    try:
+        return check_all(argv, config, train_script, nodes)
+    finally:
+        nodes.leave()
+
+
+def check_all(argv: Sequence[str], config: TrainConfig, train_script: Path, nodes: Nodes) -> bool:
+    """As :func:`preflight`, on one of several nodes."""
+    table = Table()
     found = look(config, nodes, table)
     gather(nodes, table, "before the rehearsal")
     if table.failed - LET_IT_START or found is None:

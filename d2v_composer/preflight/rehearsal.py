@@ -167,11 +167,11 @@ class Rehearsal(NamedTuple):
         return overrides if loader.remote is None else [*overrides, f"train_loader.local={self.cache}"]
 
     def _launcher(self) -> list[str]:
-        nodes, world_size = self.nodes, self.nodes.count * self.nodes.ranks_per_node
+        nodes, world_size = self.nodes, self.nodes.num_nodes * self.nodes.ranks_per_node
         if world_size == 1:
             return [sys.executable]
         launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(nodes.ranks_per_node)]
-        if nodes.count > 1:
+        if nodes.num_nodes > 1:
             launcher += ["--world_size", str(world_size), "--node_rank", str(nodes.rank)]
             launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", self.port]
         return launcher

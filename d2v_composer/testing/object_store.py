@@ -31,6 +31,7 @@ __all__ = ["ObjectStore", "find_server"]
 HOST = "127.0.0.1"
 ROLES = ("master", "volume", "filer", "s3")
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
+READER_KEY = "test-reader-key"
 STARTS = 3
 
 
@@ -67,6 +68,11 @@ class ObjectStore:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+    @property
+    def reader_environment(self) -> dict[str, str]:
+        """As :attr:`environment`, for somebody who may read and list, but not write."""
+        return self.environment | {"AWS_ACCESS_KEY_ID": READER_KEY}
 
     def client(self, **config: Any) -> Any:
         """A boto3 client; ``config`` as :class:`botocore.config.Config`'s."""
@@ -202,8 +208,13 @@ def find_server() -> Path | None:
 
 
 def _identities() -> dict[str, Any]:
-    credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
-    return {"identities": [{"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}]}
+    actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List"], READER_KEY: ["Read", "List"]}
+    return {
+        "identities": [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": allowed}
+            for key, allowed in actions.items()
+        ]
+    }
 
 
 def _free_ports() -> dict[str, int]:
