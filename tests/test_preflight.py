@@ -247,6 +247,7 @@ def test_a_planted_fault_is_found_by_the_rehearsal(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: Path, labelled: Path) -> None:
     arguments = small_preflight(tmp_path / "run", small_data, labelled)
     process = subprocess.Popen([sys.executable, str(PREFLIGHT), *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)

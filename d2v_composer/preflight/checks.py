@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from composer.utils.file_helpers import list_remote_objects
 from packaging.requirements import Requirement
+from PIL import Image
 from streaming.base.format import reader_from_json
 from streaming.base.util import bytes_to_int
 
 from d2v_composer.build import build_labelled_sets
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
-from d2v_composer.data.mds import check_room, fetch_index, read_index
-from d2v_composer.data.transforms import RandomResizedCropFlip, sample_rng
+from d2v_composer.data.mds import check_image_column, check_room, fetch_index, keep_encoded, read_index
+from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
 from d2v_composer.data.verified_stream import VerifiedStream
 from d2v_composer.environment import describe_machine
 from d2v_composer.errors import InputError
@@ -134,11 +135,13 @@ def check_data(config: TrainConfig) -> tuple[str, DataSet]:
     """
     loader = config.train_loader
     if loader.remote is None:
-        shards = read_index(Path(loader.local), columns=("image",))
+        shards = read_index(Path(loader.local), columns=(loader.column,), option="train_loader.column")
     else:
         with TemporaryDirectory() as folder:
             fetch_index(loader.remote, Path(folder))
-            shards = read_index(Path(folder), columns=("image",), shards_may_be_missing=True)
+            option = "train_loader.column"
+            shards = read_index(Path(folder), columns=(loader.column,), option=option, shards_may_be_missing=True)
+    check_image_column(shards, loader.column, loader.remote or loader.local)
     data = DataSet(
         shards, sum(shard["samples"] for shard in shards), sum(shard["raw_data"]["bytes"] for shard in shards)
     )
@@ -189,6 +192,7 @@ def check_shards(config: TrainConfig, data: DataSet, image_size: int) -> tuple[s
         for shard in kinds.values():
             reader = reader_from_json(local, "", shard)
             stream.fetch_shard(reader)
+            keep_encoded([reader], config.train_loader.column)
             rates.append(_decoding_rate(config, reader, image_size))
     names = ", ".join(shard["raw_data"]["basename"] for shard in kinds.values())
     return f"{names}: whole; one core decodes {min(rates):.0f} images/s", min(rates)
@@ -204,11 +208,15 @@ def _decoding_rate(config: TrainConfig, reader: Any, image_size: int) -> float:
         start, done = time.perf_counter(), 0
         while time.perf_counter() - start < DECODING_SECONDS:
             i = done % reader.samples
-            transform(reader[i]["image"], sample_rng(config.seed, 0, i), f"sample {i}")
+            transform(_image(reader[i][loader.column], i), sample_rng(config.seed, 0, i), f"sample {i}")
             done += 1
         return done / (time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
+
+
+def _image(stored: Any, i: int) -> Any:
+    return rgb_of(stored, f"sample {i}") if isinstance(stored, Image.Image) else stored
 
 
 def check_room_for_run(config: TrainConfig, data: DataSet, folder: Path | None, trained: int) -> tuple[str, None]:

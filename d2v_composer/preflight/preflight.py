@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from composer.utils import parse_uri
-
-from d2v_composer.build import local_save_folder
+from d2v_composer.addresses import RunFolder
+from d2v_composer.build import find_run_folder
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
 from d2v_composer.loggers.jsonl import read_jsonl
@@ -96,7 +95,8 @@ def look(config: TrainConfig, nodes: Nodes, table: Table) -> Found | None:
         table.check("listing", "convert again, or allow listing", lambda: checks.check_listing(config, data))
         size = 224 if teacher is None else teacher.config.image_size
         rate = table.check("shards", "convert again", lambda: checks.check_shards(config, data, size))
-        folder = local_save_folder(config)
+        run_folder = find_run_folder(config)
+        folder = None if run_folder is None else run_folder.local
         remedy = "make room, or set train_loader.cache_limit or save_num_checkpoints_to_keep"
         table.check("room", remedy, lambda: checks.check_room_for_run(config, data, folder, trained))
     if config.save_folder is not None:
@@ -156,7 +156,7 @@ def own_folders(argv: Sequence[str], config: TrainConfig, train_script: Path, no
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # it was there before, or is another node's as well
                     folder.parent.rmdir()
-            if nodes.rank == 0 and parse_uri(save_folder)[0]:
+            if nodes.rank == 0 and RunFolder.parse(save_folder).address is not None:
                 remove_prefix(save_folder)
 
 

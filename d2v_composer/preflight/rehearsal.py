@@ -12,8 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from composer.utils import parse_uri
-
+from d2v_composer.addresses import RunFolder
 from d2v_composer.callbacks.graceful_stop import EXIT_STATUS
 from d2v_composer.config import CALLBACKS, TrainConfig
 from d2v_composer.errors import InputError
@@ -59,7 +58,7 @@ class Rehearsal(NamedTuple):
     @property
     def folder(self) -> Path:
         """The run's folder on this machine."""
-        return Path(parse_uri(self.save_folder)[2])
+        return RunFolder.parse(self.save_folder).local
 
     @property
     def log(self) -> Path:
@@ -137,7 +136,7 @@ class Rehearsal(NamedTuple):
     def _saved_batch(self) -> int:
         """The batch of the newest checkpoint, where a restart looks for it; 0 for none."""
         with TemporaryDirectory() as elsewhere:  # as on a machine that has no copy
-            remote = self.save_folder if parse_uri(self.save_folder)[0] else None
+            remote = RunFolder.parse(self.save_folder).address
             newest = find_newest_checkpoint(self.folder if remote is None else Path(elsewhere), remote)
         match = None if newest is None else re.search(r"-ba(\d+)-", newest.name)
         return 0 if match is None else int(match[1])

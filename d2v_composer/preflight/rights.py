@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
-from composer.utils import maybe_create_object_store_from_uri, parse_uri
+from composer.utils import maybe_create_object_store_from_uri
 from composer.utils.object_store import S3ObjectStore
 
+from d2v_composer.addresses import Address
 from d2v_composer.callbacks.checkpoint_keeping import IMPATIENT_CLIENT
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
@@ -26,11 +27,11 @@ def check_rights(save_folder: str) -> str:
     Raises:
         InputError: It names the right that is missing.
     """
-    backend, bucket, prefix = parse_uri(save_folder)
+    backend, bucket, prefix = Address.parse(save_folder)
     name = f".preflight-{uuid4().hex}"
     if not backend:
         return _check_folder(Path(save_folder), name)
-    key = f"{prefix.strip('/')}/{name}".lstrip("/")
+    key = f"{prefix}/{name}".lstrip("/")
     if backend == "s3":
         client = S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT)).client
         _try_each(
@@ -70,9 +71,9 @@ def _try_each(place: str, **rights: Callable[[], object]) -> None:
 
 def remove_prefix(address: str) -> None:
     """Remove everything below an address in S3; from other stores nothing can be removed."""
-    backend, bucket, prefix = parse_uri(address)
+    backend, bucket, prefix = Address.parse(address)
     if backend != "s3":
         return
     store = S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT))
-    for key in store.list_objects(f"{prefix.strip('/')}/"):
+    for key in store.list_objects(f"{prefix}/"):
         store.client.delete_object(Bucket=bucket, Key=key)
