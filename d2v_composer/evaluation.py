@@ -229,7 +229,7 @@ def embed_images(
     for batch in tqdm(images.images.split(batch_size), desc=f"{candidate.name}: {label}", disable=None, leave=False):
         embeddings = candidate.embed(batch.to(device))
         embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-        parts.append({name: embedding.float() for name, embedding in embeddings.items()})
+        parts.append({name: embedding.to(device).float() for name, embedding in embeddings.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from composer.devices import DeviceCPU
+from composer.utils import dist
 from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
@@ -55,6 +57,33 @@ LONG = ("test_remote.py", "test_parallel.py", "test_store_faults.py", "test_end_
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+class OnDevice(Tensor):
+    """A tensor that was moved to the device, or was computed from one that was."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnDevice":
+        return self.clone().as_subclass(OnDevice)
+
+
+class LabelledDevice(DeviceCPU):
+    """A device that labels what is moved to it; weights are not labelled."""
+
+    def tensor_to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(OnDevice)
+
+
+@pytest.fixture
+def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A world of one, in which collectives run."""
+    if torch.distributed.is_initialized():  # by a test before, whose process this is
+        yield
+        return
+    for name, value in {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    dist.initialize_dist("cpu")
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,29 @@
 """Exact neighbours, and the callback that carries data to them."""
 
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from composer import Trainer
+from composer import Callback, Logger, State, Trainer
+from composer.devices import Device
 from composer.models import ComposerModel
 from composer.utils import dist
-from conftest import QUICKSTART, ROOT, run_command
+from conftest import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from d2v_composer.benchmarks.measure import peak_allocated
-from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.callbacks import FiniteTraining, ZeroShotRetrieval
+from d2v_composer.callbacks.zero_shot_retrieval import unwrapped
 from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy, top_k
 from d2v_composer.tables import retrieval_table
@@ -149,7 +155,13 @@ def numbered_images(count: int, first: int) -> LabelledImages:
     return LabelledImages(images, torch.arange(count) % 4)
 
 
-def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> None:
+def train(
+    model: Classifier,
+    callback: ZeroShotRetrieval,
+    max_duration: str,
+    device: Device | None = None,
+    *others: Callback,
+) -> None:
     samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
     sampler = dist.get_sampler(samples)
     loader = DataLoader(samples, batch_size=8 // dist.get_world_size(), sampler=sampler)
@@ -158,8 +170,9 @@ def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> 
         train_dataloader=loader,
         max_duration=max_duration,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        callbacks=[callback],
+        callbacks=[*others, callback],
         progress_bar=False,
+        device=device,
         device_train_microbatch_size=4,
     )
     trainer.fit()
@@ -278,15 +291,68 @@ def test_a_model_that_cannot_embed_is_named() -> None:
         ZeroShotRetrieval({"set": labelled}, ks=(1, 6))
 
 
+@pytest.mark.parametrize("wraps", [[], [0], [1], [0, 1], [1, 0], [0, 1, 0]])
+def test_the_model_in_its_wrappers(wraps: list[int], process_group: None) -> None:
+    """DDP's and torch.compile's, in any order, though compiled is nothing."""
+    model: nn.Module = Classifier()
+    wrapped = model
+    for wrap in wraps:
+        wrapped = (DistributedDataParallel, torch.compile)[wrap](wrapped)
+    assert unwrapped(cast(Any, SimpleNamespace(model=wrapped))) is model
+
+
+def test_embeddings_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's embed may return them there, and NCCL gathers what is on the device alone."""
+    gathered: list[Tensor] = []
+
+    def gather(share: Tensor, num_images: int) -> Tensor:
+        gathered.append(share)
+        return share[:num_images]
+
+    monkeypatch.setattr("d2v_composer.callbacks.zero_shot_retrieval.gather", gather)
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "1ba", embed=lambda images: pixels(images).as_subclass(Tensor))
+    train(Classifier(), callback, "1ba", LabelledDevice())
+    assert len(gathered) == 4  # two sets of images, and the neighbours both ways
+    assert all(isinstance(share, OnDevice) for share in gathered)
+
+
+class NoCollectives(Callback):
+    """From the start of training on, collectives fail, but for the single numbers that Composer's loop sends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        def refuse(sent: Any, *args: Any, **kwargs: Any) -> None:
+            assert isinstance(sent, Tensor), "a collective in a world of one"
+            assert sent.numel() == 1, "a collective in a world of one"
+
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"):
+            self.monkeypatch.setattr(torch.distributed, name, refuse)
+
+
+def test_no_collective_in_a_world_of_one(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's threads would copy, in OpenMP, and every batch that follows would take longer."""
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "1ba", at_start=True, references={"pixels": pixels})
+    nan_guard = FiniteTraining(lambda state, event: True)
+    train(Classifier(), callback, "2ba", None, NoCollectives(monkeypatch), nan_guard)
+    assert len(callback.history) == 3
+
+
 def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
-    """Two processes share the images, 4,479 and 1,999 of them, and find what scikit-learn finds."""
+    """Two processes share the images, 4,479 and 1,999 of them, and find what scikit-learn finds.
+
+    No other thread than the main one enters OpenMP, which would start threads for each that does.
+    """
     script = tmp_path / "two_ranks.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_retrieval import measure_odd_set\n"
         f"measure_odd_set({str(tmp_path / 'metrics.pt')!r})\n"
     )
     launcher = Path(sys.executable).parent / "composer"
-    result = run_command(launcher, "-n", "2", script)
+    result = run_command(launcher, "-n", "2", script, environment={"OMP_NUM_THREADS": "2"})
     assert result.returncode == 0, result.stderr
     metrics = torch.load(tmp_path / "metrics.pt")
     train_set, test_set, _ = odd_set(cifar)
@@ -304,10 +370,22 @@ def odd_set(full: LabelledSet) -> LabelledSet:
     return LabelledSet(train_set, test_set)
 
 
+class CountingThreads(ZeroShotRetrieval):
+    """Fails where an evaluation leaves threads behind."""
+
+    def evaluate(self, state: State, logger: Logger) -> None:
+        assert torch.get_num_threads() == 2
+        torch.ones(1 << 20).exp()  # the main thread's own
+        tqdm([], disable=True)  # its monitor
+        before = len(os.listdir("/proc/self/task"))
+        super().evaluate(state, logger)
+        assert len(os.listdir("/proc/self/task")) == before
+
+
 def measure_odd_set(out: str) -> None:
     """Run by each of two ranks; rank 0 writes the accuracies down."""
     labelled = odd_set(load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32))
-    callback = ZeroShotRetrieval({"odd": labelled}, "1ba", embed=pixels)
+    callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
     train(Classifier(), callback, "1ba")
     if dist.get_global_rank() == 0:
         torch.save(callback.history[-1]["metrics"], out)

@@ -12,7 +12,9 @@ from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
 from d2v_composer.callbacks.interval import due_every
@@ -25,6 +27,7 @@ Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
 """(B, 3, height, width) uint8 images, on the model's device → (B, D), or several such by name."""
 
 BANKS = ("train", "test")
+WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 
 def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:
@@ -225,7 +228,8 @@ class ZeroShotRetrieval(Callback):
         for indices in tqdm(mine.split(self.device_batch_size), desc=f"retrieval {label}", disable=hidden, leave=False):
             embeddings = embed(state.device.tensor_to_device(images.images[indices]))
             embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-            batches.append({name: embedding.float() for name, embedding in embeddings.items()})
+            # A function of the user's own may return them on the host.
+            batches.append({name: state.device.tensor_to_device(each).float() for name, each in embeddings.items()})
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def look_up(self, bank: Tensor, queries: Tensor) -> Tensor:
@@ -244,13 +248,31 @@ def my_share(num_images: int) -> Tensor:
 
 def gather(share: Tensor, num_images: int) -> Tensor:
     """All ranks' shares in the order of the images, (N, …)."""
-    shares = torch.stack(list(dist.all_gather(share.contiguous())), dim=1)
-    return shares.flatten(0, 1)[:num_images]
+    if dist.get_world_size() == 1:
+        return share[:num_images]
+    return all_gather(share).transpose(0, 1).flatten(0, 1)[:num_images]
+
+
+def all_gather(share: Tensor) -> Tensor:
+    """The shares of all W ranks, which have one shape: (W, …)."""
+    shares = share.new_empty(dist.get_world_size(), *share.shape)
+    if not share.is_cpu:
+        torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
+        return shares
+    # Not gloo's all_gather: its threads copy the result, in parallel, for which each of them starts OpenMP threads of
+    # its own. More than there are cores, these sleep at every barrier, and every later operation takes longer.
+    shares[dist.get_global_rank()] = share
+    for rank, received in enumerate(shares):
+        torch.distributed.broadcast(received, src=rank)
+    return shares
 
 
 def unwrapped(state: State) -> torch.nn.Module:
-    """The model without DDP's wrapper, which forwards no method but ``forward``."""
-    return state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+    """The model itself, without the wrappers of DDP, FSDP and torch.compile, which forward ``forward`` alone."""
+    model: Any = state.model
+    while isinstance(model, WRAPPERS):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 def embed_method(model: torch.nn.Module) -> Embed:
