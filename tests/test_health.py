@@ -10,8 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 from composer import Callback, ComposerModel, Logger, State, Trainer
+from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
-from conftest import GOLDEN, run_command, small_run, train_command
+from conftest import GOLDEN, LabelledDevice, OnDevice, run_command, small_run, train_command
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
@@ -153,6 +154,51 @@ def test_somebody_elses_outputs() -> None:
     assert measured["cosine/patch"] == pytest.approx([1.0] * 4)
     assert "cosine/cls" not in measured
     assert measured["target_variance"] == pytest.approx([0.2] * 4, abs=0.1)
+
+
+def test_it_looks_at_what_the_model_saw() -> None:
+    """The last microbatch, on the device, with the transforms of the user's own DataSpec."""
+
+    def shift(batch: Tensor) -> Tensor:
+        return batch + 100
+
+    seen: list[Tensor] = []
+
+    class Cosines(Regressor):
+        def layer_cosines(self, batch: Tensor, num_images: int) -> Tensor:
+            seen.append(batch)
+            return batch.mean(dim=(0, 1))[:1]
+
+    def regression(outputs: Regression, batch: Tensor) -> Regression:
+        assert batch.shape == outputs.target.shape == (3, 5, 16)
+        seen.append(batch)
+        return outputs
+
+    batches = DataLoader(list(torch.zeros(22, 5, 16)), batch_size=11)  # pyright: ignore[reportArgumentType]
+    model = Cosines()
+    health = Health("1ba", regression=regression)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(batches, microbatch_transforms=shift),
+        max_duration="2ba",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
+        callbacks=[health],
+        device=LabelledDevice(),
+        device_train_microbatch_size=4,
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    assert len(seen) == 4
+    assert all(isinstance(batch, OnDevice) and batch.eq(100).all() for batch in seen)
+    assert health.microbatch is None  # an evaluation that follows has the memory
+
+
+def test_one_rank_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
+    measured = train(Regressor(scale=0.09), Health("5ba"))
+    assert measured["collapse"] == [1.0] * 4
+    assert warnings_of(caplog) == []
 
 
 def test_effective_rank() -> None:

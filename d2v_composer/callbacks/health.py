@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_context
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -74,7 +75,8 @@ class Health(Callback):
         interval: Composer time string.
         grace: How long the loss may be as bad as a constant's, a Composer time string: longer than the warm-up;
             '0.2dur' is a fifth of the run.
-        regression: (outputs, batch) → prediction and target, where the outputs are not that.
+        regression: (outputs, batch) → prediction and target, where the outputs are not that; of the last microbatch,
+            both on the model's device.
         num_extra_tokens: How many time steps in front are not patches; default the model's own number, or 0.
     """
 
@@ -97,11 +99,17 @@ class Health(Callback):
         self.lowest_loss = math.inf
         self.scale = self.previous_scale = 0.0
         self.present: set[str] = set()
+        self.microbatch: Any = None
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        # On the device, and of the outputs' images. At a batch's end Composer gives the whole batch, on the host.
+        self.microbatch = state.batch
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.losses.append((state.total_loss_dict or {}).get("loss/train/total", math.nan))
         if self.is_due(state, Event.BATCH_END):
             self.measure(state, logger)
+        self.microbatch = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowest_loss": self.lowest_loss}
@@ -112,7 +120,7 @@ class Health(Callback):
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
         """Measure, log, and warn of what was not so at the last measurement."""
-        outputs = state.outputs if self.regression is None else self.regression(state.outputs, state.batch)
+        outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
         assert isinstance(outputs, Regression)
         metrics = self.compare(outputs, self.extra_tokens(state))
         metrics |= self.compare_layers(state, len(outputs.target))
@@ -126,7 +134,8 @@ class Health(Callback):
             self.lowest_loss = min(self.lowest_loss, loss)
         values |= {name: float(name in present) for name in STATES}
         logger.log_metrics({f"health/{name}": value for name, value in values.items()})
-        for name in present.keys() - self.present:
+        begun = present.keys() - self.present if dist.get_global_rank() == 0 else ()
+        for name in begun:
             log.warning("health: %s at batch %d: %s", name, int(state.timestamp.batch), present[name])
         self.present = set(present)
 
@@ -159,7 +168,7 @@ class Health(Callback):
         if layer_cosines is None:
             return {}
         with get_precision_context(state.precision, state.precision_config):
-            return {f"cosine/layer_{i}": each for i, each in enumerate(layer_cosines(state.batch, num_images))}
+            return {f"cosine/layer_{i}": each for i, each in enumerate(layer_cosines(self.microbatch, num_images))}
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
         """The name of each state that the run is in, and in what way."""
