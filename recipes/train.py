@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
@@ -38,7 +39,8 @@ DOWNLOADS_SECONDS = 3600
 def main(argv: Sequence[str]) -> Trainer:
     """Train as the YAML says; a run that was interrupted goes on where its last checkpoint is."""
     config = load_config(argv)
-    dist.initialize_dist(get_device(None), timeout=DOWNLOADS_SECONDS)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(get_device(None), timeout=DOWNLOADS_SECONDS)
     reproducibility.seed_all(config.seed)
 
     model = build_model(config)
@@ -76,6 +78,8 @@ def main(argv: Sequence[str]) -> Trainer:
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             load_path=load_path,  # autoresume is ours
         )
+    # Here, because each DeviceGPU that Composer makes up to here allows it.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if trainer.state.fsdp_config is not None:
         join_units(model, trainer.state.fsdp_config.device_mesh)
     try:

@@ -1,23 +1,31 @@
 """Numbers at the edge: the run goes on, or ends with a word, and nothing that is not finite is ever saved."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from composer import Callback, Logger, State, Trainer
 from composer.algorithms import GradientClipping
+from composer.core import Precision
 from composer.utils import create_interval_scheduler
-from conftest import GOLDEN, load_checkpoint
+from conftest import GOLDEN, load_checkpoint, small_run
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.algorithms import GradientNorm
 from d2v_composer.callbacks import FiniteTraining
+from d2v_composer.callbacks.health import loss_scale
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_teacher
+from recipes import train as train_recipe
 
 NUM_BATCHES, BATCH_SIZE = 12, 8
 
@@ -178,6 +186,133 @@ def test_a_loss_scaler_at_its_floor(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"^batch 3: the loss scaler is down at 5e-05, for the gradients"):
         train(tmp_path / "below", build_model(), some_images(), Scaler(5e-5))
     assert (tmp_path / "below" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
+
+
+class LossScaling(Callback):
+    """Composer's own loop of amp_fp16, with a loss scaler that needs no GPU and float32 in place of float16.
+
+    Args:
+        infinite: In which batches the loss is infinite.
+    """
+
+    def __init__(self, infinite: Container[int]) -> None:
+        self.infinite = infinite
+        self.scales: list[float] = []
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        state.scaler = cast(Any, GradScaler("cpu", init_scale=1024.0))
+        state.precision = Precision.AMP_FP16
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) in self.infinite:
+            assert isinstance(state.loss, Tensor)
+            state.loss = state.loss * torch.inf
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.scales.append(loss_scale(state))
+
+
+# What Composer's autocast says on a CPU.
+no_cuda = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
+
+
+@no_cuda
+def test_the_loss_scaler_skips_what_is_not_finite(tmp_path: Path) -> None:
+    """Nine batches in a row, and another later; what is saved meanwhile is the student as it was, and a scale."""
+    scaling = LossScaling({*range(1, 10), 11})
+    losses = train(tmp_path, build_model(), some_images(), scaling)
+    assert [batch for batch, loss in enumerate(losses) if not math.isfinite(loss)] == [*range(1, 10), 11]
+    assert scaling.scales == [1024.0, *(1024.0 / 2**i for i in range(1, 10)), 2.0, 1.0]
+    assert_all_saved_is_finite(tmp_path)
+    first, skipped, stepped = (load_checkpoint(tmp_path / f"ep0-ba{i}-rank0.pt")["state"] for i in (1, 10, 11))
+    name = next(iter(first["model"]))
+    assert torch.equal(skipped["model"][name], first["model"][name])
+    assert not torch.equal(stepped["model"][name], first["model"][name])
+    restored = GradScaler("cpu")
+    restored.load_state_dict(skipped["scaler"]["GradScaler"])
+    assert restored.get_scale() == 2.0
+
+
+@no_cuda
+def test_ten_losses_in_a_row_that_are_not_finite(tmp_path: Path) -> None:
+    """The bound: the model is at fault, and none of it was stepped."""
+    with pytest.raises(FloatingPointError, match=r"^batch 10: the training loss is inf, 10 batches in a row; what was"):
+        train(tmp_path, build_model(), some_images(), LossScaling(range(1, 12)))
+    assert_all_saved_is_finite(tmp_path)
+    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba10-rank0.pt"
+
+
+def test_a_loss_that_nothing_scales(tmp_path: Path) -> None:
+    """With a GPU, Composer has an enabled scaler in fp32 and amp_bf16, too, and does not use it."""
+
+    class Unused(Callback):
+        def fit_start(self, state: State, logger: Logger) -> None:
+            state.scaler = cast(Any, GradScaler("cpu"))
+
+        def after_loss(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch == 5:
+                assert isinstance(state.loss, Tensor)
+                state.loss = state.loss * torch.inf
+
+    with pytest.raises(FloatingPointError, match=r"^batch 5: the training loss is inf; what was saved"):
+        train(tmp_path, build_model(), some_images(), Unused())
+    assert_all_saved_is_finite(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_sharded_weights_and_moments_are_all_looked_at(process_group: None) -> None:
+    """Also after an evaluation, which leaves gathered weights in the model that the optimizer does not know."""
+    model = build_model()
+    for block in model.student.blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    state = cast(Any, SimpleNamespace(model=model, optimizers=[optimizer], timestamp=SimpleNamespace(batch=6)))
+    guard = FiniteTraining(lambda state, event: True)
+    guard.fit_start(state, cast(Any, None))
+    images = some_images()[:BATCH_SIZE]
+    model.loss(model(images), images).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.embed_all(images)
+    assert not any(each is known for each in model.parameters() if each.requires_grad for known in trained)
+
+    guard.batch_checkpoint(state, cast(Any, None))
+    planted = 0
+    for weight in trained:
+        for tensor in (weight.detach(), *optimizer.state[weight].values()):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            before = local.clone()
+            local.view(-1)[-1] = torch.nan
+            with pytest.raises(
+                FloatingPointError, match=r"^batch 5: (the weight|the optimizer's \w+ of) student\.\S+ is"
+            ):
+                guard.batch_checkpoint(state, cast(Any, None))
+            local.copy_(before)
+            planted += 1
+    assert planted == 4 * len(trained)
+    guard.batch_checkpoint(state, cast(Any, None))
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, Any]]:
+    """torch's two switches, which are put back."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_the_users_choice(allowed: bool, tf32: tuple[Any, Any], small_data: Path, tmp_path: Path) -> None:
+    """Whatever it was before: Composer sets it with each of its GPU devices."""
+    for switch in tf32:
+        switch.allow_tf32 = not allowed
+    train_recipe.main(
+        small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=1ba", f"allow_tf32={allowed}")
+    )
+    assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
 
 
 def test_fp16_overflows_in_the_first_steps() -> None:
