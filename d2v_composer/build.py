@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Callback, Time, TimeUnit
@@ -38,7 +39,8 @@ from d2v_composer.config import (
     compute_dtype,
 )
 from d2v_composer.data.labelled import LabelledSet, load_labelled_set
-from d2v_composer.data.mds import check_image_column, check_room, fetch_index, read_index
+from d2v_composer.data.mds import RoomNeeded, check_image_column, check_room, fetch_index, read_index, room_needed
+from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
@@ -70,10 +72,13 @@ __all__ = [
     "build_parallelism",
     "build_precision",
     "build_retrieval",
+    "build_room_needs",
     "build_run_record",
     "build_scheduler",
     "build_train_loader",
+    "epoch_size",
     "find_run_folder",
+    "room_of_node",
 ]
 
 BuiltT = TypeVar("BuiltT")
@@ -156,13 +161,13 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
     is_remote = loader.remote is not None
     shards = read_index(local, columns=(loader.column,), option="train_loader.column", shards_may_be_missing=is_remote)
     check_image_column(shards, loader.column, str(local))
-    if loader.remote is not None:
-        check_room(shards, local, bytes_to_int(loader.cache_limit or 0))
     num_samples = sum(shard["samples"] for shard in shards)
     if num_samples < global_batch_size:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {global_batch_size}"
         )
+    if is_remote:
+        check_room(build_room_needs(config, shards))
     try:
         dataset = StreamingImages(
             local=local,
@@ -179,7 +184,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
             shuffle=loader.shuffle,
             shuffle_block_size=loader.shuffle_block_size,
             num_canonical_nodes=loader.num_canonical_nodes,
-            epoch_size=num_samples // global_batch_size * global_batch_size,
+            epoch_size=epoch_size(config, num_samples),
             cache_limit=loader.cache_limit,
             timeout=loader.timeout,
         )
@@ -197,6 +202,28 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def epoch_size(config: TrainConfig, num_samples: int) -> int:
+    """The samples of the largest whole number of global batches."""
+    return num_samples // config.global_train_batch_size * config.global_train_batch_size
+
+
+def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
+    """The room that a node, this one, still needs for the shards that it will read."""
+    loader = config.train_loader
+    shard_sizes = np.array([shard["samples"] for shard in shards])
+    share = Share(node, num_nodes, loader.num_canonical_nodes, config.seed if loader.shuffle else None)
+    read = shards_of_node(shard_sizes, epoch_size(config, int(shard_sizes.sum())), share)
+    return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), read)
+
+
+def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
+    """The room that each node still needs; the same list on every rank."""
+    num_nodes = dist.get_world_size() // dist.get_local_world_size()
+    need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
+    needs = dist.all_gather_object((dist.get_local_rank(), need))
+    return [need for local_rank, need in needs if local_rank == 0]
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:

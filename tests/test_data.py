@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
 from d2v_composer.data.labelled import load_labelled_set
-from d2v_composer.data.mds import check_room, read_index
+from d2v_composer.data.mds import read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng
 from d2v_composer.errors import InputError
@@ -307,16 +307,6 @@ def test_an_index_that_climbs_out_of_its_folder(small_data: Path, tmp_path: Path
         (data / "index.json").write_text(json.dumps(index))
         with pytest.raises(InputError, match=f"data: its index.json names a file outside of it: {name}"):
             read_index(data, columns=("image",), shards_may_be_missing=True)
-
-
-def test_a_disk_that_is_too_small(small_data: Path, tmp_path: Path) -> None:
-    shards = read_index(small_data, columns=())
-    check_room(shards, tmp_path, None)
-    free = shutil.disk_usage(tmp_path).free
-    shards[0]["raw_data"]["bytes"] = 2 * free
-    with pytest.raises(InputError, match=r"GB of shards are still to come, .* GB of the disk are free: make room, or"):
-        check_room(shards, tmp_path, None)
-    check_room(shards, tmp_path, free // 2)
 
 
 def test_a_column_that_is_missing(tmp_path: Path) -> None:

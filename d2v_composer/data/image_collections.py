@@ -16,7 +16,15 @@ from typing_extensions import override
 
 from d2v_composer.data.image_sources import list_images, read_image_file
 from d2v_composer.data.labelled import Format, load_labelled_set
-from d2v_composer.data.mds import INDEX, check_image_column, check_room, fetch_index, keep_encoded, read_index
+from d2v_composer.data.mds import (
+    INDEX,
+    check_image_column,
+    check_room,
+    fetch_index,
+    keep_encoded,
+    read_index,
+    room_needed,
+)
 from d2v_composer.data.transforms import decode_rgb, rgb_of, square, to_tensor
 from d2v_composer.data.verified_dataset import VerifiedDataset
 from d2v_composer.data.verified_stream import ShardError
@@ -125,7 +133,7 @@ class MdsImages(ImageCollection):
         shards = read_index(local, columns=(column,), option="--column", shards_may_be_missing=remote is not None)
         check_image_column(shards, column, self.name)
         if remote is not None:
-            check_room(shards, local, cache_limit)
+            check_room([room_needed(shards, local, cache_limit)])
         where = remote or str(local.resolve())
         what = "" if column == "image" else column
         self.fingerprint = hashlib.sha256(where.encode() + (local / INDEX).read_bytes() + what.encode()).hexdigest()

@@ -1,18 +1,29 @@
 """The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
 
 import json
+import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from streaming.base.format.base.reader import Reader
 from streaming.base.format.mds import MDSReader
 
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import download
 
-__all__ = ["check_image_column", "check_room", "fetch_index", "keep_encoded", "read_index"]
+__all__ = [
+    "RoomNeeded",
+    "check_image_column",
+    "check_room",
+    "fetch_index",
+    "keep_encoded",
+    "read_index",
+    "room_needed",
+]
 
 INDEX = "index.json"
 # Encodings of a column that holds images: files as bytes, files that Streaming would open, raw pixels.
@@ -38,21 +49,65 @@ def fetch_index(remote: str, local: Path) -> None:
     fetched.replace(index)
 
 
-def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None) -> None:
-    """Make sure that the shards of a remote data set find room.
+class RoomNeeded(NamedTuple):
+    """What a node needs of a disk."""
 
-    Raises:
-        InputError: The disk has less free than is still to come.
+    disk: tuple[str, int]
+    """The machine, and the disk's number there."""
+    local: str
+    bytes: int
+    """Of shards that are still to come."""
+    free: int
+    """Bytes of the disk."""
+
+
+def room_needed(
+    shards: list[dict[str, Any]], local: Path, cache_limit: int | None, read: NDArray[np.int64] | None = None
+) -> RoomNeeded:
+    """Add up the shards that a node has yet to fetch.
+
+    Args:
+        shards: As :func:`read_index` gives them.
+        local: The node's cache.
+        cache_limit: What it may hold, in bytes; ``None`` or 0: all.
+        read: The places in the index of the shards that the node reads, as ``shards_of_node`` finds them; default all.
     """
     files = [shard["raw_data"] for shard in shards]
-    total = sum(file["bytes"] for file in files)
-    here = sum(file["bytes"] for file in files if (local / file["basename"]).is_file())
-    needed, free = min(total, cache_limit or total) - here, shutil.disk_usage(local).free
-    if needed > free:
-        raise InputError(
-            f"{local}: {needed / 1e9:.1f} GB of shards are still to come, {free / 1e9:.1f} GB of the disk are free: "
-            "make room, or set a cache limit"
-        )
+    here = {i: file["bytes"] for i, file in enumerate(files) if _size(local / file["basename"]) == file["bytes"]}
+    is_read = set(range(len(files)) if read is None else read.tolist())
+    to_come = sum(files[i]["bytes"] for i in is_read - here.keys())
+    if to_come:  # a compressed file goes once it is unpacked
+        to_come += max(shard["zip_data"]["bytes"] if shard["zip_data"] else 0 for shard in shards)
+    if cache_limit:  # which holds for shards of an earlier run, too
+        to_come = min(to_come, max(0, cache_limit - sum(here.values())))
+    existing = next(folder for folder in (local, *local.absolute().parents) if folder.is_dir())
+    disk = (platform.node(), existing.stat().st_dev)
+    return RoomNeeded(disk, str(local), to_come, shutil.disk_usage(existing).free)
+
+
+def check_room(needs: Iterable[RoomNeeded]) -> None:
+    """Make sure that the shards of remote data sets find room.
+
+    Args:
+        needs: Of all nodes, each once: those of one machine may keep their shards on one disk.
+
+    Raises:
+        InputError: A disk has less free than is still to come.
+    """
+    of_disk: dict[tuple[str, int], list[RoomNeeded]] = {}
+    for need in needs:
+        of_disk.setdefault(need.disk, []).append(need)
+    for each in of_disk.values():
+        needed, free = sum(need.bytes for need in each), each[0].free
+        if needed > free:
+            raise InputError(
+                f"{', '.join(need.local for need in each)}: {needed / 1e9:.1f} GB of shards are still to come, "
+                f"{free / 1e9:.1f} GB of the disk are free: make room, or set a cache limit"
+            )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _is_json(path: Path) -> bool:

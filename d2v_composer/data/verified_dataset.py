@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
+from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import SharedArray, prefix
@@ -20,6 +21,7 @@ from streaming.base.world import World
 from typing_extensions import override
 
 from d2v_composer.data.lookahead import Lookahead
+from d2v_composer.data.sample_order import draw_samples
 from d2v_composer.data.shard_cache import ShardCache
 from d2v_composer.data.shared_memory import closed_afterwards, hold, remove_abandoned, separate_numbers
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
@@ -38,6 +40,23 @@ LAST_USER_LEAVES = 15.0
 READ_ATTEMPTS = 8
 STARTING_SECONDS = 300.0
 
+# Arguments of StreamingDataset that would be ignored, or misread, with the reason or what to give instead.
+UNSUPPORTED = {
+    "streams": "give one data set, by local and remote",
+    "split": "give the split's own folder as local, and as remote",
+    "validate_hash": "every shard is compared with the hashes that its index has",
+    "download_retry": "timeout says for how long a download is tried again",
+    "download_timeout": "timeout says for how long a download is tried again",
+    "keep_zip": "a compressed shard goes when it is unpacked",
+    "sampling_method": "an epoch draws other samples each time",
+    "sampling_granularity": "samples are drawn one by one",
+    "batching_method": "there is but one data set to draw from",
+    "replication": "each device reads its own samples",
+    "allow_unsafe_types": "pickles are never read",
+    "stream_name": "the stream is one that verifies",
+    "stream_config": "the stream is one that verifies",
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -55,13 +74,14 @@ class VerifiedDataset(StreamingDataset):
         timeout: How long an unreachable store is tried again, in seconds.
         cache_limit: What ``local`` may hold of a remote data set, in bytes or as '100gb'; default all.
         shuffle_block_size: How many samples are mixed with each other. The shards of as many are in use at a time.
-        **kwargs: As :class:`streaming.StreamingDataset`'s.
+        **kwargs: As :class:`streaming.StreamingDataset`'s, but for those in ``UNSUPPORTED``; ``epoch_size`` is at most
+            the number of samples.
 
     Attributes:
         epoch: Which one is being read.
 
     Raises:
-        InputError: Another run uses ``local`` for a remote data set.
+        InputError: Another run uses ``local`` for a remote data set, or an argument is not supported.
         ValueError: ``cache_limit`` is too small, or there is one for what is not a cache.
     """
 
@@ -75,6 +95,8 @@ class VerifiedDataset(StreamingDataset):
         shuffle_block_size: int,
         **kwargs: Any,
     ) -> None:
+        for name in UNSUPPORTED.keys() & kwargs.keys():
+            raise InputError(f"{name}: is not supported: {UNSUPPORTED[name]}")
         # Whatever is evicted from there would be lost.
         if remote is not None and Path(remote).resolve() == Path(local).resolve():
             raise ValueError(f"remote must be elsewhere than local {local}")
@@ -93,6 +115,8 @@ class VerifiedDataset(StreamingDataset):
             if (descriptor := hold(self._shm_prefix_int)) is not None:
                 weakref.finalize(self, os.close, descriptor)
             fetchers = SharedArray(2 * self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))
+        if self.epoch_size > self.num_samples:
+            raise ValueError(f"epoch_size must be at most the {self.num_samples} samples, got {self.epoch_size}")
         index_bytes = self.stream.get_index_size()  # now: the folder may be removed under a run
         self.cache = ShardCache(
             self.stream,
@@ -109,6 +133,12 @@ class VerifiedDataset(StreamingDataset):
             self.cache.forget_unverified()
             if cache_limit:
                 self._check_limit(bytes_to_int(cache_limit), shuffle_block_size)
+
+    @override
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        seed = self.shuffle_seed + epoch
+        pick_seed = seed if self.epoch_seed_change else self.shuffle_seed
+        return draw_samples(self.samples_per_shard, self.epoch_size, pick_seed, seed)
 
     @override
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:

@@ -17,9 +17,8 @@ from composer.utils.file_helpers import list_remote_objects
 from packaging.requirements import Requirement
 from PIL import Image
 from streaming.base.format import reader_from_json
-from streaming.base.util import bytes_to_int
 
-from d2v_composer.build import build_labelled_sets
+from d2v_composer.build import build_labelled_sets, room_of_node
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
 from d2v_composer.data.mds import check_image_column, check_room, fetch_index, keep_encoded, read_index
@@ -219,11 +218,14 @@ def _image(stored: Any, i: int) -> Any:
     return rgb_of(stored, f"sample {i}") if isinstance(stored, Image.Image) else stored
 
 
-def check_room_for_run(config: TrainConfig, data: DataSet, folder: Path | None, trained: int) -> tuple[str, None]:
+def check_room_for_run(
+    config: TrainConfig, nodes: Nodes, data: DataSet, folder: Path | None, trained: int
+) -> tuple[str, None]:
     """Compare the free space with what the cache and the checkpoints will take on this node.
 
     Args:
         config: The run's.
+        nodes: Its nodes; each reads its share of the shards.
         data: Its images.
         folder: Where checkpoints lie on this machine, or ``None``.
         trained: Trained parameters.
@@ -233,9 +235,9 @@ def check_room_for_run(config: TrainConfig, data: DataSet, folder: Path | None, 
     """
     loader, found = config.train_loader, []
     if loader.remote is not None:
-        local = existing_folder(Path(loader.local))
-        check_room(data.shards, local, bytes_to_int(loader.cache_limit or 0))
-        found.append(f"cache in {local}: {shutil.disk_usage(local).free / 1e9:.1f} GB free")
+        need = room_of_node(config, data.shards, nodes.rank, nodes.num_nodes)
+        check_room([need])
+        found.append(f"cache in {need.local}: {need.bytes / 1e9:.1f} GB of {need.free / 1e9:.1f} GB free")
     if folder is not None:
         kept = max(config.save_num_checkpoints_to_keep, 1) + 1  # the next one is written before the oldest goes
         needed = kept * trained * FLOAT32_BYTES * TENSORS_PER_WEIGHT

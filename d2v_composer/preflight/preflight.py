@@ -98,7 +98,7 @@ def look(config: TrainConfig, nodes: Nodes, table: Table) -> Found | None:
         run_folder = find_run_folder(config)
         folder = None if run_folder is None else run_folder.local
         remedy = "make room, or set train_loader.cache_limit or save_num_checkpoints_to_keep"
-        table.check("room", remedy, lambda: checks.check_room_for_run(config, data, folder, trained))
+        table.check("room", remedy, lambda: checks.check_room_for_run(config, nodes, data, folder, trained))
     if config.save_folder is not None:
         save_folder = config.save_folder
         table.check("save_folder", "allow it, or another save_folder", lambda: (check_rights(save_folder), None))
