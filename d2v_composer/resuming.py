@@ -31,6 +31,7 @@ __all__ = [
     "DamagedCheckpointError",
     "bring_checkpoint",
     "check_checkpoint",
+    "drop_unused_scaler",
     "fetch_checkpoint",
     "find_newest_checkpoint",
     "newest_first",
@@ -189,6 +190,17 @@ def bring_checkpoint(name: str, folder: Path, remote: str | None) -> Path:
         fetch_checkpoint(f"{remote.rstrip('/')}/{name}", path)
     check_checkpoint(path)
     return path
+
+
+def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
+    """Leave a loss scaler's state out of a checkpoint before it is loaded, unless a run in this precision goes on with it.
+
+    Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler as well: on a
+    CPU it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.
+    """
+    state = checkpoint["state"]
+    if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
+        del state["scaler"]
 
 
 def fetch_checkpoint(address: str, path: Path) -> None:

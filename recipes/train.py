@@ -1,6 +1,7 @@
 """Distil a student: ``composer recipes/train.py FILE.yaml [dotted.key=value …]``."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from composer import Trainer
@@ -30,6 +31,7 @@ from d2v_composer.models.sharding import join_units
 from d2v_composer.nodes import separate_signal_files
 from d2v_composer.processes import uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
+from d2v_composer.resuming import drop_unused_scaler
 from d2v_composer.tables import retrieval_table
 
 # How long ranks wait for the first of their machine to fetch the teacher and CIFAR.
@@ -77,6 +79,7 @@ def main(argv: Sequence[str]) -> Trainer:
             save_num_checkpoints_to_keep=-1,  # CheckpointKeeping sees to it
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             load_path=load_path,  # autoresume is ours
+            load_ignore_keys=partial(drop_unused_scaler, precision=config.precision),
         )
     # Here, because each DeviceGPU that Composer makes up to here allows it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

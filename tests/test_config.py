@@ -21,7 +21,8 @@ def load(*overrides: str) -> TrainConfig:
 
 
 def test_distill_is_the_papers_run() -> None:
-    config = load_config([DISTILL_YAML, "precision=fp32", "compile=false", "device_train_microbatch_size=null", REMOTE])
+    config = load_config([DISTILL_YAML, "precision=fp32", "compile=false", REMOTE])
+    assert config.device_train_microbatch_size is None
     assert config.max_duration == "30000ba"
     assert config.global_train_batch_size == 256
     assert (config.student.depth, config.student.mlp_ratio, config.student.alibi) == (5, 3.0, True)

@@ -5,15 +5,24 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import composer.trainer.trainer
 import pytest
 import torch
-from conftest import load_checkpoint, run_command, small_run, student_of, train_command
+from composer import Trainer
+from composer.utils import checkpoint as composer_checkpoint
+from conftest import GOLDEN, load_checkpoint, run_command, small_run, student_of, train_command
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import DataLoader
 
 from d2v_composer.errors import InputError
-from d2v_composer.resuming import DamagedCheckpointError, check_checkpoint, find_newest_checkpoint
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.load import load_teacher
+from d2v_composer.resuming import DamagedCheckpointError, check_checkpoint, drop_unused_scaler, find_newest_checkpoint
+from recipes import train
 
 
 @pytest.fixture
@@ -158,3 +167,73 @@ def test_what_is_another_programs_file(tmp_path: Path) -> None:
         archive.writestr("letter.txt", "dear stranger")
     with pytest.raises(InputError, match=r"is not a checkpoint of recipes/train\.py"):
         check_checkpoint(path)
+
+
+class ClosureGradScaler(composer.trainer.trainer.ClosureGradScaler):
+    """Composer's, enabled as where there is a GPU, or not."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__("cpu", enabled=enabled)
+
+
+# What the Trainer has, by device and precision.
+SCALERS: dict[str, Callable[[], GradScaler]] = {
+    "cpu fp32": partial(ClosureGradScaler, enabled=False),
+    "cpu amp_bf16": partial(ClosureGradScaler, enabled=False),
+    "gpu fp32": ClosureGradScaler,
+    "gpu amp_bf16": ClosureGradScaler,
+    "gpu amp_fp16": partial(GradScaler, "cpu"),
+}
+
+
+def with_scaler(trainer: Trainer, kind: str) -> GradScaler:
+    """Give the trainer the scaler that it would have there."""
+    scaler = SCALERS[kind]()
+    trainer.state.scaler = cast(Any, scaler)
+    return scaler
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    model = DistillationModel(teacher, teacher.build_student(depth=1))
+    return Trainer(
+        model=model,
+        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad]),
+        train_dataloader=DataLoader([torch.zeros(3, 32, 32)], batch_size=1),  # pyright: ignore[reportArgumentType]
+        max_duration="1ba",
+        progress_bar=False,
+    )
+
+
+@pytest.mark.parametrize("now", SCALERS)
+@pytest.mark.parametrize("before", SCALERS)
+def test_precision_and_device_may_change(before: str, now: str, trainer: Trainer, tmp_path: Path) -> None:
+    """From each to each; only a loss scaler that is in use takes over the scale of another one in use."""
+    saved = with_scaler(trainer, before)
+    if saved.is_enabled():
+        saved.load_state_dict(saved.state_dict() | {"scale": 512.0})
+    path = trainer.save_checkpoint(str(tmp_path / "checkpoint.pt"))
+    assert path is not None
+    loaded = with_scaler(trainer, now)
+    forget = partial(drop_unused_scaler, precision=now.split()[1])
+    composer_checkpoint.load_checkpoint(path, trainer.state, trainer.logger, ignore_keys=forget)
+    if loaded.is_enabled():
+        assert loaded.get_scale() == (512.0 if before == now == "gpu amp_fp16" else 65536.0)
+
+
+def test_a_gpu_goes_on_with_a_cpus_checkpoint(
+    run_folder: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = run_folder / "ep2-ba14-rank0.pt"
+    checkpoint = load_checkpoint(newest)
+    checkpoint["state"]["scaler"] = {"ClosureGradScaler": {}}  # as on a CPU, but where torch_xla is installed
+    torch.save(checkpoint, newest)
+    monkeypatch.setattr(composer.trainer.trainer, "ClosureGradScaler", ClosureGradScaler)
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: None)
+    trainer = train.main(small_run(run_folder, small_data, "max_duration=20ba"))
+    assert trainer.state.scaler is not None
+    assert trainer.state.scaler.is_enabled()
+    assert trainer.state.timestamp.batch == 14
+    expected = student_of(run_folder)
+    assert all(torch.equal(trainer.state.model.state_dict()[name], expected[name]) for name in expected)
