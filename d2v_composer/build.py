@@ -39,7 +39,15 @@ from d2v_composer.config import (
     compute_dtype,
 )
 from d2v_composer.data.labelled import LabelledSet, load_labelled_set
-from d2v_composer.data.mds import RoomNeeded, check_image_column, check_room, fetch_index, read_index, room_needed
+from d2v_composer.data.mds import (
+    RoomNeeded,
+    check_image_column,
+    check_room,
+    describe_data,
+    fetch_index,
+    read_index,
+    room_needed,
+)
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
@@ -92,6 +100,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.prediction",
     "config.targets",
     "config.optimizer",
+    "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
     "config.train_loader.shuffle_block_size",
     "teacher.sha256",
@@ -426,11 +435,14 @@ def build_references(names: list[str], model: DistillationModel) -> dict[str, Em
 
 
 def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
-    """What the run was made of, for its folder and its checkpoints."""
+    """What the run was made of, for its folder and its checkpoints; its data set's index is at ``local`` by now."""
+    loader = config.train_loader
+    shards = read_index(Path(loader.local), columns=(), shards_may_be_missing=True)
     record = {
         "config": asdict(config),
         "command": shlex.join(sys.argv),
         "teacher": teacher.provenance,
+        "data": {"location": loader.remote or loader.local, **describe_data(shards)},
         "versions": package_versions(*OUR_PACKAGES),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }

@@ -193,7 +193,7 @@ def bring_checkpoint(name: str, folder: Path, remote: str | None) -> Path:
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
-    """Leave a loss scaler's state out of a checkpoint before it is loaded, unless a run in this precision goes on with it.
+    """Leave a loss scaler's state out of what is loaded, unless a run in this precision goes on with it.
 
     Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler as well: on a
     CPU it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.

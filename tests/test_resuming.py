@@ -1,7 +1,9 @@
 """Which checkpoint a run goes on from: whole, ours, and the newest such."""
 
+import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -9,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import composer.trainer.trainer
 import pytest
 import torch
 from composer import Trainer
+from composer.trainer import _scaler
 from composer.utils import checkpoint as composer_checkpoint
 from conftest import GOLDEN, load_checkpoint, run_command, small_run, student_of, train_command
 from torch.amp.grad_scaler import GradScaler
@@ -169,7 +171,7 @@ def test_what_is_another_programs_file(tmp_path: Path) -> None:
         check_checkpoint(path)
 
 
-class ClosureGradScaler(composer.trainer.trainer.ClosureGradScaler):
+class ClosureGradScaler(_scaler.ClosureGradScaler):
     """Composer's, enabled as where there is a GPU, or not."""
 
     def __init__(self, enabled: bool = True) -> None:
@@ -222,6 +224,14 @@ def test_precision_and_device_may_change(before: str, now: str, trainer: Trainer
         assert loaded.get_scale() == (512.0 if before == now == "gpu amp_fp16" else 65536.0)
 
 
+def resumed(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Trainer:
+    """The trainer of a run that goes on, before it does."""
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: None)
+    trainer = train.main(small_run(folder, data, "max_duration=20ba", *overrides))
+    assert trainer.state.timestamp.batch == 14
+    return trainer
+
+
 def test_a_gpu_goes_on_with_a_cpus_checkpoint(
     run_folder: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,11 +239,51 @@ def test_a_gpu_goes_on_with_a_cpus_checkpoint(
     checkpoint = load_checkpoint(newest)
     checkpoint["state"]["scaler"] = {"ClosureGradScaler": {}}  # as on a CPU, but where torch_xla is installed
     torch.save(checkpoint, newest)
-    monkeypatch.setattr(composer.trainer.trainer, "ClosureGradScaler", ClosureGradScaler)
-    monkeypatch.setattr(Trainer, "fit", lambda trainer: None)
-    trainer = train.main(small_run(run_folder, small_data, "max_duration=20ba"))
+    monkeypatch.setattr("composer.trainer.trainer.ClosureGradScaler", ClosureGradScaler)
+    trainer = resumed(run_folder, small_data, monkeypatch)
     assert trainer.state.scaler is not None
     assert trainer.state.scaler.is_enabled()
-    assert trainer.state.timestamp.batch == 14
     expected = student_of(run_folder)
     assert all(torch.equal(trainer.state.model.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_another_data_set_is_refused(
+    run_folder: Path, small_data: Path, many_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images in other shards are another data set: the order is another."""
+    shards = len(list(many_shards.glob("*.mds")))
+    assert shards > 20
+    with pytest.raises(InputError) as refused:
+        resumed(run_folder, many_shards, monkeypatch)
+    now = rf"{many_shards} \(96 samples in {shards} shards, \w{{8}}\)"
+    before = rf"{small_data} \(96 samples in \d shards, \w{{8}}\)"
+    assert re.fullmatch(
+        rf"train_loader\.local: {now}, but the checkpoint .* on another data set, {before}: set it back, or .*",
+        str(refused.value),
+    )
+
+
+def test_another_order_is_refused(run_folder: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"^train_loader\.shuffle: is False, but the checkpoint .* with True"):
+        resumed(run_folder, small_data, monkeypatch, "train_loader.shuffle=false")
+
+
+def test_a_data_set_may_move(
+    run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(small_data, elsewhere)
+    index = json.loads((elsewhere / "index.json").read_text())
+    (elsewhere / "index.json").write_text(json.dumps(index, indent=4, sort_keys=True))
+    resumed(run_folder, elsewhere, monkeypatch, "train_loader.crop_scale=[0.5,1.0]")
+
+
+def test_a_checkpoint_that_does_not_name_its_data_set(
+    run_folder: Path, many_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of version 0.1.0."""
+    newest = run_folder / "ep2-ba14-rank0.pt"
+    checkpoint = load_checkpoint(newest)
+    del checkpoint["state"]["callbacks"]["RunRecord"]["record"]["data"]
+    torch.save(checkpoint, newest)
+    resumed(run_folder, many_shards, monkeypatch)

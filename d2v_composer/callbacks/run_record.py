@@ -19,10 +19,11 @@ class RunRecord(Callback):
     """Write what the run was made of into its folder, and refuse to resume another run's checkpoint.
 
     A resume takes learning rate and weight decay from the checkpoint, whatever the YAML says now, and would go on
-    with another teacher or seed without a word; here it stops instead.
+    with another teacher, seed or data set without a word; here it stops instead.
 
     Args:
-        record: The sections ``config`` (resolved), ``versions``, ``teacher`` (provenance); plain containers.
+        record: The sections ``config`` (resolved), ``versions``, ``teacher`` (provenance) and ``data`` (identity and
+            location); plain containers.
         folder: Where ``run.yaml`` is written, or ``None``.
         remote_folder: A prefix in the checkpoints' object store that the file goes to as well, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
@@ -52,8 +53,9 @@ class RunRecord(Callback):
         """Compare with the checkpoint's record.
 
         Raises:
-            InputError: A fixed key has another value.
+            InputError: A fixed key has another value, or the data set is another.
         """
+        check_data(state["record"], self.record)
         for key in self.fixed:
             before, now = lookup(state["record"], key), lookup(self.record, key)
             if before != now:
@@ -61,6 +63,31 @@ class RunRecord(Callback):
                     f"{key.removeprefix('config.')}: is {now}, but the checkpoint to resume from was trained with "
                     f"{before}, and would go on with it: set it back, or start anew in another save_folder"
                 )
+
+
+def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with another data set: the order of samples, and what was seen of it, are of the one before.
+
+    Checkpoints of version 0.1.0 do not say which theirs was.
+
+    Raises:
+        InputError: It is another one.
+    """
+    if lookup(before, "data.sha256") in (None, lookup(now, "data.sha256")):
+        return
+    key = "remote" if lookup(now, "config.train_loader.remote") is not None else "local"
+    raise InputError(
+        f"train_loader.{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
+        f"{data_words(before)}: set it back, or start anew in another save_folder"
+    )
+
+
+def data_words(record: Mapping[str, Any]) -> str:
+    """A record's data set for an error."""
+    location, samples, shards, digest = (
+        lookup(record, f"data.{name}") for name in ("location", "samples", "shards", "sha256")
+    )
+    return f"{location} ({samples} samples in {shards} shards, {str(digest)[:8]})"
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:

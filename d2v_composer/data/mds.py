@@ -1,5 +1,6 @@
 """The index of an MDS folder (MosaicML Streaming's format), checked before anything relies on it."""
 
+import hashlib
 import json
 import platform
 import shutil
@@ -19,6 +20,7 @@ __all__ = [
     "RoomNeeded",
     "check_image_column",
     "check_room",
+    "describe_data",
     "fetch_index",
     "keep_encoded",
     "read_index",
@@ -217,3 +219,17 @@ def _check_files(folder: Path, shard: dict[str, Any]) -> None:
         path = folder / file["basename"]
         if path.is_file() and path.stat().st_size != file["bytes"]:
             raise InputError(f"{path}: the shard has {path.stat().st_size} bytes, the index says {file['bytes']}")
+
+
+def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """A data set's identity: what its samples are, and in which shards; not where it is, nor what its files are called.
+
+    Args:
+        shards: As an index lists them.
+    """
+    contents = [(shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"].get("hashes")) for shard in shards]
+    return {
+        "sha256": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+        "samples": sum(shard["samples"] for shard in shards),
+        "shards": len(shards),
+    }
