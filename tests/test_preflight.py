@@ -8,12 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command_environment, run_command, small_run
+from conftest import NUM_IMAGES, ROOT, command_environment, run_command, small_run
 
+from d2v_composer import build
 from d2v_composer.config import load_config
 from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.data.mds import read_index
+from d2v_composer.errors import InputError
 from d2v_composer.preflight import checks
 from d2v_composer.preflight.checks import DataSet
 from d2v_composer.preflight.needs import Measured, in_batches, needs
@@ -84,6 +88,26 @@ def test_a_full_disk_is_named(
     arguments = small_preflight(tmp_path / "run", small_data, labelled)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     assert "run: 3 checkpoints take" in failures(capsys, *arguments)["room"]
+
+
+def test_a_node_needs_room_for_its_share_alone(
+    tmp_path: Path, many_shards: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thirds of the data set suffice for one of two nodes; were all of it asked for, the preflight would say so."""
+    overrides = ("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=2", "save_folder=null")
+    config = load_config(small_preflight(tmp_path, tmp_path / "cache", labelled, *overrides))
+    shards = read_index(many_shards, columns=("image",))
+    total = sum(shard["raw_data"]["bytes"] for shard in shards)
+    data = DataSet(shards, NUM_IMAGES, total)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(total, total, 2 * total // 3))
+
+    def check() -> str:
+        return checks.check_room_for_run(config, Nodes(1, 2, 1, None), data, None, 0)[0]
+
+    assert "cache in" in check()
+    monkeypatch.setattr(build, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
+    with pytest.raises(InputError, match="shards are still to come"):
+        check()
 
 
 def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from composer.core import Time, TimeUnit
 from streaming.base.util import bytes_to_int
 
+from d2v_composer.build import room_of_node
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
 from d2v_composer.preflight.checks import DataSet
@@ -83,7 +84,7 @@ def needs(
         f"{size * (saved if kept < 0 else min(kept + 1, saved)) / 1e3:.1f} GB at most at a time"
     )
     if config.train_loader.remote is not None:
-        yield f"store         {from_store(config, data, batches / per_epoch)}"
+        yield f"store         {from_store(config, nodes, data, batches / per_epoch)}"
     if measured.gpu_gigabytes:
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
         yield f"GPU memory    {measured.gpu_gigabytes:.1f} GB of {total:.0f} GB reserved at the peak"
@@ -106,9 +107,10 @@ def in_batches(text: str, total: int, per_epoch: int) -> int:
     return max(int(time.value), 1)
 
 
-def from_store(config: TrainConfig, data: DataSet, epochs: float) -> str:
+def from_store(config: TrainConfig, nodes: Nodes, data: DataSet, epochs: float) -> str:
     """The bytes that the run reads from the store, in words."""
     limit = bytes_to_int(config.train_loader.cache_limit or 0)
-    if not limit or limit >= data.num_bytes:
-        return f"{data.num_bytes / 1e9:,.1f} GB read once by each node (its share with one canonical node each)"
-    return f"up to {data.num_bytes * epochs / 1e9:,.1f} GB read by each node: cache_limit holds a part of an epoch"
+    if limit and limit < data.num_bytes:
+        return f"up to {data.num_bytes * epochs / 1e9:,.1f} GB read by each node: cache_limit holds a part of an epoch"
+    to_come = room_of_node(config, data.shards, nodes.rank, nodes.num_nodes).bytes
+    return f"{to_come / 1e9:,.1f} GB read once by each node, {data.num_bytes / 1e9:,.1f} GB in the store"
