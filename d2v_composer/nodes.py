@@ -1,28 +1,25 @@
 """Nodes of one run that share a machine, or a folder: what Composer names alike for all of them."""
 
-import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from composer.utils import dist
 
-__all__ = ["NodePlace", "find_node_place", "separate_signal_files"]
+from d2v_composer.errors import InputError
+
+__all__ = ["raise_on_all_ranks", "separate_signal_files"]
 
 
-class NodePlace(NamedTuple):
-    """Which of a run's nodes on this machine the process belongs to."""
+def raise_on_all_ranks(fault: str | None) -> None:
+    """End all ranks for a fault that one of them found; the others would wait for it.
 
-    number: int
-    num_nodes: int
-
-
-def find_node_place() -> NodePlace:
-    """Ask all ranks of the run; 0 of 1 where each node is a machine, or there is but one process."""
-    this = (platform.node(), dist.get_node_rank())
-    nodes_here = sorted({node for machine, node in dist.all_gather_object(this) if machine == this[0]})
-    return NodePlace(nodes_here.index(this[1]), len(nodes_here))
+    Raises:
+        InputError: On every rank, with the first rank's fault that has one.
+    """
+    for each in dist.all_gather_object(fault):
+        if each is not None:
+            raise InputError(each)
 
 
 @contextmanager

@@ -24,10 +24,10 @@ TURN_SECONDS = 60.0
 
 def machine_lock(name: str) -> Path:
     """A lock that all runs of a user on this machine share: a file in the temporary folder, which stays there."""
-    return _machine_folder() / f"{PREFIX}{name}.lock"
+    return machine_folder() / f"{PREFIX}{name}.lock"
 
 
-def _machine_folder() -> Path:
+def machine_folder() -> Path:
     folder = Path(tempfile.gettempdir())
     return folder.parent if folder.name.startswith(PREFIX) else folder
 
@@ -38,7 +38,7 @@ def use_scratch_folder() -> None:
     It is the same one for all ranks of a run on this machine, and is removed when the last of them ends. Those that
     killed runs left, with copies of checkpoints in them that were on their way to a store, are removed now.
     """
-    shared = _machine_folder()
+    shared = machine_folder()
     if Path(tempfile.gettempdir()) != shared:
         return  # a child, or a second call
     folder = shared / f"{PREFIX}{os.environ.get('MASTER_PORT', f'p{os.getpid()}')}-{os.environ.get('NODE_RANK', '0')}"

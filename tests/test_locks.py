@@ -1,5 +1,6 @@
 """A locked file has one user, whose forked processes count as the user."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from d2v_composer import locks
 from d2v_composer.locks import acquire, sole_user
 
 FORK = multiprocessing.get_context("fork")
@@ -40,6 +42,39 @@ def test_waits(tmp_path: Path):
     threading.Timer(0.5, os.close, (descriptor,)).start()
     with sole_user(tmp_path / "lock", wait=30) as alone:
         assert alone
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """There is a warning, one; the work is done and its result is not lost."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    locks._warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    for _ in range(2):
+        with sole_user(tmp_path / "lock") as alone:
+            assert alone
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "this file system has no locks ([Errno 38] Function not implemented)"
+    ]
+
+
+def test_a_file_that_its_user_removes(tmp_path: Path):
+    """Those who wait lock the new file of that name, not the removed one."""
+    path = tmp_path / "lock"
+    descriptor = acquire(path)
+    assert descriptor is not None
+    waiting: list[int | None] = []
+    waiter = threading.Thread(target=lambda: waiting.append(acquire(path, wait=30)))
+    waiter.start()
+    time.sleep(0.1)
+    path.unlink()
+    os.close(descriptor)
+    waiter.join()
+    assert waiting[0] is not None
+    assert acquire(path) is None
+    os.close(waiting[0])
 
 
 def test_a_killed_user_counts_until_its_forked_processes_are_gone(tmp_path: Path):

@@ -35,6 +35,7 @@ from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.errors import InputError
+from d2v_composer.locks import sole_user
 from d2v_composer.persistence import is_lasting, persist
 
 NUM_SAMPLES = 96
@@ -367,35 +368,8 @@ next(batches)
     assert epoch(images(cache, original), 0) == ALL
 
 
-def test_runs_that_start_at_one_time(original: Path) -> None:
-    """They would take each other's names in shared memory."""
-    program = f"""
-from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
-print("ready", flush=True)
-input()
-for _ in range(5):
-    dataset = StreamingImages(local={str(original)!r}, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
-    assert sorted(sample["sample_id"] for sample in dataset) == list(range(96))
-"""
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    for run in runs:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-    for run in runs:
-        assert run.stdin is not None
-        run.stdin.write("\n")
-        run.stdin.flush()
-    for run in runs:
-        run.communicate(timeout=60)
-    assert [run.returncode for run in runs] == [0] * 4
-
-
 def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.data.verified_dataset.LAST_USER_LEAVES", 0.2)
+    monkeypatch.setattr("d2v_composer.data.cache_folder.LAST_USER_LEAVES", 0.2)
     program = f"""
 import sys, time
 from d2v_composer.data.streaming_images import StreamingImages
@@ -420,6 +394,52 @@ time.sleep(60)
         other.communicate()
     assert epoch(images(tmp_path / "cache", original), 0) == ALL
     assert epoch(images(original), 0) == epoch(images(original), 0) == ALL  # a local data set is for everybody
+
+
+@WORKERS
+def test_a_notebook_cell_that_is_run_twice(original: Path, tmp_path: Path, workers: int) -> None:
+    """The newer data set is made while the older one, half read, has its name."""
+    cache, limit = tmp_path / "cache", 30_000
+    older = images(cache, original, cache_limit=limit)
+    batches = iter(loader(older, workers))
+    next(batches)
+    with time_limit(10):
+        newer = images(cache, original, cache_limit=limit)
+        assert epoch(newer, workers) == ALL
+    assert newer.cache_usage == size(cache) <= limit
+    with pytest.raises(ShardError, match="cache: a newer data set of this process has taken the folder over"):
+        list(batches)
+    assert newer.cache_usage == size(cache)
+    del older, batches
+    assert epoch(newer, 0) == ALL
+
+
+def test_a_data_set_that_still_fetches(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v_composer.data.cache_folder.LAST_USER_LEAVES", 0.2)
+    older = images(tmp_path / "cache", original)
+    download, go_on = older.stream._downloader.download, threading.Event()
+    monkeypatch.setattr(older.stream._downloader, "download", lambda *args: go_on.wait(20) and download(*args))
+    fetch = threading.Thread(target=older.prepare_shard, args=(7,))
+    fetch.start()
+    with time_limit(5):
+        while not (older._shard_states.numpy() == ShardState.PREPARING).any():
+            time.sleep(0.01)
+    with pytest.raises(InputError, match="cache: this process still fetches shards there for another data set"):
+        images(tmp_path / "cache", original)
+    go_on.set()
+    fetch.join()
+    assert epoch(older, 0) == ALL  # the newer one never was
+    assert epoch(images(tmp_path / "cache", original), 0) == ALL
+
+
+def test_what_could_not_be_made_holds_nothing(original: Path, tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    with pytest.raises(ValueError, match="cache_limit must be at least") as caught:
+        images(tmp_path / "cache", original, cache_limit=25_000)
+    assert caught.tb is not None  # a notebook keeps it
+    with sole_user(tmp_path / "cache" / ".in_use") as is_free:
+        assert is_free
+    assert set(Path("/dev/shm").iterdir()) - before == set()
 
 
 @WORKERS

@@ -26,6 +26,7 @@ from streaming.base.format.base.reader import Reader
 from streaming.base.shared import SharedArray, SharedScalar
 
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
+from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
 
 __all__ = ["GIVEN_UP", "Claim", "ShardCache", "ShardState"]
@@ -69,6 +70,7 @@ class ShardCache:
         states: (shards,) of all processes; see the module.
         access_times: (shards,) when each was last used, in ns.
         fetchers: (2 · shards,) process and thread that fetch each, while it is ``PREPARING``.
+        is_replaced: Whether the folder is another data set's by now.
         usage: What the folder holds and will hold once all is fetched, in bytes.
         index_bytes: What its index takes of that.
         limit: What it may hold.
@@ -83,6 +85,7 @@ class ShardCache:
         states: SharedArray,
         access_times: SharedArray,
         fetchers: SharedArray,
+        is_replaced: SharedScalar,
         usage: SharedScalar,
         index_bytes: int,
         limit: int | None,
@@ -92,13 +95,13 @@ class ShardCache:
         self.shards = shards
         self.states = states
         self._fetchers = fetchers
+        self._is_replaced = is_replaced
         self.index_bytes = index_bytes
         self.limit = limit
         self._access_times = access_times
         self._usage = usage
         self._lock_path = lock_path
-        # Shards that an earlier run left take space, but are as good as remote until they are verified.
-        self._unverified = [i for i, shard in enumerate(shards) if stream.bytes_here(shard)]
+        self._unverified = self._shards_here()
         self._most_ahead = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
         if limit:  # at least half of it is for shards that are needed now
             self._most_ahead = max(1, min(self._most_ahead, limit // (2 * max(map(_size, shards)))))
@@ -107,6 +110,36 @@ class ShardCache:
         """Let the shards of an earlier run be verified before they are used; for one process, before any reads."""
         for shard_id in self._unverified:
             self.states[shard_id] = ShardState.REMOTE
+
+    def _shards_here(self) -> list[int]:
+        # Shards that an earlier run left take space, but are as good as remote until they are verified.
+        return [i for i, shard in enumerate(self.shards) if self.stream.bytes_here(shard)]
+
+    def recount(self) -> None:
+        """Look anew which shards are here; before any reads."""
+        with self._lock():
+            self._unverified = self._shards_here()
+            self._recount()
+
+    def give_way(self, wait: float) -> None:
+        """Fetch and evict no shard from now on: another cache of this process does, in the same folder.
+
+        Args:
+            wait: For shards that are being fetched, in seconds.
+
+        Raises:
+            InputError: One still is after that time; this cache stays in use.
+        """
+        with self._lock():
+            self._is_replaced.set(1)
+        deadline = time.monotonic() + wait
+        while len(fetched := np.flatnonzero(self.states.numpy() == ShardState.PREPARING)):
+            if time.monotonic() > deadline:
+                self._is_replaced.set(0)
+                raise InputError(f"{self.stream.local}: this process still fetches shards there for another data set")
+            for shard_id in fetched:
+                self.take_over_if_deserted(int(shard_id))
+            time.sleep(LONGEST_PAUSE)
 
     def is_here(self, shard_id: int) -> bool:
         """Whether a shard is here and verified; it may be evicted at any time."""
@@ -165,13 +198,15 @@ class ShardCache:
             ahead: It is not needed yet.
 
         Raises:
-            ShardError: There never will be room.
+            ShardError: There never will be room, or the folder is another data set's by now.
         """
         if (refusal := self._refusal(shard_id, ahead)) is not None:
             return refusal  # threads that wait come here again and again: without the lock
         with self._lock():
             if (refusal := self._refusal(shard_id, ahead)) is not None:
                 return refusal
+            if self._is_replaced.get():
+                raise ShardError(f"{self.stream.local}: a newer data set of this process has taken the folder over")
             if not self._make_room(shard_id):
                 return Claim.NO_PLACE
             claim = Claim.OURS_ONCE if self.states[shard_id] == GIVEN_UP else Claim.OURS

@@ -22,7 +22,8 @@ class StreamingImages(VerifiedDataset):
     or raises: see :class:`VerifiedDataset`.
 
     Args:
-        local: The data set, or where the shards of a remote one are kept: for one run at a time.
+        local: The data set, or where the shards of a remote one are kept: for one run at a time, and in it for the
+            data set made last.
         remote: Its address in an object store, or ``None``.
         batch_size: Of one device.
         transform: The augmentation.

@@ -1,44 +1,43 @@
 """A StreamingDataset that cannot lose a sample, or hang, without a word."""
 
 import logging
-import os
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
-from streaming.base.shared import SharedArray, prefix
+from streaming.base.shared import SharedArray, SharedScalar, prefix
 from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 from typing_extensions import override
 
+from d2v_composer.data.cache_folder import occupy
 from d2v_composer.data.lookahead import Lookahead
 from d2v_composer.data.sample_order import draw_samples
 from d2v_composer.data.shard_cache import ShardCache
-from d2v_composer.data.shared_memory import closed_afterwards, hold, remove_abandoned, separate_numbers
+from d2v_composer.data.shared_memory import (
+    check_shared_memory,
+    closed_afterwards,
+    opened_shared_memory,
+    reserve_for_run,
+    shared_memory_needed,
+)
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.errors import InputError
-from d2v_composer.locks import acquire, sole_user
-from d2v_composer.nodes import find_node_place
+from d2v_composer.nodes import raise_on_all_ranks
 from d2v_composer.persistence import reason
 from d2v_composer.processes import end_with_parent
-from d2v_composer.scratch import machine_lock
 
 __all__ = ["VerifiedDataset"]
 
-# The workers of a run that was just killed see it within a second, and end.
-LAST_USER_LEAVES = 15.0
 # A shard may be evicted between being fetched and being read.
 READ_ATTEMPTS = 8
-STARTING_SECONDS = 300.0
 
 # Arguments of StreamingDataset that would be ignored, or misread, with the reason or what to give instead.
 UNSUPPORTED = {
@@ -69,7 +68,8 @@ class VerifiedDataset(StreamingDataset):
     the others try but once more; and a shard whose fetching thread is gone is taken over.
 
     Args:
-        local: The data set, or where the shards of a remote one are kept: for one run at a time.
+        local: The data set, or where the shards of a remote one are kept: for one run at a time, and in it for the
+            data set made last.
         remote: Its address in an object store, or ``None``.
         timeout: How long an unreachable store is tried again, in seconds.
         cache_limit: What ``local`` may hold of a remote data set, in bytes or as '100gb'; default all.
@@ -104,35 +104,66 @@ class VerifiedDataset(StreamingDataset):
             raise ValueError("cache_limit is for a remote data set; give none for a local one")
         self.folder = str(local)
         self.epoch = 0
-        if remote is not None and dist.get_local_rank() == 0:
-            self._occupy(Path(local))
+        self._names = reserve_for_run()
+        leave = weakref.finalize(self, self._names.release)
         self.stream = VerifiedStream(local=local, remote=remote, timeout=timeout)
-        with _starting_alone(), closed_afterwards(prefix) as opened:
-            super().__init__(
-                streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
-            )
-            opened.remove(self._locals_shm)  # others are of the runs that have the numbers before
-            if (descriptor := hold(self._shm_prefix_int)) is not None:
-                weakref.finalize(self, os.close, descriptor)
-            fetchers = SharedArray(2 * self.num_shards, np.int64, prefix._get_path(self._shm_prefix_int, "fetchers"))
-        if self.epoch_size > self.num_samples:
-            raise ValueError(f"epoch_size must be at most the {self.num_samples} samples, got {self.epoch_size}")
-        index_bytes = self.stream.get_index_size()  # now: the folder may be removed under a run
-        self.cache = ShardCache(
+        try:
+            self._occupy(local, remote)
+            with self._names.given_to_streaming(self._check_shared_memory):
+                super().__init__(
+                    streams=[self.stream], cache_limit=cache_limit, shuffle_block_size=shuffle_block_size, **kwargs
+                )
+                if self.epoch_size > self.num_samples:
+                    raise ValueError(
+                        f"epoch_size must be at most the {self.num_samples} samples, got {self.epoch_size}"
+                    )
+                self.cache = self._shard_cache(None if cache_limit is None else bytes_to_int(cache_limit))
+            if dist.get_local_rank() == 0:
+                if cache_limit:
+                    self._check_limit(bytes_to_int(cache_limit), shuffle_block_size)
+                if self._cache_folder is not None:
+                    self._cache_folder.give_to(self.cache)
+                self.cache.forget_unverified()
+        except BaseException:
+            self._cache_folder = None  # a traceback may keep this object
+            leave()
+            raise
+
+    def _occupy(self, local: str | Path, remote: str | None) -> None:
+        self._cache_folder, fault = None, None
+        if remote is not None and dist.get_local_rank() == 0:
+            try:
+                self._cache_folder = occupy(Path(local))
+            except InputError as error:
+                fault = str(error)
+        raise_on_all_ranks(fault)
+
+    def _check_shared_memory(self) -> None:
+        raise_on_all_ranks(check_shared_memory(shared_memory_needed(self.num_shards, self.epoch_size)))
+
+    def _shard_cache(self, limit: int | None) -> ShardCache:
+        number = self._shm_prefix_int
+        return ShardCache(
             self.stream,
             self.shards,
             states=self._shard_states,
             access_times=self._shard_access_times,
-            fetchers=fetchers,
+            fetchers=SharedArray(2 * self.num_shards, np.int64, prefix._get_path(number, "fetchers")),
+            is_replaced=SharedScalar(np.uint8, prefix._get_path(number, "is_replaced")),
             usage=self._cache_usage,
-            index_bytes=index_bytes,
-            limit=None if cache_limit is None else bytes_to_int(cache_limit),
+            index_bytes=self.stream.get_index_size(),  # now: the folder may be removed under a run
+            limit=limit,
             lock_path=self._cache_filelock_path,
         )
-        if dist.get_local_rank() == 0:
-            self.cache.forget_unverified()
-            if cache_limit:
-                self._check_limit(bytes_to_int(cache_limit), shuffle_block_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For a worker that is not forked: it reads, and does not hold.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache_folder", "_names")}
+
+    @override
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        with opened_shared_memory(streaming_dataset, self._names.memory):
+            super().load_state_dict(obj)
 
     @override
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -145,15 +176,6 @@ class VerifiedDataset(StreamingDataset):
         # Of each epoch and each checkpoint the base class leaves a descriptor open, until there are no more.
         with closed_afterwards(streaming_dataset):
             return super()._resume(world, epoch)
-
-    def _occupy(self, local: Path) -> None:
-        try:
-            descriptor = acquire(local / ".in_use", wait=LAST_USER_LEAVES)
-        except OSError as error:
-            raise InputError(f"{local}: shards cannot be kept there ({reason(error)})") from error
-        if descriptor is None:
-            raise InputError(f"{local}: another run keeps its shards there: give each a folder of its own")
-        weakref.finalize(self, os.close, descriptor)
 
     def _check_limit(self, limit: int, shuffle_block_size: int) -> None:
         smallest = self.cache.index_bytes + 4 * max(shard.get_max_size() for shard in self.shards)
@@ -243,19 +265,3 @@ class VerifiedDataset(StreamingDataset):
             self.cache.prepare(shard_id)
         elif (claim := self.cache.claim(shard_id)).is_ours:
             self.cache.fetch(shard_id, claim)
-
-
-@contextmanager
-def _starting_alone() -> Iterator[None]:
-    """One run of a machine (and user) at a time: Streaming looks for free names in shared memory, then takes them."""
-    place = find_node_place()
-    # Not below the home folder, which the machines of one run may share: they have to start together.
-    lock = machine_lock("start")
-    first_here = place.number == 0 and dist.get_local_rank() == 0
-    turn = sole_user(lock, STARTING_SECONDS) if first_here else nullcontext(False)
-    with turn as is_our_turn, separate_numbers(place):
-        if is_our_turn:
-            remove_abandoned()
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # the other ranks of this run look as well
-        yield
