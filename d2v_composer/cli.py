@@ -14,8 +14,8 @@ __all__ = ["run"]
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments and leave the process."""
     end_with_launcher()
-    use_scratch_folder()
     try:
+        use_scratch_folder()
         main(sys.argv[1:])
     except InputError as error:
         # From a data worker the message is that of a whole traceback; what we said is its last line.
