@@ -49,6 +49,7 @@ from d2v_composer.data.mds import (
     room_needed,
 )
 from d2v_composer.data.sample_order import Share, shards_of_node
+from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
@@ -62,6 +63,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
+from d2v_composer.nodes import raise_on_all_ranks
 from d2v_composer.persistence import reason
 from d2v_composer.processes import FORK
 from d2v_composer.references import embed_with_encoder, pixels
@@ -177,6 +179,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         )
     if is_remote:
         check_room(build_room_needs(config, shards))
+    raise_on_all_ranks(check_shared_memory(_shared_memory_needed(config, len(shards), num_samples, image_size)))
     try:
         dataset = StreamingImages(
             local=local,
@@ -233,6 +236,12 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
     need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
     needs = dist.all_gather_object((dist.get_local_rank(), need))
     return [need for local_rank, need in needs if local_rank == 0]
+
+
+def _shared_memory_needed(config: TrainConfig, num_shards: int, num_samples: int, image_size: int) -> int:
+    loader, ranks = config.train_loader, dist.get_local_world_size()
+    batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * image_size**2
+    return shared_memory_needed(num_shards, num_samples, ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:

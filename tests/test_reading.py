@@ -300,7 +300,8 @@ def test_threads_that_wait_leave_the_lock_alone(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a shard that another fetches, and for room that only those being fetched take."""
-    cache = images(tmp_path / "cache", original, cache_limit=27_000).cache
+    dataset = images(tmp_path / "cache", original, cache_limit=27_000)
+    cache = dataset.cache
     fetched = [i for i in range(8) if cache.claim(i).is_ours]
     assert fetched == list(range(len(fetched)))
     assert 3 < len(fetched) < 8  # the others find no room
@@ -394,6 +395,16 @@ time.sleep(60)
         other.communicate()
     assert epoch(images(tmp_path / "cache", original), 0) == ALL
     assert epoch(images(original), 0) == epoch(images(original), 0) == ALL  # a local data set is for everybody
+
+
+def test_reading_here_and_then_in_workers(original: Path, tmp_path: Path) -> None:
+    """A forked worker cannot use a lock that the process made before."""
+    dataset = images(tmp_path / "cache", original)
+    assert epoch(dataset, 0) == ALL
+    assert epoch(dataset, 2) == ALL
+    for path in (tmp_path / "cache").glob("*.mds"):
+        path.unlink()
+    assert epoch(dataset, 2) == ALL
 
 
 @WORKERS

@@ -1,6 +1,7 @@
 """Where a run's temporary files are, and its sockets."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import tempfile
 from multiprocessing.connection import Connection

@@ -66,6 +66,7 @@ def test_runs_that_start_at_one_time(images: Callable[[], StreamingImages], tmp_
 
 
 def test_names_go_with_the_data_set(images: Callable[[], StreamingImages]) -> None:
+    open_files = len(os.listdir("/proc/self/fd"))
     dataset = images()
     number = number_of(dataset)
     dataset.load_state_dict(dataset.state_dict(0, from_beginning=True) | {"epoch": 0})
@@ -74,6 +75,7 @@ def test_names_go_with_the_data_set(images: Callable[[], StreamingImages]) -> No
     assert {"in_use", "barrier", "next_epoch", "shard_states", "fetchers", "resume"} <= files_of(number)
     del dataset
     assert files_of(number) == set()
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 def test_locks_lie_beside_the_memory(images: Callable[[], StreamingImages]) -> None:

@@ -101,6 +101,8 @@ class ShardCache:
         self._access_times = access_times
         self._usage = usage
         self._lock_path = lock_path
+        self._filelock: FileLock | None = None
+        self._filelock_pid = 0
         self._unverified = self._shards_here()
         self._most_ahead = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
         if limit:  # at least half of it is for shards that are needed now
@@ -326,14 +328,15 @@ class ShardCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        # Made where it is used: a lock cannot be pickled into a worker.
-        if not hasattr(self, "_filelock"):
+        # Made where it is used: a lock can be neither pickled into a worker nor, locked or not, be inherited by one.
+        if self._filelock is None or self._filelock_pid != os.getpid():
             self._filelock = FileLock(self._lock_path, poll_interval=LOCK_POLL_SECONDS)
+            self._filelock_pid = os.getpid()
         with self._filelock:
             yield
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_filelock"}
+        return self.__dict__ | {"_filelock": None}
 
 
 def _size(shard: Reader) -> int:

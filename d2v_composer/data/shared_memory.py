@@ -94,8 +94,8 @@ class Reservation:
         """Remove this process's shared memory and, in the last process of the run, everything under the number."""
         if os.getpid() != self._pid:  # a worker's copy
             return
-        for memory in self.memory:
-            _remove(memory)
+        while self.memory:
+            _remove(self.memory.pop())
         if is_last_user(self._descriptor):
             _remove_files(self.number)
         os.close(self._descriptor)
@@ -143,8 +143,8 @@ def closed_afterwards(module: ModuleType) -> Iterator[None]:
         with opened_shared_memory(module, opened):
             yield
     finally:
-        for memory in opened:
-            _remove(memory)
+        while opened:
+            _remove(opened.pop())
 
 
 def shared_memory_needed(
@@ -241,13 +241,11 @@ def _file(number: int, name: str) -> Path:
 
 
 def _remove(memory: SharedMemory) -> None:
-    """Give up shared memory now that Streaming keeps until the process ends."""
+    """Give up shared memory that Streaming keeps until the process ends; it is closed with the last array on it."""
     atexit.unregister(memory.cleanup)
     for created in memory.created_shms:
         with suppress(FileNotFoundError):
             created.unlink()
-    with suppress(BufferError):  # an array that is in use; it goes with the process
-        memory.shm.close()
 
 
 def _remove_files(number: int) -> None:

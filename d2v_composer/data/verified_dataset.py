@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from composer.utils import dist
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
@@ -204,6 +205,8 @@ class VerifiedDataset(StreamingDataset):
         end_with_parent()
         self._unique_worker_world = self._unique_rank_world.detect_workers()
         self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        # Not the one with which the process that forked this worker has read.
+        self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path)
         self.epoch, sample_in_epoch = self._resume_incr_epoch()
         sample_ids = self._get_work(self.epoch, sample_in_epoch)
         sample_ids = sample_ids[sample_ids != -1]  # padding, where the parts are not equal
