@@ -7,16 +7,27 @@ placeholders. What they would read otherwise than it is written is refused.
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import parse_qsl, urlencode
 
 from composer.utils import parse_uri
 from typing_extensions import Self
 
-__all__ = ["STORES", "Address", "RunFolder", "check_path", "check_run_name"]
+__all__ = ["STORES", "Address", "RunFolder", "check_path", "check_run_name", "file_name", "hide_secrets", "identity"]
 
 # Where Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+# What S3 (both kinds), GCS, CloudFront and Azure put into the query of a presigned address, in lower case.
+SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
+SIGNATURE = {
+    *("awsaccesskeyid", "googleaccessid", "signature", "expires", "policy", "key-pair-id"),
+    *("sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sig", "skoid", "sktid", "skt", "ske", "sks", "skv"),
+}
+# Parameters whose values may be shown; any other may be a token.
+HARMLESS = {"versionid", "generation", "revision", "version", "download", "raw"}
+HIDDEN = "..."
 # What urllib takes for the end of a path, or Composer for a placeholder.
 MISREAD = "#?;{}\\"
 PLACEHOLDER = "placeholders such as {run_name} are not supported; in a YAML write ${run_name}"
@@ -156,3 +167,46 @@ def _composer_agrees(text: str, address: Address) -> bool:
 
 def _size(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
+
+
+def identity(address: str) -> str:
+    """An address without what only gives access to it: a login, a signature; and without a fragment.
+
+    It is the same after a presigned address was signed anew. Other parameters of the query stay: they may say which
+    file it is. The result is to be hashed, not shown.
+    """
+    return _rewrite(address, [(name, value) for name, value in _query(address) if not _signs(name)])
+
+
+def file_name(address: str | Path) -> str:
+    """The name of the file that an address or a path ends with."""
+    text = str(address)
+    return Path(text.partition("#")[0].partition("?")[0] if "://" in text else text).name
+
+
+def hide_secrets(text: str) -> str:
+    """A text in which the addresses show no login, no signature, and no value of a parameter that may be a token."""
+
+    def hide(match: re.Match[str]) -> str:
+        shown = ((name, value if name.lower() in HARMLESS else HIDDEN) for name, value in _query(match[0]))
+        return _rewrite(match[0], [(name, value) for name, value in shown if not _signs(name)])
+
+    return URL.sub(hide, text)
+
+
+def _query(address: str) -> list[tuple[str, str]]:
+    # Not urlsplit, which refuses some hosts: these addresses were typed.
+    return parse_qsl(address.partition("#")[0].partition("?")[2], keep_blank_values=True)
+
+
+def _rewrite(address: str, query: list[tuple[str, str]]) -> str:
+    scheme, _, rest = address.partition("#")[0].partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    login = host.rpartition("@")[0]
+    if ":" in login or scheme.lower() in (*WEB, "ftp", "sftp"):  # of oci://BUCKET@NAMESPACE it is none
+        host = host.rpartition("@")[2]
+    return f"{scheme}://{host}{slash}{path}" + (f"?{urlencode(query)}" if query else "")
+
+
+def _signs(name: str) -> bool:
+    return name.lower().startswith(SIGNATURE_PREFIXES) or name.lower() in SIGNATURE

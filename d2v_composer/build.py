@@ -24,7 +24,7 @@ from composer.utils import (
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
-from d2v_composer.addresses import Address, RunFolder, check_path
+from d2v_composer.addresses import Address, RunFolder, check_path, hide_secrets
 from d2v_composer.algorithms import GradientNorm
 from d2v_composer.callbacks import CheckpointKeeping, RunRecord, SoleRun, ZeroShotRetrieval
 from d2v_composer.callbacks.checkpoint_keeping import PATIENT_CLIENT
@@ -448,8 +448,8 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
     loader = config.train_loader
     shards = read_index(Path(loader.local), columns=(), shards_may_be_missing=True)
     record = {
-        "config": asdict(config),
-        "command": shlex.join(sys.argv),
+        "config": without_secrets(asdict(config)),
+        "command": shlex.join(map(hide_secrets, sys.argv)),
         "teacher": teacher.provenance,
         "data": {"location": loader.remote or loader.local, **describe_data(shards)},
         "versions": package_versions(*OUR_PACKAGES),
@@ -458,6 +458,15 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
     folder = find_run_folder(config)
     local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
     return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT)
+
+
+def without_secrets(value: Any) -> Any:
+    """A config's values, with addresses that give access to nothing."""
+    if isinstance(value, dict):
+        return {name: without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(each) for each in value]
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def build_load_path(config: TrainConfig) -> str | None:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from d2v_composer.addresses import hide_secrets
 from d2v_composer.errors import InputError
 from d2v_composer.processes import end_with_launcher
 from d2v_composer.scratch import use_scratch_folder
@@ -19,7 +20,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         main(sys.argv[1:])
     except InputError as error:
         # From a data worker the message is that of a whole traceback; what we said is its last line.
-        line = str(error).strip().splitlines()[-1]
+        line = hide_secrets(str(error).strip().splitlines()[-1])
         kind = type(error)
         print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
         sys.exit(2)

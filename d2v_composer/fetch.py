@@ -9,12 +9,17 @@ from filelock import FileLock
 from streaming.base.storage import CloudDownloader
 from tqdm.auto import tqdm
 
-from d2v_composer.addresses import Address
+from d2v_composer import persistence
+from d2v_composer.addresses import Address, file_name, hide_secrets, identity
 from d2v_composer.errors import InputError
 from d2v_composer.persistence import reason
+from d2v_composer.s3_download import SCHEME, S3Downloader
 
 # data2vec 2.0's largest has 600 million weights; with its decoder, its moving average and the optimizer's state, 15 GB.
 LARGEST_FILE = 32 << 30
+# Of an answer, and of each part of a file.
+READ_SECONDS, S3_ATTEMPTS = 30.0, 3
+LONGEST_NAME = 100
 
 __all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "is_remote", "transfer"]
 
@@ -41,7 +46,8 @@ def fetch(address: str | Path) -> Path:
 
     Args:
         address: A path, https://…, or an object store's: s3://, gs://, oci://, azure://, hf:// (whatever
-            mosaicml-streaming reads). Remote files are fetched once and kept in :func:`cache_folder`.
+            mosaicml-streaming reads). Remote files are fetched once and kept in :func:`cache_folder`; a presigned
+            address that is signed anew is the same file. No signature, login or query comes to the disk.
 
     Raises:
         InputError: There is no such file, or it cannot be fetched.
@@ -54,13 +60,18 @@ def fetch(address: str | Path) -> Path:
             raise InputError(f"{address}: has {path.stat().st_size} bytes; no teacher or student has {LARGEST_FILE}")
         return path
     address = str(address)
-    name = f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rsplit('/', 1)[-1]}"
-    path = cache_folder() / name
+    path = cache_folder() / cached_name(address)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
         if not path.exists():
             download(address, path)
     return path
+
+
+def cached_name(address: str) -> str:
+    """The name under which a remote file is kept: a hash of its address, and the end of its own name."""
+    file = identity(address)
+    return f"{hashlib.sha256(file.encode()).hexdigest()[:16]}-{file_name(file)[-LONGEST_NAME:]}"
 
 
 def download(address: str, path: Path, timeout: float = 600) -> None:
@@ -70,11 +81,12 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
         InputError: It cannot be fetched.
     """
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)  # Streaming's clients take what is there for the file
     try:
         transfer(address, partial, timeout)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{address}: cannot be fetched ({reason(error)})") from error
+        raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
     partial.replace(path)
 
 
@@ -82,17 +94,25 @@ def transfer(address: str, path: Path, timeout: float) -> None:
     """Fetch ``address`` into ``path``, once; a failure is whatever the client raises, and leaves what came."""
     if address.startswith(("https://", "http://")):
         _download_from_web(address, path, timeout)
+    elif address.startswith(SCHEME):
+        S3Downloader(min(timeout, READ_SECONDS), S3_ATTEMPTS).download(address, path)
     else:
         CloudDownloader.direct_download(address, str(path), timeout)
 
 
 def _download_from_web(address: str, path: Path, timeout: float) -> None:
     """requests notices a connection that breaks; torch.hub would keep the part that came."""
-    with requests.get(address, stream=True, timeout=timeout) as response:
+    limits = (persistence.CONNECT_SECONDS, min(timeout, READ_SECONDS))
+    with requests.get(address, stream=True, timeout=limits) as response:
         response.raise_for_status()
         length = response.headers.get("Content-Length")
         bar = tqdm(
-            desc=address, total=int(length) if length else None, unit="B", unit_scale=True, disable=None, leave=False
+            desc=hide_secrets(address),
+            total=int(length) if length else None,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            leave=False,
         )
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):

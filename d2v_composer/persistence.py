@@ -8,9 +8,14 @@ import time
 from collections.abc import Callable
 
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-__all__ = ["is_lasting", "is_missing", "persist", "reason"]
+from d2v_composer.addresses import hide_secrets
 
+__all__ = ["CONNECT_SECONDS", "is_lasting", "is_missing", "persist", "reason"]
+
+# For a connection. A host that is there answers at once; clients' own limits are a minute, and several attempts.
+CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is just starting may say for a moment that something is not there, or not for us.
 LASTING_ATTEMPTS = 4
@@ -47,7 +52,7 @@ def persist(attempt: Callable[[], None], what: str, timeout: float, stop: thread
             left = timeout - (time.monotonic() - start)
             if is_local(error) or lasting_attempts >= LASTING_ATTEMPTS or left <= 0:
                 raise
-            log.warning("%s: %s; tried again for %.0f s", what, reason(error), left)
+            log.warning("%s: %s; tried again for %.0f s", hide_secrets(what), reason(error), left)
             if stop.wait(min(pause * dice.uniform(0.5, 1), left)):
                 raise
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -60,12 +65,19 @@ def is_local(error: BaseException) -> bool:
 
 def is_lasting(error: BaseException) -> bool:
     """Whether the fault will hardly go away by itself."""
+    if _is_unreachable(error):
+        return False
     return isinstance(error, (*NO_CREDENTIALS, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
 
 
 def is_missing(error: BaseException) -> bool:
     """Whether a store answered that there is no such file, which is not the same as forbidding to look."""
-    return isinstance(error, FileNotFoundError) or _status(error) == 404
+    return (isinstance(error, FileNotFoundError) and not _is_unreachable(error)) or _status(error) == 404
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether Hugging Face's client could not ask: it says that it has no such file itself."""
+    return isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
 
 
 def _status(error: BaseException) -> int | None:
@@ -81,6 +93,6 @@ def _status(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """An error in one line, without the secrets of an address."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return hide_secrets(lines[0]) if lines else type(error).__name__

@@ -12,6 +12,8 @@ from boto3.session import Session
 from botocore.config import Config
 from urllib3 import BaseHTTPResponse
 
+from d2v_composer import persistence
+
 __all__ = ["SCHEME", "S3Downloader"]
 
 SCHEME = "s3://"
@@ -30,10 +32,12 @@ class S3Downloader:
     Args:
         patience: How long a connection, an answer or :data:`LEAST_RATE` bytes for each of its seconds may take, in
             seconds. A body that brings less is given up, and one that brings more may take any time.
+        attempts: How often an answer is asked for, where the caller does not try again.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, attempts: int = 1) -> None:
         self.patience = patience
+        self.attempts = attempts
         self._client: tuple[int, Any] = (0, None)
 
     def download(self, address: str, path: Path, stop: threading.Event | None = None) -> None:
@@ -71,9 +75,9 @@ class S3Downloader:
         process, client = self._client
         if process != os.getpid():  # forked: two processes on one connection get each other's answers
             config = Config(
-                connect_timeout=self.patience,
+                connect_timeout=min(self.patience, persistence.CONNECT_SECONDS),
                 read_timeout=self.patience,
-                retries={"total_max_attempts": 1},  # the caller tries again
+                retries={"total_max_attempts": self.attempts, "mode": "standard"},
                 max_pool_connections=MOST_CONNECTIONS,
                 response_checksum_validation="when_required",  # the caller verifies
             )
@@ -82,7 +86,7 @@ class S3Downloader:
         return client
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"patience": self.patience, "_client": (0, None)}
+        return {"patience": self.patience, "attempts": self.attempts, "_client": (0, None)}
 
 
 def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> Iterator[bytes]:

@@ -12,16 +12,20 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.persistence import reason
+from d2v_composer.persistence import CONNECT_SECONDS, reason
 from d2v_composer.resuming import LATEST, newest_first
 
 __all__ = ["PATIENT_CLIENT", "CheckpointKeeping"]
 
 # Before attempt n botocore's legacy mode pauses for up to 2^(n-1) s: a store may be away for some ten minutes. The
 # other modes have a quota of attempts, which the parts of one large file use up within a second.
-PATIENT_CLIENT = {"retries": {"mode": "legacy", "max_attempts": 11}}
+PATIENT_CLIENT = {"retries": {"mode": "legacy", "max_attempts": 11}, "connect_timeout": CONNECT_SECONDS}
 # Training waits for this one, and there is a next time.
-IMPATIENT_CLIENT = {"retries": {"mode": "standard", "max_attempts": 1}, "connect_timeout": 10, "read_timeout": 20}
+IMPATIENT_CLIENT = {
+    "retries": {"mode": "standard", "max_attempts": 1},
+    "connect_timeout": CONNECT_SECONDS,
+    "read_timeout": 20,
+}
 # How often Composer looks whether a checkpoint is in the store, before it writes there which one is the newest. Its own
 # 30 s are as long as its launcher waits before it kills.
 POINTER_SECONDS = 2.0

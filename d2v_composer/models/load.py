@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.addresses import file_name
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import fetch, is_remote
 from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, read_kind, sha256, write_artifact
@@ -54,7 +55,12 @@ def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
     file = fetch(path)
     if not is_safetensors(file):
         checkpoint = read_fairseq_checkpoint(file, weights)
-        provenance = {"source": Path(path).name, "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
+        provenance = {
+            "source": file_name(path),
+            "sha256": sha256(file),
+            "weights": weights,
+            "licence": LICENCE_NOTE,
+        }
         return _build_teacher(checkpoint.config, checkpoint.tensors, provenance)
     artifact = read_artifact(file, "teacher")
     stored_weights = artifact.provenance.get("weights")
@@ -104,7 +110,7 @@ def convert_teacher(
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
     checkpoint = read_fairseq_checkpoint(file, weights)
     provenance = {
-        "source": Path(source).name,
+        "source": file_name(source),
         "sha256": sha256(file),
         "weights": weights,
         "dtype": str(dtype).removeprefix("torch."),
