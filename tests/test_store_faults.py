@@ -267,8 +267,8 @@ def test_indices(store: ObjectStore, images: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "Forbidden|not found"),
-        ({"AWS_ACCESS_KEY_ID": "nobody"}, "Forbidden|not found"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "InvalidAccessKeyId"),
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "Unable to locate credentials"),
         ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect to the endpoint URL"),
         ({"S3_ENDPOINT_URL": "127.0.0.1:9"}, "Invalid endpoint"),
