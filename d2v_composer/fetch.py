@@ -1,6 +1,7 @@
 """A local path for an address: a file here, on a web server or in an object store."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import requests
@@ -81,11 +82,12 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
         InputError: It cannot be fetched.
     """
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # Streaming's clients take what is there for the file
     try:
+        partial.unlink(missing_ok=True)  # Streaming's clients take what is there for the file
         transfer(address, partial, timeout)
     except Exception as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that matters may be that nothing can be deleted
+            partial.unlink(missing_ok=True)
         raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
     partial.replace(path)
 

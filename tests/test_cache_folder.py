@@ -111,7 +111,7 @@ def forbid(patch: pytest.MonkeyPatch, folder: Path) -> None:
     remove, unlink = os.remove, os.unlink
 
     def refuse(path: os.PathLike[str] | str, removing: object = remove) -> None:
-        if Path(path).parent == folder:
+        if Path(path).parent == folder and Path(path).exists():
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
         assert callable(removing)
         removing(path)
