@@ -12,8 +12,9 @@ from typing_extensions import Self
 
 from d2v_composer.errors import InputError
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from d2v_composer.models.load import CONFIG_TENSOR, config_tensor, configs_from_tensor
+from d2v_composer.models.stored_config import CONFIG_TENSOR, check_student, config_tensor, parse_config_tensor
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.persistence import reason
 
 __all__ = ["TimmStudent", "d2v2_student"]
 
@@ -83,16 +84,25 @@ class TimmStudent(Student):
             self.checkpoint_activations()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """An exported student's tensors, or this model's own.
+        """An exported student's tensors, or this model's own; checked as :func:`load_student` does, strict or not.
 
         Raises:
-            InputError: An exported file that is too old to say its sizes.
+            InputError: A file that is too old to say its sizes, or whose tensors do not fit them.
         """
-        if CONFIG_TENSOR not in state_dict:
+        tensors = dict(state_dict)
+        stored = tensors.pop(CONFIG_TENSOR, None)
+        if stored is None:
             raise InputError(f"no tensor {CONFIG_TENSOR}: not a file of recipes/export_student.py, or of an old one")
-        self._become(*configs_from_tensor(state_dict[CONFIG_TENSOR]))
+        try:
+            sizes = parse_config_tensor(stored)
+        except ValueError as error:
+            raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
         head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        return super().load_state_dict(head | dict(state_dict), strict, assign)
+        tensors = head | tensors
+        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+        self._become(*check_student(CONFIG_TENSOR, sizes, tensors, shapes))
+        tensors[CONFIG_TENSOR] = config_tensor(self.encoder.config, self.config)
+        return super().load_state_dict(tensors, strict, assign)
 
     def _become(self, encoder_config: ImageEncoderConfig, student_config: StudentConfig) -> Self:
         """Take on other sizes."""

@@ -18,7 +18,10 @@ import pytest
 import torch
 from conftest import GOLDEN, encoded_image, load_checkpoint
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
+from timm.models import load_checkpoint as load_checkpoint_with_timm
 
 from d2v_composer.data.image_collections import open_collection
 from d2v_composer.data.labelled import load_labelled_set
@@ -26,9 +29,12 @@ from d2v_composer.data.mds import read_index
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.transforms import RandomResizedCropFlip, decode_rgb, sample_rng
 from d2v_composer.errors import InputError
-from d2v_composer.models.load import load_any, load_student, load_teacher
+from d2v_composer.models.image_encoder import ImageEncoderConfig
+from d2v_composer.models.load import load_any, load_student, load_teacher, save_student
 from d2v_composer.models.safe_pickle import load_untrusted
+from d2v_composer.models.student import StudentConfig
 from d2v_composer.resuming import check_checkpoint
+from d2v_composer.timm_student import TimmStudent
 
 SECONDS, MEGABYTES = 10.0, 700
 SERVER = multiprocessing.get_context("forkserver")
@@ -371,6 +377,58 @@ def test_files_that_would_take_all_memory_or_time(make: Callable[[Path], Path], 
         given = answer(door, path)
         assert given.refused, given
         assert str(path) in given.result
+
+
+def embed_dim_through_timm(path: Path) -> int:
+    model = TimmStudent(
+        ImageEncoderConfig(num_extra_tokens=1, embed_dim=8, num_heads=1), StudentConfig(num_heads=1, num_alibi_heads=1)
+    )
+    load_checkpoint_with_timm(model, str(path))
+    return model.num_features
+
+
+def wide(sizes: dict[str, Any]) -> str:
+    """Blocks of 100 GB; their layer norms alone have tensors of so many numbers."""
+    return json.dumps(
+        {
+            "encoder": sizes["encoder"] | {"embed_dim": 1 << 16, "mlp_ratio": 1.0, "num_heads": 1},
+            "student": sizes["student"] | {"mlp_ratio": 1.0, "num_heads": 1, "num_alibi_heads": 0},
+        }
+    )
+
+
+SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "wide": wide,
+    "deep": lambda sizes: json.dumps(sizes | {"student": sizes["student"] | {"depth": 1000}}),
+    "lists without end": lambda sizes: "[" * 560_000,
+    "objects without end": lambda sizes: '{"encoder":' * 50_000,
+    "a million lists": lambda sizes: f'{{"encoder": [{"[]," * 1_000_000}[]]}}',
+    "a number of a million digits": lambda sizes: f'{{"encoder": {"9" * 1_000_000}}}',
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_sizes_that_would_take_all_memory_or_time(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    text = SIZES[what](json.loads(metadata["config"]))
+    stored = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    save_file(load_file(path) | {"config_json": stored}, path, metadata | {"config": text})
+    for door in (load_student, load_any, embed_dim_through_timm):
+        given = answer(door, path)
+        assert given.refused, given
+        assert len(given.result) < 500
+
+
+def test_a_checkpoint_of_huge_sizes(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")
+    checkpoint["state"]["callbacks"]["RunRecord"]["record"]["config"]["student"].update(mlp_ratio=1000.0, depth=900)
+    torch.save(checkpoint, tmp_path / "huge.pt")
+    given = answer(load_any, tmp_path / "huge.pt")
+    assert given.refused, given
+    assert "has shape (144, 48), the sizes ask for (48000, 48)" in given.result or "is missing" in given.result, given
 
 
 def test_a_tensor_beyond_the_end_of_its_file(tmp_path: Path) -> None:

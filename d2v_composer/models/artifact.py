@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_composer.errors import InputError
+from d2v_composer.persistence import reason
 
-__all__ = ["Artifact", "is_safetensors", "read_artifact", "read_kind", "sha256", "write_artifact"]
+__all__ = ["Artifact", "is_safetensors", "parse_object", "read_artifact", "read_kind", "sha256", "write_artifact"]
 
 Kind = Literal["teacher", "student"]
 FORMAT_VERSION = 1
+# Of sizes and provenance, in characters; ours have some thousands, and objects take 25 times as many bytes.
+LARGEST_JSON = 4 << 20
 
 
 class Artifact(NamedTuple):
@@ -67,13 +70,13 @@ def read_artifact(path: Path, kind: Kind) -> Artifact:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            return Artifact(_json_object(metadata, "config"), _json_object(metadata, "provenance"), tensors)
+            return Artifact(parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
-    except (ValueError, KeyError, RecursionError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({reason(error)})") from error
+    except (ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: unusable metadata ({type(error).__name__})") from error
+        raise InputError(f"{path}: unusable metadata ({reason(error)})") from error
 
 
 def read_kind(path: Path) -> str:
@@ -86,23 +89,50 @@ def read_kind(path: Path) -> str:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format", "none").removeprefix("d2v_composer.")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: truncated, or not a safetensors file ({reason(error)})") from error
 
 
-def _json_object(metadata: dict[str, str], name: str) -> dict[str, Any]:
-    content = json.loads(metadata[name])
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object of a stranger's, within bounds of time and memory.
+
+    Raises:
+        ValueError: It is too long, nests too deep, names a key twice, has a number that JSON does not know, or is no
+            object.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"has {len(text)} characters, at most {LARGEST_JSON} are read")
+    try:
+        content = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nests too deep") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"is no object, but {type(content).__name__}")
     return content
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("names a key twice")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"has the number {name}, which JSON does not know")
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], kind: Kind) -> None:
     found = metadata.get("format", "none")
     if found != f"d2v_composer.{kind}":
-        raise InputError(f"{path}: its format is {found}, expected d2v_composer.{kind}")
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise InputError(f"{path}: format version {version or 'none'}, this package reads up to {FORMAT_VERSION}")
+        raise InputError(f"{path}: its format is {_shown(found)}, expected d2v_composer.{kind}")
+    version = metadata.get("format_version", "none")
+    if version not in map(str, range(FORMAT_VERSION + 1)):
+        raise InputError(f"{path}: format version {_shown(version)}, this package reads up to {FORMAT_VERSION}")
+
+
+def _shown(text: str) -> str:
+    """A stranger's word as it may stand in a line."""
+    return text if text.isprintable() and len(text) < 50 else f"{text[:50]!r}"
 
 
 def is_safetensors(path: Path) -> bool:

@@ -15,7 +15,7 @@ from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.safe_pickle import load_untrusted, plain
 
-__all__ = ["FairseqCheckpoint", "Weights", "check_tensors", "read_fairseq_checkpoint"]
+__all__ = ["FairseqCheckpoint", "Weights", "check_num_blocks", "check_tensors", "read_fairseq_checkpoint"]
 
 Weights = Literal["model", "ema"]
 
@@ -68,6 +68,7 @@ def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCh
 
     left = [name for name in stored if name.startswith(LEFT)]
     tensors = {_our_name(name): tensor for name, tensor in stored.items() if name not in set(left)}
+    check_num_blocks(path, config.prenet_depth + config.depth, tensors)
     check_tensors(path, expected_shapes(config), tensors, their_name=_their_name)
     return FairseqCheckpoint(config, {name: tensor.float() for name, tensor in tensors.items()}, left)
 
@@ -119,6 +120,16 @@ def expected_shapes(config: Data2Vec2Config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Data2Vec2(config).state_dict().items()}
 
 
+def check_num_blocks(source: Any, num_blocks: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse more blocks than there can be in a file; even without weights a thousand take seconds to lay out.
+
+    Raises:
+        InputError: It says how many.
+    """
+    if num_blocks > len(tensors):
+        raise InputError(f"{source}: unusable sizes: {num_blocks} blocks for {len(tensors)} tensors")
+
+
 def check_tensors(
     source: Any, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], their_name: Any = str
 ) -> None:
@@ -141,7 +152,7 @@ def check_tensors(
             raise InputError(
                 f"{source}: tensor {their_name(name)} has shape {tuple(tensor.shape)}, the sizes ask for {shape}"
             )
-        if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.device.type != "cpu":
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.is_meta:
             raise InputError(f"{source}: tensor {their_name(name)} holds no plain floating-point numbers")
         if not tensor.isfinite().all():
             raise InputError(f"{source}: tensor {their_name(name)} has values that are not finite")

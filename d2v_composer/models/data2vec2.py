@@ -34,6 +34,7 @@ class Data2Vec2Config(ImageEncoderConfig):
         super().__post_init__()
         check_whole("depth", self.depth, 1, MAX_DEPTH)
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
+        self.check_alibi_scale([self.prenet_depth + self.depth])
 
     def encoder_config(self) -> ImageEncoderConfig:
         """The sizes of the modality encoder alone."""

@@ -6,8 +6,10 @@ Shapes: B images, S pixels a side, N patches, E extra tokens, T = E + N time ste
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modalities/images.py``.
 """
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_WIDTH = 1 << 16
 MAX_DEPTH = 1000
 MAX_PATCHES = 1 << 14
+LARGEST_NORM_EPS = 1e-2
+# Of pixels from 0 to 1; no model's are beyond.
+MEANS, DEVIATIONS = (0.0, 1.0), (1e-3, 1.0)
 
 
 def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
@@ -39,13 +44,18 @@ def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
 
 
+def is_number(value: Any, minimum: float, maximum: float) -> bool:
+    """Whether a value is a number of the range, and no bool, which Python takes for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
 def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
     """Refuse a ratio that leaves no hidden unit, or too many.
 
     Raises:
         ValueError: It says what is allowed.
     """
-    if not isinstance(mlp_ratio, int | float) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
+    if not is_number(mlp_ratio, 0, MAX_WIDTH) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
         raise ValueError(
             f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
         )
@@ -82,8 +92,8 @@ class ImageEncoderConfig:
             check_whole(name, getattr(self, name), 0, MAX_WIDTH)
         check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
         check_mlp_ratio(self.mlp_ratio, self.embed_dim)
-        if not isinstance(self.norm_eps, float) or not 0 <= self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be a number from 0 to below 1, got {self.norm_eps!r}")
+        if not is_number(self.norm_eps, math.ulp(0), LARGEST_NORM_EPS):
+            raise ValueError(f"norm_eps must be above 0 and at most {LARGEST_NORM_EPS}, got {self.norm_eps!r}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         if self.image_size % self.patch_size:
@@ -92,6 +102,36 @@ class ImageEncoderConfig:
             raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
         if self.num_alibi_heads > self.num_heads:
             raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
+        self._check_channels("image_mean", *MEANS)
+        self._check_channels("image_std", *DEVIATIONS)
+        self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
+
+    def _check_channels(self, name: str, minimum: float, maximum: float) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, tuple) or len(values) != self.in_chans:
+            raise ValueError(f"{name} must be a number for each of in_chans {self.in_chans}, got {values!r}")
+        if not all(is_number(value, minimum, maximum) for value in values):
+            raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
+
+    def check_alibi_scale(self, num_layers: Container[int]) -> None:
+        """Refuse a shape of ALiBi's scale that is none for so many layers.
+
+        Args:
+            num_layers: The numbers of layers that the whole model may have.
+
+        Raises:
+            ValueError: It says what is allowed.
+        """
+        shape, heads = self.alibi_scale_shape, self.num_alibi_heads
+        if shape is None:
+            return
+        if not heads:
+            raise ValueError(f"alibi_scale_shape must be null without ALiBi heads, got {shape!r}")
+        if not isinstance(shape, tuple) or len(shape) != 5 or not all(type(size) is int for size in shape):
+            raise ValueError(f"alibi_scale_shape must be 5 whole numbers, got {shape!r}")
+        layers, *others = shape
+        if (layers != 1 and layers not in num_layers) or others not in [[1, 1, 1, 1], [1, heads, 1, 1]]:
+            raise ValueError(f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), got {shape!r}")
 
     @property
     def num_patches(self) -> int:

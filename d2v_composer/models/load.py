@@ -1,32 +1,49 @@
 """Teachers and students from files and back."""
 
 import datetime
-import json
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2v_composer.addresses import file_name
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import fetch, is_remote
-from d2v_composer.models.artifact import Artifact, is_safetensors, read_artifact, read_kind, sha256, write_artifact
-from d2v_composer.models.checkpoint import Weights, check_tensors, expected_shapes, read_fairseq_checkpoint
+from d2v_composer.models.artifact import (
+    Artifact,
+    is_safetensors,
+    read_artifact,
+    read_kind,
+    sha256,
+    write_artifact,
+)
+from d2v_composer.models.checkpoint import (
+    Weights,
+    check_num_blocks,
+    check_tensors,
+    expected_shapes,
+    read_fairseq_checkpoint,
+)
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.safe_pickle import load_untrusted
-from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.stored_config import (
+    CONFIG_TENSOR,
+    check_student,
+    config_tensor,
+    parse_config_tensor,
+    read_config,
+    shapes_of,
+)
+from d2v_composer.models.student import Student
 from d2v_composer.persistence import reason
 
 __all__ = [
-    "CONFIG_TENSOR",
     "Conversion",
-    "config_tensor",
-    "configs_from_tensor",
     "convert_teacher",
     "load_any",
     "load_student",
@@ -37,7 +54,6 @@ __all__ = [
 # Composer removes a pointer before it makes the next one.
 POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
 
-CONFIG_TENSOR = "config_json"
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
 
@@ -63,10 +79,13 @@ def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
         }
         return _build_teacher(checkpoint.config, checkpoint.tensors, provenance)
     artifact = read_artifact(file, "teacher")
-    stored_weights = artifact.provenance.get("weights")
+    stored_weights, source_hash = (artifact.provenance.get(name) for name in ("weights", "sha256"))
+    if stored_weights not in get_args(Weights) or not isinstance(source_hash, str):
+        raise InputError(f"{path}: unusable metadata: its provenance does not give weights and sha256 of its source")
     if stored_weights != weights:
         raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
-    config = _read_config(path, Data2Vec2Config, artifact.config)
+    config = read_config(path, Data2Vec2Config, artifact.config)
+    check_num_blocks(path, config.prenet_depth + config.depth, artifact.tensors)
     check_tensors(path, expected_shapes(config), artifact.tensors)
     return _build_teacher(config, artifact.tensors, artifact.provenance)
 
@@ -127,26 +146,6 @@ def save_student(student: Student, out: Path) -> None:
     config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config)}
     write_artifact(out, "student", Artifact(config, student.provenance, tensors))
-
-
-def config_tensor(encoder: ImageEncoderConfig, student: StudentConfig) -> torch.Tensor:
-    """A student's sizes as bytes of JSON, (any,) uint8: for who gets nothing but the tensors of a file."""
-    text = json.dumps({"encoder": asdict(encoder), "student": asdict(student)})
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def configs_from_tensor(stored: torch.Tensor) -> tuple[ImageEncoderConfig, StudentConfig]:
-    """Back from :func:`config_tensor`.
-
-    Raises:
-        InputError: It is none.
-    """
-    try:
-        configs = json.loads(bytes(stored.tolist()))
-        encoder, student = configs["encoder"], configs["student"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({type(error).__name__})") from error
-    return _read_config(CONFIG_TENSOR, ImageEncoderConfig, encoder), _read_config(CONFIG_TENSOR, StudentConfig, student)
 
 
 def load_any(
@@ -211,15 +210,17 @@ def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str 
         raise InputError(
             f"{teacher_file}: its sha256 is {teacher.provenance['sha256']}, the student was trained with {trained_with}"
         )
-    try:
-        student = teacher.build_student(**sizes)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{foreign} ({reason(error)})") from error
     blocks = {
         str(name).removeprefix("student."): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)
     }
-    expected = {name: shape for name, shape in _shapes(student).items() if not name.startswith("encoder.")}
+    try:
+        with torch.device("meta"):  # no memory for sizes that the tensors do not bear out
+            shapes = shapes_of(teacher.build_student(**sizes))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{foreign} ({reason(error)})") from error
+    expected = {name: shape for name, shape in shapes.items() if not name.startswith("encoder.")}
     check_tensors(checkpoint, expected, blocks)
+    student = teacher.build_student(**sizes)
     student.load_state_dict(blocks, strict=False)
     student.provenance = {**record, "retrieval": history[-1] if history else None}
     return student.eval(), teacher
@@ -232,31 +233,15 @@ def load_student(path: str | Path) -> Student:
         InputError: There is no such file, or it holds no student; the message says why.
     """
     artifact = read_artifact(fetch(path), "student")
-    encoder_config = _read_config(path, ImageEncoderConfig, artifact.config.get("encoder", {}))
-    student_config = _read_config(path, StudentConfig, artifact.config.get("student", {}))
-    try:
-        with torch.device("meta"):
-            shapes = _shapes(Student(ImageEncoder(encoder_config), student_config))
-    except ValueError as error:
-        raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error
-    artifact.tensors.pop(CONFIG_TENSOR, None)  # the metadata says the same
-    check_tensors(path, shapes, artifact.tensors)
+    stored = artifact.tensors.pop(CONFIG_TENSOR, None)
+    encoder_config, student_config = check_student(path, artifact.config, artifact.tensors)
+    if stored is not None:  # what timm reads
+        try:
+            agree = parse_config_tensor(stored) == artifact.config
+        except ValueError as error:
+            raise InputError(f"{path}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
+        if not agree:
+            raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give other sizes")
     student = Student(ImageEncoder(encoder_config).freeze(), student_config, artifact.provenance)
     student.load_state_dict(artifact.tensors)
     return student.eval()
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def _read_config(path: str | Path, config_class: type, fields: Any) -> Any:
-    """A config from a file's JSON, in which tuples are lists."""
-    try:
-        if not isinstance(fields, dict):
-            raise ValueError(f"expected sizes by name, got {type(fields).__name__}")
-        return config_class(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: unusable sizes in its metadata: {error}") from error
