@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from d2v_composer.errors import InputError
+from d2v_composer.models.checkpoint import check_tensors
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.stored_config import CONFIG_TENSOR, check_student, config_tensor, parse_config_tensor
 from d2v_composer.models.student import Student, StudentConfig
@@ -97,10 +98,12 @@ class TimmStudent(Student):
             sizes = parse_config_tensor(stored)
         except ValueError as error:
             raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
-        head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        tensors = head | tensors
-        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-        self._become(*check_student(CONFIG_TENSOR, sizes, tensors, shapes))
+        head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
+        self._become(*check_student(CONFIG_TENSOR, sizes, tensors))
+        own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        head = own_head | head
+        check_tensors(CONFIG_TENSOR, {name: tuple(tensor.shape) for name, tensor in own_head.items()}, head)
+        tensors |= head
         tensors[CONFIG_TENSOR] = config_tensor(self.encoder.config, self.config)
         return super().load_state_dict(tensors, strict, assign)
 

@@ -44,7 +44,7 @@ def parse_config_tensor(stored: torch.Tensor) -> dict[str, Any]:
 
 
 def check_student(
-    source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor], head: Mapping[str, tuple[int, ...]] | None = None
+    source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[ImageEncoderConfig, StudentConfig]:
     """Read an exported student's sizes and hold its tensors against them, before anything is made of either.
 
@@ -54,7 +54,6 @@ def check_student(
         source: Named in the error.
         sizes: What the file says of encoder and student.
         tensors: Name → what the file holds.
-        head: Name → shape of what it may hold besides.
 
     Raises:
         InputError: The sizes are none, or the tensors are missing, unknown, of other shapes, not plain floating-point
@@ -69,7 +68,7 @@ def check_student(
             shapes = shapes_of(Student(ImageEncoder(encoder_config), student_config))
     except ValueError as error:
         raise InputError(f"{source}: unusable sizes in its metadata: {error}") from error
-    check_tensors(source, shapes | dict(head or {}), tensors)
+    check_tensors(source, shapes, tensors)
     return encoder_config, student_config
 
 
