@@ -108,16 +108,22 @@ def test_a_cache_that_is_removed_under_a_run_is_filled_again(
 
 def forbid(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let nothing in a folder be removed, as in one that is immutable; root may do so in a read-only one."""
-    remove, unlink = os.remove, os.unlink
+    remove, unlink = os.remove, Path.unlink
 
-    def refuse(path: os.PathLike[str] | str, removing: object = remove) -> None:
+    def check(path: os.PathLike[str] | str) -> None:
         if Path(path).parent == folder and Path(path).exists():
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
-        assert callable(removing)
-        removing(path)
 
-    patch.setattr(os, "remove", refuse)
-    patch.setattr(Path, "unlink", lambda path, missing_ok=False: refuse(path, unlink))
+    def checked_remove(path: os.PathLike[str] | str) -> None:
+        check(path)
+        remove(path)
+
+    def checked_unlink(path: Path, missing_ok: bool = False) -> None:
+        check(path)
+        unlink(path, missing_ok)
+
+    patch.setattr(os, "remove", checked_remove)
+    patch.setattr(Path, "unlink", checked_unlink)
 
 
 @WORKERS
