@@ -63,7 +63,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
-from d2v_composer.nodes import raise_on_all_ranks
+from d2v_composer.nodes import COLLECTIVE_SECONDS, node_leaders_first, raise_on_all_ranks, rank_zero_first
 from d2v_composer.persistence import reason
 from d2v_composer.processes import FORK
 from d2v_composer.references import embed_with_encoder, pixels
@@ -73,6 +73,7 @@ __all__ = [
     "build_algorithms",
     "build_callbacks",
     "build_candidates",
+    "build_collective_timeout",
     "build_folder_callbacks",
     "build_labelled_sets",
     "build_load_path",
@@ -109,6 +110,14 @@ FIXED_BY_A_CHECKPOINT = (
 )
 # How much longer than two give up a shard, one after the other, a worker may bring nothing.
 HANGING_SECONDS = 300
+# How much longer a collective waits than a rank may wait for its images.
+LATE_SECONDS = 60
+
+
+def build_collective_timeout(config: TrainConfig) -> float:
+    """Composer's time-out of a collective, or longer where a rank may wait longer for a store to bring its images."""
+    loader = config.train_loader
+    return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
 
 
 def build_model(config: TrainConfig) -> DistillationModel:
@@ -117,7 +126,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     Raises:
         InputError: The teacher's file cannot be used, or the student does not fit it.
     """
-    with dist.run_local_rank_zero_first():
+    with node_leaders_first("the teacher"):
         teacher = load_teacher(config.teacher.checkpoint, config.teacher.weights)
     top_k = config.targets.average_top_k_layers
     if top_k is not None and top_k > teacher.config.depth:
@@ -166,7 +175,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
     """
     loader, global_batch_size, world_size = config.train_loader, config.global_train_batch_size, dist.get_world_size()
     local = Path(loader.local)
-    with dist.run_local_rank_zero_first():
+    with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
     is_remote = loader.remote is not None
@@ -362,7 +371,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     chosen = retrieval.datasets
     if not any(labelled is not None for labelled in chosen.values()):
         return None
-    with dist.run_local_rank_zero_first():
+    with node_leaders_first("the data sets for retrieval"):
         datasets = build_labelled_sets(chosen, teacher.config.image_size)
     if retrieval.max_images is not None:
         datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
@@ -481,14 +490,15 @@ def build_load_path(config: TrainConfig) -> str | None:
     newest = None
     if config.autoresume and folder is not None:
         chosen: list[str | None] = [None]
-        if dist.get_global_rank() == 0:
-            found = find_newest_checkpoint(folder.local, folder.address)
-            chosen = [None if found is None else found.name]
+        with rank_zero_first("the newest checkpoint"):
+            if dist.get_global_rank() == 0:
+                found = find_newest_checkpoint(folder.local, folder.address)
+                chosen = [None if found is None else found.name]
         dist.broadcast_object_list(chosen)
         newest = chosen[0]
     is_remote = load_path is not None and Address.parse(load_path).is_remote
     path = None if load_path is None else fetched_path(load_path) if is_remote else Path(load_path)
-    with dist.run_local_rank_zero_first():
+    with node_leaders_first("the checkpoint"):
         is_first = dist.get_local_rank() == 0
         if newest is not None:
             assert folder is not None  # there was one to look in

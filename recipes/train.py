@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 from composer import Trainer
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, reproducibility
 
 from d2v_composer import cli
 from d2v_composer.build import (
     build_algorithms,
     build_callbacks,
+    build_collective_timeout,
     build_folder_callbacks,
     build_load_path,
     build_loggers,
@@ -28,21 +29,17 @@ from d2v_composer.callbacks import FiniteTraining, GracefulStop, RunRecord, Step
 from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.models.sharding import join_units
-from d2v_composer.nodes import separate_signal_files
+from d2v_composer.nodes import join_ranks, rank_zero_first, separate_signal_files
 from d2v_composer.processes import uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
 from d2v_composer.resuming import drop_unused_scaler
 from d2v_composer.tables import retrieval_table
 
-# How long ranks wait for the first of their machine to fetch the teacher and CIFAR.
-DOWNLOADS_SECONDS = 3600
-
 
 def main(argv: Sequence[str]) -> Trainer:
     """Train as the YAML says; a run that was interrupted goes on where its last checkpoint is."""
     config = load_config(argv)
-    if dist.get_world_size() > 1:
-        dist.initialize_dist(get_device(None), timeout=DOWNLOADS_SECONDS)
+    join_ranks(build_collective_timeout(config))
     reproducibility.seed_all(config.seed)
 
     model = build_model(config)
@@ -91,7 +88,9 @@ def main(argv: Sequence[str]) -> Trainer:
             trainer.fit()
         elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
             print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
-        report(trainer, config, run_record, retrieval, was_finished)
+        with rank_zero_first("report and uploads"):
+            report(trainer, config, run_record, retrieval, was_finished)
+            trainer.engine.close()
     except BaseException:
         # Not trainer.close(): that waits for all ranks, and not all may have failed.
         trainer.engine.close()

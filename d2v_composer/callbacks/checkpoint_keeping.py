@@ -12,6 +12,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.object_store import S3ObjectStore
 
+from d2v_composer.nodes import rank_zero_first
 from d2v_composer.persistence import CONNECT_SECONDS, reason
 from d2v_composer.resuming import LATEST, newest_first
 
@@ -73,6 +74,13 @@ class CheckpointKeeping(Callback):
             self.num_saved = len(self.saver.saved_checkpoints)
             self._prune(self.saver)
             remove_pointers(self.saver)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Wait for the uploads before Composer's callback does, on which the other ranks would wait in a collective."""
+        if self.saver is not None and self.saver.remote_uploader is not None:
+            with rank_zero_first("the upload of the checkpoint"):
+                self.saver.fit_end(state, logger)
+            self.saver.symlink_upload_tasks.clear()
 
     def close(self, state: State, logger: Logger) -> None:
         if self.saver is not None and self.saver.saved_checkpoints:  # the last ones, whose upload has ended by now

@@ -11,6 +11,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import create_interval_scheduler, dist
 
+from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping
 from d2v_composer.loggers import JSONLLogger
 
 __all__ = ["GracefulStop"]
@@ -73,7 +74,7 @@ class GracefulStop(Callback):
         if not self.stopping:
             return
         for callback in state.callbacks:
-            if isinstance(callback, CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
+            if isinstance(callback, CheckpointKeeping | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
                 callback.fit_end(state, logger)
         dist.barrier()  # the launcher gives the other ranks little time, once one is gone
         if dist.get_global_rank() == 0:
