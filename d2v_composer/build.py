@@ -343,7 +343,7 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
             if folder is None:
                 continue
             remote = None if folder.address is None else f"{folder.address}/log.jsonl"
-            arguments = {"filename": str(folder.local / "log.jsonl"), "remote": remote}
+            arguments = {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
         loggers.append(build_chosen("loggers", name, LOGGERS[name], arguments))
     if folder is not None and folder.address is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)

@@ -6,6 +6,7 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
@@ -304,6 +305,12 @@ def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise InputError(f"{override!r}: an override is dotted.key=value")
+    for text in (str(Path(path).resolve()), *overrides):
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes it cannot decode
+            raise InputError(
+                f"{text!a}: cannot be read as {sys.getfilesystemencoding()}, the encoding of this locale: set "
+                "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            )
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     structured = OmegaConf.structured(schema)
     try:
@@ -403,6 +410,7 @@ def problems(config: TrainConfig) -> Iterator[str]:
         yield from _arguments(section, known, getattr(config, section))
     yield from _data(config)
     yield from _addresses(config)
+    yield from _log_address(config)
 
 
 def _addresses(config: TrainConfig) -> Iterator[str]:
@@ -642,6 +650,23 @@ def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any
                     yield f"{key}: must be a number of at least 1, got {value!r}"
             if section == "loggers" and name != "jsonl" and find_spec(name) is None:
                 yield f"loggers.{name}: needs the package {name}: pip install {name}"
+
+
+def _log_address(config: TrainConfig) -> Iterator[str]:
+    """Whether the log of JSON lines goes where the checkpoints go: only there it can be uploaded."""
+    arguments = config.loggers.get("jsonl")
+    remote = arguments.get("remote") if isinstance(arguments, dict) else None
+    if remote is None:
+        return
+    try:
+        saved = None if config.save_folder is None else Address.parse(config.save_folder)
+        log = Address.parse(str(remote))
+    except ValueError as error:
+        yield f"loggers.jsonl.remote: {error}"
+        return
+    if saved is None or not saved.is_remote or not log.path or (log.scheme, log.bucket) != (saved.scheme, saved.bucket):
+        where = "a file in save_folder's bucket" if saved is not None and saved.is_remote else "null"
+        yield f"loggers.jsonl.remote: must be {where} with save_folder {config.save_folder}, got {remote!r}"
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ parent asks them to end with another signal.
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,7 +25,17 @@ import psutil
 from composer.loggers import remote_uploader_downloader
 from composer.utils import remote_uploader
 
-__all__ = ["FORK", "SPAWN", "block_sigterm", "end_with_launcher", "end_with_parent", "uploads_outlive_sigterm"]
+from d2v_composer.errors import InputError
+
+__all__ = [
+    "FORK",
+    "SPAWN",
+    "allow_open_files",
+    "block_sigterm",
+    "end_with_launcher",
+    "end_with_parent",
+    "uploads_outlive_sigterm",
+]
 
 POLL_SECONDS = 0.5
 # What a parent asks its workers to end with: no scheduler sends it.
@@ -154,6 +165,22 @@ def _is_launcher(pid: int) -> bool:
     # python /…/bin/composer …, or python -m composer.cli.launcher …
     program = next((part for part in command[1:] if not part.startswith("-")), "")
     return Path(program).name == "composer" or program.startswith("composer.")
+
+
+def allow_open_files(needed: int) -> None:
+    """Raise this process's limit of open files as far as needed, which the processes that it starts inherit.
+
+    Raises:
+        InputError: The machine allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise InputError(
+            f"a process may have {hard} files open here (ulimit -Hn), and {needed} are needed: raise the limit"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextmanager

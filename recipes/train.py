@@ -30,15 +30,19 @@ from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.models.sharding import join_units
 from d2v_composer.nodes import join_ranks, rank_zero_first, separate_signal_files
-from d2v_composer.processes import uploads_outlive_sigterm
+from d2v_composer.processes import allow_open_files, uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
 from d2v_composer.resuming import drop_unused_scaler
 from d2v_composer.tables import retrieval_table
+
+# More than a run was seen to need. Every tensor that a worker has ready is an open file.
+OPEN_FILES, OPEN_FILES_A_WORKER = 256, 16
 
 
 def main(argv: Sequence[str]) -> Trainer:
     """Train as the YAML says; a run that was interrupted goes on where its last checkpoint is."""
     config = load_config(argv)
+    allow_open_files(OPEN_FILES + OPEN_FILES_A_WORKER * config.train_loader.num_workers)
     join_ranks(build_collective_timeout(config))
     reproducibility.seed_all(config.seed)
 

@@ -185,6 +185,12 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_text_that_the_locale_cannot_read() -> None:
+    """As Python makes it of LC_ALL=C and a path with other letters; the YAML is not to blame."""
+    with pytest.raises(InputError, match=r"^'save_folder=\\udcc3\\udcbc': cannot be read as .*LC_ALL=C\.UTF-8"):
+        load_config([str(ROOT / "yamls" / "quickstart.yaml"), "save_folder=\udcc3\udcbc"])
+
+
 def test_no_file() -> None:
     with pytest.raises(InputError, match=r"missing.yaml: cannot be read \(No such file"):
         load_config(["missing.yaml"])

@@ -4,7 +4,7 @@ import datetime
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from d2v_composer.processes import FORK
 COLLECTIVE_SECONDS = 2.0
 
 
-def run_ranks(folder: Path, rank_of: Callable[[], None]) -> list[BaseProcess]:
+def run_ranks(folder: Path, rank_of: Callable[[], None]) -> Sequence[BaseProcess]:
     """Two processes of one node, whose collectives time out soon."""
     ranks = [FORK.Process(target=_run_rank, args=(folder, number, rank_of)) for number in (0, 1)]
     for rank in ranks:
@@ -46,7 +46,7 @@ def _run_rank(folder: Path, number: int, rank_of: Callable[[], None]) -> None:
         os._exit(3)
 
 
-def ended(ranks: list[BaseProcess], seconds: float = 60) -> list[int | None]:
+def ended(ranks: Sequence[BaseProcess], seconds: float = 60) -> list[int | None]:
     for rank in ranks:
         rank.join(seconds)
     return [rank.exitcode for rank in ranks]

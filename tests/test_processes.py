@@ -14,7 +14,8 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.processes import FORK, SPAWN, _is_launcher, block_sigterm
+from d2v_composer.errors import InputError
+from d2v_composer.processes import FORK, SPAWN, _is_launcher, allow_open_files, block_sigterm
 
 
 class Numbers(Dataset[int]):
@@ -86,6 +87,17 @@ def test_sigterm_that_arrives_while_it_is_blocked_is_not_lost() -> None:
         assert received == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_limit_of_open_files_is_raised_or_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(32, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, limit: limits.append(limit))
+    allow_open_files(300)
+    allow_open_files(200)
+    assert limits == [(32, 4096), (300, 4096)]
+    with pytest.raises(InputError, match=r"^a process may have 4096 files open here .*, and 5000 are needed"):
+        allow_open_files(5000)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from composer.callbacks import CheckpointSaver
+from composer.loggers import Logger
 from conftest import (
     ROOT,
     checkpoints_of,
@@ -25,9 +29,12 @@ from conftest import (
     train_until_killed,
 )
 
-from d2v_composer.callbacks import SoleRun
+from d2v_composer.build import build_loggers
+from d2v_composer.callbacks import GracefulStop, SoleRun
 from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdated, prune_folder, prune_store
+from d2v_composer.config import load_config
 from d2v_composer.errors import InputError
+from d2v_composer.loggers import JSONLLogger
 from d2v_composer.models.load import load_any
 from d2v_composer.resuming import LATEST
 from d2v_composer.testing.object_store import ObjectStore
@@ -227,6 +234,90 @@ def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
     for remote, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
         with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not those of {words}"):
             SoleRun(tmp_path, remote)
+
+
+@pytest.mark.parametrize("removed", ["", ".in_use", "replaced"])
+def test_a_run_whose_folder_is_removed_ends(tmp_path: Path, removed: str) -> None:
+    """It would go on without lock, log and record."""
+    folder = tmp_path / "run"
+    sole_run, graceful_stop = SoleRun(folder), GracefulStop("5ba")
+    state: Any = SimpleNamespace(callbacks=[sole_run, graceful_stop], timestamp=SimpleNamespace(batch=3))
+    logger: Any = None
+    try:
+        graceful_stop.init(state, logger)
+        graceful_stop.batch_end(state, logger)
+        if removed == ".in_use":
+            (folder / removed).unlink()
+        else:
+            shutil.rmtree(folder)
+        if removed == "replaced":
+            SoleRun(folder).post_close()
+        with pytest.raises(InputError, match=r"run or its lock \.in_use was removed .* ends after batch 2;"):
+            graceful_stop.batch_end(state, logger)
+    finally:
+        graceful_stop.close(state, logger)
+        sole_run.post_close()
+
+
+@pytest.mark.slow
+def test_a_folder_removed_under_two_ranks(small_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(train_command(small_run(folder, small_data, "max_duration=100000ba"), ranks=2))
+    wait_until(lambda: has_trained(folder), process)
+    shutil.rmtree(folder)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 2, output
+    assert f"error: save_folder: {folder} or its lock .in_use was removed" in output
+    assert "Traceback" not in output
+
+
+class Uploads(Logger):
+    """The log as it was at each upload."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uploaded: list[tuple[str, int]] = []
+
+    def upload_file(self, remote_file_name: str, file_path: Path | str, **_: Any) -> None:
+        assert Path(file_path) == self.path
+        self.uploaded.append((remote_file_name, len(self.path.read_text().splitlines())))
+
+
+def test_the_log_goes_to_the_store_with_each_checkpoint_and_after_a_crash(tmp_path: Path) -> None:
+    """Not with each epoch, which may be shorter or much longer."""
+    log = tmp_path / "log.jsonl"
+    log.touch()  # as of an earlier process: none is looked for in the store
+    saver, jsonl, logger = (
+        CheckpointSaver(str(tmp_path)),
+        JSONLLogger(str(log), "s3://bucket/run/log.jsonl"),
+        Uploads(log),
+    )
+    state: Any = SimpleNamespace(callbacks=[jsonl, saver])
+    jsonl.init(state, logger)
+    for batch in range(6):
+        jsonl.batch_start(state, logger)
+        jsonl.log_metrics({"loss": 1.0}, step=batch)
+        if batch in (1, 3):
+            saver.saved_checkpoints.append(f"ep0-ba{batch + 1}-rank0.pt")
+        jsonl.epoch_end(state, logger)
+    assert logger.uploaded == [("run/log.jsonl", 2), ("run/log.jsonl", 4)]
+    jsonl.close(state, logger)  # Composer's fit_end has not been called: an error
+    assert logger.uploaded[2:] == [("run/log.jsonl", 6)]
+    jsonl.close(state, logger)
+    assert len(logger.uploaded) == 3
+
+
+@pytest.mark.parametrize("remote", ["s3://elsewhere/log.jsonl", "/tmp/log.jsonl", f"s3://{BUCKET}"])
+def test_the_logs_own_address(small_data: Path, remote: str) -> None:
+    """It is taken where it can be had, and refused by name elsewhere."""
+    kept = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/run")
+    config = load_config([*kept, f"loggers.jsonl.remote=s3://{BUCKET}/logs/a.jsonl"])
+    jsonl = next(each for each in build_loggers(config) if isinstance(each, JSONLLogger))
+    assert (jsonl.path, jsonl.remote) == (Path("run/log.jsonl"), f"s3://{BUCKET}/logs/a.jsonl")
+    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be a file in save_folder's bucket"):
+        load_config([*kept, f"loggers.jsonl.remote={remote}"])
+    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be null with save_folder unused, got"):
+        load_config([*small_run(Path("unused"), small_data), f"loggers.jsonl.remote={remote}"])
 
 
 def test_a_pointer_that_is_gone_for_a_moment(uninterrupted: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import create_interval_scheduler, dist
 
 from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping
+from d2v_composer.callbacks.sole_run import SoleRun
+from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
 
 __all__ = ["GracefulStop"]
@@ -21,6 +23,8 @@ EXIT_STATUS = 128 + signal.SIGTERM
 
 class GracefulStop(Callback):
     """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
+
+    A run whose folder was removed ends after its batch as well, with an error.
 
     Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds. The run's
     other processes may get it as well: see :mod:`d2v_composer.processes`.
@@ -36,19 +40,32 @@ class GracefulStop(Callback):
         self.is_due = create_interval_scheduler(save_interval)
         self.signalled = False
         self.stopping = False
+        self.sole_run: SoleRun | None = None
         self.previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = True
 
+    def init(self, state: State, logger: Logger) -> None:
+        self.sole_run = next((each for each in state.callbacks if isinstance(each, SoleRun)), None)
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        # All ranks must stop at the same batch, and the signal reaches them at different ones.
-        if dist.get_world_size() == 1:
-            self.stopping = self.signalled
-            return
-        signalled = state.device.tensor_to_device(torch.tensor([self.signalled], dtype=torch.uint8))
-        dist.all_reduce(signalled, reduce_operation="MAX")
-        self.stopping = bool(signalled.item())
+        """Agree with the other ranks on whether to stop: the reasons reach them at different batches.
+
+        Raises:
+            InputError: The run's folder was removed: nothing can be saved any more.
+        """
+        flags = [self.signalled, self.sole_run is not None and self.sole_run.is_removed()]
+        if dist.get_world_size() > 1:
+            tensor = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.uint8))
+            dist.all_reduce(tensor, reduce_operation="MAX")
+            flags = [bool(flag) for flag in tensor.tolist()]
+        self.stopping, is_removed = flags
+        if is_removed and self.sole_run is not None:
+            raise InputError(
+                f"save_folder: {self.sole_run.folder} or its lock .in_use was removed while the run trained there: it "
+                f"ends after batch {int(state.timestamp.batch) - 1}; what is not saved elsewhere is lost"
+            )
 
     @property
     def save_interval(self) -> Callable[[State, Event], bool]:

@@ -34,6 +34,8 @@ class SoleRun(Callback):
     """
 
     def __init__(self, folder: Path, remote: str | None = None) -> None:
+        self.folder, self.path = folder, folder / ".in_use"
+        self.lock: int | None = None
         problem: list[str | None] = [None]
         if dist.get_global_rank() == 0:
             problem = [self._lock(folder, remote)]
@@ -43,13 +45,12 @@ class SoleRun(Callback):
 
     def _lock(self, folder: Path, remote: str | None) -> str | None:
         """Lock the folder and note whose it is; what is wrong, where that cannot be."""
-        path = folder / ".in_use"
         try:
-            lock = acquire(path, wait=LAST_RUN_LEAVES)
+            lock = acquire(self.path, wait=LAST_RUN_LEAVES)
         except OSError as error:
             return f"save_folder: {folder}: cannot be written ({error.strerror})"
         if lock is None:
-            user = path.read_text().splitlines()[1:2]
+            user = self.path.read_text().splitlines()[1:2]
             return (
                 f"{folder}: another run trains there: give each a run_name or save_folder of its own"
                 f"{''.join(f', or end {each}' for each in user)}"
@@ -60,9 +61,23 @@ class SoleRun(Callback):
             return f"save_folder: {folder} holds the files of {other}, not those of {remote or 'this run'}"
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{remote or ''}\nprocess {os.getpid()} of {platform.node()}\n".encode(), 0)
+        self.lock = lock
         self.release = weakref.finalize(self, os.close, lock)
         return None
 
+    def is_removed(self) -> bool:
+        """Whether somebody removed the folder, or its lock, under the run; rank 0 alone can tell."""
+        if self.lock is None:
+            return False
+        try:
+            os.stat(self.path)
+            return os.fstat(self.lock).st_nlink == 0  # another file may have its name
+        except FileNotFoundError:
+            return True
+        except OSError:  # a file system that is away
+            return False
+
     def post_close(self) -> None:
-        if dist.get_global_rank() == 0:
+        if self.lock is not None:
+            self.lock = None
             self.release()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, parse_uri
@@ -24,16 +25,21 @@ class JSONLLogger(LoggerDestination):
 
     Args:
         filename: Where; folders are made.
-        remote: Its address in the checkpoints' object store, or ``None``. Uploaded at each epoch's end and at the
-            run's; fetched from there where a restart on another machine has no file to append to.
+        remote: Its address in the checkpoints' object store, or ``None``. Uploaded after each checkpoint and when the
+            run ends, by an error as well; fetched from there where a restart on another machine has no file to append
+            to.
     """
 
     def __init__(self, filename: str, remote: str | None = None) -> None:
         self.path = Path(filename)
         self.remote = remote
         self.file: TextIO | None = None
+        self.has_news = False
+        self.saver: CheckpointSaver | None = None
+        self.num_saved = 0
 
     def init(self, state: State, logger: Logger) -> None:
+        self.saver = next((each for each in state.callbacks if isinstance(each, CheckpointSaver)), None)
         if self.remote is not None and dist.get_global_rank() == 0 and not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(InputError):  # the first start: there is none
@@ -47,20 +53,26 @@ class JSONLLogger(LoggerDestination):
             self.file = self.path.open("a", buffering=1)  # a line reaches the file when it is complete
         numbers = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.has_news = True
 
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        self._upload(logger)
+    def batch_start(self, state: State, logger: Logger) -> None:
+        # The first event after that of a checkpoint.
+        if self.saver is not None and len(self.saver.saved_checkpoints) != self.num_saved:
+            self.num_saved = len(self.saver.saved_checkpoints)
+            self._upload(logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._upload(logger)
 
     def close(self, state: State, logger: Logger) -> None:
+        self._upload(logger)
         if self.file is not None:
             self.file.close()
             self.file = None
 
     def _upload(self, logger: Logger) -> None:
-        if self.file is not None and self.remote is not None:
+        if self.remote is not None and self.has_news and self.path.exists():
+            self.has_news = False
             logger.upload_file(parse_uri(self.remote)[2], self.path, overwrite=True)
 
 
