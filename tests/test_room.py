@@ -55,7 +55,7 @@ def test_what_is_here_and_whole_does_not_come_again(many_shards: Path, tmp_path:
 def as_node(patch: pytest.MonkeyPatch, node: int, num_nodes: int) -> None:
     patch.setattr(dist, "get_world_size", lambda: num_nodes)
     patch.setattr(dist, "get_node_rank", lambda: node)
-    patch.setattr(dist, "run_local_rank_zero_first", contextlib.nullcontext)
+    patch.setattr("d2v_composer.build.node_leaders_first", contextlib.nullcontext)
     patch.setattr(dist, "all_gather_object", lambda this: [this])
 
 
