@@ -90,6 +90,7 @@ __all__ = [
     "epoch_size",
     "find_run_folder",
     "room_of_node",
+    "shared_memory_of_node",
 ]
 
 BuiltT = TypeVar("BuiltT")
@@ -188,7 +189,7 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         )
     if is_remote:
         check_room(build_room_needs(config, shards))
-    raise_on_all_ranks(check_shared_memory(_shared_memory_needed(config, len(shards), num_samples, image_size)))
+    raise_on_all_ranks(check_shared_memory(shared_memory_of_node(config, len(shards), num_samples, image_size)))
     try:
         dataset = StreamingImages(
             local=local,
@@ -247,7 +248,8 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
     return [need for local_rank, need in needs if local_rank == 0]
 
 
-def _shared_memory_needed(config: TrainConfig, num_shards: int, num_samples: int, image_size: int) -> int:
+def shared_memory_of_node(config: TrainConfig, num_shards: int, num_samples: int, image_size: int) -> int:
+    """The bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
     batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * image_size**2
     return shared_memory_needed(num_shards, num_samples, ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)

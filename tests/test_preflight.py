@@ -87,7 +87,9 @@ def test_a_full_disk_is_named(
 ) -> None:
     arguments = small_preflight(tmp_path / "run", small_data, labelled)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    assert "run: 3 checkpoints take" in failures(capsys, *arguments)["room"]
+    found = failures(capsys, *arguments)
+    assert "run: 3 checkpoints take" in found["room"]
+    assert "/dev/shm: 0 of 1,000,000,000 bytes are free" in found["shared memory"]
 
 
 def test_a_node_needs_room_for_its_share_alone(
@@ -203,7 +205,7 @@ def test_faults_of_a_store_are_named(
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.reader_environment["AWS_ACCESS_KEY_ID"])
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
         found = failures(capsys, *arguments)
-        assert found.keys() == {"listing", "save_folder", "room"}
+        assert found.keys() == {"listing", "save_folder", "room", "shared memory"}
         assert "s3://preflight/runs/small: no right to write (" in found["save_folder"]
         assert "are still to come, 0.0 GB of the disk are free" in found["room"]
     finally:

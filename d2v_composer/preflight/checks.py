@@ -18,10 +18,11 @@ from packaging.requirements import Requirement
 from PIL import Image
 from streaming.base.format import reader_from_json
 
-from d2v_composer.build import build_labelled_sets, room_of_node
+from d2v_composer.build import build_labelled_sets, room_of_node, shared_memory_of_node
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
 from d2v_composer.data.mds import check_image_column, check_room, fetch_index, keep_encoded, read_index
+from d2v_composer.data.shared_memory import check_shared_memory
 from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
 from d2v_composer.data.verified_stream import VerifiedStream
 from d2v_composer.environment import describe_machine
@@ -36,6 +37,7 @@ __all__ = [
     "check_data",
     "check_listing",
     "check_machine",
+    "check_memory_shared",
     "check_retrieval_sets",
     "check_room_for_run",
     "check_shards",
@@ -251,6 +253,18 @@ def check_room_for_run(
 def existing_folder(folder: Path) -> Path:
     """A folder, or the nearest one above it that exists."""
     return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+
+
+def check_memory_shared(config: TrainConfig, data: DataSet, image_size: int) -> tuple[str, None]:
+    """Compare the free shared memory with what the data of this node's ranks takes.
+
+    Raises:
+        InputError: There is too little.
+    """
+    needed = shared_memory_of_node(config, len(data.shards), data.num_samples, image_size)
+    if (fault := check_shared_memory(needed)) is not None:
+        raise InputError(fault)
+    return f"{needed / 1e6:,.0f} MB for the data of this node's ranks", None
 
 
 def check_retrieval_sets(config: TrainConfig, image_size: int) -> tuple[str, dict[str, LabelledSet]]:

@@ -95,6 +95,7 @@ def look(config: TrainConfig, nodes: Nodes, table: Table) -> Found | None:
         table.check("listing", "convert again, or allow listing", lambda: checks.check_listing(config, data))
         size = 224 if teacher is None else teacher.config.image_size
         rate = table.check("shards", "convert again", lambda: checks.check_shards(config, data, size))
+        table.check("shared memory", "enlarge it as said", lambda: checks.check_memory_shared(config, data, size))
         run_folder = find_run_folder(config)
         folder = None if run_folder is None else run_folder.local
         remedy = "make room, or set train_loader.cache_limit or save_num_checkpoints_to_keep"
@@ -149,15 +150,24 @@ def own_folders(argv: Sequence[str], config: TrainConfig, train_script: Path, no
         cache = Path(config.train_loader.local, name)
         port = nodes.exchange("port", str(free_port()))[0]
         rehearsal = Rehearsal(train_script, argv, config, nodes, port, config.run_name, save_folder, cache)
+        made_in = {folder: checks.existing_folder(folder) for folder in (cache, rehearsal.folder)}
         try:
             yield rehearsal
         finally:
-            for folder in (cache, rehearsal.folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # it was there before, or is another node's as well
-                    folder.parent.rmdir()
+            for folder, existing in made_in.items():
+                remove(folder, existing)
             if nodes.rank == 0 and RunFolder.parse(save_folder).address is not None:
                 remove_prefix(save_folder)
+
+
+def remove(folder: Path, existing: Path) -> None:
+    """Remove a folder, and what was made above it; other files, and other nodes' folders, stay."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # one that is not empty
+        for parent in folder.absolute().parents:
+            if parent == existing.absolute():
+                return
+            parent.rmdir()
 
 
 def free_port() -> int:
