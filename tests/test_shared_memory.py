@@ -13,9 +13,12 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from conftest import small_run
 from streaming.base.shared import SharedMemory
 
 from d2v_composer import locks
+from d2v_composer.build import build_train_loader
+from d2v_composer.config import load_config
 from d2v_composer.data import shared_memory
 from d2v_composer.data.shared_memory import Reservation
 from d2v_composer.data.streaming_images import StreamingImages
@@ -191,6 +194,20 @@ def test_too_little_shared_memory(images: Callable[[], StreamingImages], monkeyp
     assert "docker run --shm-size=1m" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert set(MEMORY.iterdir()) - before == set()
+
+
+def test_too_little_shared_memory_for_the_workers(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for the data set, and not for the batches that are made in advance."""
+    options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
+    config = load_config(small_run(tmp_path, small_data, *options))
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
+    build_train_loader(config, 24)
+    with pytest.raises(
+        InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, training data takes 34,\d"
+    ):
+        build_train_loader(config, 224)  # 16 x 3 x 224 x 224 bytes, 14 times
 
 
 def test_shared_memory_needed() -> None:
