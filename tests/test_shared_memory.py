@@ -204,9 +204,7 @@ def test_too_little_shared_memory_for_the_workers(
     config = load_config(small_run(tmp_path, small_data, *options))
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
     build_train_loader(config, 24)
-    with pytest.raises(
-        InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, training data takes 34,\d"
-    ):
+    with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* takes 33,9"):
         build_train_loader(config, 224)  # 16 x 3 x 224 x 224 bytes, 14 times
 
 

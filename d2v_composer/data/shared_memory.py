@@ -94,11 +94,13 @@ class Reservation:
         """Remove this process's shared memory and, in the last process of the run, everything under the number."""
         if os.getpid() != self._pid:  # a worker's copy
             return
-        while self.memory:
-            _remove(self.memory.pop())
-        if is_last_user(self._descriptor):
-            _remove_files(self.number)
-        os.close(self._descriptor)
+        try:
+            while self.memory:
+                _remove(self.memory.pop())
+            if is_last_user(self._descriptor):
+                _remove_files(self.number)
+        finally:  # torch raises from a signal's handler where a worker was killed
+            os.close(self._descriptor)
 
 
 def reserve_for_run() -> Reservation:
