@@ -24,4 +24,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         kind = type(error)
         print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
         sys.exit(2)
+    except (IsADirectoryError, NotADirectoryError) as error:
+        # Wherever it shows: there is a folder where a file is expected, or the other way round.
+        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)

@@ -3,7 +3,6 @@
 Shapes: N images, D channels.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from d2v_composer.atomic import whole_file
 from d2v_composer.errors import InputError
+from d2v_composer.outputs import check_out_file
 
 __all__ = ["EmbeddingFile", "NpyFile", "ParquetFile", "Part", "open_out", "read_skipped", "write_part"]
 
@@ -60,10 +60,7 @@ class EmbeddingFile(ABC):
     def __init__(self, out: Path) -> None:
         self.out = out
         self.refuse_existing()
-        existing = next(folder for folder in (out.parent, *out.parent.parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            what = "is not one that can be written" if existing.is_dir() else "is not a folder"
-            raise InputError(f"{out}: cannot be written: {existing} {what}")
+        check_out_file(out)
 
     @property
     def folder(self) -> Path:

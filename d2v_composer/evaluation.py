@@ -24,6 +24,7 @@ from d2v_composer.data.labelled import LabelledImages, LabelledSet
 from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = [
+    "OUT_FILES",
     "Candidate",
     "Evaluation",
     "Interval",
@@ -33,6 +34,8 @@ __all__ = [
     "evaluate",
     "share_interval",
 ]
+
+OUT_FILES = ("evaluation.json", "evaluation.csv")
 
 NUM_RESAMPLES = 2000
 RESAMPLES_AT_ONCE = 50
@@ -170,10 +173,8 @@ class Evaluation(NamedTuple):
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        texts = {
-            "evaluation.json": json.dumps(about | self.as_json(), indent=1) + "\n",
-            "evaluation.csv": table.getvalue(),
-        }
+        as_json = json.dumps(about | self.as_json(), indent=1) + "\n"
+        texts = dict(zip(OUT_FILES, (as_json, table.getvalue()), strict=True))
         for name, text in texts.items():
             write_atomically(folder / name, text)
 

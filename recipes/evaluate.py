@@ -12,7 +12,8 @@ from d2v_composer.build import build_candidates, build_labelled_sets
 from d2v_composer.config import compute_dtype, load_evaluate_config
 from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.errors import InputError
-from d2v_composer.evaluation import Evaluation, evaluate
+from d2v_composer.evaluation import OUT_FILES, Evaluation, evaluate
+from d2v_composer.outputs import check_out_file
 from d2v_composer.tables import evaluation_tables
 
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> Evaluation | None:
         return None
     if config.out is not None:
         make_folder(Path(config.out))
+        for name in OUT_FILES:
+            check_out_file(Path(config.out, name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, image_size = build_candidates(config, device)
     datasets = build_labelled_sets(config.datasets, image_size)

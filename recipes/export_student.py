@@ -19,6 +19,7 @@ from d2v_composer.models.load import load_any, save_student
 from d2v_composer.models.portable import Embedder, export_onnx, export_program
 from d2v_composer.models.student import Student
 from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.outputs import check_out_file
 
 PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> Student:
     out = arguments.out
     if out.suffix not in (".safetensors", *PROGRAMS):
         raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
+    check_out_file(out)
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if student is None:
         raise InputError(f"{arguments.source}: is a teacher; expected a checkpoint of recipes/train.py, or its student")

@@ -1,5 +1,7 @@
 """Distil a student: ``composer recipes/train.py FILE.yaml [dotted.key=value …]``."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,6 +32,7 @@ from d2v_composer.config import TrainConfig, load_config
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.models.sharding import join_units
 from d2v_composer.nodes import join_ranks, rank_zero_first, separate_signal_files
+from d2v_composer.persistence import reason
 from d2v_composer.processes import allow_open_files, uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
 from d2v_composer.resuming import drop_unused_scaler
@@ -122,7 +125,12 @@ def report(
     if was_finished and (folder / "report.html").is_file():  # which says where and how it was trained
         return
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
-    written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
+    try:
+        written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
+    except Exception as error:  # noqa: BLE001  (the training is finished, whatever may be wrong with the log or the disk)
+        problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
+        print(f"report: {problem}; later: python recipes/report.py {shlex.quote(str(folder))}", file=sys.stderr)
+        return
     print(f"report: {written[0]}")
     for path in written:
         if (key := run_folder.key(str(path.relative_to(folder)))) is not None:

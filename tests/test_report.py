@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -237,3 +238,71 @@ def test_what_is_no_run(run_folder: Path, tmp_path: Path) -> None:
         read_run(tmp_path)
     ended = run_command(sys.executable, SCRIPT, tmp_path / "nowhere")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+
+
+DAMAGED = [
+    b"\xff\xfe{",
+    b'{"step": 3, "loss/train/total": 0.\x80}',
+    b"7",
+    b"null",
+    b"[1, 2]",
+    b'"step"',
+    b'{"loss/train/total": 1.0}',
+    b'{"step": null, "loss/train/total": 1.0}',
+    b'{"step": "3", "loss/train/total": 1.0}',
+    b'{"step": -1, "loss/train/total": 1.0}',
+    b'{"step": 1e400, "loss/train/total": 1.0}',
+    b'{"step": 3, "loss/train/total": "low"}',
+    b'{"step": 3, "loss/train/total": [1.0]}',
+    b'{"step": 3, "loss/train/total": null}',
+    b'{"step": 3, "loss/train/total": 1' + b"0" * 400 + b"}",
+    b'{"step": 3, "loss/train/tot',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=[repr(line[:40]) for line in DAMAGED])
+def test_a_damaged_line_of_a_log(damaged: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is left out, its number said, and nothing else is lost."""
+    path = tmp_path / "log.jsonl"
+    whole = [f'{{"step": {step}, "loss/train/total": {step / 2}, "nan": NaN}}'.encode() for step in range(3)]
+    path.write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]))
+    series = read_jsonl(path)
+    assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
+    assert list(series) == ["loss/train/total", "nan"]
+    assert caplog.messages == [f"{path}: 1 of 4 lines are damaged and left out"]
+
+
+def test_a_report_of_a_damaged_log(run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, symlinks=True)
+    with (copy / "log.jsonl").open("ab") as file:
+        file.write(b"\n".join(DAMAGED))
+    assert write_report(read_run(copy), copy)[0] == copy / "report.html"
+
+
+@pytest.mark.parametrize("log", [b"\xff\n7\n", b"", b'{"step": 0, "metrics/x": 1}'])
+def test_a_finished_training_ends_well_without_a_report(
+    log: bytes, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the log was before, and whatever drawing comes to."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_bytes(log)
+    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
+    short = ("max_duration=2ba", "scheduler.t_warmup=1ba", "student.depth=1", "report=true")
+    if not log:
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setitem(recipe["report"].__globals__, "write_report", fail)
+    trainer = recipe["main"](small_run(folder, small_data, *short))
+    assert trainer.state.timestamp.batch == 2
+    if log:
+        assert (folder / "report.html").is_file()
+    else:
+        assert capfd.readouterr().err.splitlines()[-1] == (
+            "report: cannot be made (OSError: [Errno 28] No space left on device); "
+            f"later: python recipes/report.py {folder}"
+        )

@@ -18,6 +18,10 @@ LAST_RUN_LEAVES = 10.0
 LONGEST_NOTE = 4096
 
 
+# What a run writes beside its checkpoints.
+FILES = (".in_use", "latest-rank0.pt", "log.jsonl", "report.html", "run.yaml")
+
+
 class SoleRun(Callback):
     """Refuse to train in a folder where another run of this machine trains.
 
@@ -45,6 +49,11 @@ class SoleRun(Callback):
 
     def _lock(self, folder: Path, remote: str | None) -> str | None:
         """Lock the folder and note whose it is; what is wrong, where that cannot be."""
+        for name in FILES:
+            if (folder / name).is_dir():
+                return f"save_folder: {folder / name}: is a folder, expected a run's file, or none"
+        if (folder / "report").is_file():
+            return f"save_folder: {folder / 'report'}: is a file, expected the folder of a run's report, or none"
         try:
             lock = acquire(self.path, wait=LAST_RUN_LEAVES)
         except OSError as error:
@@ -55,7 +64,7 @@ class SoleRun(Callback):
                 f"{folder}: another run trains there: give each a run_name or save_folder of its own"
                 f"{''.join(f', or end {each}' for each in user)}"
             )
-        other = os.pread(lock, LONGEST_NOTE, 0).decode().partition("\n")[0]
+        other = os.pread(lock, LONGEST_NOTE, 0).decode(errors="replace").partition("\n")[0]
         if other not in ("", remote):
             os.close(lock)
             return f"save_folder: {folder} holds the files of {other}, not those of {remote or 'this run'}"

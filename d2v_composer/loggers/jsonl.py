@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,10 @@ from d2v_composer.errors import InputError
 from d2v_composer.fetch import download
 
 __all__ = ["JSONLLogger", "read_jsonl"]
+
+LARGEST_STEP = 1 << 40
+
+log = logging.getLogger(__name__)
 
 
 class JSONLLogger(LoggerDestination):
@@ -77,14 +82,38 @@ class JSONLLogger(LoggerDestination):
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
-    """key → step → value of a log; where a restart wrote a step again, the later value."""
+    """key → step → value of a log; where a restart wrote a step again, the later value.
+
+    Lines that are damaged, such as the one during which a process was killed, are left out with a warning.
+    """
     series: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line during which a process was killed
+    lines = path.read_bytes().splitlines()
+    damaged = 0
+    for line in lines:
+        entry = _parse_line(line)
+        if entry is None:
+            damaged += 1
             continue
         step = entry.pop("step")
         for key, value in entry.items():
             series.setdefault(key, {})[step] = value
+    if damaged:
+        log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(lines))
     return series
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """A step and numbers by their names; ``None`` where a line is anything else."""
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not all(_is_number(value) for value in entry.values()):
+        return None
+    step = entry.get("step")
+    return entry if isinstance(step, int) and 0 <= step <= LARGEST_STEP else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a plot can show it; Python reads whole numbers of any size, and NaN."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1000)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_composer.errors import InputError
+from d2v_composer.outputs import check_out_file
 from d2v_composer.persistence import reason
 
 __all__ = ["Artifact", "is_safetensors", "parse_object", "read_artifact", "read_kind", "sha256", "write_artifact"]
@@ -45,8 +46,7 @@ def write_artifact(path: Path, kind: Kind, artifact: Artifact) -> None:
         "config": json.dumps(artifact.config),
         "provenance": json.dumps(artifact.provenance),
     }
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
+    check_out_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -40,6 +40,7 @@ from d2v_composer.models.stored_config import (
     shapes_of,
 )
 from d2v_composer.models.student import Student
+from d2v_composer.outputs import check_out_file
 from d2v_composer.persistence import reason
 
 __all__ = [
@@ -124,6 +125,7 @@ def convert_teacher(
     Raises:
         InputError: As :func:`load_teacher`.
     """
+    check_out_file(out)
     file = fetch(source)
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")

@@ -113,6 +113,7 @@ def trace(embedder: Embedder) -> torch.export.ExportedProgram:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write that takes its place once it is whole."""
     partial = path.with_name(f".partial.{path.name}")  # with its suffix, which torch minds
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         partial.replace(path)
