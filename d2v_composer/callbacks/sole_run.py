@@ -16,8 +16,6 @@ __all__ = ["SoleRun"]
 # How long the workers of a run that was killed may hold on to its lock.
 LAST_RUN_LEAVES = 10.0
 LONGEST_NOTE = 4096
-
-
 # What a run writes beside its checkpoints.
 FILES = (".in_use", "latest-rank0.pt", "log.jsonl", "report.html", "run.yaml")
 
@@ -59,7 +57,7 @@ class SoleRun(Callback):
         except OSError as error:
             return f"save_folder: {folder}: cannot be written ({error.strerror})"
         if lock is None:
-            user = self.path.read_text().splitlines()[1:2]
+            user = self.path.read_text(errors="replace").splitlines()[1:2]
             return (
                 f"{folder}: another run trains there: give each a run_name or save_folder of its own"
                 f"{''.join(f', or end {each}' for each in user)}"
