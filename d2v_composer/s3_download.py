@@ -4,12 +4,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from boto3.session import Session
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 from urllib3 import BaseHTTPResponse
 
 from d2v_composer import persistence
@@ -38,7 +39,8 @@ class S3Downloader:
     def __init__(self, patience: float, attempts: int = 1) -> None:
         self.patience = patience
         self.attempts = attempts
-        self._client: tuple[int, Any] = (0, None)
+        self._client: Any = None
+        self._user: int | None = None  # the process that first used the client
 
     def download(self, address: str, path: Path, stop: threading.Event | None = None) -> None:
         """Download a file, once; a failure leaves what came.
@@ -71,22 +73,30 @@ class S3Downloader:
             if file.tell() < (length := response.get("ContentLength", 0)):
                 raise ConnectionError(f"broke off after {file.tell()} of {length} bytes")
 
+    def prepare(self) -> None:
+        """Make the client now, for processes that are forked from this one: 50 ms or more for each of them."""
+        with suppress(BotoCoreError, ValueError):  # as it will be at the first download, where it can be reported
+            self._client = self._make_client()
+
     def _connect(self) -> Any:
-        process, client = self._client
-        if process != os.getpid():  # forked: two processes on one connection get each other's answers
-            config = Config(
-                connect_timeout=min(self.patience, persistence.CONNECT_SECONDS),
-                read_timeout=self.patience,
-                retries={"total_max_attempts": self.attempts, "mode": "standard"},
-                max_pool_connections=MOST_CONNECTIONS,
-                response_checksum_validation="when_required",  # the caller verifies
-            )
-            client = Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=config)
-            self._client = os.getpid(), client
-        return client
+        # A client that was not used yet has no connection that two forked processes could share.
+        if self._client is None or self._user not in (None, os.getpid()):
+            self._client = self._make_client()
+        self._user = os.getpid()
+        return self._client
+
+    def _make_client(self) -> Any:
+        config = Config(
+            connect_timeout=min(self.patience, persistence.CONNECT_SECONDS),
+            read_timeout=self.patience,
+            retries={"total_max_attempts": self.attempts, "mode": "standard"},
+            max_pool_connections=MOST_CONNECTIONS,
+            response_checksum_validation="when_required",  # the caller verifies
+        )
+        return Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=config)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"patience": self.patience, "attempts": self.attempts, "_client": (0, None)}
+        return self.__dict__ | {"_client": None, "_user": None}
 
 
 def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> Iterator[bytes]:

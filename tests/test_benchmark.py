@@ -42,6 +42,8 @@ ROWS = [
     ("ours, decoding alone", ORIGINALS, "uint8"),
     ("ours, local disk", RESIZED, "uint8"),
     ("ours, decoding alone", RESIZED, "uint8"),
+    ("ours, S3 cold, going on", ORIGINALS, "uint8"),
+    ("ours, S3 warm, going on", ORIGINALS, "uint8"),
 ]
 
 
@@ -74,7 +76,7 @@ def test_data(tmp_path: Path) -> None:
             assert "not installed" in ended.stdout
     assert found["rows"][0]["ratio_to_baseline"] == 1
     assert [(target["workers"], target["at_least"]) for target in found["targets"]] == [
-        (workers, least) for workers in (0, 2) for least in (1.25, 1, 1, 2.3, 0.95)
+        (workers, least) for workers in (0, 2) for least in (1.25, 1, 1, 2.3, 0.95, 0.9)
     ]
     assert found["photos"]["images"] == FEWEST_IMAGES
     assert found["versions"]["torch"] == "2.7.0"

@@ -3,8 +3,9 @@
 Every contender reads all images in every pass, and delivers them in batches through a torch DataLoader. Passes are
 whole epochs, from asking for the first batch to the last: with what starting an epoch costs, without what starting a
 process costs (worker processes stay from pass to pass). The first pass of each does not count, so files are in the
-page cache. "One core" is this process with all its threads on one core; the object store is another process, and free
-to use others. With worker processes nothing is tied to a core.
+page cache; the rows that are "going on" are measured otherwise, see going_on.py. "One core" is this process with all its
+threads on one core; the object store is another process, and free to use others. With worker processes nothing is tied
+to a core.
 
 On a machine that does other things at the same time, the CPU clock gives steadier numbers of one core. It leaves out
 waiting: for the object store, when its cache is cold.
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from streaming.base.format.mds import MDSReader
 
+from d2v_composer.benchmarks.going_on import measure_going_on, upload_copies
 from d2v_composer.benchmarks.measure import (
     Rates,
     Target,
@@ -55,12 +57,13 @@ __all__ = ["CLOCKS", "FEWEST_IMAGES", "DataBenchmark", "Row", "benchmark_data"]
 FEWEST_IMAGES = 32
 NUM_SHARDS = 8  # of about as many images each, for every format, so that workers have equal shares
 SHORT_SIDE, QUALITY = 256, 90
-BUCKET = "benchmark"
+BUCKET, COPIES_BUCKET = "benchmark", "copies"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "mosaicml-streaming", "litdata", "webdataset")
 
 BASELINE = "ImageFolder + PIL"
 LOCAL, WARM, COLD, DECODING = "ours, local disk", "ours, S3 warm", "ours, S3 cold", "ours, decoding alone"
+GOING_ON = "ours, S3 cold, going on", "ours, S3 warm, going on"
 
 
 class Row(NamedTuple):
@@ -141,8 +144,10 @@ def benchmark_data(
     rows: list[Row] = []
     with _object_store() as store:
         readers = _readers(work, photos, store)
+        copies = None if store is None else upload_copies(store, work / "originals", COPIES_BUCKET)
         for num_workers in workers:
             rows += _measure(readers, photos.images, num_workers, rounds, clock)
+            rows += _measure_going_on(copies, work / "going-on", num_workers, rounds, clock)
     targets = {num_workers: _targets(rows, num_workers) for num_workers in workers}
     return DataBenchmark(photos, clock, describe_machine(), versions(*PACKAGES), rounds, rows, targets)
 
@@ -222,6 +227,17 @@ def _measure(readers: Sequence[Reader], num_images: int, workers: int, rounds: i
     return [Row(*reader[:3], workers, rates.get("  ".join(reader[:3]))) for reader in readers]
 
 
+def _measure_going_on(remote: str | None, cache: Path, workers: int, rounds: int, clock: str) -> list[Row]:
+    rates: tuple[Rates | None, Rates | None] = None, None
+    if remote is not None:
+        with (
+            progress_bar(f"{_setting(workers)}, going on", 2 * (rounds + 1)) as progress,
+            one_core() if workers == 0 else nullcontext(),
+        ):
+            rates = measure_going_on(remote, cache / f"{workers} workers", workers, rounds, progress, CLOCKS[clock])
+    return [Row(name, ORIGINALS, UINT8, workers, each) for name, each in zip(GOING_ON, rates, strict=True)]
+
+
 def _targets(rows: Sequence[Row], workers: int) -> list[Target]:
     rows = [row for row in rows if row.workers == workers]
     baseline = _best(rows, BASELINE, ORIGINALS, FLOAT32)
@@ -232,6 +248,7 @@ def _targets(rows: Sequence[Row], workers: int) -> list[Target]:
         ("originals, against the best of webdataset", own, _best(rows, "webdataset", ORIGINALS), 1.0),
         ("256 px, against ImageFolder + PIL on originals", _best(rows, LOCAL, RESIZED), baseline, 2.3),
         ("originals, S3 warm against local disk", warm, own, 0.95),
+        ("originals, S3 cold against warm, going on", *(_best(rows, name, ORIGINALS) for name in GOING_ON), 0.9),
     ]
     return [
         Target(what, None if rates is None or other is None else rates.ratio(other), at_least)

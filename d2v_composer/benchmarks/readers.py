@@ -37,6 +37,7 @@ __all__ = [
     "decode_alone",
     "image_folder",
     "litdata_chunks",
+    "our_loader",
     "ours",
     "ours_cold",
     "webdataset_tars",
@@ -75,7 +76,7 @@ def ours(name: str, stored: str, local: Path, num_images: int, remote: str | Non
     def start(workers: int) -> Iterator[Pass]:
         # A cache has one user, and the last one's may not be gone yet.
         folder = local if remote is None else local / f"{workers} workers"
-        loader = _our_loader(folder, remote, workers)
+        loader = our_loader(folder, remote, workers)
         yield functools.partial(_take_all, loader, UINT8, num_images)
 
     return Reader(name, stored, UINT8, start)
@@ -89,16 +90,22 @@ def ours_cold(name: str, stored: str, folder: Path, num_images: int, remote: str
         caches = (folder / f"{workers} workers, pass {i}" for i in range(1 << 30))
 
         def cold_pass() -> None:
-            _take_all(_our_loader(next(caches), remote, workers), UINT8, num_images)
+            _take_all(our_loader(next(caches), remote, workers), UINT8, num_images)
 
         yield cold_pass
 
     return Reader(name, stored, UINT8, start)
 
 
-def _our_loader(local: Path, remote: str | None, workers: int) -> DataLoader:
+def our_loader(local: Path, remote: str | None, workers: int, shuffle_block_size: int = 1 << 16) -> DataLoader:
+    """Our training images in batches; see :class:`StreamingImages`."""
     dataset = StreamingImages(
-        local=local, remote=remote, batch_size=BATCH_SIZE, transform=RandomResizedCropFlip(IMAGE_SIZE), seed=SEED
+        local=local,
+        remote=remote,
+        batch_size=BATCH_SIZE,
+        transform=RandomResizedCropFlip(IMAGE_SIZE),
+        seed=SEED,
+        shuffle_block_size=shuffle_block_size,
     )
     return DataLoader(dataset, BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0)
 

@@ -59,6 +59,8 @@ class VerifiedStream(Stream):
         super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_PATIENCE))
         self.timeout = timeout
         self._s3 = S3Downloader(self.download_timeout)
+        if remote is not None and remote.startswith(SCHEME):
+            self._s3.prepare()
         self._idle: tuple[int, list[CloudDownloader]] = (os.getpid(), [self._downloader])
 
     @override
