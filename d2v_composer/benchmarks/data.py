@@ -3,9 +3,8 @@
 Every contender reads all images in every pass, and delivers them in batches through a torch DataLoader. Passes are
 whole epochs, from asking for the first batch to the last: with what starting an epoch costs, without what starting a
 process costs (worker processes stay from pass to pass). The first pass of each does not count, so files are in the
-page cache; the rows that are "going on" are measured otherwise (going_on.py). "One core" is this process with all its
-threads on one core; the object store is another process, and free to use others. With worker processes nothing is tied
-to a core.
+page cache; the rows "going on" are measured otherwise (going_on.py). "One core" is this process with all its threads on
+one core; the object store is another process, and free to use others. With worker processes nothing is tied to a core.
 
 On a machine that does other things at the same time, the CPU clock gives steadier numbers of one core. It leaves out
 waiting: for the object store, when its cache is cold.
