@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -469,16 +471,17 @@ def test_a_full_disk(original: Path, tmp_path: Path, workers: int) -> None:
 
 
 def test_a_killed_worker(original: Path, tmp_path: Path) -> None:
+    """The epoch ends with torch's word for it: the dead process, or the broken connection of a batch under way."""
     dataset = images(tmp_path / "cache", original)
     batches = iter(loader(dataset, workers=2))
     next(batches)
     os.kill(batches._workers[1].pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
-    with (
-        pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)"),
-        time_limit(20),
-    ):
+    dead = r"DataLoader worker .* (killed by signal|exited unexpectedly)"
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)) as caught, time_limit(20):
         list(batches)
-    batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(caught.value, (ConnectionError, EOFError)) or re.search(dead, str(caught.value))
+    with suppress(RuntimeError):  # the same, where a broken connection came first
+        batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_who_waits_for_a_shard_learns_that_it_was_given_up(
