@@ -24,6 +24,7 @@ from torch.torch_version import TorchVersion
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import LARGEST_FILE, transfer
 from d2v_composer.models.safe_pickle import load_untrusted
+from d2v_composer.models.torch_archive import BrokenArchiveError, check_archive
 from d2v_composer.persistence import is_missing, persist, reason
 
 __all__ = [
@@ -72,11 +73,14 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(f"{path}: is not a checkpoint of recipes/train.py: it has {path.stat().st_size} bytes")
     _check_sums(path)
     try:
+        check_archive(path)
         load_untrusted(path)  # within bounds of time and memory, which those below do not keep
         _check_memo(path)
         with torch.serialization.safe_globals(OUR_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         algorithms = [name for name, _ in checkpoint["state"]["algorithms"]]
+    except BrokenArchiveError as error:
+        raise DamagedCheckpointError(f"{path}: is cut or damaged, or no checkpoint ({error})") from error
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+) was not", str(error))
         what = f"it names {foreign[1]}, which none of ours does" if foreign else reason(error)

@@ -55,7 +55,24 @@ def encrypt(path: Path) -> None:
     path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip, encrypt])
+def span_disks(path: Path) -> None:
+    """One bit of the directory, which torch's reader alone minds."""
+    flip_in_entry(path, b"/data/3", 34, 1)
+
+
+def make_folder(path: Path) -> None:
+    """One bit of the directory, with which torch gives what happens to be in memory for a tensor."""
+    flip_in_entry(path, b"/data/3", 38, 4)
+
+
+def flip_in_entry(path: Path, name: bytes, place: int, bit: int) -> None:
+    contents = bytearray(path.read_bytes())
+    entry = contents.rindex(b"PK\x01\x02", 0, contents.rindex(name))
+    contents[entry + place] ^= 1 << bit
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, encrypt, span_disks, make_folder])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     run_folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -70,6 +87,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     damage(before)
     with pytest.raises(InputError, match="none of its 2 checkpoints is whole: remove them to start anew"):
         find_newest_checkpoint(run_folder)
+
+
+def test_any_bit_of_the_directory(tmp_path: Path) -> None:
+    """It is damaged, or the content is as it was."""
+    path, weight = tmp_path / "ep0-ba1-rank0.pt", torch.arange(8.0)
+    torch.save({"state": {"algorithms": [], "model": {"weight": weight}}}, path)
+    whole = path.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))
+    places = [*range(entry, whole.index(b"PK\x01\x02", entry + 1)), *range(whole.rindex(b"PK\x05\x06"), len(whole))]
+    num_damaged = 0
+    for bit in (8 * place + bit for place in places for bit in range(8)):
+        contents = bytearray(whole)
+        contents[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(contents)
+        try:
+            check_checkpoint(path)
+        except DamagedCheckpointError:
+            num_damaged += 1
+        else:
+            assert torch.equal(load_checkpoint(path)["state"]["model"]["weight"], weight), bit
+    assert num_damaged > len(places)
 
 
 def test_which_is_the_newest(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
