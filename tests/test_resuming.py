@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from: whole, ours, and the newest such."""
 
+import datetime
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from composer import Trainer
@@ -18,6 +20,7 @@ from composer.trainer import _scaler
 from composer.utils import checkpoint as composer_checkpoint
 from conftest import GOLDEN, load_checkpoint, run_command, small_run, student_of, train_command
 from torch.amp.grad_scaler import GradScaler
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
 from d2v_composer.errors import InputError
@@ -325,3 +328,27 @@ def test_a_checkpoint_that_does_not_name_its_data_set(
     del checkpoint["state"]["callbacks"]["RunRecord"]["record"]["data"]
     torch.save(checkpoint, newest)
     resumed(run_folder, many_shards, monkeypatch)
+
+
+def test_only_composers_own_contents_need_an_allow_list(run_folder: Path, tmp_path: Path) -> None:
+    """Composer reads checkpoints with weights_only after 0.32.1, and allows what its timestamps, versions and random
+    states name."""
+    checkpoint = load_checkpoint(run_folder / "latest-rank0.pt")
+    state = checkpoint["state"]
+    assert {"RunRecord", "Health"} <= state["callbacks"].keys()
+    for composers in ("rng", "timestamp", "metadata", "CheckpointSaver"):
+        owner = next(each for each in (checkpoint, state, state["callbacks"]) if composers in each)
+        del owner[composers]
+    torch.save(checkpoint, tmp_path / "ours.pt")
+    assert torch.load(tmp_path / "ours.pt", weights_only=True)["state"].keys() == state.keys()
+
+
+def test_composer_may_read_weights_only(run_folder: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path, map_location: str) -> Any:
+        reconstruct: Any = np.array(0).__reduce__()[0]
+        numpys = [np.ndarray, np.dtype, type(np.dtype("uint32")), reconstruct]
+        with torch.serialization.safe_globals([datetime.timedelta, TorchVersion, *numpys]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    monkeypatch.setattr(composer_checkpoint, "_torch_load_with_validation", load)
+    resumed(run_folder, small_data, monkeypatch)

@@ -35,6 +35,7 @@ from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdate
 from d2v_composer.config import load_config
 from d2v_composer.errors import InputError
 from d2v_composer.loggers import JSONLLogger
+from d2v_composer.models import load
 from d2v_composer.models.load import load_any
 from d2v_composer.resuming import LATEST
 from d2v_composer.testing.object_store import ObjectStore
@@ -331,6 +332,37 @@ def test_a_pointer_that_is_gone_for_a_moment(uninterrupted: Path, tmp_path: Path
     assert teacher is not None
     with pytest.raises(InputError, match=r"none\.pt: no such file"):
         load_any(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("step", ["fetch", "is_safetensors", "load_untrusted"])
+def test_a_checkpoint_that_is_removed_while_it_is_read(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The run saves the next one and keeps one alone: that is read instead."""
+    pointer, old, new = tmp_path / LATEST, tmp_path / "ep1-ba12-rank0.pt", tmp_path / "ep2-ba14-rank0.pt"
+    shutil.copyfile(uninterrupted / old.name, old)
+    pointer.symlink_to(old.name)
+    function = getattr(load, step)
+
+    def late(path: Path) -> Any:
+        if path == old and old.exists():
+            shutil.copyfile(uninterrupted / new.name, new)
+            pointer.unlink()
+            pointer.symlink_to(new.name)
+            old.unlink()
+        return function(path)
+
+    monkeypatch.setattr(load, step, late)
+    student, _ = load_any(pointer)
+    assert student is not None
+    expected = student_of(uninterrupted)
+    assert all(
+        torch.equal(tensor, expected[f"student.blocks.{name}"]) for name, tensor in student.blocks.state_dict().items()
+    )
+
+    new.write_bytes(new.read_bytes()[:999])
+    with pytest.raises(InputError, match=rf"{new}: truncated"):
+        load_any(pointer)
 
 
 def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:

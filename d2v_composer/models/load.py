@@ -1,8 +1,6 @@
 """Teachers and students from files and back."""
 
 import datetime
-import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -42,6 +40,7 @@ from d2v_composer.models.stored_config import (
 from d2v_composer.models.student import Student
 from d2v_composer.outputs import check_out_file
 from d2v_composer.persistence import reason
+from d2v_composer.pointers import read_newest
 
 __all__ = [
     "Conversion",
@@ -52,8 +51,6 @@ __all__ = [
     "save_student",
 ]
 
-# Composer removes a pointer before it makes the next one.
-POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
@@ -164,7 +161,17 @@ def load_any(
     Raises:
         InputError: It is none of them, or damaged.
     """
-    file = fetch(path if is_remote(path) else _pointed_at(Path(path)))
+
+    def load(file: Path) -> tuple[Student | None, Data2Vec2 | None]:
+        return _load_file(path, fetch(file), weights, teacher_path)
+
+    return _load_file(path, fetch(path), weights, teacher_path) if is_remote(path) else read_newest(Path(path), load)
+
+
+def _load_file(
+    path: str | Path, file: Path, weights: Weights, teacher_path: str | None
+) -> tuple[Student | None, Data2Vec2 | None]:
+    """:func:`load_any`, of the file on this machine that ``path`` stands for."""
     if is_safetensors(file) and read_kind(file) == "student":
         return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
@@ -173,15 +180,6 @@ def load_any(
     if teacher_path is not None:
         raise InputError(f"{path}: is no student, for which teacher {teacher_path} would be")
     return None, load_teacher(path, weights)
-
-
-def _pointed_at(path: Path) -> Path:
-    """The file that a run's pointer names. It may name another one soon, and for a moment in between there is none."""
-    for _ in range(POINTER_ATTEMPTS):
-        with suppress(OSError):
-            return path.resolve(strict=True)
-        time.sleep(POINTER_PAUSE)
-    return path
 
 
 def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str | None) -> tuple[Student, Data2Vec2]:

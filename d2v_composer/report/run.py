@@ -12,6 +12,7 @@ from d2v_composer.data.labelled import LabelledSet, load_labelled_set
 from d2v_composer.errors import InputError
 from d2v_composer.loggers.jsonl import read_jsonl
 from d2v_composer.models.safe_pickle import load_untrusted
+from d2v_composer.pointers import read_newest
 
 __all__ = ["Run", "read_run"]
 
@@ -90,7 +91,11 @@ def _neighbours(checkpoint: Path) -> Neighbours:
     if not checkpoint.is_file():
         return {}
     try:
-        return load_untrusted(checkpoint)["state"]["callbacks"].get("ZeroShotRetrieval", {}).get("neighbours", {})
+        return (
+            read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
+            .get("ZeroShotRetrieval", {})
+            .get("neighbours", {})
+        )
     except (KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
 
