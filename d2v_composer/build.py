@@ -63,7 +63,13 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.load import load_any, load_teacher
 from d2v_composer.models.student import Student
-from d2v_composer.nodes import COLLECTIVE_SECONDS, node_leaders_first, raise_on_all_ranks, rank_zero_first
+from d2v_composer.nodes import (
+    COLLECTIVE_SECONDS,
+    gather_objects,
+    node_leaders_first,
+    raise_on_all_ranks,
+    rank_zero_first,
+)
 from d2v_composer.persistence import reason
 from d2v_composer.processes import FORK
 from d2v_composer.references import embed_with_encoder, pixels
@@ -244,7 +250,7 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
     """The room that each node still needs; the same list on every rank."""
     num_nodes = dist.get_world_size() // dist.get_local_world_size()
     need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
-    needs = dist.all_gather_object((dist.get_local_rank(), need))
+    needs = gather_objects((dist.get_local_rank(), need))
     return [need for local_rank, need in needs if local_rank == 0]
 
 

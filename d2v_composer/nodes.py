@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer.devices import Device
@@ -19,6 +19,7 @@ from d2v_composer.persistence import reason
 
 __all__ = [
     "COLLECTIVE_SECONDS",
+    "gather_objects",
     "join_ranks",
     "node_leaders_first",
     "raise_on_all_ranks",
@@ -31,6 +32,7 @@ COLLECTIVE_SECONDS = 300.0
 # A rank that others wait for says so often that it is alive; one that is silent for so long is given up.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 300.0, 0.2
 
+ObjectT = TypeVar("ObjectT")
 _turns = itertools.count()
 
 
@@ -88,7 +90,7 @@ def rank_zero_first(what: str) -> Iterator[None]:
 @functools.cache
 def _node_leaders() -> tuple[int, ...]:
     """The first rank of each node; a collective."""
-    return tuple(rank for rank, local in enumerate(dist.all_gather_object(dist.get_local_rank())) if local == 0)
+    return tuple(rank for rank, local in enumerate(gather_objects(dist.get_local_rank())) if local == 0)
 
 
 @contextmanager
@@ -150,13 +152,18 @@ def _await(store: Any, key: str, who: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def gather_objects(mine: ObjectT) -> list[ObjectT]:
+    """Every rank's object, in their order; no collective where there is one rank."""
+    return [mine] if dist.get_world_size() == 1 else dist.all_gather_object(mine)
+
+
 def raise_on_all_ranks(fault: str | None) -> None:
     """End all ranks for a fault that one of them found; the others would wait for it.
 
     Raises:
         InputError: On every rank, with the first rank's fault that has one.
     """
-    for each in dist.all_gather_object(fault):
+    for each in gather_objects(fault):
         if each is not None:
             raise InputError(each)
 

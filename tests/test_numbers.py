@@ -297,7 +297,7 @@ def test_sharded_weights_and_moments_are_all_looked_at(process_group: None) -> N
 @pytest.fixture
 def tf32() -> Iterator[tuple[Any, Any]]:
     """torch's two switches, which are put back."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     yield switches
     for switch, allowed in zip(switches, before, strict=True):

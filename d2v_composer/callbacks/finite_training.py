@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from d2v_composer.callbacks.health import loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import unwrapped
+from d2v_composer.nodes import gather_objects
 
 __all__ = ["FiniteTraining"]
 
@@ -91,8 +91,7 @@ def check_weights(state: State, names: Mapping[Tensor, str]) -> None:
         FloatingPointError: A weight or a moment of the optimizer is not finite.
     """
     found = first_not_finite(trained_tensors(state, names))
-    everywhere = [found] if dist.get_world_size() == 1 else dist.all_gather_object(found)
-    if found := next((each for each in everywhere if each is not None), None):
+    if found := next((each for each in gather_objects(found) if each is not None), None):
         raise FloatingPointError(f"batch {int(state.timestamp.batch) - 1}: {found} is not finite; {ADVICE}")
 
 

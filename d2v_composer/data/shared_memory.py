@@ -24,7 +24,7 @@ from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import SharedMemory, array, prefix
 
 from d2v_composer.locks import acquire, is_last_user, share, sole_user
-from d2v_composer.nodes import raise_on_all_ranks
+from d2v_composer.nodes import gather_objects, raise_on_all_ranks
 from d2v_composer.scratch import machine_folder
 
 __all__ = [
@@ -117,7 +117,7 @@ def reserve_for_run() -> Reservation:
         except OSError as error:
             fault = f"{_folder()}: cannot be written ({error.strerror}); data sets share their state there"
     raise_on_all_ranks(fault)
-    numbers: list[int] = dist.all_gather_object(-1 if reservation is None else reservation.number)
+    numbers = gather_objects(-1 if reservation is None else reservation.number)
     return reservation or _join(numbers[dist.get_global_rank() - dist.get_local_rank()])
 
 
