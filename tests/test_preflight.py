@@ -236,22 +236,23 @@ from d2v_composer import cli
 cli.run(train.main)
 """
 FAULTS = {
-    # The batch of BATCH_END is on another device than the model.
+    # The batch that is looked at is on another device than the model.
     "training": """
 from d2v_composer.callbacks.health import Health
 measure = Health.measure
 def measure_elsewhere(self, state, logger):
-    batch = state.batch
-    state.batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    self.microbatch = {name: value.to("meta") for name, value in self.microbatch.items() if torch.is_tensor(value)}
     measure(self, state, logger)
-    state.batch = batch
 Health.measure = measure_elsewhere
 """,
     # Data workers end at SIGTERM, before the batch at hand is done.
     "SIGTERM": """
-import os, signal
-from d2v_composer.data import verified_dataset
-verified_dataset.end_with_parent = lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+import signal
+from d2v_composer import processes
+def end_at_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+processes.end_with_parent = end_at_sigterm
 """,
 }
 
