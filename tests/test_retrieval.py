@@ -384,6 +384,7 @@ class CountingThreads(ZeroShotRetrieval):
 
 def measure_odd_set(out: str) -> None:
     """Run by each of two ranks; rank 0 writes the accuracies down."""
+    torch.set_num_threads(2)  # conftest.py sets one below pytest-xdist
     labelled = odd_set(load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32))
     callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
     train(Classifier(), callback, "1ba")
