@@ -14,7 +14,7 @@ from second_device import MixedDevicesError, SecondDevice, second_device
 from torch.utils.data import DataLoader
 
 from d2v_composer.build import build_candidates
-from d2v_composer.callbacks import Health, ZeroShotRetrieval
+from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
 from d2v_composer.config import load_evaluate_config
 from d2v_composer.data.image_collections import open_collection
 from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
@@ -52,7 +52,7 @@ class StopsAt(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) == self.batch - 1:
-            next(each for each in state.callbacks if hasattr(each, "signalled")).signalled = True
+            next(each for each in state.callbacks if isinstance(each, GracefulStop)).signalled = True
 
 
 EVERYTHING = (
@@ -132,7 +132,8 @@ def test_evaluation(here: Path, labelled: Path) -> None:
         found = evaluate(candidates, datasets, (1, 3), device, 40)
         accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
-    np.testing.assert_allclose(*([each[3] for each in found] for found in accuracies), atol=0.05)
+    on_device, on_host = ([each[3] for each in found] for found in accuracies)
+    np.testing.assert_allclose(on_device, on_host, atol=0.05)
 
 
 @pytest.mark.usefixtures("device")
@@ -204,7 +205,7 @@ class Mixture(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.outputs is not None
-        state.outputs[0] * self.host
+        torch.mul(state.outputs[0], self.host)
 
 
 @pytest.mark.parametrize(
