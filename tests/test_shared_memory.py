@@ -7,12 +7,13 @@ import signal
 import tempfile
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_run
 from streaming.base.shared import SharedMemory
 
@@ -28,6 +29,16 @@ from d2v_composer.errors import InputError
 FORK = multiprocessing.get_context("fork")
 MEMORY = Path("/dev/shm")
 ALL = list(range(96))
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """Another test may have left one, whose threads a forked process lacks: it would wait for ever in a collective."""
+    member = torch.distributed.distributed_c10d.GroupMember
+    before = member.WORLD
+    member.WORLD = None
+    yield
+    member.WORLD = before
 
 
 @pytest.fixture
