@@ -6,7 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["whole_file", "write_atomically"]
+__all__ = ["existing_folder", "whole_file", "write_atomically"]
+
+
+def existing_folder(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
 @contextmanager

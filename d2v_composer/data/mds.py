@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from streaming.base.format.base.reader import Reader
 from streaming.base.format.mds import MDSReader
 
+from d2v_composer.atomic import existing_folder
 from d2v_composer.errors import InputError
 from d2v_composer.fetch import download
 
@@ -82,7 +83,7 @@ def room_needed(
         to_come += max(shard["zip_data"]["bytes"] if shard["zip_data"] else 0 for shard in shards)
     if cache_limit:  # which holds for shards of an earlier run, too
         to_come = min(to_come, max(0, cache_limit - sum(here.values())))
-    existing = next(folder for folder in (local, *local.absolute().parents) if folder.is_dir())
+    existing = existing_folder(local)
     disk = (platform.node(), existing.stat().st_dev)
     return RoomNeeded(disk, str(local), to_come, shutil.disk_usage(existing).free)
 

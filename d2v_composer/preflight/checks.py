@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from streaming.base.format import reader_from_json
 
+from d2v_composer.atomic import existing_folder
 from d2v_composer.build import build_labelled_sets, room_of_node, shared_memory_of_node
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
@@ -248,11 +249,6 @@ def check_room_for_run(
             raise InputError(f"{folder}: {kept} checkpoints take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         found.append(f"checkpoints in {folder}: {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
     return "; ".join(found) or "nothing is stored here", None
-
-
-def existing_folder(folder: Path) -> Path:
-    """A folder, or the nearest one above it that exists."""
-    return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
 def check_memory_shared(config: TrainConfig, data: DataSet, image_size: int) -> tuple[str, None]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from d2v_composer.addresses import RunFolder
+from d2v_composer.atomic import existing_folder
 from d2v_composer.build import find_run_folder
 from d2v_composer.config import TrainConfig
 from d2v_composer.data.labelled import LabelledSet
@@ -150,7 +151,7 @@ def own_folders(argv: Sequence[str], config: TrainConfig, train_script: Path, no
         cache = Path(config.train_loader.local, name)
         port = nodes.exchange("port", str(free_port()))[0]
         rehearsal = Rehearsal(train_script, argv, config, nodes, port, config.run_name, save_folder, cache)
-        made_in = {folder: checks.existing_folder(folder) for folder in (cache, rehearsal.folder)}
+        made_in = {folder: existing_folder(folder) for folder in (cache, rehearsal.folder)}
         try:
             yield rehearsal
         finally:
