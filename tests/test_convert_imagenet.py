@@ -449,7 +449,8 @@ def test_kill_at_random_moments(source: Path, tmp_path: Path, monkeypatch: pytes
         if (out / "index.json").exists():
             assert images(out) == originals(source)
             continue
-        assert not list(out.rglob("index.json"))
+        # Not rglob: the killed run's workers end a moment later, and what they hold goes while it looks.
+        assert not [folder for folder, _, files in os.walk(out) if "index.json" in files]
         partial += bool(list(out.glob("shard.*.mds")))
         main([str(source), str(out), *SMALL_SHARDS])
         assert tree(out) == tree(tmp_path / "whole")
