@@ -21,12 +21,12 @@ from PIL import Image
 from streaming import MDSWriter
 from torchvision.datasets import CIFAR10
 
-from d2v_composer import cli
-from d2v_composer.atomic import write_atomically
-from d2v_composer.callbacks.zero_shot_retrieval import metric_key
-from d2v_composer.errors import InputError
-from d2v_composer.loggers.jsonl import read_jsonl
-from d2v_composer.tables import share_recovered
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.evaluation.bootstrap import share_recovered
+from d2v_composer.evaluation.metric_names import metric_key
+from d2v_composer.system import cli
+from d2v_composer.system.atomic_files import write_atomically
+from d2v_composer.system.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / "yamls" / "ablations"

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-from d2v_composer import cli
 from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, DataBenchmark, benchmark_data
 from d2v_composer.benchmarks.retrieval import RetrievalBenchmark, Setting, benchmark_retrieval
 from d2v_composer.benchmarks.step import PRECISIONS, SIZES, StepBenchmark, benchmark_step
-from d2v_composer.errors import InputError
 from d2v_composer.models.compilation import find_missing
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
 
 Benchmark = DataBenchmark | RetrievalBenchmark | StepBenchmark
 

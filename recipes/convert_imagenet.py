@@ -6,7 +6,7 @@
 An S3-compatible store is set with S3_ENDPOINT_URL, its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set; the same command again goes on
 where it was. With other settings it starts over; what that leaves in an object store is named at the end, not removed.
-Layouts and labels files: see find_images in d2v_composer/data/image_sources.py.
+Layouts and labels files: see find_images in d2v_composer/conversion/image_source.py.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 from streaming.base.util import bytes_to_int
 
-from d2v_composer import cli
-from d2v_composer.data.conversion import Conversion, convert_images
-from d2v_composer.data.image_sources import find_images
-from d2v_composer.data.shards import Encoding
-from d2v_composer.errors import InputError
+from d2v_composer.conversion.convert import Conversion, convert_images
+from d2v_composer.conversion.image_source import find_images
+from d2v_composer.conversion.shards import Encoding
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> Conversion:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from d2v_composer import cli
-from d2v_composer.models.load import Conversion, convert_teacher
+from d2v_composer.checkpoints.load import Conversion, convert_teacher
+from d2v_composer.system import cli
 
 
 def main(argv: Sequence[str]) -> Conversion:

@@ -18,16 +18,16 @@ from typing import get_args
 import torch
 from streaming.base.util import bytes_to_int
 
-from d2v_composer import cli
-from d2v_composer.data.image_collections import open_collection
-from d2v_composer.embedding import DTYPES, PRECISIONS, Embedding, EmbeddingOptions, embed_collection
-from d2v_composer.embedding_files import open_out
-from d2v_composer.errors import InputError
-from d2v_composer.fetch import fetch
-from d2v_composer.models.artifact import sha256
-from d2v_composer.models.checkpoint import Weights
-from d2v_composer.models.load import load_any
+from d2v_composer.checkpoints.fairseq import Weights
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.checkpoints.safetensors_file import sha256
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.embedding.embed import DTYPES, PRECISIONS, Embedding, EmbeddingOptions, embed_collection
+from d2v_composer.embedding.output_file import open_out
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import fetch
 
 
 def main(argv: Sequence[str]) -> Embedding:

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from composer.utils import dist
 
-from d2v_composer import cli
-from d2v_composer.build import build_candidates, build_labelled_sets
-from d2v_composer.config import compute_dtype, load_evaluate_config
-from d2v_composer.environment import OUR_PACKAGES, describe_machine, package_versions
-from d2v_composer.errors import InputError
-from d2v_composer.evaluation import OUT_FILES, Evaluation, evaluate
-from d2v_composer.outputs import check_out_file
-from d2v_composer.tables import evaluation_tables
+from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
+from d2v_composer.config.checks import compute_dtype
+from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
+from d2v_composer.report.tables import evaluation_tables
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
+from d2v_composer.system.output_path import check_out_file
 
 
 def main(argv: Sequence[str]) -> Evaluation | None:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from d2v_composer import cli
-from d2v_composer.errors import InputError
-from d2v_composer.models.load import load_any, save_student
-from d2v_composer.models.portable import Embedder, export_onnx, export_program
+from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
+from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.models.student import Student
 from d2v_composer.models.transformer import Pooling, Representation
-from d2v_composer.outputs import check_out_file
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.output_path import check_out_file
 
 PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
 

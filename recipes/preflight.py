@@ -11,9 +11,9 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from d2v_composer import cli
-from d2v_composer.config import load_config
+from d2v_composer.config.load import load_config
 from d2v_composer.preflight import preflight
+from d2v_composer.system import cli
 
 
 def main(argv: Sequence[str]) -> None:

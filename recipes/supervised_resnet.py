@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from d2v_composer import ZeroShotRetrieval, cli
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer import ZeroShotRetrieval
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.system import cli
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
 

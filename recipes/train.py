@@ -9,34 +9,24 @@ import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
 
-from d2v_composer import cli
-from d2v_composer.build import (
-    build_algorithms,
-    build_callbacks,
-    build_collective_timeout,
-    build_folder_callbacks,
-    build_load_path,
-    build_loggers,
-    build_model,
-    build_optimizer,
-    build_parallelism,
-    build_precision,
-    build_retrieval,
-    build_run_record,
-    build_scheduler,
-    build_train_loader,
-    find_run_folder,
-)
-from d2v_composer.callbacks import FiniteTraining, GracefulStop, RunRecord, StepTime, ZeroShotRetrieval
-from d2v_composer.config import TrainConfig, load_config
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.builders.callbacks import build_callbacks, build_folder_callbacks, build_loggers, build_run_record
+from d2v_composer.builders.data import build_collective_timeout, build_train_loader
+from d2v_composer.builders.evaluation import build_retrieval
+from d2v_composer.builders.model import build_model, build_precision
+from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
+from d2v_composer.builders.run_folder import build_load_path, find_run_folder
+from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.checkpoints.resume import drop_unused_scaler
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.sharding import join_units
-from d2v_composer.nodes import join_ranks, rank_zero_first, separate_signal_files
-from d2v_composer.persistence import reason
-from d2v_composer.processes import allow_open_files, uploads_outlive_sigterm
 from d2v_composer.report import Run, write_report
-from d2v_composer.resuming import drop_unused_scaler
-from d2v_composer.tables import retrieval_table
+from d2v_composer.report.tables import retrieval_table
+from d2v_composer.system import cli
+from d2v_composer.system.multi_node import join_ranks, rank_zero_first, separate_signal_files
+from d2v_composer.system.retry import reason
+from d2v_composer.system.worker_lifetime import allow_open_files, uploads_outlive_sigterm
 
 # More than a run was seen to need. Every tensor that a worker has ready is an open file.
 OPEN_FILES, OPEN_FILES_A_WORKER = 256, 16
@@ -58,8 +48,8 @@ def main(argv: Sequence[str]) -> Trainer:
     run_record = build_run_record(config, model.teacher)
     folder_callbacks = build_folder_callbacks(config)  # from here on the folder is ours alone
     load_path = build_load_path(config)
-    finite_training = FiniteTraining(graceful_stop.save_interval)
-    own_callbacks = [*folder_callbacks, run_record, StepTime(), finite_training, graceful_stop]
+    nan_guard = NanGuard(graceful_stop.save_interval)
+    own_callbacks = [*folder_callbacks, run_record, Throughput(), nan_guard, graceful_stop]
     own_callbacks += [] if retrieval is None else [retrieval]
 
     with separate_signal_files(), uploads_outlive_sigterm():
@@ -80,7 +70,7 @@ def main(argv: Sequence[str]) -> Trainer:
             run_name=config.run_name,
             save_folder=config.save_folder,
             save_interval=graceful_stop.save_interval,
-            save_num_checkpoints_to_keep=-1,  # CheckpointKeeping sees to it
+            save_num_checkpoints_to_keep=-1,  # CheckpointRetention sees to it
             save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
             load_path=load_path,  # autoresume is ours
             load_ignore_keys=partial(drop_unused_scaler, precision=config.precision),

@@ -20,8 +20,8 @@ from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
 
-from d2v_composer.errors import InputError
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.system.errors import InputError
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other

@@ -16,7 +16,8 @@ from torch.distributed import ReduceOp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sharded_state import gathered_bytes, gathered_units, share
 
-from d2v_composer import cli, config
+from d2v_composer.config import checks
+from d2v_composer.system import cli
 from recipes import train
 
 reduce_scatter = torch.distributed.reduce_scatter_tensor
@@ -49,7 +50,7 @@ class HoldsItsShare(Callback):
 
 if __name__ == "__main__":
     torch.distributed.reduce_scatter_tensor = averaging
-    config._parallelism = lambda config: iter(())
+    checks._parallelism = lambda config: iter(())
     build_callbacks = train.build_callbacks
     train.build_callbacks = lambda config: [*build_callbacks(config), HoldsItsShare()]
     cli.run(train.main)

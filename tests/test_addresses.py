@@ -14,11 +14,11 @@ from composer.utils import parse_uri
 from composer.utils.misc import partial_format
 from conftest import ROOT, checkpoints_of, load_checkpoint, losses_of, small_run
 
-from d2v_composer.addresses import Address, RunFolder, check_path, check_run_name
-from d2v_composer.config import load_config, load_evaluate_config
-from d2v_composer.errors import InputError
-from d2v_composer.fetch import fetch
-from d2v_composer.models.load import load_any
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.load import load_config, load_evaluate_config
+from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import fetch
 
 # What names are made of in the property test: everything that a URL, a format string or a file system may mind.
 ATOMS = [

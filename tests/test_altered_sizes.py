@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.errors import InputError
+from d2v_composer.checkpoints.load import convert_teacher, save_student
+from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoderConfig
-from d2v_composer.models.load import convert_teacher, save_student
 from d2v_composer.models.student import StudentConfig
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.timm_student import TimmStudent
+from d2v_composer.system.errors import InputError
 
 Sizes = dict[str, Any]
 

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.errors import InputError
-from d2v_composer.models import artifact
+from d2v_composer.checkpoints import safetensors_file
+from d2v_composer.checkpoints.load import convert_teacher, save_student
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.load import convert_teacher, save_student
 from d2v_composer.models.student import Student
+from d2v_composer.system.errors import InputError
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up(exists: bool, tmp_path: Path, monkeypatch: pytest.
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", fill_up)
+    monkeypatch.setattr(safetensors_file, "save_file", fill_up)
     with pytest.raises(OSError, match="No space left"):
         convert_teacher(golden(), out)
     assert files_in(tmp_path) == ([out.name] if exists else [])

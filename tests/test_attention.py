@@ -8,17 +8,10 @@ from conftest import GOLDEN
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2v_composer.models.alibi import (
-    MAX_KEPT,
-    Alibi,
-    absolute_distance,
-    alibi_slopes,
-    manhattan_distance,
-    mask_padding,
-)
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.models.alibi import MAX_KEPT, Alibi, absolute_distance, alibi_slopes, manhattan_distance, mask_padding
 from d2v_composer.models.block import Attention, Block
 from d2v_composer.models.image_encoder import ImageEncoderConfig
-from d2v_composer.models.load import load_teacher
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, encoded_image, small_run, write_mds
 
-from d2v_composer import cli
+from d2v_composer.system import cli
 
 SIZES = "modality_encoders.IMAGE.local_encoder.proj.weight"
 

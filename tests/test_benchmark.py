@@ -23,7 +23,7 @@ from d2v_composer.benchmarks.measure import Rates, interleave, one_core
 from d2v_composer.benchmarks.photos import make_photos, take_photos
 from d2v_composer.benchmarks.retrieval import check_neighbours
 from d2v_composer.benchmarks.step import check_losses
-from d2v_composer.errors import InputError
+from d2v_composer.system.errors import InputError
 
 SCRIPT = ROOT / "recipes" / "benchmark.py"
 

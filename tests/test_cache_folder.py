@@ -11,13 +11,13 @@ import pytest
 from conftest import NUM_IMAGES, small_run, time_limit
 from torch.utils.data import DataLoader
 
-from d2v_composer import persistence
-from d2v_composer.build import build_train_loader
-from d2v_composer.config import load_config
+from d2v_composer.builders.data import build_train_loader
+from d2v_composer.config.load import load_config
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.errors import InputError
+from d2v_composer.system import retry
+from d2v_composer.system.errors import InputError
 
 ALL = list(range(NUM_IMAGES))
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -25,7 +25,7 @@ WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
 
 def images(local: Path, remote: Path, cache_limit: int | None = None) -> StreamingImages:

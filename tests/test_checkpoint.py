@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.errors import InputError
+from d2v_composer.system.errors import InputError
 
 IMAGE = "modality_encoders.IMAGE."
 SCALE = f"{IMAGE}alibi_scale"

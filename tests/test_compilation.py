@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.utils import clip_grad_norm_
 
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
 
 NUM_STEPS = 20
 BATCH_SIZE = 16

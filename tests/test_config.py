@@ -8,8 +8,9 @@ import torch
 from composer.utils import dist
 from conftest import ROOT
 
-from d2v_composer.config import TrainConfig, load_config
-from d2v_composer.errors import InputError
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.system.errors import InputError
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
 REMOTE = "train_loader.remote=s3://bucket/imagenet/train"

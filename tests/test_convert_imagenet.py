@@ -25,15 +25,15 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage.upload import S3Uploader
 from tqdm import tqdm
 
-from d2v_composer.data import conversion, shards
-from d2v_composer.data.image_sources import find_images
-from d2v_composer.data.publishing import Target
-from d2v_composer.data.rgb_jpeg import as_rgb_jpeg
-from d2v_composer.data.transforms import decode_rgb
-from d2v_composer.errors import InputError
-from d2v_composer.fetch import cache_folder
-from d2v_composer.locks import sole_user
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.conversion import convert, shards
+from d2v_composer.conversion.destination import Destination
+from d2v_composer.conversion.image_source import find_images
+from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
+from d2v_composer.data.decode import decode_rgb
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import cache_folder
+from d2v_composer.system.file_locks import sole_user
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -85,7 +85,7 @@ def forked(arguments: list[str]) -> BaseProcess:
     return process
 
 
-def main(arguments: list[str]) -> conversion.Conversion:
+def main(arguments: list[str]) -> convert.Conversion:
     """``recipes/convert_imagenet.py`` called in this process."""
     return runpy.run_path(str(ROOT / "recipes" / "convert_imagenet.py"))["main"](arguments)
 
@@ -514,8 +514,8 @@ def test_verification_finds_a_damaged_shard(source: Path, tmp_path: Path, damage
 
 
 def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conversion, "LOCK_TIMEOUT", 0.1)
-    with sole_user(Target.at(str(tmp_path / "out")).lock), pytest.raises(InputError, match="another conversion"):
+    monkeypatch.setattr(convert, "LOCK_TIMEOUT", 0.1)
+    with sole_user(Destination.at(str(tmp_path / "out")).lock), pytest.raises(InputError, match="another conversion"):
         main([str(source), str(tmp_path / "out")])
 
 

@@ -19,11 +19,12 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
-from d2v_composer.data.labelled import load_labelled_set
-from d2v_composer.data.mds import read_index
+from d2v_composer.data.augmentation import RandomResizedCropFlip, random_crop_box, sample_rng
+from d2v_composer.data.decode import Box, CuttableJpeg
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.data.mds_index import read_index
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng
-from d2v_composer.errors import InputError
+from d2v_composer.system.errors import InputError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

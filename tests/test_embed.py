@@ -26,18 +26,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.datasets import cifar
 
-from d2v_composer import embedding, embedding_files, load_student, load_teacher
-from d2v_composer.data.transforms import decode_rgb, to_tensor
-from d2v_composer.embedding import Embedding
-from d2v_composer.embedding_files import Part, open_out, write_part
-from d2v_composer.errors import InputError
-from d2v_composer.locks import sole_user
+from d2v_composer import load_student, load_teacher
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.data.decode import decode_rgb, to_tensor
+from d2v_composer.embedding import embed as embedding
+from d2v_composer.embedding import output_file
+from d2v_composer.embedding.embed import Embedding
+from d2v_composer.embedding.output_file import Part, open_out, write_part
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from d2v_composer.models.load import save_student
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import sole_user
 
 SCRIPT = ROOT / "recipes" / "embed.py"
 TEACHER = GOLDEN / "tiny_base.pt"
@@ -412,7 +414,7 @@ def test_two_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_pyarrow(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(output_file, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"photos\.parquet: .* needs pyarrow: pip install -e '\.\[parquet\]'"):
         embed(TEACHER, photos, tmp_path / "photos.parquet")
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from d2v_composer import load_student, load_teacher, retrieval_accuracy
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.errors import InputError
-from d2v_composer.evaluation import Candidate, Evaluation, bootstrap, confusion_matrix, evaluate, share_interval
-from d2v_composer.tables import evaluation_tables
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.bootstrap import bootstrap, share_interval
+from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
+from d2v_composer.report.tables import evaluation_tables
+from d2v_composer.system.errors import InputError
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 SCRIPT = ROOT / "recipes" / "evaluate.py"

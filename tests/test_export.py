@@ -18,11 +18,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
-from d2v_composer.errors import InputError
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from d2v_composer.models.load import save_student
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.timm_student import TimmStudent
+from d2v_composer.system.errors import InputError
 
 TOLERANCE = 1e-5
 

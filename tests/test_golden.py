@@ -6,11 +6,11 @@ import torch
 from conftest import GOLDEN
 from torch import Tensor
 
+from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
 from d2v_composer.models.student import Student
-from d2v_composer.targets import norm_mean
+from d2v_composer.models.targets import norm_mean
 
 TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-5

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
-from d2v_composer.callbacks.health import STATES, Health, effective_rank, loss_scale
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.callbacks.health import STATES, Health, effective_rank
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.callbacks.trainer_state import loss_scale
+from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
-from d2v_composer.targets import Regression, instance_norm, regression_loss
+from d2v_composer.models.targets import Regression, instance_norm, regression_loss
 
 NUM_BATCHES = 20
 

@@ -10,13 +10,14 @@ from conftest import encoded_image, small_run
 from PIL import Image
 from streaming import MDSWriter
 
-from d2v_composer.build import build_train_loader
-from d2v_composer.config import load_config
-from d2v_composer.data.image_collections import open_collection
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.builders.data import build_train_loader
+from d2v_composer.config.load import load_config
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.decode import CuttableJpeg, decode_rgb
+from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import CuttableJpeg, RandomResizedCropFlip, decode_rgb
-from d2v_composer.errors import InputError
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.system.errors import InputError
 
 NUM_SAMPLES = 32
 

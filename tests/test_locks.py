@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer import locks
-from d2v_composer.locks import acquire, sole_user
+from d2v_composer.system import file_locks
+from d2v_composer.system.file_locks import acquire, sole_user
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,8 +50,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def flock(*_: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    locks._warn_of_no_locks.cache_clear()
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    file_locks._warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(file_locks.fcntl, "flock", flock)
     for _ in range(2):
         with sole_user(tmp_path / "lock") as alone:
             assert alone

@@ -8,14 +8,15 @@ import pytest
 from conftest import encoded_image
 from torch.utils.data import DataLoader
 
-from d2v_composer.data import transforms
-from d2v_composer.data.conversion import convert_images
-from d2v_composer.data.image_collections import open_collection
-from d2v_composer.data.image_sources import find_images
-from d2v_composer.data.shards import Encoding
+from d2v_composer.conversion.convert import convert_images
+from d2v_composer.conversion.image_source import find_images
+from d2v_composer.conversion.shards import Encoding
+from d2v_composer.data import decode
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.decode import decode_rgb
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip, decode_rgb
-from d2v_composer.errors import InputError
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.system.errors import InputError
 
 NUM_IMAGES = 24
 OF_THE_MACHINE = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOTDIR]
@@ -61,7 +62,7 @@ def test_a_conversion_ends_and_goes_on_with_every_image(photos: Path, number: in
 
 def test_a_conversion_without_memory_ends_and_goes_on(photos: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2v_composer.data.rgb_jpeg.open_image", no_memory)
+        patch.setattr("d2v_composer.conversion.rgb_jpeg.open_image", no_memory)
         with pytest.raises(RuntimeError, match=r"\.jpg: cannot be read now \(MemoryError\)"):
             convert(photos)
     assert convert(photos) == []
@@ -90,8 +91,8 @@ def no_memory(*_: object) -> None:
 def test_training_without_memory_does_not_blame_the_image(
     many_shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(transforms, "to_rgb", no_memory)
-    monkeypatch.setattr(transforms.CuttableJpeg, "parse", lambda *_: None)  # Pillow decodes
+    monkeypatch.setattr(decode, "to_rgb", no_memory)
+    monkeypatch.setattr(decode.CuttableJpeg, "parse", lambda *_: None)  # Pillow decodes
     dataset = StreamingImages(local=many_shards, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
     with pytest.raises(MemoryError):
         list(DataLoader(dataset, 16, num_workers=workers, timeout=60 if workers else 0))
@@ -101,14 +102,14 @@ def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pyte
     def no_descriptors(*_: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(transforms, "open_image", no_descriptors)
+    monkeypatch.setattr(decode, "open_image", no_descriptors)
     with pytest.raises(OSError, match="Too many open files"):
         decode_rgb(encoded_image(0), "sample 3")
 
 
 def test_every_decoder_is_loaded_beforehand() -> None:
     """Pillow forgets a format for good where its module cannot be opened at its first use."""
-    assert set(transforms.IMAGE_FORMATS) <= transforms.Image.OPEN.keys()
+    assert set(decode.IMAGE_FORMATS) <= decode.Image.OPEN.keys()
 
 
 @pytest.mark.parametrize("kind", ["folder", "MDS"])

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2v_composer.build import build_optimizer
-from d2v_composer.config import OptimizerConfig
-from d2v_composer.errors import InputError
+from d2v_composer.builders.optimization import build_optimizer
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.config.schema import OptimizerConfig
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.image_encoder import resize, resize_in_float
-from d2v_composer.models.load import load_teacher
-from d2v_composer.targets import Regression, norm_mean, regression_loss
+from d2v_composer.models.targets import Regression, norm_mean, regression_loss
+from d2v_composer.system.errors import InputError
 
 # The paper's cost of one image, in operations (2 per multiply-accumulate).
 PAPER_FLOPS = 71.1e9

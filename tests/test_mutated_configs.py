@@ -18,8 +18,9 @@ import yaml
 from conftest import GOLDEN, ROOT
 from mutations import Mutation, mutations
 
-from d2v_composer.config import EvaluateConfig, TrainConfig, load_config, load_evaluate_config
-from d2v_composer.errors import InputError
+from d2v_composer.config.load import load_config, load_evaluate_config
+from d2v_composer.config.schema import EvaluateConfig, TrainConfig
+from d2v_composer.system.errors import InputError
 
 NUM = 300
 
@@ -159,7 +160,9 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path) -> tuple[int | Non
 
 # Forks of one process that has loaded everything, and started no thread.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["d2v_composer.build", "d2v_composer.report", "d2v_composer.evaluation"])
+SERVER.set_forkserver_preload(
+    ["d2v_composer.builders.model", "d2v_composer.report", "d2v_composer.evaluation.evaluate"]
+)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "distill", "evaluate"])

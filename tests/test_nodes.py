@@ -12,10 +12,10 @@ import pytest
 import torch
 from composer.utils import dist
 
-from d2v_composer import nodes
-from d2v_composer.errors import InputError
-from d2v_composer.nodes import node_leaders_first, rank_zero_first
-from d2v_composer.processes import FORK
+from d2v_composer.system import multi_node
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
+from d2v_composer.system.worker_lifetime import FORK
 
 COLLECTIVE_SECONDS = 2.0
 
@@ -37,7 +37,7 @@ def _run_rank(folder: Path, number: int, rank_of: Callable[[], None]) -> None:
         world_size=2,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    nodes._node_leaders.cache_clear()
+    multi_node._node_leaders.cache_clear()
     dist.barrier()
     try:
         rank_of()
@@ -89,7 +89,7 @@ def test_a_rank_that_fails_is_not_waited_for(tmp_path: Path, rank_of: Callable[[
 
 
 def _be_killed() -> None:
-    nodes.BEAT_SECONDS, nodes.SILENT_SECONDS = 0.1, 2.0
+    multi_node.BEAT_SECONDS, multi_node.SILENT_SECONDS = 0.1, 2.0
     with node_leaders_first("the teacher"):
         if dist.get_local_rank() == 0:
             time.sleep(3.0)  # it is alive

@@ -20,11 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.algorithms import GradientNorm
-from d2v_composer.callbacks import FiniteTraining
-from d2v_composer.callbacks.health import loss_scale
+from d2v_composer.callbacks import GradientNorm, NanGuard
+from d2v_composer.callbacks.trainer_state import loss_scale
+from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
 from recipes import train as train_recipe
 
 NUM_BATCHES, BATCH_SIZE = 12, 8
@@ -54,7 +53,7 @@ def train(
         max_duration=f"{NUM_BATCHES}ba",
         optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=lr),
         algorithms=[GradientClipping("norm", 2.0), GradientNorm(every=1)],
-        callbacks=[losses, FiniteTraining(create_interval_scheduler("1ba")), *callbacks],
+        callbacks=[losses, NanGuard(create_interval_scheduler("1ba")), *callbacks],
         save_folder=str(folder),
         save_interval="1ba",
         progress_bar=False,
@@ -268,7 +267,7 @@ def test_sharded_weights_and_moments_are_all_looked_at(process_group: None) -> N
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     state = cast(Any, SimpleNamespace(model=model, optimizers=[optimizer], timestamp=SimpleNamespace(batch=6)))
-    guard = FiniteTraining(lambda state, event: True)
+    guard = NanGuard(lambda state, event: True)
     guard.fit_start(state, cast(Any, None))
     images = some_images()[:BATCH_SIZE]
     model.loss(model(images), images).backward()

@@ -19,7 +19,7 @@ from conftest import (
     train_command,
 )
 
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
 
 LAUNCHER = Path(sys.executable).parent / "composer"
 TESTS = Path(__file__).parent

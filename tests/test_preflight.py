@@ -13,18 +13,18 @@ import pytest
 import torch
 from conftest import NUM_IMAGES, ROOT, command_environment, run_command, small_run
 
-from d2v_composer import build
-from d2v_composer.config import load_config
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.data.mds import read_index
-from d2v_composer.errors import InputError
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.builders import model
+from d2v_composer.config.load import load_config
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.data.mds_index import read_index
 from d2v_composer.preflight import checks
 from d2v_composer.preflight.checks import DataSet
 from d2v_composer.preflight.needs import Measured, in_batches, needs
 from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.preflight.preflight import free_port, look
 from d2v_composer.preflight.table import Table
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.system.errors import InputError
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
 ONE_NODE = Nodes(0, 1, 1, None)
@@ -107,7 +107,7 @@ def test_a_node_needs_room_for_its_share_alone(
         return checks.check_room_for_run(config, Nodes(1, 2, 1, None), data, None, 0)[0]
 
     assert "cache in" in check()
-    monkeypatch.setattr(build, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
+    monkeypatch.setattr(model, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
     with pytest.raises(InputError, match="shards are still to come"):
         check()
 

@@ -12,14 +12,15 @@ import pytest
 import requests
 from conftest import GOLDEN, small_run
 
-from d2v_composer import cli, persistence
-from d2v_composer.addresses import file_name, hide_secrets, identity
-from d2v_composer.build import build_run_record
-from d2v_composer.config import load_config
-from d2v_composer.errors import InputError
-from d2v_composer.fetch import cache_folder, cached_name, fetch
-from d2v_composer.models.load import load_any, load_teacher
-from d2v_composer.persistence import persist
+from d2v_composer.builders.callbacks import build_run_record
+from d2v_composer.checkpoints.load import load_any, load_teacher
+from d2v_composer.config.load import load_config
+from d2v_composer.system import cli
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.addresses import file_name, hide_secrets, identity
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import cache_folder, cached_name, fetch
+from d2v_composer.system.retry import retry
 
 SIGNED = (
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIASECRET%2F20260101%2Fus-east-1%2Fs3%2Faws4_request"
@@ -147,7 +148,7 @@ def test_what_says_which_file_it_is() -> None:
 
 
 def test_retries_are_logged_without_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
     address = "https://user:hunter2@host/f?sig=topsecret"
     failures = iter([requests.ConnectionError(f"no answer of {address}")])
 
@@ -156,7 +157,7 @@ def test_retries_are_logged_without_secrets(caplog: pytest.LogCaptureFixture, mo
             raise failure
 
     with caplog.at_level(logging.WARNING):
-        persist(attempt, address, timeout=5)
+        retry(attempt, address, timeout=5)
     assert "https://host/f: no answer of https://host/f; tried again" in caplog.text
     assert not [secret for secret in SECRETS if secret in caplog.text]
 
@@ -167,7 +168,7 @@ def test_the_last_line_of_a_command_shows_no_secrets(
     def main(_: object) -> None:
         raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
 
-    for name in ("use_scratch_folder", "end_with_launcher"):
+    for name in ("use_temporary_folder", "end_with_launcher"):
         monkeypatch.setattr(cli, name, lambda: None)
     with pytest.raises(SystemExit, match="2"):
         cli.run(main)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.errors import InputError
-from d2v_composer.processes import FORK, SPAWN, _is_launcher, allow_open_files, block_sigterm
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.worker_lifetime import FORK, SPAWN, _is_launcher, allow_open_files, block_sigterm
 
 
 class Numbers(Dataset[int]):
@@ -51,8 +51,8 @@ def test_a_parent_ends_its_worker(kind: Any) -> None:
 
 
 def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.processes.END_SECONDS", 0.2)
-    monkeypatch.setattr("d2v_composer.processes.end_with_parent", lambda: None)  # as where it hangs
+    monkeypatch.setattr("d2v_composer.system.worker_lifetime.END_SECONDS", 0.2)
+    monkeypatch.setattr("d2v_composer.system.worker_lifetime.end_with_parent", lambda: None)  # as where it hangs
     worker = FORK.Process(target=time.sleep, args=(600,), daemon=True)
     worker.start()
     worker.terminate()

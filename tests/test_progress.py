@@ -24,9 +24,7 @@ from conftest import ROOT, command_environment, small_run, train_command
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.algorithms import GradientNorm
-from d2v_composer.callbacks import StepTime
-from d2v_composer.loggers import Progress
+from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 
 
 class Numbers(Dataset[Tensor]):
@@ -91,11 +89,11 @@ def test_gradient_norm_is_that_before_clipping() -> None:
 def test_pace_is_that_of_training_alone() -> None:
     """Images that take 20 ms each are waited for; what comes at the batch's end does not count."""
     slow = DataLoader(Numbers(seconds=0.02), batch_size=2)
-    logged = train(train_dataloader=slow, callbacks=[StepTime(every=3), Pause()])
+    logged = train(train_dataloader=slow, callbacks=[Throughput(every=3), Pause()])
     (_, first), (_, second) = logged["throughput/images_per_sec"]
     assert 5 < first < 50  # the first step's start is in it
     assert 15 < second < 50  # 2 images in 40 ms and a little; with the pauses it would be below 9
-    waits = [each["throughput/data_wait"][1][1] for each in (logged, train(callbacks=[StepTime(every=3), Pause()]))]
+    waits = [each["throughput/data_wait"][1][1] for each in (logged, train(callbacks=[Throughput(every=3), Pause()]))]
     assert 1 > waits[0] > waits[1] + 0.2
     assert waits[1] > 0
 
@@ -110,20 +108,20 @@ def test_plain_lines_show_what_is_logged() -> None:
             logger.log_metrics({**others, "metrics/some/bank_train/top1": accuracy})
 
     stream = io.StringIO()
-    train(loggers=[Progress(bar=False, lines_interval="2ba", stream=stream)])
+    train(loggers=[ProgressLogger(bar=False, lines_interval="2ba", stream=stream)])
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["batch 2/6 (33 %)", "batch 4/6 (66 %)", "batch 6/6 (100 %)"]
     assert all(re.fullmatch(r"batch ./6 \(\d+ %\)  loss -?\d+\.\d{4}  left 00:\d\d", line) for line in lines)
 
     stream = io.StringIO()
-    loggers = [Progress(bar=False, lines_interval="4ba", stream=stream)]
-    train(loggers=loggers, callbacks=[StepTime(every=1), Retrieval()])
+    loggers = [ProgressLogger(bar=False, lines_interval="4ba", stream=stream)]
+    train(loggers=loggers, callbacks=[Throughput(every=1), Retrieval()])
     first, last = stream.getvalue().splitlines()
     assert re.search(r"  \d+ images/s  data wait \d+%  some top-1 4\.0%  left", first)
     assert "some top-1 6.0%" in last
 
     stream = io.StringIO()
-    train(max_duration="2ep", loggers=[Progress(bar=False, lines_interval="1ep", stream=stream)])
+    train(max_duration="2ep", loggers=[ProgressLogger(bar=False, lines_interval="1ep", stream=stream)])
     assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
         "batch 6/12 (50 %)",
         "batch 12/12 (100 %)",
@@ -133,7 +131,7 @@ def test_plain_lines_show_what_is_logged() -> None:
 def test_a_run_that_goes_on_at_an_epochs_end() -> None:
     """Its first event may be the epoch's end, with no batch of its own yet."""
     stream = io.StringIO()
-    progress = Progress(bar=False, lines_interval="1ep", stream=stream)
+    progress = ProgressLogger(bar=False, lines_interval="1ep", stream=stream)
     model = Linear()
     trainer = Trainer(
         model=model,

@@ -30,15 +30,15 @@ from streaming import MDSWriter
 from streaming.base.storage import LocalDownloader
 from torch.utils.data import DataLoader
 
-from d2v_composer import persistence
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.lookahead import Lookahead
 from d2v_composer.data.shard_cache import FEWEST_AHEAD, Claim, ShardState
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.errors import InputError
-from d2v_composer.locks import sole_user
-from d2v_composer.persistence import is_lasting, persist
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.retry import is_lasting, retry
 
 NUM_SAMPLES = 96
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -57,7 +57,7 @@ def remote(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -605,23 +605,23 @@ def test_persistence(caplog: pytest.LogCaptureFixture) -> None:
     away = ConnectionError("nobody listens")
     attempts = Attempts(*[away] * 6)
     with caplog.at_level(logging.WARNING):
-        persist(attempts, "s3://bucket/shard", timeout=30)
+        retry(attempts, "s3://bucket/shard", timeout=30)
     assert attempts.count == 7
     assert [record.message.split(";")[0] for record in caplog.records] == ["s3://bucket/shard: nobody listens"] * 6
 
     attempts = Attempts(*[away] * 10_000)
     with pytest.raises(ConnectionError), time_limit(5):
-        persist(attempts, "a shard", timeout=0.1)
+        retry(attempts, "a shard", timeout=0.1)
     assert attempts.count > 2
 
     attempts = Attempts(*[FileNotFoundError("not there")] * 10)
     with pytest.raises(FileNotFoundError):
-        persist(attempts, "a shard", timeout=30)
+        retry(attempts, "a shard", timeout=30)
     assert attempts.count == 4
 
     attempts = Attempts(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
-        persist(attempts, "a shard", timeout=30)
+        retry(attempts, "a shard", timeout=30)
     assert attempts.count == 1
 
 

@@ -18,10 +18,10 @@ from conftest import (
     write_mds,
 )
 
-from d2v_composer.data.mds import fetch_index
-from d2v_composer.errors import InputError
-from d2v_composer.resuming import fetch_checkpoint, find_newest_checkpoint
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.checkpoints.resume import fetch_checkpoint, find_newest_checkpoint
+from d2v_composer.data.mds_index import fetch_index
+from d2v_composer.system.errors import InputError
 
 BUCKET = "cloud"
 

@@ -17,11 +17,11 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.errors import InputError
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.report import read_run, write_report
 from d2v_composer.report.plots import confusion_plot, gallery, running_mean
+from d2v_composer.system.errors import InputError
 
 SCRIPT = ROOT / "recipes" / "report.py"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

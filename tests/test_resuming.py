@@ -23,10 +23,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
-from d2v_composer.errors import InputError
+from d2v_composer.checkpoints.composer_checkpoint import DamagedCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.checkpoints.resume import drop_unused_scaler, find_newest_checkpoint
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
-from d2v_composer.resuming import DamagedCheckpointError, check_checkpoint, drop_unused_scaler, find_newest_checkpoint
+from d2v_composer.system.errors import InputError
 from recipes import train
 
 

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from d2v_composer.benchmarks.measure import peak_allocated
-from d2v_composer.callbacks import FiniteTraining, ZeroShotRetrieval
-from d2v_composer.callbacks.zero_shot_retrieval import unwrapped
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.retrieval import nearest_neighbours, retrieval_accuracy, top_k
-from d2v_composer.tables import retrieval_table
+from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
+from d2v_composer.callbacks.trainer_state import unwrapped
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_accuracy, top_k
+from d2v_composer.report.tables import retrieval_table
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None
 def test_neighbours_of_ten_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 2_000))
-    monkeypatch.setattr("d2v_composer.retrieval.BANK_PART", 3_000)  # four parts, the last one short
+    monkeypatch.setattr("d2v_composer.evaluation.retrieval.BANK_PART", 3_000)  # four parts, the last one short
     assert_same_neighbours(bank, queries, k=20)
 
 
@@ -336,7 +336,7 @@ def test_no_collective_in_a_world_of_one(process_group: None, monkeypatch: pytes
     """gloo's threads would copy, in OpenMP, and every batch that follows would take longer."""
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labelled}, "1ba", at_start=True, references={"pixels": pixels})
-    nan_guard = FiniteTraining(lambda state, event: True)
+    nan_guard = NanGuard(lambda state, event: True)
     train(Classifier(), callback, "2ba", None, NoCollectives(monkeypatch), nan_guard)
     assert len(callback.history) == 3
 

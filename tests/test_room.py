@@ -11,11 +11,12 @@ import pytest
 from composer.utils import dist
 from conftest import small_run
 
-from d2v_composer import build
-from d2v_composer.build import build_room_needs, build_train_loader
-from d2v_composer.config import TrainConfig, load_config
-from d2v_composer.data.mds import RoomNeeded, check_room, read_index, room_needed
-from d2v_composer.errors import InputError
+from d2v_composer.builders import model
+from d2v_composer.builders.data import build_room_needs, build_train_loader
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data.mds_index import RoomNeeded, check_room, read_index, room_needed
+from d2v_composer.system.errors import InputError
 
 GB = 10**9
 Usage = namedtuple("Usage", "total used free")
@@ -55,7 +56,7 @@ def test_what_is_here_and_whole_does_not_come_again(many_shards: Path, tmp_path:
 def as_node(patch: pytest.MonkeyPatch, node: int, num_nodes: int) -> None:
     patch.setattr(dist, "get_world_size", lambda: num_nodes)
     patch.setattr(dist, "get_node_rank", lambda: node)
-    patch.setattr("d2v_composer.build.node_leaders_first", contextlib.nullcontext)
+    patch.setattr("d2v_composer.builders.model.node_leaders_first", contextlib.nullcontext)
     patch.setattr(dist, "all_gather_object", lambda this: [this])
 
 
@@ -103,7 +104,7 @@ def test_a_disk_with_room_for_the_nodes_share_alone_is_enough(
     def reached(**_: object) -> None:
         raise ReachedError
 
-    monkeypatch.setattr(build, "StreamingImages", reached)
+    monkeypatch.setattr(model, "StreamingImages", reached)
     with pytest.raises(ReachedError if has_room else InputError):
         build_train_loader(config, 24)
 

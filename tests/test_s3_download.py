@@ -11,11 +11,11 @@ import pytest
 from conftest import time_limit
 from torch.utils.data import DataLoader
 
-from d2v_composer import persistence
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.s3_download import S3Downloader
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.s3_download import S3Downloader
 
 NUM_SAMPLES = 96
 
@@ -118,7 +118,7 @@ def test_a_body_that_breaks_off_is_no_lasting_fault(server: Server, tmp_path: Pa
     server.files["a"], server.sendings["a"] = FILE, Sending(ends_after=7000)
     with pytest.raises(ConnectionError, match=r"broke off after 7000 of 20480 bytes") as caught:
         S3Downloader(patience=5).download("s3://bucket/a", tmp_path / "file")
-    assert not persistence.is_lasting(caught.value)
+    assert not retry_module.is_lasting(caught.value)
 
 
 def test_a_file_that_is_not_there(server: Server, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_epoch_ends_where_a_shard_drips(
     server: Server, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """With an error that names the shard, after as long as the data set is patient and one request may take."""
-    monkeypatch.setattr(persistence, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.1)
     server.files = {f"images/{file.name}": file.read_bytes() for file in many_shards.iterdir()}
     server.sendings["images/shard.00007.mds"] = DRIPPING
     cache = tmp_path / "cache"

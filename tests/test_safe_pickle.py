@@ -1,4 +1,4 @@
-"""Files that would run code, or do other harm, where anything but :mod:`d2v_composer.models.safe_pickle` read them."""
+"""Files that would run code, or do other harm, where anything but ``checkpoints/safe_pickle.py`` read them."""
 
 import builtins
 import importlib
@@ -20,9 +20,9 @@ from torch._utils import _rebuild_tensor_v2
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from d2v_composer import load_teacher
-from d2v_composer.errors import InputError
+from d2v_composer.checkpoints.safe_pickle import load_untrusted, plain
 from d2v_composer.models.data2vec2 import Data2Vec2Config
-from d2v_composer.models.safe_pickle import load_untrusted, plain
+from d2v_composer.system.errors import InputError
 
 SECONDS = 5
 QKV = "blocks.1.attn.qkv.weight"

@@ -11,11 +11,11 @@ from streaming import StreamingDataset
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.sample_order import Share, draw_samples, shards_of_node
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_dataset import UNSUPPORTED, VerifiedDataset
-from d2v_composer.errors import InputError
+from d2v_composer.system.errors import InputError
 
 SEED = 17
 BLOCK = 64

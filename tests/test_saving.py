@@ -29,16 +29,15 @@ from conftest import (
     train_until_killed,
 )
 
-from d2v_composer.build import build_loggers
-from d2v_composer.callbacks import GracefulStop, SoleRun
-from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping, outdated, prune_folder, prune_store
-from d2v_composer.config import load_config
-from d2v_composer.errors import InputError
-from d2v_composer.loggers import JSONLLogger
-from d2v_composer.models import load
-from d2v_composer.models.load import load_any
-from d2v_composer.resuming import LATEST
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.builders.callbacks import build_loggers
+from d2v_composer.callbacks import GracefulStop, JSONLLogger, RunFolderLock
+from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention, outdated, prune_folder, prune_store
+from d2v_composer.checkpoints import load
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.config.load import load_config
+from d2v_composer.system.errors import InputError
 
 BUCKET = "saved"
 
@@ -218,31 +217,31 @@ def test_a_store_that_forbids_to_remove_is_said_so(
     def forbidden(*_: object) -> None:
         raise PermissionError("AccessDenied: you may not")
 
-    monkeypatch.setattr("d2v_composer.callbacks.checkpoint_keeping.prune_store", forbidden)
-    keeping = CheckpointKeeping(Path("nowhere"), "runs/a", 2)
+    monkeypatch.setattr("d2v_composer.callbacks.checkpoint_retention.prune_store", forbidden)
+    keeping = CheckpointRetention(Path("nowhere"), "runs/a", 2)
     with caplog.at_level(logging.WARNING):
         keeping.prune_remote("bucket")
     assert caplog.messages == ["runs/a: its old checkpoints are not removed yet (AccessDenied: you may not)"]
 
 
 def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
-    first = SoleRun(tmp_path, "s3://a/runs")
+    first = RunFolderLock(tmp_path, "s3://a/runs")
     this_one = f"or end process {os.getpid()} of {platform.node()}$"
     with pytest.raises(InputError, match=f": another run trains there: .*, {this_one}"):
-        SoleRun(tmp_path, "s3://a/runs")
+        RunFolderLock(tmp_path, "s3://a/runs")
     first.post_close()
-    SoleRun(tmp_path, "s3://a/runs").post_close()
+    RunFolderLock(tmp_path, "s3://a/runs").post_close()
     for remote, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
         with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not those of {words}"):
-            SoleRun(tmp_path, remote)
+            RunFolderLock(tmp_path, remote)
 
 
 @pytest.mark.parametrize("removed", ["", ".in_use", "replaced"])
 def test_a_run_whose_folder_is_removed_ends(tmp_path: Path, removed: str) -> None:
     """It would go on without lock, log and record."""
     folder = tmp_path / "run"
-    sole_run, graceful_stop = SoleRun(folder), GracefulStop("5ba")
-    state: Any = SimpleNamespace(callbacks=[sole_run, graceful_stop], timestamp=SimpleNamespace(batch=3))
+    run_folder_lock, graceful_stop = RunFolderLock(folder), GracefulStop("5ba")
+    state: Any = SimpleNamespace(callbacks=[run_folder_lock, graceful_stop], timestamp=SimpleNamespace(batch=3))
     logger: Any = None
     try:
         graceful_stop.init(state, logger)
@@ -252,12 +251,12 @@ def test_a_run_whose_folder_is_removed_ends(tmp_path: Path, removed: str) -> Non
         else:
             shutil.rmtree(folder)
         if removed == "replaced":
-            SoleRun(folder).post_close()
+            RunFolderLock(folder).post_close()
         with pytest.raises(InputError, match=r"run or its lock \.in_use was removed .* ends after batch 2;"):
             graceful_stop.batch_end(state, logger)
     finally:
         graceful_stop.close(state, logger)
-        sole_run.post_close()
+        run_folder_lock.post_close()
 
 
 @pytest.mark.slow

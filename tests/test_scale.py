@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 
 RANKS_PER_NODE = 8
 WORKERS_PER_RANK = 8

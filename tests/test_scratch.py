@@ -13,9 +13,9 @@ import torch
 from conftest import time_limit
 from torch.utils.data import DataLoader
 
-from d2v_composer import scratch
-from d2v_composer.errors import InputError
-from d2v_composer.scratch import PREFIX, use_scratch_folder
+from d2v_composer.system import temporary_folder
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.temporary_folder import PREFIX, use_temporary_folder
 
 FORK = multiprocessing.get_context("fork")
 
@@ -31,7 +31,7 @@ def long_folder(tmp_path: Path) -> Path:
 def use_workers(folder: Path, send: Connection) -> None:
     tempfile.tempdir = str(folder)
     current_process()._config.pop("tempdir", None)  # pyright: ignore[reportAttributeAccessIssue]
-    use_scratch_folder()
+    use_temporary_folder()
     with time_limit(20):
         batches = list(DataLoader([torch.zeros(3)] * 8, batch_size=2, num_workers=1))  # pyright: ignore[reportArgumentType]
     send.send((len(batches), tempfile.gettempdir(), multiprocessing.util.get_temp_dir()))
@@ -49,14 +49,14 @@ def test_a_temporary_folder_too_long_for_a_socket(long_folder: Path) -> None:
     assert len(sockets) < 60
     run.join()
     assert run.exitcode == 0
-    assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}scratch.lock"]
+    assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}temporary_folder.lock"]
     assert not Path(sockets).parent.exists()
 
 
 def test_no_folder_for_sockets(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
+    monkeypatch.setattr(temporary_folder, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder / f"{PREFIX}of-a-parent"))
     environment = dict(os.environ)
     with pytest.raises(InputError, match=r"^TMPDIR: must have at most 70 characters where none of .*, got \d{3}: /"):
-        use_scratch_folder()
+        use_temporary_folder()
     assert dict(os.environ) == environment

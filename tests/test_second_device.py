@@ -13,17 +13,17 @@ from conftest import GOLDEN, load_checkpoint, losses_of, small_run, student_of
 from second_device import MixedDevicesError, SecondDevice, second_device
 from torch.utils.data import DataLoader
 
-from d2v_composer.build import build_candidates
+from d2v_composer.builders.evaluation import build_candidates
 from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
-from d2v_composer.config import load_evaluate_config
-from d2v_composer.data.image_collections import open_collection
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.embedding import EmbeddingOptions, embed_collection
-from d2v_composer.embedding_files import open_out
-from d2v_composer.evaluation import evaluate
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.checkpoints.load import load_student, load_teacher
+from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
+from d2v_composer.embedding.output_file import open_out
+from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_student, load_teacher
 from recipes import export_student, supervised_resnet, train
 
 pytestmark = [

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.data import DataLoader
 
+from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.load import load_teacher
 from d2v_composer.models.sharding import join_units, sharded_units
 
 NUM_BATCHES, BATCH_SIZE = 3, 8

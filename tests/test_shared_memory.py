@@ -17,14 +17,14 @@ import torch
 from conftest import small_run
 from streaming.base.shared import SharedMemory
 
-from d2v_composer import locks
-from d2v_composer.build import build_train_loader
-from d2v_composer.config import load_config
+from d2v_composer.builders.data import build_train_loader
+from d2v_composer.config.load import load_config
 from d2v_composer.data import shared_memory
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.shared_memory import Reservation
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
-from d2v_composer.errors import InputError
+from d2v_composer.system import file_locks
+from d2v_composer.system.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
 MEMORY = Path("/dev/shm")
@@ -140,7 +140,7 @@ def test_what_another_user_left_stays(images: Callable[[], StreamingImages], mon
             raise PermissionError(13, "Permission denied")
         return own_open(path, *args)
 
-    monkeypatch.setattr(locks.os, "open", refuse)
+    monkeypatch.setattr(file_locks.os, "open", refuse)
     try:
         assert read(images()) == ALL
         assert lock.exists()

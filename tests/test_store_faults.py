@@ -17,12 +17,12 @@ import pytest
 from conftest import command_environment, run_command, small_run, time_limit, train_command
 from torch.utils.data import DataLoader
 
-from d2v_composer.data.mds import fetch_index
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.mds_index import fetch_index
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.errors import InputError
-from d2v_composer.testing.object_store import ObjectStore
+from d2v_composer.system.errors import InputError
 
 RECORD_SAMPLES = Path(__file__).parent / "record_samples.py"
 REMOTE = "s3://cloud/images"
@@ -201,7 +201,7 @@ def test_a_shard_that_the_store_has_not_whole(
     cause: str,
     workers: int,
 ) -> None:
-    monkeypatch.setattr("d2v_composer.persistence.FIRST_PAUSE", 0.1)
+    monkeypatch.setattr("d2v_composer.system.retry.FIRST_PAUSE", 0.1)
     use(store, monkeypatch)
     key = {"Bucket": "cloud", "Key": "images/shard.00007.mds"}
     if damage is None:

@@ -18,11 +18,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from d2v_composer import persistence
-from d2v_composer.callbacks.checkpoint_keeping import PATIENT_CLIENT
-from d2v_composer.fetch import transfer
-from d2v_composer.persistence import CONNECT_SECONDS, is_lasting, is_missing
-from d2v_composer.s3_download import S3Downloader
+from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.fetch import transfer
+from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
+from d2v_composer.system.s3_download import S3Downloader
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def silent_host() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CONNECT_SECONDS <= 10
-    monkeypatch.setattr(persistence, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(retry_module, "CONNECT_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 

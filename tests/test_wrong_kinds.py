@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, ROOT, small_run
 
-from d2v_composer import cli
-from d2v_composer.models.load import load_teacher, save_student
+from d2v_composer.checkpoints.load import load_teacher, save_student
+from d2v_composer.system import cli
 
 Command = Callable[..., str]
 

@@ -29,6 +29,7 @@ from d2v_composer.benchmarks.measure import (
     progress_bar,
     versions,
 )
+from d2v_composer.benchmarks.object_store import ObjectStore, find_server
 from d2v_composer.benchmarks.photos import PhotoSet, make_photos, take_photos
 from d2v_composer.benchmarks.readers import (
     FLOAT32,
@@ -43,13 +44,12 @@ from d2v_composer.benchmarks.readers import (
     ours_cold,
     webdataset_tars,
 )
-from d2v_composer.data.conversion import convert_images
-from d2v_composer.data.image_sources import find_images
-from d2v_composer.data.mds import read_index
-from d2v_composer.data.shards import Encoding
-from d2v_composer.environment import describe_machine
-from d2v_composer.errors import InputError
-from d2v_composer.testing.object_store import ObjectStore, find_server
+from d2v_composer.conversion.convert import convert_images
+from d2v_composer.conversion.image_source import find_images
+from d2v_composer.conversion.shards import Encoding
+from d2v_composer.data.mds_index import read_index
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.machine_info import describe_machine
 
 __all__ = ["CLOCKS", "FEWEST_IMAGES", "DataBenchmark", "Row", "benchmark_data"]
 

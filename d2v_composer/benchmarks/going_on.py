@@ -14,8 +14,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from d2v_composer.benchmarks.measure import Rates
+from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.benchmarks.readers import our_loader
-from d2v_composer.testing.object_store import ObjectStore
 
 __all__ = ["measure_going_on", "upload_copies"]
 

@@ -15,7 +15,7 @@ from PIL import features
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from d2v_composer.environment import package_versions
+from d2v_composer.system.machine_info import package_versions
 
 __all__ = [
     "Pass",

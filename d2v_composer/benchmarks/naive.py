@@ -15,7 +15,7 @@ from d2v_composer.models.alibi import compute_dtype
 from d2v_composer.models.block import Attention, Block
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.image_encoder import ImageEncoder
-from d2v_composer.targets import NORM_EPS
+from d2v_composer.models.targets import NORM_EPS
 
 __all__ = ["NaiveDistillation"]
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from d2v_composer.data.image_sources import find_images
-from d2v_composer.data.rgb_jpeg import as_rgb_jpeg
-from d2v_composer.errors import InputError
+from d2v_composer.conversion.image_source import find_images
+from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
+from d2v_composer.system.errors import InputError
 
 __all__ = ["PhotoSet", "make_photos", "take_photos"]
 

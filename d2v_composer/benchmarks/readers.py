@@ -25,8 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from d2v_composer.benchmarks.measure import Pass
+from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip, sample_rng
 
 __all__ = [
     "FLOAT32",

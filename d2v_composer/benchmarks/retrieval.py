@@ -32,10 +32,10 @@ from d2v_composer.benchmarks.measure import (
 )
 from d2v_composer.benchmarks.step import PRECISIONS, build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.environment import describe_machine
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.evaluation.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
 from d2v_composer.models.image_encoder import ImageEncoder
-from d2v_composer.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
+from d2v_composer.system.machine_info import describe_machine
 
 __all__ = ["RetrievalBenchmark", "Setting", "benchmark_retrieval"]
 

@@ -31,11 +31,11 @@ from d2v_composer.benchmarks.measure import (
 )
 from d2v_composer.benchmarks.naive import NaiveDistillation
 from d2v_composer.callbacks import Health
-from d2v_composer.environment import describe_machine
 from d2v_composer.models.block import init_linear_layers
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.system.machine_info import describe_machine
 
 __all__ = ["PRECISIONS", "SIZES", "StepBenchmark", "StepRow", "benchmark_step", "build_sized_model"]
 

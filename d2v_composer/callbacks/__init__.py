@@ -1,21 +1,27 @@
-"""Callbacks for Composer's Trainer, ours and anybody's."""
+"""Everything that Composer's Trainer calls: callbacks, algorithms and loggers, ours and anybody's."""
 
-from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping
-from d2v_composer.callbacks.finite_training import FiniteTraining
+from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention
 from d2v_composer.callbacks.graceful_stop import GracefulStop
+from d2v_composer.callbacks.gradient_norm import GradientNorm
 from d2v_composer.callbacks.health import Health
+from d2v_composer.callbacks.jsonl_logger import JSONLLogger
+from d2v_composer.callbacks.nan_guard import NanGuard
+from d2v_composer.callbacks.progress_logger import ProgressLogger
+from d2v_composer.callbacks.run_folder_lock import RunFolderLock
 from d2v_composer.callbacks.run_record import RunRecord
-from d2v_composer.callbacks.sole_run import SoleRun
-from d2v_composer.callbacks.step_time import StepTime
+from d2v_composer.callbacks.throughput import Throughput
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
 __all__ = [
-    "CheckpointKeeping",
-    "FiniteTraining",
+    "CheckpointRetention",
     "GracefulStop",
+    "GradientNorm",
     "Health",
+    "JSONLLogger",
+    "NanGuard",
+    "ProgressLogger",
+    "RunFolderLock",
     "RunRecord",
-    "SoleRun",
-    "StepTime",
+    "Throughput",
     "ZeroShotRetrieval",
 ]

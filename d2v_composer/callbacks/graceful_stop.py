@@ -11,10 +11,10 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import create_interval_scheduler, dist
 
-from d2v_composer.callbacks.checkpoint_keeping import CheckpointKeeping
-from d2v_composer.callbacks.sole_run import SoleRun
-from d2v_composer.errors import InputError
-from d2v_composer.loggers import JSONLLogger
+from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention
+from d2v_composer.callbacks.jsonl_logger import JSONLLogger
+from d2v_composer.callbacks.run_folder_lock import RunFolderLock
+from d2v_composer.system.errors import InputError
 
 __all__ = ["GracefulStop"]
 
@@ -27,7 +27,7 @@ class GracefulStop(Callback):
     A run whose folder was removed ends after its batch as well, with an error.
 
     Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds. The run's
-    other processes may get it as well: see :mod:`d2v_composer.processes`.
+    other processes may get it as well: see :mod:`d2v_composer.system.worker_lifetime`.
 
     Pass :attr:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
     CheckpointSaver's own: counted, pruned, and where autoresume looks.
@@ -40,14 +40,14 @@ class GracefulStop(Callback):
         self.is_due = create_interval_scheduler(save_interval)
         self.signalled = False
         self.stopping = False
-        self.sole_run: SoleRun | None = None
+        self.run_folder_lock: RunFolderLock | None = None
         self.previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = True
 
     def init(self, state: State, logger: Logger) -> None:
-        self.sole_run = next((each for each in state.callbacks if isinstance(each, SoleRun)), None)
+        self.run_folder_lock = next((each for each in state.callbacks if isinstance(each, RunFolderLock)), None)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree with the other ranks on whether to stop: the reasons reach them at different batches.
@@ -55,15 +55,15 @@ class GracefulStop(Callback):
         Raises:
             InputError: The run's folder was removed: nothing can be saved any more.
         """
-        flags = [self.signalled, self.sole_run is not None and self.sole_run.is_removed()]
+        flags = [self.signalled, self.run_folder_lock is not None and self.run_folder_lock.is_removed()]
         if dist.get_world_size() > 1:
             tensor = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.uint8))
             dist.all_reduce(tensor, reduce_operation="MAX")
             flags = [bool(flag) for flag in tensor.tolist()]
         self.stopping, is_removed = flags
-        if is_removed and self.sole_run is not None:
+        if is_removed and self.run_folder_lock is not None:
             raise InputError(
-                f"save_folder: {self.sole_run.folder} or its lock .in_use was removed while the run trained there: it "
+                f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: it "
                 f"ends after batch {int(state.timestamp.batch) - 1}; what is not saved elsewhere is lost"
             )
 
@@ -91,7 +91,7 @@ class GracefulStop(Callback):
         if not self.stopping:
             return
         for callback in state.callbacks:
-            if isinstance(callback, CheckpointKeeping | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
+            if isinstance(callback, CheckpointRetention | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
                 callback.fit_end(state, logger)
         dist.barrier()  # the launcher gives the other ranks little time, once one is gone
         if dist.get_global_rank() == 0:

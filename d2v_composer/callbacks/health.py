@@ -15,9 +15,8 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from d2v_composer.callbacks.interval import due_every
-from d2v_composer.callbacks.zero_shot_retrieval import unwrapped
-from d2v_composer.targets import Regression
+from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrapped
+from d2v_composer.models.targets import Regression
 
 __all__ = ["Health", "effective_rank"]
 
@@ -67,9 +66,9 @@ class Health(Callback):
     came down, and left out a step each time it did.
 
     What it needs of a model, in anybody's Composer run: outputs that are a
-    :class:`~d2v_composer.targets.Regression`, or ``regression`` to make one of them. The layers' cosines are there
-    for a model with a method ``layer_cosines(batch, num_images)``, which costs a forward pass of so many images: 1 % of
-    the training at most, with the default interval.
+    :class:`~d2v_composer.models.targets.Regression`, or ``regression`` to make one of them. The layers' cosines are
+    there for a model with a method ``layer_cosines(batch, num_images)``, which costs a forward pass of so many
+    images: 1 % of the training at most, with the default interval.
 
     Args:
         interval: Composer time string.
@@ -189,8 +188,3 @@ class Health(Callback):
             elapsed = state.get_elapsed_duration()
             return elapsed is not None and elapsed >= self.grace
         return state.timestamp.get(self.grace.unit) >= self.grace
-
-
-def loss_scale(state: State) -> float:
-    """What the loss is multiplied with before the backward pass; 0 where it is not."""
-    return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 0.0

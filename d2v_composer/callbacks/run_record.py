@@ -9,8 +9,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.atomic import write_atomically
-from d2v_composer.errors import InputError
+from d2v_composer.system.atomic_files import write_atomically
+from d2v_composer.system.errors import InputError
 
 __all__ = ["RunRecord"]
 

@@ -4,7 +4,7 @@ Shapes: B images of a batch, N images of a set, Q queries, D channels.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,28 +17,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
-from d2v_composer.callbacks.interval import due_every
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.retrieval import nearest_neighbours, retrieval_hits
+from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.evaluation.metric_names import BANKS, Embed, headline_fallbacks, metric_key
+from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
 
-__all__ = ["Embed", "ZeroShotRetrieval", "metric_key", "stand_ins"]
+__all__ = ["ZeroShotRetrieval"]
 
-Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
-"""(B, 3, height, width) uint8 images, on the model's device → (B, D), or several such by name."""
 
-BANKS = ("train", "test")
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
-
-
-def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:
-    """The name under which an accuracy is logged; without ``embedding``, the headline's."""
-    parts = ["metrics", dataset, reference, f"bank_{bank}", f"top{k}", embedding]
-    return "/".join(part for part in parts if part is not None)
-
-
-def stand_ins(headline: str) -> list[str]:
-    """An embedding, and which one to compare with it of what has no such: the bare encoder has no layers to average."""
-    return list(dict.fromkeys([headline, headline.replace("layer_mean", "output")]))
 
 
 class ZeroShotRetrieval(Callback):
@@ -142,7 +129,7 @@ class ZeroShotRetrieval(Callback):
         self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        for name in reversed(stand_ins(self.headline)):
+        for name in reversed(headline_fallbacks(self.headline)):
             suffix = f"/{name}"
             metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
         return metrics
@@ -214,7 +201,7 @@ class ZeroShotRetrieval(Callback):
 
     def headline_among(self, names: list[str], reference: str | None) -> str:
         """An embedding without a name ('') is its own headline; a reference may have another that stands in for it."""
-        allowed = ["", self.headline] if reference is None else ["", *stand_ins(self.headline)]
+        allowed = ["", self.headline] if reference is None else ["", *headline_fallbacks(self.headline)]
         found = next((name for name in allowed if name in names), None)
         if found is None:
             raise ValueError(f"headline must be one of {', '.join(names)}, got {self.headline!r}")
@@ -265,14 +252,6 @@ def all_gather(share: Tensor) -> Tensor:
     for rank, received in enumerate(shares):
         torch.distributed.broadcast(received, src=rank)
     return shares
-
-
-def unwrapped(state: State) -> torch.nn.Module:
-    """The model itself, without the wrappers of DDP, FSDP and torch.compile, which forward ``forward`` alone."""
-    model: Any = state.model
-    while isinstance(model, WRAPPERS):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
-    return model
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -5,9 +5,9 @@ import weakref
 from pathlib import Path
 
 from d2v_composer.data.shard_cache import ShardCache
-from d2v_composer.errors import InputError
-from d2v_composer.locks import acquire
-from d2v_composer.persistence import reason
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import acquire
+from d2v_composer.system.retry import reason
 
 __all__ = ["CacheFolder", "occupy"]
 

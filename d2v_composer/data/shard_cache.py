@@ -26,8 +26,8 @@ from streaming.base.format.base.reader import Reader
 from streaming.base.shared import SharedArray, SharedScalar
 
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
-from d2v_composer.errors import InputError
-from d2v_composer.persistence import reason
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.retry import reason
 
 __all__ = ["GIVEN_UP", "Claim", "ShardCache", "ShardState"]
 

@@ -23,9 +23,9 @@ from composer.utils import dist
 from streaming.base import dataset as streaming_dataset
 from streaming.base.shared import SharedMemory, array, prefix
 
-from d2v_composer.locks import acquire, is_last_user, share, sole_user
-from d2v_composer.nodes import gather_objects, raise_on_all_ranks
-from d2v_composer.scratch import machine_folder
+from d2v_composer.system.file_locks import acquire, is_last_user, share, sole_user
+from d2v_composer.system.multi_node import gather_objects, raise_on_all_ranks
+from d2v_composer.system.temporary_folder import machine_folder
 
 __all__ = [
     "Reservation",

@@ -6,8 +6,9 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
-from d2v_composer.data.mds import keep_encoded
-from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
+from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
+from d2v_composer.data.decode import rgb_of
+from d2v_composer.data.mds_index import keep_encoded
 from d2v_composer.data.verified_dataset import READ_ATTEMPTS, VerifiedDataset
 
 __all__ = ["StreamingImages"]

@@ -30,10 +30,10 @@ from d2v_composer.data.shared_memory import (
     shared_memory_needed,
 )
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
-from d2v_composer.errors import InputError
-from d2v_composer.nodes import raise_on_all_ranks
-from d2v_composer.persistence import reason
-from d2v_composer.processes import end_with_parent
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import raise_on_all_ranks
+from d2v_composer.system.retry import reason
+from d2v_composer.system.worker_lifetime import end_with_parent
 
 __all__ = ["VerifiedDataset"]
 

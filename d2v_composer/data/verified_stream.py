@@ -19,8 +19,8 @@ from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
-from d2v_composer.persistence import persist, reason
-from d2v_composer.s3_download import SCHEME, S3Downloader
+from d2v_composer.system.retry import reason, retry
+from d2v_composer.system.s3_download import SCHEME, S3Downloader
 
 __all__ = ["ShardError", "VerifiedStream"]
 
@@ -157,7 +157,7 @@ class VerifiedStream(Stream):
                         downloader.download(self._address(info), str(partial), self.download_timeout)
 
         try:
-            persist(download, self._address(info), timeout, stop)
+            retry(download, self._address(info), timeout, stop)
         except Exception as error:
             raise ShardError(
                 f"{self._address(info)}: the shard cannot be fetched: {reason(error)} (to {self.local})"

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.processes import block_sigterm
-from d2v_composer.targets import norm_mean, regression_loss
+from d2v_composer.models.targets import norm_mean, regression_loss
+from d2v_composer.system.worker_lifetime import block_sigterm
 
 __all__ = ["compile_model", "find_missing"]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from d2v_composer.models.block import Block
 from d2v_composer.models.frozen import Frozen
-from d2v_composer.models.image_encoder import MAX_DEPTH, ImageEncoder, ImageEncoderConfig, check_whole
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.sizes import MAX_DEPTH, check_whole
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
 from d2v_composer.models.transformer import Transformer
 

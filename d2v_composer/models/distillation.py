@@ -12,10 +12,10 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
 from d2v_composer.models.student import Student
-from d2v_composer.targets import Regression, instance_norm, regression_loss
+from d2v_composer.models.targets import Regression, instance_norm, regression_loss
+from d2v_composer.system.errors import InputError
 
 __all__ = ["DistillationModel", "Prediction"]
 
@@ -47,7 +47,7 @@ class DistillationModel(ComposerModel):
         cpu_bf16: Compute in bfloat16 under autocast on a CPU, where Composer's Trainer takes no precision but fp32.
 
     Attributes:
-        regression_loss: :func:`~d2v_composer.targets.regression_loss`, or what computes the same.
+        regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or what computes the same.
         forward_methods: The methods besides ``forward`` that run encoder or blocks; FSDP has to surround each of them.
 
     Raises:
@@ -87,7 +87,7 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_post_hook(check_trained_tensors)
 
     def forward(self, batch: Batch) -> Regression:
-        """Prediction and target of a batch, see :class:`~d2v_composer.targets.Regression`."""
+        """Prediction and target of a batch, see :class:`~d2v_composer.models.targets.Regression`."""
         with self.cpu_autocast():
             return self.compare(images_of(batch))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from d2v_composer.models.alibi import compute_dtype
 from d2v_composer.models.block import Block, init_linear_layers
-from d2v_composer.models.image_encoder import MAX_DEPTH, MAX_WIDTH, ImageEncoder, check_mlp_ratio, check_whole
+from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_mlp_ratio, check_whole
 from d2v_composer.models.transformer import Transformer
 
 __all__ = ["Init", "Student", "StudentConfig", "init_from_teacher"]

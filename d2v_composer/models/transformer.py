@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from d2v_composer.models.alibi import compute_dtype, mask_padding
 from d2v_composer.models.block import Block
 from d2v_composer.models.image_encoder import ImageEncoder
-from d2v_composer.targets import norm_mean
+from d2v_composer.models.targets import norm_mean
 
 __all__ = ["Pooling", "Representation", "Transformer", "poolings"]
 
@@ -46,7 +46,7 @@ class Transformer(nn.Module, ABC):
         blocks: The blocks after it.
 
     Attributes:
-        norm_mean: :func:`~d2v_composer.targets.norm_mean`, or what computes the same.
+        norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or what computes the same.
     """
 
     def __init__(self, encoder: ImageEncoder, blocks: list[Block]) -> None:

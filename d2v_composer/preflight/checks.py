@@ -18,20 +18,22 @@ from packaging.requirements import Requirement
 from PIL import Image
 from streaming.base.format import reader_from_json
 
-from d2v_composer.atomic import existing_folder
-from d2v_composer.build import build_labelled_sets, room_of_node, shared_memory_of_node
-from d2v_composer.config import TrainConfig
-from d2v_composer.data.labelled import LabelledSet
-from d2v_composer.data.mds import check_image_column, check_room, fetch_index, keep_encoded, read_index
+from d2v_composer.builders.data import room_of_node, shared_memory_of_node
+from d2v_composer.builders.evaluation import build_labelled_sets
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
+from d2v_composer.data.decode import rgb_of
+from d2v_composer.data.labelled_sets import LabelledSet
+from d2v_composer.data.mds_index import check_image_column, check_room, fetch_index, keep_encoded, read_index
 from d2v_composer.data.shared_memory import check_shared_memory
-from d2v_composer.data.transforms import RandomResizedCropFlip, rgb_of, sample_rng
 from d2v_composer.data.verified_stream import VerifiedStream
-from d2v_composer.environment import describe_machine
-from d2v_composer.errors import InputError
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.load import load_teacher
-from d2v_composer.persistence import reason
 from d2v_composer.preflight.nodes import Nodes
+from d2v_composer.system.atomic_files import existing_folder
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.machine_info import describe_machine
+from d2v_composer.system.retry import reason
 
 __all__ = [
     "DataSet",

@@ -8,9 +8,9 @@ import torch
 from composer.core import Time, TimeUnit
 from streaming.base.util import bytes_to_int
 
-from d2v_composer.build import room_of_node
-from d2v_composer.config import TrainConfig
-from d2v_composer.data.labelled import LabelledSet
+from d2v_composer.builders.data import room_of_node
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.preflight.checks import DataSet
 from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.preflight.rehearsal import IMAGES_PER_SET

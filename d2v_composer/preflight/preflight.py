@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from d2v_composer.addresses import RunFolder
-from d2v_composer.atomic import existing_folder
-from d2v_composer.build import find_run_folder
-from d2v_composer.config import TrainConfig
-from d2v_composer.data.labelled import LabelledSet
-from d2v_composer.loggers.jsonl import read_jsonl
+from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.preflight import checks
 from d2v_composer.preflight.checks import DataSet
 from d2v_composer.preflight.needs import Measured, needs
@@ -25,7 +24,8 @@ from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.preflight.rehearsal import Rehearsal
 from d2v_composer.preflight.rights import check_rights, remove_prefix
 from d2v_composer.preflight.table import Check, Table
-from d2v_composer.resuming import LATEST
+from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.atomic_files import existing_folder
 
 __all__ = ["preflight"]
 

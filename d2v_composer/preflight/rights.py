@@ -7,10 +7,10 @@ from uuid import uuid4
 from composer.utils import maybe_create_object_store_from_uri
 from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.addresses import Address
-from d2v_composer.callbacks.checkpoint_keeping import IMPATIENT_CLIENT
-from d2v_composer.errors import InputError
-from d2v_composer.persistence import reason
+from d2v_composer.callbacks.checkpoint_retention import IMPATIENT_CLIENT
+from d2v_composer.system.addresses import Address
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.retry import reason
 
 __all__ = ["check_rights", "remove_prefix"]
 

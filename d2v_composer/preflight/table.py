@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from d2v_composer.persistence import reason
+from d2v_composer.system.retry import reason
 
 __all__ = ["Check", "Table"]
 

@@ -12,12 +12,12 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from d2v_composer.atomic import write_atomically
 from d2v_composer.callbacks.health import STATES
-from d2v_composer.callbacks.zero_shot_retrieval import BANKS, metric_key
+from d2v_composer.evaluation.bootstrap import share_recovered
+from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.report.plots import QUERIES_A_FIGURE, confusion_plot, curves, gallery, retrieval_plot
 from d2v_composer.report.run import Run
-from d2v_composer.tables import share_recovered
+from d2v_composer.system.atomic_files import write_atomically
 
 __all__ = ["write_report"]
 

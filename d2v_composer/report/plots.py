@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMeth
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.callbacks.zero_shot_retrieval import metric_key
-from d2v_composer.evaluation import confusion_matrix
+from d2v_composer.evaluation.evaluate import confusion_matrix
+from d2v_composer.evaluation.metric_names import metric_key
 from d2v_composer.report.run import Run
 
 __all__ = ["confusion_plot", "curves", "gallery", "retrieval_plot"]

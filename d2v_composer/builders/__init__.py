@@ -1,0 +1,1 @@
+"""Checked values → the arguments of Composer's Trainer."""

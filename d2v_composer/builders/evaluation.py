@@ -1,0 +1,111 @@
+"""Build the retrieval callback, and the models that an evaluation compares."""
+
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, TrainConfig
+from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
+from d2v_composer.evaluation.evaluate import Candidate
+from d2v_composer.evaluation.metric_names import Embed
+from d2v_composer.evaluation.references import embed_with_encoder, pixels
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.student import Student
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import node_leaders_first
+
+__all__ = ["build_candidates", "build_labelled_sets", "build_references", "build_retrieval"]
+
+
+def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
+    """The section ``retrieval``, or ``None`` where it has no data sets.
+
+    Raises:
+        InputError: A data set cannot be used.
+    """
+    retrieval, teacher = config.retrieval, model.teacher
+    chosen = retrieval.datasets
+    if not any(labelled is not None for labelled in chosen.values()):
+        return None
+    with node_leaders_first("the data sets for retrieval"):
+        datasets = build_labelled_sets(chosen, teacher.config.image_size)
+    if retrieval.max_images is not None:
+        datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
+    try:
+        return ZeroShotRetrieval(
+            datasets,
+            retrieval.interval,
+            retrieval.ks,
+            headline=f"{retrieval.representation}_{retrieval.pooling}",
+            references=build_references(retrieval.references, model),
+            at_start=retrieval.at_start,
+            device_batch_size=config.device_eval_batch_size,
+            progress_bar=config.progress_bar,
+        )
+    except ValueError as error:
+        raise InputError(f"retrieval: {error}") from error
+
+
+def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size: int) -> dict[str, LabelledSet]:
+    """The data sets of a section ``datasets``, but those that are off.
+
+    Raises:
+        InputError: One cannot be used.
+    """
+    return {
+        name: load_labelled_set(**asdict(labelled), image_size=image_size)
+        for name, labelled in chosen.items()
+        if labelled is not None
+    }
+
+
+def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], int]:
+    """The model of ``recipes/evaluate.py``, and what it is compared with: pixels, encoder, untrained student, teacher.
+
+    Returns:
+        The candidates on the device, in eval mode, and their image size.
+
+    Raises:
+        InputError: A file cannot be used, or the model has no such embedding.
+    """
+    student, teacher = load_any(config.model, config.weights, config.teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if student is not None:
+            untrained = Student(student.encoder, student.config)
+        else:
+            assert teacher is not None  # load_any gives one of them
+            untrained = teacher.build_student()
+    encoder = untrained.encoder
+    if config.pooling == "cls" and not untrained.num_extra_tokens:
+        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
+    transformers = {"untrained student": untrained, "student": student, "teacher": teacher}
+    candidates = [
+        Candidate("pixels", partial(pixels, encoder), 0, 0.0),
+        Candidate(
+            "encoder",
+            partial(embed_with_encoder, encoder),
+            sum(parameter.numel() for parameter in encoder.parameters()),
+            2e-9 * encoder.forward_macs(),
+        ),
+    ]
+    for name, transformer in transformers.items():
+        if transformer is not None:
+            size = sum(parameter.numel() for parameter in transformer.parameters())
+            gflop = 2e-9 * (encoder.forward_macs() + transformer.forward_macs())
+            candidates.append(Candidate(name, transformer.eval().to(device).embed_all, size, gflop))
+    return candidates, encoder.config.image_size
+
+
+def build_references(names: list[str], model: DistillationModel) -> dict[str, Embed]:
+    """What the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
+    encoder = model.teacher.encoder
+    known: dict[str, Embed] = {
+        "pixels": partial(pixels, encoder),
+        "encoder": model.in_precision(partial(embed_with_encoder, encoder)),
+        **model.retrieval_references(),
+    }
+    return {name: known[name] for name in names}

@@ -1,0 +1,57 @@
+"""Build optimizer, schedule, gradient clipping and sharding."""
+
+from dataclasses import asdict
+
+import torch
+from composer.algorithms import GradientClipping
+from composer.core import Algorithm, Time, TimeUnit
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.utils import FSDP2Config, ParallelismConfig
+
+from d2v_composer.callbacks.gradient_norm import GradientNorm
+from d2v_composer.config.schema import OptimizerConfig, TrainConfig
+from d2v_composer.system.errors import InputError
+
+__all__ = ["build_algorithms", "build_optimizer", "build_parallelism", "build_scheduler"]
+
+
+def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+    """torch's AdamW on what trains; no weight decay on biases and norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnnealingWithWarmupScheduler:
+    """Linear warm-up, then cosine to ``alpha_f`` of the learning rate at the run's end.
+
+    Raises:
+        InputError: The warm-up is longer than the run, which only the data's size shows where one is in epochs.
+    """
+    scheduler = config.scheduler
+    warmup, duration = Time.from_timestring(scheduler.t_warmup), Time.from_timestring(config.max_duration)
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
+    if warmup.unit in batches and warmup.value * batches[warmup.unit] > duration.value * batches[duration.unit]:
+        raise InputError(
+            f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {scheduler.t_warmup} "
+            f"with {batches_per_epoch} batches an epoch"
+        )
+    return CosineAnnealingWithWarmupScheduler(t_warmup=scheduler.t_warmup, alpha_f=scheduler.alpha_f)
+
+
+def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    """The section ``algorithms``, and the gradient's norm for the log."""
+    clipping = config.algorithms.gradient_clipping
+    if clipping is None:
+        return [GradientNorm()]
+    return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold), GradientNorm()]
+
+
+def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
+    """The section ``parallelism_config``; checkpoints are whole all the same."""
+    fsdp = config.parallelism_config.fsdp
+    return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **asdict(fsdp)))

@@ -1,0 +1,27 @@
+"""The callbacks and loggers that a YAML may name."""
+
+from composer import callbacks as composer_callbacks
+from composer import loggers as composer_loggers
+
+from d2v_composer.callbacks.health import Health
+from d2v_composer.callbacks.jsonl_logger import JSONLLogger
+
+__all__ = ["CALLBACKS", "LOGGERS"]
+
+CALLBACKS = {
+    "health": Health,
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+}
+
+LOGGERS = {
+    "jsonl": JSONLLogger,
+    "mlflow": composer_loggers.MLFlowLogger,
+    "tensorboard": composer_loggers.TensorboardLogger,
+    "wandb": composer_loggers.WandBLogger,
+}

@@ -1,0 +1,1 @@
+"""Files of weights: read foreign ones safely, resume from our own, export students."""

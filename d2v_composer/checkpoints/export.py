@@ -1,0 +1,121 @@
+"""A student's embedding as a program of its own, for machines without this package: ONNX and torch.export.
+
+Shapes: B images, S pixels a side, D channels.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_composer.models.alibi import Alibi
+from d2v_composer.models.student import Student
+from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.system.errors import InputError
+
+__all__ = ["OPSET", "Embedder", "export_onnx", "export_program"]
+
+OPSET = 18
+
+
+class FixedAlibi(Alibi):
+    """The bias of one length as a part of the program, instead of what is made when it is needed."""
+
+    bias: Tensor
+
+    def __init__(self, alibi: Alibi, num_steps: int) -> None:
+        super().__init__(
+            alibi.distance,
+            num_heads=alibi.num_heads,
+            num_alibi_heads=alibi.num_alibi_heads,
+            num_extra_tokens=alibi.num_extra_tokens,
+        )
+        self.register_buffer("bias", alibi.build(num_steps))
+
+    def unscaled(self, num_steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.bias.to(dtype)
+
+
+class Embedder(nn.Module):
+    """Normalised images, (B, 3, S, S) float, to one embedding each, (B, D) float32; on a copy of the student."""
+
+    def __init__(self, student: Student, pooling: Pooling = "cls", representation: Representation = "output") -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
+        num_steps = student.encoder.config.num_steps
+        for part in (self.student, self.student.encoder):
+            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, num_steps)
+        self.pooling: Pooling = pooling
+        self.representation: Representation = representation
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.student.embed(images, self.pooling, self.representation)
+
+    def example(self) -> Tensor:
+        """A batch; of two, since one would be taken for a number that never changes."""
+        config = self.student.encoder.config
+        return torch.zeros(2, config.in_chans, config.image_size, config.image_size)
+
+
+def preprocessing(student: Student) -> dict[str, Any]:
+    """What is to be done to images, for whoever has nothing but the program."""
+    config = student.encoder.config
+    wanted = ("image_size", "image_mean", "image_std")
+    return {name: value for name, value in asdict(config).items() if name in wanted} | {"interpolation": "bicubic"}
+
+
+def export_onnx(embedder: Embedder, path: Path) -> None:
+    """ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D); preprocessing as its metadata.
+
+    Raises:
+        InputError: The packages that it takes are not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install 'd2v-composer[onnx]'")
+    program = torch.onnx.export(
+        trace(embedder),
+        input_names=["images"],
+        output_names=["embedding"],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # it is for who asks for a file
+    program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(embedder.student))
+    with whole_file(path) as partial:
+        program.save(partial)
+
+
+def export_program(embedder: Embedder, path: Path) -> None:
+    """torch.export's program, for ``torch.export.load(path).module()``; preprocessing as JSON in its extra files."""
+    extra = {"preprocessing.json": json.dumps(preprocessing(embedder.student))}
+    with whole_file(path) as partial:
+        torch.export.save(trace(embedder), partial, extra_files=extra)
+
+
+def trace(embedder: Embedder) -> torch.export.ExportedProgram:
+    """The program for any number of images."""
+    images = embedder.example()
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    with torch.no_grad():
+        return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes its place once it is whole."""
+    partial = path.with_name(f".partial.{path.name}")  # with its suffix, which torch minds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""An exported student as a timm model: ``timm.create_model("d2v2_student", checkpoint_path="student.safetensors")``.
+
+Importing this module registers it. Shapes: B images, S pixels a side, T time steps, D channels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from d2v_composer.checkpoints.check_tensors import check_tensors
+from d2v_composer.checkpoints.stored_config import CONFIG_TENSOR, check_student, config_tensor, parse_config_tensor
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.retry import reason
+
+__all__ = ["TimmStudent", "d2v2_student"]
+
+# The paper's; a file brings its own.
+PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)
+
+
+class TimmStudent(Student):
+    """timm's interface to a student: features, pooling, a classifier to fine-tune.
+
+    The encoder stays frozen, as the student knows it; the blocks and the head train. Loading a file of
+    ``recipes/export_student.py`` takes over its sizes, whatever the model was made with; the head stays as it is.
+
+    Args:
+        encoder_config: The encoder's sizes.
+        student_config: The blocks'.
+        num_classes: Of the head; 0: none, the pooled features are the output.
+        global_pool: ``token``: CLS; ``avg``: the mean of the patches.
+    """
+
+    def __init__(
+        self,
+        encoder_config: ImageEncoderConfig = PAPER_ENCODER,
+        student_config: StudentConfig | None = None,
+        num_classes: int = 0,
+        global_pool: str = "token",
+    ) -> None:
+        super().__init__(ImageEncoder(encoder_config).freeze(), student_config or StudentConfig())
+        self.num_features = self.head_hidden_size = encoder_config.embed_dim
+        self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
+        self.register_buffer(CONFIG_TENSOR, config_tensor(encoder_config, self.config))  # whatever saves it, keeps it
+        self.reset_classifier(num_classes, global_pool)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, of zeros; none for 0 classes.
+
+        Raises:
+            ValueError: There is no such pooling.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("token", "avg") or (global_pool == "token" and not self.num_extra_tokens):
+            allowed = "token or avg" if self.num_extra_tokens else "avg, since there is no CLS token"
+            raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
+        self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images, (B, 3, S, S), normalised as ``pretrained_cfg`` says, to the last block's output, (B, T, D)."""
+        return self.forward_blocks(self.encode(x))[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to (B, num_classes), or to the pooled (B, D) where there is no head or ``pre_logits``."""
+        pooled = x[:, 0] if self.global_pool == "token" else x[:, self.num_extra_tokens :].mean(dim=1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            self.checkpoint_activations()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """An exported student's tensors, or this model's own; checked as :func:`load_student` does, strict or not.
+
+        Raises:
+            InputError: A file that is too old to say its sizes, or whose tensors do not fit them.
+        """
+        tensors = dict(state_dict)
+        stored = tensors.pop(CONFIG_TENSOR, None)
+        if stored is None:
+            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file of recipes/export_student.py, or of an old one")
+        try:
+            sizes = parse_config_tensor(stored)
+        except ValueError as error:
+            raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
+        head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
+        self._become(*check_student(CONFIG_TENSOR, sizes, tensors))
+        own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        head = own_head | head
+        check_tensors(CONFIG_TENSOR, {name: tuple(tensor.shape) for name, tensor in own_head.items()}, head)
+        tensors |= head
+        tensors[CONFIG_TENSOR] = config_tensor(self.encoder.config, self.config)
+        return super().load_state_dict(tensors, strict, assign)
+
+    def _become(self, encoder_config: ImageEncoderConfig, student_config: StudentConfig) -> Self:
+        """Take on other sizes."""
+        if (encoder_config, student_config) != (self.encoder.config, self.config):
+            pool = self.global_pool if encoder_config.num_extra_tokens else "avg"
+            TimmStudent.__init__(self, encoder_config, student_config, self.num_classes, pool)
+        return self
+
+
+def pretrained_cfg(config: ImageEncoderConfig) -> dict[str, Any]:
+    """What timm's ``resolve_data_config`` reads."""
+    return {
+        "architecture": "d2v2_student",
+        "input_size": (config.in_chans, config.image_size, config.image_size),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": config.image_mean,
+        "std": config.image_std,
+        "num_classes": 0,
+        "first_conv": "encoder.local_encoder.proj",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs({"d2v2_student": pretrained_cfg(PAPER_ENCODER)})
+
+
+@register_model
+def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
+    """The paper's student, until a file with other sizes is loaded; see :class:`TimmStudent`."""
+    not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file says how many channels and pixels
+    return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

@@ -1,0 +1,1 @@
+"""YAML and overrides → checked values."""

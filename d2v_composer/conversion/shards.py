@@ -1,0 +1,172 @@
+"""One shard: which images it has, how it is made and put in its place, and whether it is there as it was made."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from streaming import MDSWriter
+from streaming.base.format.mds import MDSReader
+from streaming.base.hashing import get_hash
+
+from d2v_composer.conversion.destination import ATTEMPTS, Destination
+from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
+from d2v_composer.data.image_folder import ImageFile, read_image_file
+from d2v_composer.system.atomic_files import write_atomically
+from d2v_composer.system.errors import InputError, UnreadableImageError
+from d2v_composer.system.retry import reason
+
+__all__ = [
+    "Encoding",
+    "ShardJob",
+    "ShardRecord",
+    "convert_shard",
+    "plan_shards",
+    "record_path",
+    "saved_records",
+    "shard_names",
+    "verify_shard",
+]
+
+HASHES = ["sha1", "xxh64"]
+LARGEST_SHARD = (1 << 32) - 1
+# Of a resized JPEG: 0.3 a pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
+BYTES_PER_SQUARE = 0.4
+
+
+class Encoding(NamedTuple):
+    """How images are stored."""
+
+    resize: int | None = None
+    """What a longer short side becomes, in pixels; ``None``: the files' bytes as they are."""
+    quality: int = 90
+    """Of the JPEGs that are encoded anew."""
+
+
+class ShardJob(NamedTuple):
+    """One shard to be made."""
+
+    number: int
+    root: Path
+    files: list[ImageFile]
+    encoding: Encoding
+    skip_unreadable: bool
+    destination: Destination
+
+
+class ShardRecord(NamedTuple):
+    """One shard made."""
+
+    number: int
+    entry: dict[str, Any] | None
+    """As in the index; ``None`` where no image of it was readable."""
+    converted: dict[str, int]
+    skipped: list[str]
+
+
+def plan_shards(
+    files: Sequence[ImageFile], encoding: Encoding, seed: int, shard_bytes: int
+) -> Iterator[list[ImageFile]]:
+    """The images of each shard, in a random order; a shard holds about ``shard_bytes``."""
+    largest_image = encoding.resize**2 * BYTES_PER_SQUARE if encoding.resize else LARGEST_SHARD
+    shard: list[ImageFile] = []
+    size = 0.0
+    for i in np.random.default_rng(seed).permutation(len(files)):
+        image_bytes = min(files[i].num_bytes, largest_image)
+        if shard and size + image_bytes > shard_bytes:
+            yield shard
+            shard, size = [], 0.0
+        shard.append(files[i])
+        size += image_bytes
+    yield shard
+
+
+def convert_shard(job: ShardJob) -> ShardRecord:
+    """Make one shard and put it in its place, then write its record."""
+    converted: Counter[str] = Counter()
+    skipped: list[str] = []
+    columns = {"image": "bytes"} if job.files[0].label is None else {"image": "bytes", "label": "int"}
+    with job.destination.published(f"shard.{job.number:05}.mds") as path:
+        writer = MDSWriter(columns=columns, out=str(path.parent / "mds"), hashes=HASHES, size_limit=LARGEST_SHARD)
+        for file in job.files:
+            try:
+                image, kind = _read_image(job, file)
+            except UnreadableImageError as error:
+                if not job.skip_unreadable:
+                    raise InputError(f"{error}; --skip-unreadable leaves such images out") from error
+                skipped.append(str(error).removeprefix(f"{job.root}/"))
+                continue
+            converted.update([kind] if kind else [])
+            writer.write({"image": image, "label": file.label})
+        entry = _close_shard(writer, path)
+    record = ShardRecord(job.number, entry, dict(sorted(converted.items())), skipped)
+    write_atomically(record_path(job.destination, job.number), json.dumps(record._asdict()))
+    return record
+
+
+def _read_image(job: ShardJob, file: ImageFile) -> tuple[bytes, str | None]:
+    path = job.root / file.path
+    try:
+        return as_rgb_jpeg(read_image_file(path), str(path), job.encoding.resize, job.encoding.quality)
+    except (OSError, MemoryError) as error:
+        raise RuntimeError(
+            f"{path}: cannot be read now ({reason(error)}): start again, and the rest is converted"
+        ) from error
+
+
+def _close_shard(writer: MDSWriter, path: Path) -> dict[str, Any] | None:
+    # Not writer.finish(): that writes an index, and a shard of an unfinished data set must have none.
+    if writer.new_samples:
+        writer.flush_shard()
+    writer.executor.shutdown()
+    if not writer.shards:
+        return None
+    if len(writer.shards) > 1:
+        raise RuntimeError(f"{path.name}: its images have more than {LARGEST_SHARD} bytes; make --shard-size smaller")
+    entry = writer.shards[0]
+    (Path(writer.local) / entry["raw_data"]["basename"]).rename(path)
+    entry["raw_data"]["basename"] = path.name
+    return entry
+
+
+def verify_shard(job: tuple[Destination, ShardRecord]) -> str | None:
+    """Read a shard from where it is; what is wrong with it, if anything."""
+    destination, record = job
+    assert record.entry is not None
+    name, num_bytes = record.entry["raw_data"]["basename"], record.entry["raw_data"]["bytes"]
+    with destination.read_back(name, ATTEMPTS) as path:
+        if not path.exists():
+            return f"{destination.address}/{name}: cannot be read back"
+        content = path.read_bytes()
+        if len(content) != num_bytes:
+            return f"{destination.address}/{name}: has {len(content)} bytes instead of {num_bytes}"
+        if any(
+            get_hash(hash_name, content) != value for hash_name, value in record.entry["raw_data"]["hashes"].items()
+        ):
+            return f"{destination.address}/{name}: its content has changed"
+        reader = MDSReader.from_json(str(path.parent), None, record.entry)
+        num_samples = sum(1 for sample in reader if sample["image"])
+        if num_samples != record.entry["samples"]:
+            return f"{destination.address}/{name}: has {num_samples} images instead of {record.entry['samples']}"
+    return None
+
+
+def record_path(destination: Destination, number: int) -> Path:
+    """Where the record of a finished shard is kept until the data set is finished."""
+    return destination.work / "records" / f"{number}.json"
+
+
+def saved_records(destination: Destination) -> list[ShardRecord]:
+    """The records of all shards that are in their place."""
+    return [ShardRecord(**json.loads(path.read_bytes())) for path in record_path(destination, 0).parent.glob("*.json")]
+
+
+def shard_names(destination: Destination) -> set[str]:
+    """The files of a destination that are shards, of whichever conversion.
+
+    Raises:
+        InputError: An object store cannot be listed.
+    """
+    return {name for name in destination.names("shard.") if name.endswith(".mds")}

@@ -1,0 +1,31 @@
+"""How a command ends: 0, or 2 with one line for bad input; everything else keeps its traceback and exits with 1."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.temporary_folder import use_temporary_folder
+from d2v_composer.system.worker_lifetime import end_with_launcher
+
+__all__ = ["run"]
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+    """Call ``main`` with the command line's arguments and leave the process."""
+    end_with_launcher()
+    try:
+        use_temporary_folder()
+        main(sys.argv[1:])
+    except InputError as error:
+        # From a data worker the message is that of a whole traceback; what we said is its last line.
+        line = hide_secrets(str(error).strip().splitlines()[-1])
+        kind = type(error)
+        print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
+        sys.exit(2)
+    except (IsADirectoryError, NotADirectoryError) as error:
+        # Wherever it shows: there is a folder where a file is expected, or the other way round.
+        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,124 @@
+"""A local path for an address: a file here, on a web server or in an object store."""
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+import requests
+import torch
+from filelock import FileLock
+from streaming.base.storage import CloudDownloader
+from tqdm.auto import tqdm
+
+from d2v_composer.system import retry
+from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.retry import reason
+from d2v_composer.system.s3_download import SCHEME, S3Downloader
+
+# data2vec 2.0's largest has 600 million weights; with its decoder, its moving average and the optimizer's state, 15 GB.
+LARGEST_FILE = 32 << 30
+# Of an answer, and of each part of a file.
+READ_SECONDS, S3_ATTEMPTS = 30.0, 3
+LONGEST_NAME = 100
+
+__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "is_remote", "transfer"]
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: below torch.hub's folder, which ``TORCH_HOME`` moves."""
+    return Path(torch.hub.get_dir()) / "d2v_composer"
+
+
+def is_remote(address: str | Path) -> bool:
+    """Whether an address is a web server's or an object store's.
+
+    Raises:
+        InputError: A store would read it otherwise than it is written.
+    """
+    try:
+        return Address.parse(str(address)).is_remote
+    except ValueError as error:
+        raise InputError(f"{address}: {error}") from error
+
+
+def fetch(address: str | Path) -> Path:
+    """The file behind an address.
+
+    Args:
+        address: A path, https://…, or an object store's: s3://, gs://, oci://, azure://, hf:// (whatever
+            mosaicml-streaming reads). Remote files are fetched once and kept in :func:`cache_folder`; a presigned
+            address that is signed anew is the same file. No signature, login or query comes to the disk.
+
+    Raises:
+        InputError: There is no such file, or it cannot be fetched.
+    """
+    if not is_remote(address):
+        path = Path(address)
+        if not path.is_file():
+            raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{address}: has {path.stat().st_size} bytes; no teacher or student has {LARGEST_FILE}")
+        return path
+    address = str(address)
+    path = cache_folder() / cached_name(address)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
+        if not path.exists():
+            download(address, path)
+    return path
+
+
+def cached_name(address: str) -> str:
+    """The name under which a remote file is kept: a hash of its address, and the end of its own name."""
+    file = identity(address)
+    return f"{hashlib.sha256(file.encode()).hexdigest()[:16]}-{file_name(file)[-LONGEST_NAME:]}"
+
+
+def download(address: str, path: Path, timeout: float = 600) -> None:
+    """Fetch ``address`` into ``path``, which exists only once it is whole.
+
+    Raises:
+        InputError: It cannot be fetched.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # Streaming's clients take what is there for the file
+        transfer(address, partial, timeout)
+    except Exception as error:
+        with suppress(OSError):  # the error that matters may be that nothing can be deleted
+            partial.unlink(missing_ok=True)
+        raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
+    partial.replace(path)
+
+
+def transfer(address: str, path: Path, timeout: float) -> None:
+    """Fetch ``address`` into ``path``, once; a failure is whatever the client raises, and leaves what came."""
+    if address.startswith(("https://", "http://")):
+        _download_from_web(address, path, timeout)
+    elif address.startswith(SCHEME):
+        S3Downloader(min(timeout, READ_SECONDS), S3_ATTEMPTS).download(address, path)
+    else:
+        CloudDownloader.direct_download(address, str(path), timeout)
+
+
+def _download_from_web(address: str, path: Path, timeout: float) -> None:
+    """requests notices a connection that breaks; torch.hub would keep the part that came."""
+    limits = (retry.CONNECT_SECONDS, min(timeout, READ_SECONDS))
+    with requests.get(address, stream=True, timeout=limits) as response:
+        response.raise_for_status()
+        length = response.headers.get("Content-Length")
+        bar = tqdm(
+            desc=hide_secrets(address),
+            total=int(length) if length else None,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            leave=False,
+        )
+        with path.open("wb") as file, bar:
+            for chunk in response.iter_content(1 << 20):
+                if file.tell() > LARGEST_FILE:
+                    raise ValueError(f"sends more than {LARGEST_FILE} bytes")
+                file.write(chunk)
+                bar.update(len(chunk))

@@ -1,1 +1,0 @@
-"""Servers that tests and benchmarks start for themselves."""
