@@ -1,55 +1,18 @@
-"""What several tests stand on: small data sets, the shipped teacher, and runs of the commands."""
+"""Fixtures of several tests: small data sets, and a run that was never interrupted."""
 
-import io
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 import torch
-from composer.devices import DeviceCPU
 from composer.utils import dist
-from PIL import Image
 from streaming import MDSWriter
-from torch import Tensor
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
-from d2v_composer.system.errors import InputError
+from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other
-
-ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-QUICKSTART = ROOT / "yamls" / "quickstart"
-
-# Six batches of 16 an epoch.
-NUM_IMAGES = 96
-
-
-def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None) -> Path:
-    """An MDS folder of encoded images in several shards."""
-    columns = {"image": "bytes"} | ({} if labels is None else {"label": "int"})
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
-        for i, image in enumerate(images):
-            writer.write({"image": image} | ({} if labels is None else {"label": labels[i]}))
-    return folder
-
-
-def encoded_image(seed: int, size: int = 32) -> bytes:
-    """A JPEG of smooth random colours."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
 
 # What takes minutes, begun first: at the end no core waits for the other's last long test.
 LONG = ("test_remote.py", "test_parallel.py", "test_store_faults.py", "test_end_to_end.py")
@@ -57,20 +20,6 @@ LONG = ("test_remote.py", "test_parallel.py", "test_store_faults.py", "test_end_
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
-
-class OnDevice(Tensor):
-    """A tensor that was moved to the device, or was computed from one that was."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnDevice":
-        return self.clone().as_subclass(OnDevice)
-
-
-class LabelledDevice(DeviceCPU):
-    """A device that labels what is moved to it; weights are not labelled."""
-
-    def tensor_to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.as_subclass(OnDevice)
 
 
 @pytest.fixture
@@ -112,94 +61,6 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
-    """Arguments of a tiny run on tests/golden's teacher: 14 batches, checkpoints every second, no retrieval."""
-    return [
-        str(ROOT / "yamls" / "quickstart.yaml"),
-        f"teacher.checkpoint={GOLDEN / 'tiny_base.pt'}",
-        f"train_loader.local={data}",
-        f"save_folder={folder}",
-        "retrieval.datasets={}",
-        "precision=fp32",
-        "max_duration=14ba",
-        "global_train_batch_size=16",
-        "scheduler.t_warmup=4ba",
-        "save_interval=2ba",
-        "student.depth=3",
-        "console_log_interval=100ba",
-        "train_loader.num_workers=0",
-        "report=false",  # seconds
-        *overrides,
-    ]
-
-
-def checkpoints_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("ep*.pt")}
-
-
-def shared_memory_of(pid: int) -> set[tuple[str, int]]:
-    """Path and inode of the shared memory of a process and its children: another's may have the name later."""
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    mapped = {region.path for each in family for region in each.memory_maps()}
-    return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
-
-
-def inode_of(path: str) -> int:
-    """0: there is no such file."""
-    try:
-        return os.stat(path).st_ino
-    except FileNotFoundError:
-        return 0
-
-
-def run_command(
-    *command: str | Path, timeout: float = 120, cwd: Path = ROOT, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command of ours and collect what it prints."""
-    arguments = [str(part) for part in command]
-    variables = command_environment() | (environment or {})
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=variables)
-
-
-def command_environment() -> dict[str, str]:
-    """One thread a process, so that two ranks on two cores do not fight, and the results do not depend on the cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
-    """``python recipes/train.py …``, or Composer's launcher for several ranks."""
-    script = str(ROOT / "recipes" / "train.py")
-    if ranks == 1:
-        return [sys.executable, script, *arguments]
-    launcher = str(Path(sys.executable).parent / "composer")
-    return [launcher, "-n", str(ranks), script, *arguments]
-
-
-# Runs the training command and kills it, without any warning, when the given batch starts.
-KILLED_AT = """
-import importlib.util, os, signal, sys
-from composer import Callback
-
-class Kill(Callback):
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-spec = importlib.util.spec_from_file_location("train", sys.argv[1])
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
-train.build_callbacks = lambda config: [Kill()]
-train.main(sys.argv[3:])
-"""
-
-
-def train_until_killed(arguments: list[str], batch: int) -> None:
-    """A run in one process that is killed when the batch starts."""
-    _, script, *_ = train_command(arguments)
-    killed = run_command(sys.executable, "-c", KILLED_AT, script, str(batch), *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-
-
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """The folder of a run of 14 batches, 6 an epoch, in one process."""
@@ -207,48 +68,3 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) ->
     result = run_command(*train_command(small_run(folder, small_data)))
     assert result.returncode == 0, result.stderr
     return folder
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
-def student_of(folder: Path) -> dict[str, Tensor]:
-    """The student's tensors in the newest checkpoint of a run."""
-    return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
-
-
-def losses_of(folder: Path) -> dict[int, float]:
-    return read_jsonl(folder / "log.jsonl")["loss/train/total"]
-
-
-def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
-    """Equal up to the order of sums, in each of so many steps; Adam forgives gradients of a wrong scale much."""
-    assert sorted(ours) == sorted(expected) == list(range(num_steps))
-    np.testing.assert_allclose([ours[step] for step in expected], list(expected.values()), rtol=2e-6)
-
-
-def refused_by(load: Callable[[Path], Any], path: Path) -> str:
-    """The one line with which a file is refused, in a few seconds."""
-    with pytest.raises(InputError) as caught, time_limit(5):
-        load(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message
-    return message
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Fail, instead of hanging, where something takes too long."""
-
-    def stop(*_: Any) -> None:
-        pytest.fail(f"takes longer than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

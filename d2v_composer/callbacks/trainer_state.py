@@ -7,10 +7,12 @@ import torch
 from composer.core import Event, State, Time
 from composer.utils import create_interval_scheduler
 from torch._dynamo.eval_frame import OptimizedModule
-
-from d2v_composer.callbacks.zero_shot_retrieval import WRAPPERS
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["due_every", "loss_scale", "unwrapped"]
+
+WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:

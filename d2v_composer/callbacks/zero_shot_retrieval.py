@@ -12,9 +12,6 @@ from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm.auto import tqdm
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
@@ -23,9 +20,6 @@ from d2v_composer.evaluation.metric_names import BANKS, Embed, headline_fallback
 from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = ["ZeroShotRetrieval"]
-
-
-WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 
 class ZeroShotRetrieval(Callback):

@@ -9,7 +9,7 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modaliti
 import math
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from d2v_composer.models.alibi import Alibi, compute_dtype, manhattan_distance
 from d2v_composer.models.block import Block
 from d2v_composer.models.frozen import Frozen
-from d2v_composer.models.sizes import MAX_DEPTH, MAX_PATCHES, MAX_WIDTH, check_mlp_ratio, check_whole
+from d2v_composer.models.sizes import MAX_DEPTH, MAX_PATCHES, MAX_WIDTH, check_mlp_ratio, check_whole, is_number
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageEncoder", "ImageEncoderConfig"]
 
@@ -29,11 +29,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 LARGEST_NORM_EPS = 1e-2
 # Of pixels from 0 to 1; no model's are beyond.
 MEANS, DEVIATIONS = (0.0, 1.0), (1e-3, 1.0)
-
-
-def is_number(value: Any, minimum: float, maximum: float) -> bool:
-    """Whether a value is a number of the range, and no bool, which Python takes for one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,12 @@
 """Largest sizes of a model, and checks of the numbers that a file claims."""
 
-from d2v_composer.models.image_encoder import is_number
+from typing import Any
 
-__all__ = ["MAX_DEPTH", "MAX_PATCHES", "MAX_WIDTH", "check_mlp_ratio", "check_whole"]
+__all__ = ["MAX_DEPTH", "MAX_PATCHES", "MAX_WIDTH", "check_mlp_ratio", "check_whole", "is_number"]
 
 # Far beyond any vision transformer; a file that says more is damaged, or wants memory that nobody has.
 MAX_WIDTH = 1 << 16
-
 MAX_DEPTH = 1000
-
 MAX_PATCHES = 1 << 14
 
 
@@ -32,3 +30,8 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
         raise ValueError(
             f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
         )
+
+
+def is_number(value: Any, minimum: float, maximum: float) -> bool:
+    """Whether a value is a number of the range, and no bool, which Python takes for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum

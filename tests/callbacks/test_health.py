@@ -1,0 +1,245 @@
+"""What the health callback measures, and that it names each state that a run can come into, and no other."""
+
+import logging
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from composer import Callback, ComposerModel, Logger, State, Trainer
+from composer.core import DataSpec
+from composer.loggers import InMemoryLogger
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import DataLoader
+
+from d2v_composer.callbacks.health import STATES, Health, effective_rank
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.callbacks.trainer_state import loss_scale
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.targets import Regression, instance_norm, regression_loss
+from helpers import GOLDEN, LabelledDevice, OnDevice, run_command, small_run, train_command
+
+NUM_BATCHES = 20
+
+
+class Regressor(ComposerModel):
+    """Predicts its batch, multiplied and shifted, plus what ``errors`` says for each batch."""
+
+    def __init__(self, scale: float = 1.0, shift: float = 0.0, errors: dict[int, float] | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.shift = shift
+        self.errors = errors or {}
+        self.num_batches = 0
+
+    def forward(self, batch: Tensor) -> Regression:
+        error = self.errors.get(self.num_batches, 0.1)
+        self.num_batches += 1
+        return Regression(self.scale * batch + self.shift + error, batch)
+
+    def loss(self, outputs: Regression, batch: Tensor) -> Tensor:
+        return regression_loss(outputs)
+
+
+def train(model: ComposerModel, *callbacks: Callback) -> dict[str, list[float]]:
+    """Twenty batches of 8 × 5 × 16 normal numbers, which nothing learns from; the logged health."""
+    batches = torch.randn(NUM_BATCHES * 8, 5, 16, generator=torch.Generator().manual_seed(0))
+    logger = InMemoryLogger()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(list(batches), batch_size=8),  # pyright: ignore[reportArgumentType]: a list will do
+        max_duration=f"{NUM_BATCHES}ba",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
+        callbacks=list(callbacks),
+        loggers=[logger],
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    return {
+        key.removeprefix("health/"): [value for _, value in values]
+        for key, values in logger.data.items()
+        if key.startswith("health/")
+    }
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.message for record in caplog.records if record.levelno == logging.WARNING and "health" in record.name
+    ]
+
+
+def test_a_healthy_run(caplog: pytest.LogCaptureFixture) -> None:
+    measured = train(Regressor(), Health("5ba", num_extra_tokens=1))
+    assert all(measured[name] == [0.0] * 4 for name in STATES)
+    assert warnings_of(caplog) == []
+    assert measured["target_variance"] == pytest.approx([1.0] * 4, abs=0.2)
+    assert measured["prediction_variance"] == pytest.approx(measured["target_variance"])
+    assert min(measured["cosine/cls"] + measured["cosine/patch"]) > 0.98
+    assert all(4 < rank <= 7 for rank in measured["effective_rank"])  # eight images
+
+
+@pytest.mark.parametrize(
+    ("state", "model", "reason"),
+    [
+        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: over the images the prediction varies by 0.00"),
+        ("dead", Regressor(shift=1.2), r"dead at batch 5: the loss 1.\d+ is no better than [01].\d+, that of one"),
+        ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 is"),
+        ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),
+        ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: not finite: loss"),
+    ],
+)
+def test_a_state_is_named(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    measured = train(model, Health("5ba", num_extra_tokens=1))
+    assert {name for name in STATES if any(measured[name])} == {state}
+    [warning] = warnings_of(caplog)  # said once, however long it lasts
+    [warning] = warnings_of(caplog)  # said once, however long it lasts
+    assert re.search(reason, warning)
+
+
+def test_a_slow_start_is_not_dead(caplog: pytest.LogCaptureFixture) -> None:
+    errors = dict.fromkeys(range(9), 1.2)
+    measured = train(Regressor(errors=errors), Health("1ba", grace="0.5dur"))
+    assert not any(measured["dead"])
+    measured = train(Regressor(errors=errors), Health("1ba", grace="4ba"))
+    assert measured["dead"] == [0.0] * 3 + [1.0] * 6 + [0.0] * 11
+
+
+class Overflow(Callback):
+    """Gives the run a loss scaler, and one gradient that is infinite, before batch 7."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 0:
+            state.scaler = GradScaler("cpu", init_scale=1024.0)  # pyright: ignore[reportAttributeAccessIssue]
+        if state.timestamp.batch == 7:
+            parameter = nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.SGD([parameter], lr=1.0)
+            scaler = cast("GradScaler", state.scaler)
+            scaler.scale(parameter * math.inf).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def test_skipped_steps_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    measured = train(Regressor(), Overflow(), Health("5ba"))
+    assert measured["scaler_skips"] == [0.0, 1.0, 0.0, 0.0]
+    assert warnings_of(caplog) == ["health: scaler_skips at batch 10: the loss scaler came down from 1024 to 512"]
+    assert loss_scale(cast("State", SimpleNamespace(scaler=GradScaler("cpu", enabled=False)))) == 0.0
+
+
+def test_the_lowest_loss_outlives_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+    first = Health("5ba")
+    train(Regressor(), first)
+    again = Health("5ba")
+    again.load_state_dict(first.state_dict())
+    assert train(Regressor(errors=dict.fromkeys(range(20), 0.2)), again)["diverging"] == [1.0] * 4
+
+
+def test_somebody_elses_outputs() -> None:
+    """(B, D) embeddings in a dict."""
+
+    class Other(Regressor):
+        def forward(self, batch: Tensor) -> Any:
+            return {"student": batch.mean(dim=1), "teacher": batch.mean(dim=1)}
+
+        def loss(self, outputs: Any, batch: Tensor) -> Tensor:
+            return self.scale * 0.1
+
+    health = Health("5ba", regression=lambda outputs, batch: Regression(outputs["student"], outputs["teacher"]))
+    measured = train(Other(), health)
+    assert measured["cosine/patch"] == pytest.approx([1.0] * 4)
+    assert "cosine/cls" not in measured
+    assert measured["target_variance"] == pytest.approx([0.2] * 4, abs=0.1)
+
+
+def test_it_looks_at_what_the_model_saw() -> None:
+    """The last microbatch, on the device, with the transforms of the user's own DataSpec."""
+
+    def shift(batch: Tensor) -> Tensor:
+        return batch + 100
+
+    seen: list[Tensor] = []
+
+    class Cosines(Regressor):
+        def layer_cosines(self, batch: Tensor, num_images: int) -> Tensor:
+            seen.append(batch)
+            return batch.mean(dim=(0, 1))[:1]
+
+    def regression(outputs: Regression, batch: Tensor) -> Regression:
+        assert batch.shape == outputs.target.shape == (3, 5, 16)
+        seen.append(batch)
+        return outputs
+
+    batches = DataLoader(list(torch.zeros(22, 5, 16)), batch_size=11)  # pyright: ignore[reportArgumentType]
+    model = Cosines()
+    health = Health("1ba", regression=regression)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(batches, microbatch_transforms=shift),
+        max_duration="2ba",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
+        callbacks=[health],
+        device=LabelledDevice(),
+        device_train_microbatch_size=4,
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+    assert len(seen) == 4
+    assert all(isinstance(batch, OnDevice) and batch.eq(100).all() for batch in seen)
+    assert health.microbatch is None  # an evaluation that follows has the memory
+
+
+def test_one_rank_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
+    measured = train(Regressor(scale=0.09), Health("5ba"))
+    assert measured["collapse"] == [1.0] * 4
+    assert warnings_of(caplog) == []
+
+
+def test_effective_rank() -> None:
+    directions = torch.eye(16)[:4]
+    embeddings = torch.cat([directions, -directions])  # four directions, equally strong
+    assert effective_rank(embeddings + 3).item() == pytest.approx(4)
+    assert effective_rank(embeddings * torch.tensor([1.0] + [1e-6] * 15)).item() == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.full((8, 16), 0.1)).item() == 0
+    assert effective_rank(torch.full((8, 16), math.nan)).isnan()
+
+
+@pytest.mark.parametrize("extra_tokens", ["regress", "drop"])
+def test_cosines_of_each_layer(extra_tokens: str) -> None:
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    model = DistillationModel(teacher, teacher.build_student(depth=2), extra_tokens=extra_tokens)  # pyright: ignore
+    size = teacher.config.image_size
+    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
+    cosines = model.layer_cosines({"image": images}, num_images=4)
+    assert cosines.shape == (teacher.config.depth,)
+    regression = model(images[2:])
+    skipped = teacher.num_extra_tokens if extra_tokens == "drop" else 0
+    layer = list(teacher.ffn_outputs(teacher.encode(images[2:])))[1]
+    layer = instance_norm(layer, skipped)[:, skipped:]
+    expected = torch.cosine_similarity(regression.prediction, layer, dim=2).mean()
+    torch.testing.assert_close(cosines[1], expected)
+
+
+def test_in_a_run(small_data: Path, tmp_path: Path) -> None:
+    """Every number of a distillation, from the command, in parts of a batch."""
+    options = ("callbacks.health={interval: 7ba}", "precision=amp_bf16", "device_train_microbatch_size=6")
+    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
+    assert result.returncode == 0, result.stderr
+    log = read_jsonl(tmp_path / "log.jsonl")
+    measured = {key.removeprefix("health/"): values for key, values in log.items() if key.startswith("health/")}
+    assert measured.keys() == {
+        *STATES,
+        *("prediction_variance", "target_variance", "effective_rank"),
+        *("cosine/cls", "cosine/patch", "cosine/layer_0", "cosine/layer_1", "cosine/layer_2"),
+    }
+    for name, values in measured.items():
+        assert list(values) == [7, 14], name
+    assert measured["cosine/patch"][14] > measured["cosine/patch"][7]
+    assert measured["collapse"] == measured["non_finite"] == {7: 0.0, 14: 0.0}

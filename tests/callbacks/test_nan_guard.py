@@ -1,0 +1,335 @@
+"""Numbers at the edge: the run goes on, or ends with a word, and nothing that is not finite is ever saved."""
+
+import math
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from composer import Callback, Logger, State, Trainer
+from composer.algorithms import GradientClipping
+from composer.core import Precision
+from composer.utils import create_interval_scheduler
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from d2v_composer.callbacks import GradientNorm, NanGuard
+from d2v_composer.callbacks.trainer_state import loss_scale
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.models.distillation import DistillationModel
+from helpers import GOLDEN, load_checkpoint, small_run
+from recipes import train as train_recipe
+
+NUM_BATCHES, BATCH_SIZE = 12, 8
+
+
+def build_model(change: Callable[[nn.Module], None] = lambda teacher: None) -> DistillationModel:
+    torch.manual_seed(0)
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    change(teacher)
+    return DistillationModel(teacher, teacher.build_student(depth=2))
+
+
+def some_images() -> Tensor:
+    return torch.randint(
+        0, 256, (NUM_BATCHES * BATCH_SIZE, 3, 32, 32), generator=torch.Generator().manual_seed(0)
+    ).byte()
+
+
+def train(
+    folder: Path, model: DistillationModel, images: Tensor, *callbacks: Callback, lr: float = 1e-3
+) -> list[float]:
+    """Twelve batches, each of which is saved; the losses."""
+    losses = Losses()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(list(images), batch_size=BATCH_SIZE),  # pyright: ignore[reportArgumentType]
+        max_duration=f"{NUM_BATCHES}ba",
+        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=lr),
+        algorithms=[GradientClipping("norm", 2.0), GradientNorm(every=1)],
+        callbacks=[losses, NanGuard(create_interval_scheduler("1ba")), *callbacks],
+        save_folder=str(folder),
+        save_interval="1ba",
+        progress_bar=False,
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.close()
+    return losses.values
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.values.append(state.total_loss_dict["loss/train/total"])
+
+
+def saved_tensors(folder: Path) -> Iterator[Tensor]:
+    """Weights and moments of every checkpoint of a run."""
+    for path in sorted(folder.glob("ep*.pt")):
+        state = load_checkpoint(path)["state"]
+        yield from state["model"].values()
+        for optimizer in state["optimizers"].values():
+            for moments in optimizer["state"].values():
+                yield from (value for value in moments.values() if isinstance(value, Tensor))
+
+
+def assert_all_saved_is_finite(folder: Path) -> None:
+    assert all(tensor.isfinite().all() for tensor in saved_tensors(folder))
+
+
+IMAGES = {
+    "identical": lambda: some_images()[:1].expand(NUM_BATCHES * BATCH_SIZE, -1, -1, -1),
+    "black": lambda: torch.zeros_like(some_images()),
+    "white": lambda: torch.full_like(some_images(), 255),
+    "some black": lambda: some_images() * (torch.arange(NUM_BATCHES * BATCH_SIZE) % 2)[:, None, None, None].byte(),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_without_a_difference(name: str, tmp_path: Path) -> None:
+    losses = train(tmp_path, build_model(), IMAGES[name]())
+    assert len(losses) == NUM_BATCHES
+    assert losses[-1] < losses[0] < 3
+    assert_all_saved_is_finite(tmp_path)
+    assert len(list(tmp_path.glob("ep*.pt"))) == NUM_BATCHES
+
+
+def zeros(teacher: nn.Module) -> None:
+    for parameter in teacher.parameters():
+        nn.init.zeros_(parameter)
+
+
+def constants(teacher: nn.Module) -> None:
+    for parameter in teacher.parameters():
+        nn.init.constant_(parameter, 0.01)
+
+
+@pytest.mark.parametrize("change", [zeros, constants])
+def test_a_teacher_that_says_the_same_of_everything(change: Callable[[nn.Module], None], tmp_path: Path) -> None:
+    """InstanceNorm and LayerNorm of a constant are 0, not NaN."""
+    losses = train(tmp_path, build_model(change), some_images())
+    assert losses[-1] <= losses[0]
+    assert_all_saved_is_finite(tmp_path)
+
+
+def first_gradient(state: State) -> Tensor:
+    return next(each.grad for each in state.model.parameters() if each.grad is not None)
+
+
+class BadGradient(Callback):
+    """Makes one number of a gradient infinite, or NaN, before batch 5 is stepped."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 5:
+            first_gradient(state).view(-1)[3] = self.value
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    """Clipping makes NaN of it in every weight, while the loss of the batch is as good as any."""
+    with pytest.raises(
+        FloatingPointError, match=r"^batch 5: the weight student\.blocks\S+ is not finite; what was saved"
+    ):
+        train(tmp_path, build_model(), some_images(), BadGradient(value))
+    assert_all_saved_is_finite(tmp_path)
+    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba5-rank0.pt"
+
+
+def test_a_step_that_is_too_large(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"^batch \d+: "):
+        train(tmp_path, build_model(), some_images(), lr=1e36)
+    assert_all_saved_is_finite(tmp_path)
+
+
+def test_moments_that_are_not_finite(tmp_path: Path) -> None:
+    """AdamW divides by them: the weight would stay where it is for ever."""
+
+    class LargeGradient(Callback):
+        def after_train_batch(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch == 5:
+                first_gradient(state).fill_(1e30)  # after clipping; its square is beyond float32
+
+    with pytest.raises(FloatingPointError, match=r"^batch 5: the optimizer's exp_avg_sq of student\.\S+ is not finite"):
+        train(tmp_path, build_model(), some_images(), LargeGradient())
+    assert_all_saved_is_finite(tmp_path)
+
+
+class Scaler(Callback):
+    """Gives the run a loss scaler that is down at a certain scale, as Composer does on a GPU with amp_fp16."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        scaler = GradScaler("cpu", init_scale=self.scale if state.timestamp.batch >= 3 else 1024.0)
+        scaler.scale(torch.zeros(1))  # it is made with the first loss
+        state.scaler = cast(Any, scaler)
+
+
+def test_a_loss_scaler_at_its_floor(tmp_path: Path) -> None:
+    """fairseq ends at 1e-4 as well: nothing is learned any more, and nothing says so."""
+    assert len(train(tmp_path / "above", build_model(), some_images(), Scaler(1.1e-4))) == NUM_BATCHES
+    with pytest.raises(FloatingPointError, match=r"^batch 3: the loss scaler is down at 5e-05, for the gradients"):
+        train(tmp_path / "below", build_model(), some_images(), Scaler(5e-5))
+    assert (tmp_path / "below" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
+
+
+class LossScaling(Callback):
+    """Composer's own loop of amp_fp16, with a loss scaler that needs no GPU and float32 in place of float16.
+
+    Args:
+        infinite: In which batches the loss is infinite.
+    """
+
+    def __init__(self, infinite: Container[int]) -> None:
+        self.infinite = infinite
+        self.scales: list[float] = []
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        state.scaler = cast(Any, GradScaler("cpu", init_scale=1024.0))
+        state.precision = Precision.AMP_FP16
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) in self.infinite:
+            assert isinstance(state.loss, Tensor)
+            state.loss = state.loss * torch.inf
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.scales.append(loss_scale(state))
+
+
+# What Composer's autocast says on a CPU.
+no_cuda = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
+
+
+@no_cuda
+def test_the_loss_scaler_skips_what_is_not_finite(tmp_path: Path) -> None:
+    """Nine batches in a row, and another later; what is saved meanwhile is the student as it was, and a scale."""
+    scaling = LossScaling({*range(1, 10), 11})
+    losses = train(tmp_path, build_model(), some_images(), scaling)
+    assert [batch for batch, loss in enumerate(losses) if not math.isfinite(loss)] == [*range(1, 10), 11]
+    assert scaling.scales == [1024.0, *(1024.0 / 2**i for i in range(1, 10)), 2.0, 1.0]
+    assert_all_saved_is_finite(tmp_path)
+    first, skipped, stepped = (load_checkpoint(tmp_path / f"ep0-ba{i}-rank0.pt")["state"] for i in (1, 10, 11))
+    name = next(iter(first["model"]))
+    assert torch.equal(skipped["model"][name], first["model"][name])
+    assert not torch.equal(stepped["model"][name], first["model"][name])
+    restored = GradScaler("cpu")
+    restored.load_state_dict(skipped["scaler"]["GradScaler"])
+    assert restored.get_scale() == 2.0
+
+
+@no_cuda
+def test_ten_losses_in_a_row_that_are_not_finite(tmp_path: Path) -> None:
+    """The bound: the model is at fault, and none of it was stepped."""
+    with pytest.raises(FloatingPointError, match=r"^batch 10: the training loss is inf, 10 batches in a row; what was"):
+        train(tmp_path, build_model(), some_images(), LossScaling(range(1, 12)))
+    assert_all_saved_is_finite(tmp_path)
+    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba10-rank0.pt"
+
+
+def test_a_loss_that_nothing_scales(tmp_path: Path) -> None:
+    """With a GPU, Composer has an enabled scaler in fp32 and amp_bf16, too, and does not use it."""
+
+    class Unused(Callback):
+        def fit_start(self, state: State, logger: Logger) -> None:
+            state.scaler = cast(Any, GradScaler("cpu"))
+
+        def after_loss(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch == 5:
+                assert isinstance(state.loss, Tensor)
+                state.loss = state.loss * torch.inf
+
+    with pytest.raises(FloatingPointError, match=r"^batch 5: the training loss is inf; what was saved"):
+        train(tmp_path, build_model(), some_images(), Unused())
+    assert_all_saved_is_finite(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_sharded_weights_and_moments_are_all_looked_at(process_group: None) -> None:
+    """Also after an evaluation, which leaves gathered weights in the model that the optimizer does not know."""
+    model = build_model()
+    for block in model.student.blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    state = cast(Any, SimpleNamespace(model=model, optimizers=[optimizer], timestamp=SimpleNamespace(batch=6)))
+    guard = NanGuard(lambda state, event: True)
+    guard.fit_start(state, cast(Any, None))
+    images = some_images()[:BATCH_SIZE]
+    model.loss(model(images), images).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.embed_all(images)
+    assert not any(each is known for each in model.parameters() if each.requires_grad for known in trained)
+
+    guard.batch_checkpoint(state, cast(Any, None))
+    planted = 0
+    for weight in trained:
+        for tensor in (weight.detach(), *optimizer.state[weight].values()):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            before = local.clone()
+            local.view(-1)[-1] = torch.nan
+            with pytest.raises(
+                FloatingPointError, match=r"^batch 5: (the weight|the optimizer's \w+ of) student\.\S+ is"
+            ):
+                guard.batch_checkpoint(state, cast(Any, None))
+            local.copy_(before)
+            planted += 1
+    assert planted == 4 * len(trained)
+    guard.batch_checkpoint(state, cast(Any, None))
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, Any]]:
+    """torch's two switches, which are put back."""
+    switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_the_users_choice(allowed: bool, tf32: tuple[Any, Any], small_data: Path, tmp_path: Path) -> None:
+    """Whatever it was before: Composer sets it with each of its GPU devices."""
+    for switch in tf32:
+        switch.allow_tf32 = not allowed
+    train_recipe.main(
+        small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=1ba", f"allow_tf32={allowed}")
+    )
+    assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
+
+
+def test_fp16_overflows_in_the_first_steps() -> None:
+    """The scaler comes down from where float16 ends, and what is trained then is finite and gets better."""
+    model, images = build_model(), some_images()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    scaler = GradScaler("cpu", init_scale=2.0**40)
+    losses = []
+    for step in range(80):
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(images[: 2 * BATCH_SIZE])
+            loss = model.loss(outputs, images)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        assert all(each.isfinite().all() for each in model.student.parameters()), step
+    assert scaler.get_scale() < 2.0**40
+    assert losses[0] == losses[1]  # the first step was left out
+    assert losses[-1] < 0.8 * losses[0]

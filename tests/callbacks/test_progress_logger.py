@@ -1,0 +1,164 @@
+"""What a user sees while a run goes on, and where its numbers come from."""
+
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Trainer
+from composer.algorithms import GradientClipping
+from composer.core import Callback, State
+from composer.loggers import InMemoryLogger, Logger
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
+from helpers import ROOT, command_environment, small_run, train_command
+
+
+class Numbers(Dataset[Tensor]):
+    """Twelve rows of eight; each takes a while to come, where that is asked for."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        time.sleep(self.seconds)
+        return torch.arange(8.0) + index
+
+
+class Linear(ComposerModel):
+    """Its loss and gradient are known: loss = mean over the batch of w · x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1, bias=False)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.linear(batch)
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return outputs.mean()
+
+
+class Pause(Callback):
+    """What takes time at a batch's end, as an evaluation does."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        time.sleep(0.2)
+
+
+def train(**arguments: Any) -> dict[str, list[tuple[Any, Any]]]:
+    """Six batches of two; everything that was logged."""
+    memory, model = InMemoryLogger(), Linear()
+    settings = {
+        "train_dataloader": DataLoader(Numbers(), batch_size=2),
+        "max_duration": "6ba",
+        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
+        "progress_bar": False,
+        **arguments,
+    }
+    trainer = Trainer(model=model, **{**settings, "loggers": [memory, *settings.get("loggers", [])]})
+    trainer.fit()
+    trainer.close()
+    return memory.data
+
+
+def test_gradient_norm_is_that_before_clipping() -> None:
+    """The loss is w · mean(x), so its gradient is the batch's mean row."""
+    logged = train(algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=0.5), GradientNorm(every=2)])
+    norms = [value for _, value in logged["l2_norm/grad/global"]]
+    expected = [(torch.arange(8.0) + first + 0.5).norm().item() for first in (0, 4, 8)]
+    assert norms == pytest.approx(expected)
+
+
+def test_pace_is_that_of_training_alone() -> None:
+    """Images that take 20 ms each are waited for; what comes at the batch's end does not count."""
+    slow = DataLoader(Numbers(seconds=0.02), batch_size=2)
+    logged = train(train_dataloader=slow, callbacks=[Throughput(every=3), Pause()])
+    (_, first), (_, second) = logged["throughput/images_per_sec"]
+    assert 5 < first < 50  # the first step's start is in it
+    assert 15 < second < 50  # 2 images in 40 ms and a little; with the pauses it would be below 9
+    waits = [each["throughput/data_wait"][1][1] for each in (logged, train(callbacks=[Throughput(every=3), Pause()]))]
+    assert 1 > waits[0] > waits[1] + 0.2
+    assert waits[1] > 0
+
+
+def test_plain_lines_show_what_is_logged() -> None:
+    """Every second batch, and at the end; nothing is invented where nobody logs it."""
+
+    class Retrieval(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            accuracy = 0.01 * int(state.timestamp.batch)
+            others = {"metrics/some/bank_train/top3": 0.9, "metrics/some/teacher/bank_train/top1": 0.8}
+            logger.log_metrics({**others, "metrics/some/bank_train/top1": accuracy})
+
+    stream = io.StringIO()
+    train(loggers=[ProgressLogger(bar=False, lines_interval="2ba", stream=stream)])
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["batch 2/6 (33 %)", "batch 4/6 (66 %)", "batch 6/6 (100 %)"]
+    assert all(re.fullmatch(r"batch ./6 \(\d+ %\)  loss -?\d+\.\d{4}  left 00:\d\d", line) for line in lines)
+
+    stream = io.StringIO()
+    loggers = [ProgressLogger(bar=False, lines_interval="4ba", stream=stream)]
+    train(loggers=loggers, callbacks=[Throughput(every=1), Retrieval()])
+    first, last = stream.getvalue().splitlines()
+    assert re.search(r"  \d+ images/s  data wait \d+%  some top-1 4\.0%  left", first)
+    assert "some top-1 6.0%" in last
+
+    stream = io.StringIO()
+    train(max_duration="2ep", loggers=[ProgressLogger(bar=False, lines_interval="1ep", stream=stream)])
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "batch 6/12 (50 %)",
+        "batch 12/12 (100 %)",
+    ]
+
+
+def test_a_run_that_goes_on_at_an_epochs_end() -> None:
+    """Its first event may be the epoch's end, with no batch of its own yet."""
+    stream = io.StringIO()
+    progress = ProgressLogger(bar=False, lines_interval="1ep", stream=stream)
+    model = Linear()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(Numbers(), batch_size=2),
+        max_duration="1ep",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        progress_bar=False,
+    )
+    trainer.fit()
+    progress.fit_start(trainer.state, trainer.logger)
+    progress.epoch_end(trainer.state, trainer.logger)
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path) -> None:
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    command = train_command(small_run(tmp_path / "run", small_data))
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=ROOT, env=command_environment())
+    os.close(terminal)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(controller, 1 << 16):
+            shown += part
+    os.close(controller)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode(errors="replace")
+    bar = r"quickstart +100%\|.*\| 14/14 \[\d\d:\d\d<00:00, loss \d\.\d{4}, \d+ images/s, data wait \d+%\]"
+    assert re.search(bar, text), text[-3000:]
+    assert not any(line.startswith("batch ") for line in text.splitlines())

@@ -1,0 +1,267 @@
+"""One field of a file's metadata made another: refused in one line, or the model embeds as before."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
+from torch import Tensor
+from torch.testing import assert_close
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import convert_teacher, save_student
+from d2v_composer.checkpoints.timm_student import TimmStudent
+from d2v_composer.models.image_encoder import ImageEncoderConfig
+from d2v_composer.models.student import StudentConfig
+from d2v_composer.models.transformer import Transformer
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, refused_by
+
+Sizes = dict[str, Any]
+
+TEACHER = GOLDEN / "tiny_alibi.pt"  # with a scale of ALiBi for each layer and head
+
+# As JSON, which knows no NaN, but Python's reader does.
+HOSTILE = {
+    "null": "null",
+    "true": "true",
+    "0": "0",
+    "-1": "-1",
+    "0.0": "0.0",
+    "a fraction": "0.37",
+    "tiny": "1e-320",
+    "NaN": "NaN",
+    "infinite": "Infinity",
+    "minus infinite": "-Infinity",
+    "beyond a double": "1e999",
+    "many": "1000",
+    "as wide as may be": "65536",
+    "huge": "1000000000000000000",
+    "of 5000 digits": "9" * 5000,
+    "a word": '"abc"',
+    "a number as text": '"3"',
+    "lines": '"a\\nb"',
+    "no list": "[]",
+    "zeros": "[0, 0, 0]",
+    "negative numbers": "[-1, -1, -1]",
+    "huge numbers": "[1e300, 1e300, 1e300]",
+    "NaN in a list": "[NaN, NaN, NaN]",
+    "bools": "[true, true, true]",
+    "too few": "[0.5]",
+    "shape": "[1, 1, 1, 1, 1]",
+    "huge shape": "[1000000, 1, 1000000, 1, 1]",
+    "words": '["a", "b", "c"]',
+    "nested": "[[0.5], [0.5], [0.5]]",
+    "nests without end": "[" * 20_000 + "]" * 20_000,
+    "a section": '{"a": 1}',
+}
+PLACE = "@place@"
+# What another model may well have, and no tensor tells: no ALiBi, a mean of 0.
+MAY_DIFFER = [("student", "num_alibi_heads", "0"), ("encoder", "image_mean", "zeros"), ("image_mean", "zeros")]
+
+
+def alterations(sizes: Sizes) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Path, what happened there, and the JSON of the altered sizes."""
+    for path in paths(sizes):
+        *above, name = path
+
+        def section(changed: Sizes, above: list[str] = above) -> Sizes:
+            for each in above:
+                changed = changed[each]
+            return changed
+
+        dropped = copy.deepcopy(sizes)
+        del section(dropped)[name]
+        yield path, "dropped", json.dumps(dropped)
+        misspelt = copy.deepcopy(dropped)
+        section(misspelt)[f"{name}s"] = section(sizes)[name]
+        yield path, "misspelt", json.dumps(misspelt)
+        replaced = copy.deepcopy(sizes)
+        section(replaced)[name] = PLACE
+        for what, value in HOSTILE.items():
+            yield path, what, json.dumps(replaced).replace(f'"{PLACE}"', value)
+        doubled = json.dumps(section(sizes)[name])
+        yield path, "doubled", json.dumps(replaced).replace(f'"{PLACE}"', f'{doubled}, "{name}": {doubled}')
+
+
+def paths(sizes: Sizes, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in sizes.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, name))
+
+
+def with_sizes(source: Path, path: Path, text: str, tensor: str | None = None) -> Path:
+    """The file with other sizes in its metadata and, of a student, in its tensor."""
+    tensors = load_file(source)
+    if tensor is not None:
+        tensors["config_json"] = torch.tensor(list(tensor.encode()), dtype=torch.uint8)
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata() | {"config": text}
+    save_file(tensors, path, metadata)
+    return path
+
+
+def sizes_of(path: Path) -> Sizes:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+def embeddings(model: Transformer) -> Tensor:
+    """All of them, of the same images: as bytes, and as normalised numbers."""
+    size = model.encoder.config.image_size
+    images = torch.randint(
+        0, 256, (2, 3, size + 8, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    with torch.inference_mode():
+        both = (model.embed_all(images), model.embed_all(images[..., :size, :].float() / 255))
+        return torch.cat([embedding for each in both for embedding in each.values()])
+
+
+def timm_model(path: Path) -> Transformer:
+    """What create_model does with a checkpoint_path, without the paper's 44 million weights before."""
+    encoder = ImageEncoderConfig(embed_dim=8, num_heads=1, image_size=32, num_extra_tokens=1)
+    model = TimmStudent(encoder, StudentConfig(num_heads=1, num_alibi_heads=1))
+    load_checkpoint(model, str(path))
+    return model.eval()
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_student(load_teacher(TEACHER).build_student(depth=1), tmp_path / "student.safetensors")
+    return tmp_path / "student.safetensors"
+
+
+def check(
+    load: Callable[[Path], Transformer],
+    source: Path,
+    alter: Callable[[str], Path],
+    prefix: str | None = None,
+) -> None:
+    """Each alteration's answer, all of them at once."""
+    expected, sizes, wrong = embeddings(load(source)), sizes_of(source), []
+    num_refused = 0
+    for path, what, text in alterations(sizes):
+        altered = alter(text)
+        try:
+            found = embeddings(load(altered))
+        except InputError as error:
+            num_refused += 1
+            if "\n" in str(error) or not str(error).startswith(prefix or str(altered)) or len(str(error)) > 500:
+                wrong.append((path, what, str(error)))
+            continue
+        except Exception as error:  # noqa: BLE001
+            wrong.append((path, what, repr(error)[:200]))
+            continue
+        if not torch.allclose(found, expected, atol=1e-4) and (*path, what) not in MAY_DIFFER:
+            wrong.append((path, what, "other embeddings"))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert num_refused > 100
+
+
+def test_a_student_through_load_student(exported: Path, tmp_path: Path) -> None:
+    check(load_student, exported, lambda text: with_sizes(exported, tmp_path / "altered.safetensors", text, text))
+
+
+def test_a_student_through_timm(exported: Path, tmp_path: Path) -> None:
+    def alter(text: str) -> Path:
+        return with_sizes(exported, tmp_path / "altered.safetensors", "", text)
+
+    check(timm_model, exported, alter, prefix="config_json: ")
+
+
+def test_a_converted_teacher(tmp_path: Path) -> None:
+    converted = tmp_path / "teacher.safetensors"
+    convert_teacher(TEACHER, converted)
+    check(load_teacher, converted, lambda text: with_sizes(converted, tmp_path / "altered.safetensors", text))
+
+
+def test_metadata_and_tensor_must_agree(exported: Path, tmp_path: Path) -> None:
+    """Or timm would make another model of the file."""
+    sizes = sizes_of(exported)
+    other = json.dumps({**sizes, "student": {**sizes["student"], "num_alibi_heads": 0}})
+    path = tmp_path / "other.safetensors"
+    same = json.dumps(sizes, indent=1)
+    load_student(with_sizes(exported, path, same, same))
+    timm_model(path)
+    for metadata, tensor in ((other, same), (same, other)):
+        message = refused_by(load_student, with_sizes(exported, path, metadata, tensor))
+        assert message.endswith("its metadata and its tensor config_json give other sizes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.complex64])
+def test_both_doors_take_the_same_weights(dtype: torch.dtype, exported: Path, tmp_path: Path) -> None:
+    tensors = load_file(exported)
+    name = "blocks.0.mlp.fc1.weight"
+    with safe_open(exported, framework="pt") as file:
+        metadata = file.metadata()
+    path = tmp_path / "other.safetensors"
+    save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata)
+    if dtype.is_floating_point:
+        assert_close(embeddings(timm_model(path)), embeddings(load_student(path)))
+        return
+    for load, source in ((load_student, path), (timm_model, "config_json")):
+        with pytest.raises(InputError, match=f"^{source}: tensor {name} holds no plain floating-point numbers$"):
+            load(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "not finite", "another shape"])
+def test_both_doors_take_the_same_tensors(change: str, exported: Path, tmp_path: Path) -> None:
+    tensors, name = load_file(exported), "blocks.0.norm1.weight"
+    with safe_open(exported, framework="pt") as file:
+        metadata = file.metadata()
+    tensor = tensors.pop(name)
+    if change != "missing":
+        tensors[name] = {"not finite": tensor * torch.nan, "another shape": tensor[1:]}.get(change, tensor)
+    if change == "unknown":
+        tensors["surprise"] = torch.ones(2)
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path, metadata)
+    answers = []
+    for load in (load_student, timm_model):
+        with pytest.raises(InputError) as caught:
+            load(path)
+        answers.append(str(caught.value).partition(": ")[2])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [torch.zeros(1, 8, dtype=torch.uint8), torch.zeros(8), torch.tensor(7), torch.zeros(5 << 20, dtype=torch.uint8)],
+    ids=["a table", "floats", "a number", "5 MB"],
+)
+def test_a_tensor_of_sizes_that_is_none(stored: Tensor, exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    with safe_open(exported, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(exported) | {"config_json": stored}, path, metadata)
+    for load in (load_student, timm_model):
+        with pytest.raises(InputError, match=r"config_json: unusable sizes \(is torch\."):
+            load(path)
+
+
+def test_the_shape_of_alibis_scale() -> None:
+    sizes: Sizes = {"embed_dim": 48, "num_heads": 4, "prenet_depth": 2, "num_alibi_heads": 3}
+    for layers in (1, 2, 7):
+        for heads in (1, 3):
+            assert ImageEncoderConfig(**sizes, alibi_scale_shape=(layers, 1, heads, 1, 1)).num_alibi_heads == 3
+    for shape in (
+        (0, 1, 3, 1, 1),
+        (2, 1, 4, 1, 1),
+        (2, 2, 3, 1, 1),
+        (2, 1, 3),
+        (2.0, 1, 3, 1, 1),
+        5,
+        ((2,), 1, 3, 1, 1),
+    ):
+        with pytest.raises(ValueError, match="alibi_scale_shape must be"):
+            ImageEncoderConfig(**sizes, alibi_scale_shape=shape)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="must be null without ALiBi heads"):
+        ImageEncoderConfig(alibi_scale_shape=(1, 1, 1, 1, 1))

@@ -1,0 +1,177 @@
+"""The student in other hands: timm, ONNX, torch.export and a hub's folder embed as its checkpoint does."""
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_data_config
+from timm.models import save_for_hf
+from torch import Tensor
+
+from d2v_composer import load_student
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.timm_student import TimmStudent
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT
+
+TOLERANCE = 1e-5
+
+Export = Callable[..., Student]
+
+
+@pytest.fixture(scope="module")
+def export() -> Export:
+    """The command's main."""
+    main = runpy.run_path(str(ROOT / "recipes" / "export_student.py"))["main"]
+    return lambda *arguments: main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory, export: Export) -> Path:
+    """The student of a small run, three blocks with ALiBi."""
+    path = tmp_path_factory.mktemp("exported") / "student.safetensors"
+    export(uninterrupted / "latest-rank0.pt", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(exported: Path) -> Tensor:
+    """Five images, as the model wants them."""
+    config = load_student(exported).encoder.config
+    return torch.randn(5, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+
+
+def embed(student: Student, images: Tensor, **options: str) -> Tensor:
+    with torch.inference_mode():
+        return student.embed(images, **options)  # pyright: ignore[reportArgumentType]
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+def create(name: str, **options: Any) -> TimmStudent:
+    model = timm.create_model(name, **options)
+    assert isinstance(model, TimmStudent)
+    return model.eval()
+
+
+def test_timm(exported: Path, images: Tensor) -> None:
+    model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
+    with torch.inference_mode():
+        assert_close(model(images), student.embed(images))
+        features = model.forward_features(images)
+        assert_close(features, student.forward_blocks(student.encode(images))[0])
+        assert_close(model.forward_head(features, pre_logits=True), student.embed(images))
+        model.reset_classifier(0, "avg")
+        assert_close(model(images), student.embed(images, pooling="mean_patches"))
+    assert model.num_features == student.encoder.config.embed_dim
+    data = resolve_data_config(model=model)
+    assert data["input_size"] == tuple(images.shape[1:])
+    assert data["mean"] == student.encoder.config.image_mean
+    assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
+
+
+def test_timm_without_a_file_is_the_papers_student() -> None:
+    model = create("d2v2_student", num_classes=10)
+    assert sum(parameter.numel() for parameter in model.blocks.parameters()) == 29_537_280
+    assert model.get_classifier().out_features == 10
+
+
+def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path: Path) -> None:
+    """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
+    model = create("d2v2_student", checkpoint_path=str(exported), num_classes=7).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = model.encode(images)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):  # the head starts as zeros, and the blocks behind it without a gradient
+        torch.nn.functional.cross_entropy(model(images), torch.arange(5)).backward()
+        optimizer.step()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.blocks.parameters())
+    assert torch.equal(model.encode(images), frozen)
+
+    save_for_hf(model, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "d2v2_student"
+    again = create(f"local-dir:{tmp_path}", pretrained=True)
+    model.eval()
+    with torch.inference_mode():
+        assert again.num_classes == 7
+        assert_close(again(images), model(images))
+    features_only = create(f"local-dir:{tmp_path}", pretrained=True, num_classes=0)
+    with torch.inference_mode():
+        assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def test_timm_takes_no_other_files(exported: Path, tmp_path: Path) -> None:
+    tensors = load_file(exported)
+    old = tmp_path / "old.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if name != "config_json"}, old)
+    with pytest.raises(InputError, match="no tensor config_json: not a file of recipes/export_student"):
+        timm.create_model("d2v2_student", checkpoint_path=str(old))
+    tensors["config_json"] = torch.tensor(list(b'{"encoder": {"embed_dim": 1e9}, "student": {}}'), dtype=torch.uint8)
+    save_file(tensors, old)
+    with pytest.raises(InputError, match="config_json: unusable sizes"):
+        timm.create_model("d2v2_student", checkpoint_path=str(old))
+    with pytest.raises(ValueError, match="global_pool must be token or avg, got 'max'"):
+        timm.create_model("d2v2_student", global_pool="max")
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "layer_mean"}])
+def test_onnx(exported: Path, images: Tensor, tmp_path: Path, export: Export, options: dict[str, str]) -> None:
+    path = tmp_path / "student.onnx"
+    export(exported, path, *(part for name, value in options.items() for part in (f"--{name}", value)))
+    session = onnxruntime.InferenceSession(path)
+    assert [each.name for each in [*session.get_inputs(), *session.get_outputs()]] == ["images", "embedding"]
+    for batch in (images, images[:1]):
+        [embedding] = session.run(None, {"images": batch.numpy()})
+        assert_close(torch.from_numpy(np.asarray(embedding)), embed(load_student(exported), batch, **options))
+
+
+def test_torch_export(exported: Path, images: Tensor, tmp_path: Path, export: Export) -> None:
+    path = tmp_path / "student.pt2"
+    export(exported, path)
+    extra = {"preprocessing.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    for batch in (images, images[:1]):
+        assert_close(program(batch), embed(load_student(exported), batch))
+    assert json.loads(extra["preprocessing.json"])["image_size"] == images.shape[-1]
+
+
+def test_a_checkpoint_directly(
+    uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path, export: Export
+) -> None:
+    path = tmp_path / "student.onnx"
+    export(uninterrupted / "latest-rank0.pt", path)
+    [embedding] = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    assert_close(torch.from_numpy(np.asarray(embedding)), embed(load_student(exported), images))
+
+
+def test_what_is_refused(exported: Path, tmp_path: Path, export: Export) -> None:
+    with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
+        export(exported, tmp_path / "student.txt")
+    with pytest.raises(InputError, match=r"tiny_base.pt: is a teacher; expected a checkpoint"):
+        export(GOLDEN / "tiny_base.pt", tmp_path / "student.onnx")
+    without_cls = tmp_path / "without_cls.safetensors"
+    config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)
+    save_student(
+        Student(ImageEncoder(config).freeze(), StudentConfig(depth=1, num_heads=2, num_alibi_heads=2)), without_cls
+    )
+    with pytest.raises(InputError, match="--pooling: this student has no CLS token"):
+        export(without_cls, tmp_path / "student.onnx")
+    assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(exported.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"cut.safetensors: truncated, or not a safetensors file"):
+        export(cut, tmp_path / "student.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,199 @@
+"""What a YAML may say, and what is answered to what it may not."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from composer.utils import dist
+
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.system.errors import InputError
+from helpers import ROOT
+
+QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
+REMOTE = "train_loader.remote=s3://bucket/imagenet/train"
+DISTILL_YAML = str(ROOT / "yamls" / "distill.yaml")
+
+
+def load(*overrides: str) -> TrainConfig:
+    return load_config([QUICKSTART_YAML, *overrides])
+
+
+def test_distill_is_the_papers_run() -> None:
+    config = load_config([DISTILL_YAML, "precision=fp32", "compile=false", REMOTE])
+    assert config.device_train_microbatch_size is None
+    assert config.max_duration == "30000ba"
+    assert config.global_train_batch_size == 256
+    assert (config.student.depth, config.student.mlp_ratio, config.student.alibi) == (5, 3.0, True)
+    assert (config.student.init, config.prediction, config.targets.extra_tokens) == ("random", "layer_mean", "regress")
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (5e-4, [0.9, 0.98], 1e-6, 0.01)
+    assert (config.scheduler.t_warmup, config.scheduler.alpha_f) == ("3000ba", 0.0)
+    assert config.algorithms.gradient_clipping is not None
+    assert config.algorithms.gradient_clipping.clipping_threshold == 2.0
+    assert config.train_loader.crop_scale == [0.08, 1.0]
+    assert config.train_loader.crop_ratio == pytest.approx([3 / 4, 4 / 3])
+    assert config.train_loader.flip == 0.5
+    assert (config.retrieval.interval, config.retrieval.ks) == ("5000ba", [1, 3])
+    assert set(config.retrieval.datasets) == {"cifar10", "cifar100"}
+    with pytest.raises(InputError, match=r"precision: amp_fp16 needs a GPU, .* precision=fp32 or amp_bf16"):
+        load_config([DISTILL_YAML, REMOTE])
+
+
+def test_overrides() -> None:
+    config = load("optimizer.lr=1e-4", "student={depth: 2}", "callbacks.memory_monitor={}", "callbacks.lr_monitor=null")
+    assert config.optimizer.lr == 1e-4
+    assert load("optimizer.betas[0]=0.8").optimizer.betas == [0.8, 0.98]
+    flops = load("callbacks.speed_monitor={gpu_flops_available: 312000000000000}").callbacks["speed_monitor"]
+    assert flops == {"gpu_flops_available": 312_000_000_000_000}
+    assert (config.student.depth, config.student.mlp_ratio) == (2, 3.0)
+    assert config.callbacks["memory_monitor"] == {}
+    assert config.callbacks["lr_monitor"] is None
+    assert load("retrieval.datasets={}").retrieval.datasets == {}
+    assert Path(config.teacher.checkpoint).is_file()  # ${here:…} is beside the YAML, from any folder
+
+
+REFUSED = {
+    "optimiser.lr=1": "optimiser: no such key; did you mean optimizer?",
+    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init,",
+    "retrieval.datasets.cifar10.rot=x": "retrieval.datasets.cifar10.rot: no such key; did you mean root?",
+    "optimizer.lr=fast": "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float",
+    "student.depth=1.5": "student.depth: Value '1.5' of type 'float' could not be converted to Integer",
+    "student.alibi=maybe": "student.alibi: must be true or false, got 'maybe'",
+    "student.alibi=1": "student.alibi: must be true or false, got 1",
+    "optimizer.lr=true": "optimizer.lr: must not be true or false, got True",
+    "optimizer=3": "optimizer: must be a section of keys and values, got 3",
+    "optimizer.lr=1e300": "optimizer.lr: must be at most 1e+30, got 1e+300",
+    "optimizer.lr=1e-300": "optimizer.lr: must be at least 1e-30, got 1e-300",
+    "retrieval.references=teacher": "retrieval.references: must be a list, got 'teacher'",
+    "save_folder=''": "save_folder: must be text of printable characters, got ''",
+    "save_folder=ftp://x/y": "save_folder: must be a folder or an address in one of s3, gs, oci, azure, dbfs",
+    "student.depth=100000": "student.depth: must be at most 1000, got 100000",
+    "student.init=copy": "student.init: Invalid value 'copy', expected one of ['random', 'teacher_attention', ",
+    "teacher.checkpoint=null": "teacher.checkpoint: must not be null",
+    "optimizer.lr=nan": "optimizer.lr: must be finite, got nan",
+    "optimizer.lr=0": "optimizer.lr: must be greater than 0, got 0.0",
+    "optimizer.betas=[0.9]": "optimizer.betas: must be two numbers from 0 to below 1, got [0.9]",
+    "global_train_batch_size=0": "global_train_batch_size: must be at least 1, got 0",
+    "seed=4294967296": "seed: must be at most 2147483647",
+    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
+    "seed=-1": "seed: must be at least 0, got -1",
+    "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, 0 < smallest <= largest",
+    "train_loader.num_canonical_nodes=7": "num_canonical_nodes: must divide global_train_batch_size 32, got 7",
+    "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
+    "max_duration=0.5ep": "max_duration: must be a duration such as '5ba' or '5ep', got '0.5ep'",
+    "train_loader.cache_limit=abc": "train_loader.cache_limit: must be bytes or a size such as '100gb', got 'abc'",
+    "train_loader.local=nowhere": "train_loader.local: nowhere: no such folder",
+    "max_duration=0ba": "max_duration: must be positive, got '0ba'",
+    "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
+    "scheduler.t_warmup=2000ba": "scheduler.t_warmup: must not be longer than max_duration 1000ba, got 2000ba",
+    "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",
+    "callbacks.speed_monitr={}": "callbacks.speed_monitr: no such name; did you mean speed_monitor?",
+    "callbacks.speed_monitor={window: 3}": "speed_monitor.window: no such argument; did you mean window_size?",
+    "callbacks.speed_monitor=3": "speed_monitor: must be arguments by name, {} for none or null for off, got 3",
+    "loggers.tensorbord={}": "loggers.tensorbord: no such name; did you mean tensorboard?",
+    "retrieval.references=[student]": "retrieval.references: no such reference 'student'",
+    "retrieval.ks=[0]": "retrieval.ks: must be one or more numbers from 1, got [0]",
+    "frozen_dtype=float16": "frozen_dtype: must be float32 or bfloat16 with precision amp_bf16, got float16",
+    "frozen_dtype=half": "frozen_dtype: Invalid value 'half', expected one of ['float32', 'float16', 'bfloat16']",
+    "parallelism_config.fsdp={}": "parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients up",
+    "parallelism_config.fsdp={shard: 1}": "parallelism_config.fsdp.shard: no such key",
+    "parallelism_config.fdsp={}": "parallelism_config.fdsp: no such key; did you mean fsdp?",
+    "run_name=a/b": "run_name: must be a name without '/', got 'a/b'",
+    "just-a-word": "'just-a-word': an override is dotted.key=value",
+    "student.depth=[1,2": "not a YAML of keys and values",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load("max_duration=1000ba", override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("device_train_microbatch_size=auto", "device_train_microbatch_size: Composer has no 'auto' with FSDP; give a"),
+        ("frozen_dtype=bfloat16", "frozen_dtype: must be float32 with FSDP, which casts what it gathers, got bfloat16"),
+    ],
+)
+def test_what_fsdp_does_not_go_with(monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fsdp = load("parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
+    assert fsdp is not None
+    assert not fsdp.reshard_after_forward
+    with pytest.raises(InputError) as caught:
+        load("parallelism_config.fsdp={}", override)
+    assert message in str(caught.value)
+
+
+CONTRADICTIONS = {
+    ("max_duration=10ba", "scheduler.t_warmup=11ba"): "scheduler.t_warmup: must not be longer than max_duration 10ba",
+    ("max_duration=2ep", "scheduler.t_warmup=1.5dur"): "scheduler.t_warmup: must be from 0dur to 1dur, got '1.5dur'",
+    ("global_train_batch_size=2",): "global_train_batch_size: must divide by the 3 ranks, got 2",
+    ("global_train_batch_size=32",): "global_train_batch_size: must divide by the 3 ranks, got 32",
+    ("precision=fp32", "frozen_dtype=bfloat16"): "frozen_dtype: must be float32 with precision fp32, got bfloat16",
+    ("train_loader.crop_scale=[0.5,1.5]",): "train_loader.crop_scale: must be at most 1, got [0.5, 1.5]",
+    ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
+def test_what_contradicts_itself(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On three ranks, each value by itself is one that could be meant."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    batch = [] if "global" in overrides[0] else ["global_train_batch_size=33"]
+    with pytest.raises(InputError) as caught:
+        load(*batch, *overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load("compile=true").compile
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path))
+        with pytest.raises(InputError, match=r"^compile: needs a C\+\+ compiler, and neither g\+\+ nor clang\+\+ was"):
+            load("compile=true")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        InputError, match=f"^compile: needs Python's headers .python3-dev., and {tmp_path} has no Python.h"
+    ):
+        load("compile=true")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        ("- a\n- b\n", "expected keys and values"),
+        ("seed: [1\n", "not a YAML of keys and values"),
+        ("seed: 1\n", "teacher.checkpoint: is required, and"),
+        ("student: {depht: 3}\n", "student.depht: no such key; did you mean depth?"),
+        ("teacher: {checkpoint: x}\ntrain_loader: {local: y}\nsave_folder: ${nothing}\n", "'nothing' not found"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config([str(path)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_the_locale_cannot_read() -> None:
+    """As Python makes it of LC_ALL=C and a path with other letters; the YAML is not to blame."""
+    with pytest.raises(InputError, match=r"^'save_folder=\\udcc3\\udcbc': cannot be read as .*LC_ALL=C\.UTF-8"):
+        load_config([str(ROOT / "yamls" / "quickstart.yaml"), "save_folder=\udcc3\udcbc"])
+
+
+def test_no_file() -> None:
+    with pytest.raises(InputError, match=r"missing.yaml: cannot be read \(No such file"):
+        load_config(["missing.yaml"])
+    with pytest.raises(InputError, match="no YAML given"):
+        load_config([])

@@ -1,0 +1,343 @@
+"""What is streamed, in which order and with which pixels; and data that cannot be used."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
+from torchvision.transforms.v2.functional import resized_crop as resized_tensor
+
+from d2v_composer.data.augmentation import RandomResizedCropFlip, random_crop_box, sample_rng
+from d2v_composer.data.decode import Box, CuttableJpeg
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.data.mds_index import read_index
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.system.errors import InputError
+from helpers import NUM_IMAGES, encoded_image, write_mds
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def epochs(data: Path, num_epochs: int, num_workers: int = 0, seed: int = 5) -> list[list[tuple[int, torch.Tensor]]]:
+    """(sample id, pixels) in order, epoch by epoch."""
+    dataset = StreamingImages(local=data, batch_size=16, transform=RandomResizedCropFlip(24), seed=seed)
+    loader = DataLoader(dataset, batch_size=16, num_workers=num_workers, persistent_workers=num_workers > 0)
+    return [
+        [pair for batch in loader for pair in zip(batch["sample_id"].tolist(), batch["image"], strict=True)]
+        for _ in range(num_epochs)
+    ]
+
+
+def test_every_sample_once_an_epoch_and_never_a_label(small_data: Path) -> None:
+    dataset = StreamingImages(local=small_data, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
+    samples = list(dataset)
+    assert sorted(sample["sample_id"] for sample in samples) == list(range(NUM_IMAGES))
+    assert all(sample.keys() == {"image", "sample_id"} for sample in samples)
+    assert samples[0]["image"].shape == (3, 24, 24)
+    assert samples[0]["image"].dtype == torch.uint8
+
+
+def test_order_and_pixels_are_those_of_seed_and_epoch(small_data: Path) -> None:
+    alone, shared = epochs(small_data, 2), epochs(small_data, 2, num_workers=2)
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert [sample_id for sample_id, _ in ours] == [sample_id for sample_id, _ in theirs]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    first, second = alone
+    assert [sample_id for sample_id, _ in first] != [sample_id for sample_id, _ in second]
+    changed = [not torch.equal(pixels, dict(second)[sample_id]) for sample_id, pixels in first]
+    assert all(changed)
+    other_seed = epochs(small_data, 1, seed=6)[0]
+    assert [sample_id for sample_id, _ in other_seed] != [sample_id for sample_id, _ in first]
+    assert not torch.equal(dict(other_seed)[0], dict(first)[0])
+
+
+def test_pixels_are_pillows_but_for_rounding() -> None:
+    """Measured on photographs: 0.29 % of the values differ by one from Pillow's resize, one in a million by two."""
+    encoded = encoded_image(7, size=200)
+    image = Image.open(io.BytesIO(encoded))
+    differences = []
+    for sample_id in range(20):
+        left, top, right, bottom = random_crop_box(200, 200, sample_rng(1, 2, sample_id), SCALE, RATIO)
+        size = [bottom - top, right - left]
+        expected = resized_crop(image, top, left, *size, [64, 64], InterpolationMode.BICUBIC)  # pyright: ignore
+        for given in (encoded, image):
+            ours = RandomResizedCropFlip(64, flip=0.0)(given, sample_rng(1, 2, sample_id))
+            differences.append((ours.int() - pil_to_tensor(expected).int()).abs())
+    assert int(torch.stack(differences).max()) <= 2
+    assert float((torch.stack(differences) > 0).float().mean()) < 0.02
+
+
+def photo(width: int, height: int) -> np.ndarray:
+    """(height, width, 3) with colours that change from pixel to pixel, so that a wrong neighbour shows."""
+    rng = np.random.default_rng((width, height))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    return (np.asarray(coarse) // 2 + rng.integers(0, 128, (height, width, 3))).astype(np.uint8)
+
+
+def saved(image: np.ndarray, file_format: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def expected_pixels(encoded: bytes, box: Box, image_size: int) -> torch.Tensor:
+    """Torchvision's, of the whole image as a tensor, decoded by Pillow."""
+    left, top, right, bottom = box
+    image = pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    size = [image_size, image_size]
+    return resized_tensor(image, top, left, bottom - top, right - left, size, InterpolationMode.BICUBIC, antialias=True)
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (97, 61), (17, 130), (7, 5)])
+def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole(width: int, height: int, sampling: str) -> None:
+    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
+    whole = Image.open(io.BytesIO(encoded)).convert("RGB")
+    jpeg = CuttableJpeg.parse(encoded, "a picture")
+    assert jpeg
+    assert jpeg.size == (width, height)
+    for bottom in range(1, height + 1):
+        for box in (
+            Box(0, 0, width, bottom),
+            Box(0, bottom - 1, 1, bottom),
+            Box(width - 1, bottom - 1, width, bottom),
+            Box(width // 3, bottom // 2, width // 3 + 2, bottom),
+        ):
+            assert np.array_equal(np.asarray(jpeg.crop(box)), np.asarray(whole.crop(box)))
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420"])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (341, 256), (97, 131), (3, 2)])
+def test_pixels_of_a_jpeg_are_those_of_torchvision(width: int, height: int, sampling: str) -> None:
+    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
+    for sample_id in range(10):
+        box = random_crop_box(width, height, sample_rng(1, 2, sample_id), SCALE, RATIO)
+        expected = expected_pixels(encoded, box, 64)
+        straight, mirrored = (
+            RandomResizedCropFlip(64, flip=flip)(encoded, sample_rng(1, 2, sample_id)) for flip in (0.0, 1.0)
+        )
+        assert torch.equal(straight, expected)
+        assert torch.equal(mirrored, expected.flip(-1))
+
+
+RESTARTS = saved(photo(90, 70), restart_marker_blocks=3)
+OTHER_IMAGES = {
+    "greyscale": saved(photo(90, 70), mode="L"),
+    "CMYK": saved(photo(90, 70), mode="CMYK"),
+    "PNG": saved(photo(90, 70), "PNG"),
+    "palette PNG": saved(photo(90, 70), "PNG", mode="P"),
+    "WebP": saved(photo(90, 70), "WEBP"),
+    "progressive": saved(photo(90, 70), progressive=True),
+    "bytes behind the end": saved(photo(90, 70)) + b"\0\0",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_IMAGES)
+def test_other_images_are_left_to_pillow(kind: str) -> None:
+    encoded = OTHER_IMAGES[kind]
+    assert CuttableJpeg.parse(encoded, kind) is None
+    box = random_crop_box(90, 70, sample_rng(0, 0, 3), SCALE, RATIO)
+    pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, 3))
+    assert torch.equal(pixels, expected_pixels(encoded, box, 32))
+
+
+HOLED = saved(photo(90, 70))
+UNUSUAL_JPEGS = {
+    "RGB inside": saved(photo(90, 70), keep_rgb=True),
+    "restart markers": RESTARTS,
+    "a thumbnail with an end of its own": RESTARTS[:2] + b"\xff\xe1\0\x06\xff\xd8\xff\xd9" + RESTARTS[2:],
+    "a hole": HOLED[: len(HOLED) // 2] + HOLED[len(HOLED) // 2 + 200 :],
+    "nothing but the end after the middle": HOLED[: len(HOLED) // 2] + b"\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL_JPEGS)
+def test_unusual_and_damaged_jpegs_have_pillows_pixels(kind: str) -> None:
+    encoded = UNUSUAL_JPEGS[kind]
+    assert CuttableJpeg.parse(encoded, kind)
+    for sample_id in range(20):
+        box = random_crop_box(90, 70, sample_rng(0, 0, sample_id), SCALE, RATIO)
+        pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, sample_id))
+        assert torch.equal(pixels, expected_pixels(encoded, box, 32))
+
+
+@pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])
+def test_a_jpeg_that_is_cut_short_is_named(kept: int) -> None:
+    encoded = saved(photo(90, 70))[:kept]
+    with pytest.raises(InputError, match=rf"sample 3 of x: not an image that can be read \({len(encoded)} bytes\)"):
+        RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0), "sample 3 of x")
+
+
+def test_a_jpeg_cut_within_its_thumbnail_is_named() -> None:
+    encoded = UNUSUAL_JPEGS["a thumbnail with an end of its own"][:10]
+    assert encoded.endswith(b"\xff\xd9")
+    with pytest.raises(InputError, match="not an image that can be read"):
+        RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0))
+
+
+def test_a_jpeg_that_claims_to_be_huge_is_refused_unread() -> None:
+    encoded = bytearray(saved(photo(90, 70)))
+    jpeg = CuttableJpeg.parse(bytes(encoded), "")
+    assert jpeg
+    encoded[jpeg.height_at : jpeg.height_at + 4] = b"\xff\xdc\xff\xdc"
+    assert CuttableJpeg.parse(bytes(encoded), "") is None
+    with pytest.raises(InputError, match="has more than 89478485 pixels"):
+        RandomResizedCropFlip(32)(bytes(encoded), sample_rng(0, 0, 0))
+
+
+def test_boxes_are_distributed_as_torchvisions() -> None:
+    ours = np.array([random_crop_box(500, 375, sample_rng(0, 0, i), SCALE, RATIO) for i in range(4000)])
+    left, top, right, bottom = ours.T
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (right <= 500).all()
+    assert (bottom <= 375).all()
+
+    torch.manual_seed(0)
+    image = torch.empty(3, 375, 500)
+    theirs = np.array([RandomResizedCrop.get_params(image, [*SCALE], [*RATIO]) for _ in range(4000)])
+    their_top, their_left, their_height, their_width = theirs.T
+    # Two-sample Kolmogorov-Smirnov: 4,000 draws of one distribution differ by less than 0.044 with 99.9 %.
+    for a, b in (
+        ((right - left) * (bottom - top), their_height * their_width),
+        ((right - left) / (bottom - top), their_width / their_height),
+        (left, their_left),
+        (top, their_top),
+    ):
+        assert float(ks_2samp(a, b)[0]) < 0.044  # pyright: ignore[reportArgumentType]
+
+
+def test_a_picture_too_narrow_for_any_box_is_cut_in_the_middle() -> None:
+    assert random_crop_box(1000, 10, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (493, 0, 506, 10)
+    assert random_crop_box(10, 1000, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (0, 493, 10, 506)
+
+
+def test_flips_half_of_them() -> None:
+    image = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2))
+    transform = RandomResizedCropFlip(16)
+    flipped = [
+        bool(pixels[0, 0, 0] > pixels[0, 0, -1])
+        for pixels in (transform(image, sample_rng(0, 1, i)) for i in range(400))
+    ]
+    assert 0.42 < np.mean(flipped) < 0.58
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_is_none_is_named(tmp_path: Path, num_workers: int) -> None:
+    data = write_mds(tmp_path / "data", [encoded_image(0), b"not a picture", encoded_image(2)])
+    with pytest.raises(InputError, match=r"sample 1 of .*data: not an image that can be read \(13 bytes\)"):
+        epochs(data, 1, num_workers)
+
+
+def no_index(data: Path) -> None:
+    (data / "index.json").unlink()
+
+
+def empty_folder(data: Path) -> None:
+    shutil.rmtree(data)
+    data.mkdir()
+
+
+def no_folder(data: Path) -> None:
+    shutil.rmtree(data)
+
+
+def cut_index(data: Path) -> None:
+    index = data / "index.json"
+    index.write_bytes(index.read_bytes()[:100])
+
+
+def strange_index(data: Path) -> None:
+    (data / "index.json").write_text('{"shards": [{"samples": 3}]}')
+
+
+def empty_index(data: Path) -> None:
+    (data / "index.json").write_text('{"shards": [], "version": 2}')
+
+
+def missing_shard(data: Path) -> None:
+    next(data.glob("shard.*")).unlink()
+
+
+def cut_shard(data: Path) -> None:
+    shard = next(data.glob("shard.00000.*"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    no_index: "no index.json: not an MDS data set",
+    empty_folder: "no index.json: not an MDS data set",
+    no_folder: "no index.json: no such folder",
+    cut_index: "index.json: damaged, or not an MDS index",
+    strange_index: "index.json: damaged, or not an MDS index",
+    empty_index: "the data set is empty: its index.json lists no samples",
+    missing_shard: "the shard is missing",
+    cut_shard: "bytes, the index says",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.items())
+def test_damaged_data_is_named_before_training(
+    small_data: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
+    damage(data)
+    with pytest.raises(InputError) as caught:
+        read_index(data, columns=("image",))
+    assert message in str(caught.value)
+    assert str(data) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_climbs_out_of_its_folder(small_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    for name in ("../shard.00000.mds", "/etc/passwd"):
+        index["shards"][0]["raw_data"]["basename"] = name
+        (data / "index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match=f"data: its index.json names a file outside of it: {name}"):
+            read_index(data, columns=("image",), shards_may_be_missing=True)
+
+
+def test_a_column_that_is_missing(tmp_path: Path) -> None:
+    data = write_mds(tmp_path / "data", [encoded_image(0)])
+    with pytest.raises(InputError, match="no column 'label'; the data set has: image"):
+        read_index(data, columns=("image", "label"))
+
+
+def test_labelled_folder(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_bytes(encoded_image(100 * label + i, size=40))
+    labelled = load_labelled_set("folder", tmp_path, image_size=32)
+    assert labelled.train.images.shape == (6, 3, 32, 32)
+    assert labelled.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labelled.test.labels.tolist() == [0, 0, 1, 1]
+
+    (tmp_path / "test" / "dog" / "0.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"0.png: not an image that can be read"):
+        load_labelled_set("folder", tmp_path, image_size=32)
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "fish")
+    with pytest.raises(InputError, match="fish: a class that the train folder lacks"):
+        load_labelled_set("folder", tmp_path, image_size=32)
+    with pytest.raises(InputError, match="no such folder"):
+        load_labelled_set("folder", tmp_path / "nowhere", image_size=32)
+
+
+def test_cifar_is_torchvisions(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no readable CIFAR10 .*; set download: true to fetch it"):
+        load_labelled_set("cifar10", tmp_path, image_size=32)

@@ -1,0 +1,127 @@
+"""The column of an MDS data set that holds the images, in each encoding that there is for them, through every door."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from streaming import MDSWriter
+
+from d2v_composer.builders.data import build_train_loader
+from d2v_composer.config.load import load_config
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.decode import CuttableJpeg, decode_rgb
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.system.errors import InputError
+from helpers import encoded_image, small_run
+
+NUM_SAMPLES = 32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    paths = [folder / f"{i}.jpg" for i in range(NUM_SAMPLES)]
+    for i, path in enumerate(paths):
+        path.write_bytes(encoded_image(i))
+    return paths
+
+
+def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
+    """An MDS folder as Streaming's own converter of ImageNet writes it: ``i``, ``x`` and ``y``."""
+    with MDSWriter(out=str(folder), columns={"i": "int", "x": encoding, "y": "int"}, size_limit=8192) as writer:
+        for i, path in enumerate(files):
+            with Image.open(path) as image:
+                writer.write({"i": i, "x": path.read_bytes() if encoding == "bytes" else image, "y": i % 4})
+    return folder
+
+
+def train_loader(data: Path, *overrides: str) -> Any:
+    return build_train_loader(load_config(small_run(data.parent / "run", data, *overrides)), 24)
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
+def test_a_data_set_of_streamings_own_converter_trains_as_it_is(
+    files: list[Path], tmp_path: Path, encoding: str
+) -> None:
+    data = write_as_streaming(tmp_path / "data", files, encoding)
+    batches = list(train_loader(data, "train_loader.column=x", "seed=5"))
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    pixels = torch.cat([batch["image"] for batch in batches])
+    assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
+    ours = StreamingImages(
+        local=write_as_streaming(tmp_path / "ours", files, "bytes"),
+        batch_size=16,
+        transform=RandomResizedCropFlip(24, scale=(0.35, 1.0)),
+        column="x",
+        seed=5,
+    )
+    expected = {sample["sample_id"]: sample["image"] for sample in ours}
+    assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
+
+
+def test_the_files_of_a_jpeg_column_are_decoded_in_part(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a ``bytes`` column; opened by Pillow, each would be decoded to its last row."""
+    data = write_as_streaming(tmp_path / "data", files, "jpeg")
+    cropped, crop = [], CuttableJpeg.crop
+
+    def counted(jpeg: CuttableJpeg, box: Any) -> Any:
+        cropped.append(jpeg.source)
+        return crop(jpeg, box)
+
+    monkeypatch.setattr(CuttableJpeg, "crop", counted)
+    list(StreamingImages(local=data, batch_size=16, transform=RandomResizedCropFlip(24), column="x", seed=5))
+    assert len(cropped) == NUM_SAMPLES
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
+def test_embedding_and_retrieval_choose_the_column_too(files: list[Path], tmp_path: Path, encoding: str) -> None:
+    for split in ("train", "test"):
+        write_as_streaming(tmp_path / split, files, encoding)
+    expected = decode_rgb(files[3].read_bytes(), "file").getdata()
+    collection = open_collection(str(tmp_path / "train"), 32, column="x")
+    labelled = load_labelled_set("mds", tmp_path, image_size=32, column="x", label_column="y")
+    for pixels in (collection.load(3), labelled.train.images[3]):
+        assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
+    assert labelled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
+    as_integers = open_collection(str(tmp_path / "test"), 32, column="x")
+    assert as_integers.fingerprint != collection.fingerprint
+
+
+DOORS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
+    "embedding": (lambda folder: open_collection(str(folder / "train"), 32), "--column"),
+    "retrieval": (lambda folder: load_labelled_set("mds", folder, image_size=32), "column and label_column"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_column_that_is_missing_is_named_with_those_that_are_there(
+    files: list[Path], tmp_path: Path, door: str
+) -> None:
+    write_as_streaming(tmp_path / "train", files[:16], "jpeg")
+    reader, option = DOORS[door]
+    with pytest.raises(InputError, match=rf"no column 'image'; the data set has: i, x, y; choose with {option}$"):
+        reader(tmp_path)
+
+
+def test_a_column_of_something_else_is_refused(files: list[Path], tmp_path: Path) -> None:
+    data = write_as_streaming(tmp_path / "train", files, "jpeg")
+    with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
+        train_loader(data, "train_loader.column=y")
+    folder = files[0].parent
+    with pytest.raises(InputError, match=r"has no index\.json: --column is for an MDS data set"):
+        open_collection(str(folder), 32, column="x")
+
+
+def test_labels_that_are_no_numbers_are_named(files: list[Path], tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "train"), columns={"image": "bytes", "label": "str"}) as writer:
+        writer.write({"image": files[0].read_bytes(), "label": "cat"})
+    with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*'cat'"):
+        load_labelled_set("mds", tmp_path, image_size=32)

@@ -1,0 +1,499 @@
+"""recipes/embed.py: every source and both kinds of file, what an interruption leaves, and what is refused."""
+
+import os
+import pickle
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pyarrow import parquet
+from streaming import MDSWriter
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.datasets import cifar
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.data.decode import decode_rgb, to_tensor
+from d2v_composer.embedding import embed as embedding
+from d2v_composer.embedding import output_file
+from d2v_composer.embedding.embed import Embedding
+from d2v_composer.embedding.output_file import Part, open_out, write_part
+from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.transformer import Transformer
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import sole_user
+from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, command_environment, encoded_image, run_command
+
+SCRIPT = ROOT / "recipes" / "embed.py"
+TEACHER = GOLDEN / "tiny_base.pt"
+SIZE = 32
+SMALL_PARTS = ("--part-size", "10", "--batch-size", "4")
+# Another order of sums.
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that are started here: to the bit the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Data2Vec2:
+    return load_teacher(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images of many sizes in a folder with subfolders; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(40):
+        path = folder / ("", "b", "a/deep")[i % 3] / f"{i:02}.{'jpg' if i % 2 else 'JPEG'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded_image(i, size=24 + i))
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "b" / "long-name-of-an-image.png").write_bytes(encoded_image(77))
+    return folder
+
+
+def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
+    """``recipes/embed.py`` in this process."""
+    arguments = [model, source, out, "--workers", workers, *options]
+    return runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+
+
+def loaded(out: Path) -> tuple[list, NDArray]:
+    """Ids and embeddings."""
+    if out.suffix == ".parquet":
+        table = parquet.read_table(out)
+        return table["id"].to_pylist(), np.array(table["embedding"].to_pylist())
+    return np.load(out.with_name(f"{out.stem}.ids.npy")).tolist(), np.load(out, mmap_mode="r")
+
+
+def expected(model: Transformer, images: list[bytes], **options: str) -> Tensor:
+    """What the model itself makes of image files, (N, D)."""
+    pixels = [to_tensor(decode_rgb(image, "image").resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images]
+    with torch.inference_mode():
+        return model.embed(torch.stack(pixels), **options)  # pyright: ignore[reportArgumentType]
+
+
+def image_paths(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".txt")
+    return sorted(path for path in paths if (folder / path).is_file())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_folder(
+    teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    out = tmp_path / "new" / f"photos.{suffix}"
+    result = embed(TEACHER, photos, out, *SMALL_PARTS, workers=2)
+    ids, embeddings = loaded(out)
+    assert ids == image_paths(photos)
+    want = expected(teacher, [(photos / path).read_bytes() for path in ids])
+    np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
+    assert (result.images, result.channels, result.skipped, result.resumed) == (*want.shape, [], 0)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", last)
+    # Nothing else is left.
+    assert names(out.parent) == {out.name} | ({"photos.ids.npy"} if suffix == "npy" else set())
+
+
+def test_options(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
+    options = ("--pooling", "mean_patches", "--representation", "layer_mean", "--normalize", "--dtype", "float16")
+    want = expected(
+        teacher,
+        [(photos / path).read_bytes() for path in image_paths(photos)],
+        pooling="mean_patches",
+        representation="layer_mean",
+    )
+    for suffix in ("npy", "parquet"):
+        embed(TEACHER, photos, tmp_path / f"photos.{suffix}", *options, *SMALL_PARTS)
+        _, embeddings = loaded(tmp_path / f"photos.{suffix}")
+        np.testing.assert_allclose(embeddings, normalize(want, dim=1).numpy(), rtol=0, atol=5e-4)
+    assert np.load(tmp_path / "photos.npy").dtype == np.float16
+    assert parquet.read_schema(tmp_path / "photos.parquet").field("embedding").type == pyarrow.list_(
+        pyarrow.float16(), want.shape[1]
+    )
+    embed(TEACHER, photos, tmp_path / "amp.npy", "--precision", "amp_bf16", *options, *SMALL_PARTS)
+    _, embeddings = loaded(tmp_path / "amp.npy")
+    np.testing.assert_allclose(embeddings, normalize(want, dim=1).numpy(), rtol=0, atol=3e-2)
+    assert not np.array_equal(embeddings, np.load(tmp_path / "photos.npy"))
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_mds(teacher: Data2Vec2, many_shards: Path, tmp_path: Path, suffix: str) -> None:
+    embed(TEACHER, many_shards, tmp_path / f"mds.{suffix}", *SMALL_PARTS, workers=2)
+    ids, embeddings = loaded(tmp_path / f"mds.{suffix}")
+    assert ids == list(range(NUM_IMAGES))
+    want = expected(teacher, [encoded_image(i) for i in range(NUM_IMAGES)])
+    np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
+
+
+def test_mds_of_encoded_columns(teacher: Data2Vec2, tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "jpeg"), columns={"image": "jpeg"}) as writer:
+        writer.write({"image": decode_rgb(encoded_image(0, SIZE), "image")})
+    embed(TEACHER, tmp_path / "jpeg", tmp_path / "jpeg.npy")
+    assert np.load(tmp_path / "jpeg.npy").shape == (1, teacher.config.embed_dim)
+    with MDSWriter(out=str(tmp_path / "text"), columns={"image": "str"}) as writer:
+        writer.write({"image": "a cat"})
+    with pytest.raises(InputError, match="its column 'image' is str; expected one of bytes, jpeg, png, pil"):
+        embed(TEACHER, tmp_path / "text", tmp_path / "text.npy")
+
+
+def test_a_damaged_shard_is_named(many_shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(many_shards, tmp_path / "data")
+    shard = data / "shard.00005.mds"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    # Not an image that could be skipped.
+    with pytest.raises(InputError, match=r"shard\.00005\.mds: its content has changed \(xxh64\)"):
+        embed(TEACHER, data, tmp_path / "mds.npy", "--skip-unreadable", workers=1)
+    assert not (tmp_path / "mds.npy").exists()
+
+
+@pytest.mark.slow
+def test_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_PARTS)
+    with ObjectStore() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        store.create_bucket("bucket")
+        client = store.client()
+        for file in many_shards.iterdir():
+            client.upload_file(str(file), "bucket", f"images/{file.name}")
+        (tmp_path / "cache").mkdir()
+        shutil.copyfile(many_shards / "shard.00003.mds", tmp_path / "cache" / "shard.00003.mds")
+        with (tmp_path / "cache" / "shard.00003.mds").open("r+b") as file:
+            file.write(b"damaged")  # what an earlier run left is verified as well
+        options = ("--local", tmp_path / "cache", "--cache-limit", "30kb")
+        embed(TEACHER, "s3://bucket/images", tmp_path / "remote.npy", *options, *SMALL_PARTS, workers=2)
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 30_000
+        with pytest.raises(InputError, match=r"s3://bucket/nothing/index\.json: cannot be fetched"):
+            embed(TEACHER, "s3://bucket/nothing", tmp_path / "nothing.npy", "--local", tmp_path / "other")
+    assert (tmp_path / "remote.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
+    made = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}[kind]
+    folder = tmp_path / made.base_folder
+    folder.mkdir()
+    (folder / made.meta["filename"]).write_bytes(pickle.dumps({made.meta["key"]: ["cat", "dog"]}))
+    rng, rows = np.random.default_rng(0), []
+    for name, _ in made.train_list + made.test_list:
+        rows.append(rng.integers(0, 256, (4, 3072), dtype=np.uint8))
+        (folder / name).write_bytes(pickle.dumps({"data": rows[-1], "labels": [0] * 4, "fine_labels": [0] * 4}))
+    images = torch.from_numpy(np.concatenate(rows)).view(-1, 3, 32, 32)
+    num_train = len(images) - 4
+    for i, source in enumerate((tmp_path, folder)):
+        embed(TEACHER, source, tmp_path / f"{i}.npy", *SMALL_PARTS)
+        ids, embeddings = loaded(tmp_path / f"{i}.npy")
+        assert ids == [f"train/{i:05}" for i in range(num_train)] + [f"test/{i:05}" for i in range(4)]
+        np.testing.assert_allclose(embeddings, teacher.embed(images).numpy(), **TOLERANCE)
+    (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
+    (tmp_path / "cifar-100-python").mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=r"holds both CIFARs: give .*/cifar-10-batches-py or .*/cifar-100-python"):
+        embed(TEACHER, tmp_path, tmp_path / "both.npy")
+
+
+def test_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "student.safetensors"
+    save_student(teacher.build_student(depth=2), path)
+    embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # which is not asked
+    ids, embeddings = loaded(tmp_path / "photos.npy")
+    want = expected(load_student(path), [(photos / path).read_bytes() for path in ids])
+    np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
+
+
+SLOWED = """
+import runpy, sys, time
+from d2v_composer.models.transformer import Transformer
+embed = Transformer.embed
+Transformer.embed = lambda *arguments: time.sleep(0.1) or embed(*arguments)
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
+
+
+def run_and_kill(arguments: list[str | Path], folder: Path, num_parts: int) -> set[str]:
+    """A slow run in a process of its own, ended by SIGKILL when so many parts are there; their names."""
+    command = [sys.executable, "-c", SLOWED, SCRIPT, *arguments]
+    process = subprocess.Popen(command, env=command_environment(), cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("part-*.npz"))) < num_parts:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return {path.name for path in folder.glob("part-*.npz")}
+
+
+def test_kill_and_resume(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out, folder = tmp_path / "photos", tmp_path / "photos.npy", tmp_path / ".photos.npy.partial"
+    shutil.copytree(photos, source)
+    embed(TEACHER, source, tmp_path / "whole.npy", *SMALL_PARTS)
+    parts = run_and_kill([TEACHER, source, out, *SMALL_PARTS, "--workers", "1"], folder, num_parts=2)
+    assert 2 <= len(parts) < 5
+    assert not out.exists()
+    assert not (tmp_path / "photos.ids.npy").exists()
+
+    # With whatever else, the parts would not be of one piece.
+    other = tmp_path / "other.safetensors"
+    save_student(load_teacher(TEACHER).build_student(depth=1), other)
+    with pytest.raises(InputError, match=rf"{folder}: has parts made with another model: delete that folder, or choos"):
+        embed(other, source, out, *SMALL_PARTS)
+    with pytest.raises(InputError, match="another source, images: "):
+        embed(TEACHER, source / "b", out, *SMALL_PARTS)
+    with pytest.raises(InputError, match="another pooling, normalize: "):
+        embed(TEACHER, source, out, *SMALL_PARTS, "--pooling", "mean", "--normalize")
+    first = source / image_paths(source)[0]
+    before = first.stat()
+    first.write_bytes(bytes(before.st_size))
+    with pytest.raises(InputError, match="another source: "):
+        embed(TEACHER, source, out, *SMALL_PARTS)
+    assert parts <= names(folder)
+
+    # Now it has changed without a trace, and cannot be read: whoever embeds it again fails.
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    result = embed(TEACHER, source, out, *SMALL_PARTS, workers=1)
+    assert result.resumed == 10 * len(parts)
+    assert f"continued an interrupted run: {10 * len(parts)} images were there" in capsys.readouterr().out
+    for name in ("{}.npy", "{}.ids.npy"):
+        assert (tmp_path / name.format("photos")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
+    assert not folder.exists()
+
+
+@contextmanager
+def interrupted_at(out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever would put a file in this place is stopped."""
+    replace = Path.replace
+
+    def stop(self: Path, target: Path) -> Path:
+        if target == out:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        yield
+
+
+def test_interrupted_between_ids_and_embeddings(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "photos.npy"
+    with interrupted_at(out, monkeypatch), pytest.raises(KeyboardInterrupt):
+        embed(TEACHER, photos, out, *SMALL_PARTS)
+    assert names(tmp_path) == {"photos.ids.npy", ".photos.npy.partial"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "embed", None)  # nobody needs it
+        assert embed(TEACHER, photos, out, *SMALL_PARTS).resumed == 41
+    assert names(tmp_path) == {"photos.ids.npy", "photos.npy"}
+    embed(TEACHER, photos, tmp_path / "whole.npy", *SMALL_PARTS)
+    assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["folder", "mds"])
+def test_unreadable_images(teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    images = [encoded_image(i) for i in range(12)]
+    images[5] = images[5][:200]
+    images[8:12] = [b""] * 4  # a whole batch
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "folder":
+        for i, image in enumerate(images):
+            (source / f"{i:02}.jpg").write_bytes(image)
+        (source / "05.jpg").unlink()
+        (source / "05.jpg").symlink_to("nowhere")
+    else:
+        with MDSWriter(out=str(source), columns={"image": "bytes"}) as writer:
+            for image in images:
+                writer.write({"image": image})
+    out = tmp_path / "out.npy"
+    named = f"{source / '05.jpg'}: cannot be read" if kind == "folder" else f"sample 5 of {source}: not an image"
+    small = ("--part-size", "4", "--batch-size", "4")
+    with pytest.raises(InputError, match=f"{re.escape(named)}.*; --skip-unreadable leaves such images out"):
+        embed(TEACHER, source, out, *small, workers=1)
+    result = embed(TEACHER, source, out, *small, "--skip-unreadable")
+    readable = [0, 1, 2, 3, 4, 6, 7]
+    ids, embeddings = loaded(out)
+    assert ids == ([f"{i:02}.jpg" for i in readable] if kind == "folder" else readable)
+    want = expected(teacher, [images[i] for i in readable])
+    np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
+    assert (result.images, result.resumed, len(result.skipped)) == (7, 4, 5)
+    printed = capsys.readouterr().out
+    assert "skipped as unreadable: 5" in printed
+    assert named in printed
+    embed(TEACHER, source, tmp_path / "out.parquet", *small, "--skip-unreadable")
+    assert loaded(tmp_path / "out.parquet")[0] == ids
+
+
+def test_parts_with_skipped_images_are_not_taken_without_the_option(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "photos", tmp_path / "photos.npy"
+    shutil.copytree(photos, source)
+    (source / "00.JPEG").write_bytes(b"nothing")
+    with interrupted_at(out, monkeypatch), pytest.raises(KeyboardInterrupt):
+        embed(TEACHER, source, out, *SMALL_PARTS, "--skip-unreadable")
+    with pytest.raises(InputError, match=r"00\.JPEG: not an image"):
+        embed(TEACHER, source, out, *SMALL_PARTS)
+    assert embed(TEACHER, source, out, *SMALL_PARTS, "--skip-unreadable").images == 40
+
+
+def test_nothing_readable(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jpg").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"out\.npy: none of the 1 images can be read"):
+        embed(TEACHER, tmp_path / "source", tmp_path / "out.npy", "--skip-unreadable")
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_parts_are_put_together_one_at_a_time(tmp_path: Path, suffix: str) -> None:
+    file = open_out(tmp_path / f"out.{suffix}")
+    file.folder.mkdir()
+    parts = [file.folder / f"{i}.npz" for i in range(30)]
+    rows = np.random.default_rng(0).standard_normal((30, 256, 1024), dtype=np.float32)  # a MB each
+    for i, path in enumerate(parts):
+        write_part(path, Part(np.arange(256) + 256 * i, rows[i], []))
+    tracemalloc.start()
+    try:
+        file.assemble(parts, "float32")
+        assert tracemalloc.get_traced_memory()[1] < 6e6
+    finally:
+        tracemalloc.stop()
+    if suffix == "parquet":
+        assert parquet.ParquetFile(file.out).num_row_groups == 30
+        assert pyarrow.default_memory_pool().max_memory() < 20e6
+    else:
+        np.testing.assert_array_equal(np.load(file.out), rows.reshape(-1, 1024))
+        np.testing.assert_array_equal(np.load(tmp_path / "out.ids.npy"), np.arange(30 * 256))
+
+
+def test_an_embedding_that_is_not_finite(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transformer, "embed", lambda self, images, *_: torch.full((len(images), 48), 1e5))
+    with pytest.raises(InputError, match=r"00\.JPEG: its embedding is not finite with .* --dtype float16"):
+        embed(TEACHER, photos, tmp_path / "photos.npy", "--dtype", "float16")
+    embed(TEACHER, photos, tmp_path / "photos.npy")
+
+
+def test_two_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "LOCK_TIMEOUT", 0.1)
+    with (
+        sole_user(tmp_path / ".photos.npy.partial" / ".lock"),
+        pytest.raises(InputError, match=r"photos\.npy: another process is writing it"),
+    ):
+        embed(TEACHER, photos, tmp_path / "photos.npy")
+
+
+def test_without_pyarrow(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_file, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"photos\.parquet: .* needs pyarrow: pip install -e '\.\[parquet\]'"):
+        embed(TEACHER, photos, tmp_path / "photos.parquet")
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "out", "options", "message"),
+    [
+        ("nowhere.pt", "photos", "o.npy", [], "nowhere.pt: no such file"),
+        ("photos/a.jpg", "photos", "o.npy", [], "a.jpg: truncated, or not a PyTorch checkpoint"),
+        ("no_cls", "photos", "o.npy", [], "--pooling: this model has no CLS token; allowed here: mean, mean_patches"),
+        ("teacher", "nowhere", "o.npy", [], "nowhere: no such folder"),
+        ("teacher", "photos/a.jpg", "o.npy", [], "a.jpg: is not a folder"),
+        ("teacher", "empty", "o.npy", [], "empty: no images; read are the suffixes .jpg, "),
+        ("teacher", "s3://bucket/images", "o.npy", [], "s3://bucket/images: is remote: --local says in which folder"),
+        ("teacher", "photos", "o.npy", ["--local", "cache"], "photos: is local: --local and --cache-limit are for an"),
+        ("teacher", "photos", "o.csv", [], "o.csv: must end in .npy or .parquet"),
+        ("teacher", "photos", "there.npy", [], "there.npy: is there already: remove it, or choose another OUT"),
+        ("teacher", "photos", "half.npy", [], "half.ids.npy: is there already: remove it, or choose another OUT"),
+        ("teacher", "photos", "photos/a.jpg/o.npy", [], "a.jpg/o.npy: cannot be written: "),
+        ("teacher", "photos", "/proc/o.npy", [], "/proc/o.npy: cannot be written"),
+        ("teacher", "photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
+        ("teacher", "photos", "o.npy", ["--batch-size", "0"], "--batch-size: must be 1 to 65536, got 0"),
+        ("teacher", "photos", "o.npy", ["--part-size", "0"], "--part-size: must be 1 to 1048576, got 0"),
+        ("teacher", "photos", "o.npy", ["--workers", "-1"], "--workers: must be 0 to 1024, got -1"),
+        (str(QUICKSTART / "teacher.safetensors"), "photos", "o.npy", ["--weights", "ema"], "and holds no ema weights"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    source: str,
+    out: str,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for folder in ("photos", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(encoded_image(0))
+    shutil.copyfile(TEACHER, "teacher")
+    encoder = ImageEncoder(ImageEncoderConfig(embed_dim=8, num_heads=2, prenet_depth=0, image_size=32)).freeze()
+    save_student(Student(encoder, StudentConfig(depth=1, num_heads=2, num_alibi_heads=0)), Path("no_cls"))
+    for name in ("there.npy", "half.ids.npy"):
+        (tmp_path / name).write_bytes(b"mine")
+    before = names(tmp_path)
+    with pytest.raises(InputError) as caught:
+        embed(Path(model), source, Path(out), *options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == before
+
+
+def test_command_line(photos: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(photos, tmp_path / "photos")
+    (source / "03.jpg").write_bytes(b"nothing")
+    command = [sys.executable, SCRIPT, TEACHER, source, tmp_path / "photos.npy", "--workers", "1"]
+    failed = run_command(*command)
+    assert failed.returncode == 2
+    hint = "--skip-unreadable leaves such images out"
+    assert failed.stderr == f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); {hint}\n"
+    assert failed.stdout == ""
+
+
+def test_near_duplicates_as_in_the_readme(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shutil.copytree(photos, tmp_path / "photos")
+    shutil.copyfile(source / "03.jpg", source / "b" / "copy.jpg")
+    embed(QUICKSTART / "teacher.safetensors", source, tmp_path / "photos.npy")
+    section = (ROOT / "README.md").read_text().split("## Embedding a collection")[1]
+    [code] = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code, found)
+    ids, embeddings = loaded(tmp_path / "photos.npy")
+    centred = embeddings - embeddings.mean(axis=0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    cosines = centred @ centred.T - 2 * np.eye(len(ids))
+    want = {(ids[i], ids[row.argmax()]) for i, row in enumerate(cosines) if row.max() > 0.95}
+    assert set(found["duplicates"]) == want
+    assert ("03.jpg", "b/copy.jpg") in want
+    assert len(want) < len(ids)

@@ -1,0 +1,189 @@
+"""recipes/evaluate.py: the numbers of the retrieval itself, their uncertainty, and every kind of model file."""
+
+import csv
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.io import write_png
+
+from d2v_composer import load_student, load_teacher, retrieval_accuracy
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.bootstrap import bootstrap, share_interval
+from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
+from d2v_composer.report.tables import evaluation_tables
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, QUICKSTART, ROOT, run_command
+
+YAML = ROOT / "yamls" / "evaluate.yaml"
+SCRIPT = ROOT / "recipes" / "evaluate.py"
+
+
+def run_evaluate(*overrides: str) -> str:
+    ended = run_command(sys.executable, SCRIPT, YAML, *overrides)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred of the quickstart's images as files, a folder a class: root/{train,test}/CLASS/*.png."""
+    root = tmp_path_factory.mktemp("small_set")
+    cifar10 = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    for name, count in (("train", 60), ("test", 40)):
+        images, labels = getattr(cifar10, name)
+        for i in range(count):
+            folder = root / name / str(int(labels[i]))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(images[i], str(folder / f"{i}.png"))
+        for label in range(10):  # each class in both
+            (root / name / str(label)).mkdir(exist_ok=True)
+    return root
+
+
+def datasets(root: Path) -> str:
+    return f"datasets={{small: {{format: folder, root: {root}}}}}"
+
+
+def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: Path, tmp_path: Path) -> None:
+    checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
+    ended = run_command(sys.executable, ROOT / "recipes" / "export_student.py", checkpoint, student)
+    assert ended.returncode == 0, ended.stderr
+    from_checkpoint, from_student = tmp_path / "checkpoint", tmp_path / "student"
+    printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}")
+    run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}")
+
+    found = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (from_checkpoint, from_student)}
+    names = [candidate["name"] for candidate in found[from_checkpoint]["candidates"]]
+    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
+    assert [candidate["name"] for candidate in found[from_student]["candidates"]] == names[:-1]  # no teacher is told
+
+    def accuracies(folder: Path) -> dict[tuple, tuple]:
+        return {
+            tuple(row[key] for key in ("candidate", "dataset", "bank", "embedding", "k")): (row["value"], row["low"])
+            for row in found[folder]["results"]
+            if row["candidate"] != "teacher"
+        }
+
+    assert accuracies(from_checkpoint) == accuracies(from_student)
+    assert found[from_student]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found[from_student]["machine"]["cores"] >= 1
+
+    # The student's numbers are those of its own embeddings.
+    labelled = load_labelled_set("folder", small_set, image_size=load_student(student).encoder.config.image_size)
+    with torch.inference_mode():
+        bank, queries = (
+            load_student(student).embed(images.images, representation="layer_mean") for images in labelled[:2]
+        )
+    expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
+    for k in (1, 3):
+        assert accuracies(from_checkpoint)["student", "small", "train", "layer_mean_cls", k][0] == pytest.approx(
+            expected[k]
+        )
+        assert f"{100 * expected[k]:.1f} [" in printed
+
+    with (from_checkpoint / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found[from_checkpoint]["results"]) == 2 * 2 * (1 + 3 + 6 + 6 + 6)
+    for row in rows:
+        assert 0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1
+    for entry in found[from_checkpoint]["confusion"]:
+        matrix = np.array(entry["matrix"])
+        assert matrix.sum() == (40 if entry["bank"] == "train" else 60)
+    assert {(share["bank"], share["k"]) for share in found[from_checkpoint]["share_recovered"]} <= {
+        (bank, k) for bank in ("train", "test") for k in (1, 3)
+    }
+
+
+def test_a_teacher(small_set: Path) -> None:
+    printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "precision=amp_bf16")
+    lines = printed.splitlines()
+    assert lines[0] == "Zero-shot retrieval on small, layer_mean_cls, accuracy in % [95 % interval]"
+    rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
+    assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
+    assert "share recovered" not in printed
+    teacher = load_teacher(QUICKSTART / "teacher.safetensors")
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    [costs] = [line for line in lines[7:] if line.startswith("teacher ")][-1:]
+    assert costs.split()[1] == f"{size / 1e6:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "model: is required, and "),
+        (["model=nowhere.pt"], "nowhere.pt: no such file"),
+        ([f"model={ROOT / 'README.md'}"], "README.md: truncated, or not a PyTorch checkpoint"),
+        (
+            [f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"],
+            "ks: must be at most 2000, the images of cifar10's smaller",
+        ),
+        (
+            [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
+            "README.md: there can be no such folder (File ex",
+        ),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "ks=[]"], "ks: must be one or more numbers from 1, got []"),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: there is none; give at least one"),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "precision=amp_fp16"], "precision: amp_fp16 needs a GPU"),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "poling=mean"], "poling: no such key; did you mean pooling?"),
+        (
+            [f"model={GOLDEN / 'tiny_base.pt'}", "device_eval_batch_size=0"],
+            "device_eval_batch_size: must be at least 1",
+        ),
+    ],
+)
+def test_what_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        runpy.run_path(str(SCRIPT))["main"]([str(YAML), *overrides])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:
+    return {"output_cls": torch.eye(3)[images[:, 0, 0, 0].long()]}
+
+
+def test_confusion_and_classes() -> None:
+    """What an image is taken for is its first pixel."""
+
+    def numbered(numbers: list[int], labels: list[int]) -> LabelledImages:
+        images = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+        return LabelledImages(images, torch.tensor(labels))
+
+    labelled = LabelledSet(numbered([0, 1, 2], [0, 1, 2]), numbered([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]))
+    candidates = [Candidate("student", labels_as_embeddings, 1_000_000, 2.0)]
+    retrievals = list(evaluate(candidates, {"set": labelled}, [1], "cpu", batch_size=2))
+    assert retrievals[0].bank == "train"
+    assert retrievals[0].confusion.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]]
+    assert retrievals[0].class_accuracy.tolist() == [0.5, 0.5, 1.0]
+    assert retrievals[0].accuracy(1).value == 0.6
+    table = evaluation_tables(Evaluation(candidates, retrievals, [1], "output_cls"))
+    assert "    0   50.0      2\n    1   50.0      0\n    2  100.0" in table
+    assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
+
+
+def test_intervals() -> None:
+    hits = np.arange(1000) % 4 == 0
+    interval = bootstrap(lambda mean: mean(hits), len(hits))
+    half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
+    assert interval.value == 0.25
+    assert [interval.low, interval.high] == pytest.approx([0.25 - half_width, 0.25 + half_width], abs=0.003)
+
+
+def test_the_share_of_the_advantage_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
+    assert share_interval(untrained, teacher, teacher) == (1, 1, 1)
+    assert share_interval(untrained, untrained, teacher) == (0, 0, 0)
+    half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
+    share = share_interval(untrained, half, teacher)
+    assert share is not None
+    assert share.low < 0.5 < share.high
+    assert share.high - share.low < 0.3
+    assert share_interval(teacher, half, untrained) is None

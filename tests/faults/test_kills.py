@@ -1,0 +1,231 @@
+"""SIGKILL at any moment, and the same command again: the run ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from helpers import (
+    ROOT,
+    assert_same_losses,
+    checkpoints_of,
+    command_environment,
+    inode_of,
+    losses_of,
+    run_command,
+    shared_memory_of,
+    small_run,
+    student_of,
+    train_command,
+)
+
+NUM_BATCHES = 24
+NUM_KILLS = 50
+POLL_SECONDS = 0.001
+
+
+def quickstart(folder: Path, labelled: Path) -> list[str]:
+    """The quickstart's teacher, student and data, for 24 batches of 8."""
+    return [
+        str(ROOT / "yamls" / "quickstart.yaml"),
+        f"save_folder={folder}",
+        f"retrieval.datasets.cifar10.root={labelled}",
+        f"max_duration={NUM_BATCHES}ba",
+        "scheduler.t_warmup=4ba",
+        "global_train_batch_size=8",
+        "precision=fp32",
+        "retrieval.interval=8ba",
+        "retrieval.references=[pixels]",
+        "save_interval=3ba",
+        "report=false",
+    ]
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own, all of which is killed at the end."""
+    process = subprocess.Popen(
+        command,
+        env=command_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        kill_all(process)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """As when a machine goes down: launcher, ranks and workers at once."""
+    if process.poll() is not None:
+        return
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def log_of(folder: Path) -> str:
+    path = folder / "log.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+# Each says, with a random number from 0 to 1, whether the moment has come; given the run's folder, and for how long it
+# runs.
+Moment = Callable[[Path, float], bool]
+
+
+def in_start_up(dice: random.Random) -> Moment:
+    moment = dice.uniform(0, 10)
+    return lambda folder, seconds: seconds >= moment or "loss" in log_of(folder)
+
+
+def in_training(dice: random.Random) -> Moment:
+    """Before a certain batch, and some milliseconds on."""
+    batch, wait = dice.randrange(1, NUM_BATCHES), dice.uniform(0, 0.2)
+
+    def has_come(folder: Path, seconds: float) -> bool:
+        if f'"step": {batch},' not in log_of(folder):
+            return False
+        time.sleep(wait)
+        return True
+
+    return has_come
+
+
+def in_a_checkpoint(dice: random.Random) -> Moment:
+    """While one of them is being written."""
+    number, wait = dice.randrange(1, NUM_BATCHES // 3), dice.uniform(0, 0.03)
+    seen: set[str] = set()
+
+    def has_come(folder: Path, seconds: float) -> bool:
+        seen.update(checkpoints_of(folder))
+        if len(seen) < number:
+            return False
+        time.sleep(wait)
+        return True
+
+    return has_come
+
+
+def in_retrieval(dice: random.Random) -> Moment:
+    """After the loss of a batch at whose end there is one, and before its result."""
+    batch, wait = dice.choice([7, 15, 23]), dice.uniform(0, 0.5)
+
+    def has_come(folder: Path, seconds: float) -> bool:
+        if f'"step": {batch}, "loss' not in log_of(folder):
+            return False
+        time.sleep(wait)
+        return True
+
+    return has_come
+
+
+MOMENTS = [in_start_up, in_training, in_a_checkpoint, in_retrieval]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Callable[[int], Path]:
+    """The folder of a run that nobody killed, by its number of ranks."""
+    folders: dict[int, Path] = {}
+
+    def run(ranks: int) -> Path:
+        if ranks not in folders:
+            folders[ranks] = tmp_path_factory.mktemp("undisturbed")
+            ended = run_command(*train_command(quickstart(folders[ranks], labelled), ranks), timeout=300)
+            assert ended.returncode == 0, ended.stderr
+        return folders[ranks]
+
+    return run
+
+
+CASES = [(number, ranks) for number in range(NUM_KILLS // 2) for ranks in (1, 2)]
+FAST = [(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign) for case in CASES]
+)
+def test_killed_at_a_random_moment(
+    number: int, ranks: int, undisturbed: Callable[[int], Path], labelled: Path, tmp_path: Path
+) -> None:
+    expected = undisturbed(ranks)
+    command = train_command(quickstart(tmp_path, labelled), ranks)
+    moment = MOMENTS[number % len(MOMENTS)](random.Random(number))
+    start = time.monotonic()
+    with started(command) as process:
+        while not moment(tmp_path, time.monotonic() - start):
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(POLL_SECONDS)
+    again = run_command(*command, timeout=300)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = student_of(tmp_path), student_of(expected)
+    assert ours.keys() == theirs.keys()
+    if ranks == 1:
+        assert losses_of(tmp_path) == losses_of(expected)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    else:
+        assert_same_losses(losses_of(tmp_path), losses_of(expected), NUM_BATCHES)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name])
+    partial = [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+    assert partial == []
+
+
+def test_what_a_killed_run_shared_goes_with_the_next_start(small_data: Path, tmp_path: Path) -> None:
+    """And what a run that goes on shares does not."""
+
+    def endless(name: str) -> list[str]:
+        return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))
+
+    with started(endless("beside")) as beside, started(endless("killed")) as killed:
+        for process, name in ((beside, "beside"), (killed, "killed")):
+            while '"step": 2,' not in log_of(tmp_path / name):
+                assert process.poll() is None
+                time.sleep(0.1)
+        kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
+        assert kept
+        assert left
+        assert kept.isdisjoint(left)
+        kill_all(killed)
+        assert all(inode_of(path) == inode for path, inode in left)  # nobody has removed it
+        ended = run_command(*train_command(small_run(tmp_path / "next", small_data)))
+        assert ended.returncode == 0, ended.stderr
+        assert [path for path, inode in left if inode_of(path) == inode] == []
+        assert all(inode_of(path) == inode for path, inode in kept)
+        assert beside.poll() is None
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.campaign)])
+def test_one_of_two_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
+    """The other one does not wait for it, and the launcher says which it was."""
+    arguments = small_run(tmp_path, small_data, "max_duration=100000ba", "save_interval=20ba")
+    launcher = subprocess.Popen(
+        train_command(arguments, ranks=2),
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while '"step": 50,' not in log_of(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    ranks[victim].kill()
+    output, _ = launcher.communicate(timeout=45)
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
+    assert launcher.returncode != 0
+    assert f"Rank {victim} crashed with exit code -9" in output

@@ -1,0 +1,140 @@
+"""A run of many steps takes no more of anything at its end than at its beginning, and leaves nothing behind."""
+
+import contextlib
+import getpass
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from helpers import command_environment, inode_of, losses_of, shared_memory_of, small_run, train_command
+
+
+class Usage(NamedTuple):
+    """What a process and its workers take."""
+
+    megabytes: float
+    descriptors: int
+    threads: int
+    processes: int
+    shared_memory: int
+    """Files of it."""
+    temporary: int
+    """Files and folders."""
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, of a short name: sockets are among them."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def started(command: list[str], temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run whose temporary files are in a folder of their own."""
+    environment = command_environment() | {"TMPDIR": str(temporary)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
+    main = psutil.Process(process.pid)
+    family = [main, *main.children(recursive=True)]
+    return Usage(
+        # What is shared counts once: forked workers have most of their pages from their parent.
+        sum(each.memory_full_info().uss for each in family) / 2**20,
+        main.num_fds(),  # workers live for an epoch, and have copies of these
+        main.num_threads(),
+        len(family),
+        len(shared_memory_of(process.pid)),
+        len(list(temporary.rglob("*"))),
+    )
+
+
+def step_of(folder: Path) -> int:
+    """The last one in a run's log."""
+    with (
+        contextlib.suppress(FileNotFoundError, ValueError, IndexError, StopIteration),
+        (folder / "log.jsonl").open("rb") as file,
+    ):
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4000))
+        line = next(line for line in reversed(file.read().splitlines()) if b'"loss/train/total"' in line)
+        return int(line.split(b'"step": ')[1].split(b",")[0])
+    return -1
+
+
+def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> list[str]:
+    arguments = small_run(
+        folder,
+        labelled / "train",
+        f"max_duration={num_steps}ba",
+        "global_train_batch_size=4",
+        "student.depth=1",
+        f"save_interval={interval}ba",
+        f"retrieval.datasets={{cifar10: {{format: mds, root: {labelled}}}}}",
+        f"retrieval.interval={interval}ba",
+        "retrieval.references=[]",
+        "retrieval.at_start=false",
+        "train_loader.num_workers=1",
+        "callbacks.health.interval=100ba",
+    )
+    return train_command(arguments)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "warm_up", "interval"),
+    [(900, 300, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
+)
+def test_nothing_grows_and_nothing_is_left(
+    labelled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int
+) -> None:
+    folder = tmp_path / "run"
+    shared_memory: set[tuple[str, int]] = set()
+    command = long_run(folder, labelled, num_steps, interval)
+
+    # Killed in its first third, and started again.
+    with started(command, temporary) as process:
+        while step_of(folder) < interval:
+            assert process.poll() is None
+            time.sleep(0.1)
+        shared_memory |= shared_memory_of(process.pid)
+    usages: dict[int, list[Usage]] = defaultdict(list)
+    with started(command, temporary) as process:
+        while process.poll() is None:
+            step = step_of(folder)
+            if warm_up < step < num_steps - 1:  # after the last one the run goes away, bit by bit
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(process, temporary))
+                    shared_memory |= shared_memory_of(process.pid)
+            time.sleep(0.25)
+        assert process.returncode == 0
+    assert len(losses_of(folder)) == num_steps
+
+    first, last = usages[0] + usages[1], usages[2] + usages[3]
+    for name in ("descriptors", "threads", "processes", "shared_memory", "temporary"):
+        # The least, since some come and go; where each checkpoint, retrieval or epoch leaves one, that rises by three.
+        before, after = (min(getattr(usage, name) for usage in half) for half in (first, last))
+        assert after - before <= 1, name
+    megabytes = [statistics.median(usage.megabytes for usage in half) for half in (first, last)]
+    assert megabytes[1] - megabytes[0] < 8, megabytes
+    print(f"\n{num_steps} steps: {first[0]} at the beginning, {last[-1]} at the end")
+
+    assert shared_memory != set()
+    assert [path for path, inode in shared_memory if inode_of(path) == inode] == []
+    # Nobody can remove a lock that others may wait for; torch's cache is to stay, where the environment has no other.
+    left = {str(path.relative_to(temporary)) for path in temporary.rglob("*")} - {f"torchinductor_{getpass.getuser()}"}
+    assert left == {f"d2v-{os.getuid()}-scratch.lock"}

@@ -1,0 +1,114 @@
+"""bfloat16 and torch.compile: nearly the same numbers, and no graph more than needed."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.utils import clip_grad_norm_
+
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.models.compilation import compile_model
+from d2v_composer.models.distillation import DistillationModel
+from helpers import QUICKSTART
+
+NUM_STEPS = 20
+BATCH_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def batches() -> Tensor:
+    """Real images, a batch a step: (20, 16, 3, 32, 32) uint8."""
+    images = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32).train.images
+    return images[: NUM_STEPS * BATCH_SIZE].unflatten(0, (NUM_STEPS, BATCH_SIZE))
+
+
+@pytest.fixture(scope="module")
+def model() -> DistillationModel:
+    """The quickstart's teacher and student; nobody may train it."""
+    torch.manual_seed(0)
+    teacher = load_teacher(QUICKSTART / "teacher.safetensors")
+    return DistillationModel(teacher, teacher.build_student(depth=3))
+
+
+def train(model: DistillationModel, batches: Tensor) -> Iterator[float]:
+    """Train for as many steps as there are batches, as Composer does; yield the losses."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
+    for images in batches:
+        loss = model.loss(model(images), images)
+        loss.backward()
+        clip_grad_norm_(trained, 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def evaluate(model: DistillationModel, images: Tensor) -> dict[str, Tensor]:
+    """Embeddings of student and teacher in three batches, the last of them smaller, as the callback makes them."""
+    embeds = {"student": model.embed_all, **model.retrieval_references()}
+    with torch.inference_mode():
+        parts = [
+            {f"{who}_{name}": embedding for who, embed in embeds.items() for name, embedding in embed(part).items()}
+            for part in images.split(6)
+        ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.fixture(scope="module")
+def expected(model: DistillationModel, batches: Tensor) -> list[float]:
+    """The losses in float32, without anything."""
+    return list(train(copy.deepcopy(model), batches))
+
+
+def test_bfloat16_stays_near(model: DistillationModel, batches: Tensor, expected: list[float]) -> None:
+    in_bf16 = copy.deepcopy(model)
+    in_bf16.teacher.cast_weights(torch.bfloat16)
+    in_bf16.cpu_bf16 = True
+    np.testing.assert_allclose(list(train(in_bf16, batches)), expected, rtol=0.01)
+
+
+def test_frozen_weights_in_bfloat16_change_no_bit(model: DistillationModel, batches: Tensor) -> None:
+    plain, cast = copy.deepcopy(model), copy.deepcopy(model)
+    cast.teacher.cast_weights(torch.bfloat16)
+    block = cast.teacher.block_list[0]
+    assert block.mlp.fc1.weight.dtype == cast.teacher.encoder.block_list[0].attn.qkv.bias.dtype == torch.bfloat16
+    assert block.norm1.weight.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in cast.student.blocks.parameters())
+    plain.cpu_bf16 = cast.cpu_bf16 = True
+    with torch.no_grad():
+        assert torch.equal(plain(batches[0]).target, cast(batches[0]).target)
+    assert plain(batches[0]).target.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled(model: DistillationModel, batches: Tensor, expected: list[float], bf16: bool) -> None:
+    """The same numbers from a few graphs: as on a GPU in float32, as on a CPU in bfloat16."""
+    eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    for each in (eager, compiled):
+        each.teacher.cast_weights(torch.bfloat16 if bf16 else torch.float32)
+        each.cpu_bf16 = bf16
+    torch._dynamo.reset()
+    counters.clear()
+    compile_model(compiled, packs_weights=bf16)
+    training = train(compiled, batches)
+    losses = [next(training), next(training)]
+    embeddings = evaluate(compiled, batches[0])
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert 10 < num_graphs < 40
+
+    eager.load_state_dict(compiled.state_dict())
+    for name, embedding in evaluate(eager, batches[0]).items():
+        similarity = torch.cosine_similarity(embeddings[name], embedding)
+        assert similarity.min() > (0.999 if bf16 else 1 - 1e-5), name
+
+    losses += training
+    evaluate(compiled, batches[1])
+    np.testing.assert_allclose(losses, expected, rtol=0.01 if bf16 else 1e-4)
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["graph_break"]

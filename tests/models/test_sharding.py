@@ -1,0 +1,174 @@
+"""FSDP keeps each part of the model whole for as long as it computes, and no longer.
+
+In one process: what is gathered and let go, and when, does not depend on the number of ranks. Two ranks train in
+test_parallel.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from composer import Callback, Event, State, Trainer
+from composer.loggers import Logger
+from composer.utils import FSDP2Config, ParallelismConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils.data import DataLoader
+
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.sharding import join_units, sharded_units
+from helpers import GOLDEN
+from programs.sharded_state import gathered_bytes, gathered_units
+
+NUM_BATCHES, BATCH_SIZE = 3, 8
+FROZEN = {"teacher.encoder", *(f"teacher.encoder.context_encoder.blocks.{i}" for i in range(2))} | {
+    f"teacher.blocks.{i}" for i in range(3)
+}
+TRAINED = {f"student.blocks.{i}" for i in range(3)}
+
+
+class Watch(Callback):
+    """Notes at each event which units are gathered, and the losses."""
+
+    def __init__(self) -> None:
+        self.gathered: dict[Event, list[set[str]]] = {}
+        self.losses: list[float] = []
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event in (Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_BACKWARD, Event.BATCH_END):
+            self.gathered.setdefault(event, []).append(gathered_units(state.model))
+        if event is Event.BATCH_END:
+            self.losses.append(state.total_loss_dict["loss/train/total"])
+
+
+class Log:
+    """All-gathers and computations of the units, in their order."""
+
+    def __init__(self, model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+        self.entries: list[tuple[str, str]] = []
+        fsdp: Any = _fsdp_param_group
+        gather = fsdp.foreach_all_gather
+        units = {
+            id(each): name
+            for name, unit in sharded_units(model).items()
+            for each in cast("Any", unit)._get_fsdp_state()._fsdp_param_group.fsdp_params
+        }
+
+        def logged(fsdp_params: list[Any], *args: Any) -> Any:
+            self.entries.append(("gather", units[id(fsdp_params[0])]))
+            return gather(fsdp_params, *args)
+
+        patch.setattr(fsdp, "foreach_all_gather", logged)
+        for name, unit in sharded_units(model).items():
+            cast("nn.Module", unit).register_forward_pre_hook(self.computing(name))
+
+    def computing(self, name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self.entries.append(("compute", name))
+
+    def clear(self) -> None:
+        self.entries.clear()
+
+    def gathers(self) -> list[str]:
+        return [name for kind, name in self.entries if kind == "gather"]
+
+
+def some_images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (NUM_BATCHES * BATCH_SIZE, 3, 32, 32), generator=generator).byte()
+
+
+def build(*callbacks: Callback, sharded: bool = True) -> tuple[DistillationModel, Trainer]:
+    torch.manual_seed(0)
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    model = DistillationModel(teacher, teacher.build_student(depth=3))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(list(some_images()), batch_size=BATCH_SIZE),  # pyright: ignore[reportArgumentType]
+        max_duration=f"{NUM_BATCHES}ba",
+        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3),
+        device_train_microbatch_size=4,
+        parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full")) if sharded else None,
+        callbacks=list(callbacks),
+        progress_bar=False,
+    )
+    if sharded:
+        join_units(model, cast("Any", trainer.state.fsdp_config).device_mesh)
+    return model, trainer
+
+
+# Composer's own words: that its FSDP2 may change, and that it wants to rename an attribute.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The _fsdp_wrap attribute:DeprecationWarning"),
+]
+
+
+def test_everything_is_let_go() -> None:
+    watch, plain = Watch(), Watch()
+    model, trainer = build(watch)
+    assert set(sharded_units(model)) == FROZEN | TRAINED
+    trainer.fit()
+    build(plain, sharded=False)[1].fit()
+    assert watch.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert len(watch.losses) == NUM_BATCHES
+    for event, gathered in watch.gathered.items():
+        assert gathered == [set()] * len(gathered), event
+    assert {event: len(gathered) for event, gathered in watch.gathered.items()} == {
+        Event.BEFORE_FORWARD: 2 * NUM_BATCHES,
+        Event.AFTER_FORWARD: 2 * NUM_BATCHES,
+        Event.AFTER_BACKWARD: 2 * NUM_BATCHES,
+        Event.BATCH_END: NUM_BATCHES,
+    }
+    assert gathered_bytes(model) == 0
+
+
+PARTS: dict[str, Callable[[DistillationModel, Tensor], Any]] = {
+    "student": lambda model, images: model.embed_all(images),
+    "teacher": lambda model, images: model.retrieval_references()["teacher"](images),
+    "encoder": lambda model, images: model.in_precision(model.teacher.encode)(images),
+    "health": lambda model, images: model.layer_cosines(images, 4),
+    "encoder by itself": lambda model, images: model.teacher.encode(images),
+    "student by itself": lambda model, images: model.student.embed(images),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_before_the_first_batch(part: str) -> None:
+    """A retrieval at the start: the part is let go, and training is as it would have been without."""
+    watch, plain = Watch(), Watch()
+    model, trainer = build(watch)
+    with torch.no_grad():
+        PARTS[part](model.eval(), some_images()[:4])
+    assert gathered_units(model) == set()
+    assert gathered_bytes(model) == 0
+    trainer.fit()
+    build(plain, sharded=False)[1].fit()
+    assert watch.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+def assert_next_gathered_before(entries: list[tuple[str, str]], stack: str, depth: int) -> None:
+    for i in range(depth - 1):
+        assert entries.index(("gather", f"{stack}.{i + 1}")) < entries.index(("compute", f"{stack}.{i}")), (stack, i)
+
+
+def test_gathering_is_ahead_of_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trainer = build()
+    trainer.fit(duration="1ba")
+    noted = Log(model, monkeypatch)
+    loss = model.loss(model(some_images()[:4]), some_images()[:4])
+    forward = list(noted.entries)
+    assert sorted(noted.gathers()) == sorted(FROZEN | TRAINED)
+    for stack, depth in (("teacher.encoder.context_encoder.blocks", 2), ("teacher.blocks", 3), ("student.blocks", 3)):
+        assert_next_gathered_before(forward, stack, depth)
+    noted.clear()
+    loss.backward()
+    assert noted.gathers() == [f"student.blocks.{i}" for i in (2, 1, 0)]  # nothing of what is frozen
+
+    noted.clear()
+    with torch.no_grad():
+        model.embed_all(some_images()[:4])
+    assert set(noted.gathers()) == {name for name in FROZEN if name.startswith("teacher.encoder")} | TRAINED
+    assert len(noted.gathers()) == 6
+    assert_next_gathered_before(noted.entries, "student.blocks", 3)

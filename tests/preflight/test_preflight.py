@@ -1,0 +1,317 @@
+"""A rehearsal finds what would end a run, names it, and leaves nothing behind."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.builders import model
+from d2v_composer.config.load import load_config
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.data.mds_index import read_index
+from d2v_composer.preflight import checks
+from d2v_composer.preflight.checks import DataSet
+from d2v_composer.preflight.needs import Measured, in_batches, needs
+from d2v_composer.preflight.nodes import Nodes
+from d2v_composer.preflight.preflight import free_port, look
+from d2v_composer.preflight.table import Table
+from d2v_composer.system.errors import InputError
+from helpers import NUM_IMAGES, ROOT, command_environment, run_command, small_run
+
+PREFLIGHT = ROOT / "recipes" / "preflight.py"
+ONE_NODE = Nodes(0, 1, 1, None)
+BUCKET = "preflight"
+
+
+def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: str) -> list[str]:
+    """Arguments of a tiny run with retrieval, health and a worker."""
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
+    return small_run(data, data, sets, f"save_folder={folder}", "train_loader.num_workers=1", *overrides)
+
+
+def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """The checks before the rehearsal that fail, with what they found."""
+    table = Table()
+    look(load_config(arguments), ONE_NODE, table)
+    capsys.readouterr()
+    return {check.name: check.found for check in table.checks if check.verdict == "FAILED"}
+
+
+def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+    arguments = small_preflight(tmp_path / "runs" / "good", small_data, labelled)
+    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()[1:]]
+    verdicts = {row[0]: row[1] for row in rows[: [not row for row in rows].index(True)]}
+    assert {"training", "SIGTERM", "resume", "retrieval", "export"} <= verdicts.keys()
+    assert "FAILED" not in verdicts.values()
+    for needed in ("pace", "time", "checkpoints", "memory", "data workers"):
+        assert f"\n{needed} " in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_fault_before_training_is_named_at_once(
+    tmp_path: Path, small_data: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Teacher, data, a save_folder that cannot be written (root may write everywhere but there), labelled sets."""
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    next(data.glob("*.mds")).unlink()
+    arguments = small_preflight(Path("/proc/run"), data, labelled)
+    found = failures(capsys, *arguments, "teacher.checkpoint=missing.pt")
+    assert "missing.pt: no such file" in found["teacher"]
+    assert "the shard is missing" in found["data"]
+    assert "/proc/run: no right to write" in found["save_folder"]
+
+    found = failures(
+        capsys, *arguments, "retrieval.datasets={small: {format: mds, root: nowhere}}", "student.num_heads=7"
+    )
+    assert "nowhere" in found["labelled sets"]
+    assert "must divide" in found["student"] or "7" in found["student"]
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path,
+    small_data: Path,
+    labelled: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    found = failures(capsys, *arguments)
+    assert "run: 3 checkpoints take" in found["room"]
+    assert "/dev/shm: 0 of 1,000,000,000 bytes are free" in found["shared memory"]
+
+
+def test_a_node_needs_room_for_its_share_alone(
+    tmp_path: Path, many_shards: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thirds of the data set suffice for one of two nodes; were all of it asked for, the preflight would say so."""
+    overrides = ("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=2", "save_folder=null")
+    config = load_config(small_preflight(tmp_path, tmp_path / "cache", labelled, *overrides))
+    shards = read_index(many_shards, columns=("image",))
+    total = sum(shard["raw_data"]["bytes"] for shard in shards)
+    data = DataSet(shards, NUM_IMAGES, total)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(total, total, 2 * total // 3))
+
+    def check() -> str:
+        return checks.check_room_for_run(config, Nodes(1, 2, 1, None), data, None, 0)[0]
+
+    assert "cache in" in check()
+    monkeypatch.setattr(model, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
+    with pytest.raises(InputError, match="shards are still to come"):
+        check()
+
+
+def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {name: checks.metadata.version(name) for name in ("torch", "mosaicml")}
+    found, _ = checks.check_versions()
+    assert versions["torch"] in found
+    installed = checks.metadata.version
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "1.0" if name == "timm" else installed(name))
+    with pytest.raises(ValueError, match=r"timm is 1\.0, required >="):
+        checks.check_versions()
+
+
+def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+    """By hand: 30,000 batches of 256 at 1,280 images/s are 6,000 s; 6 retrievals of 8 s for 256 of 512 images, 96 s."""
+    config = load_config(
+        small_preflight(
+            tmp_path,
+            small_data,
+            labelled,
+            "max_duration=30000ba",
+            "global_train_batch_size=256",
+            "retrieval.interval=5000ba",
+            "save_interval=1000ba",
+            "save_num_checkpoints_to_keep=3",
+            "train_loader.num_workers=4",
+        )
+    )
+    images = LabelledImages(torch.zeros(256, 3, 1, 1, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64))
+    measured = Measured(1280.0, 0.2, 8.0, 0.0, 2 * 10**9, 400.0, 354_500_000)
+    lines = list(
+        needs(
+            config, Nodes(0, 2, 4, None), DataSet([], 1_281_167, 10**11), {"a": LabelledSet(images, images)}, measured
+        )
+    )
+    text = "\n".join(lines)
+    assert "1,280 images/s on 8 ranks, 20% of it" in text
+    assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals (at most): 13.5 rank-hours" in text
+    assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
+    assert "2.0 cores a node decode the 800 images/s" in text
+    assert "asked for: 16 workers" in text
+
+
+@pytest.mark.parametrize(("text", "batches"), [("5000ba", 5000), ("2ep", 20), ("0.1dur", 100), ("0ba", 1)])
+def test_durations_in_batches(text: str, batches: int) -> None:
+    assert in_batches(text, total=1000, per_epoch=10) == batches
+
+
+def test_few_images_are_evenly_spaced() -> None:
+    images = LabelledImages(torch.arange(10)[:, None, None, None], torch.arange(10))
+    assert images.at_most(4).labels.tolist() == [0, 2, 5, 7]
+    assert images.at_most(4).images.flatten().tolist() == [0, 2, 5, 7]
+    assert images.at_most(11) is images
+
+
+@pytest.fixture(scope="module")
+def object_store(small_data: Path) -> Iterator[ObjectStore]:
+    """A server with the small data set in it."""
+    with ObjectStore() as store:
+        store.create_bucket(BUCKET)
+        for path in small_data.iterdir():
+            store.client().upload_file(str(path), BUCKET, f"images/{path.name}")
+        yield store
+
+
+def remote_preflight(tmp_path: Path, labelled: Path) -> list[str]:
+    """Arguments of a tiny run that reads from the store and saves to it."""
+    remote = f"train_loader.remote=s3://{BUCKET}/images"
+    return small_preflight(f"s3://{BUCKET}/runs/small", tmp_path / "cache", labelled, remote)
+
+
+def test_faults_of_a_store_are_named(
+    object_store: ObjectStore,
+    small_data: Path,
+    tmp_path: Path,
+    labelled: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forbidden write, a missing shard and a full disk; all at once, and each by itself."""
+    arguments = remote_preflight(tmp_path, labelled)
+    for variable, value in object_store.environment.items():
+        monkeypatch.setenv(variable, value)
+    assert failures(capsys, *arguments) == {}
+    assert not object_store.objects(BUCKET, "runs/")
+
+    shard = sorted(small_data.glob("*.mds"))[1].name
+    object_store.client().delete_object(Bucket=BUCKET, Key=f"images/{shard}")
+    try:
+        assert (
+            f"1 of {len(list(small_data.glob('*.mds')))} shards are missing, first {shard}"
+            in (failures(capsys, *arguments)["listing"])
+        )
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.reader_environment["AWS_ACCESS_KEY_ID"])
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+        found = failures(capsys, *arguments)
+        assert found.keys() == {"listing", "save_folder", "room", "shared memory"}
+        assert "s3://preflight/runs/small: no right to write (" in found["save_folder"]
+        assert "are still to come, 0.0 GB of the disk are free" in found["room"]
+    finally:
+        object_store.client().upload_file(str(small_data / shard), BUCKET, f"images/{shard}")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_passes_and_nothing_is_left(object_store: ObjectStore, tmp_path: Path, labelled: Path) -> None:
+    before = object_store.objects(BUCKET).keys()
+    arguments = remote_preflight(tmp_path, labelled)
+    result = run_command(
+        sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=object_store.environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    composers_own = {".credentials_validated_successfully"}  # which it leaves at a bucket's root
+    assert object_store.objects(BUCKET).keys() - composers_own == before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# A training script with a fault in it, as it stood here once.
+PLANTED = """
+import importlib.util, sys
+import torch
+{fault}
+spec = importlib.util.spec_from_file_location("train", {train!r})
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+from d2v_composer import cli
+cli.run(train.main)
+"""
+FAULTS = {
+    # The batch that is looked at is on another device than the model.
+    "training": """
+from d2v_composer.callbacks.health import Health
+measure = Health.measure
+def measure_elsewhere(self, state, logger):
+    self.microbatch = {name: value.to("meta") for name, value in self.microbatch.items() if torch.is_tensor(value)}
+    measure(self, state, logger)
+Health.measure = measure_elsewhere
+""",
+    # Data workers end at SIGTERM, before the batch at hand is done.
+    "SIGTERM": """
+import signal
+from d2v_composer import processes
+def end_at_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+processes.end_with_parent = end_at_sigterm
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", FAULTS)
+def test_a_planted_fault_is_found_by_the_rehearsal(
+    tmp_path: Path, small_data: Path, labelled: Path, phase: str
+) -> None:
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    shutil.copy(PREFLIGHT, recipes)
+    (recipes / "train.py").write_text(PLANTED.format(fault=FAULTS[phase], train=str(ROOT / "recipes" / "train.py")))
+    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    result = run_command(sys.executable, recipes / "preflight.py", *arguments, timeout=300)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"\n{phase:14} FAILED" in result.stdout
+    assert "\nexport         skipped" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    process = subprocess.Popen([sys.executable, str(PREFLIGHT), *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "run").glob("preflight-*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list((tmp_path / "run").glob("preflight-*/log.jsonl"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+    """Both tables hold what fails on either node, and both launchers end alike."""
+    port = str(free_port())
+    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+
+    def start(rank: int, *more: str) -> subprocess.Popen[str]:
+        place = ["--nproc", "1", "--world_size", "2", "--node_rank", str(rank)]
+        address = ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [sys.executable, "-m", "composer.cli", *place, *address, str(PREFLIGHT), *arguments, *more]
+        environment = command_environment()
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+    def outputs(*nodes: subprocess.Popen[str]) -> list[str]:
+        return [node.communicate(timeout=300)[0] for node in nodes]
+
+    nodes = start(0), start(1)
+    first, second = outputs(*nodes)
+    assert [node.returncode for node in nodes] == [0, 0], first + second
+    assert "images/s on 2 ranks" in first
+    assert not (tmp_path / "run").exists()
+
+    nodes = start(0), start(1, "teacher.checkpoint=missing.pt")
+    first, second = outputs(*nodes)
+    assert [node.returncode for node in nodes] == [1, 1], first + second
+    assert "teacher        FAILED  on node 1: missing.pt: no such file" in first
+    assert "training       skipped" in second

@@ -1,0 +1,40 @@
+"""recipes/train.py, with a count of what torch.compile makes: ``count_graphs.py BACKEND FOLDER RUN's arguments``.
+
+After each batch, its retrieval included, each rank writes a line to its file in FOLDER: graphs, and breaks in them.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+from torch._dynamo.utils import counters
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from d2v_composer.builders.callbacks import build_callbacks
+from d2v_composer.system import cli
+from recipes import train
+
+
+class CountGraphs(Callback):
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / str(dist.get_global_rank())
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{counters['stats']['unique_graphs']} {sum(counters['graph_break'].values())}\n")
+
+
+def main(argv: Sequence[str]) -> None:
+    backend, folder, *arguments = argv
+    torch.compile = partial(torch.compile, backend=backend)
+    train.build_callbacks = lambda config: [*build_callbacks(config), CountGraphs(Path(folder))]
+    train.main(arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,205 @@
+"""The training command as a user runs it: kills, restarts, several ranks, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from d2v_composer import load_student, load_teacher
+from helpers import (
+    GOLDEN,
+    ROOT,
+    assert_same_losses,
+    command_environment,
+    load_checkpoint,
+    losses_of,
+    run_command,
+    small_run,
+    student_of,
+    train_command,
+    train_until_killed,
+)
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+# Batch 6 is an epoch's last, 3 and 9 lie within one; checkpoints are those of batches 2, 6 and 8.
+@pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
+def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
+    arguments = small_run(tmp_path, small_data)
+    train_until_killed(arguments, batch)
+    assert len(losses_of(tmp_path)) == batch
+    again = run_command(*train_command(arguments))
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
+
+
+def test_killed_and_started_again_on_two_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, small_data)
+    train_until_killed(arguments, 5)
+    again = run_command(*train_command([*arguments, "train_loader.num_workers=1"], ranks=2))
+    assert again.returncode == 0, again.stderr
+    assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(small_data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for ranks in (1, 2):
+        runs[ranks] = small_run(tmp_path / str(ranks), small_data, "max_duration=20ba")
+        result = run_command(*train_command(runs[ranks], ranks))
+        assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), num_steps=20)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def has_trained(folder: Path) -> bool:
+    log = folder / "log.jsonl"
+    return log.exists() and "loss/train/total" in log.read_text()
+
+
+def batch_of(checkpoint: Path) -> int:
+    return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
+
+
+def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """Although each process of the run gets it, as from SLURM and systemd."""
+    arguments = small_run(tmp_path, small_data, "save_interval=1000ba", "train_loader.num_workers=2")
+    process = subprocess.Popen(
+        train_command(arguments),
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: has_trained(tmp_path))
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    batch = batch_of(tmp_path / "latest-rank0.pt")
+    assert f"SIGTERM: stopped at batch {batch}, its checkpoint is saved" in output
+    assert batch == len(losses_of(tmp_path)) < 14
+
+    again = run_command(*train_command(arguments))
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(student_of(tmp_path), student_of(uninterrupted))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_launcher_that_ends_stops_all_ranks_at_one_batch(
+    small_data: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """Whether all processes get a SIGTERM, which it passes on once more, or it alone is killed: they save, and go."""
+    arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
+    command = train_command(arguments, ranks=2)
+    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
+    wait_for(lambda: has_trained(tmp_path))
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    (os.killpg if sent == signal.SIGTERM else os.kill)(launcher.pid, sent)
+    assert launcher.wait(timeout=60) == (128 + sent if sent == signal.SIGTERM else -sent)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
+
+
+def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_data: Path) -> None:
+    before = (uninterrupted / "latest-rank0.pt").read_bytes()
+    result = run_command(*train_command(small_run(uninterrupted, small_data)))
+    assert result.returncode == 0, result.stderr
+    assert f"{uninterrupted}: finished at 14ba" in result.stdout
+    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        pytest.param("optimizer.lr=0.001", "optimizer: is ", marks=pytest.mark.slow),
+        ("seed=18", "seed: is 18, but the checkpoint to resume from was trained with 17"),
+        pytest.param(
+            "student.depth=2", "the checkpoint has 12 tensors that the student has not", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(uninterrupted: Path, small_data: Path, override: str, message: str) -> None:
+    result = run_command(*train_command(small_run(uninterrupted, small_data, override)))
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_what_a_run_leaves(uninterrupted: Path) -> None:
+    names = sorted(path.name for path in uninterrupted.iterdir())
+    assert names == [".in_use", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
+    record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
+    assert record["config"]["optimizer"]["lr"] == 0.002
+    assert record["versions"]["mosaicml"] == "0.32.1"
+    assert record["teacher"]["source"] == "tiny_base.pt"
+    checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
+    assert all(name.startswith("student.blocks.") for name in checkpoint["model"])
+    assert checkpoint["callbacks"]["RunRecord"]["record"] == record
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert all("step" in line for line in lines)
+
+
+def test_the_exported_student_is_the_checkpoints(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.safetensors"
+    script = ROOT / "recipes" / "export_student.py"
+    result = run_command(sys.executable, script, uninterrupted / "latest-rank0.pt", out)
+    assert result.returncode == 0, result.stderr
+    exported = load_student(out)
+    trained = {name.removeprefix("student."): tensor for name, tensor in student_of(uninterrupted).items()}
+    assert_same_bits({name: tensor for name, tensor in exported.state_dict().items() if name in trained}, trained)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(exported.encode(images), load_teacher(GOLDEN / "tiny_base.pt").encode(images))
+    assert exported.provenance["config"]["run_name"] == "quickstart"
+
+    failed = run_command(sys.executable, script, GOLDEN / "tiny_base.pt", tmp_path / "none.safetensors")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"error: {GOLDEN / 'tiny_base.pt'}: is a teacher; expected a checkpoint of")
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_a_run_that_comes_to_nan_ends_before_it_is_saved(small_data: Path, tmp_path: Path) -> None:
+    options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
+    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
+    assert result.returncode == 1
+    batch = batch_of(tmp_path / "latest-rank0.pt")
+    assert f"FloatingPointError: batch {batch}: the training loss is nan; what was saved" in result.stderr
+    assert all(tensor.isfinite().all() for tensor in student_of(tmp_path).values())
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, small_data: Path) -> None:
+    folder = tmp_path / "run"
+    result = run_command(*train_command(small_run(folder, small_data, "optimizer.lrr=1")))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: optimizer.lrr: no such key; did you mean lr? (allowed: lr, betas, eps, weight_decay)"
+    ]
+    assert not folder.exists()

@@ -1,0 +1,225 @@
+"""All of it with a device that is not the host: ``python -m pytest -m device``, see tests/second_device.py."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback, Logger, State, Trainer
+from torch.utils.data import DataLoader
+
+from d2v_composer.builders.evaluation import build_candidates
+from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.checkpoints.load import load_student, load_teacher
+from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
+from d2v_composer.embedding.output_file import open_out
+from d2v_composer.evaluation.evaluate import evaluate
+from d2v_composer.models.distillation import DistillationModel
+from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
+from programs.second_device import MixedDevicesError, SecondDevice, second_device
+from recipes import export_student, supervised_resnet, train
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings("default"),  # theirs, of XLA and of Composer's callbacks on what they do not know
+]
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[SecondDevice]:
+    with second_device() as device:
+        yield device
+
+
+@pytest.fixture
+def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipes/train.py trains on the second device."""
+    monkeypatch.setattr(train, "Trainer", partial(Trainer, device=device))
+
+
+class StopsAt(Callback):
+    """Sends the run SIGTERM's flag after a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if int(state.timestamp.batch) == self.batch - 1:
+            next(each for each in state.callbacks if isinstance(each, GracefulStop)).signalled = True
+
+
+EVERYTHING = (
+    "max_duration=4ba",
+    "scheduler.t_warmup=1ba",
+    "device_train_microbatch_size=6",
+    "save_num_checkpoints_to_keep=1",
+    "retrieval.interval=2ba",
+    "retrieval.at_start=true",
+    "retrieval.references=[pixels,encoder,teacher]",
+    "callbacks.health={interval: 1ba}",
+    "callbacks.memory_monitor={}",
+    "callbacks.nan_monitor={}",
+    "callbacks.optimizer_monitor={batch_log_interval: 1}",
+    "callbacks.runtime_estimator={}",
+    "callbacks.speed_monitor={window_size: 1}",
+    "callbacks.system_metrics_monitor={}",
+)
+
+
+def run_of_everything(folder: Path, data: Path, labelled: Path, *overrides: str) -> list[str]:
+    datasets = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
+    return small_run(folder, data, datasets, *EVERYTHING, *overrides)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labelled: Path) -> Path:
+    """The same run on the host."""
+    folder = tmp_path_factory.mktemp("here") / "run"
+    train.main(run_of_everything(folder, small_data, labelled))
+    return folder
+
+
+def assert_same_log(ours: Path, expected: Path) -> None:
+    """All that is measured of model and training; neighbours may be equally near."""
+    ours_log, log = read_jsonl(ours / "log.jsonl"), read_jsonl(expected / "log.jsonl")
+    measured = [name for name in log if name.startswith(("loss/", "health/", "l2_", "metrics/", "norm_", "moment"))]
+    assert len(measured) > 100
+    for name in measured:
+        tolerance = 0.05 if name.startswith("metrics/") else 2e-3 * max(1.0, *map(abs, log[name].values()))
+        at_the_same_steps = {step: ours_log[name][step] for step in log[name]}  # a resume logs the references again
+        assert at_the_same_steps == pytest.approx(log[name], abs=tolerance), name
+
+
+@pytest.mark.usefixtures("train_there")
+def test_a_run_with_everything(
+    here: Path, small_data: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each callback of ours and of the YAML, a stop by SIGTERM and a resume measure what they do on the host."""
+    arguments = run_of_everything(tmp_path / "run", small_data, labelled)
+    build_callbacks = train.build_callbacks
+    monkeypatch.setattr(train, "build_callbacks", lambda config: [*build_callbacks(config), StopsAt(3)])
+    with pytest.raises(SystemExit, match="143"):
+        train.main(arguments)
+    assert (tmp_path / "run" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
+    monkeypatch.setattr(train, "build_callbacks", build_callbacks)
+    trainer = train.main(arguments)
+    assert {each.device.type for each in trainer.state.model.parameters()} == {"xla"}
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(here), rel=1e-3)
+    assert_same_log(tmp_path / "run", here)
+    ours, expected = student_of(tmp_path / "run"), student_of(here)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=1e-3)
+    moments = next(iter(load_checkpoint(tmp_path / "run" / "latest-rank0.pt")["state"]["optimizers"].values()))
+    assert all(each.device.type == "cpu" for state in moments["state"].values() for each in state.values())
+
+
+@pytest.mark.usefixtures("device")
+def test_evaluation(here: Path, labelled: Path) -> None:
+    """Of a checkpoint and all that it is compared with."""
+    datasets = {"small": load_labelled_set("mds", labelled, image_size=32)}
+    yaml = str(ROOT / "yamls" / "evaluate.yaml")
+    config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
+    accuracies = []
+    for device in ("xla", "cpu"):
+        candidates, _ = build_candidates(config, device)
+        found = evaluate(candidates, datasets, (1, 3), device, 40)
+        accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
+    assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
+    on_device, on_host = ([each[3] for each in found] for found in accuracies)
+    np.testing.assert_allclose(on_device, on_host, atol=0.05)
+
+
+@pytest.mark.usefixtures("device")
+def test_export_and_embedding(here: Path, labelled: Path, tmp_path: Path) -> None:
+    export_student.main([str(here / "latest-rank0.pt"), str(tmp_path / "student.safetensors")])
+    student = load_student(tmp_path / "student.safetensors")
+    embedded = []
+    for device in ("xla", "cpu"):
+        out = open_out(tmp_path / f"{device}.npy")
+        options = EmbeddingOptions(batch_size=40)
+        collection = open_collection(str(labelled / "test"), student.encoder.config.image_size)
+        embed_collection(student.to(device), collection, out, options, model_hash="", device=device, workers=0)
+        embedded.append(np.load(tmp_path / f"{device}.npy"))
+    np.testing.assert_allclose(*embedded, atol=1e-4)
+
+
+def test_somebody_elses_run(device: SecondDevice, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipes/supervised_resnet.py, with few images."""
+    few = load_labelled_set("mds", labelled, image_size=32)
+    monkeypatch.setattr(supervised_resnet, "load_labelled_set", lambda *args, **options: few)
+    monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
+    retrieval = supervised_resnet.main(["--epochs", "1"])
+    assert [entry["batch"] for entry in retrieval.history] == [0, 2]
+
+
+def train_small(device: SecondDevice, *callbacks: Callback) -> None:
+    """Two batches of 8 images."""
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    model = DistillationModel(teacher, teacher.build_student(depth=1))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(list(some_images(16)), batch_size=8),  # pyright: ignore[reportArgumentType]
+        max_duration="2ba",
+        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad]),
+        callbacks=list(callbacks),
+        device=device,
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
+
+
+def some_images(num: int) -> torch.Tensor:
+    return torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_embeddings_that_come_back_to_the_host(device: SecondDevice) -> None:
+    images = LabelledImages(some_images(12), torch.arange(12) % 3)
+    retrieval = ZeroShotRetrieval(
+        {"small": LabelledSet(images, images)}, "1ba", embed=lambda images: images.flatten(1).float().cpu()
+    )
+    train_small(device, retrieval)
+    assert len(retrieval.history) == 2
+
+
+class HostBatch(Health):
+    """Looks at what Composer gives at a batch's end, as ours once did."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.microbatch = state.batch
+        super().batch_end(state, logger)
+
+
+class Mixture(Callback):
+    """An elementwise operation that XLA itself lets pass."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        assert state.outputs is not None
+        torch.mul(state.outputs[0], self.host)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (HostBatch("1ba"), r"^sub_ of cpu \(8, 3, 32, 32\), xla:0 "),
+        (Mixture(torch.ones(48)), r"^mul of xla:0 \(8, 17, 48\), cpu \(48,\)"),
+    ],
+)
+def test_a_mixture_is_refused(fault: Callback, message: str, device: SecondDevice) -> None:
+    """What the suite is for: each of these faults makes it fail."""
+    with pytest.raises(MixedDevicesError, match=message):
+        train_small(device, fault)
+
+
+def test_numbers_may_be_on_the_host(device: SecondDevice) -> None:
+    train_small(device, Mixture(torch.tensor(2.0)), Mixture(2.0))

@@ -1,0 +1,151 @@
+"""Several ranks train as one process does: compiled, sharded, in microbatches, and on several nodes."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from helpers import (
+    QUICKSTART,
+    ROOT,
+    assert_same_losses,
+    command_environment,
+    losses_of,
+    run_command,
+    small_run,
+    student_of,
+    train_command,
+)
+
+LAUNCHER = Path(sys.executable).parent / "composer"
+PROGRAMS = ROOT / "tests" / "programs"
+
+# Evaluations of 6,479 images before the first batch, after each fifth, and at the end.
+WITH_RETRIEVAL = (
+    f"retrieval.datasets={{cifar10: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}",
+    "retrieval.interval=5ba",
+    "retrieval.at_start=true",
+    "retrieval.references=[encoder,teacher]",
+)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """The folder of a run in one process that measures retrieval."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    result = run_command(*train_command(small_run(folder, small_data, *WITH_RETRIEVAL)))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same losses, and the same neighbours but for a few of 6,479 that are equally near."""
+    assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
+    ours, theirs = (read_jsonl(each / "log.jsonl") for each in (folder, expected))
+    metrics = [name for name in theirs if name.startswith("metrics/")]
+    assert len(metrics) == 4 * (7 + 4 + 7)  # of student, encoder and teacher: the headline, and every embedding
+    for name in metrics:
+        at_the_same_steps = {step: ours[name][step] for step in theirs[name]}  # a resume measures the references anew
+        assert at_the_same_steps == pytest.approx(theirs[name], abs=2e-3), name
+
+
+def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """Sixteen images in parts of 6, 6 and 4."""
+    options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
+    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
+    assert result.returncode == 0, result.stderr
+    assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
+
+
+# The graphs are the same, whatever is made of them; inductor takes a minute more for kernels of them.
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
+    arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
+    script = PROGRAMS / "count_graphs.py"
+    result = run_command(LAUNCHER, "-n", "2", script, backend, tmp_path / "counts", *arguments, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", evaluated)
+    for rank in (0, 1):
+        counts = [line.split() for line in (tmp_path / "counts" / str(rank)).read_text().splitlines()]
+        graphs, breaks = ([int(each) for each in column] for column in zip(*counts, strict=True))
+        assert len(graphs) == 14
+        assert 10 < graphs[0] < 40
+        assert graphs[-1] == graphs[1]  # the three evaluations that follow included
+        assert breaks[-1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
+    """FSDP, with all that goes with it; and one process goes on with what it saved."""
+    options = [
+        "parallelism_config.fsdp={}",
+        "device_train_microbatch_size=3",
+        "activation_checkpointing=true",
+        f"compile={compiled}",
+        "save_num_checkpoints_to_keep=-1",
+    ]
+    arguments = small_run(tmp_path / "sharded", small_data, *options, *WITH_RETRIEVAL)
+    result = run_command(LAUNCHER, "-n", "2", PROGRAMS / "fsdp_on_cpu.py", *arguments, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "held at most 0.50 of the weights" in result.stdout
+    assert_same_run(tmp_path / "sharded", evaluated)
+    shapes, expected = (
+        {name: tensor.shape for name, tensor in student_of(folder).items()}
+        for folder in (tmp_path / "sharded", evaluated)
+    )
+    assert shapes == expected
+
+    checkpoint = tmp_path / "sharded" / "ep1-ba8-rank0.pt"
+    alone = small_run(tmp_path / "alone", small_data, f"load_path={checkpoint}")
+    result = run_command(*train_command(alone))
+    assert result.returncode == 0, result.stderr
+    after = {step: loss for step, loss in losses_of(evaluated).items() if step >= 8}
+    assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
+
+
+def run_on_two_nodes(arguments: list[str]) -> None:
+    """Two launches of one process each, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = ROOT / "recipes" / "train.py"
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [LAUNCHER, "--nproc", "1", "--world_size", "2", "--node_rank", str(rank), *address, script, *arguments],
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for node in nodes:
+            output, _ = node.communicate(timeout=120)
+            assert node.returncode == 0, output
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def test_two_nodes_on_one_machine(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
+    """With one data set and one folder for both, as on machines with a common file system."""
+    run_on_two_nodes(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL))
+    assert_same_run(tmp_path / "run", evaluated)
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_from_a_checkpoint(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
+    resumed = shutil.copytree(evaluated, tmp_path / "resumed", symlinks=True)
+    latest = resumed / "latest-rank0.pt"
+    latest.unlink()
+    latest.symlink_to("ep1-ba12-rank0.pt")
+    run_on_two_nodes(small_run(resumed, small_data, *WITH_RETRIEVAL))
+    assert_same_run(resumed, evaluated)

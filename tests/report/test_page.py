@@ -1,0 +1,310 @@
+"""recipes/report.py and the report at a training's end: what is drawn, and how it looks in a browser."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
+from torchvision.io import write_png
+
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.report import read_run, write_report
+from d2v_composer.report.plots import confusion_plot, gallery, running_mean
+from d2v_composer.system.errors import InputError
+from helpers import ROOT, load_checkpoint, run_command, small_run, train_command
+
+SCRIPT = ROOT / "recipes" / "report.py"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty coloured squares in three classes: root/{train,test}/CLASS/*.png."""
+    root = tmp_path_factory.mktemp("images")
+    cifar10 = load_labelled_set("mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32)
+    for split in ("train", "test"):
+        for i in range(30):
+            folder = root / split / ("cat", "dog", "<ship>")[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(getattr(cifar10, split).images[i], str(folder / f"{i}.png"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, images: Path) -> Path:
+    """A finished run with retrieval and health; nobody may write into it."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    ended = run_command(
+        *train_command(
+            small_run(
+                folder,
+                small_data,
+                f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
+                "retrieval.interval=6ba",
+                "callbacks.health={interval: 2ba}",
+                "run_name=<b>mine",
+                "report=true",
+            )
+        )
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert f"report: {folder / 'report.html'}" in ended.stdout
+    (folder / "stderr.txt").write_text(ended.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_a_training_ends_with_its_report(run_folder: Path) -> None:
+    pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
+    assert pictures == {
+        *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
+        *("cosines", "layers", "variance", "effective_rank"),
+        *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "confusion_squares"),
+        *(f"gallery_squares_{i}" for i in (1, 2, 3)),
+    }
+    for path in (run_folder / "report").glob("*.png"):
+        colours = Image.open(path).convert("L").getextrema()
+        assert colours[0] != colours[1], f"{path} is empty"
+    page = (run_folder / "report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == len(pictures)
+    assert "&lt;b&gt;mine" in page
+    assert "<b>mine" not in page
+    for shown in ("recipes/train.py", "mosaicml: 0.32.1", "global_train_batch_size: 16", "tiny_base.pt", "cores:"):
+        assert shown in page, shown
+    final = read_jsonl(run_folder / "log.jsonl")["metrics/squares/bank_train/top1"][14]
+    assert f"{100 * final:.1f} %" in page
+
+
+def test_a_pipe_gets_plain_lines(run_folder: Path) -> None:
+    printed = (run_folder / "stderr.txt").read_text()
+    assert "\r" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("batch ")]
+    line = r"batch 14/14 \(100 %\)  loss \d\.\d{4}  \d+ images/s  data wait \d+%  squares top-1 \d+\.\d%  left 00:00"
+    assert [re.fullmatch(line, each) is not None for each in lines] == [True], lines
+
+
+def test_the_command_makes_the_same_report(run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, symlinks=True)
+    shutil.rmtree(copy / "report")
+    (copy / "report.html").unlink()
+    ended = run_command(sys.executable, SCRIPT, copy)
+    assert ended.returncode == 0, ended.stderr
+    for path in (run_folder / "report").glob("*.png"):
+        ours = np.asarray(Image.open(copy / "report" / path.name))
+        if "gallery" not in path.name:  # the command shows a folder's images in 96 px, the run in the model's size
+            np.testing.assert_array_equal(ours, np.asarray(Image.open(path)), err_msg=path.name)
+    assert not list(copy.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_looks_right_in_a_browser(browser: Browser, run_folder: Path, width: int) -> None:
+    """Nothing is wider than the window, every picture is shown, nothing complains, nothing is fetched."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto((run_folder / "report.html").as_uri())
+    assert page.title() == "<b>mine"
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    shown = page.eval_on_selector_all("img", "all => all.map(img => [img.complete && img.naturalWidth, img.width])")
+    assert len(shown) == 15
+    assert all(natural > 0 and 0.7 * min(width, 500) < displayed <= width for natural, displayed in shown)
+    columns = page.eval_on_selector_all("figure", "all => new Set(all.map(f => Math.round(f.offsetLeft))).size")
+    assert columns == (2 if width > 1000 else 1)
+    assert page.locator("h1").is_visible()
+    assert page.locator("summary").count() == 5
+    page.locator("summary", has_text="Config").click()
+    assert page.locator("pre", has_text="global_train_batch_size: 16").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert complaints == []
+    assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
+
+
+def test_an_interrupted_run_and_one_whose_images_are_gone(run_folder: Path, tmp_path: Path) -> None:
+    """What there is, is drawn: half a line of a killed process, no checkpoint, no images, NaN, a warning."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = yaml.safe_load((run_folder / "run.yaml").read_text())
+    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(tmp_path / "gone")
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    lines = (run_folder / "log.jsonl").read_text().splitlines()
+    more = [json.dumps({"step": step, "loss/train/total": float("nan"), "health/diverging": 1.0}) for step in (7, 9)]
+    (folder / "log.jsonl").write_text("\n".join([*lines[: len(lines) // 2], *more, '{"step": 8, "loss/tr']))
+    written = write_report(read_run(folder), folder)
+    assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
+    assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
+    assert "diverging at batches 7 to 9 (2 measurements)" in (folder / "report.html").read_text()
+
+
+def test_images_that_are_not_those_of_the_run_are_not_shown(run_folder: Path) -> None:
+    """Their neighbours would be others."""
+    run = read_run(run_folder)
+    (name,) = run.looked_up
+    train, test, names = run.datasets[name]
+    fewer = LabelledSet(train, LabelledImages(test.images[1:], test.labels[1:]), names)
+    assert run._replace(datasets={name: fewer}).looked_up == []
+
+
+def test_the_neighbours_are_the_checkpoints(run_folder: Path, images: Path, tmp_path: Path) -> None:
+    """What the gallery shows is what the last accuracy was counted from."""
+    run = read_run(run_folder)
+    callback = load_checkpoint(run_folder / "latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]
+    torch.save(callback, tmp_path / "callback.pt")
+    stored = torch.load(tmp_path / "callback.pt", weights_only=True)["neighbours"]
+    labelled = run.datasets["squares"]
+    assert labelled.class_names == ("<ship>", "cat", "dog")
+    for bank, bank_set, query_set in (
+        ("train", labelled.train, labelled.test),
+        ("test", labelled.test, labelled.train),
+    ):
+        nearest = run.neighbours["squares"][bank]
+        assert nearest.tolist() == stored["squares"][bank].tolist()
+        hits = bank_set.labels[nearest[:, 0].long()] == query_set.labels
+        assert hits.double().mean().item() == run.last(f"metrics/squares/bank_{bank}/top1")
+
+
+def test_right_and_wrong_neighbours_are_marked(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    bank, queries, names = run.datasets["squares"]
+    nearest = run.neighbours["squares"]["train"][:4, :3]
+    figure = gallery(queries.images[:4], queries.labels[:4], bank.images, bank.labels, nearest, names)
+    texts = np.array([axes.get_xlabel() for axes in figure.axes]).reshape(4, 4)
+    for i in range(4):
+        assert texts[i, 0] == names[int(queries.labels[i])]
+        for j in range(3):
+            label = int(bank.labels[int(nearest[i, j])])
+            mark = "✓" if label == int(queries.labels[i]) else "✗"
+            assert texts[i, j + 1] == f"{mark} {names[label]}"
+
+
+def test_confusion_is_in_percent_of_the_querys_class(run_folder: Path) -> None:
+    _, queries, names = read_run(run_folder).datasets["squares"]
+    found = queries.labels.clone()
+    first = (found == 0).nonzero()[:5, 0]
+    found[first] = 2
+    figure = confusion_plot(queries.labels, found, names)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["50", "0", "50", "0", "100", "0", "0", "0", "100"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
+
+
+def test_a_class_that_nobody_asked_for_and_one_without_a_name() -> None:
+    labels = torch.tensor([0, 0, 1])
+    figure = confusion_plot(labels, labels, ["cat", "dog", "ship"])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100", "0", "0", "0", "100", "0"]
+    figure = confusion_plot(labels, labels, ["cat"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "class 1"]
+
+
+def test_running_mean() -> None:
+    numbers = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
+    np.testing.assert_allclose(running_mean(numbers, 2), [1, 2, 3, 5, 6])
+    np.testing.assert_array_equal(running_mean(numbers, 1), numbers)
+
+
+def test_what_is_no_run(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"run\.yaml: no such file"):
+        read_run(tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    for text in ("[1, 2]", "config: {}", "\t:"):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'run.yaml'}: not the record of a run")):
+            read_run(tmp_path)
+    shutil.copy(run_folder / "run.yaml", tmp_path)
+    (tmp_path / "latest-rank0.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(InputError, match=r"latest-rank0\.pt"):
+        read_run(tmp_path)
+    ended = run_command(sys.executable, SCRIPT, tmp_path / "nowhere")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+
+
+DAMAGED = [
+    b"\xff\xfe{",
+    b'{"step": 3, "loss/train/total": 0.\x80}',
+    b"7",
+    b"null",
+    b"[1, 2]",
+    b'"step"',
+    b'{"loss/train/total": 1.0}',
+    b'{"step": null, "loss/train/total": 1.0}',
+    b'{"step": "3", "loss/train/total": 1.0}',
+    b'{"step": -1, "loss/train/total": 1.0}',
+    b'{"step": 1e400, "loss/train/total": 1.0}',
+    b'{"step": 3, "loss/train/total": "low"}',
+    b'{"step": 3, "loss/train/total": [1.0]}',
+    b'{"step": 3, "loss/train/total": null}',
+    b'{"step": 3, "loss/train/total": 1' + b"0" * 400 + b"}",
+    b'{"step": 3, "loss/train/tot',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=[repr(line[:40]) for line in DAMAGED])
+def test_a_damaged_line_of_a_log(damaged: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is left out, its number said, and nothing else is lost."""
+    path = tmp_path / "log.jsonl"
+    whole = [f'{{"step": {step}, "loss/train/total": {step / 2}, "nan": NaN}}'.encode() for step in range(3)]
+    path.write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]))
+    series = read_jsonl(path)
+    assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
+    assert list(series) == ["loss/train/total", "nan"]
+    assert caplog.messages == [f"{path}: 1 of 4 lines are damaged and left out"]
+
+
+def test_a_report_of_a_damaged_log(run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy, symlinks=True)
+    with (copy / "log.jsonl").open("ab") as file:
+        file.write(b"\n".join(DAMAGED))
+    assert write_report(read_run(copy), copy)[0] == copy / "report.html"
+
+
+@pytest.mark.parametrize("log", [b"\xff\n7\n", b"", b'{"step": 0, "metrics/x": 1}'])
+def test_a_finished_training_ends_well_without_a_report(
+    log: bytes, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the log was before, and whatever drawing comes to."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_bytes(log)
+    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
+    short = ("max_duration=2ba", "scheduler.t_warmup=1ba", "student.depth=1", "report=true")
+    if not log:
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setitem(recipe["report"].__globals__, "write_report", fail)
+    trainer = recipe["main"](small_run(folder, small_data, *short))
+    assert trainer.state.timestamp.batch == 2
+    if log:
+        assert (folder / "report.html").is_file()
+    else:
+        assert capfd.readouterr().err.splitlines()[-1] == (
+            "report: cannot be made (OSError: [Errno 28] No space left on device); "
+            f"later: python recipes/report.py {folder}"
+        )

@@ -1,0 +1,177 @@
+"""Addresses that give access: their signatures, logins and tokens come neither to the disk nor into a message."""
+
+import hashlib
+import http.server
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from d2v_composer.builders.callbacks import build_run_record
+from d2v_composer.checkpoints.load import load_any, load_teacher
+from d2v_composer.config.load import load_config
+from d2v_composer.system import cli
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.addresses import file_name, hide_secrets, identity
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import cache_folder, cached_name, fetch
+from d2v_composer.system.retry import retry
+from helpers import GOLDEN, small_run
+
+SIGNED = (
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIASECRET%2F20260101%2Fus-east-1%2Fs3%2Faws4_request"
+    "&X-Amz-Date=20260101T000000Z&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Security-Token=" + "S" * 900
+)
+SECRETS = ("AKIASECRET", "SSSS", "hunter2", "topsecret", "X-Amz", "first", "second")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file to whoever has a signature."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.num_requests = 0
+
+    def address(self, signature: str, more: str = "") -> str:
+        return f"http://127.0.0.1:{self.server_port}/models/base.pt?{more}{SIGNED}&X-Amz-Signature={signature}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        self.server.num_requests += 1
+        if "expired" in self.path or "Signature" not in self.path:
+            self.send_error(403)
+            return
+        content = (GOLDEN / "tiny_base.pt").read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_presigned_teacher_is_kept_under_a_name_without_its_query(server: Server, small_data: Path) -> None:
+    teacher = load_teacher(server.address("first"))
+    assert teacher.provenance["source"] == "base.pt"
+    assert fetch(server.address("second")) == fetch(server.address("first"))  # signed anew
+    assert server.num_requests == 1
+    names = [path.name for path in cache_folder().iterdir()]
+    assert sorted(name[17:] for name in names) == ["base.pt", "base.pt.lock"]
+
+    config = load_config(small_run(small_data, small_data, f"teacher.checkpoint={server.address('second')}"))
+    record = build_run_record(config, teacher).record
+    assert record["config"]["teacher"]["checkpoint"] == server.address("").partition("?")[0]
+    assert not [secret for secret in SECRETS if secret in str(record)]
+    assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(server.address("first"))  # as an evaluation does
+
+
+def test_the_command_line_is_recorded_without_secrets(
+    server: Server, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    override = f"teacher.checkpoint={server.address('first')}"
+    monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
+    config = load_config(small_run(small_data, small_data, override))
+    command = build_run_record(config, load_teacher(server.address("first"))).record["command"]
+    assert command.startswith("recipes/train.py yamls/quickstart.yaml teacher.checkpoint=http://127.0.0.1:")
+    assert command.endswith("/models/base.pt seed=3")
+
+
+def test_a_signature_that_has_expired_is_not_shown(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: object) -> None:
+        load_any(server.address("expired"))
+
+    with pytest.raises(InputError) as caught:
+        main([])
+    assert "base.pt: cannot be fetched (403 Client Error: Forbidden for url: http://127.0.0.1" in str(caught.value)
+    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+
+
+def test_another_version_is_another_file(server: Server) -> None:
+    one, other = (fetch(server.address("first", f"versionId={version}&")) for version in ("1", "2"))
+    assert one != other
+    assert server.num_requests == 2
+
+
+def test_a_name_is_not_longer_than_a_file_system_takes(server: Server) -> None:
+    address = "https://host/" + "long" * 100 + "/" + "name" * 100 + ".safetensors"
+    assert len(cached_name(address)) <= 117
+    assert cached_name(address).endswith("name.safetensors")
+    plain = "https://host/a/base.pt"
+    assert cached_name(plain) == f"{hashlib.sha256(plain.encode()).hexdigest()[:16]}-base.pt"  # as 0.1.0 did
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://user:hunter2@host/base.pt#top", "https://host/base.pt"),
+        ("https://host/base.pt?token=topsecret&versionId=3", "https://host/base.pt?token=...&versionId=3"),
+        ("https://host/base.pt?Expires=1&Signature=topsecret&Key-Pair-Id=K", "https://host/base.pt"),
+        ("https://a.blob.core.windows.net/c/f?sv=2022&sp=r&sig=topsecret", "https://a.blob.core.windows.net/c/f"),
+        ("https://storage.googleapis.com/b/f?X-Goog-Signature=topsecret", "https://storage.googleapis.com/b/f"),
+        ("sftp://user:hunter2@host:22/data/train", "sftp://host:22/data/train"),
+        ("oci://bucket@namespace/key", "oci://bucket@namespace/key"),
+        ("s3://bucket/imagenet/train", "s3://bucket/imagenet/train"),
+        ("/data/what?/file#1", "/data/what?/file#1"),
+        ("cannot (https://u:hunter2@h/f?sig=topsecret): 403", "cannot (https://h/f 403"),
+    ],
+)
+def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
+    assert hide_secrets(address) == shown
+    assert not [secret for secret in SECRETS if secret in hide_secrets(address)]
+
+
+def test_what_says_which_file_it_is() -> None:
+    assert identity("https://u:p@host/get?sha=1&sig=2#x") == identity("https://host/get?sha=1&sig=3")
+    assert identity("https://host/get?sha=1") != identity("https://host/get?sha=2")
+    assert file_name("https://host/a/base.pt?token=topsecret") == "base.pt"
+    assert file_name("/models/what?.pt") == "what?.pt"
+
+
+def test_retries_are_logged_without_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
+    address = "https://user:hunter2@host/f?sig=topsecret"
+    failures = iter([requests.ConnectionError(f"no answer of {address}")])
+
+    def attempt() -> None:
+        for failure in failures:
+            raise failure
+
+    with caplog.at_level(logging.WARNING):
+        retry(attempt, address, timeout=5)
+    assert "https://host/f: no answer of https://host/f; tried again" in caplog.text
+    assert not [secret for secret in SECRETS if secret in caplog.text]
+
+
+def test_the_last_line_of_a_command_shows_no_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(_: object) -> None:
+        raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
+
+    for name in ("use_temporary_folder", "end_with_launcher"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith("error: https://host/f?token=...")
+    assert not [secret for secret in SECRETS if secret in said]

@@ -1,0 +1,62 @@
+"""Where a run's temporary files are, and its sockets."""
+
+import multiprocessing
+import multiprocessing.util
+import os
+import tempfile
+from multiprocessing.connection import Connection
+from multiprocessing.process import current_process
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from d2v_composer.system import temporary_folder
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.temporary_folder import PREFIX, use_temporary_folder
+from helpers import time_limit
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def long_folder(tmp_path: Path) -> Path:
+    """A folder whose path is too long for a socket below it."""
+    folder = tmp_path / ("a" * 100)
+    folder.mkdir()
+    return folder
+
+
+def use_workers(folder: Path, send: Connection) -> None:
+    tempfile.tempdir = str(folder)
+    current_process()._config.pop("tempdir", None)  # pyright: ignore[reportAttributeAccessIssue]
+    use_temporary_folder()
+    with time_limit(20):
+        batches = list(DataLoader([torch.zeros(3)] * 8, batch_size=2, num_workers=1))  # pyright: ignore[reportArgumentType]
+    send.send((len(batches), tempfile.gettempdir(), multiprocessing.util.get_temp_dir()))
+
+
+def test_a_temporary_folder_too_long_for_a_socket(long_folder: Path) -> None:
+    """A worker's tensors come through a socket; the loader would hang."""
+    receive, send = FORK.Pipe(duplex=False)
+    run = FORK.Process(target=use_workers, args=(long_folder, send))
+    run.start()
+    send.close()
+    num_batches, temporary, sockets = receive.recv()
+    assert num_batches == 4
+    assert Path(temporary).parent == long_folder
+    assert len(sockets) < 60
+    run.join()
+    assert run.exitcode == 0
+    assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}temporary_folder.lock"]
+    assert not Path(sockets).parent.exists()
+
+
+def test_no_folder_for_sockets(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temporary_folder, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
+    monkeypatch.setattr(tempfile, "tempdir", str(long_folder / f"{PREFIX}of-a-parent"))
+    environment = dict(os.environ)
+    with pytest.raises(InputError, match=r"^TMPDIR: must have at most 70 characters where none of .*, got \d{3}: /"):
+        use_temporary_folder()
+    assert dict(os.environ) == environment

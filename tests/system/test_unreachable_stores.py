@@ -1,0 +1,108 @@
+"""Stores and hosts that cannot be reached: soon found out, and not taken for files that are not there."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from botocore.exceptions import ConnectTimeoutError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.fetch import transfer
+from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
+from d2v_composer.system.s3_download import S3Downloader
+from helpers import time_limit
+
+
+@pytest.fixture
+def silent_host() -> Iterator[str]:
+    """A host that answers no connection, as behind a firewall: its queue of connections is full."""
+    with socket.socket() as host:
+        host.bind(("127.0.0.1", 0))
+        host.listen(0)
+        waiting = [socket.socket() for _ in range(8)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(host.getsockname())
+        yield f"127.0.0.1:{host.getsockname()[1]}"
+        for each in waiting:
+            each.close()
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CONNECT_SECONDS <= 10
+    monkeypatch.setattr(retry_module, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_a_web_host_that_does_not_answer(silent_host: str, tmp_path: Path) -> None:
+    with pytest.raises(requests.ConnectTimeout), time_limit(10):
+        transfer(f"http://{silent_host}/base.pt", tmp_path / "base.pt", timeout=600)
+
+
+@pytest.fixture
+def silent_store(silent_host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://{silent_host}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "x")
+
+
+@pytest.mark.usefixtures("silent_store")
+def test_a_store_that_does_not_answer(tmp_path: Path) -> None:
+    with pytest.raises(ConnectTimeoutError), time_limit(20):
+        S3Downloader(patience=600).download("s3://bucket/shard", tmp_path / "shard")
+    with pytest.raises(ConnectTimeoutError), time_limit(20):
+        transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
+
+
+def test_uploads_wait_no_longer_for_a_connection() -> None:
+    assert PATIENT_CLIENT["connect_timeout"] <= 10
+
+
+def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(LocalEntryNotFoundError) as caught:
+        hf_hub_download("someone/images", "index.json", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
+    assert isinstance(caught.value, FileNotFoundError)
+    assert not is_lasting(caught.value)
+    assert not is_missing(caught.value)
+
+
+def answer(status: int) -> requests.Response:
+    response = requests.Response()
+    response.status_code = status
+    return response
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "lasting", "missing"),
+    [
+        (EntryNotFoundError, 404, True, True),
+        (RepositoryNotFoundError, 404, True, True),
+        (RepositoryNotFoundError, 401, True, False),
+        (GatedRepoError, 403, True, False),
+        (HfHubHTTPError, 429, False, False),
+        (HfHubHTTPError, 503, False, False),
+    ],
+)
+def test_what_hugging_face_answers(kind: type[HfHubHTTPError], status: int, lasting: bool, missing: bool) -> None:
+    error = kind("refused", response=answer(status))
+    assert is_lasting(error) is lasting
+    assert is_missing(error) is missing
+
+
+def test_hugging_face_that_is_switched_off_stays_so() -> None:
+    error = LocalEntryNotFoundError("offline mode is enabled")
+    error.__cause__ = OfflineModeIsEnabled("offline")
+    assert is_lasting(error)
