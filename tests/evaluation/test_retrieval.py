@@ -348,7 +348,7 @@ def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
     """
     script = tmp_path / "two_ranks.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_retrieval import measure_odd_set\n"
+        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]}\nfrom test_retrieval import measure_odd_set\n"
         f"measure_odd_set({str(tmp_path / 'metrics.pt')!r})\n"
     )
     launcher = Path(sys.executable).parent / "composer"
