@@ -480,11 +480,11 @@ def test_command_line(photos: Path, tmp_path: Path) -> None:
     assert failed.stdout == ""
 
 
-def test_near_duplicates_as_in_the_readme(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_as_in_the_manual(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shutil.copytree(photos, tmp_path / "photos")
     shutil.copyfile(source / "03.jpg", source / "b" / "copy.jpg")
     embed(QUICKSTART / "teacher.safetensors", source, tmp_path / "photos.npy")
-    section = (ROOT / "README.md").read_text().split("## Embedding a collection")[1]
+    section = (ROOT / "recipes" / "README.md").read_text().split("## Embedding a collection")[1]
     [code] = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     found: dict = {}

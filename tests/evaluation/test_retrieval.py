@@ -347,8 +347,9 @@ def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
     No other thread than the main one enters OpenMP, which would start threads for each that does.
     """
     script = tmp_path / "two_ranks.py"
+    places = [str(ROOT / "tests"), str(Path(__file__).parent)]
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]}\nfrom test_retrieval import measure_odd_set\n"
+        f"import sys; sys.path[:0] = {places}\nfrom test_retrieval import measure_odd_set\n"
         f"measure_odd_set({str(tmp_path / 'metrics.pt')!r})\n"
     )
     launcher = Path(sys.executable).parent / "composer"

@@ -1,6 +1,6 @@
 """A second device for machines without a GPU: torch_xla's CPU, and a mode that refuses to mix it with the host.
 
-README.md says how it is installed and run: in a place of its own, for Composer imports it wherever it finds it.
+tests/README.md says how it is installed and run: in a place of its own, for Composer imports it wherever it finds it.
 """
 
 from collections.abc import Callable, Iterator

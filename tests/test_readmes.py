@@ -1,0 +1,83 @@
+"""READMEs: links lead somewhere, every YAML field is listed, the tree is the real one, the front page is short."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, TrainConfig
+from helpers import ROOT
+
+READMES = [
+    *ROOT.glob("*.md"),
+    *(
+        path
+        for folder in ("recipes", "yamls", "tests", "d2v_composer")
+        for path in sorted((ROOT / folder).glob("**/*.md"))
+    ),
+]
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 240
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a file's headings."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", readme.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (readme.parent / path).resolve() if path else readme
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_in_commands_and_tables_exist(readme: Path) -> None:
+    named = re.findall(r"\b((?:recipes|yamls|tests|d2v_composer)/[\w/.-]+\.(?:py|yaml|md))\b", readme.read_text())
+    assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
+
+
+def keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a config, without those of the user's own names."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        inner = [
+            kind for kind in (hints[field.name], *getattr(hints[field.name], "__args__", ())) if is_dataclass(kind)
+        ]
+        if inner and "dict" not in str(hints[field.name]):
+            assert isinstance(inner[0], type)
+            yield from keys(inner[0], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize(
+    ("schema", "title"),
+    [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabelledSetConfig, "Labelled sets")],
+)
+def test_every_field_is_listed_once_and_no_other(schema: type, title: str) -> None:
+    section = (ROOT / "yamls" / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    listed = [
+        key for row in re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE) for key in re.findall("`(.*?)`", row)
+    ]
+    assert sorted(listed) == sorted(keys(schema))
+
+
+def test_the_tree_is_the_real_one() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    rooms = re.findall(r"^  (\w+)/", tree, flags=re.MULTILINE)
+    package = ROOT / "d2v_composer"
+    assert sorted(rooms) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    assert [path.name for path in package.glob("*.py")] == ["__init__.py"]
