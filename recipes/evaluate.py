@@ -13,9 +13,9 @@ from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system import cli
+from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
-from d2v_composer.system.output_path import check_out_file
 
 
 def main(argv: Sequence[str]) -> Evaluation | None:

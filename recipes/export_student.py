@@ -18,8 +18,8 @@ from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.models.student import Student
 from d2v_composer.models.transformer import Pooling, Representation
 from d2v_composer.system import cli
+from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.output_path import check_out_file
 
 PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
 

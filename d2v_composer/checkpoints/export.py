@@ -5,8 +5,6 @@ Shapes: B images, S pixels a side, D channels.
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from d2v_composer.models.alibi import Alibi
 from d2v_composer.models.student import Student
 from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
 
 __all__ = ["OPSET", "Embedder", "export_onnx", "export_program"]
@@ -90,15 +89,15 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     )
     assert program is not None  # it is for who asks for a file
     program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(embedder.student))
-    with whole_file(path) as partial:
+    with partial_file(path) as partial:
         program.save(partial)
 
 
 def export_program(embedder: Embedder, path: Path) -> None:
     """torch.export's program, for ``torch.export.load(path).module()``; preprocessing as JSON in its extra files."""
     extra = {"preprocessing.json": json.dumps(preprocessing(embedder.student))}
-    with whole_file(path) as partial:
-        torch.export.save(trace(embedder), partial, extra_files=extra)
+    with partial_file(path) as partial, partial.open("wb") as file:  # torch warns of another suffix than .pt2
+        torch.export.save(trace(embedder), file, extra_files=extra)
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
@@ -107,15 +106,3 @@ def trace(embedder: Embedder) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes its place once it is whole."""
-    partial = path.with_name(f".partial.{path.name}")  # with its suffix, which torch minds
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

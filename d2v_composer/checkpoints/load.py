@@ -32,9 +32,9 @@ from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import file_name
+from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch, is_remote
-from d2v_composer.system.output_path import check_out_file
 from d2v_composer.system.retry import reason
 
 __all__ = [

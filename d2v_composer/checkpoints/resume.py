@@ -14,6 +14,7 @@ from uuid import uuid4
 from composer.utils.file_helpers import list_remote_objects, parse_uri
 
 from d2v_composer.checkpoints.composer_checkpoint import DamagedCheckpointError, check_checkpoint
+from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import transfer
 from d2v_composer.system.retry import is_missing, reason, retry
@@ -185,11 +186,13 @@ def _follow(address: str, pointer: Path) -> str | None:
 
 def _fetch(address: str, path: Path) -> bool:
     """Whether there is such a file; it is at ``path`` then, whole. A store that is away is tried again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several nodes may share the folder
+
+    def transfer_once() -> None:
+        with partial_file(path) as partial:
+            transfer(address, partial, ATTEMPT_SECONDS)
+
     try:
-        retry(lambda: transfer(address, partial, ATTEMPT_SECONDS), address, PATIENCE_SECONDS)
-        partial.replace(path)
+        retry(transfer_once, address, PATIENCE_SECONDS)
     except Exception as error:
         if is_missing(error):
             return False
@@ -197,6 +200,4 @@ def _fetch(address: str, path: Path) -> bool:
             f"{address}: cannot be read ({reason(error)}); whether there is a checkpoint to go on from is not known: a "
             "run in a store needs the permission to read and to list"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return True

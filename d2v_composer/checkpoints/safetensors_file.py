@@ -6,7 +6,6 @@ One file is one whole model, and nothing in it can run. Metadata: ``format`` (wh
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2v_composer.system.atomic_files import check_out_file, partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.output_path import check_out_file
 from d2v_composer.system.retry import reason
 
 __all__ = ["Artifact", "is_safetensors", "parse_object", "read_artifact", "read_kind", "sha256", "write_artifact"]
@@ -47,16 +46,8 @@ def write_artifact(path: Path, kind: Kind, artifact: Artifact) -> None:
         "provenance": json.dumps(artifact.provenance),
     }
     check_out_file(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with partial_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in artifact.tensors.items()}, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path, kind: Kind) -> Artifact:

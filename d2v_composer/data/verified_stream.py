@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
+from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.retry import reason, retry
 from d2v_composer.system.s3_download import SCHEME, S3Downloader
 
@@ -29,8 +29,6 @@ HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", 
 # Of one request: a store that hangs, or hardly sends anything for so long, is asked again.
 REQUEST_PATIENCE = 20
 READ_BYTES = 1 << 20
-# The end of a partial file's name: of the process and thread that fetch, and what downloaders put behind it.
-PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class VerifiedStream(Stream):
             ShardError: Such a file cannot be deleted.
         """
         if self.remote is not None:
-            for path in self._partials(shards):
+            for path in find_partials({self._path(info) for shard in shards for info in _files(shard)}):
                 _delete(path, "is left of a killed run")
             for shard in shards:
                 for info in _files(shard):
@@ -130,20 +128,6 @@ class VerifiedStream(Stream):
         log.warning("%s: fetched again", fault)
         _delete(path, "is not as the index says")
 
-    def _partials(self, shards: list[Reader]) -> Iterator[Path]:
-        """What killed processes left of these shards; no other file, whatever its name."""
-        shard_files = {self._path(info) for shard in shards for info in _files(shard)}
-        for folder in {path.parent for path in shard_files}:
-            for path in folder.glob("*.partial*"):
-                name = PARTIAL.sub("", path.name)
-                if (
-                    name != path.name
-                    and path.with_name(name) in shard_files
-                    and path.is_file()
-                    and not path.is_symlink()
-                ):
-                    yield path
-
     def _fetch(self, info: FileInfo, timeout: float, stop: threading.Event | None) -> None:
         if self.remote is None:
             raise ShardError(f"{self._path(info)}: the shard is missing")
@@ -196,19 +180,12 @@ class VerifiedStream(Stream):
     @contextmanager
     def _partial(self, info: FileInfo) -> Iterator[Path]:
         """A path for a file's content, which comes to its place when the block ends, if it is as the index says."""
-        path = self._path(info)
-        # Of its own for each thread that ever may fetch: no two write to one file.
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        try:
+        with partial_file(self._path(info), sync=False) as partial:  # a shard is verified again before its use
             yield partial
             if not partial.is_file():  # Streaming's downloader of gs:// with GCS_KEY passes over most errors
                 raise RuntimeError("the store sent nothing")
             if (fault := _fault(partial, info)) is not None:
                 raise DamagedError(f"what came is not what the index says: {fault}")
-            partial.replace(path)
-        finally:
-            for left in path.parent.glob(f"{partial.name}*"):  # downloaders have partial files of their own
-                left.unlink()
 
 
 def _delete(path: Path, why: str) -> None:

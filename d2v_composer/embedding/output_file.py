@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import override
 
-from d2v_composer.system.atomic_files import whole_file
+from d2v_composer.system.atomic_files import check_out_file, partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.output_path import check_out_file
 
 __all__ = ["EmbeddingFile", "NpyFile", "ParquetFile", "Part", "open_out", "read_skipped", "write_part"]
 
@@ -33,7 +32,7 @@ class Part(NamedTuple):
 
 def write_part(path: Path, part: Part) -> None:
     """Write a file that exists only once it is whole."""
-    with whole_file(path) as file:
+    with partial_file(path) as partial_path, partial_path.open("wb") as file:
         np.savez(file, ids=part.ids, embeddings=part.embeddings, skipped=np.array(part.skipped, dtype=np.str_))
 
 
@@ -107,10 +106,10 @@ class NpyFile(EmbeddingFile):
         # Unicode arrays are as wide as their longest string.
         shapes = [(stored.dtype, len(stored)) for stored in (_read(part, "ids") for part in parts)]
         id_dtype, num_images = np.result_type(*(each for each, _ in shapes)), sum(count for _, count in shapes)
-        with whole_file(ids) as file:
+        with partial_file(ids) as partial_path, partial_path.open("wb") as file:
             _write_npy(file, (num_images,), id_dtype, (_read(part, "ids") for part in parts))
         channels = _read(parts[0], "embeddings").shape[1]
-        with whole_file(embeddings) as file:
+        with partial_file(embeddings) as partial_path, partial_path.open("wb") as file:
             _write_npy(file, (num_images, channels), dtype, (_read(part, "embeddings") for part in parts))
         ids.replace(self.ids)
         embeddings.replace(self.out)
@@ -142,7 +141,8 @@ class ParquetFile(EmbeddingFile):
         schema = pa.schema([("id", id_type), ("embedding", pa.list_(number, channels))])
         partial = self.folder / "embeddings.parquet"
         with (
-            whole_file(partial) as file,
+            partial_file(partial) as partial_path,
+            partial_path.open("wb") as file,
             # Hardly a number occurs twice: a dictionary of them would only take time.
             parquet.ParquetWriter(file, schema, use_dictionary=False) as writer,
         ):

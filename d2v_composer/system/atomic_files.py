@@ -1,34 +1,87 @@
-"""Local files that are there whole, or as they were."""
+"""Write local files so that a reader, or a restart after a kill, finds the complete file or the one before it."""
 
+import glob
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
-__all__ = ["existing_folder", "whole_file", "write_atomically"]
+from d2v_composer.system.addresses import Address
+from d2v_composer.system.errors import InputError
+
+__all__ = ["check_out_file", "existing_folder", "find_partials", "partial_file", "write_atomically"]
+
+# NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
+PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 
 
 def existing_folder(folder: Path) -> Path:
-    """A folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which is on the disk and in its place when the block ends, or as it was before."""
-    partial = path.with_name(f"{path.name}.partial")
+def check_out_file(path: Path) -> None:
+    """Check, before the work begins, that a file can be written; its folder may not exist yet.
+
+    Raises:
+        InputError: The path is a folder or an object store's address, or its folder is not writable.
+    """
+    if _is_address(path):
+        raise InputError(f"{path}: must be a local file, not in an object store")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file to write")
+    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fault = "is not writable" if existing.is_dir() else "is not a folder"
+        raise InputError(f"{path}: cannot be written: {existing} {fault}")
+
+
+def _is_address(path: Path) -> bool:
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        return Address.parse(str(path).replace(":/", "://", 1)).is_remote  # Path has dropped one of the slashes
+    except ValueError:  # an address with a mistake in it
+        return True
+
+
+@contextmanager
+def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path to write or download to, and rename it to ``path`` when the block ends.
+
+    Check the content at the end of the block: after an error the temporary file is removed, and ``path`` is as before.
+    Several processes and nodes may write the same path at once; the last one wins.
+
+    Args:
+        path: The final path. Missing folders are made.
+        sync: Flush the file to the disk before the rename, so that it survives a power failure.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
+    try:
+        yield partial
+        if sync:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # the first error matters more
+            for left in path.parent.glob(f"{glob.escape(partial.name)}*"):  # downloaders write next to it
+                left.unlink()
+        raise
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write a file whose folder exists; a reader, and whoever comes after a kill, never sees half of it."""
-    with whole_file(path) as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
+    """Write a complete file, or leave ``path`` as it was."""
+    with partial_file(path) as partial:
+        partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def find_partials(paths: Collection[Path]) -> Iterator[Path]:
+    """Yield the temporary files that killed processes left next to these paths, and no other files."""
+    for folder in {path.parent for path in paths}:
+        for partial in folder.glob("*.partial*"):
+            name = PARTIAL.sub("", partial.name)
+            is_ours = name != partial.name and folder / name in paths
+            if is_ours and partial.is_file() and not partial.is_symlink():
+                yield partial

@@ -1,7 +1,6 @@
 """A local path for an address: a file here, on a web server or in an object store."""
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 import requests
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from d2v_composer.system import retry
 from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
+from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 from d2v_composer.system.s3_download import SCHEME, S3Downloader
@@ -65,6 +65,8 @@ def fetch(address: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
         if not path.exists():
+            for left in find_partials([path]):
+                left.unlink()
             download(address, path)
     return path
 
@@ -76,20 +78,16 @@ def cached_name(address: str) -> str:
 
 
 def download(address: str, path: Path, timeout: float = 600) -> None:
-    """Fetch ``address`` into ``path``, which exists only once it is whole.
+    """Fetch ``address`` to ``path``, which exists only once it is complete.
 
     Raises:
         InputError: It cannot be fetched.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.unlink(missing_ok=True)  # Streaming's clients take what is there for the file
-        transfer(address, partial, timeout)
+        with partial_file(path) as partial:
+            transfer(address, partial, timeout)
     except Exception as error:
-        with suppress(OSError):  # the error that matters may be that nothing can be deleted
-            partial.unlink(missing_ok=True)
         raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
-    partial.replace(path)
 
 
 def transfer(address: str, path: Path, timeout: float) -> None:

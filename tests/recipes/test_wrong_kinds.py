@@ -123,7 +123,7 @@ def test_files_that_are_written(
     assert "is a folder, not a file" in refused(recipe, tmp_path / "there", tmp_path / "out" / name)
     assert "is a folder, expected a file to write" in refused(recipe, source, tmp_path / "there" / name)
     assert f"{file} is not a folder" in refused(recipe, source, file / "x" / name)
-    assert "must be a file of this machine" in refused(recipe, source, f"s3://bucket/{name}")
+    assert "must be a local file" in refused(recipe, source, f"s3://bucket/{name}")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "s3:").exists()
 
@@ -134,7 +134,7 @@ def test_embedding(refused: Command, folder: Path, file: Path, tmp_path: Path) -
     assert f"{file}: is not a folder" in refused("embed", TEACHER, file, "out.npy")
     assert f"{folder / 'a.npy'}: is" in refused("embed", TEACHER, folder, folder / "a.npy")
     assert f"{file} is not a folder" in refused("embed", TEACHER, folder, file / "a.npy")
-    assert "must be a file of this machine" in refused("embed", TEACHER, folder, "s3://bucket/a.npy")
+    assert "must be a local file" in refused("embed", TEACHER, folder, "s3://bucket/a.npy")
 
 
 def test_converting_images(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
