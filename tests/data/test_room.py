@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from composer.utils import dist
 
-from d2v_composer.builders import model
+from d2v_composer.builders import data as builders_data
 from d2v_composer.builders.data import build_room_needs, build_train_loader
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -56,7 +56,7 @@ def test_what_is_here_and_whole_does_not_come_again(many_shards: Path, tmp_path:
 def as_node(patch: pytest.MonkeyPatch, node: int, num_nodes: int) -> None:
     patch.setattr(dist, "get_world_size", lambda: num_nodes)
     patch.setattr(dist, "get_node_rank", lambda: node)
-    patch.setattr("d2v_composer.builders.model.node_leaders_first", contextlib.nullcontext)
+    patch.setattr("d2v_composer.builders.data.node_leaders_first", contextlib.nullcontext)
     patch.setattr(dist, "all_gather_object", lambda this: [this])
 
 
@@ -104,7 +104,7 @@ def test_a_disk_with_room_for_the_nodes_share_alone_is_enough(
     def reached(**_: object) -> None:
         raise ReachedError
 
-    monkeypatch.setattr(model, "StreamingImages", reached)
+    monkeypatch.setattr(builders_data, "StreamingImages", reached)
     with pytest.raises(ReachedError if has_room else InputError):
         build_train_loader(config, 24)
 

@@ -347,7 +347,7 @@ def test_workers_do_not_outlive_their_run(original: Path, tmp_path: Path) -> Non
     shutil.copy(original / "index.json", cache)
     program = f"""
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 from torch.utils.data import DataLoader
 dataset = StreamingImages(local={str(cache)!r}, remote="s3://bucket/images", batch_size=16,
                           transform=RandomResizedCropFlip(24), seed=5, timeout=60)
@@ -376,7 +376,7 @@ def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypat
     program = f"""
 import sys, time
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.transforms import RandomResizedCropFlip
+from d2v_composer.data.augmentation import RandomResizedCropFlip
 dataset = StreamingImages(local={str(tmp_path / "cache")!r}, remote={str(original)!r}, batch_size=16,
                           transform=RandomResizedCropFlip(24), seed=5)
 next(iter(dataset))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from d2v_composer.benchmarks.object_store import ObjectStore
-from d2v_composer.builders import model
+from d2v_composer.builders import data as builders_data
 from d2v_composer.config.load import load_config
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.data.mds_index import read_index
@@ -107,7 +107,7 @@ def test_a_node_needs_room_for_its_share_alone(
         return checks.check_room_for_run(config, Nodes(1, 2, 1, None), data, None, 0)[0]
 
     assert "cache in" in check()
-    monkeypatch.setattr(model, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
+    monkeypatch.setattr(builders_data, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
     with pytest.raises(InputError, match="shards are still to come"):
         check()
 
@@ -233,7 +233,7 @@ import torch
 spec = importlib.util.spec_from_file_location("train", {train!r})
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
-from d2v_composer import cli
+from d2v_composer.system import cli
 cli.run(train.main)
 """
 FAULTS = {
@@ -249,11 +249,11 @@ Health.measure = measure_elsewhere
     # Data workers end at SIGTERM, before the batch at hand is done.
     "SIGTERM": """
 import signal
-from d2v_composer import processes
+from d2v_composer.system import worker_lifetime
 def end_at_sigterm():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-processes.end_with_parent = end_at_sigterm
+worker_lifetime.end_with_parent = end_at_sigterm
 """,
 }
 
