@@ -1,4 +1,4 @@
-"""Everything that Composer's Trainer calls: callbacks, algorithms and loggers, ours and anybody's."""
+"""Callbacks, algorithms and loggers for Composer's Trainer."""
 
 from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention
 from d2v_composer.callbacks.graceful_stop import GracefulStop

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers of clusters and spot instances send it: save, then go."""
+"""Save a checkpoint and exit on SIGTERM, which schedulers of clusters and spot instances send."""
 
 import signal
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from composer.utils import create_interval_scheduler, dist
 from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention
 from d2v_composer.callbacks.jsonl_logger import JSONLLogger
 from d2v_composer.callbacks.run_folder_lock import RunFolderLock
+from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.system.errors import InputError
 
 __all__ = ["GracefulStop"]
@@ -22,18 +23,18 @@ EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class GracefulStop(Callback):
-    """Finish the batch at hand, save a checkpoint, and exit with status 143 (128 + SIGTERM).
+    """Finish the current batch on SIGTERM, save a checkpoint, and exit with status 143 (128 + SIGTERM).
 
-    A run whose folder was removed ends after its batch as well, with an error.
+    A run whose folder was removed also stops after its batch, with an error.
 
-    Composer's launcher passes the signal on to its ranks, and kills what is left of them after 30 seconds. The run's
-    other processes may get it as well: see :mod:`d2v_composer.system.worker_lifetime`.
+    Composer's launcher forwards the signal to its ranks, and kills the remaining ones after 30 seconds. The run's other
+    processes may receive it as well: see :mod:`d2v_composer.system.worker_lifetime`.
 
-    Pass :attr:`save_interval` to the Trainer as its ``save_interval``, so that the checkpoint is one of the
-    CheckpointSaver's own: counted, pruned, and where autoresume looks.
+    Pass :attr:`save_interval` to the Trainer as its ``save_interval``: the CheckpointSaver itself then writes the
+    checkpoint, counts it and prunes it, and autoresume finds it.
 
     Args:
-        save_interval: The interval at which checkpoints are saved anyway, a Composer time string.
+        save_interval: The regular interval of checkpoints, a Composer time string.
     """
 
     def __init__(self, save_interval: str) -> None:
@@ -47,13 +48,13 @@ class GracefulStop(Callback):
         self.signalled = True
 
     def init(self, state: State, logger: Logger) -> None:
-        self.run_folder_lock = next((each for each in state.callbacks if isinstance(each, RunFolderLock)), None)
+        self.run_folder_lock = find_callback(state, RunFolderLock)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree with the other ranks on whether to stop: the reasons reach them at different batches.
+        """Agree with the other ranks on whether to stop: the signal may reach them at different batches.
 
         Raises:
-            InputError: The run's folder was removed: nothing can be saved any more.
+            InputError: The run's folder was removed, so that nothing can be saved.
         """
         flags = [self.signalled, self.run_folder_lock is not None and self.run_folder_lock.is_removed()]
         if dist.get_world_size() > 1:
@@ -63,13 +64,13 @@ class GracefulStop(Callback):
         self.stopping, is_removed = flags
         if is_removed and self.run_folder_lock is not None:
             raise InputError(
-                f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: it "
-                f"ends after batch {int(state.timestamp.batch) - 1}; what is not saved elsewhere is lost"
+                f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: "
+                f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
             )
 
     @property
     def save_interval(self) -> Callable[[State, Event], bool]:
-        """When to save: at the interval, and once more when stopping."""
+        """The schedule of checkpoints: at the interval, and once more when stopping."""
 
         def is_due(state: State, event: Event) -> bool:
             return self.is_due(state, event) or self.stopping
@@ -83,18 +84,18 @@ class GracefulStop(Callback):
         self._exit_if_stopping(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        if not self.stopping:  # otherwise the process is about to end, and with this status
+        if not self.stopping:  # otherwise the process is about to exit with its own status
             signal.signal(signal.SIGTERM, self.previous_handler)
 
     def _exit_if_stopping(self, state: State, logger: Logger) -> None:
-        """Leave once the checkpoint, the last thing of its batch, is written, and where it is to be uploaded, is."""
+        """Exit once the checkpoint, which is written last in its batch, is uploaded."""
         if not self.stopping:
             return
         for callback in state.callbacks:
             if isinstance(callback, CheckpointRetention | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
                 callback.fit_end(state, logger)
-        dist.barrier()  # the launcher gives the other ranks little time, once one is gone
+        dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
-            with suppress(OSError):  # a launcher that was killed may have taken the terminal along
+            with suppress(OSError):  # the terminal may be gone with a killed launcher
                 print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
         raise SystemExit(EXIT_STATUS)

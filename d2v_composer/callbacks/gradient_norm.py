@@ -1,4 +1,4 @@
-"""How long the gradient is before it is clipped."""
+"""Log the norm of the gradient before it is clipped."""
 
 import torch
 from composer.core import Algorithm, Event, State
@@ -9,13 +9,13 @@ __all__ = ["GradientNorm"]
 
 
 class GradientNorm(Algorithm):
-    """Log ``l2_norm/grad/global``, as Composer's OptimizerMonitor calls it, every so many batches.
+    """Log ``l2_norm/grad/global``, the key of Composer's OptimizerMonitor, at a fixed interval.
 
-    It changes nothing. It is an algorithm because callbacks come after all algorithms, and find the gradient clipped.
-    Give it to the Trainer after GradientClipping: Composer takes the algorithms of an AFTER event from last to first.
+    It changes nothing. It is an algorithm because callbacks run after all algorithms, when the gradient is clipped.
+    Pass it to the Trainer after GradientClipping: Composer runs the algorithms of an AFTER event from last to first.
 
     Args:
-        every: Batches.
+        every: Interval in batches.
     """
 
     def __init__(self, every: int = 10) -> None:

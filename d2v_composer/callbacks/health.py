@@ -1,4 +1,4 @@
-"""Is the run healthy? What a loss does not show, and a warning by name when something goes wrong.
+"""Measure a run's health beyond its loss, and warn when something goes wrong.
 
 Shapes: B images, T time steps, N patches of them, D channels, L layers of the teacher.
 """
@@ -20,9 +20,9 @@ from d2v_composer.models.targets import Regression
 
 __all__ = ["Health", "effective_rank"]
 
-# A prediction that varies so much less than its target over the images of a batch is one for all of them.
+# Share of the target's variance below which the prediction counts as the same for all images.
 COLLAPSED_SHARE = 0.01
-# So many times its lowest mean, the loss has not merely been unlucky.
+# Ratio to its lowest mean above which the loss counts as diverging.
 DIVERGED_RATIO = 1.5
 
 STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def effective_rank(embeddings_BD: Tensor) -> Tensor:
-    """How many directions the embeddings of a batch fill, a scalar from 1 to min(B - 1, D); 0 where all are the same.
+    """Return the number of directions that the embeddings of a batch fill, a scalar from 1 to min(B - 1, D).
 
-    exp of the entropy of the centred singular values' shares (Roy and Vetterli 2007, "The effective rank").
+    It is exp of the entropy of the centred singular values' shares (Roy and Vetterli 2007, "The effective rank");
+    0 if all embeddings are equal, NaN if one is not finite.
     """
     embeddings = embeddings_BD.float()
     if not embeddings.isfinite().all():
@@ -41,7 +42,7 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
     centred = embeddings - embeddings.mean(dim=0)
     singular_values = torch.linalg.svdvals(centred)
     total = singular_values.sum()
-    # What rounding leaves of a batch of equal images is no direction.
+    # The rounding errors of equal embeddings do not count as a direction.
     if total <= 1e-5 * embeddings.norm():
         return total.new_zeros(())
     shares = singular_values / total
@@ -49,34 +50,33 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
 
 
 class Health(Callback):
-    """Measure every ``interval`` batches, on rank 0's last microbatch, what the loss does not show; and warn.
+    """Measure on rank 0's last microbatch what the loss does not show, and warn.
 
     Logged, below ``health/``:
 
     - ``prediction_variance``, ``target_variance``: over the images, mean of all time steps and channels; the target's
-      is what the best prediction that is the same for all images would cost;
+      is the loss of the best prediction that is the same for all images;
     - ``effective_rank`` of the predictions' means over time, see :func:`effective_rank`;
-    - ``cosine/cls``, ``cosine/patch``: of prediction and target, mean over images and time steps of the kind;
-    - ``cosine/layer_{i}``: of the prediction and each of the teacher's layers by itself, instance-normalised;
-    - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 where it is so, else 0.
+    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these time steps;
+    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, instance-normalised;
+    - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
-    A state that begins is logged as a warning: *collapse*, the prediction hardly varies over the images; *dead*, after
+    The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the images; *dead*, after
     ``grace`` the loss is no better than such a prediction's; *diverging*, the mean loss since the last measurement is
-    more than 1.5 times the lowest such mean; *non_finite*, there are infinities or NaN; *scaler_skips*, the loss scaler
-    came down, and left out a step each time it did.
+    more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
+    scale fell, and each time a step was skipped.
 
-    What it needs of a model, in anybody's Composer run: outputs that are a
-    :class:`~d2v_composer.models.targets.Regression`, or ``regression`` to make one of them. The layers' cosines are
-    there for a model with a method ``layer_cosines(batch, num_images)``, which costs a forward pass of so many
-    images: 1 % of the training at most, with the default interval.
+    The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; or pass ``regression``.
+    The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many images:
+    at most 1 % of the training, at the default interval.
 
     Args:
         interval: Composer time string.
-        grace: How long the loss may be as bad as a constant's, a Composer time string: longer than the warm-up;
-            '0.2dur' is a fifth of the run.
-        regression: (outputs, batch) → prediction and target, where the outputs are not that; of the last microbatch,
-            both on the model's device.
-        num_extra_tokens: How many time steps in front are not patches; default the model's own number, or 0.
+        grace: Time in which the loss may be as bad as a constant prediction's, a Composer time string: longer than
+            the warm-up; '0.2dur' is a fifth of the run.
+        regression: (outputs, batch) → prediction and target, for a model that returns something else; both of the
+            last microbatch, on the model's device.
+        num_extra_tokens: Number of leading time steps that are not patches; default: the model's own, or 0.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Health(Callback):
         self.microbatch: Any = None
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        # On the device, and of the outputs' images. At a batch's end Composer gives the whole batch, on the host.
+        # On the device, with the images of the outputs. At BATCH_END state.batch is the whole batch, on the host.
         self.microbatch = state.batch
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -118,12 +118,12 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure, log, and warn of what was not so at the last measurement."""
+        """Measure, log, and warn of each state that was absent at the last measurement."""
         outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
         assert isinstance(outputs, Regression)
         metrics = self.compare(outputs, self.extra_tokens(state))
         metrics |= self.compare_layers(state, len(outputs.target))
-        # One wait for the device, for all of them.
+        # Waits for the device only once.
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
@@ -145,24 +145,24 @@ class Health(Callback):
         return getattr(student, "num_extra_tokens", 0)
 
     def compare(self, outputs: Regression, num_extra_tokens: int) -> dict[str, Tensor]:
-        """Prediction against target; (B, D) counts as one patch."""
+        """Compare prediction and target; (B, D) counts as one patch."""
         prediction, target = (
             tensor.float() if tensor.ndim == 3 else tensor.float()[:, None]
             for tensor in (outputs.prediction, outputs.target)
         )
         cosine_BT = cosine_similarity(prediction, target, dim=2)
-        num_extra_tokens = 0 if outputs.cls_prediction is not None else num_extra_tokens  # they are dropped there
+        num_extra_tokens = 0 if outputs.cls_prediction is not None else num_extra_tokens  # dropped there
         metrics = {"cosine/patch": cosine_BT[:, num_extra_tokens:].mean()}
         if num_extra_tokens:
             metrics["cosine/cls"] = cosine_BT[:, 0].mean()
         metrics["effective_rank"] = effective_rank(prediction.mean(dim=1))
-        if len(target) > 1:  # one image does not vary
+        if len(target) > 1:  # one image has no variance
             metrics["prediction_variance"] = prediction.var(dim=0).mean()
             metrics["target_variance"] = target.var(dim=0).mean()
         return metrics
 
     def compare_layers(self, state: State, num_images: int) -> dict[str, Tensor]:
-        """Each of the teacher's layers, in the run's precision; on all ranks, because of FSDP."""
+        """Compare prediction and each teacher layer, in the run's precision; on all ranks, as FSDP requires."""
         layer_cosines = getattr(unwrapped(state), "layer_cosines", None)
         if layer_cosines is None:
             return {}
@@ -170,18 +170,24 @@ class Health(Callback):
             return {f"cosine/layer_{i}": each for i, each in enumerate(layer_cosines(self.microbatch, num_images))}
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
-        """The name of each state that the run is in, and in what way."""
+        """Yield the name of each state that the run is in, with the reason."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
         if prediction < COLLAPSED_SHARE * target:
-            yield "collapse", f"over the images the prediction varies by {prediction:.2g}, its target by {target:.2g}"
+            yield (
+                "collapse",
+                f"the prediction's variance over the images is {prediction:.2g}, its target's {target:.2g}",
+            )
         if math.isfinite(loss) and loss >= target and self.is_past_grace(state):
-            yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of one prediction for all images"
+            yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
-            yield "diverging", f"the loss {loss:.4g} is over {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
+            yield (
+                "diverging",
+                f"the loss {loss:.4g} is more than {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}",
+            )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:
-            yield "scaler_skips", f"the loss scaler came down from {self.previous_scale:g} to {self.scale:g}"
+            yield "scaler_skips", f"the loss scale fell from {self.previous_scale:g} to {self.scale:g}"
 
     def is_past_grace(self, state: State) -> bool:
         if self.grace.unit == TimeUnit.DURATION:

@@ -1,4 +1,4 @@
-"""End a run that has come to NaN before any of it is saved."""
+"""Stop a run whose numbers are no longer finite, before they are saved."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,24 +14,24 @@ from d2v_composer.system.multi_node import gather_objects
 
 __all__ = ["NanGuard"]
 
-# fairseq's --min-loss-scale: below it, nothing is learned any more, for each step is skipped.
+# fairseq's --min-loss-scale: below it every step is skipped.
 MIN_LOSS_SCALE = 1e-4
-# So many batches in a row are the loss scaler's to skip: it comes down from 65536 to 64 meanwhile.
+# The loss scaler halves 65536 to 64 in this many skipped batches.
 MAX_SKIPPED_BATCHES = 10
-ADVICE = "what was saved before is kept: go on from there with a lower optimizer.lr or another precision"
+ADVICE = "earlier checkpoints are kept: resume from them with a lower optimizer.lr or another precision"
 
 
 class NanGuard(Callback):
-    """End training before a checkpoint of numbers that are not finite.
+    """Stop training before a checkpoint with numbers that are not finite.
 
-    Unlike Composer's NaNMonitor it waits for nothing: the loss is the number that is logged anyway, once a batch. What
-    the optimizer itself made infinite is seen when it is to be saved.
+    Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
+    Weights and the optimizer's moments are checked before each checkpoint.
 
-    With a loss scaler (amp_fp16) a batch whose loss is not finite changes no weight: its step is skipped, and the scale
-    halved. Ten such batches in a row end the run.
+    With a loss scaler (amp_fp16) a batch whose loss is not finite is skipped, and the scale halved. Ten such batches in
+    a row stop the run.
 
     Args:
-        save_interval: When a checkpoint is due, as the Trainer takes it.
+        save_interval: The schedule of checkpoints, as passed to the Trainer.
     """
 
     def __init__(self, save_interval: Callable[[State, Event], bool]) -> None:
@@ -40,14 +40,14 @@ class NanGuard(Callback):
         self.names: dict[Tensor, str] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        # Later the model may hold gathered copies of what FSDP shards, which are none of the optimizer's.
+        # Later the model may hold gathered copies of sharded weights, which the optimizer does not know.
         self.names |= {weight: name for name, weight in unwrapped(state).named_parameters() if weight.requires_grad}
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Look at the batch's loss, which is the same on all ranks, and at the loss scaler.
+        """Check the batch's loss, which is the same on all ranks, and the loss scale.
 
         Raises:
-            FloatingPointError: The loss is infinite or not a number, or the scaler has come to its floor.
+            FloatingPointError: The loss is not finite, or the loss scale too small.
         """
         batch = int(state.timestamp.batch) - 1
         loss = (state.total_loss_dict or {}).get("loss/train/total", 0.0)
@@ -58,33 +58,31 @@ class NanGuard(Callback):
         scale = loss_scale(state)
         if 0 < scale < MIN_LOSS_SCALE:
             raise FloatingPointError(
-                f"batch {batch}: the loss scaler is down at {scale:g}, for the gradients are not finite: every step is "
+                f"batch {batch}: the loss scale fell to {scale:g}: the gradients are not finite, and every step is "
                 f"skipped; {ADVICE}"
             )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """As :func:`check_weights`, where a checkpoint is due."""
         if self.save_interval(state, Event.BATCH_CHECKPOINT):
             check_weights(state, self.names)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """As :func:`check_weights`, where a checkpoint is due."""
         if self.save_interval(state, Event.EPOCH_CHECKPOINT):
             check_weights(state, self.names)
 
 
 def is_loss_scaled(state: State) -> bool:
-    """Whether the Trainer scales the loss; on a GPU it has an enabled scaler in any precision."""
-    # Made when a loss is scaled first; GradScaler does not tell otherwise.
+    """Tell whether the Trainer scales the loss; on a GPU it has an enabled scaler in any precision."""
+    # Set when a loss is first scaled; GradScaler has no public way to tell.
     return loss_scale(state) > 0 and getattr(state.scaler, "_scale", None) is not None
 
 
 def check_weights(state: State, names: Mapping[Tensor, str]) -> None:
-    """Look at all that training changes, on all ranks.
+    """Check the weights and the optimizer's moments, on all ranks.
 
     Args:
-        state: Composer's.
-        names: Of the optimizer's parameters.
+        state: Composer's state.
+        names: The name of each of the optimizer's parameters.
 
     Raises:
         FloatingPointError: A weight or a moment of the optimizer is not finite.
@@ -95,7 +93,7 @@ def check_weights(state: State, names: Mapping[Tensor, str]) -> None:
 
 
 def trained_tensors(state: State, names: Mapping[Tensor, str]) -> Iterator[tuple[str, Tensor]]:
-    """The local parts of the weights that the optimizer steps and of its moments, with their names."""
+    """Yield the local parts of the optimizer's weights and moments, with their names."""
     for optimizer in state.optimizers:
         for weight in (each for group in optimizer.param_groups for each in group["params"]):
             name = names.get(weight, f"of shape {tuple(weight.shape)}")
@@ -106,7 +104,7 @@ def trained_tensors(state: State, names: Mapping[Tensor, str]) -> Iterator[tuple
 
 
 def first_not_finite(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
-    """The name of the first one with a number that is not finite; waits once for each device that they are on."""
+    """Return the name of the first tensor that is not finite; waits once for each device."""
     verdicts: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
         verdicts.setdefault(tensor.device, []).append((name, tensor.isfinite().all()))

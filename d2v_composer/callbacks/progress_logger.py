@@ -1,4 +1,4 @@
-"""Where a run stands, in one line: a bar on a terminal, plain lines in a pipe or a log file."""
+"""Show a run's progress: a bar on a terminal, plain lines in a pipe or a log file."""
 
 import re
 import sys
@@ -8,8 +8,10 @@ from typing import Any, TextIO
 
 from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import dist
 from tqdm import tqdm
+
+from d2v_composer.callbacks.trainer_state import due_every
 
 __all__ = ["ProgressLogger"]
 
@@ -17,24 +19,21 @@ TOP_K = re.compile(r"metrics/([^/]+)/bank_train/top(\d+)")
 
 
 class ProgressLogger(LoggerDestination):
-    """Loss, images/s, the share of waiting for data, the latest retrieval, and the time that is left; rank 0's.
+    """Show loss, images/s, the share of waiting for data, the latest retrieval and the time left, on rank 0.
 
-    It shows what others log: ``loss/train/total``, :class:`~d2v_composer.callbacks.Throughput`'s and
-    :class:`~d2v_composer.callbacks.ZeroShotRetrieval`'s numbers; what nobody logs is left out.
+    The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
+    :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
 
     Args:
-        bar: Whether there is a bar; it wants a terminal.
-        lines_interval: How often a line is printed, a Composer time string; ``None``: never.
-        stream: Where to; default stderr.
+        bar: Show a bar, which needs a terminal.
+        lines_interval: Interval of the printed lines, a Composer time string; ``None``: print none.
+        stream: Output stream; default stderr.
     """
 
     def __init__(self, bar: bool, lines_interval: str | None, stream: TextIO | None = None) -> None:
         self.shows_bar = bar
-        self.line_is_due = None
-        if lines_interval is not None:
-            self.line_is_due = create_interval_scheduler(
-                lines_interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
-            )
+        final_events = {Event.BATCH_END, Event.EPOCH_END}
+        self.line_is_due = None if lines_interval is None else due_every(lines_interval, final_events)
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
@@ -73,21 +72,21 @@ class ProgressLogger(LoggerDestination):
             self.bar = None
 
     def print_line(self, state: State, event: Event) -> None:
-        """One plain line, if it is time."""
+        """Print one plain line, if it is due."""
         if self.line_is_due is None or dist.get_global_rank() != 0 or not self.line_is_due(state, event):
             return
         batch, total = int(state.timestamp.batch), num_batches(state)
-        if batch == self.last_line:  # a batch's end may be its epoch's as well, also that of a run that goes on there
+        if batch == self.last_line:  # printed at the end of the batch, or the run was resumed at the end of an epoch
             return
         self.last_line = batch
         left = (time.monotonic() - self.started_at) / (batch - self.first_batch) * (total - batch)
         place = f"batch {batch}/{total} ({100 * batch // total} %)"
-        # Above the bar, where there is one.
+        # tqdm.write prints above the bar.
         tqdm.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]), file=self.stream)
         self.stream.flush()
 
     def status(self) -> list[str]:
-        """The latest numbers, as far as they are known."""
+        """Return the latest numbers that were logged."""
         templates = {
             "loss/train/total": "loss {:.4f}",
             "throughput/images_per_sec": "{:.0f} images/s",
@@ -97,7 +96,7 @@ class ProgressLogger(LoggerDestination):
         return known + [f"{name} top-{k} {100 * self.latest[key]:.1f}%" for name, (k, key) in self.accuracies().items()]
 
     def accuracies(self) -> dict[str, tuple[int, str]]:
-        """Of each data set, its smallest k with the headline's key."""
+        """Return the smallest k of each data set, with the headline's key."""
         found: dict[str, tuple[int, str]] = {}
         for key in self.latest:
             if (match := TOP_K.fullmatch(key)) is not None:
@@ -107,7 +106,7 @@ class ProgressLogger(LoggerDestination):
 
 
 def num_batches(state: State) -> int:
-    """How many the run has in all."""
+    """Return the number of batches of the whole run."""
     duration = state.max_duration
     assert isinstance(duration, Time)
     if duration.unit == TimeUnit.BATCH:

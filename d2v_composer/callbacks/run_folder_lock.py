@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""Lock a run's folder, so that one run at a time uses it."""
 
 import os
 import platform
@@ -13,26 +13,25 @@ from d2v_composer.system.file_locks import acquire
 
 __all__ = ["RunFolderLock"]
 
-# How long the workers of a run that was killed may hold on to its lock.
-LAST_RUN_LEAVES = 10.0
+# Workers of a killed run may hold its lock for a while.
+LOCK_WAIT_SECONDS = 10.0
 LONGEST_NOTE = 4096
-# What a run writes beside its checkpoints.
+# Files that a run writes beside its checkpoints.
 FILES = (".in_use", "latest-rank0.pt", "log.jsonl", "report.html", "run.yaml")
 
 
 class RunFolderLock(Callback):
-    """Refuse to train in a folder where another run of this machine trains.
+    """Refuse to train in a folder that another run on this machine uses.
 
-    Two would write into one log, and each resume from what the other saved.
-
-    The folder is locked when the callback is made, before anything of it is read, and until the run is over.
+    Two runs would write into one log, and each would resume from the other's checkpoints. The folder is locked when the
+    callback is created, before anything is read from it, until the end of the run.
 
     Args:
-        folder: The run's, on this machine.
-        remote: The address of a run in a store, of which ``folder`` holds copies, and may hold no other's; or ``None``.
+        folder: The run's folder on this machine.
+        remote: The address of the run in a store, if ``folder`` holds copies of its files; it must not hold another's.
 
     Raises:
-        InputError: Another run has it, it is another run's, or there can be no such folder.
+        InputError: Another run uses the folder, it holds another run's files, or it cannot be written.
     """
 
     def __init__(self, folder: Path, remote: str | None = None) -> None:
@@ -46,21 +45,21 @@ class RunFolderLock(Callback):
             raise InputError(problem[0])
 
     def _lock(self, folder: Path, remote: str | None) -> str | None:
-        """Lock the folder and note whose it is; what is wrong, where that cannot be."""
+        """Lock the folder and write its owner into the lock; return the problem, if any."""
         for name in FILES:
             if (folder / name).is_dir():
                 return f"save_folder: {folder / name}: is a folder, expected a run's file, or none"
         if (folder / "report").is_file():
             return f"save_folder: {folder / 'report'}: is a file, expected the folder of a run's report, or none"
         try:
-            lock = acquire(self.path, wait=LAST_RUN_LEAVES)
+            lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             return f"save_folder: {folder}: cannot be written ({error.strerror})"
         if lock is None:
             user = self.path.read_text(errors="replace").splitlines()[1:2]
             return (
-                f"{folder}: another run trains there: give each a run_name or save_folder of its own"
-                f"{''.join(f', or end {each}' for each in user)}"
+                f"save_folder: {folder} is in use by another run: choose another run_name or save_folder"
+                f"{''.join(f', or stop {each}' for each in user)}"
             )
         other = os.pread(lock, LONGEST_NOTE, 0).decode(errors="replace").partition("\n")[0]
         if other not in ("", remote):
@@ -73,15 +72,15 @@ class RunFolderLock(Callback):
         return None
 
     def is_removed(self) -> bool:
-        """Whether somebody removed the folder, or its lock, under the run; rank 0 alone can tell."""
+        """Tell whether the folder or its lock was removed during the run; always False on ranks other than 0."""
         if self.lock is None:
             return False
         try:
             os.stat(self.path)
-            return os.fstat(self.lock).st_nlink == 0  # another file may have its name
+            return os.fstat(self.lock).st_nlink == 0  # the path may name a new file
         except FileNotFoundError:
             return True
-        except OSError:  # a file system that is away
+        except OSError:  # the file system is unreachable
             return False
 
     def post_close(self) -> None:

@@ -1,4 +1,4 @@
-"""The resolved config and the versions, kept with the run and in each of its checkpoints."""
+"""Record a run's resolved config and versions in its folder and in each checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +16,16 @@ __all__ = ["RunRecord"]
 
 
 class RunRecord(Callback):
-    """Write what the run was made of into its folder, and refuse to resume another run's checkpoint.
+    """Write the run's record into its folder, and refuse to resume with changed settings.
 
-    A resume takes learning rate and weight decay from the checkpoint, whatever the YAML says now, and would go on
-    with another teacher, seed or data set without a word; here it stops instead.
+    A resume takes learning rate and weight decay from the checkpoint and ignores the YAML's; and it would silently
+    continue with another teacher, seed or data set. This callback raises an error instead.
 
     Args:
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` (provenance) and ``data`` (identity and
             location); plain containers.
-        folder: Where ``run.yaml`` is written, or ``None``.
-        remote_folder: A prefix in the checkpoints' object store that the file goes to as well, or ``None``.
+        folder: The folder of ``run.yaml``, or ``None``.
+        remote_folder: A prefix in the checkpoints' object store to upload the file to, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
     """
 
@@ -53,7 +53,7 @@ class RunRecord(Callback):
         """Compare with the checkpoint's record.
 
         Raises:
-            InputError: A fixed key has another value, or the data set is another.
+            InputError: A fixed key has changed, or the data set.
         """
         check_data(state["record"], self.record)
         for key in self.fixed:
@@ -61,29 +61,29 @@ class RunRecord(Callback):
             if before != now:
                 raise InputError(
                     f"{key.removeprefix('config.')}: is {now}, but the checkpoint to resume from was trained with "
-                    f"{before}, and would go on with it: set it back, or start anew in another save_folder"
+                    f"{before}: set it back, or start a new run in another save_folder"
                 )
 
 
 def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another data set: the order of samples, and what was seen of it, are of the one before.
+    """Refuse to resume with another data set: the position in the order of samples is that of the old one.
 
-    Checkpoints of version 0.1.0 do not say which theirs was.
+    Checkpoints of version 0.1.0 do not record theirs.
 
     Raises:
-        InputError: It is another one.
+        InputError: The data set has changed.
     """
     if lookup(before, "data.sha256") in (None, lookup(now, "data.sha256")):
         return
     key = "remote" if lookup(now, "config.train_loader.remote") is not None else "local"
     raise InputError(
         f"train_loader.{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
-        f"{data_words(before)}: set it back, or start anew in another save_folder"
+        f"{data_words(before)}: set it back, or start a new run in another save_folder"
     )
 
 
 def data_words(record: Mapping[str, Any]) -> str:
-    """A record's data set for an error."""
+    """Describe a record's data set for an error."""
     location, samples, shards, digest = (
         lookup(record, f"data.{name}") for name in ("location", "samples", "shards", "sha256")
     )
@@ -91,7 +91,7 @@ def data_words(record: Mapping[str, Any]) -> str:
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:
-    """The value behind a dotted key; ``None`` where there is none."""
+    """Return the value of a dotted key; ``None`` if it is missing."""
     value: Any = record
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""How fast training is, and what of its time it waits for images."""
+"""Log how fast training is, and how much of its time it waits for images."""
 
 import time
 
@@ -9,27 +9,27 @@ __all__ = ["Throughput"]
 
 
 class Throughput(Callback):
-    """Log the pace of training every so many batches, without what evaluations and checkpoints take.
+    """Log the speed of training at a fixed interval, without evaluations and checkpoints.
 
-    Unlike Composer's SpeedMonitor, which counts both. Logged, as means since the last time:
+    Composer's SpeedMonitor counts those as training time. Logged, as means over the interval:
 
     - ``throughput/images_per_sec``: over all ranks;
     - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next images.
 
-    Give it to the Trainer before what takes time at a batch's end.
+    Pass it to the Trainer before callbacks that take time at the end of a batch.
 
     Args:
-        every: Batches.
+        every: Interval in batches.
     """
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
         self.asked_at = self.got_at = 0.0
         self.images_before = 0
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Begin a new mean."""
+    def reset(self) -> None:
+        """Start a new mean."""
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
@@ -50,4 +50,4 @@ class Throughput(Callback):
                     "throughput/data_wait": self.waited / self.seconds,
                 }
             )
-            self.forget()
+            self.reset()

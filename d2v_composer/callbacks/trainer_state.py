@@ -1,29 +1,56 @@
-"""Read the state of Composer's Trainer: the model itself, the loss scale, what is due."""
+"""Read the state of Composer's Trainer: the bare model, the loss scale, other callbacks, what is due."""
 
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from composer.core import Event, State, Time
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, Event, State, Time
 from composer.utils import create_interval_scheduler
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["due_every", "loss_scale", "unwrapped"]
+__all__ = ["SavedCheckpoints", "due_every", "find_callback", "loss_scale", "unwrapped"]
 
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
+CallbackT = TypeVar("CallbackT", bound=Callback)
+
+
+class SavedCheckpoints:
+    """Notice when Composer's CheckpointSaver has saved a checkpoint.
+
+    Ask at ``batch_start``: the first event after a checkpoint, at which the CheckpointSaver comes last.
+
+    Attributes:
+        saver: The CheckpointSaver; ``None`` in a run without one.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.saver = find_callback(state, CheckpointSaver)
+        self.num_seen = 0
+
+    def has_new(self) -> bool:
+        """Return whether one was saved since the last call."""
+        before, self.num_seen = self.num_seen, 0 if self.saver is None else len(self.saver.saved_checkpoints)
+        return self.num_seen != before
+
+
+def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
+    """Return the run's first callback of a kind."""
+    return next((each for each in state.callbacks if isinstance(each, kind)), None)
+
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Whether something is due at the end of a batch or an epoch.
+    """Return a function that tells whether something is due at the end of a batch or an epoch.
 
     Args:
         interval: Composer time string.
-        final_events: At which of the run's last events it is due in any case.
+        final_events: The last events of the run at which it is due in any case.
 
     Raises:
-        ValueError: It is no duration, or not a positive one, with which Composer would never call.
+        ValueError: The interval is not a positive duration; Composer would silently never call.
     """
     if not isinstance(interval, str) or not interval.strip() or Time.from_timestring(interval).value <= 0:
         raise ValueError(f"interval must be a positive duration such as '100ba', got {interval!r}")
@@ -31,12 +58,12 @@ def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable
 
 
 def loss_scale(state: State) -> float:
-    """What the loss is multiplied with before the backward pass; 0 where it is not."""
+    """Return the factor of the loss in the backward pass; 0 without loss scaling."""
     return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 0.0
 
 
 def unwrapped(state: State) -> torch.nn.Module:
-    """The model itself, without the wrappers of DDP, FSDP and torch.compile, which forward ``forward`` alone."""
+    """Return the bare model: the wrappers of DDP, FSDP and torch.compile pass on only ``forward``."""
     model: Any = state.model
     while isinstance(model, WRAPPERS):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module

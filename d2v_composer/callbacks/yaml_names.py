@@ -1,4 +1,4 @@
-"""The callbacks and loggers that a YAML may name."""
+"""Names of the callbacks and loggers that a YAML may choose."""
 
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers

@@ -1,7 +1,4 @@
-"""Zero-shot retrieval during training: do the representations get better?
-
-Shapes: B images of a batch, N images of a set, Q queries, D channels.
-"""
+"""Measure zero-shot retrieval during training: the quality of the representations."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -12,49 +9,49 @@ from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
-from d2v_composer.evaluation.metric_names import BANKS, Embed, headline_fallbacks, metric_key
-from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
+from d2v_composer.data.labelled_sets import LabelledSet
+from d2v_composer.evaluation.labelled_retrieval import Ranks, embed_set, look_up
+from d2v_composer.evaluation.metric_names import BANKS, Embed, find_headline, headline_fallbacks, metric_key
 
 __all__ = ["ZeroShotRetrieval"]
 
 
 class ZeroShotRetrieval(Callback):
-    """Top-k retrieval accuracy on labelled sets, both ways, while the model trains without those labels.
+    """Measure top-k retrieval accuracy on labelled sets in both directions, while the model trains without labels.
 
-    Every image is embedded once per evaluation, for both directions and all embeddings; over several ranks each
-    image once by one of them. Evaluated at ``interval``, at the end, and never twice for one batch.
+    An evaluation embeds every image once, for both directions and all embeddings; several ranks share the images. It
+    runs every ``interval`` and at the end of training, never twice for one batch.
 
-    What it needs of a model, in anybody's Composer run: a method ``embed_all`` or ``embed``, or a function given
-    here, that takes (B, 3, height, width) uint8 images as the set holds them, already on the model's device, and
-    returns one embedding, (B, D), or a dict of several by name. Resizing and normalising are its business. It is
-    called in eval mode, under inference mode, in the run's precision.
+    The model, in any Composer run, needs a method ``embed_all`` or ``embed``; or pass the function ``embed``. It takes
+    (B, 3, height, width) uint8 images, already on the model's device, resizes and normalises them, and returns one
+    embedding, (B, D), or a dict of several by name. It is called in eval mode, under inference mode, in the run's
+    precision.
 
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{reference}/`` for each reference, and ``time/zero_shot_retrieval`` in seconds.
 
     Args:
-        datasets: Name → labelled images; bank and queries by turns.
+        datasets: Name → labelled images; each split is the bank for the other's queries.
         interval: Composer time string.
-        ks: For which k accuracy is measured.
-        embed: Instead of the model's own method.
-        headline: The embedding that the short key reports, where the model gives several.
-        references: Name → embed function, measured once at the start: what the model is compared with. Default: the
-            model's ``retrieval_references()``, where it has that method.
-        at_start: Whether the untrained model is evaluated as well.
+        ks: Measure the accuracy among the k nearest, for each k.
+        embed: Replaces the model's own method.
+        headline: The embedding that the short key reports, for a model with several.
+        references: Name → embed function, measured once at the start, to compare the model with. Default: the model's
+            ``retrieval_references()``, if it has that method.
+        at_start: Evaluate the untrained model as well.
         device_batch_size: Images embedded at once on each device.
-        progress_bar: Whether rank 0 shows one (on a terminal).
+        progress_bar: Show a bar on rank 0's terminal.
 
     Attributes:
-        history: One entry an evaluation: ``{"batch": int, "metrics": {key: accuracy}}``, oldest first; kept in
+        history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         reference_metrics: key → accuracy of the references.
-        neighbours: The headline's of the last evaluation: data set → bank ('train', 'test') → (Q, K) int32, the bank
-            indices of each query's nearest images, nearest first, K the largest of ``ks``; kept in checkpoints.
+        neighbours: The neighbours that the last evaluation found with the headline embedding: data set → bank ('train',
+            'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
+            ``ks``; kept in checkpoints.
     """
 
     def __init__(
@@ -91,7 +88,9 @@ class ZeroShotRetrieval(Callback):
         model = unwrapped(state)
         if self.references is None:
             self.references = getattr(model, "retrieval_references", dict)()
-        if not self.expected_reference_keys() <= self.reference_metrics.keys():  # none yet, or a resume wants others
+        if (
+            not self.expected_reference_keys() <= self.reference_metrics.keys()
+        ):  # not measured yet, or a resume adds some
             self.reference_metrics = {}
             for reference, embed in self.references.items():
                 self.reference_metrics |= self.measure(embed, state, logger, reference)
@@ -116,10 +115,10 @@ class ZeroShotRetrieval(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was measured; the short keys are those of the present headline, and so are neighbours."""
+        """Restore the measurements, with the short keys and the neighbours of the present headline."""
         self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
         self.reference_metrics = self.with_headline(state["reference_metrics"])
-        # Checkpoints of earlier versions have none.
+        # Checkpoints of version 0.1.0 have none.
         self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -129,7 +128,7 @@ class ZeroShotRetrieval(Callback):
         return metrics
 
     def expected_reference_keys(self) -> set[str]:
-        """The short keys of every reference."""
+        """Return the short keys of every reference."""
         return {
             metric_key(dataset, bank, k, reference=reference)
             for dataset in self.datasets
@@ -139,7 +138,7 @@ class ZeroShotRetrieval(Callback):
         }
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log it, unless this batch has been."""
+        """Measure the model and log it, unless this was done for this batch."""
         batch = int(state.timestamp.batch)
         if self.history and self.history[-1]["batch"] == batch:
             return
@@ -148,108 +147,45 @@ class ZeroShotRetrieval(Callback):
         logger.log_metrics(metrics)
 
     def measure(self, embed: Embed, state: State, logger: Logger, reference: str | None = None) -> dict[str, float]:
-        """The accuracies of one embed function, under their keys; its seconds are logged."""
+        """Return the accuracies of one embed function, under their keys, and log the time it took."""
         start = time.monotonic()
         model, was_training = state.model, state.model.training
+        metrics: dict[str, float] = {}
         model.eval()
         try:
-            # What FSDP gathers in inference mode is of no use to training.
+            # Tensors that FSDP gathers in inference mode cannot be used in training.
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
             with without_gradient, get_precision_context(state.precision, state.precision_config):
-                metrics = {
-                    key: accuracy
-                    for dataset, labelled in self.datasets.items()
-                    for key, accuracy in self.measure_set(embed, state, dataset, labelled, reference).items()
-                }
+                for dataset in self.datasets:
+                    metrics |= self.measure_set(dataset, embed, state, reference)
         finally:
             model.train(was_training)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         return metrics
 
-    def measure_set(
-        self, embed: Embed, state: State, dataset: str, labelled: LabelledSet, reference: str | None
-    ) -> dict[str, float]:
-        """One set's accuracies, both ways, for every embedding."""
-        embedded = {
-            bank: self.embed_my_share(embed, getattr(labelled, bank), state, f"{dataset} {bank}") for bank in BANKS
-        }
-        labels = {bank: state.device.tensor_to_device(getattr(labelled, bank).labels) for bank in BANKS}
+    def measure_set(self, dataset: str, embed: Embed, state: State, reference: str | None) -> dict[str, float]:
+        """Return the accuracies on one set, in both directions, for every embedding."""
+        labelled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
+        progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
+        to_device = state.device.tensor_to_device
+        embedded = embed_set(embed, labelled, self.device_batch_size, to_device, ranks, progress)
+        headline = find_headline(self.headline, embedded["train"].keys(), fall_back=reference is not None)
         metrics: dict[str, float] = {}
-        names = list(embedded["train"])
-        headline = self.headline_among(names, reference)
-        for name in names:
-            # One embedding at a time: all ranks' images of all embeddings would be gigabytes.
-            images = {bank: gather(embedded[bank].pop(name), len(labels[bank])) for bank in BANKS}
-            for bank, query in (BANKS, BANKS[::-1]):
-                nearest = self.look_up(images[bank], images[query])
-                is_headline = name == headline
-                if is_headline and reference is None:
-                    self.neighbours.setdefault(dataset, {})[bank] = nearest.int().cpu()
-                for k, hits in retrieval_hits(nearest, labels[bank], labels[query], self.ks).items():
-                    accuracy = hits.double().mean().item()
-                    if is_headline:
-                        metrics[metric_key(dataset, bank, k, reference=reference)] = accuracy
-                    if name:
-                        metrics[metric_key(dataset, bank, k, name, reference)] = accuracy
+        for found in look_up(embedded, labelled, self.ks, ranks):
+            is_headline = found.embedding == headline
+            if is_headline and reference is None:
+                self.neighbours.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
+            for k, hits in found.hits.items():
+                accuracy = hits.double().mean().item()
+                if is_headline:
+                    metrics[metric_key(dataset, found.bank, k, reference=reference)] = accuracy
+                if found.embedding:
+                    metrics[metric_key(dataset, found.bank, k, found.embedding, reference)] = accuracy
         return metrics
-
-    def headline_among(self, names: list[str], reference: str | None) -> str:
-        """An embedding without a name ('') is its own headline; a reference may have another that stands in for it."""
-        allowed = ["", self.headline] if reference is None else ["", *headline_fallbacks(self.headline)]
-        found = next((name for name in allowed if name in names), None)
-        if found is None:
-            raise ValueError(f"headline must be one of {', '.join(names)}, got {self.headline!r}")
-        return found
-
-    def embed_my_share(self, embed: Embed, images: LabelledImages, state: State, label: str) -> dict[str, Tensor]:
-        """Every world-size-th image, float32 on the device, padded so that all ranks have equally many."""
-        mine = my_share(len(images.labels))
-        hidden = None if self.progress_bar and dist.get_global_rank() == 0 else True  # None: only on a terminal
-        batches: list[dict[str, Tensor]] = []
-        for indices in tqdm(mine.split(self.device_batch_size), desc=f"retrieval {label}", disable=hidden, leave=False):
-            embeddings = embed(state.device.tensor_to_device(images.images[indices]))
-            embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-            # A function of the user's own may return them on the host.
-            batches.append({name: state.device.tensor_to_device(each).float() for name, each in embeddings.items()})
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-    def look_up(self, bank: Tensor, queries: Tensor) -> Tensor:
-        """The bank indices of each query's nearest, (Q, K); each rank looks up its share of the queries."""
-        mine = my_share(len(queries)).to(queries.device)
-        return gather(nearest_neighbours(bank, queries[mine], max(self.ks)), len(queries))
-
-
-def my_share(num_images: int) -> Tensor:
-    """The indices that are this rank's: every world-size-th, padded so that all ranks have equally many."""
-    world_size = dist.get_world_size()
-    mine = torch.arange(dist.get_global_rank(), num_images, world_size)
-    missing = -(-num_images // world_size) - len(mine)
-    return torch.cat([mine, mine.new_zeros(missing)])
-
-
-def gather(share: Tensor, num_images: int) -> Tensor:
-    """All ranks' shares in the order of the images, (N, …)."""
-    if dist.get_world_size() == 1:
-        return share[:num_images]
-    return all_gather(share).transpose(0, 1).flatten(0, 1)[:num_images]
-
-
-def all_gather(share: Tensor) -> Tensor:
-    """The shares of all W ranks, which have one shape: (W, …)."""
-    shares = share.new_empty(dist.get_world_size(), *share.shape)
-    if not share.is_cpu:
-        torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
-        return shares
-    # Not gloo's all_gather: its threads copy the result, in parallel, for which each of them starts OpenMP threads of
-    # its own. More than there are cores, these sleep at every barrier, and every later operation takes longer.
-    shares[dist.get_global_rank()] = share
-    for rank, received in enumerate(shares):
-        torch.distributed.broadcast(received, src=rank)
-    return shares
 
 
 def embed_method(model: torch.nn.Module) -> Embed:
-    """The model's own ``embed_all`` or ``embed``.
+    """Return the model's own ``embed_all`` or ``embed``.
 
     Raises:
         ValueError: It has neither.
@@ -257,4 +193,4 @@ def embed_method(model: torch.nn.Module) -> Embed:
     for name in ("embed_all", "embed"):
         if callable(getattr(model, name, None)):
             return getattr(model, name)
-    raise ValueError(f"{type(model).__name__} has no method embed_all or embed: give ZeroShotRetrieval(embed=…)")
+    raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")

@@ -1,1 +1,1 @@
-"""Embeddings → accuracies."""
+"""Turn embeddings into accuracies."""

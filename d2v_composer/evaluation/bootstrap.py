@@ -1,60 +1,64 @@
-"""Accuracies with their 95 % intervals, and the share of the teacher's advantage that is recovered."""
+"""95 % intervals of accuracies, and the share of the teacher's advantage that training recovered.
 
-from collections.abc import Callable
+Shapes: Q queries, S candidates, R resamples.
+"""
+
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NUM_RESAMPLES", "RESAMPLES_AT_ONCE", "Interval", "bootstrap", "share_interval", "share_recovered"]
+__all__ = ["Interval", "accuracy_interval", "share_interval", "share_recovered"]
 
 NUM_RESAMPLES = 2000
 
-RESAMPLES_AT_ONCE = 50
-
 
 class Interval(NamedTuple):
-    """An estimate and where it would lie 95 times in 100, were the queries others of their kind."""
+    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap(statistic: Callable[[Callable[[NDArray], NDArray]], NDArray], num_queries: int) -> Interval:
-    """A statistic of means over the same queries, with its 95 % percentile interval (Efron 1979).
+def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
+    """Return the share of hits, (Q,), with its interval."""
+    return Interval(float(hits.mean()), *_middle_95_percent(resample(hits)))
+
+
+def share_interval(
+    untrained: NDArray[np.bool_], student: NDArray[np.bool_], teacher: NDArray[np.bool_]
+) -> Interval | None:
+    """Return :func:`share_recovered` with its interval, from the hits on the same queries, (Q,) each."""
+    value = share_recovered(untrained.mean(), student.mean(), teacher.mean())
+    if value is None:
+        return None
+    resampled = [share_recovered(*accuracies) for accuracies in resample(untrained, student, teacher)]
+    return Interval(value, *_middle_95_percent([share for share in resampled if share is not None]))
+
+
+def share_recovered(untrained: float, student: float, teacher: float) -> float | None:
+    """Return the part of the teacher's advantage over the untrained student that the student has.
+
+    1 means all of it; ``None`` that the teacher has no advantage.
+    """
+    return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
+
+
+def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the accuracies of S candidates in each bootstrap resample of their common queries, (R, S).
+
+    Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
 
     Args:
-        statistic: Given a function from (Q,) values to their mean in each resample, (R,), what is asked for in each,
-            (R,).
-        num_queries: Q.
+        hits: (Q,) of each candidate.
     """
-    everyone = np.ones((1, num_queries))
-    value = float(statistic(lambda values: everyone @ values / num_queries)[0])
-    rng = np.random.default_rng(0)
-    resampled = []
-    for _ in range(NUM_RESAMPLES // RESAMPLES_AT_ONCE):
-        drawn = [rng.integers(num_queries, size=num_queries) for _ in range(RESAMPLES_AT_ONCE)]
-        counts = np.stack([np.bincount(queries, minlength=num_queries) for queries in drawn])
-        resampled.append(statistic(lambda values, counts=counts: counts @ values.astype(float) / num_queries))
-    low, high = np.nanpercentile(np.concatenate(resampled), [2.5, 97.5])
-    return Interval(value, float(low), float(high))
+    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
+    num_queries = counts.sum()
+    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
+    return drawn @ kinds / num_queries
 
 
-def share_interval(untrained: NDArray, student: NDArray, teacher: NDArray) -> Interval | None:
-    """The part of the teacher's advantage over the untrained student that the student has, from hits of the same
-    queries, (Q,) each; ``None``: the teacher has no advantage."""
-    if teacher.mean() <= untrained.mean():
-        return None
-
-    def share(mean: Callable[[NDArray], NDArray]) -> NDArray:
-        advantage = mean(teacher) - mean(untrained)
-        # A resample in which the teacher has none says nothing.
-        return (mean(student) - mean(untrained)) / np.where(advantage > 0, advantage, np.nan)
-
-    return bootstrap(share, len(student))
-
-
-def share_recovered(before: float, after: float, teacher: float) -> float | None:
-    """The part of the teacher's advantage over the untrained student that training recovered, 1 for all of it."""
-    return None if teacher <= before else (after - before) / (teacher - before)
+def _middle_95_percent(values: NDArray[np.float64] | list[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,23 +1,41 @@
-"""Names of retrieval metrics, and the embeddings they are of."""
+"""Names of retrieval metrics and of the embeddings that they measure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
-__all__ = ["BANKS", "Embed", "headline_fallbacks", "metric_key"]
-
-Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
-"""(B, 3, height, width) uint8 images, on the model's device → (B, D), or several such by name."""
+__all__ = ["BANKS", "Embed", "find_headline", "headline_fallbacks", "metric_key"]
 
 BANKS = ("train", "test")
 
+Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
+"""(B, 3, height, width) uint8 images on the model's device → (B, D), or several embeddings by name."""
+
 
 def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:
-    """The name under which an accuracy is logged; without ``embedding``, the headline's."""
+    """Return the name under which an accuracy is logged; without ``embedding``, the headline's."""
     parts = ["metrics", dataset, reference, f"bank_{bank}", f"top{k}", embedding]
     return "/".join(part for part in parts if part is not None)
 
 
 def headline_fallbacks(headline: str) -> list[str]:
-    """An embedding, and which one to compare with it of what has no such: the bare encoder has no layers to average."""
+    """Return the embeddings to try in order: the bare encoder has no layers to average, only an output."""
     return list(dict.fromkeys([headline, headline.replace("layer_mean", "output")]))
+
+
+def find_headline(headline: str, names: Collection[str], *, fall_back: bool) -> str:
+    """Return which of a model's embeddings to report as its headline.
+
+    Args:
+        headline: The embedding asked for.
+        names: The model's embeddings; an only one without a name ('') is its own headline.
+        fall_back: Accept :func:`headline_fallbacks`, as for a reference.
+
+    Raises:
+        ValueError: The model has no such embedding.
+    """
+    allowed = headline_fallbacks(headline) if fall_back else [headline]
+    found = next((name for name in [*allowed, ""] if name in names), None)
+    if found is None:
+        raise ValueError(f"headline must be one of {', '.join(names)}, got {headline!r}")
+    return found

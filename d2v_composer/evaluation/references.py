@@ -1,4 +1,4 @@
-"""What a student is compared with besides its teacher: the frozen encoder alone, and raw pixels.
+"""Baselines that a student is compared with besides its teacher: the frozen encoder alone, and raw pixels.
 
 Shapes: B images, D channels.
 """
@@ -13,13 +13,13 @@ __all__ = ["embed_with_encoder", "pixels"]
 
 
 def pixels(encoder: ImageEncoder, images: Tensor) -> Tensor:
-    """Images as the encoder would get them, shrunk to CIFAR's size: (B, D).
+    """Return the encoder's input, shrunk to CIFAR's size, as an embedding, (B, D).
 
-    The pixels of 224 px would be 150,528 channels an image.
+    At 224 px an image would have 150,528 channels.
     """
     return interpolate(encoder.prepare(images), min(32, encoder.config.image_size), mode="area").flatten(1)
 
 
 def embed_with_encoder(encoder: ImageEncoder, images: Tensor) -> dict[str, Tensor]:
-    """The encoder's output in every pooling, (B, D) each."""
+    """Return the encoder's output in every pooling, (B, D) each."""
     return poolings(encoder(images), "output", encoder.config.num_extra_tokens)

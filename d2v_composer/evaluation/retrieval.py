@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: does an image's nearest neighbour have its label? Pure functions of tensors.
+"""Zero-shot retrieval: find nearest neighbours and count those with the right label. Pure functions of tensors.
 
 Shapes: N bank images, Q queries, D channels.
 """
@@ -14,14 +14,14 @@ from torch.nn.functional import normalize
 __all__ = ["nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
 
 MEMORY_BUDGET = 256 * 2**20
-# Bank images compared at once: matrix products gain nothing from more.
+# Bank images compared at once: larger matrix products are no faster.
 BANK_PART = 1 << 13
-# Similarities of which the largest is looked at first.
+# Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
 
 
-class Neighbours(NamedTuple):
-    """Bank images of each query, nearest first."""
+class TopK(NamedTuple):
+    """The nearest bank images of each query, nearest first."""
 
     similarities: Tensor
     """(Q, K) float32."""
@@ -30,19 +30,19 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> Tensor:
-    """The bank indices of each query's k nearest by cosine, nearest first: (Q, k) int64.
+    """Return the bank indices of each query's k nearest by cosine, nearest first: (Q, k) int64.
 
-    Exact in float32; of equally near ones any may come first.
+    Exact in float32; ties come in any order.
 
     Args:
         bank: (N, D), any float dtype, any length.
         queries: (Q, D), likewise.
         k: From 1 to N.
-        memory_budget: What is held at most besides the arguments and the result, in bytes; no less than a few
-            images and one query's similarities to them need.
+        memory_budget: Most memory used besides the arguments and the result, in bytes. A few images and the
+            similarities of one query to them are always held.
 
     Raises:
-        ValueError: The shapes do not fit, or k is out of range.
+        ValueError: The shapes do not agree, or k is out of range.
     """
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(
@@ -52,65 +52,63 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
         raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
     bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
     bank_part, query_parts = min(bank_part, len(bank)), queries.split(query_part)
-    # Written over and over: fresh memory for each part would cost as much as looking through it.
+    # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(query_parts[0]) * bank_part, dtype=torch.float32)
-    nearest = [
-        Neighbours(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts
-    ]
+    nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts]
     with full_float32(bank.device.type):
         for first in range(0, len(bank), bank_part):
-            # A query's own length does not change which bank images are nearest to it.
+            # Queries need no normalisation: their length does not change the order.
             unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
             for i, part in enumerate(query_parts):
                 similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
                 torch.mm(part.float(), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
                 nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
-    return torch.cat([neighbours.indices for neighbours in nearest])
+    return torch.cat([part.indices for part in nearest])
 
 
 def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
-    """How many bank images and how many queries are compared at once."""
-    budget = memory_budget - 2 * num_queries * k * 12  # neighbours of the parts, and of all of them
-    unit_bytes = 8 * dim  # an image in float32, and normalised
+    """Return the numbers of bank images and of queries to compare at once."""
+    budget = memory_budget - 2 * num_queries * k * 12  # the neighbours of each part, and all of them
+    unit_bytes = 8 * dim  # one image in float32, and normalised
     bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
     candidates = min(bank_part, (k + 1) * GROUP_SIZE)
     query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 8 * candidates + 100 * k
     return bank_part, max(1, (budget - bank_part * unit_bytes) // query_bytes)
 
 
-def top_k(similarities_QN: Tensor, k: int) -> Neighbours:
-    """The k largest of each row (all of a shorter one), largest first.
+def top_k(similarities_QN: Tensor, k: int) -> TopK:
+    """Return the k largest of each row (all of a shorter row), largest first.
 
-    In two levels, because a whole row's topk takes far longer than finding maxima: the k groups of neighbouring columns
-    with the largest maxima hold the k largest values.
+    In two levels, since topk of a whole row is much slower than a maximum: the k groups of adjacent columns with the
+    largest maxima contain the k largest values.
     """
     num_rows, num_columns = similarities_QN.shape
     num_groups = num_columns // GROUP_SIZE
     if k >= num_groups:
-        return Neighbours(*similarities_QN.topk(min(k, num_columns), dim=1))
-    num_grouped = num_groups * GROUP_SIZE  # the few columns left over are all looked at
+        return TopK(*similarities_QN.topk(min(k, num_columns), dim=1))
+    num_grouped = num_groups * GROUP_SIZE  # the few remaining columns are all candidates
     grouped = similarities_QN[:, :num_grouped].unflatten(1, (num_groups, GROUP_SIZE))
     groups_QK = grouped.amax(dim=2).topk(k, dim=1).indices
     rows = torch.arange(num_rows, device=similarities_QN.device)[:, None]
     candidates = torch.cat([grouped[rows, groups_QK].flatten(1), similarities_QN[:, num_grouped:]], dim=1)
     similarities, chosen = candidates.topk(k, dim=1)
     in_group = groups_QK.gather(1, (chosen // GROUP_SIZE).clamp(max=k - 1)) * GROUP_SIZE + chosen % GROUP_SIZE
-    left_over = chosen - k * GROUP_SIZE + num_grouped
-    return Neighbours(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, left_over))
+    remaining = chosen - k * GROUP_SIZE + num_grouped
+    return TopK(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, remaining))
 
 
-def merge(some: Neighbours, others: Neighbours, k: int) -> Neighbours:
-    """The k nearest of both."""
+def merge(some: TopK, others: TopK, k: int) -> TopK:
+    """Return the k nearest of both."""
     similarities = torch.cat([some.similarities, others.similarities], dim=1)
     indices = torch.cat([some.indices, others.indices], dim=1)
     similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
-    return Neighbours(similarities, indices.gather(1, chosen))
+    return TopK(similarities, indices.gather(1, chosen))
 
 
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
-    """Neither autocast nor TF32, which Composer turns on: they round the similarities, and with them the order."""
+    """Turn off autocast and TF32 (Composer allows it): both round similarities and so change the order."""
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -121,10 +119,10 @@ def full_float32(device: str) -> Iterator[None]:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Whether any of a query's k nearest bank images has its label.
+    """Tell whether any of a query's k nearest bank images has its label.
 
     Args:
-        nearest: (Q, K) of :func:`nearest_neighbours`.
+        nearest: (Q, K) from :func:`nearest_neighbours`.
         bank_labels: (N,) int.
         query_labels: (Q,) int.
         ks: Each from 1 to K.
@@ -139,7 +137,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
 def retrieval_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int] = (1, 3)
 ) -> dict[int, float]:
-    """The share of queries of which any of the k nearest bank images, by cosine, has the query's label.
+    """Return the share of queries with the right label among their k nearest bank images by cosine.
 
     Args:
         bank: (N, D).
@@ -152,7 +150,7 @@ def retrieval_accuracy(
         k → accuracy from 0 to 1.
 
     Raises:
-        ValueError: The shapes do not fit, a k is out of range, or there is no query.
+        ValueError: The shapes do not agree, a k is out of range, or there are no queries.
     """
     if len(bank) != len(bank_labels) or len(queries) != len(query_labels):
         raise ValueError(

@@ -87,8 +87,8 @@ def test_a_healthy_run(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("state", "model", "reason"),
     [
-        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: over the images the prediction varies by 0.00"),
-        ("dead", Regressor(shift=1.2), r"dead at batch 5: the loss 1.\d+ is no better than [01].\d+, that of one"),
+        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: the prediction's variance over the images is 0.00"),
+        ("dead", Regressor(shift=1.2), r"dead at batch 5: the loss 1.\d+ is no better than [01].\d+, that of a constant"),
         ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 is"),
         ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),
         ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: not finite: loss"),
@@ -128,7 +128,7 @@ class Overflow(Callback):
 def test_skipped_steps_are_named(caplog: pytest.LogCaptureFixture) -> None:
     measured = train(Regressor(), Overflow(), Health("5ba"))
     assert measured["scaler_skips"] == [0.0, 1.0, 0.0, 0.0]
-    assert warnings_of(caplog) == ["health: scaler_skips at batch 10: the loss scaler came down from 1024 to 512"]
+    assert warnings_of(caplog) == ["health: scaler_skips at batch 10: the loss scale fell from 1024 to 512"]
     assert loss_scale(cast("State", SimpleNamespace(scaler=GradScaler("cpu", enabled=False)))) == 0.0
 
 

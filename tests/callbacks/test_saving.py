@@ -221,13 +221,13 @@ def test_a_store_that_forbids_to_remove_is_said_so(
     keeping = CheckpointRetention(Path("nowhere"), "runs/a", 2)
     with caplog.at_level(logging.WARNING):
         keeping.prune_remote("bucket")
-    assert caplog.messages == ["runs/a: its old checkpoints are not removed yet (AccessDenied: you may not)"]
+    assert caplog.messages == ["runs/a: could not remove its old checkpoints (AccessDenied: you may not)"]
 
 
 def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
     first = RunFolderLock(tmp_path, "s3://a/runs")
-    this_one = f"or end process {os.getpid()} of {platform.node()}$"
-    with pytest.raises(InputError, match=f": another run trains there: .*, {this_one}"):
+    this_one = f"or stop process {os.getpid()} of {platform.node()}$"
+    with pytest.raises(InputError, match=f" is in use by another run: .*, {this_one}"):
         RunFolderLock(tmp_path, "s3://a/runs")
     first.post_close()
     RunFolderLock(tmp_path, "s3://a/runs").post_close()
@@ -252,7 +252,7 @@ def test_a_run_whose_folder_is_removed_ends(tmp_path: Path, removed: str) -> Non
             shutil.rmtree(folder)
         if removed == "replaced":
             RunFolderLock(folder).post_close()
-        with pytest.raises(InputError, match=r"run or its lock \.in_use was removed .* ends after batch 2;"):
+        with pytest.raises(InputError, match=r"run or its lock \.in_use was removed .* stopped after batch 2;"):
             graceful_stop.batch_end(state, logger)
     finally:
         graceful_stop.close(state, logger)
@@ -378,8 +378,8 @@ def test_runs_and_an_evaluation_at_once(uninterrupted: Path, small_data: Path, t
     second = run_command(*train_command(small_run(shared, small_data, *endless)))
     assert second.returncode == 2, second.stderr
     assert second.stderr.splitlines()[-1] == (
-        f"error: {shared}: another run trains there: give each a run_name or save_folder of its own, "
-        f"or end process {process.pid} of {platform.node()}"
+        f"error: save_folder: {shared} is in use by another run: choose another run_name or save_folder, "
+        f"or stop process {process.pid} of {platform.node()}"
     )
     for _ in range(60):
         student, teacher = load_any(shared / LATEST)

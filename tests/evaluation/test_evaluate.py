@@ -15,7 +15,7 @@ from torchvision.io import write_png
 
 from d2v_composer import load_student, load_teacher, retrieval_accuracy
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.bootstrap import bootstrap, share_interval
+from d2v_composer.evaluation.bootstrap import accuracy_interval, share_interval
 from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
@@ -170,7 +170,7 @@ def test_confusion_and_classes() -> None:
 
 def test_intervals() -> None:
     hits = np.arange(1000) % 4 == 0
-    interval = bootstrap(lambda mean: mean(hits), len(hits))
+    interval = accuracy_interval(hits)
     half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
     assert interval.value == 0.25
     assert [interval.low, interval.high] == pytest.approx([0.25 - half_width, 0.25 + half_width], abs=0.003)

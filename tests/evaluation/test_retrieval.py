@@ -24,6 +24,7 @@ from d2v_composer.benchmarks.measure import peak_allocated
 from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
 from d2v_composer.callbacks.trainer_state import unwrapped
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.labelled_retrieval import Ranks
 from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_accuracy, top_k
 from d2v_composer.report.tables import retrieval_table
 from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command
@@ -305,11 +306,11 @@ def test_embeddings_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's embed may return them there, and NCCL gathers what is on the device alone."""
     gathered: list[Tensor] = []
 
-    def gather(share: Tensor, num_images: int) -> Tensor:
+    def gather(ranks: Ranks, share: Tensor, num_images: int) -> Tensor:
         gathered.append(share)
         return share[:num_images]
 
-    monkeypatch.setattr("d2v_composer.callbacks.zero_shot_retrieval.gather", gather)
+    monkeypatch.setattr(Ranks, "gather", gather)
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labelled}, "1ba", embed=lambda images: pixels(images).as_subclass(Tensor))
     train(Classifier(), callback, "1ba", LabelledDevice())

@@ -272,7 +272,7 @@ def test_a_damaged_line_of_a_log(damaged: bytes, tmp_path: Path, caplog: pytest.
     series = read_jsonl(path)
     assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
     assert list(series) == ["loss/train/total", "nan"]
-    assert caplog.messages == [f"{path}: 1 of 4 lines are damaged and left out"]
+    assert caplog.messages == [f"{path}: skipped 1 of 4 lines: corrupt"]
 
 
 def test_a_report_of_a_damaged_log(run_folder: Path, tmp_path: Path) -> None:
