@@ -17,6 +17,7 @@ from d2v_composer.builders.optimization import build_algorithms, build_optimizer
 from d2v_composer.builders.run_folder import build_load_path, find_run_folder
 from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -24,9 +25,10 @@ from d2v_composer.models.sharding import join_units
 from d2v_composer.report import Run, write_report
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system import cli
-from d2v_composer.system.multi_node import join_ranks, rank_zero_first, separate_signal_files
+from d2v_composer.system.compat import patched_composer
+from d2v_composer.system.multi_node import join_ranks, rank_zero_first
 from d2v_composer.system.retry import reason
-from d2v_composer.system.worker_lifetime import allow_open_files, uploads_outlive_sigterm
+from d2v_composer.system.worker_lifetime import allow_open_files
 
 # More than a run was seen to need. Every tensor that a worker has ready is an open file.
 OPEN_FILES, OPEN_FILES_A_WORKER = 256, 16
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> Trainer:
     own_callbacks = [*folder_callbacks, run_record, Throughput(), nan_guard, graceful_stop]
     own_callbacks += [] if retrieval is None else [retrieval]
 
-    with separate_signal_files(), uploads_outlive_sigterm():
+    with patched_composer(read_checkpoint):
         trainer = Trainer(
             model=model,
             train_dataloader=train_loader,

@@ -1,7 +1,7 @@
-"""The checkpoint that a run goes on from: the newest one that is whole, and none that a stranger made.
+"""Select the checkpoint from which a run resumes: its newest complete one, never one of another program.
 
-Composer's own autoresume takes whatever ``latest-rank0.pt`` points at, unpickles it with all the code that it may
-name, and takes a store that forbids reading for one that holds no checkpoint.
+Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code that it names, and cannot tell a
+store that denies access from one without checkpoints.
 """
 
 import logging
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects, parse_uri
 
-from d2v_composer.checkpoints.composer_checkpoint import DamagedCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
+from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import transfer
@@ -21,7 +23,8 @@ from d2v_composer.system.retry import is_missing, reason, retry
 
 __all__ = [
     "LATEST",
-    "bring_checkpoint",
+    "broadcast_checkpoint",
+    "download_checkpoint",
     "drop_unused_scaler",
     "fetch_checkpoint",
     "find_newest_checkpoint",
@@ -35,47 +38,42 @@ ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 log = logging.getLogger(__name__)
 
 
-def find_newest_checkpoint(folder: Path, remote: str | None = None) -> Path | None:
-    """The newest whole checkpoint of a run, in its folder on this machine.
+def find_newest_checkpoint(folder: RunFolder) -> Path | None:
+    """Return a run's newest complete checkpoint, in its local folder; ``None`` if there is no checkpoint.
 
-    The newest is what Composer's pointer ``latest-rank0.pt`` says, or the one before it where that is damaged, or,
-    without a pointer, the one of the latest batch. Of a remote run the store's is fetched where it is of a later batch.
-
-    Args:
-        folder: The run's, on this machine.
-        remote: Its address in an object store, or ``None``.
-
-    Returns:
-        The checkpoint, or ``None`` where there is none yet.
+    Candidates are the target of Composer's pointer ``latest-rank0.pt`` and the checkpoints before it; without a
+    pointer, all checkpoints. Truncated or corrupt ones are skipped with a warning. If the object store has a newer
+    checkpoint than the local folder, it is fetched.
 
     Raises:
-        InputError: The store cannot be read, none of the checkpoints is whole, or one is not ours.
+        InputError: The store cannot be read, no checkpoint is complete, or ``recipes/train.py`` did not write it.
     """
-    candidates = _candidates(folder)
-    newest = next(filter(_is_whole, candidates), None)
-    if remote is not None:
-        newest = _newer_in_store(folder, remote, newest)
-    if newest is None and (folder / LATEST).is_symlink():
-        raise InputError(f"{folder}: none of its {len(candidates)} checkpoints is whole: remove them to start anew")
+    candidates = _local_candidates(folder.local)
+    newest = next(filter(_is_complete, candidates), None)
+    if folder.address is not None:
+        newest = _newer_in_store(folder, folder.address, newest)
+    if newest is None and (folder.local / LATEST).is_symlink():
+        raise InputError(
+            f"{folder.local}: none of its {len(candidates)} checkpoints is complete: remove them to restart"
+        )
     if newest is None and candidates:
-        log.warning("%s: its first checkpoint was not written to its end: the run starts anew", folder)
+        log.warning("%s: its first checkpoint is truncated: the run starts from scratch", folder.local)
     return newest
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """What may be the newest checkpoint, the best first: the pointer's, and those before it."""
+def _local_candidates(folder: Path) -> list[Path]:
     pointer = folder / LATEST
     pointed_at = pointer.readlink().name if pointer.is_symlink() else None
     return [folder / name for name in newest_first((path.name for path in folder.glob("*.pt")), pointed_at)]
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None) -> list[str]:
-    """The checkpoints among some files' names, from the one that the pointer names to the oldest.
+    """Return the checkpoints among file names, from the pointer's target to the oldest.
 
     Args:
-        names: The files'.
-        pointed_at: The one that the pointer names. A later one was abandoned, when somebody began again before it;
-            without a pointer, all count.
+        names: File names; those of other files are ignored.
+        pointed_at: The pointer's target. Later checkpoints are ignored: the run was restarted before them. ``None``
+            keeps all.
     """
     checkpoints = sorted(filter(NAME.fullmatch, names), key=_age, reverse=True)
     if pointed_at is None or not NAME.fullmatch(pointed_at):
@@ -83,121 +81,127 @@ def newest_first(names: Iterable[str], pointed_at: str | None) -> list[str]:
     return [name for name in checkpoints if _age(name) <= _age(pointed_at)]
 
 
-def _age(name: str) -> tuple[int, int]:
-    """Batches and epochs of training, as a checkpoint's name says."""
-    match = NAME.fullmatch(name)
-    assert match is not None  # who calls this has looked
-    return int(match[2]), int(match[1])
+def _age(name: str) -> tuple[int, ...]:
+    """Return the batches and epochs in a checkpoint's name."""
+    return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         check_checkpoint(checkpoint)
-    except DamagedCheckpointError as error:
-        log.warning("%s; it is passed over", error)
+    except CorruptCheckpointError as error:
+        log.warning("%s: skipped", error)
         return False
     return True
 
 
-def bring_checkpoint(name: str, folder: Path, remote: str | None) -> Path:
-    """A checkpoint by its name, whole, in the folder on this machine: it is there, or is fetched from the store.
-
-    Raises:
-        InputError: It is not to be had, or none that is to be loaded.
-    """
-    path = folder / name
-    if remote is not None:
-        if path.is_file() and _is_whole(path):
-            return path
-        fetch_checkpoint(f"{remote.rstrip('/')}/{name}", path)
-    check_checkpoint(path)
-    return path
-
-
-def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
-    """Leave a loss scaler's state out of what is loaded, unless a run in this precision goes on with it.
-
-    Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler as well: on a
-    CPU it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.
-    """
-    state = checkpoint["state"]
-    if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
-        del state["scaler"]
-
-
-def fetch_checkpoint(address: str, path: Path) -> None:
-    """Bring a checkpoint to a path of this machine, each time anew, for it may be another by now.
-
-    Args:
-        address: https://…, or in an object store; there, Composer's ``latest-rank0.pt`` is a file that names another.
-        path: Where it is to be.
-
-    Raises:
-        InputError: It is not there, or cannot be read.
-    """
-    if _fetch(address, path):
-        return
-    target = _follow(address, path.with_name(f".{uuid4().hex}.symlink"))
-    if target is None or not _fetch(f"{address.rpartition('/')[0]}/{target}", path):
-        raise InputError(f"{address}: no such file")
-
-
-def _newer_in_store(folder: Path, remote: str, newest: Path | None) -> Path | None:
-    """The newest whole checkpoint of a store, fetched, where it is newer than what this machine has; otherwise that."""
-    damaged = 0
-    for name in _remote_candidates(folder, remote):
+def _newer_in_store(folder: RunFolder, address: str, newest: Path | None) -> Path | None:
+    """Fetch the store's newest complete checkpoint if it is newer than ``newest``; otherwise return ``newest``."""
+    num_corrupt = 0
+    for name in _remote_candidates(folder.local, address):
         if newest is not None and _age(name) <= _age(newest.name):
             return newest
         try:
-            return bring_checkpoint(name, folder, remote)
-        except DamagedCheckpointError as error:
-            log.warning("%s, from the store; it is passed over", error)
-            damaged += 1
-    if newest is None and damaged:
-        raise InputError(f"{remote}: none of its {damaged} checkpoints is whole: remove them to start anew")
+            return fetch_checkpoint(name, folder)
+        except CorruptCheckpointError as error:
+            log.warning("%s, from the store: skipped", error)
+            num_corrupt += 1
+    if newest is None and num_corrupt:
+        raise InputError(f"{address}: none of its {num_corrupt} checkpoints is complete: remove them to restart")
     return newest
 
 
-def _remote_candidates(folder: Path, remote: str) -> Iterator[str]:
-    """The names of what may be a store's newest checkpoint, the best first; none, where there is no pointer yet."""
-    remote = f"{remote.rstrip('/')}/"
-    pointed_at = _follow(f"{remote}{LATEST}", folder / f".{uuid4().hex}.symlink")
+def _remote_candidates(folder: Path, address: str) -> Iterator[str]:
+    """Yield the names of a store's checkpoints like :func:`newest_first`; none without a pointer."""
+    prefix = f"{address}/"
+    pointed_at = _read_pointer(f"{prefix}{LATEST}", folder)
     if pointed_at is None:
         return
     yield pointed_at
     try:
-        keys = list_remote_objects(remote)
+        keys = list_remote_objects(prefix)
     except Exception as error:
-        raise InputError(f"{remote}: cannot be looked through for an older checkpoint ({reason(error)})") from error
-    names = [key.removeprefix(parse_uri(remote)[2]) for key in keys]
+        raise InputError(f"{prefix}: cannot be listed to find an older checkpoint ({reason(error)})") from error
+    names = [key.removeprefix(parse_uri(prefix)[2]) for key in keys]
     yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
 
 
-def _follow(address: str, pointer: Path) -> str | None:
-    """The name in a store's symlink, which Composer writes as a small file; ``None`` where there is none."""
-    if not _fetch(f"{address}.symlink", pointer):
+def broadcast_checkpoint(newest: Path | None) -> str | None:
+    """Return the name of rank 0's checkpoint on every rank."""
+    name = [None if newest is None else newest.name]
+    dist.broadcast_object_list(name)
+    return name[0]
+
+
+def fetch_checkpoint(name: str, folder: RunFolder) -> Path:
+    """Return a run's checkpoint in its local folder, verified; download it if it is missing or corrupt.
+
+    Raises:
+        InputError: It cannot be fetched, is corrupt, or ``recipes/train.py`` did not write it.
+    """
+    path = folder.local / name
+    if folder.address is not None:
+        if path.is_file() and _is_complete(path):
+            return path
+        download_checkpoint(f"{folder.address}/{name}", path)
+    check_checkpoint(path)
+    return path
+
+
+def download_checkpoint(address: str, path: Path) -> None:
+    """Download a checkpoint, even if ``path`` exists: the address may have a new one.
+
+    Args:
+        address: https://…, or in an object store, where ``latest-rank0.pt`` is a small file with another's name.
+        path: The local file.
+
+    Raises:
+        InputError: It does not exist, or cannot be read.
+    """
+    if _download(address, path):
+        return
+    target = _read_pointer(address, path.parent)
+    if target is None or not _download(f"{address.rpartition('/')[0]}/{target}", path):
+        raise InputError(f"{address}: no such file")
+
+
+def _read_pointer(address: str, folder: Path) -> str | None:
+    """Return the target of a store's symlink, which Composer writes as a small file; ``None`` if it does not exist."""
+    pointer = folder / f".{uuid4().hex}.symlink"
+    if not _download(f"{address}.symlink", pointer):
         return None
     name = Path(pointer.read_text().strip()).name
     pointer.unlink()
     if not NAME.fullmatch(name):
-        raise InputError(f"{address}.symlink: names {name!r}, which is no checkpoint")
+        raise InputError(f"{address}.symlink: names {name!r}, expected a checkpoint such as ep1-ba12-rank0.pt")
     return name
 
 
-def _fetch(address: str, path: Path) -> bool:
-    """Whether there is such a file; it is at ``path`` then, whole. A store that is away is tried again."""
+def _download(address: str, path: Path) -> bool:
+    """Download a file; return whether it exists. If the store is unreachable, retry."""
 
-    def transfer_once() -> None:
+    def download_once() -> None:
         with partial_file(path) as partial:
             transfer(address, partial, ATTEMPT_SECONDS)
 
     try:
-        retry(transfer_once, address, PATIENCE_SECONDS)
+        retry(download_once, address, PATIENCE_SECONDS)
     except Exception as error:
         if is_missing(error):
             return False
         raise InputError(
-            f"{address}: cannot be read ({reason(error)}); whether there is a checkpoint to go on from is not known: a "
-            "run in a store needs the permission to read and to list"
+            f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
+            "permission to read and to list"
         ) from error
     return True
+
+
+def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
+    """Remove the loss scaler's state from a checkpoint unless it was saved, and is loaded, with amp_fp16.
+
+    Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler too: on a CPU
+    it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.
+    """
+    state = checkpoint["state"]
+    if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
+        del state["scaler"]

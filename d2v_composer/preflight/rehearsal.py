@@ -137,8 +137,9 @@ class Rehearsal(NamedTuple):
     def _saved_batch(self) -> int:
         """The batch of the newest checkpoint, where a restart looks for it; 0 for none."""
         with TemporaryDirectory() as elsewhere:  # as on a machine that has no copy
-            remote = RunFolder.parse(self.save_folder).address
-            newest = find_newest_checkpoint(self.folder if remote is None else Path(elsewhere), remote)
+            folder = RunFolder.parse(self.save_folder)
+            local = self.folder if folder.address is None else Path(elsewhere)
+            newest = find_newest_checkpoint(folder._replace(local=local))
         match = None if newest is None else re.search(r"-ba(\d+)-", newest.name)
         return 0 if match is None else int(match[1])
 

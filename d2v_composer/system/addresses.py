@@ -80,9 +80,9 @@ class RunFolder(NamedTuple):
     """Where a run's files are: in a folder here and, of a run in a store, below a prefix of a bucket."""
 
     local: Path
-    prefix: str | None
+    prefix: str | None = None
     """Of a run in a store; empty: the bucket's root."""
-    address: str | None
+    address: str | None = None
     """Of a run in a store, without a slash at the end."""
 
     @classmethod

@@ -1,9 +1,8 @@
-"""The ranks of a run: how they meet, how they wait for each other, and nodes that share a machine or a folder."""
+"""Ranks of a run: how they join, wait for each other and fail together."""
 
 import functools
 import itertools
 import json
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -24,12 +23,11 @@ __all__ = [
     "node_leaders_first",
     "raise_on_all_ranks",
     "rank_zero_first",
-    "separate_signal_files",
 ]
 
-# Composer's own time-out, of every collective: after a crash elsewhere a rank waits no longer.
+# Composer's default timeout of every collective: how long a rank waits after another one crashed.
 COLLECTIVE_SECONDS = 300.0
-# A rank that others wait for says so often that it is alive; one that is silent for so long is given up.
+# A rank that others wait for sends a heartbeat; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 300.0, 0.2
 
 ObjectT = TypeVar("ObjectT")
@@ -37,22 +35,22 @@ _turns = itertools.count()
 
 
 def join_ranks(timeout: float = COLLECTIVE_SECONDS) -> Device:
-    """Initialize torch.distributed where there are several ranks, with a first collective on this rank's device.
+    """Initialize torch.distributed if there are several ranks, and run a first collective on this rank's device.
 
-    A barrier, as the first one, would not know the device: NCCL would take GPU number rank % GPUs, which is another
-    rank's where a node runs fewer ranks than it has GPUs.
+    A barrier as the first collective would not know the device: NCCL would use GPU number rank % GPUs, which is another
+    rank's if a node runs fewer ranks than it has GPUs.
 
     Args:
         timeout: Of each collective, in seconds.
 
     Returns:
-        The device, which is torch.cuda's current one from now on.
+        The device; a GPU becomes torch.cuda's current one.
     """
-    device = get_device(None)  # of a GPU, it sets the current device
+    device = get_device(None)  # makes a GPU the current device
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, timeout)
         dist.all_reduce(device.tensor_to_device(torch.zeros(1)))
-        _node_leaders()  # while all are here
+        _node_leaders()  # a collective, while all ranks are here
     return device
 
 
@@ -60,56 +58,54 @@ def join_ranks(timeout: float = COLLECTIVE_SECONDS) -> Device:
 def node_leaders_first(what: str) -> Iterator[None]:
     """Let the first rank of each node run a block, such as a download, before the others run it.
 
-    It may take hours: no collective waits meanwhile, which would time out, as in Composer's
-    ``run_local_rank_zero_first``. All ranks have to come here.
+    The block may take hours. No collective waits meanwhile: it would time out, as in Composer's
+    ``run_local_rank_zero_first``. All ranks must call this.
 
     Args:
-        what: The work, for the message of a rank that waits in vain.
+        what: The work, for error messages.
 
     Raises:
-        InputError: In the ranks that wait: a first rank refused its input.
-        RuntimeError: In the ranks that wait: a first rank failed, or gives no sign of life.
+        InputError: On the waiting ranks, if a leader raised it.
+        RuntimeError: On the waiting ranks, if a leader failed otherwise or stopped responding.
     """
-    if dist.get_world_size() == 1:
-        yield
-        return
-    with _leaders_first(_node_leaders(), what):
+    with _leaders_first(what, of_each_node=True):
         yield
 
 
 @contextmanager
 def rank_zero_first(what: str) -> Iterator[None]:
-    """Let rank 0 run a block before all others run it: as :func:`node_leaders_first`."""
-    if dist.get_world_size() == 1:
-        yield
-        return
-    with _leaders_first((0,), what):
+    """Let rank 0 run a block before all others run it; see :func:`node_leaders_first`."""
+    with _leaders_first(what, of_each_node=False):
         yield
 
 
 @functools.cache
 def _node_leaders() -> tuple[int, ...]:
-    """The first rank of each node; a collective."""
+    """Return the first rank of each node; a collective."""
     return tuple(rank for rank, local in enumerate(gather_objects(dist.get_local_rank())) if local == 0)
 
 
 @contextmanager
-def _leaders_first(leaders: tuple[int, ...], what: str) -> Iterator[None]:
+def _leaders_first(what: str, of_each_node: bool) -> Iterator[None]:
+    if dist.get_world_size() == 1:
+        yield
+        return
+    leaders = _node_leaders() if of_each_node else (0,)
     store: Any = torch.distributed.distributed_c10d._get_default_store()
     turn, rank = f"d2v_composer/{next(_turns)}", dist.get_global_rank()
     if rank in leaders:
-        with _signs_of_life(store, f"{turn}/{rank}"):
+        with _heartbeat(store, f"{turn}/{rank}"):
             yield
-    # Leaders wait as well: whoever went on would wait for the other nodes in its next collective.
+    # Leaders wait too, or their next collective would wait for the other nodes and time out.
     for leader in leaders:
-        _await(store, f"{turn}/{leader}", f"{what}: rank {leader}")
+        _wait(store, f"{turn}/{leader}", f"{what}: rank {leader}")
     if rank not in leaders:
         yield
 
 
 @contextmanager
-def _signs_of_life(store: Any, key: str) -> Iterator[None]:
-    """Write into the store that the block is running, and what came of it."""
+def _heartbeat(store: Any, key: str) -> Iterator[None]:
+    """Write to the store that the block is running and, at its end, its outcome."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -132,55 +128,37 @@ def _signs_of_life(store: Any, key: str) -> Iterator[None]:
         store.set(key, json.dumps(outcome))
 
 
-def _await(store: Any, key: str, who: str) -> None:
-    """Wait until the block of another rank is done, in steps that a signal can interrupt."""
-    heard, heard_at = "", time.monotonic()
+def _wait(store: Any, key: str, who: str) -> None:
+    """Wait until another rank's block is done, polling so that a signal can interrupt."""
+    last, last_change = "", time.monotonic()
     while True:
         try:
-            said = store.get(key).decode() if store.check([key]) else ""
-        except RuntimeError as error:  # rank 0, which keeps the store, is gone
-            raise RuntimeError(f"{who} cannot be asked any more ({reason(error)})") from error
-        state = json.loads(said or "{}")
+            message = store.get(key).decode() if store.check([key]) else ""
+        except RuntimeError as error:  # rank 0, which holds the store, has ended
+            raise RuntimeError(f"{who} is unreachable ({reason(error)})") from error
+        state = json.loads(message or "{}")
         if "done" in state:
             return
         if "failed" in state:
             raise InputError(state["failed"]) if state["is_input"] else RuntimeError(f"{who} failed: {state['failed']}")
-        if said != heard:
-            heard, heard_at = said, time.monotonic()
-        elif time.monotonic() - heard_at > SILENT_SECONDS:
-            raise RuntimeError(f"{who} has given no sign of life for {SILENT_SECONDS:.0f} s")
+        if message != last:
+            last, last_change = message, time.monotonic()
+        elif time.monotonic() - last_change > SILENT_SECONDS:
+            raise RuntimeError(f"{who} has not responded for {SILENT_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)
 
 
 def gather_objects(mine: ObjectT) -> list[ObjectT]:
-    """Every rank's object, in their order; no collective where there is one rank."""
+    """Return every rank's object, in order of rank; with one rank, no collective runs."""
     return [mine] if dist.get_world_size() == 1 else dist.all_gather_object(mine)
 
 
 def raise_on_all_ranks(fault: str | None) -> None:
-    """End all ranks for a fault that one of them found; the others would wait for it.
+    """Raise a fault that any rank found on every rank, so that no rank waits for one that ended.
 
     Raises:
-        InputError: On every rank, with the first rank's fault that has one.
+        InputError: With the fault of the lowest rank that has one.
     """
     for each in gather_objects(fault):
         if each is not None:
             raise InputError(each)
-
-
-@contextmanager
-def separate_signal_files() -> Iterator[None]:
-    """Give each node its own of the files with which its first rank calls the others, and which it then deletes.
-
-    Composer 0.32 gives all nodes rank 0's name: in a folder that they share, each deletes the others' file.
-    """
-    common_name = dist.get_node_signal_file_name
-
-    def name_of_this_node(rng: random.Random | None = None) -> str:
-        return f"{common_name(rng)}_{dist.get_node_rank()}"
-
-    dist.get_node_signal_file_name = name_of_this_node
-    try:
-        yield
-    finally:
-        dist.get_node_signal_file_name = common_name

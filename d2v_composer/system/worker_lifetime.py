@@ -1,9 +1,9 @@
-"""How long a process lives: a worker as long as the process it works for, a rank as long as its launcher.
+"""Lifetimes of processes: a worker lives as long as its parent, a rank as long as its launcher.
 
-Schedulers such as SLURM and systemd send SIGTERM to every process of a run. Only the training process knows what to do
-then: finish the batch, save, and go. Its workers have to go on until it does, or there is no batch to finish and no
-checkpoint to upload. So SIGTERM is blocked in processes of the contexts :data:`FORK` and :data:`SPAWN`, and their
-parent asks them to end with another signal.
+Schedulers such as SLURM and systemd send SIGTERM to every process of a run. Only the training process may react: it
+finishes the batch, saves and exits. Its workers must keep running until then, to deliver the batch and upload the
+checkpoint. Processes of the contexts :data:`FORK` and :data:`SPAWN` therefore block SIGTERM, and their parent ends them
+with another signal.
 """
 
 import multiprocessing
@@ -16,41 +16,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, popen_spawn_posix, resource_tracker
-from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from composer.loggers import remote_uploader_downloader
-from composer.utils import remote_uploader
 
 from d2v_composer.system.errors import InputError
 
-__all__ = [
-    "FORK",
-    "SPAWN",
-    "allow_open_files",
-    "block_sigterm",
-    "end_with_launcher",
-    "end_with_parent",
-    "uploads_outlive_sigterm",
-]
+__all__ = ["FORK", "SPAWN", "allow_open_files", "block_sigterm", "end_with_launcher", "end_with_parent"]
 
 POLL_SECONDS = 0.5
-# What a parent asks its workers to end with: no scheduler sends it.
+# The signal with which a parent ends its workers; no scheduler sends it.
 END = signal.SIGRTMIN
-# How long a worker may take to end when asked, before it is killed.
+# Time for a worker to end before it is killed.
 END_SECONDS = 5.0
 
 
 @contextmanager
 def block_sigterm() -> Iterator[None]:
-    """Start processes within the block in which SIGTERM is blocked from their first instruction on.
+    """Block SIGTERM in processes started within the block, from their first instruction on.
 
-    A signal that arrives meanwhile reaches this process afterwards.
+    A signal that arrives meanwhile reaches this process at the end of the block.
     """
-    resource_tracker.ensure_running()  # starting it would unblock the signal
+    resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, END})
     try:
         yield
@@ -58,69 +48,54 @@ def block_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Outliving:
-    """Mixin of multiprocessing's handles of a process: starts it with SIGTERM blocked, and ends it all the same."""
+class _StartAndEnd:
+    """Mixin for multiprocessing's Popen classes: start with SIGTERM blocked, end with :data:`END`."""
 
     def _launch(self, process: Any) -> None:
-        handle: Any = super()
+        popen: Any = super()
         with block_sigterm():
-            handle._launch(process)
+            popen._launch(process)
 
     def terminate(self) -> None:
-        handle: Any = self
-        handle._send_signal(END)
-        if handle.wait(END_SECONDS) is None:
-            handle.kill()
+        popen: Any = self
+        popen._send_signal(END)
+        if popen.wait(END_SECONDS) is None:
+            popen.kill()
 
 
-class _ForkHandle(_Outliving, popen_fork.Popen):
+class _ForkPopen(_StartAndEnd, popen_fork.Popen):
     pass
 
 
-class _SpawnHandle(_Outliving, popen_spawn_posix.Popen):
+class _SpawnPopen(_StartAndEnd, popen_spawn_posix.Popen):
     pass
 
 
-class ForkedWorker(ForkProcess):
-    """A forked process that outlives SIGTERM, but not its parent."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- multiprocessing's name
-        return _ForkHandle(process_obj)
+class Worker(BaseProcess):
+    """A process that outlives SIGTERM, but not its parent."""
 
     def run(self) -> None:
         end_with_parent()
         super().run()
 
 
-class SpawnedWorker(SpawnProcess):
-    """A spawned process that outlives SIGTERM, but not its parent."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- multiprocessing's name
-        return _SpawnHandle(process_obj)
-
-    def run(self) -> None:
-        end_with_parent()
-        super().run()
+class ForkedWorker(Worker):
+    _start_method, _Popen = "fork", _ForkPopen
 
 
-class _ForkContext(ForkContext):
-    Process = ForkedWorker
+class SpawnedWorker(Worker):
+    _start_method, _Popen = "spawn", _SpawnPopen
 
 
-class _SpawnContext(SpawnContext):
-    Process = SpawnedWorker
-
-
-FORK, SPAWN = _ForkContext(), _SpawnContext()
+FORK: Any = ForkContext()
+SPAWN: Any = SpawnContext()
+FORK.Process, SPAWN.Process = ForkedWorker, SpawnedWorker
 
 
 def end_with_parent() -> None:
-    """Make this worker process end when its parent does or asks it to; elsewhere, and again, do nothing.
+    """End this worker process when its parent ends or asks for it. Elsewhere, or called again, do nothing.
 
-    Without its parent it would go on with what it has, wait for ever for processes that are gone, and hold the locks
-    that it inherited.
+    An orphan would otherwise wait forever for its siblings and hold the locks that it inherited.
     """
     parent = multiprocessing.parent_process()
     if parent is None or any(thread.name == end_with_parent.__name__ for thread in threading.enumerate()):
@@ -129,7 +104,7 @@ def end_with_parent() -> None:
     started_by = os.getppid()  # the parent, or a server that forks for it
 
     def watch() -> None:
-        # Of a fork, the sentinel is held by its siblings as well.
+        # After a fork, siblings hold the parent's sentinel too.
         while os.getppid() == started_by and parent.is_alive():
             if signal.sigtimedwait({END}, POLL_SECONDS) is not None:
                 os._exit(0)
@@ -139,9 +114,9 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Send this rank SIGTERM when Composer's launcher, which started it, is gone; without a launcher do nothing.
+    """Send this rank SIGTERM when Composer's launcher ends; without a launcher, do nothing.
 
-    A launcher that is killed leaves its ranks behind. A rank that trains then saves before it goes.
+    A killed launcher leaves its ranks running. After SIGTERM, a rank that trains saves and exits.
     """
     launcher = os.getppid()
     if "LOCAL_RANK" not in os.environ or not _is_launcher(launcher):
@@ -150,7 +125,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(POLL_SECONDS)
-        with suppress(OSError):  # nothing may be at the other end any more
+        with suppress(OSError):  # stderr may be closed
             print(f"the launcher, process {launcher}, is gone: this rank ends", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -168,32 +143,14 @@ def _is_launcher(pid: int) -> bool:
 
 
 def allow_open_files(needed: int) -> None:
-    """Raise this process's limit of open files as far as needed, which the processes that it starts inherit.
+    """Raise the limit of open files of this process and its children to ``needed``.
 
     Raises:
-        InputError: The machine allows fewer.
+        InputError: The machine's hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise InputError(
-            f"a process may have {hard} files open here (ulimit -Hn), and {needed} are needed: raise the limit"
-        )
+        raise InputError(f"this run needs {needed} open files, the limit is {hard} (ulimit -Hn): raise it")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-@contextmanager
-def uploads_outlive_sigterm() -> Iterator[None]:
-    """Make Composer's uploaders that are constructed within the block start their processes in :data:`SPAWN`.
-
-    Composer 0.32 has no argument for it. A checkpoint is uploaded after the SIGTERM for which it was saved.
-    """
-    patched: list[Any] = [remote_uploader, remote_uploader_downloader]
-    for module in patched:
-        module.multiprocessing = SimpleNamespace(get_context=lambda method: SPAWN)
-    try:
-        yield
-    finally:
-        for module in patched:
-            module.multiprocessing = multiprocessing

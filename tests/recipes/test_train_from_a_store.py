@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from d2v_composer.benchmarks.object_store import ObjectStore
-from d2v_composer.checkpoints.resume import fetch_checkpoint, find_newest_checkpoint
+from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
 from d2v_composer.data.mds_index import fetch_index
+from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
@@ -79,7 +80,7 @@ def test_the_newest_checkpoint_of_a_store(
     remote, name = f"s3://{BUCKET}/runs/by_hand", "ep2-ba14-rank0.pt"
     for variable, value in object_store.environment.items():
         monkeypatch.setenv(variable, value)
-    assert find_newest_checkpoint(tmp_path / "first", remote) is None
+    assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) is None
     client = object_store.client()
     client.upload_file(str(uninterrupted / name), BUCKET, f"runs/by_hand/{name}")
     client.put_object(Bucket=BUCKET, Key="runs/by_hand/latest-rank0.pt.symlink", Body=f"runs/by_hand/{name}".encode())
@@ -87,7 +88,7 @@ def test_the_newest_checkpoint_of_a_store(
     object_store.kill()
     starter = threading.Timer(3, object_store.start)
     starter.start()
-    found = find_newest_checkpoint(tmp_path / "second", remote)
+    found = find_newest_checkpoint(RunFolder(tmp_path / "second", address=remote))
     starter.join()
     assert found is not None
     assert found == tmp_path / "second" / name
@@ -96,18 +97,18 @@ def test_the_newest_checkpoint_of_a_store(
 
     # What this machine has is older, or newer than what reached the store.
     shutil.copy(uninterrupted / "ep1-ba12-rank0.pt", tmp_path / "first")
-    assert find_newest_checkpoint(tmp_path / "first", remote) == tmp_path / "first" / name
+    assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) == tmp_path / "first" / name
     newer = Path(shutil.copy(found, tmp_path / "first" / "ep3-ba18-rank0.pt"))
-    assert find_newest_checkpoint(tmp_path / "first", remote) == newer
+    assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) == newer
 
-    fetch_checkpoint(f"{remote}/latest-rank0.pt", tmp_path / "given.pt")
+    download_checkpoint(f"{remote}/latest-rank0.pt", tmp_path / "given.pt")
     assert (tmp_path / "given.pt").read_bytes() == found.read_bytes()
     with pytest.raises(InputError, match=r"by_hand/ep9-ba9-rank0\.pt: no such file"):
-        fetch_checkpoint(f"{remote}/ep9-ba9-rank0.pt", tmp_path / "given.pt")
+        download_checkpoint(f"{remote}/ep9-ba9-rank0.pt", tmp_path / "given.pt")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(InputError, match="whether there is a checkpoint to go on from is not known"):
-        find_newest_checkpoint(tmp_path / "third", remote)
+    with pytest.raises(InputError, match="so the newest checkpoint is unknown"):
+        find_newest_checkpoint(RunFolder(tmp_path / "third", address=remote))
 
 
 def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
@@ -130,7 +131,7 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
         put(name, contents)
     put("latest-rank0.pt.symlink", f"runs/damaged/{newest}".encode())
 
-    assert find_newest_checkpoint(tmp_path / "new", remote) == tmp_path / "new" / before
+    assert find_newest_checkpoint(RunFolder(tmp_path / "new", address=remote)) == tmp_path / "new" / before
     assert (tmp_path / "new" / before).read_bytes() == whole
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert newest in caplog.text
@@ -140,10 +141,10 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
     kept.mkdir()
     shutil.copy(uninterrupted / before, kept)
     put(before, b"")
-    assert find_newest_checkpoint(kept, remote) == kept / before
+    assert find_newest_checkpoint(RunFolder(kept, address=remote)) == kept / before
 
-    with pytest.raises(InputError, match=f"{remote}: none of its 2 checkpoints is whole: remove them to start anew"):
-        find_newest_checkpoint(tmp_path / "other", remote)
+    with pytest.raises(InputError, match=f"{remote}: none of its 2 checkpoints is complete: remove them to restart"):
+        find_newest_checkpoint(RunFolder(tmp_path / "other", address=remote))
 
 
 def test_a_cache_of_another_data_set_or_with_a_cut_index(

@@ -1,4 +1,4 @@
-"""Workers outlive SIGTERM but not their parent; nothing but Composer's launcher takes its ranks along."""
+"""Workers outlive SIGTERM but not their parent; only Composer's launcher ends its ranks with it."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from d2v_composer.system.worker_lifetime import FORK, SPAWN, _is_launcher, allow
 
 
 class Numbers(Dataset[int]):
-    """The worker's own process number and 99 zeros, slowly."""
+    """The worker's process ID and 99 zeros, slowly."""
 
     def __len__(self) -> int:
         return 100
@@ -29,7 +29,7 @@ class Numbers(Dataset[int]):
         return 0 if index else os.getpid()
 
 
-def test_a_data_worker_outlives_a_sigterm_that_is_not_its_parents() -> None:
+def test_a_data_worker_outlives_sigterm() -> None:
     loader = DataLoader(Numbers(), batch_size=1, num_workers=1, multiprocessing_context=FORK)
     batches = iter(loader)
     worker = int(next(batches))
@@ -43,16 +43,16 @@ def test_a_data_worker_outlives_a_sigterm_that_is_not_its_parents() -> None:
 def test_a_parent_ends_its_worker(kind: Any) -> None:
     worker = kind.Process(target=time.sleep, args=(600,), daemon=True)
     worker.start()
-    os.kill(worker.pid, signal.SIGTERM)  # at once: it may have run nothing of ours yet
+    os.kill(worker.pid, signal.SIGTERM)  # at once, before it has run any of our code
     assert worker.is_alive()
     worker.terminate()
     worker.join(10)
     assert worker.exitcode in (0, -signal.SIGKILL)
 
 
-def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2v_composer.system.worker_lifetime.END_SECONDS", 0.2)
-    monkeypatch.setattr("d2v_composer.system.worker_lifetime.end_with_parent", lambda: None)  # as where it hangs
+    monkeypatch.setattr("d2v_composer.system.worker_lifetime.end_with_parent", lambda: None)  # a hang
     worker = FORK.Process(target=time.sleep, args=(600,), daemon=True)
     worker.start()
     worker.terminate()
@@ -77,7 +77,7 @@ def _start_worker(send: Connection) -> None:
     time.sleep(600)
 
 
-def test_sigterm_that_arrives_while_it_is_blocked_is_not_lost() -> None:
+def test_a_blocked_sigterm_arrives_later() -> None:
     received: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
@@ -89,14 +89,14 @@ def test_sigterm_that_arrives_while_it_is_blocked_is_not_lost() -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_the_limit_of_open_files_is_raised_or_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(32, 4096)]
     monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
     monkeypatch.setattr("resource.setrlimit", lambda _, limit: limits.append(limit))
     allow_open_files(300)
     allow_open_files(200)
     assert limits == [(32, 4096), (300, 4096)]
-    with pytest.raises(InputError, match=r"^a process may have 4096 files open here .*, and 5000 are needed"):
+    with pytest.raises(InputError, match=r"^this run needs 5000 open files, the limit is 4096 "):
         allow_open_files(5000)
 
 
@@ -109,13 +109,13 @@ def test_the_limit_of_open_files_is_raised_or_too_low(monkeypatch: pytest.Monkey
         (["-c", "import time; time.sleep(600)"], False),
     ],
 )
-def test_which_parent_is_composers_launcher(tmp_path: Path, arguments: list[str], is_launcher: bool) -> None:
-    """A shell or nohup that started a rank may end without it."""
+def test_only_composers_launcher_is_one(tmp_path: Path, arguments: list[str], is_launcher: bool) -> None:
+    """A shell or nohup that started a rank may end before it."""
     for name in ("composer", "nohup.py"):
         (tmp_path / name).write_text("import time; time.sleep(600)")
     parent = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path)
     try:
-        while not psutil.Process(parent.pid).cmdline():  # for a moment it has none
+        while not psutil.Process(parent.pid).cmdline():  # empty at first
             time.sleep(0.01)
         assert _is_launcher(parent.pid) == is_launcher
     finally:
