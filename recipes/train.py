@@ -3,22 +3,16 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.utils import dist, reproducibility
 
-from d2v_composer.builders.callbacks import build_callbacks, build_folder_callbacks, build_loggers, build_run_record
-from d2v_composer.builders.data import build_collective_timeout, build_train_loader
-from d2v_composer.builders.evaluation import build_retrieval
-from d2v_composer.builders.model import build_model, build_precision
-from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
-from d2v_composer.builders.run_folder import build_load_path, find_run_folder
-from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.builders import BuiltRun, build_run
+from d2v_composer.builders.data import build_collective_timeout, count_open_files
+from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
-from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.sharding import join_units
@@ -30,96 +24,65 @@ from d2v_composer.system.multi_node import join_ranks, rank_zero_first
 from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import allow_open_files
 
-# More than a run was seen to need. Every tensor that a worker has ready is an open file.
-OPEN_FILES, OPEN_FILES_A_WORKER = 256, 16
 
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Train a student, from the run's last checkpoint if there is one.
 
-def main(argv: Sequence[str]) -> Trainer:
-    """Train as the YAML says; a run that was interrupted goes on where its last checkpoint is."""
+    Args:
+        argv: A YAML and its overrides.
+        callbacks: Callbacks beside those of the YAML.
+    """
     config = load_config(argv)
-    allow_open_files(OPEN_FILES + OPEN_FILES_A_WORKER * config.train_loader.num_workers)
+    allow_open_files(count_open_files(config))
     join_ranks(build_collective_timeout(config))
     reproducibility.seed_all(config.seed)
-
-    model = build_model(config)
-    train_loader = build_train_loader(config, model.teacher.config.image_size)
-    scheduler = build_scheduler(config, len(train_loader))
-    retrieval = build_retrieval(config, model)
-    chosen_callbacks = build_callbacks(config)
-    graceful_stop = GracefulStop(config.save_interval)
-    run_record = build_run_record(config, model.teacher)
-    folder_callbacks = build_folder_callbacks(config)  # from here on the folder is ours alone
-    load_path = build_load_path(config)
-    nan_guard = NanGuard(graceful_stop.save_interval)
-    own_callbacks = [*folder_callbacks, run_record, Throughput(), nan_guard, graceful_stop]
-    own_callbacks += [] if retrieval is None else [retrieval]
-
     with patched_composer(read_checkpoint):
-        trainer = Trainer(
-            model=model,
-            train_dataloader=train_loader,
-            max_duration=config.max_duration,
-            optimizers=build_optimizer(config.optimizer, model),
-            schedulers=scheduler,
-            algorithms=build_algorithms(config),
-            callbacks=own_callbacks + chosen_callbacks,
-            loggers=build_loggers(config),
-            progress_bar=False,  # ours is among the loggers
-            precision=build_precision(config),
-            device_train_microbatch_size=config.device_train_microbatch_size,
-            parallelism_config=build_parallelism(config),
-            seed=config.seed,
-            run_name=config.run_name,
-            save_folder=config.save_folder,
-            save_interval=graceful_stop.save_interval,
-            save_num_checkpoints_to_keep=-1,  # CheckpointRetention sees to it
-            save_overwrite=True,  # a kill may leave half a checkpoint; the restart writes over it
-            load_path=load_path,  # autoresume is ours
-            load_ignore_keys=partial(drop_unused_scaler, precision=config.precision),
-        )
-    # Here, because each DeviceGPU that Composer makes up to here allows it.
+        run = build_run(config)
+        run.trainer_arguments["callbacks"].extend(callbacks)
+        trainer = Trainer(**run.trainer_arguments)
+    # Only now: each DeviceGPU that Composer constructs allows TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if trainer.state.fsdp_config is not None:
-        join_units(model, trainer.state.fsdp_config.device_mesh)
+        join_units(run.model, trainer.state.fsdp_config.device_mesh)
     try:
-        was_finished = trainer.state.timestamp >= config.max_duration
-        if not was_finished:
-            trainer.fit()
-        elif dist.get_global_rank() == 0:  # Composer would take it for a mistake
-            print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
-        with rank_zero_first("report and uploads"):
-            report(trainer, config, run_record, retrieval, was_finished)
+        is_new = fit(trainer, config)
+        # It takes seconds. The uploads may take minutes, which no collective would wait.
+        if dist.get_global_rank() == 0:
+            report(trainer, config, run, is_new)
+        with rank_zero_first("uploads"):
             trainer.engine.close()
     except BaseException:
-        # Not trainer.close(): that waits for all ranks, and not all may have failed.
+        # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
         raise
     trainer.close()
     return trainer
 
 
-def report(
-    trainer: Trainer,
-    config: TrainConfig,
-    run_record: RunRecord,
-    retrieval: ZeroShotRetrieval | None,
-    was_finished: bool,
-) -> None:
-    """Print what the run was for, and draw it in its folder."""
-    if dist.get_global_rank() != 0:
-        return
+def fit(trainer: Trainer, config: TrainConfig) -> bool:
+    """Train to the end; return False if the run had finished before."""
+    if trainer.state.timestamp < config.max_duration:
+        trainer.fit()
+        return True
+    if dist.get_global_rank() == 0:  # Composer would raise an error
+        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
+    return False
+
+
+def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -> None:
+    """Print the retrieval table, and write the report into the run's folder."""
+    retrieval, run_folder = run.retrieval, find_run_folder(config)
     if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
-    run_folder = find_run_folder(config)
     if not config.report or run_folder is None or not (run_folder.local / "log.jsonl").is_file():
         return
     folder = run_folder.local
-    if was_finished and (folder / "report.html").is_file():  # which says where and how it was trained
+    if not is_new and (folder / "report.html").is_file():  # it says where and how the run was trained
         return
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
     try:
-        written = write_report(Run(run_record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
-    except Exception as error:  # noqa: BLE001  (the training is finished, whatever may be wrong with the log or the disk)
+        written = write_report(Run(run.record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
+    except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; later: python recipes/report.py {shlex.quote(str(folder))}", file=sys.stderr)
         return

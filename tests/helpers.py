@@ -137,8 +137,7 @@ class Kill(Callback):
 spec = importlib.util.spec_from_file_location("train", sys.argv[1])
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
-train.build_callbacks = lambda config: [Kill()]
-train.main(sys.argv[3:])
+train.main(sys.argv[3:], [Kill()])
 """
 
 

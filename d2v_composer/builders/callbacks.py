@@ -1,10 +1,9 @@
-"""Build callbacks, loggers and the record of the run."""
+"""Build callbacks, loggers and the run's record."""
 
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 from composer.core import Callback
@@ -16,28 +15,18 @@ from d2v_composer.callbacks import CheckpointRetention, ProgressLogger, RunFolde
 from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.mds_index import describe_data, read_index
+from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.retry import reason
 
-__all__ = [
-    "FIXED_BY_A_CHECKPOINT",
-    "BuiltT",
-    "build_callbacks",
-    "build_chosen",
-    "build_folder_callbacks",
-    "build_loggers",
-    "build_progress",
-    "build_run_record",
-    "without_secrets",
-]
+__all__ = ["build_callbacks", "build_folder_callbacks", "build_loggers", "build_run_record"]
 
 BuiltT = TypeVar("BuiltT")
 
-# What a resume takes from the checkpoint or would silently mix with it.
+# A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_BY_A_CHECKPOINT = (
     "config.seed",
     "config.global_train_batch_size",
@@ -54,7 +43,7 @@ FIXED_BY_A_CHECKPOINT = (
 
 
 def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
-    """What sees to ``save_folder``, which is this run's alone from now on.
+    """Lock ``save_folder`` for this run, and build the callbacks that manage it.
 
     Raises:
         InputError: Another run trains there.
@@ -69,30 +58,24 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """Those of the section ``callbacks``.
+    """Build the section ``callbacks``.
 
     Raises:
-        InputError: One does not take an argument's value.
+        InputError: A callback refuses the value of an argument.
     """
     chosen = {name: arguments for name, arguments in config.callbacks.items() if arguments is not None}
-    return [build_chosen("callbacks", name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
-
-
-def build_chosen(section: str, name: str, chosen: Callable[..., BuiltT], arguments: dict[str, Any]) -> BuiltT:
-    """One callback or logger; which arguments it takes has been checked, their values only it can."""
-    try:
-        return chosen(**arguments)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{section}.{name}: {reason(error)}") from error
+    return [_build("callbacks", name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
-    """The progress, and the section ``loggers``; JSON lines without a filename go to the run's folder, if any.
+    """Build the progress logger and the section ``loggers``.
+
+    JSON lines without a file name are written into the run's folder; without such a folder they are left out.
 
     Raises:
-        InputError: One does not take an argument's value.
+        InputError: A logger refuses the value of an argument.
     """
-    loggers: list[LoggerDestination] = [build_progress(config)]
+    loggers: list[LoggerDestination] = [_build_progress(config)]
     folder = find_run_folder(config)
     for name, arguments in config.loggers.items():
         if arguments is None:
@@ -102,29 +85,27 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
                 continue
             remote = None if folder.address is None else f"{folder.address}/log.jsonl"
             arguments = {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
-        loggers.append(build_chosen("loggers", name, LOGGERS[name], arguments))
+        loggers.append(_build("loggers", name, LOGGERS[name], arguments))
     if folder is not None and folder.address is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
-        assert uploader is not None  # there is no other one among ours
+        assert uploader is not None  # None only if the loggers had one already
         if uploader.remote_backend_name == "s3":
             uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
         loggers.append(uploader)
     return loggers
 
 
-def build_progress(config: TrainConfig) -> ProgressLogger:
-    """A bar on a terminal; plain lines in a log file or a pipe, or where they are asked for."""
-    on_terminal = sys.stderr.isatty()
-    prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)
-    return ProgressLogger(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
+def build_run_record(config: TrainConfig, teacher: Data2Vec2, shards: list[dict[str, Any]]) -> RunRecord:
+    """Build the record of config, teacher, data and machine, which the run's folder and checkpoints keep.
 
-
-def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
-    """What the run was made of, for its folder and its checkpoints; its data set's index is at ``local`` by now."""
+    Args:
+        config: The run's.
+        teacher: As loaded.
+        shards: Those of the training images, as the index lists them.
+    """
     loader = config.train_loader
-    shards = read_index(Path(loader.local), columns=(), shards_may_be_missing=True)
     record = {
-        "config": without_secrets(asdict(config)),
+        "config": _without_secrets(asdict(config)),
         "command": shlex.join(map(hide_secrets, sys.argv)),
         "teacher": teacher.provenance,
         "data": {"location": loader.remote or loader.local, **describe_data(shards)},
@@ -136,10 +117,24 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2) -> RunRecord:
     return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT)
 
 
-def without_secrets(value: Any) -> Any:
-    """A config's values, with addresses that give access to nothing."""
+def _build(section: str, name: str, chosen: Callable[..., BuiltT], arguments: dict[str, Any]) -> BuiltT:
+    """Build a callback or logger. The names of its arguments have been checked; their values only it can check."""
+    try:
+        return chosen(**arguments)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{section}.{name}: {reason(error)}") from error
+
+
+def _build_progress(config: TrainConfig) -> ProgressLogger:
+    """Build a bar on a terminal, plain lines in a file or pipe, or both if the config asks for lines."""
+    on_terminal = sys.stderr.isatty()
+    prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)
+    return ProgressLogger(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
+
+
+def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_secrets(each) for name, each in value.items()}
+        return {name: _without_secrets(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [without_secrets(each) for each in value]
+        return [_without_secrets(each) for each in value]
     return hide_secrets(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Build the loader of training images, and tell what it needs of each node."""
+"""Build the loader of training images, and compute its needs of a node."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from composer.utils import dist
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import TrainConfig, TrainLoaderConfig
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.mds_index import RoomNeeded, check_image_column, check_room, fetch_index, read_index, room_needed
 from d2v_composer.data.sample_order import Share, shards_of_node
@@ -22,75 +22,86 @@ from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import FORK
 
 __all__ = [
-    "HANGING_SECONDS",
-    "LATE_SECONDS",
     "build_collective_timeout",
     "build_room_needs",
     "build_train_loader",
-    "epoch_size",
+    "build_transform",
+    "count_open_files",
+    "read_train_index",
     "room_of_node",
     "shared_memory_of_node",
 ]
 
-# How much longer than two give up a shard, one after the other, a worker may bring nothing.
+# Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300
-
-# How much longer a collective waits than a rank may wait for its images.
+# Grace of a collective beyond the longest wait of a rank for its images.
 LATE_SECONDS = 60
+# More than any run was seen to need. Each tensor that a worker has ready is an open file.
+OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 16
 
 
 def build_collective_timeout(config: TrainConfig) -> float:
-    """Composer's time-out of a collective, or longer where a rank may wait longer for a store to bring its images."""
+    """Return Composer's timeout of a collective, or a longer one if a rank may wait longer for a store."""
     loader = config.train_loader
     return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
 
 
-def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
-    """The section ``train_loader``: augmented uint8 images of this rank.
+def count_open_files(config: TrainConfig) -> int:
+    """Return the number of files that a training process may have open."""
+    return OPEN_FILES + OPEN_FILES_PER_WORKER * config.train_loader.num_workers
 
-    An epoch is the largest whole number of global batches, the few samples left over being others in each epoch, so
-    that it has the same batches on any number of ranks.
+
+def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
 
     Raises:
         InputError: The data cannot be used, or is smaller than a batch.
     """
-    loader, global_batch_size, world_size = config.train_loader, config.global_train_batch_size, dist.get_world_size()
-    local = Path(loader.local)
+    loader, local = config.train_loader, Path(config.train_loader.local)
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
     is_remote = loader.remote is not None
     shards = read_index(local, columns=(loader.column,), option="train_loader.column", shards_may_be_missing=is_remote)
     check_image_column(shards, loader.column, str(local))
-    num_samples = sum(shard["samples"] for shard in shards)
-    if num_samples < global_batch_size:
+    if count_samples(shards) < config.global_train_batch_size:
         raise InputError(
-            f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {global_batch_size}"
+            f"{local}: has {count_samples(shards)} samples, fewer than one batch of global_train_batch_size "
+            f"{config.global_train_batch_size}"
         )
-    if is_remote:
+    return shards
+
+
+def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_size: int) -> DataLoader:
+    """Build the section ``train_loader``: augmented uint8 images of this rank.
+
+    An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
+    few samples left over are others in each epoch.
+
+    Raises:
+        InputError: The node has too little room or shared memory, or the cache limit is too small.
+    """
+    loader = config.train_loader
+    if loader.remote is not None:
         check_room(build_room_needs(config, shards))
-    raise_on_all_ranks(check_shared_memory(shared_memory_of_node(config, len(shards), num_samples, image_size)))
+    needed = shared_memory_of_node(config, len(shards), count_samples(shards), image_size)
+    raise_on_all_ranks(check_shared_memory(needed))
     try:
         dataset = StreamingImages(
-            local=local,
+            local=Path(loader.local),
             remote=loader.remote,
-            batch_size=global_batch_size // world_size,
-            transform=RandomResizedCropFlip(
-                image_size,
-                (loader.crop_scale[0], loader.crop_scale[1]),
-                (loader.crop_ratio[0], loader.crop_ratio[1]),
-                loader.flip,
-            ),
+            batch_size=config.global_train_batch_size // dist.get_world_size(),
+            transform=build_transform(loader, image_size),
             column=loader.column,
             seed=config.seed,
             shuffle=loader.shuffle,
             shuffle_block_size=loader.shuffle_block_size,
             num_canonical_nodes=loader.num_canonical_nodes,
-            epoch_size=epoch_size(config, num_samples),
+            epoch_size=epoch_size(config, count_samples(shards)),
             cache_limit=loader.cache_limit,
             timeout=loader.timeout,
         )
-    except (ShardError, ValueError) as error:  # cache_limit, which only the shards show to be too small
+    except (ShardError, ValueError) as error:  # a cache_limit that is too small for these shards
         raise InputError(f"train_loader: {reason(error)}") from error
     has_workers = loader.num_workers > 0
     return DataLoader(
@@ -100,19 +111,29 @@ def build_train_loader(config: TrainConfig, image_size: int) -> DataLoader:
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
         multiprocessing_context=FORK if has_workers else None,
-        # After the worker's own error, which names the shard; this one is for a worker that hangs.
+        # For a worker that hangs. It ends after the worker's own error would have named the shard.
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
+def build_transform(loader: TrainLoaderConfig, image_size: int) -> RandomResizedCropFlip:
+    """Build the augmentation of the training images."""
+    (smallest, largest), (narrowest, widest) = loader.crop_scale, loader.crop_ratio
+    return RandomResizedCropFlip(image_size, (smallest, largest), (narrowest, widest), loader.flip)
+
+
+def count_samples(shards: list[dict[str, Any]]) -> int:
+    return sum(shard["samples"] for shard in shards)
+
+
 def epoch_size(config: TrainConfig, num_samples: int) -> int:
-    """The samples of the largest whole number of global batches."""
+    """Return the samples of the largest whole number of global batches."""
     return num_samples // config.global_train_batch_size * config.global_train_batch_size
 
 
 def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
-    """The room that a node, this one, still needs for the shards that it will read."""
+    """Return the disk space that this node still needs for the shards of node number ``node``."""
     loader = config.train_loader
     shard_sizes = np.array([shard["samples"] for shard in shards])
     share = Share(node, num_nodes, loader.num_canonical_nodes, config.seed if loader.shuffle else None)
@@ -121,7 +142,7 @@ def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, n
 
 
 def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
-    """The room that each node still needs; the same list on every rank."""
+    """Return the disk space that each node still needs; the same list on every rank."""
     num_nodes = dist.get_world_size() // dist.get_local_world_size()
     need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
     needs = gather_objects((dist.get_local_rank(), need))
@@ -129,7 +150,7 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
 
 
 def shared_memory_of_node(config: TrainConfig, num_shards: int, num_samples: int, image_size: int) -> int:
-    """The bytes of shared memory that the ranks of a node need for their data."""
+    """Return the bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
     batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * image_size**2
     return shared_memory_needed(num_shards, num_samples, ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)

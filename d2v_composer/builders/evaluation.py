@@ -20,18 +20,20 @@ from d2v_composer.system.multi_node import node_leaders_first
 __all__ = ["build_candidates", "build_labelled_sets", "build_references", "build_retrieval"]
 
 
+GFLOP_PER_MAC = 2e-9
+
+
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
-    """The section ``retrieval``, or ``None`` where it has no data sets.
+    """Build the section ``retrieval``; ``None`` if it has no data sets.
 
     Raises:
         InputError: A data set cannot be used.
     """
-    retrieval, teacher = config.retrieval, model.teacher
-    chosen = retrieval.datasets
-    if not any(labelled is not None for labelled in chosen.values()):
+    retrieval = config.retrieval
+    if not any(retrieval.datasets.values()):
         return None
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labelled_sets(chosen, teacher.config.image_size)
+        datasets = build_labelled_sets(retrieval.datasets, model.teacher.config.image_size)
     if retrieval.max_images is not None:
         datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
     try:
@@ -50,10 +52,10 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
 
 
 def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size: int) -> dict[str, LabelledSet]:
-    """The data sets of a section ``datasets``, but those that are off.
+    """Load the data sets of a section ``datasets``, except those that are off.
 
     Raises:
-        InputError: One cannot be used.
+        InputError: A data set cannot be used.
     """
     return {
         name: load_labelled_set(**asdict(labelled), image_size=image_size)
@@ -62,46 +64,8 @@ def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size:
     }
 
 
-def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], int]:
-    """The model of ``recipes/evaluate.py``, and what it is compared with: pixels, encoder, untrained student, teacher.
-
-    Returns:
-        The candidates on the device, in eval mode, and their image size.
-
-    Raises:
-        InputError: A file cannot be used, or the model has no such embedding.
-    """
-    student, teacher = load_any(config.model, config.weights, config.teacher)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        if student is not None:
-            untrained = Student(student.encoder, student.config)
-        else:
-            assert teacher is not None  # load_any gives one of them
-            untrained = teacher.build_student()
-    encoder = untrained.encoder
-    if config.pooling == "cls" and not untrained.num_extra_tokens:
-        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
-    transformers = {"untrained student": untrained, "student": student, "teacher": teacher}
-    candidates = [
-        Candidate("pixels", partial(pixels, encoder), 0, 0.0),
-        Candidate(
-            "encoder",
-            partial(embed_with_encoder, encoder),
-            sum(parameter.numel() for parameter in encoder.parameters()),
-            2e-9 * encoder.forward_macs(),
-        ),
-    ]
-    for name, transformer in transformers.items():
-        if transformer is not None:
-            size = sum(parameter.numel() for parameter in transformer.parameters())
-            gflop = 2e-9 * (encoder.forward_macs() + transformer.forward_macs())
-            candidates.append(Candidate(name, transformer.eval().to(device).embed_all, size, gflop))
-    return candidates, encoder.config.image_size
-
-
 def build_references(names: list[str], model: DistillationModel) -> dict[str, Embed]:
-    """What the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
+    """Return the embeddings that the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
     encoder = model.teacher.encoder
     known: dict[str, Embed] = {
         "pixels": partial(pixels, encoder),
@@ -109,3 +73,36 @@ def build_references(names: list[str], model: DistillationModel) -> dict[str, Em
         **model.retrieval_references(),
     }
     return {name: known[name] for name in names}
+
+
+def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], int]:
+    """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
+
+    Returns:
+        The candidates on the device, in eval mode, and their image size.
+
+    Raises:
+        InputError: A file cannot be used, or the model has no CLS token to read.
+    """
+    student, teacher = load_any(config.model, config.weights, config.teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if student is not None:
+            untrained = Student(student.encoder, student.config)
+        else:
+            assert teacher is not None  # load_any returns at least one of them
+            untrained = teacher.build_student()
+    encoder = untrained.encoder
+    if config.pooling == "cls" and not untrained.num_extra_tokens:
+        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
+    num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
+    candidates = [
+        Candidate("pixels", partial(pixels, encoder), 0, 0.0),
+        Candidate("encoder", partial(embed_with_encoder, encoder), num_weights, GFLOP_PER_MAC * macs),
+    ]
+    for name, model in {"untrained student": untrained, "student": student, "teacher": teacher}.items():
+        if model is not None:
+            num_weights = sum(map(torch.numel, model.parameters()))
+            gflop = GFLOP_PER_MAC * (macs + model.forward_macs())
+            candidates.append(Candidate(name, model.eval().to(device).embed_all, num_weights, gflop))
+    return candidates, encoder.config.image_size

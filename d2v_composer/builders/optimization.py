@@ -16,7 +16,7 @@ __all__ = ["build_algorithms", "build_optimizer", "build_parallelism", "build_sc
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
-    """torch's AdamW on what trains; no weight decay on biases and norms."""
+    """Build torch's AdamW of the trained parameters, without weight decay on biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
@@ -27,10 +27,10 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
 
 
 def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnnealingWithWarmupScheduler:
-    """Linear warm-up, then cosine to ``alpha_f`` of the learning rate at the run's end.
+    """Build a linear warm-up, then a cosine that ends at ``alpha_f`` of the learning rate.
 
     Raises:
-        InputError: The warm-up is longer than the run, which only the data's size shows where one is in epochs.
+        InputError: The warm-up is longer than the run. If only one of them is in epochs, this depends on the data.
     """
     scheduler = config.scheduler
     warmup, duration = Time.from_timestring(scheduler.t_warmup), Time.from_timestring(config.max_duration)
@@ -44,7 +44,7 @@ def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnneal
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
-    """The section ``algorithms``, and the gradient's norm for the log."""
+    """Build the section ``algorithms``, and the logger of the gradient's norm."""
     clipping = config.algorithms.gradient_clipping
     if clipping is None:
         return [GradientNorm()]
@@ -52,6 +52,6 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
-    """The section ``parallelism_config``; checkpoints are whole all the same."""
+    """Build the section ``parallelism_config``; a checkpoint is one file all the same."""
     fsdp = config.parallelism_config.fsdp
     return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **asdict(fsdp)))

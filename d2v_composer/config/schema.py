@@ -1,87 +1,124 @@
-"""Every field of a training YAML: name, type, default and check. Nothing else reads OmegaConf.
+"""Every field of a YAML: name, type, default and limits.
 
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
+# ruff: noqa: RUF009 -- limited() makes a dataclass field
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omegaconf import MISSING
+from streaming.base.util import bytes_to_int
 
-__all__ = ["EvaluateConfig", "TrainConfig"]
+from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
+from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
+
+__all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
+
+SECONDS_OF_A_WEEK = 7 * 24 * 3600
+REFERENCES = ("pixels", "encoder", "teacher")
+
+is_here = must("be a folder of this machine", lambda folder: "://" not in folder)
+is_pair = must("be two numbers, 0 < smallest <= largest", lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1])
+are_betas = must("be two numbers from 0 to below 1", lambda pair: len(pair) == 2 and min(pair) >= 0 and max(pair) < 1)
+are_ks = must("be one or more numbers from 1", lambda ks: ks and min(ks) >= 1)
+is_kept = must("be at least 1, or -1 for all", lambda number: number == -1 or number >= 1)
+is_microbatch = must(
+    "be at least 1, 'auto' or null", lambda size: size >= 1 if isinstance(size, int) else size == "auto"
+)
+
+
+def check_cache_limit(limit: int | str) -> None:
+    try:
+        bytes_to_int(limit)
+    except ValueError:
+        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}") from None
+
+
+def check_load_path(text: str) -> None:
+    """Refuse an address or path that Composer would look up elsewhere."""
+    if not Address.parse(text).is_remote:
+        check_path(text)
+
+
+def check_references(names: list[str]) -> None:
+    for name in names:
+        if name not in REFERENCES:
+            raise ValueError(f"no such reference {name!r}{suggest(name, REFERENCES)}")
 
 
 @dataclass
 class TeacherConfig:
-    checkpoint: str = MISSING
+    checkpoint: str = limited(MISSING, check=Address.parse)
     """fairseq's .pt or a converted .safetensors: a path, https://, s3://, gs://, …"""
     weights: Literal["model", "ema"] = "model"
 
 
 @dataclass
 class StudentConfig:
-    depth: int = 5
-    mlp_ratio: float = 3.0
+    depth: int = limited(5, least=1, most=1000)
+    mlp_ratio: float = limited(3.0, least=SMALLEST_FLOAT, most=1000)
     alibi: bool = True
     init: Literal["random", "teacher_attention", "teacher_blocks"] = "random"
-    num_heads: int | None = None
-    """Default the teacher's."""
-    num_alibi_heads: int | None = None
-    """Default all heads."""
+    num_heads: int | None = limited(None, least=1)
+    """Default: the teacher's."""
+    num_alibi_heads: int | None = limited(None, least=1)
+    """Default: all heads."""
 
 
 @dataclass
 class TargetsConfig:
     extra_tokens: Literal["regress", "drop"] = "regress"
-    average_top_k_layers: int | None = None
-    """Default the teacher's own number."""
+    average_top_k_layers: int | None = limited(None, least=1)
+    """Default: the teacher's."""
 
 
 @dataclass
 class TrainLoaderConfig:
-    local: str = MISSING
-    """An MDS folder, or where the shards of ``remote`` are kept."""
-    remote: str | None = None
+    local: str = limited(MISSING, check=is_here)
+    """An MDS folder, or the cache of ``remote``."""
+    remote: str | None = limited(None, check=Address.parse)
     """s3://, gs://, …; default: ``local`` is the data set."""
     column: str = "image"
-    """The one with the images; Streaming's own converters call it x."""
-    num_workers: int = 8
-    prefetch_factor: int = 2
-    timeout: float = 600.0
-    """How many seconds an unreachable store is tried again before the run ends."""
+    """The column of images; Streaming's own converters call it x."""
+    num_workers: int = limited(8, least=0, most=1000)
+    prefetch_factor: int = limited(2, least=1, most=1000)
+    timeout: float = limited(600.0, least=1, most=SECONDS_OF_A_WEEK)
+    """Seconds for which an unreachable store is retried before the run ends."""
     shuffle: bool = True
-    shuffle_block_size: int = 1 << 16
-    """How many samples are mixed with each other: the shards of as many are in use at a time."""
-    num_canonical_nodes: int = 1
-    cache_limit: int | str | None = None
-    """What ``local`` may hold of a remote data set, in bytes or as '100gb'; default: all of it."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
-    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    flip: float = 0.5
+    shuffle_block_size: int = limited(1 << 16, least=1)
+    """Samples that are shuffled together; their shards are in use at the same time."""
+    num_canonical_nodes: int = limited(1, least=1)
+    cache_limit: int | str | None = limited(None, most=math.inf, check=check_cache_limit)
+    """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
+    crop_scale: list[float] = limited([0.08, 1.0], most=1, check=is_pair)
+    crop_ratio: list[float] = limited([3 / 4, 4 / 3], check=is_pair)
+    flip: float = limited(0.5, least=0, most=1)
 
 
 @dataclass
 class OptimizerConfig:
     """torch.optim.AdamW; no weight decay on 1-D parameters."""
 
-    lr: float = 5e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
-    weight_decay: float = 0.01
+    lr: float = limited(5e-4, least=SMALLEST_FLOAT)
+    betas: list[float] = limited([0.9, 0.98], check=are_betas)
+    eps: float = limited(1e-6, least=SMALLEST_FLOAT)
+    weight_decay: float = limited(0.01, least=0)
 
 
 @dataclass
 class SchedulerConfig:
     """Composer's CosineAnnealingWithWarmupScheduler."""
 
-    t_warmup: str = "3000ba"
-    alpha_f: float = 0.0
+    t_warmup: str = limited("3000ba", check=duration("ba", "ep", "dur", least=0))
+    alpha_f: float = limited(0.0, least=0, most=1)
 
 
 @dataclass
 class GradientClippingConfig:
-    clipping_threshold: float = 2.0
-    """Of the gradient's global norm."""
+    clipping_threshold: float = limited(2.0, least=SMALLEST_FLOAT)
+    """Largest global norm of the gradient."""
 
 
 @dataclass
@@ -94,9 +131,9 @@ class FSDPConfig:
     """torch's fully_shard (FSDP2), through Composer."""
 
     reshard_after_forward: bool = True
-    """Whether a block's weights are let go of after its forward and gathered again for its backward."""
+    """Free a block's weights after its forward pass and gather them again for its backward pass."""
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
-    """Composer's: what weights are gathered and gradients reduced in."""
+    """Composer's: the precision of gathered weights and reduced gradients."""
 
 
 @dataclass
@@ -108,46 +145,58 @@ class ParallelismConfig:
 @dataclass
 class LabelledSetConfig:
     format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
-    root: str = MISSING
+    root: str = limited(MISSING, check=is_here)
     download: bool = False
     column: str = "image"
-    """Of mds: the one with the images."""
+    """The column of images in an MDS data set."""
     label_column: str = "label"
-    """Of mds: the one with the labels."""
+    """The column of labels in an MDS data set."""
 
 
 @dataclass
-class RetrievalConfig:
-    interval: str = "5000ba"
-    at_start: bool = False
-    ks: list[int] = field(default_factory=lambda: [1, 3])
+class LookupConfig:
+    """Retrieval by nearest neighbours, during training or in an evaluation."""
+
+    ks: list[int] = limited([1, 3], check=are_ks)
     pooling: Literal["cls", "mean", "mean_patches"] = "cls"
     representation: Literal["output", "layer_mean"] = "output"
-    references: list[str] = field(default_factory=lambda: ["teacher"])
-    """Of: pixels, encoder, teacher."""
-    max_images: int | None = None
-    """Use at most so many images of each split, evenly spaced; default all."""
     datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
-    """Name → where it is; null: off."""
+    """Name → location; null: off."""
 
 
 @dataclass
-class TrainConfig:
-    run_name: str = "distill"
-    seed: int = 17
+class RetrievalConfig(LookupConfig):
+    interval: str = limited("5000ba", check=duration("ba", "ep", "dur"))
+    at_start: bool = False
+    references: list[str] = limited(["teacher"], check=check_references)
+    max_images: int | None = limited(None, least=1)
+    """Use at most this many images of each split, evenly spaced; default: all."""
+
+
+@dataclass
+class RunConfig:
+    """Fields of training and of evaluation."""
+
+    seed: int = limited(17, least=0)
+    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32"
+    device_eval_batch_size: int = limited(256, least=1)
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    run_name: str = limited("distill", check=check_run_name)
     precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "amp_fp16"
     allow_tf32: bool = True
-    """Whether a GPU may compute float32 products in TF32, as Composer has it; faster, with 10 bits of mantissa."""
-    max_duration: str = "30000ba"
-    global_train_batch_size: int = 256
-    device_train_microbatch_size: int | str | None = None
-    """Default the whole batch of a device; 'auto' on a GPU."""
-    device_eval_batch_size: int = 256
+    """Allow a GPU to multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
+    max_duration: str = limited("30000ba", check=duration("ba", "ep"))
+    global_train_batch_size: int = limited(256, least=1)
+    device_train_microbatch_size: int | str | None = limited(None, check=is_microbatch)
+    """Default: the whole batch of a device; 'auto' on a GPU."""
     compile: bool = False
     frozen_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What the frozen linear and convolution weights are kept in; default: what ``precision`` computes in."""
+    """Storage of the frozen linear and convolution weights; default: the compute dtype of ``precision``."""
     activation_checkpointing: bool = False
-    """Whether the student's blocks are computed once more in the backward pass instead of kept."""
+    """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -164,35 +213,27 @@ class TrainConfig:
     """Name of the logger → its arguments; null: off."""
     progress_bar: bool = True
     log_to_console: bool = False
-    console_log_interval: str = "100ba"
+    console_log_interval: str = limited("100ba", check=duration("ba", "ep"))
     report: bool = True
-    """Whether the run ends with its report.html; recipes/report.py makes one at any time."""
-    save_folder: str | None = "runs/${run_name}"
-    """Checkpoints, log and record of the run; a path or an object store's address. null: nothing is saved."""
-    save_interval: str = "1000ba"
-    save_num_checkpoints_to_keep: int = 3
+    """Write report.html at the end of the run; recipes/report.py writes one at any time."""
+    save_folder: str | None = limited("runs/${run_name}", check=RunFolder.parse)
+    """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
+    # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
+    save_interval: str = limited("1000ba", check=duration("ba"))
+    save_num_checkpoints_to_keep: int = limited(3, check=is_kept)
     autoresume: bool = True
-    load_path: str | None = None
+    load_path: str | None = limited(None, check=check_load_path)
 
 
 @dataclass
-class EvaluateConfig:
-    """What recipes/evaluate.py measures, and how."""
+class EvaluateConfig(RunConfig, LookupConfig):
+    """Fields of recipes/evaluate.py."""
 
     model: str = MISSING
-    """A teacher's file, a training checkpoint, or an exported student: a path, https://, s3://, …"""
+    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …"""
     weights: Literal["model", "ema"] = "model"
-    """Of a teacher's file."""
+    """Weights of a teacher's file."""
     teacher: str | None = None
-    """The student's teacher; default, for a checkpoint, where it was; an exported student has none without."""
-    seed: int = 17
-    """Of the untrained student."""
-    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32"
-    device_eval_batch_size: int = 256
-    ks: list[int] = field(default_factory=lambda: [1, 3])
-    pooling: Literal["cls", "mean", "mean_patches"] = "cls"
-    representation: Literal["output", "layer_mean"] = "output"
-    datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
-    """Name → where it is; null: off."""
-    out: str | None = None
-    """A folder for evaluation.json and evaluation.csv."""
+    """The student's teacher; default: a checkpoint's own, if it is still there; none for an exported student."""
+    out: str | None = limited(None, check=is_here)
+    """Folder for evaluation.json and evaluation.csv."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.data import build_train_loader
+from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
@@ -144,7 +144,7 @@ def test_a_damaged_shard_that_cannot_be_deleted_is_named(many_shards: Path, tmp_
     with pytest.MonkeyPatch.context() as patch:
         forbid(patch, cache)
         with pytest.raises(InputError, match=r"shard\.00004\.mds: is not .*cannot be deleted \(Operation not"):
-            build_train_loader(config, 24)
+            build_train_loader(config, read_train_index(config), 24)
 
 
 def test_a_folder_in_a_shards_place_is_named_at_once(many_shards: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from d2v_composer.builders.data import build_train_loader
+from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.decode import CuttableJpeg, decode_rgb
@@ -41,7 +41,8 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 
 def train_loader(data: Path, *overrides: str) -> Any:
-    return build_train_loader(load_config(small_run(data.parent / "run", data, *overrides)), 24)
+    config = load_config(small_run(data.parent / "run", data, *overrides))
+    return build_train_loader(config, read_train_index(config), 24)
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])

@@ -11,7 +11,7 @@ import pytest
 from composer.utils import dist
 
 from d2v_composer.builders import data as builders_data
-from d2v_composer.builders.data import build_room_needs, build_train_loader
+from d2v_composer.builders.data import build_room_needs, build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import RoomNeeded, check_room, read_index, room_needed
@@ -106,7 +106,7 @@ def test_a_disk_with_room_for_the_nodes_share_alone_is_enough(
 
     monkeypatch.setattr(builders_data, "StreamingImages", reached)
     with pytest.raises(ReachedError if has_room else InputError):
-        build_train_loader(config, 24)
+        build_train_loader(config, read_train_index(config), 24)
 
 
 def test_nodes_of_one_machine_share_a_disk() -> None:

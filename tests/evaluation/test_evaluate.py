@@ -126,7 +126,7 @@ def test_a_teacher(small_set: Path) -> None:
         ),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
-            "README.md: there can be no such folder (File ex",
+            "README.md: cannot be created (File ex",
         ),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "ks=[]"], "ks: must be one or more numbers from 1, got []"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: there is none; give at least one"),

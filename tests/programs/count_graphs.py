@@ -14,7 +14,6 @@ from composer.utils import dist
 from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from d2v_composer.builders.callbacks import build_callbacks
 from d2v_composer.system import cli
 from recipes import train
 
@@ -32,8 +31,7 @@ class CountGraphs(Callback):
 def main(argv: Sequence[str]) -> None:
     backend, folder, *arguments = argv
     torch.compile = partial(torch.compile, backend=backend)
-    train.build_callbacks = lambda config: [*build_callbacks(config), CountGraphs(Path(folder))]
-    train.main(arguments)
+    train.main(arguments, [CountGraphs(Path(folder))])
 
 
 if __name__ == "__main__":

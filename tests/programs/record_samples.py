@@ -15,7 +15,6 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from d2v_composer.builders.callbacks import build_callbacks
 from d2v_composer.system import cli
 from recipes import train
 
@@ -37,8 +36,7 @@ class RecordSamples(Callback):
 
 def main(argv: Sequence[str]) -> None:
     recorder = RecordSamples(Path(argv[0]), int(os.environ["KILL_AT"]) if "KILL_AT" in os.environ else None)
-    train.build_callbacks = lambda config: [*build_callbacks(config), recorder]
-    train.main(argv[1:])
+    train.main(argv[1:], [recorder])
 
 
 if __name__ == "__main__":

@@ -98,17 +98,12 @@ def assert_same_log(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.usefixtures("train_there")
-def test_a_run_with_everything(
-    here: Path, small_data: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_everything(here: Path, small_data: Path, labelled: Path, tmp_path: Path) -> None:
     """Each callback of ours and of the YAML, a stop by SIGTERM and a resume measure what they do on the host."""
     arguments = run_of_everything(tmp_path / "run", small_data, labelled)
-    build_callbacks = train.build_callbacks
-    monkeypatch.setattr(train, "build_callbacks", lambda config: [*build_callbacks(config), StopsAt(3)])
     with pytest.raises(SystemExit, match="143"):
-        train.main(arguments)
+        train.main(arguments, [StopsAt(3)])
     assert (tmp_path / "run" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
-    monkeypatch.setattr(train, "build_callbacks", build_callbacks)
     trainer = train.main(arguments)
     assert {each.device.type for each in trainer.state.model.parameters()} == {"xla"}
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(here), rel=1e-3)

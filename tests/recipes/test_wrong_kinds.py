@@ -100,7 +100,7 @@ def test_evaluating(refused: Command, folder: Path, file: Path) -> None:
     yaml = ROOT / "yamls" / "evaluate.yaml"
     assert refused("evaluate", folder) == f"error: {folder}: cannot be read (Is a directory)"
     assert refused("evaluate", yaml, f"model={folder}").endswith(f"{folder}: is a folder, not a file")
-    assert f"out: {file}: there can be no such folder" in refused("evaluate", yaml, f"model={TEACHER}", f"out={file}")
+    assert f"out: {file}: cannot be created" in refused("evaluate", yaml, f"model={TEACHER}", f"out={file}")
     (folder / "evaluation.csv").mkdir()
     line = refused("evaluate", yaml, f"model={TEACHER}", f"out={folder}")
     assert line == f"error: {folder / 'evaluation.csv'}: is a folder, expected a file to write"

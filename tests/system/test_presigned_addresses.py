@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from d2v_composer.builders.callbacks import build_run_record
+from d2v_composer.builders.data import read_train_index
 from d2v_composer.checkpoints.load import load_any, load_teacher
 from d2v_composer.config.load import load_config
 from d2v_composer.system import cli
@@ -79,7 +80,7 @@ def test_a_presigned_teacher_is_kept_under_a_name_without_its_query(server: Serv
     assert sorted(name[17:] for name in names) == ["base.pt", "base.pt.lock"]
 
     config = load_config(small_run(small_data, small_data, f"teacher.checkpoint={server.address('second')}"))
-    record = build_run_record(config, teacher).record
+    record = build_run_record(config, teacher, read_train_index(config)).record
     assert record["config"]["teacher"]["checkpoint"] == server.address("").partition("?")[0]
     assert not [secret for secret in SECRETS if secret in str(record)]
     assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(server.address("first"))  # as an evaluation does
@@ -91,7 +92,8 @@ def test_the_command_line_is_recorded_without_secrets(
     override = f"teacher.checkpoint={server.address('first')}"
     monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
     config = load_config(small_run(small_data, small_data, override))
-    command = build_run_record(config, load_teacher(server.address("first"))).record["command"]
+    teacher = load_teacher(server.address("first"))
+    command = build_run_record(config, teacher, read_train_index(config)).record["command"]
     assert command.startswith("recipes/train.py yamls/quickstart.yaml teacher.checkpoint=http://127.0.0.1:")
     assert command.endswith("/models/base.pt seed=3")
 

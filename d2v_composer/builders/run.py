@@ -1,0 +1,77 @@
+"""Build a whole training run from its config: the one entry of this package."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from composer.core import Callback
+
+from d2v_composer.builders.callbacks import build_callbacks, build_folder_callbacks, build_loggers, build_run_record
+from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.evaluation import build_retrieval
+from d2v_composer.builders.model import build_model
+from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
+from d2v_composer.builders.run_folder import build_load_path
+from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.checkpoints.resume import drop_unused_scaler
+from d2v_composer.config.precision import choose_precision
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.models.distillation import DistillationModel
+
+__all__ = ["BuiltRun", "build_run"]
+
+
+class BuiltRun(NamedTuple):
+    """A run that is ready to train."""
+
+    trainer_arguments: dict[str, Any]
+    """Arguments of Composer's Trainer."""
+    model: DistillationModel
+    record: RunRecord
+    retrieval: ZeroShotRetrieval | None
+
+
+def build_run(config: TrainConfig) -> BuiltRun:
+    """Build everything that a run needs, and lock its folder.
+
+    Call it on every rank, after they have joined.
+
+    Raises:
+        InputError: A file, data set or setting cannot be used.
+    """
+    model = build_model(config)
+    shards = read_train_index(config)
+    train_loader = build_train_loader(config, shards, model.teacher.config.image_size)
+    scheduler = build_scheduler(config, len(train_loader))
+    retrieval = build_retrieval(config, model)
+    chosen_callbacks = build_callbacks(config)
+    record = build_run_record(config, model.teacher, shards)
+    # First lock the folder, then select the checkpoint in it: another run could still write one.
+    folder_callbacks = build_folder_callbacks(config)
+    load_path = build_load_path(config)
+    graceful_stop = GracefulStop(config.save_interval)
+    save_interval = graceful_stop.save_interval
+    callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]
+    callbacks += [] if retrieval is None else [retrieval]
+    arguments = {
+        "model": model,
+        "train_dataloader": train_loader,
+        "max_duration": config.max_duration,
+        "optimizers": build_optimizer(config.optimizer, model),
+        "schedulers": scheduler,
+        "algorithms": build_algorithms(config),
+        "callbacks": callbacks + chosen_callbacks,
+        "loggers": build_loggers(config),
+        "progress_bar": False,  # ours is among the loggers
+        "precision": choose_precision(config.precision).trainer,
+        "device_train_microbatch_size": config.device_train_microbatch_size,
+        "parallelism_config": build_parallelism(config),
+        "seed": config.seed,
+        "run_name": config.run_name,
+        "save_folder": config.save_folder,
+        "save_interval": save_interval,
+        "save_num_checkpoints_to_keep": -1,  # CheckpointRetention removes old ones
+        "save_overwrite": True,  # a kill may leave a truncated checkpoint, which the restart overwrites
+        "load_path": load_path,  # instead of Composer's autoresume
+        "load_ignore_keys": partial(drop_unused_scaler, precision=config.precision),
+    }
+    return BuiltRun(arguments, model, record, retrieval)

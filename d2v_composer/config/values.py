@@ -1,0 +1,94 @@
+"""Checks of a config that concern several fields at once, or names behind the fields; any machine can make them."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from composer.core import Time
+
+from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
+from d2v_composer.config.limits import suggest
+from d2v_composer.config.precision import choose_precision
+from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
+from d2v_composer.system.addresses import Address
+
+__all__ = ["find_contradictions"]
+
+# Composer divides by these arguments without a check.
+DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every_n_steps", "window_size")
+
+
+def find_contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each value that does not go with another one; each alone is within its limits."""
+    if isinstance(config, EvaluateConfig) and not any(config.datasets.values()):
+        yield "datasets: must have at least one data set that is not null, as in yamls/evaluate.yaml"
+    if isinstance(config, TrainConfig):
+        yield from _batches(config)
+        yield from _precision(config)
+        yield from _arguments("callbacks", CALLBACKS, config.callbacks)
+        yield from _arguments("loggers", LOGGERS, config.loggers)
+        yield from _log_address(config)
+
+
+def _batches(config: TrainConfig) -> Iterator[str]:
+    batch_size, parts = config.global_train_batch_size, config.train_loader.num_canonical_nodes
+    if batch_size % parts:
+        yield f"train_loader.num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
+    warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
+    if warmup.unit == duration.unit and warmup > duration:
+        yield f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {warmup}"
+
+
+def _precision(config: TrainConfig) -> Iterator[str]:
+    with_fsdp = config.parallelism_config.fsdp is not None
+    computed = str(choose_precision(config.precision).dtype).removeprefix("torch.")
+    allowed = ["float32"] if with_fsdp or computed == "float32" else ["float32", computed]
+    if config.frozen_dtype not in (None, *allowed):
+        why = "FSDP, which casts what it gathers" if with_fsdp else f"precision {config.precision}"
+        yield f"frozen_dtype: must be {' or '.join(allowed)} with {why}, got {config.frozen_dtype}"
+    if with_fsdp and config.device_train_microbatch_size == "auto":
+        yield "device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
+
+
+def _arguments(section: str, known: Mapping[str, type], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the chosen callbacks or loggers, and their arguments, with those that exist."""
+    for name, arguments in chosen.items():
+        if name not in known:
+            yield f"{section}.{name}: no such name{suggest(name, list(known))}"
+        elif arguments is not None and not isinstance(arguments, dict):
+            yield f"{section}.{name}: must be arguments by name, {{}} for none or null for off, got {arguments!r}"
+        elif arguments is not None:
+            parameters = inspect.signature(known[name]).parameters.values()
+            allowed = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            for argument, value in arguments.items():
+                key = f"{section}.{name}.{argument}"
+                if argument not in allowed:
+                    yield f"{key}: no such argument{suggest(argument, allowed)}"
+                elif argument in DIVISORS and (not isinstance(value, int) or value < 1):
+                    yield f"{key}: must be a number of at least 1, got {value!r}"
+                elif not _is_finite(value):
+                    yield f"{key}: must be finite, got {value}"
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _log_address(config: TrainConfig) -> Iterator[str]:
+    """Check that the log is uploaded to the bucket of the checkpoints: the run has no other uploader."""
+    arguments = config.loggers.get("jsonl")
+    remote = arguments.get("remote") if isinstance(arguments, dict) else None
+    if remote is None:
+        return
+    saved = Address.parse(config.save_folder or "")
+    try:
+        log = Address.parse(str(remote))
+    except ValueError as error:
+        yield f"loggers.jsonl.remote: {error}"
+        return
+    if not saved.is_remote or not log.path or (log.scheme, log.bucket) != (saved.scheme, saved.bucket):
+        where = "a file in save_folder's bucket" if saved.is_remote else "null"
+        yield f"loggers.jsonl.remote: must be {where} with save_folder {config.save_folder}, got {remote!r}"
