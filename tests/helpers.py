@@ -3,10 +3,12 @@
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.system.errors import InputError
+from programs.preloaded import PreloadedPython, Program
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,10 +107,58 @@ def inode_of(path: str) -> int:
 def run_command(
     *command: str | Path, timeout: float = 120, cwd: Path = ROOT, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of ours and collect what it prints."""
+    """Run a command and collect its output."""
     arguments = [str(part) for part in command]
+    if arguments[0] != sys.executable:
+        variables = command_environment() | (environment or {})
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=variables)
+    program = start_python(*arguments[1:], cwd=cwd, environment=environment)
+    try:
+        program.wait(timeout)
+    finally:
+        program.kill()
+    return subprocess.CompletedProcess(arguments, program.wait(timeout), program.stdout, program.stderr)
+
+
+def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Program:
+    """Start a Python program from a process that has imported what it needs."""
     variables = command_environment() | (environment or {})
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=variables)
+    return preloaded_python().start([str(part) for part in arguments], cwd, variables)
+
+
+def run_ranks(arguments: list[str], ranks: int, timeout: float = 120) -> None:
+    """Train with several ranks, as Composer's launcher starts them; all must succeed."""
+    script, *rest = train_command(arguments)[1:]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_PORT": free_port()}
+    programs = [
+        start_python(
+            script,
+            *rest,
+            environment={
+                "MASTER_ADDR": "127.0.0.1",
+                **{name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            },
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for program in programs:
+            assert program.wait(timeout) == 0, program.stderr
+    finally:
+        for program in programs:
+            program.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@cache
+def preloaded_python() -> PreloadedPython:
+    """Return the server of this test process."""
+    return PreloadedPython()
 
 
 def command_environment() -> dict[str, str]:

@@ -1,0 +1,174 @@
+"""Run Python programs in forks of one process that has imported torch, Composer and this package.
+
+A start takes milliseconds instead of the five seconds of those imports. Each program is still a process of its own, with
+its own pid, environment, working directory, output and exit status, and ends like any interpreter.
+"""
+
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["PreloadedPython", "Program"]
+
+REQUEST_BYTES, ANSWER_BYTES = 1 << 20, 1 << 8
+START_SECONDS = 120
+
+
+class Program:
+    """A program that was started, used as :class:`subprocess.Popen`; its output, as text, can be read at any time."""
+
+    def __init__(self, server: "PreloadedPython", arguments: list[str], pid: int, files: Sequence[IO[bytes]]):
+        self.arguments = arguments
+        self.pid = pid
+        self._server = server
+        self._files = files
+
+    @property
+    def stdout(self) -> str:
+        return self._text(0)
+
+    @property
+    def stderr(self) -> str:
+        return self._text(1)
+
+    def _text(self, number: int) -> str:
+        file = self._files[number]
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the program runs."""
+        return self._server.status_of(self.pid, timeout=0)
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: The program still runs.
+        """
+        status = self._server.status_of(self.pid, timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(self.arguments, timeout, self.stdout, self.stderr)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class PreloadedPython:
+    """Starts programs; the server, and none of the programs, ends with this process."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._statuses: dict[int, int] = {}
+        # OpenMP and OpenBLAS read it when they load; one thread also means that no thread exists when the server forks.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        theirs.close()
+
+    def start(self, arguments: list[str], cwd: Path, environment: dict[str, str]) -> Program:
+        """Start ``python ARGUMENTS``."""
+        files = tuple(os.fdopen(os.memfd_create(name), "rb") for name in ("stdout", "stderr"))
+        request = json.dumps({"arguments": arguments, "cwd": str(cwd), "environment": environment}).encode()
+        socket.send_fds(self._socket, [request], [file.fileno() for file in files])
+        while (message := self._receive(START_SECONDS)) is not None:
+            if message["status"] is None:
+                return Program(self, arguments, message["pid"], files)
+        raise RuntimeError(f"no program started within {START_SECONDS} s")
+
+    def status_of(self, pid: int, timeout: float) -> int | None:
+        """Return the exit status of a program, or None if it still runs after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while pid not in self._statuses and self._receive(max(0.0, deadline - time.monotonic())) is not None:
+            pass
+        return self._statuses.get(pid)
+
+    def _receive(self, timeout: float) -> dict[str, Any] | None:
+        if not select.select([self._socket], [], [], timeout)[0]:
+            return None
+        message = json.loads(self._socket.recv(ANSWER_BYTES) or '{"pid": 0, "status": null}')
+        if message["pid"] == 0:
+            raise RuntimeError("the server of preloaded programs has ended")
+        if message["status"] is not None:
+            self._statuses[message["pid"]] = message["status"]
+        return message
+
+
+def serve(connection: socket.socket) -> dict[str, Any]:
+    """Fork for each request, and report each exit. Return the request in the child; the server never returns."""
+    running: dict[int, int] = {}  # its pidfd -> pid
+    while True:
+        for ready in select.select([connection.fileno(), *running], [], [])[0]:
+            if ready in running:
+                pid = running.pop(ready)
+                os.close(ready)
+                answer(connection, pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                continue
+            message, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 2)
+            if not message:
+                os._exit(0)
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                for pidfd in running:
+                    os.close(pidfd)
+                for target, descriptor in enumerate(descriptors, start=1):
+                    os.dup2(descriptor, target)
+                    os.close(descriptor)
+                return json.loads(message)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            running[os.pidfd_open(pid)] = pid
+            answer(connection, pid, None)
+
+
+def answer(connection: socket.socket, pid: int, status: int | None) -> None:
+    with suppress(BrokenPipeError):  # the test process has ended
+        connection.send(json.dumps({"pid": pid, "status": status}).encode())
+
+
+def run(request: dict[str, Any]) -> None:
+    """Become the requested program."""
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    tempfile.tempdir = None
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    first, *rest = request["arguments"]
+    if first == "-c":
+        code, *rest = rest
+        sys.argv, sys.path[0] = ["-c", *rest], ""
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = [first, *rest], str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    import torch
+
+    import d2v_composer.builders.model
+    import d2v_composer.report  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    run(request)
