@@ -23,7 +23,7 @@ from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.embedding.collection import open_collection
 from d2v_composer.embedding.embed import DTYPES, PRECISIONS, Embedding, EmbeddingOptions, embed_collection
-from d2v_composer.embedding.output_file import open_out
+from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> Embedding:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
-    file = open_out(arguments.out)
+    file = EmbeddingFile(arguments.out)
     model = load_model(arguments).to(device)
     collection = open_collection(
         arguments.source,
@@ -101,7 +101,7 @@ def load_model(arguments: argparse.Namespace) -> Transformer:
 def print_report(embedding: Embedding) -> None:
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     if embedding.resumed:
-        print(f"continued an interrupted run: {embedding.resumed} images were there")
+        print(f"resumed an interrupted run after {embedding.resumed} images")
     print(f"skipped as unreadable: {len(embedding.skipped) or 'none'}")
     for line in embedding.skipped:
         print(f"  {line}")

@@ -1,4 +1,4 @@
-"""List the images of a folder, and read their bytes."""
+"""List the images of a folder, and read them."""
 
 import errno
 import os
@@ -6,36 +6,41 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from d2v_composer.data.decode import rgb_of, square, to_tensor
 from d2v_composer.system.errors import InputError, UnreadableImageError
 
-__all__ = ["ImageFile", "list_images", "read_image_file"]
+__all__ = ["ImageFile", "list_images", "list_subfolders", "read_image_file", "to_pixels"]
 
-# A dangling link, or a file removed since it was listed: that image is not there.
+# A dangling link, or a file deleted since it was listed: this image is missing.
 ABSENT = (errno.ENOENT, errno.ELOOP)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 class ImageFile(NamedTuple):
-    """One image of a source."""
+    """One image of a folder."""
 
     path: str
-    """Below the source's root, with slashes."""
+    """Relative to the folder, with slashes."""
     num_bytes: int
     mtime_ns: int
     label: int | None
 
 
 def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
-    """The images in a folder and its subfolders, in the order of their paths, and the other files by suffix.
+    """List the images of a folder and its subfolders by path, and count the other files by suffix.
+
+    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
 
     Raises:
         InputError: There are no images, or a folder cannot be listed.
     """
     files: list[ImageFile] = []
     ignored: Counter[str] = Counter()
-    # As torchvision's ImageFolder: links are followed. A folder that cannot be listed must not pass for an empty one.
+    # A folder that cannot be listed must not count as an empty one.
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -46,17 +51,28 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
             else:
                 ignored[path.suffix.lower() or "without suffix"] += 1
     if not files:
-        raise InputError(f"{root}: no images; read are the suffixes {', '.join(IMG_EXTENSIONS)}")
+        raise InputError(f"{root}: no images; the suffixes read are {', '.join(IMG_EXTENSIONS)}")
     return sorted(files), dict(sorted(ignored.items()))
+
+
+def list_subfolders(folder: Path) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one with a subfolder per class")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def read_image_file(path: Path) -> bytes:
     """Read an image file.
 
     Raises:
-        UnreadableImageError: It is not there.
-        InputError: Reading it is not permitted, which is a fault of the folder's settings and not of the image.
-        OSError: The machine cannot read (too many open files, a disk that fails, …).
+        UnreadableImageError: The file does not exist.
+        InputError: Access is denied: the folder's permissions are at fault, not the image.
+        OSError: The machine cannot read (too many open files, a failing disk, …).
     """
     try:
         return path.read_bytes()
@@ -70,13 +86,27 @@ def read_image_file(path: Path) -> bytes:
         raise
 
 
+def to_pixels(stored: bytes | Image.Image, source: str, image_size: int) -> Tensor:
+    """Decode a file's bytes, or the value of an image column, to (3, image_size, image_size) uint8.
+
+    Args:
+        stored: The encoded or decoded image.
+        source: The name of the image for the error.
+        image_size: Pixels a side; the aspect ratio is not kept.
+
+    Raises:
+        UnreadableImageError: It is truncated, corrupt or not an image.
+    """
+    return to_tensor(square(rgb_of(stored, source), image_size))
+
+
 def _cannot_list(error: OSError) -> NoReturn:
     raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _status(path: Path) -> os.stat_result:
     try:
-        # A dangling link is found unreadable when its turn comes, as a damaged image is.
+        # A dangling link counts as unreadable when it is read, as a corrupt image does.
         return path.stat() if path.exists() else path.lstat()
     except OSError as error:
         _cannot_list(error)

@@ -1,4 +1,4 @@
-"""Images in a fixed order, each with an id and none with a label: a folder's, an MDS data set's, CIFAR's."""
+"""Read images in a fixed order, each with an id: those of a folder, of an MDS data set, or of CIFAR."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from typing_extensions import override
 
-from d2v_composer.data.decode import decode_rgb, rgb_of, square, to_tensor
-from d2v_composer.data.image_folder import list_images, read_image_file
+from d2v_composer.data.image_folder import list_images, read_image_file, to_pixels
 from d2v_composer.data.labelled_sets import Format, load_labelled_set
 from d2v_composer.data.mds_index import (
     INDEX,
@@ -32,17 +31,20 @@ from d2v_composer.system.errors import InputError, UnreadableImageError
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.worker_lifetime import end_with_parent
 
-__all__ = ["Batch", "CifarImages", "FolderImages", "ImageCollection", "MdsImages", "load_batches", "open_collection"]
+__all__ = ["Batch", "ImageCollection", "Unreadable", "load_batches", "open_collection"]
 
 CIFAR_FOLDERS: dict[str, Format] = {CIFAR10.base_folder: "cifar10", CIFAR100.base_folder: "cifar100"}
 STORE_TIMEOUT = 600.0
+
+Unreadable = tuple[int, str]
+"""The index of an image, and the reason why it cannot be read."""
 
 
 class ImageCollection(ABC):
     """Images in a fixed order.
 
     Attributes:
-        fingerprint: Another one where the images are others, or may be.
+        fingerprint: A hash of everything that may change the images.
     """
 
     fingerprint: str
@@ -51,29 +53,21 @@ class ImageCollection(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def ids(self, indices: NDArray[np.int64]) -> NDArray:
-        """What the images at these places are called: (N,) unicode or int64, the same kind for a whole collection."""
+    def ids(self, indices: ArrayLike) -> NDArray:
+        """Return the ids of images by index, (N,) unicode or int64."""
 
     @abstractmethod
     def load(self, index: int) -> Tensor:
-        """The pixels of one image, (3, height, width) uint8, all images of a collection in one size.
+        """Return the pixels of one image, (3, height, width) uint8, of the same size for the whole collection.
 
         Raises:
-            UnreadableImageError: It cannot be read.
-            InputError: Nor can others.
+            UnreadableImageError: This image cannot be read; others may be readable.
+            InputError: The collection cannot be read.
         """
 
 
 class FolderImages(ImageCollection):
-    """The images in a folder and its subfolders, in the order of their paths, which are their ids.
-
-    Args:
-        root: The folder.
-        image_size: What they are resized to, in pixels a side.
-
-    Raises:
-        InputError: There are no images.
-    """
+    """The images of a folder and its subfolders in the order of their paths, which are their ids."""
 
     def __init__(self, root: Path, image_size: int) -> None:
         self.root = root
@@ -84,7 +78,7 @@ class FolderImages(ImageCollection):
             digest.update(repr(tuple(file)).encode())
         self.fingerprint = digest.hexdigest()
         try:
-            # One array, not a list: a forked worker that looks at a Python object makes a copy of its memory.
+            # An array, not a list: reading a Python object copies its memory page in a forked worker.
             self.paths = np.array([file.path.encode() for file in files])
         except UnicodeEncodeError as error:
             raise InputError(f"{root}: holds a file name that is not UTF-8: {error.object!r}") from error
@@ -93,50 +87,45 @@ class FolderImages(ImageCollection):
         return len(self.paths)
 
     @override
-    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.str_]:
-        return np.array([path.decode() for path in self.paths[indices]], dtype=np.str_)
+    def ids(self, indices: ArrayLike) -> NDArray[np.str_]:
+        return np.array([path.decode() for path in self.paths[np.asarray(indices)]], dtype=np.str_)
 
     @override
     def load(self, index: int) -> Tensor:
         path = self.root / self.paths[index].decode()
-        return to_tensor(square(decode_rgb(read_image_file(path), str(path)), self.image_size))
+        return to_pixels(read_image_file(path), str(path), self.image_size)
 
 
 class MdsImages(ImageCollection):
-    """A column of an MDS data set, local or remote; an id is the sample's number.
-
-    A shard is verified before its first use: see :class:`VerifiedDataset`.
+    """A column of an MDS data set; an id is the sample's number. A shard is verified before its first use.
 
     Args:
-        local: The data set, or where the shards of a remote one are kept.
-        image_size: What the images are resized to, in pixels a side.
-        remote: Its address in an object store, or ``None``.
-        cache_limit: What ``local`` may hold of a remote data set, in bytes; default all.
-        column: Holds the images.
+        local: The data set, or the folder for the shards of a remote one.
+        image_size: Images are resized to this many pixels a side.
+        remote: The address in an object store, or ``None``.
+        cache_limit: The most bytes of shards in ``local``; ``None``: no limit.
+        column: The column that holds the images.
 
     Raises:
-        InputError: It cannot be used.
+        InputError: The data set cannot be used.
     """
 
     def __init__(
-        self,
-        local: Path,
-        image_size: int,
-        remote: str | None = None,
-        cache_limit: int | None = None,
-        column: str = "image",
+        self, local: Path, image_size: int, remote: str | None, cache_limit: int | None, column: str | None
     ) -> None:
         self.name = remote or str(local)
         self.image_size = image_size
+        self.column = column or "image"
         if remote is not None:
             fetch_index(remote, local)
-        shards = read_index(local, columns=(column,), option="--column", shards_may_be_missing=remote is not None)
-        check_image_column(shards, column, self.name)
+        shards = read_index(local, columns=(self.column,), option="--column", shards_may_be_missing=remote is not None)
+        check_image_column(shards, self.column, self.name)
         if remote is not None:
             check_room([room_needed(shards, local, cache_limit)])
-        where = remote or str(local.resolve())
-        what = "" if column == "image" else column
-        self.fingerprint = hashlib.sha256(where.encode() + (local / INDEX).read_bytes() + what.encode()).hexdigest()
+        place = remote or str(local.resolve())
+        other_column = "" if self.column == "image" else self.column
+        contents = place.encode() + (local / INDEX).read_bytes() + other_column.encode()
+        self.fingerprint = hashlib.sha256(contents).hexdigest()
         try:
             self.dataset = VerifiedDataset(
                 local=local,
@@ -150,38 +139,28 @@ class MdsImages(ImageCollection):
             )
         except InputError:
             raise
-        except (ShardError, ValueError) as error:  # the cache limit, which only the shards show to be too small
+        except (ShardError, ValueError) as error:  # the cache limit is too small for the shards
             raise InputError(f"{self.name}: {error}") from error
-        keep_encoded(self.dataset.shards, column)
-        self.column = column
+        keep_encoded(self.dataset.shards, self.column)
 
     def __len__(self) -> int:
         return self.dataset.num_samples
 
     @override
-    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return indices
+    def ids(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return np.asarray(indices, dtype=np.int64)
 
     @override
     def load(self, index: int) -> Tensor:
-        source = f"sample {index} of {self.name}"
         try:
             stored = self.dataset[index][self.column]
         except ShardError as error:
             raise InputError(str(error)) from error
-        return to_tensor(square(rgb_of(stored, source), self.image_size))
+        return to_pixels(stored, f"sample {index} of {self.name}", self.image_size)
 
 
 class CifarImages(ImageCollection):
-    """CIFAR-10 or CIFAR-100, in memory, of 32 pixels a side; ids are train/00000, …, test/00000, …
-
-    Args:
-        root: What torchvision takes for it.
-        format: Which.
-
-    Raises:
-        InputError: It is damaged.
-    """
+    """CIFAR-10 or CIFAR-100 in memory, 32 pixels a side; ids are train/00000, …, test/00000, …"""
 
     def __init__(self, root: Path, format: Format) -> None:
         train, test, _ = load_labelled_set(format, root, image_size=32)
@@ -193,8 +172,9 @@ class CifarImages(ImageCollection):
         return len(self.images)
 
     @override
-    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.str_]:
-        names = [f"train/{i:05}" if i < self.num_train else f"test/{i - self.num_train:05}" for i in indices]
+    def ids(self, indices: ArrayLike) -> NDArray[np.str_]:
+        train = self.num_train
+        names = [f"train/{i:05}" if i < train else f"test/{i - train:05}" for i in np.asarray(indices)]
         return np.array(names, dtype=np.str_)
 
     @override
@@ -210,77 +190,75 @@ def open_collection(
     cache_limit: int | None = None,
     column: str | None = None,
 ) -> ImageCollection:
-    """The images of whatever it is.
+    """Open the images of any source.
 
     Args:
         source: A folder with an ``index.json`` or an object store's address: an MDS data set. A folder that holds, or
             is, ``cifar-10-batches-py`` or ``cifar-100-python``: CIFAR. Another folder: the images in it.
-        image_size: What images of all kinds of sizes are resized to, in pixels a side; CIFAR's stay as they are.
-        local: Where the shards of a remote data set are kept.
-        cache_limit: What ``local`` may hold, in bytes; default all.
-        column: Of an MDS data set, the one with the images; default ``image``.
+        image_size: Images are resized to this many pixels a side; CIFAR's keep their size.
+        local: The folder for the shards of a remote data set.
+        cache_limit: The most bytes of shards in ``local``; default no limit.
+        column: The column of an MDS data set that holds the images; default ``image``.
 
     Raises:
-        InputError: It is none of them, or cannot be used.
+        InputError: The source is none of these, or cannot be used.
     """
     remote = is_remote(source)
     if remote and local is None:
-        raise InputError(f"{source}: is remote: --local says in which folder its shards are kept")
+        raise InputError(f"{source}: is remote: name a folder for its shards with --local")
     if not remote and (local is not None or cache_limit is not None):
-        raise InputError(f"{source}: is local: --local and --cache-limit are for an object store's shards")
+        raise InputError(f"{source}: is local: --local and --cache-limit are for the shards of an object store")
     if local is not None:
-        return MdsImages(local, image_size, source, cache_limit, column or "image")
+        return MdsImages(local, image_size, source, cache_limit, column)
     root = Path(source)
     if not root.is_dir():
         raise InputError(f"{source}: {'is not a folder' if root.exists() else 'no such folder'}")
     if (root / INDEX).is_file():
-        return MdsImages(root, image_size, column=column or "image")
+        return MdsImages(root, image_size, None, None, column)
     if column is not None:
         raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
-    if root.resolve().name in CIFAR_FOLDERS:
-        return CifarImages(root.resolve().parent, CIFAR_FOLDERS[root.resolve().name])
-    cifar = [name for name in CIFAR_FOLDERS if (root / name).is_dir()]
+    cifar = [root.resolve()] if root.resolve().name in CIFAR_FOLDERS else []
+    cifar = cifar or [root / name for name in CIFAR_FOLDERS if (root / name).is_dir()]
     if len(cifar) > 1:
-        raise InputError(f"{source}: holds both CIFARs: give {root / cifar[0]} or {root / cifar[1]}")
-    return CifarImages(root, CIFAR_FOLDERS[cifar[0]]) if cifar else FolderImages(root, image_size)
+        raise InputError(f"{source}: holds both CIFARs: give {cifar[0]} or {cifar[1]}")
+    return CifarImages(cifar[0].parent, CIFAR_FOLDERS[cifar[0].name]) if cifar else FolderImages(root, image_size)
 
 
 class Batch(NamedTuple):
-    """Images of one collection, in its order."""
+    """Some images of a collection, in its order."""
 
-    indices: Tensor
-    """(B,) int64: their places in the collection."""
+    indices: list[int]
+    """The index of each readable image."""
     images: Tensor
-    """(B, 3, height, width) uint8; B is 0 where none could be read."""
-    unreadable: list[str]
-    """Why the others could not be read."""
+    """(B, 3, height, width) uint8; B is 0 if none is readable."""
+    unreadable: list[Unreadable]
 
 
 class _Batches(Dataset[Batch]):
-    """Whole batches by the range of their places."""
+    """Whole batches by the range of their indices."""
 
     def __init__(self, collection: ImageCollection) -> None:
         self.collection = collection
 
     def __getitem__(self, indices: range) -> Batch:
-        read, images, unreadable = [], [], []
+        images: dict[int, Tensor] = {}
+        unreadable: list[Unreadable] = []
         for index in indices:
             try:
-                images.append(self.collection.load(index))
-                read.append(index)
+                images[index] = self.collection.load(index)
             except UnreadableImageError as error:
-                unreadable.append(str(error))
-        pixels = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-        return Batch(torch.tensor(read, dtype=torch.int64), pixels, unreadable)
+                unreadable.append((index, str(error)))
+        pixels = torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        return Batch([*images], pixels, unreadable)
 
 
 def load_batches(collection: ImageCollection, batches: Sequence[range], *, workers: int) -> DataLoader[Batch]:
-    """Batches of images, decoded by worker processes, in the order in which they are asked for.
+    """Load batches of images in the given order.
 
     Args:
-        collection: Whose.
-        batches: The places of each batch's images.
-        workers: How many processes decode, each two batches ahead; 0: this one does.
+        collection: The images.
+        batches: The indices of each batch.
+        workers: Processes that decode, each two batches ahead; 0: decode in this process.
     """
     return DataLoader(
         _Batches(collection),

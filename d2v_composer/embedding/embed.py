@@ -1,34 +1,27 @@
-"""A collection of images to one file of embeddings, in parts, so that an interruption costs at most one of them.
+"""Embed a collection of images into one file, a part after the other: a kill costs at most one part.
 
-Parts are kept in a folder beside the file until all are there. A batch never has images of two parts, so what is in a
-part depends on nothing that was computed before it.
+A batch never has images of two parts, so a part does not depend on what was computed before it.
 Shapes: N images, B images of a batch, D channels.
 """
 
-import json
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from d2v_composer.embedding.collection import Batch, ImageCollection, load_batches
-from d2v_composer.embedding.output_file import EmbeddingFile, Part, read_skipped, write_part
+from d2v_composer.embedding.collection import Batch, ImageCollection, Unreadable, load_batches
+from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
-from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.file_locks import sole_user
 
 __all__ = ["DTYPES", "PRECISIONS", "Embedding", "EmbeddingOptions", "embed_collection"]
 
-PLAN = "plan.json"
-LOCK_TIMEOUT = 10  # the workers of a run that was just killed see it within a second
 DTYPES = ("float32", "float16")
 Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
 PRECISIONS: dict[Precision, torch.dtype | None] = {
@@ -39,33 +32,33 @@ PRECISIONS: dict[Precision, torch.dtype | None] = {
 
 
 class EmbeddingOptions(NamedTuple):
-    """How images become embeddings: what each part of a file must have in common with the others."""
+    """Settings that change the embeddings: a run resumes only with the same ones."""
 
     pooling: Pooling = "cls"
     representation: Representation = "output"
     precision: Precision = "fp32"
     normalize: bool = False
-    """Whether embeddings get length 1."""
+    """Scale embeddings to length 1."""
     dtype: str = "float32"
-    """How they are stored: float32 or float16."""
+    """The type of the stored numbers: float32 or float16."""
     batch_size: int = 256
-    """Images embedded at once; another number gives other roundings."""
+    """Images embedded at once; another number rounds differently."""
     part_size: int = 4096
-    """Images between two points from which an interrupted run can go on."""
+    """Images between two records of the progress."""
 
 
 class Embedding(NamedTuple):
-    """What was written."""
+    """The result of a run."""
 
     out: Path
     images: int
     channels: int
     skipped: list[str]
-    """The unreadable ones, with the reason."""
+    """The reason of each unreadable image."""
     resumed: int
-    """How many of the images had been embedded before an interruption."""
+    """Images that an interrupted run had done."""
     seconds: float
-    """What embedding the others took."""
+    """Time for the other images."""
 
 
 def embed_collection(
@@ -79,21 +72,21 @@ def embed_collection(
     workers: int = 0,
     skip_unreadable: bool = False,
 ) -> Embedding:
-    """Embed every image of a collection, or the rest where the same was interrupted.
+    """Embed every image of a collection, or resume an interrupted run.
 
     Args:
-        model: In eval mode, on the device.
+        model: The model in eval mode, on the device.
         collection: The images.
-        file: Where embeddings and ids go, in the collection's order.
-        options: How.
-        model_hash: What tells the model from others.
+        file: The file for embeddings and ids, in the collection's order.
+        options: The settings.
+        model_hash: A hash of the weights.
         device: cpu or cuda.
-        workers: How many processes decode images.
-        skip_unreadable: Whether unreadable images are left out, and named, instead of ending the run.
+        workers: Processes that decode images.
+        skip_unreadable: Skip and list unreadable images instead of stopping.
 
     Raises:
-        InputError: An image is unreadable, an embedding not finite, or the file cannot be written, is there already,
-            or has parts of something else beside it.
+        InputError: An image is unreadable, an embedding is not finite, or the file cannot be written, exists, or
+            belongs to an interrupted run with other settings.
     """
     plan = {
         "model": model_hash,
@@ -102,91 +95,46 @@ def embed_collection(
         "device": device,
         **options._asdict(),
     }
-    with _sole_writer(file):
-        whole = _resume(file.folder, plan, skip_unreadable)
-        parts = [file.folder / f"part-{number:06}.npz" for number in range(-(-len(collection) // options.part_size))]
-        missing = [number for number, path in enumerate(parts) if path not in whole]
-        start = time.monotonic()
-        for number, part in _embed_parts(model, collection, missing, options, device, workers, skip_unreadable):
-            write_part(parts[number], part)
+    channels = model.encoder.config.embed_dim
+    with file.open(plan, channels, options.dtype):
+        if file.skipped and not skip_unreadable:
+            file.rewind(file.skipped[0][0] // options.part_size * options.part_size)
+        resumed, start = file.num_images, time.monotonic()
+        for embeddings, skipped in _embed_parts(model, collection, resumed, options, device, workers, skip_unreadable):
+            file.append(embeddings, skipped)
         seconds = time.monotonic() - start
-        skipped = [line for path in parts for line in read_skipped(path)]
-        if len(skipped) == len(collection):
+        if not file.num_rows:
             raise InputError(f"{file.out}: none of the {len(collection)} images can be read")
-        file.assemble(parts, options.dtype)
-        shutil.rmtree(file.folder)
-    num_now = sum(len(_part(collection, number, options)) for number in missing)
-    return Embedding(
-        out=file.out,
-        images=len(collection) - len(skipped),
-        channels=model.encoder.config.embed_dim,
-        skipped=skipped,
-        resumed=len(collection) - num_now,
-        seconds=seconds,
-    )
-
-
-@contextmanager
-def _sole_writer(file: EmbeddingFile) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            alone = stack.enter_context(sole_user(file.folder / ".lock", LOCK_TIMEOUT))
-        except OSError as error:
-            raise InputError(f"{file.out}: cannot be written ({error.strerror})") from error
-        if not alone:
-            raise InputError(f"{file.out}: another process is writing it")
-        file.refuse_existing()  # again: that process may have finished it
-        yield
-
-
-def _resume(folder: Path, plan: dict[str, Any], skip_unreadable: bool) -> set[Path]:
-    """The whole parts that an interrupted run of the same plan has left."""
-    parts = set(folder.glob("part-*.npz"))
-    if parts:
-        before = json.loads((folder / PLAN).read_bytes())
-        others = [key.replace("_", " ") for key, value in plan.items() if before.get(key) != value]
-        if others:
-            raise InputError(
-                f"{folder}: has parts made with another {', '.join(others)}: delete that folder, or choose another OUT"
-            )
-    write_atomically(folder / PLAN, json.dumps(plan))
-    return {path for path in parts if skip_unreadable or not read_skipped(path)}
-
-
-def _part(collection: ImageCollection, number: int, options: EmbeddingOptions) -> range:
-    """The places of a part's images."""
-    return range(len(collection))[number * options.part_size : (number + 1) * options.part_size]
+        file.finish(collection.ids)
+    return Embedding(file.out, file.num_rows, channels, [reason for _, reason in file.skipped], resumed, seconds)
 
 
 def _embed_parts(
     model: Transformer,
     collection: ImageCollection,
-    numbers: Sequence[int],
+    first: int,
     options: EmbeddingOptions,
     device: str,
     workers: int,
     skip_unreadable: bool,
-) -> Iterator[tuple[int, Part]]:
-    """Some parts by number; meanwhile the workers are busy with the next."""
-    step = options.batch_size
-    batches = {
-        number: [part[first : first + step] for first in range(0, len(part), step)]
-        for number in numbers
-        for part in [_part(collection, number, options)]
-    }
-    all_batches = [*chain.from_iterable(batches.values())]
-    loaded = iter(load_batches(collection, all_batches, workers=workers) if numbers else ())
-    initial = len(collection) - sum(map(len, all_batches))
-    with tqdm(total=len(collection), initial=initial, desc="embedding", unit="img", disable=None, leave=False) as bar:
-        for number in numbers:
-            of_part = _readable(islice(loaded, len(batches[number])), skip_unreadable, bar)
-            yield number, _embed_part(model, of_part, collection, options, device)
+) -> Iterator[tuple[NDArray, list[Unreadable]]]:
+    """Yield the parts from an image on; meanwhile the workers decode the next ones."""
+    images, step = range(len(collection)), options.batch_size
+    parts = [images[start : start + options.part_size] for start in range(first, len(images), options.part_size)]
+    batches = [[part[start : start + step] for start in range(0, len(part), step)] for part in parts]
+    if not parts:
+        return
+    loaded = iter(load_batches(collection, list(chain.from_iterable(batches)), workers=workers))
+    with tqdm(total=len(images), initial=first, desc="embedding", unit="img", disable=None, leave=False) as bar:
+        for part in batches:
+            of_part = _readable(islice(loaded, len(part)), skip_unreadable, bar)
+            yield _embed_part(model, of_part, collection, options, device)
 
 
 def _readable(batches: Iterator[Batch], skip_unreadable: bool, bar: tqdm) -> Iterator[Batch]:
     for batch in batches:
         if batch.unreadable and not skip_unreadable:
-            raise InputError(f"{batch.unreadable[0]}; --skip-unreadable leaves such images out")
+            raise InputError(f"{batch.unreadable[0][1]}; --skip-unreadable skips such images")
         yield batch
         bar.update(len(batch.indices) + len(batch.unreadable))
 
@@ -197,25 +145,25 @@ def _embed_part(
     collection: ImageCollection,
     options: EmbeddingOptions,
     device: str,
-) -> Part:
+) -> tuple[NDArray, list[Unreadable]]:
     autocast_dtype = PRECISIONS[options.precision]
-    indices, skipped = [], []
+    indices: list[int] = []
+    skipped: list[Unreadable] = []
     embedded = [torch.empty(0, model.encoder.config.embed_dim, device=device)]
     with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
         for batch in batches:
             if len(batch.images):
                 images = batch.images.to(device, non_blocking=True)
                 embedded.append(model.embed(images, options.pooling, options.representation))
-            indices.append(batch.indices)
+            indices += batch.indices
             skipped += batch.unreadable
         embeddings = torch.cat(embedded)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         embeddings = embeddings.to(getattr(torch, options.dtype)).cpu()  # only here does the host wait for the device
-    ids = collection.ids(torch.cat(indices).numpy())
-    finite = embeddings.isfinite().all(dim=1)
-    if not finite.all():
+    infinite = (~embeddings.isfinite().all(dim=1)).nonzero()
+    if len(infinite):
+        [name] = collection.ids([indices[int(infinite[0])]])
         raise InputError(
-            f"{ids[~finite.numpy()][0]}: its embedding is not finite with --precision {options.precision} and --dtype "
-            f"{options.dtype}"
+            f"{name}: its embedding is not finite with --precision {options.precision} and --dtype {options.dtype}"
         )
-    return Part(ids, embeddings.numpy(), skipped)
+    return embeddings.numpy(), skipped

@@ -1,170 +1,224 @@
-"""Embeddings and ids in a file: in parts while they come to be, then as .npy or Parquet, all or nothing.
+"""Append embeddings to a file in a folder next to OUT, and move it to OUT when it is complete.
 
-Shapes: N images, D channels.
+Shapes: N rows, D channels.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from typing_extensions import override
 
-from d2v_composer.system.atomic_files import check_out_file, partial_file
+from d2v_composer.system.atomic_files import check_out_file, write_atomically
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.retry import reason
 
-__all__ = ["EmbeddingFile", "NpyFile", "ParquetFile", "Part", "open_out", "read_skipped", "write_part"]
+__all__ = ["EmbeddingFile"]
 
+LOCK_TIMEOUT = 10  # the workers of a killed run end within a second
+ROW_GROUP = 4096  # rows, or ids, that are in memory at a time
 
-class Part(NamedTuple):
-    """The embeddings of some neighbouring images of a collection."""
-
-    ids: NDArray
-    """(N,) unicode or int64."""
-    embeddings: NDArray
-    """(N, D)."""
-    skipped: list[str]
-    """Why other images, between these, could not be read."""
+Ids = Callable[[NDArray[np.int64]], NDArray]
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a file that exists only once it is whole."""
-    with partial_file(path) as partial_path, partial_path.open("wb") as file:
-        np.savez(file, ids=part.ids, embeddings=part.embeddings, skipped=np.array(part.skipped, dtype=np.str_))
+class EmbeddingFile:
+    """The file OUT: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet.
 
-
-def read_skipped(path: Path) -> list[str]:
-    """What a part's file says of unreadable images; its embeddings are not read."""
-    return _read(path, "skipped").tolist()
-
-
-def _read(path: Path, name: str) -> NDArray:
-    with np.load(path) as stored:
-        return stored[name]
-
-
-class EmbeddingFile(ABC):
-    """A file of embeddings that is not there yet.
+    Parquet has the columns ``id`` and ``embedding``, a list of D numbers. OUT appears when it is complete; NAME.ids.npy
+    just before. Until then the rows are in :attr:`folder`, with a record of the progress, from which a killed run
+    resumes.
 
     Args:
-        out: Its path.
+        out: The path.
 
     Raises:
-        InputError: It is there already, or cannot be.
+        InputError: The suffix is unknown, the file exists, or it cannot be written.
     """
 
     def __init__(self, out: Path) -> None:
+        if out.suffix not in (".npy", ".parquet"):
+            raise InputError(f"{out}: must end in .npy or .parquet")
+        if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise InputError(f"{out}: .parquet needs pyarrow: pip install -e '.[parquet]'")
         self.out = out
-        self.refuse_existing()
+        self.ids = out.with_name(f"{out.stem}.ids.npy")
+        self.folder = out.with_name(f".{out.name}.partial")
+        self.num_rows = 0
+        self.skipped: list[tuple[int, str]] = []
+        self._refuse_existing()
         check_out_file(out)
 
-    @property
-    def folder(self) -> Path:
-        """Where its parts are until all are there."""
-        return self.out.with_name(f".{self.out.name}.partial")
-
-    def refuse_existing(self) -> None:
-        """Make sure that nothing is overwritten.
-
-        Raises:
-            InputError: The file is there.
-        """
+    def _refuse_existing(self) -> None:
         if self.out.exists():
-            left = f"; {self.folder} is left of an interrupted run, and can go" if self.folder.exists() else ""
-            raise InputError(f"{self.out}: is there already: remove it, or choose another OUT{left}")
+            left = f"; {self.folder} is left of an interrupted run, remove it too" if self.folder.exists() else ""
+            raise InputError(f"{self.out}: exists already: remove it, or choose another OUT{left}")
+        # With our folder next to it, the ids are ours: a run was killed between the two files.
+        if self.out.suffix == ".npy" and self.ids.exists() and not self.folder.exists():
+            raise InputError(f"{self.ids}: exists already: remove it, or choose another OUT")
 
-    @abstractmethod
-    def assemble(self, parts: Sequence[Path], dtype: str) -> None:
-        """Make the file of its parts, one after the other in memory; it is there only once it is whole.
+    @property
+    def num_images(self) -> int:
+        """Images that are done: embedded or skipped."""
+        return self.num_rows + len(self.skipped)
+
+    @contextmanager
+    def open(self, plan: dict[str, Any], channels: int, dtype: str) -> Iterator[None]:
+        """Lock the file while the block lasts, and resume where an interrupted run of the same plan ended.
 
         Args:
-            parts: The files of at least one embedding, in their order.
-            dtype: Of the embeddings.
+            plan: Everything that the embeddings depend on.
+            channels: D.
+            dtype: The type of the stored numbers.
+
+        Raises:
+            InputError: Another process writes the file, it exists by now, or an interrupted run had another plan.
         """
+        self.plan, self.channels, self.dtype = plan, channels, np.dtype(dtype)
+        with ExitStack() as stack:
+            with self._disk_errors():
+                alone = stack.enter_context(sole_user(self.folder / ".lock", LOCK_TIMEOUT))
+            if not alone:
+                raise InputError(f"{self.out}: another process is writing it")
+            self._refuse_existing()  # again: that process may have finished it
+            self._resume()
+            yield
 
+    def append(self, embeddings: NDArray, skipped: Sequence[tuple[int, str]]) -> None:
+        """Add the rows of the next images, (B, D), and record the progress.
 
-class NpyFile(EmbeddingFile):
-    """(N, D) in NAME.npy, and the ids, (N,), in NAME.ids.npy, which is there first."""
+        Args:
+            embeddings: One row for each readable image.
+            skipped: Index and reason of each unreadable image between them.
+
+        Raises:
+            InputError: The disk is full or fails.
+        """
+        with self._disk_errors():
+            with _synced(self._rows, "r+b") as file:
+                file.seek(self._size(self.num_rows))
+                file.write(embeddings.astype(self.dtype, copy=False).tobytes())
+            self._record(self.num_rows + len(embeddings), [*self.skipped, *skipped])
+
+    def rewind(self, num_images: int) -> None:
+        """Drop what came after the first images, none of which was skipped."""
+        self._record(num_images, [])
+
+    def finish(self, ids: Ids) -> None:
+        """Move the complete file to OUT, and remove the folder.
+
+        Args:
+            ids: Return the ids of images by index.
+
+        Raises:
+            InputError: The disk is full or fails.
+        """
+        readable = np.delete(np.arange(self.num_images), [index for index, _ in self.skipped])
+        chunks = [readable[first : first + ROW_GROUP] for first in range(0, self.num_rows, ROW_GROUP)]
+        with self._disk_errors():
+            if self.out.suffix == ".npy":
+                self._write_ids(chunks, ids)
+                complete = self._complete_npy()
+            else:
+                complete = self._write_parquet(chunks, ids)
+            complete.replace(self.out)
+            shutil.rmtree(self.folder)
 
     @property
-    def ids(self) -> Path:
-        return self.out.with_name(f"{self.out.stem}.ids.npy")
+    def _rows(self) -> Path:
+        """An .npy file without its header, which is written when the number of rows is known."""
+        return self.folder / "embeddings.npy"
 
-    @override
-    def refuse_existing(self) -> None:
-        super().refuse_existing()
-        # With parts beside it, it is ours: a run was interrupted between the two files.
-        if self.ids.exists() and not self.folder.exists():
-            raise InputError(f"{self.ids}: is there already: remove it, or choose another OUT")
+    @property
+    def _progress(self) -> Path:
+        return self.folder / "progress.json"
 
-    @override
-    def assemble(self, parts: Sequence[Path], dtype: str) -> None:
-        ids, embeddings = self.folder / "ids.npy", self.folder / "embeddings.npy"
-        # Unicode arrays are as wide as their longest string.
-        shapes = [(stored.dtype, len(stored)) for stored in (_read(part, "ids") for part in parts)]
-        id_dtype, num_images = np.result_type(*(each for each, _ in shapes)), sum(count for _, count in shapes)
-        with partial_file(ids) as partial_path, partial_path.open("wb") as file:
-            _write_npy(file, (num_images,), id_dtype, (_read(part, "ids") for part in parts))
-        channels = _read(parts[0], "embeddings").shape[1]
-        with partial_file(embeddings) as partial_path, partial_path.open("wb") as file:
-            _write_npy(file, (num_images, channels), dtype, (_read(part, "embeddings") for part in parts))
-        ids.replace(self.ids)
-        embeddings.replace(self.out)
+    def _size(self, num_rows: int) -> int:
+        header = len(_npy_header((num_rows, self.channels), self.dtype))
+        return header + num_rows * self.channels * self.dtype.itemsize
 
+    def _resume(self) -> None:
+        progress: dict[str, Any] = {"plan": self.plan, "rows": 0, "skipped": []}
+        if self._progress.is_file():
+            progress = json.loads(self._progress.read_bytes())
+        num_rows, skipped = progress["rows"], [(index, why) for index, why in progress["skipped"]]
+        changed = [key.replace("_", " ") for key, value in self.plan.items() if progress["plan"].get(key) != value]
+        if changed and (num_rows or skipped):
+            raise InputError(
+                f"{self.folder}: an interrupted run had another {', '.join(changed)}: delete that folder, or choose "
+                "another OUT"
+            )
+        with self._disk_errors():
+            self._rows.touch()
+            if num_rows and self._rows.stat().st_size < self._size(num_rows):  # the rows were deleted
+                num_rows, skipped = 0, []
+            self._record(num_rows, skipped)
 
-def _write_npy(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike, arrays: Iterable[NDArray]) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    for array in arrays:
-        file.write(array.astype(dtype, copy=False).tobytes())
+    def _record(self, num_rows: int, skipped: list[tuple[int, str]]) -> None:
+        write_atomically(self._progress, json.dumps({"plan": self.plan, "rows": num_rows, "skipped": skipped}))
+        self.num_rows, self.skipped = num_rows, skipped
 
+    def _write_ids(self, chunks: list[NDArray[np.int64]], ids: Ids) -> None:
+        dtype = np.result_type(*(ids(chunk).dtype for chunk in chunks))  # unicode is as wide as its longest string
+        partial = self.folder / "ids.npy"
+        with _synced(partial, "wb") as file:
+            file.write(_npy_header((self.num_rows,), dtype))
+            for chunk in chunks:
+                file.write(ids(chunk).astype(dtype, copy=False).tobytes())
+        partial.replace(self.ids)
 
-class ParquetFile(EmbeddingFile):
-    """The columns ``id`` and ``embedding``, a list of D numbers; a row group for each part."""
+    def _complete_npy(self) -> Path:
+        with _synced(self._rows, "r+b") as file:
+            file.write(_npy_header((self.num_rows, self.channels), self.dtype))
+            file.truncate(self._size(self.num_rows))
+        return self._rows
 
-    def __init__(self, out: Path) -> None:
-        if find_spec("pyarrow") is None:
-            raise InputError(f"{out}: .parquet needs pyarrow: pip install -e '.[parquet]'")
-        super().__init__(out)
-
-    @override
-    def assemble(self, parts: Sequence[Path], dtype: str) -> None:
+    def _write_parquet(self, chunks: list[NDArray[np.int64]], ids: Ids) -> Path:
         import pyarrow as pa
         from pyarrow import parquet
 
-        channels = _read(parts[0], "embeddings").shape[1]
-        number = pa.float16() if dtype == "float16" else pa.float32()
-        id_type = pa.int64() if _read(parts[0], "ids").dtype.kind == "i" else pa.string()
-        schema = pa.schema([("id", id_type), ("embedding", pa.list_(number, channels))])
-        partial = self.folder / "embeddings.parquet"
+        id_type = pa.int64() if ids(chunks[0]).dtype.kind == "i" else pa.string()
+        number = pa.float16() if self.dtype == np.float16 else pa.float32()
+        schema = pa.schema([("id", id_type), ("embedding", pa.list_(number, self.channels))])
+        path, offset = self.folder / "embeddings.parquet", self._size(0)
         with (
-            partial_file(partial) as partial_path,
-            partial_path.open("wb") as file,
+            _synced(path, "wb") as file,
             # Hardly a number occurs twice: a dictionary of them would only take time.
             parquet.ParquetWriter(file, schema, use_dictionary=False) as writer,
         ):
-            for part in _with_images(parts):
-                numbers = pa.array(_read(part, "embeddings").reshape(-1), number)
-                columns = [pa.array(_read(part, "ids"), id_type), pa.FixedSizeListArray.from_arrays(numbers, channels)]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        partial.replace(self.out)
+            for chunk in chunks:
+                numbers = np.fromfile(self._rows, self.dtype, count=len(chunk) * self.channels, offset=offset)
+                offset += numbers.nbytes
+                embeddings = pa.FixedSizeListArray.from_arrays(pa.array(numbers, number), self.channels)
+                writer.write_table(pa.Table.from_arrays([pa.array(ids(chunk), id_type), embeddings], schema=schema))
+        return path
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
 
 
-def _with_images(parts: Iterable[Path]) -> Iterator[Path]:
-    return (part for part in parts if len(_read(part, "ids")))
+@contextmanager
+def _synced(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    with open(path, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def open_out(out: Path) -> EmbeddingFile:
-    """The file to be written, by its ending.
-
-    Raises:
-        InputError: It ends otherwise than .npy or .parquet, is there already, or cannot be.
-    """
-    if out.suffix == ".npy":
-        return NpyFile(out)
-    if out.suffix == ".parquet":
-        return ParquetFile(out)
-    raise InputError(f"{out}: must end in .npy or .parquet")
+def _npy_header(shape: tuple[int, ...], dtype: DTypeLike) -> bytes:
+    """Return the beginning of an .npy file; numpy pads it to the same length for any number of rows."""
+    buffer = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": description, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()

@@ -1,17 +1,22 @@
 """recipes/embed.py: every source and both kinds of file, what an interruption leaves, and what is refused."""
 
+import contextlib
+import itertools
+import json
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import runpy
 import shutil
-import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -29,17 +34,17 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.data.decode import decode_rgb, to_tensor
-from d2v_composer.embedding import embed as embedding
 from d2v_composer.embedding import output_file
 from d2v_composer.embedding.embed import Embedding
-from d2v_composer.embedding.output_file import Part, open_out, write_part
+from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.transformer import Transformer
+from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
-from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, command_environment, encoded_image, run_command
+from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
 
 SCRIPT = ROOT / "recipes" / "embed.py"
 TEACHER = GOLDEN / "tiny_base.pt"
@@ -77,8 +82,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
-    """``recipes/embed.py`` in this process."""
-    arguments = [model, source, out, "--workers", workers, *options]
+    return run(model, source, out, "--workers", workers, *options)
+
+
+def run(*arguments: object) -> Embedding:
+    """Call ``recipes/embed.py`` in this process."""
     return runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
 
 
@@ -233,42 +241,48 @@ def test_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
 
 
-SLOWED = """
-import runpy, sys, time
-from d2v_composer.models.transformer import Transformer
-embed = Transformer.embed
-Transformer.embed = lambda *arguments: time.sleep(0.1) or embed(*arguments)
-runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
-"""
+def run_and_kill(arguments: list[str | Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a forked process that stops in its third part, and end it by SIGKILL."""
+    embed_images, calls = Transformer.embed, itertools.count()
 
+    def embed_slowly(*arguments: Any) -> Tensor:
+        if next(calls) == 7:  # three batches a part
+            time.sleep(60)
+        return embed_images(*arguments)
 
-def run_and_kill(arguments: list[str | Path], folder: Path, num_parts: int) -> set[str]:
-    """A slow run in a process of its own, ended by SIGKILL when so many parts are there; their names."""
-    command = [sys.executable, "-c", SLOWED, SCRIPT, *arguments]
-    process = subprocess.Popen(command, env=command_environment(), cwd=ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "embed", embed_slowly)
+        process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
+        process.start()
     deadline = time.monotonic() + 60
-    while len(list(folder.glob("part-*.npz"))) < num_parts:
-        assert process.poll() is None
+    while rows_in(folder) < 20:
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    return {path.name for path in folder.glob("part-*.npz")}
+    process.join()
 
 
-def test_kill_and_resume(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def rows_in(folder: Path) -> int:
+    progress = folder / "progress.json"
+    return json.loads(progress.read_bytes())["rows"] if progress.exists() else 0
+
+
+def test_kill_and_resume(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out, folder = tmp_path / "photos", tmp_path / "photos.npy", tmp_path / ".photos.npy.partial"
     shutil.copytree(photos, source)
     embed(TEACHER, source, tmp_path / "whole.npy", *SMALL_PARTS)
-    parts = run_and_kill([TEACHER, source, out, *SMALL_PARTS, "--workers", "1"], folder, num_parts=2)
-    assert 2 <= len(parts) < 5
+    run_and_kill([TEACHER, source, out, *SMALL_PARTS, "--workers", "1"], folder, monkeypatch)
+    assert rows_in(folder) == 20
     assert not out.exists()
     assert not (tmp_path / "photos.ids.npy").exists()
 
-    # With whatever else, the parts would not be of one piece.
+    # Rows of two different runs would not belong together.
     other = tmp_path / "other.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
-    with pytest.raises(InputError, match=rf"{folder}: has parts made with another model: delete that folder, or choos"):
+    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had another model: delete that folder, or c"):
         embed(other, source, out, *SMALL_PARTS)
     with pytest.raises(InputError, match="another source, images: "):
         embed(TEACHER, source / "b", out, *SMALL_PARTS)
@@ -279,21 +293,110 @@ def test_kill_and_resume(photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
     first.write_bytes(bytes(before.st_size))
     with pytest.raises(InputError, match="another source: "):
         embed(TEACHER, source, out, *SMALL_PARTS)
-    assert parts <= names(folder)
+    assert rows_in(folder) == 20
 
-    # Now it has changed without a trace, and cannot be read: whoever embeds it again fails.
+    # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    result = embed(TEACHER, source, out, *SMALL_PARTS, workers=1)
-    assert result.resumed == 10 * len(parts)
-    assert f"continued an interrupted run: {10 * len(parts)} images were there" in capsys.readouterr().out
+    assert embed(TEACHER, source, out, *SMALL_PARTS, workers=1).resumed == 20
+    assert "resumed an interrupted run after 20 images" in capsys.readouterr().out
     for name in ("{}.npy", "{}.ids.npy"):
         assert (tmp_path / name.format("photos")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert not folder.exists()
 
 
+ROWS = np.random.default_rng(0).standard_normal((30, 256, 1024), dtype=np.float32)  # a MB each
+
+
+def write_rows(out: Path, num_parts: int) -> None:
+    """Write, or resume, a file of small parts; the third image of each part is skipped."""
+    file = EmbeddingFile(out)
+    with file.open({"model": "a"}, 16, "float32"):
+        for i in range(file.num_images // 9, num_parts):
+            file.append(ROWS[i, :8, :16], [(9 * i + 2, "damaged")])
+        file.finish(lambda indices: indices)
+
+
+# At the start two calls, in each of three parts three, and at the end four (ids, file) or two.
+NUM_STEPS = {"npy": 15, "parquet": 13}
+
+
+@pytest.mark.parametrize("suffix", NUM_STEPS)
+def test_resumes_to_the_same_bytes_from_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    out, whole = tmp_path / f"out.{suffix}", tmp_path / f"whole.{suffix}"
+    write_rows(whole, 3)
+    folder = tmp_path / f".{out.name}.partial"
+    for step in range(NUM_STEPS[suffix]):
+        with monkeypatch.context() as patch:
+            steps = itertools.count()
+            for owner, name in ((os, "fsync"), (Path, "replace")):
+                patch.setattr(owner, name, interrupted(getattr(owner, name), steps, step))
+            with pytest.raises(KeyboardInterrupt):
+                write_rows(out, 3)
+            assert next(steps) == step + 1
+        with contextlib.suppress(FileNotFoundError), (folder / "embeddings.npy").open("ab") as rows:
+            rows.write(b"half of a row")
+        write_rows(out, 3)
+        assert out.read_bytes() == whole.read_bytes()
+        assert not folder.exists()
+        for path in tmp_path.glob("out.*"):
+            path.unlink()
+    assert loaded(whole)[0] == [i for i in range(27) if i % 9 != 2]
+
+
+def interrupted(function: Callable[..., Any], steps: Iterator[int], last: int) -> Callable[..., Any]:
+    """Raise instead of the call that is this number among all patched ones."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(steps) == last:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize(("suffix", "limit", "rows"), [("npy", 1500, 16), ("parquet", 1500, 16), ("parquet", 1700, 24)])
+def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path: Path, suffix: str, limit: int, rows: int) -> None:
+    """In the third part, or in the Parquet file."""
+    out, whole = tmp_path / f"out.{suffix}", tmp_path / f"whole.{suffix}"
+    write_rows(whole, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(InputError) as caught:
+            write_rows(out, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(rf"{out}: cannot be written \(.*File too large\)", str(caught.value))
+    assert rows_in(tmp_path / f".out.{suffix}.partial") == rows
+    write_rows(out, 3)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_an_npy_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no room for a second one."""
+    rows = []
+    finish = EmbeddingFile.finish
+    monkeypatch.setattr(
+        EmbeddingFile,
+        "finish",
+        lambda file, ids: (rows.append((file.folder / "embeddings.npy").stat().st_ino), finish(file, ids)),
+    )
+    write_rows(tmp_path / "out.npy", 3)
+    assert rows == [(tmp_path / "out.npy").stat().st_ino]
+
+
+def test_rows_that_were_deleted_are_embedded_again(tmp_path: Path) -> None:
+    file = EmbeddingFile(tmp_path / "out.npy")
+    with file.open({"model": "a"}, 16, "float32"):
+        file.append(ROWS[0, :8, :16], [(2, "damaged")])
+    (file.folder / "embeddings.npy").unlink()
+    write_rows(file.out, 1)
+    np.testing.assert_array_equal(np.load(file.out), ROWS[0, :8, :16])
+
+
 @contextmanager
 def interrupted_at(out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever would put a file in this place is stopped."""
+    """Raise KeyboardInterrupt when a file is about to be moved here."""
     replace = Path.replace
 
     def stop(self: Path, target: Path) -> Path:
@@ -312,7 +415,7 @@ def test_interrupted_between_ids_and_embeddings(photos: Path, tmp_path: Path, mo
         embed(TEACHER, photos, out, *SMALL_PARTS)
     assert names(tmp_path) == {"photos.ids.npy", ".photos.npy.partial"}
     with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "embed", None)  # nobody needs it
+        patch.setattr(Transformer, "embed", None)  # not needed
         assert embed(TEACHER, photos, out, *SMALL_PARTS).resumed == 41
     assert names(tmp_path) == {"photos.ids.npy", "photos.npy"}
     embed(TEACHER, photos, tmp_path / "whole.npy", *SMALL_PARTS)
@@ -338,7 +441,7 @@ def test_unreadable_images(teacher: Data2Vec2, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "out.npy"
     named = f"{source / '05.jpg'}: cannot be read" if kind == "folder" else f"sample 5 of {source}: not an image"
     small = ("--part-size", "4", "--batch-size", "4")
-    with pytest.raises(InputError, match=f"{re.escape(named)}.*; --skip-unreadable leaves such images out"):
+    with pytest.raises(InputError, match=f"{re.escape(named)}.*; --skip-unreadable skips such images"):
         embed(TEACHER, source, out, *small, workers=1)
     result = embed(TEACHER, source, out, *small, "--skip-unreadable")
     readable = [0, 1, 2, 3, 4, 6, 7]
@@ -354,7 +457,7 @@ def test_unreadable_images(teacher: Data2Vec2, tmp_path: Path, capsys: pytest.Ca
     assert loaded(tmp_path / "out.parquet")[0] == ids
 
 
-def test_parts_with_skipped_images_are_not_taken_without_the_option(
+def test_skipped_images_stop_a_resumed_run_without_the_option(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = tmp_path / "photos", tmp_path / "photos.npy"
@@ -376,16 +479,15 @@ def test_nothing_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_parts_are_put_together_one_at_a_time(tmp_path: Path, suffix: str) -> None:
-    file = open_out(tmp_path / f"out.{suffix}")
-    file.folder.mkdir()
-    parts = [file.folder / f"{i}.npz" for i in range(30)]
-    rows = np.random.default_rng(0).standard_normal((30, 256, 1024), dtype=np.float32)  # a MB each
-    for i, path in enumerate(parts):
-        write_part(path, Part(np.arange(256) + 256 * i, rows[i], []))
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(output_file, "ROW_GROUP", 256)
+    file = EmbeddingFile(tmp_path / f"out.{suffix}")
     tracemalloc.start()
     try:
-        file.assemble(parts, "float32")
+        with file.open({}, 1024, "float32"):
+            for rows in ROWS:
+                file.append(rows, [])
+            file.finish(lambda indices: indices)
         assert tracemalloc.get_traced_memory()[1] < 6e6
     finally:
         tracemalloc.stop()
@@ -393,7 +495,7 @@ def test_parts_are_put_together_one_at_a_time(tmp_path: Path, suffix: str) -> No
         assert parquet.ParquetFile(file.out).num_row_groups == 30
         assert pyarrow.default_memory_pool().max_memory() < 20e6
     else:
-        np.testing.assert_array_equal(np.load(file.out), rows.reshape(-1, 1024))
+        np.testing.assert_array_equal(np.load(file.out), ROWS.reshape(-1, 1024))
         np.testing.assert_array_equal(np.load(tmp_path / "out.ids.npy"), np.arange(30 * 256))
 
 
@@ -405,7 +507,7 @@ def test_an_embedding_that_is_not_finite(photos: Path, tmp_path: Path, monkeypat
 
 
 def test_two_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(output_file, "LOCK_TIMEOUT", 0.1)
     with (
         sole_user(tmp_path / ".photos.npy.partial" / ".lock"),
         pytest.raises(InputError, match=r"photos\.npy: another process is writing it"),
@@ -427,12 +529,12 @@ def test_without_pyarrow(photos: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("no_cls", "photos", "o.npy", [], "--pooling: this model has no CLS token; allowed here: mean, mean_patches"),
         ("teacher", "nowhere", "o.npy", [], "nowhere: no such folder"),
         ("teacher", "photos/a.jpg", "o.npy", [], "a.jpg: is not a folder"),
-        ("teacher", "empty", "o.npy", [], "empty: no images; read are the suffixes .jpg, "),
-        ("teacher", "s3://bucket/images", "o.npy", [], "s3://bucket/images: is remote: --local says in which folder"),
-        ("teacher", "photos", "o.npy", ["--local", "cache"], "photos: is local: --local and --cache-limit are for an"),
+        ("teacher", "empty", "o.npy", [], "empty: no images; the suffixes read are .jpg, "),
+        ("teacher", "s3://bucket/images", "o.npy", [], "s3://bucket/images: is remote: name a folder for its shards"),
+        ("teacher", "photos", "o.npy", ["--local", "cache"], "photos: is local: --local and --cache-limit are for the"),
         ("teacher", "photos", "o.csv", [], "o.csv: must end in .npy or .parquet"),
-        ("teacher", "photos", "there.npy", [], "there.npy: is there already: remove it, or choose another OUT"),
-        ("teacher", "photos", "half.npy", [], "half.ids.npy: is there already: remove it, or choose another OUT"),
+        ("teacher", "photos", "there.npy", [], "there.npy: exists already: remove it, or choose another OUT"),
+        ("teacher", "photos", "half.npy", [], "half.ids.npy: exists already: remove it, or choose another OUT"),
         ("teacher", "photos", "photos/a.jpg/o.npy", [], "a.jpg/o.npy: cannot be written: "),
         ("teacher", "photos", "/proc/o.npy", [], "/proc/o.npy: cannot be written"),
         ("teacher", "photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
@@ -469,15 +571,23 @@ def test_what_is_refused(
     assert names(tmp_path) == before
 
 
-def test_command_line(photos: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error of a worker process arrives without its traceback."""
     source = shutil.copytree(photos, tmp_path / "photos")
     (source / "03.jpg").write_bytes(b"nothing")
-    command = [sys.executable, SCRIPT, TEACHER, source, tmp_path / "photos.npy", "--workers", "1"]
-    failed = run_command(*command)
-    assert failed.returncode == 2
-    hint = "--skip-unreadable leaves such images out"
-    assert failed.stderr == f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); {hint}\n"
-    assert failed.stdout == ""
+    arguments = ["embed.py", TEACHER, source, tmp_path / "photos.npy", "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(runpy.run_path(str(SCRIPT))["main"])
+    printed = capfd.readouterr()
+    hint = "--skip-unreadable skips such images"
+    assert (
+        printed.err.splitlines()[-1] == f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); {hint}"
+    )
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
 
 
 def test_near_duplicates_as_in_the_manual(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.embedding.collection import open_collection
 from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
-from d2v_composer.embedding.output_file import open_out
+from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.models.distillation import DistillationModel
 from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
@@ -137,7 +137,7 @@ def test_export_and_embedding(here: Path, labelled: Path, tmp_path: Path) -> Non
     student = load_student(tmp_path / "student.safetensors")
     embedded = []
     for device in ("xla", "cpu"):
-        out = open_out(tmp_path / f"{device}.npy")
+        out = EmbeddingFile(tmp_path / f"{device}.npy")
         options = EmbeddingOptions(batch_size=40)
         collection = open_collection(str(labelled / "test"), student.encoder.config.image_size)
         embed_collection(student.to(device), collection, out, options, model_hash="", device=device, workers=0)
