@@ -1,12 +1,12 @@
-"""A collection of images to embeddings and ids: ``python recipes/embed.py MODEL SOURCE OUT``.
+"""Embed a collection of images: ``python recipes/embed.py MODEL SOURCE OUT``.
 
     python recipes/embed.py student.safetensors photos photos.npy
     python recipes/embed.py base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
 
-OUT.npy is (N, D), for np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. OUT.parquet has the columns id and
-embedding. An image's id is its path below SOURCE, its number in an MDS data set, or train/00000, … test/00000, … of
-CIFAR. Images are squeezed to the model's square, without cropping.
-An interrupted run leaves no OUT; the same command again goes on where it was.
+NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns
+id and embedding. An id is the image's path relative to SOURCE, its number in an MDS data set, or train/00000, …,
+test/00000, … of CIFAR. Images are resized to the model's square without cropping.
+An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from d2v_composer.system.fetch import fetch
 
 
 def main(argv: Sequence[str]) -> Embedding:
-    """Embed, and print what was written and what was left out."""
+    """Embed, and print a report."""
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.precision == "amp_fp16" and device == "cpu":
@@ -64,22 +64,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint, an exported student, or a teacher: a path, s3://, …"
     )
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, of MDS or of CIFAR; or MDS at s3://, …")
+    parser.add_argument("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
-    parser.add_argument("--teacher", help="where a checkpoint's teacher is now; default where it was in training")
-    parser.add_argument("--weights", choices=get_args(Weights), default="model", help="of a teacher; default: model")
+    parser.add_argument("--teacher", help="the checkpoint's teacher, if it was moved since the training")
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model"
+    )
     parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="default: cls")
     parser.add_argument("--representation", choices=get_args(Representation), default="output", help="default: output")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is much faster")
-    parser.add_argument("--normalize", action="store_true", help="make each embedding's length 1")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of what is stored; default: float32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is faster")
+    parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the stored numbers; default: float32"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
-    parser.add_argument("--part-size", type=int, default=4096, help="images an interruption costs; default: 4096")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding; default: one a core")
-    parser.add_argument("--local", type=Path, metavar="FOLDER", help="where a remote SOURCE's shards are kept")
-    parser.add_argument("--cache-limit", type=bytes_to_int, metavar="SIZE", help="of --local, 60gb; default: all")
-    parser.add_argument("--column", metavar="NAME", help="of MDS, the one with the images; default: image")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and list them")
+    parser.add_argument(
+        "--part-size", type=int, default=4096, help="images between two records of the progress; default: 4096"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core"
+    )
+    parser.add_argument("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
+    parser.add_argument(
+        "--cache-limit",
+        type=bytes_to_int,
+        metavar="SIZE",
+        help="most bytes of shards in --local, such as 60gb; default: no limit",
+    )
+    parser.add_argument("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip and list unreadable images")
     arguments = parser.parse_args(argv)
     for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
         value = getattr(arguments, name)
@@ -89,12 +102,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def load_model(arguments: argparse.Namespace) -> Transformer:
-    """The student where there is one, or else the teacher."""
+    """Load the student, or a teacher from its own file."""
     student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
     model = teacher if student is None else student
     assert model is not None  # load_any gives one of them
     if arguments.pooling == "cls" and not model.num_extra_tokens:
-        raise InputError("--pooling: this model has no CLS token; allowed here: mean, mean_patches")
+        raise InputError("--pooling: this model has no CLS token; allowed are mean, mean_patches")
     return model.eval()
 
 
