@@ -126,21 +126,20 @@ def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str
     return preloaded_python().start([str(part) for part in arguments], cwd, variables)
 
 
-def run_ranks(arguments: list[str], ranks: int, timeout: float = 120) -> None:
-    """Train with several ranks, as Composer's launcher starts them; all must succeed."""
-    script, *rest = train_command(arguments)[1:]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_PORT": free_port()}
-    programs = [
-        start_python(
-            script,
-            *rest,
-            environment={
-                "MASTER_ADDR": "127.0.0.1",
-                **{name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            },
-        )
-        for rank in range(ranks)
-    ]
+def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) -> None:
+    """Train on two ranks, on one node or two, with the variables that Composer's launcher sets. Both must succeed."""
+    places = [(rank, 0) if num_nodes == 1 else (0, rank) for rank in (0, 1)]
+    shared = {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2 // num_nodes,
+        "MASTER_PORT": free_port(),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    programs = []
+    for rank, (local_rank, node_rank) in enumerate(places):
+        variables = shared | {"RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node_rank}
+        environment = {name: str(value) for name, value in variables.items()}
+        programs.append(start_python(*train_command(arguments)[1:], environment=environment))
     try:
         for program in programs:
             assert program.wait(timeout) == 0, program.stderr

@@ -88,7 +88,11 @@ def test_a_healthy_run(caplog: pytest.LogCaptureFixture) -> None:
     ("state", "model", "reason"),
     [
         ("collapse", Regressor(scale=0.09), r"collapse at batch 5: the prediction's variance over the images is 0.00"),
-        ("dead", Regressor(shift=1.2), r"dead at batch 5: the loss 1.\d+ is no better than [01].\d+, that of a constant"),
+        (
+            "dead",
+            Regressor(shift=1.2),
+            r"dead at batch 5: the loss 1.\d+ is no better than [01].\d+, that of a constant",
+        ),
         ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 is"),
         ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),
         ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: not finite: loss"),

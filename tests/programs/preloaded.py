@@ -1,7 +1,7 @@
 """Run Python programs in forks of one process that has imported torch, Composer and this package.
 
-A start takes milliseconds instead of the five seconds of those imports. Each program is still a process of its own, with
-its own pid, environment, working directory, output and exit status, and ends like any interpreter.
+A start takes milliseconds instead of the five seconds of those imports. Each program is still a process of its own. It
+has its own pid, session, environment, directory, output and exit status, and ends like any interpreter.
 """
 
 import gc
@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 __all__ = ["PreloadedPython", "Program"]
 
@@ -29,11 +30,13 @@ START_SECONDS = 120
 class Program:
     """A program that was started, used as :class:`subprocess.Popen`; its output, as text, can be read at any time."""
 
-    def __init__(self, server: "PreloadedPython", arguments: list[str], pid: int, files: Sequence[IO[bytes]]):
+    def __init__(self, server: "PreloadedPython", arguments: list[str], pid: int, outputs: Sequence[int]) -> None:
         self.arguments = arguments
         self.pid = pid
         self._server = server
-        self._files = files
+        self._outputs = outputs
+        for descriptor in outputs:
+            weakref.finalize(self, os.close, descriptor)
 
     @property
     def stdout(self) -> str:
@@ -44,8 +47,8 @@ class Program:
         return self._text(1)
 
     def _text(self, number: int) -> str:
-        file = self._files[number]
-        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
+        descriptor = self._outputs[number]
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
 
     def poll(self) -> int | None:
         """Return the exit status, or None while the program runs."""
@@ -86,12 +89,12 @@ class PreloadedPython:
 
     def start(self, arguments: list[str], cwd: Path, environment: dict[str, str]) -> Program:
         """Start ``python ARGUMENTS``."""
-        files = tuple(os.fdopen(os.memfd_create(name), "rb") for name in ("stdout", "stderr"))
+        outputs = [os.memfd_create(name) for name in ("stdout", "stderr")]
         request = json.dumps({"arguments": arguments, "cwd": str(cwd), "environment": environment}).encode()
-        socket.send_fds(self._socket, [request], [file.fileno() for file in files])
+        socket.send_fds(self._socket, [request], outputs)
         while (message := self._receive(START_SECONDS)) is not None:
             if message["status"] is None:
-                return Program(self, arguments, message["pid"], files)
+                return Program(self, arguments, message["pid"], outputs)
         raise RuntimeError(f"no program started within {START_SECONDS} s")
 
     def status_of(self, pid: int, timeout: float) -> int | None:
@@ -149,6 +152,7 @@ def run(request: dict[str, Any]) -> None:
     """Become the requested program."""
     os.environ.clear()
     os.environ.update(request["environment"])
+    os.setsid()
     os.chdir(request["cwd"])
     tempfile.tempdir = None
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))

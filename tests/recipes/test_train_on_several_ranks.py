@@ -1,7 +1,6 @@
 """Several ranks train as one process does: compiled, sharded, in microbatches, and on several nodes."""
 
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,10 @@ from helpers import (
     ROOT,
     assert_same_losses,
     command_environment,
+    free_port,
     losses_of,
     run_command,
+    run_ranks,
     small_run,
     student_of,
     train_command,
@@ -110,12 +111,9 @@ def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bo
 
 
 def run_on_two_nodes(arguments: list[str]) -> None:
-    """Two launches of one process each, as on two machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Two launches of one process each, as on two machines, by Composer's launcher."""
     script = ROOT / "recipes" / "train.py"
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     nodes = [
         subprocess.Popen(
             [LAUNCHER, "--nproc", "1", "--world_size", "2", "--node_rank", str(rank), *address, script, *arguments],
@@ -137,7 +135,7 @@ def run_on_two_nodes(arguments: list[str]) -> None:
 
 def test_two_nodes_on_one_machine(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """With one data set and one folder for both, as on machines with a common file system."""
-    run_on_two_nodes(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL))
+    run_ranks(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL), num_nodes=2)
     assert_same_run(tmp_path / "run", evaluated)
 
 
