@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from composer.devices import DeviceCPU
 from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.system.errors import InputError
 from programs.preloaded import PreloadedPython, Program
 
@@ -48,6 +52,38 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
+
+
+def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingImages:
+    """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
+    remote = None if remote is None else str(remote)
+    options = {"batch_size": 16, "timeout": 1} | options
+    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), seed=5, **options)
+
+
+@contextmanager
+def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
+    """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
+    batches = iter(DataLoader(dataset, 16, num_workers=workers, timeout=20 if workers else 0))
+    try:
+        yield batches
+    finally:
+        if workers:
+            with suppress(RuntimeError):  # a worker was killed
+                batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read_epoch(dataset: StreamingImages, workers: int = 0) -> list[int]:
+    """The sample ids of an epoch, sorted."""
+    with time_limit(30), open_batches(dataset, workers) as batches:
+        return sorted(i for batch in batches for i in batch["sample_id"].tolist())
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait for a condition, and fail if it takes longer."""
+    with time_limit(seconds):
+        while not holds():
+            time.sleep(0.005)
 
 
 class OnDevice(Tensor):

@@ -1,4 +1,4 @@
-"""A folder for shards of remote data sets, which one process fills and empties at a time."""
+"""The folder that keeps the shards of a remote data set, used by one run at a time."""
 
 import os
 import weakref
@@ -9,23 +9,25 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import acquire
 from d2v_composer.system.retry import reason
 
-__all__ = ["CacheFolder", "occupy"]
+__all__ = ["CacheFolder"]
 
-# The workers of a run that was just killed see it within a second, and end.
+# The workers of a killed run notice within a second, and end.
 LAST_USER_LEAVES = 15.0
+
+_occupied: "weakref.WeakValueDictionary[Path, CacheFolder]" = weakref.WeakValueDictionary()
 
 
 class CacheFolder:
-    """A folder that no other process uses while this one keeps the object.
+    """A folder that no other process can occupy while this object exists.
 
     Args:
-        path: The folder; made where it does not exist.
+        path: The folder; it is made if it does not exist.
 
     Attributes:
-        pid: The process that has it.
+        pid: The process that occupies it.
 
     Raises:
-        InputError: Another process uses it, or it cannot be written.
+        InputError: Another process occupies the folder, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,15 +36,27 @@ class CacheFolder:
         except OSError as error:
             raise InputError(f"{path}: shards cannot be kept there ({reason(error)})") from error
         if descriptor is None:
-            raise InputError(f"{path}: another run keeps its shards there: give each a folder of its own")
+            raise InputError(f"{path}: another run keeps its shards there: give each run its own folder")
         self.pid = os.getpid()
         self._user: weakref.ref[ShardCache] | None = None
         weakref.finalize(self, os.close, descriptor)
 
-    def give_to(self, cache: ShardCache) -> None:
-        """Let a data set's cache fill and empty the folder, and no longer that of an older data set of this process.
+    @classmethod
+    def occupy(cls, path: Path) -> "CacheFolder":
+        """Return the folder of this process: a new object, or that of another data set of this process.
 
-        A notebook's cell that is run again makes the new one while the old one exists.
+        Raises:
+            InputError: Another process occupies the folder, or it cannot be written.
+        """
+        folder = _occupied.get(path.resolve())
+        if folder is None or folder.pid != os.getpid():  # a forked process inherits the object, not the right
+            folder = _occupied[path.resolve()] = cls(path)
+        return folder
+
+    def give_to(self, cache: ShardCache) -> None:
+        """Let this cache use the folder, instead of the cache of an older data set of this process.
+
+        A notebook cell that is run again makes the new data set while the old one exists.
 
         Raises:
             InputError: Shards are still being fetched for the older one.
@@ -50,20 +64,4 @@ class CacheFolder:
         older = None if self._user is None else self._user()
         if older is not None:
             older.give_way(LAST_USER_LEAVES)
-            cache.recount()
         self._user = weakref.ref(cache)
-
-
-_occupied: weakref.WeakValueDictionary[Path, CacheFolder] = weakref.WeakValueDictionary()
-
-
-def occupy(path: Path) -> CacheFolder:
-    """The folder of this process, made or, where another data set of the process has it, shared with that.
-
-    Raises:
-        InputError: Another process uses it, or it cannot be written.
-    """
-    folder = _occupied.get(path.resolve())
-    if folder is None or folder.pid != os.getpid():  # a forked process is another
-        folder = _occupied[path.resolve()] = CacheFolder(path)
-    return folder

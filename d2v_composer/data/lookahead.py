@@ -1,4 +1,4 @@
-"""Shards on their way before they are needed."""
+"""Fetch shards before they are needed."""
 
 import logging
 import threading
@@ -7,27 +7,27 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_composer.data.shard_cache import Claim, ShardCache, ShardState
+from d2v_composer.data.shard_cache import Claim, ShardCache
 
 __all__ = ["Lookahead"]
 
 TICK = 0.03
-# For the threads of an epoch that ends. One that hangs goes on, as a daemon, and releases its shard by itself.
+# How long the end of an epoch waits for each thread. One that hangs releases its shard later, as a daemon.
 STOP_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
 
 class Lookahead:
-    """Fetch the shards that a process will need next, those first that it needs first, several at once.
+    """Fetch the shards that a process will need next, several at once, in the order in which it needs them.
 
-    Its threads are daemons: a process that ends does not wait for one that waits for a store.
+    The threads are daemons, so that a process can end while one of them waits for a store.
 
     Args:
-        cache: Where the shards come, which says how many are fetched ahead on the machine.
-        shard_of: The shard of a sample.
+        cache: The shards' cache, which limits how many of them a machine fetches ahead.
+        shard_of: Returns the shard of a sample.
         sample_ids: (N,) the samples that the process will read, in this order.
-        num_samples: How far to look beyond what was read.
+        num_samples: How many samples to look ahead of the reader.
 
     Attributes:
         num_read: How many of the samples were read; the reader counts them.
@@ -42,54 +42,62 @@ class Lookahead:
         self._sample_ids = sample_ids
         self._num_samples = num_samples
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True)]
+        self._walker = threading.Thread(target=self._walk, daemon=True)
+        self._fetchers: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin to fetch."""
-        self._threads[0].start()
+        self._walker.start()
 
     def stop(self, wait: bool) -> None:
         """End fetching.
 
         Args:
-            wait: For the threads to end, some seconds at most; not while the interpreter ends, when they never will.
+            wait: Wait some seconds for the threads to end; not while the interpreter ends, when they never do.
         """
         self._stop.set()
-        threads = list(self._threads) if wait else []
-        for thread in threads:
-            if thread is not threading.current_thread():  # which collects garbage, an abandoned epoch in it
-                thread.join(STOP_SECONDS)
+        if wait:
+            _join(self._walker)  # first: it starts the others
+            for thread in self._fetchers:
+                _join(thread)
 
-    def _run(self) -> None:
+    def _walk(self) -> None:
         for position, sample_id in enumerate(self._sample_ids):
             while position > self.num_read + self._num_samples and not self._stop.wait(TICK):
                 pass
-            try:
-                self._fetch(self._shard_of(int(sample_id)), position)
-            except Exception as error:  # noqa: BLE001
-                log.debug("%s", error)  # the reader will meet the same fault, and raise it
             if self._stop.is_set():
                 return
+            try:
+                self._fetch_ahead(self._shard_of(int(sample_id)), position)
+            except Exception as error:  # noqa: BLE001
+                log.debug("%s", error)  # the reader will meet the same error, and raise it
 
-    def _fetch(self, shard_id: int, position: int) -> None:
-        """Have a shard fetched once there is a place for it, unless its sample is read before."""
-        claim = Claim.NO_PLACE
-        while claim is Claim.NO_PLACE and position >= self.num_read and not self._stop.is_set():
+    def _fetch_ahead(self, shard_id: int, position: int) -> None:
+        """Start a thread that fetches a shard, once that is granted, unless its sample is read before."""
+        while position >= self.num_read and not self._stop.is_set():
             claim = self._cache.claim(shard_id, ahead=True)
-            if claim is Claim.NO_PLACE:
-                self._stop.wait(TICK)
-        if not claim.is_ours:
-            return
-        thread = threading.Thread(target=self._fetch_claimed, args=(shard_id, claim), daemon=True)
-        self._threads = [self._threads[0], *(each for each in self._threads[1:] if each.is_alive()), thread]
+            if claim is Claim.FETCH:
+                self._start_fetcher(shard_id)
+            if claim is not Claim.WAIT:
+                return
+            self._stop.wait(TICK)
+
+    def _start_fetcher(self, shard_id: int) -> None:
+        thread = threading.Thread(target=self._fetch, args=(shard_id,), daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # there cannot be more threads
-            self._cache.release(shard_id, ShardState.REMOTE)
+        except RuntimeError:  # no more threads can be started
+            self._cache.release(shard_id)
             raise
+        self._fetchers = [*(each for each in self._fetchers if each.is_alive()), thread]
 
-    def _fetch_claimed(self, shard_id: int, claim: Claim) -> None:
+    def _fetch(self, shard_id: int) -> None:
         try:
-            self._cache.fetch(shard_id, claim, self._stop)
+            self._cache.fetch(shard_id, self._stop)
         except Exception as error:  # noqa: BLE001
             log.debug("%s", error)
+
+
+def _join(thread: threading.Thread) -> None:
+    if thread is not threading.current_thread():  # garbage collection in one of the threads may end an epoch
+        thread.join(STOP_SECONDS)

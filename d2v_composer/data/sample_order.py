@@ -1,4 +1,4 @@
-"""The samples of an epoch, and the shards that a node reads, as Streaming 0.13 chooses them for one data set.
+"""The samples of an epoch and the shards that a node reads, as Streaming 0.13 chooses them for one data set.
 
 Shapes: S shards, N samples, E ≤ N samples an epoch.
 """
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Share", "draw_samples", "shards_of_node"]
 
-# The chance, an epoch, of an event that is not reckoned with.
+# The chance per epoch below which an event is ignored.
 UNLIKELY = 1e-9
 
 
@@ -20,17 +20,17 @@ def draw_samples(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw the samples of an epoch, without repeats.
 
-    The same draw as :meth:`streaming.StreamingDataset.resample_streams` makes for a single stream, number for number,
-    so that a checkpoint goes on with its samples; there a Python loop takes a second for each million of them.
+    The result equals that of :meth:`streaming.StreamingDataset.resample_streams` for a single stream, so that a resume
+    continues with the samples of its checkpoint. Streaming's loop takes a second per million samples.
 
     Args:
-        shard_sizes: (S,) samples in each shard.
-        num_drawn: E, at most all.
-        pick_seed: Decides how many come from each shard.
-        sample_seed: Decides which of those.
+        shard_sizes: (S,) the samples in each shard.
+        num_drawn: E.
+        pick_seed: The seed for the number of samples from each shard.
+        sample_seed: The seed for the samples within a shard.
 
     Returns:
-        The number of samples of each shard that has any, (at most S,), and the samples' ids in order, (E,).
+        The number of samples from each shard that has any, (at most S,), and the samples' ids in order, (E,).
     """
     num_samples = int(shard_sizes.sum())
     if num_drawn == num_samples:
@@ -41,7 +41,7 @@ def draw_samples(
     is_drawn = np.ones(num_samples, bool)
     begins = shard_sizes.cumsum() - shard_sizes
     rng = np.random.default_rng(sample_seed)
-    for shard in np.flatnonzero(drawn_per_shard < shard_sizes):  # few: less than a batch is left over
+    for shard in np.flatnonzero(drawn_per_shard < shard_sizes):  # few: less than a batch is left out
         begin, size, drawn = int(begins[shard]), int(shard_sizes[shard]), int(drawn_per_shard[shard])
         is_drawn[begin : begin + size] = False
         if drawn:
@@ -50,18 +50,18 @@ def draw_samples(
 
 
 class Share(NamedTuple):
-    """Which part of a data set a node reads."""
+    """The part of a data set that a node reads."""
 
     node: int
     num_nodes: int
     num_canonical_nodes: int
-    """Into how many equal parts the order is cut."""
+    """The number of equal parts into which the order is cut."""
     shuffle_seed: int | None
     """``None``: the order is that of the index."""
 
     @property
     def canonical_nodes(self) -> Sequence[int]:
-        """The parts of the order that the node reads; others may read the same."""
+        """The parts of the order that the node reads; other nodes may read the same ones."""
         if self.num_canonical_nodes % self.num_nodes == 0:
             return range(self.node, self.num_canonical_nodes, self.num_nodes)
         if self.num_nodes % self.num_canonical_nodes == 0:
@@ -72,14 +72,14 @@ class Share(NamedTuple):
 def shards_of_node(shard_sizes: NDArray[np.int64], num_drawn: int, share: Share) -> NDArray[np.int64]:
     """Find the shards that a node reads, over all epochs.
 
-    py1e puts the shards into an order that is fixed for the whole run, cuts it into equal parts, and then shuffles
-    within each part: a part has the same shards in every epoch, but for those at its ends, which move with the samples
-    that an epoch leaves out.
+    py1e shuffles the shards once per run, cuts their order into equal parts, and in each epoch shuffles within each
+    part. So a part has the same shards in every epoch, except at its ends, which move with the samples that an epoch
+    leaves out.
 
     Args:
-        shard_sizes: (S,) samples in each shard.
-        num_drawn: E, the samples of an epoch.
-        share: The node's.
+        shard_sizes: (S,) the samples in each shard.
+        num_drawn: E.
+        share: The node's share.
 
     Returns:
         The shards' places in the index, ascending.
@@ -88,7 +88,7 @@ def shards_of_node(shard_sizes: NDArray[np.int64], num_drawn: int, share: Share)
     num_samples = int(shard_sizes.sum())
     num_left_out = num_samples - num_drawn
     if share.shuffle_seed is not None:
-        # Where an epoch leaves out all samples of a shard, the others' order is another one.
+        # If an epoch leaves out all samples of a shard, the order of the others changes.
         if ((num_left_out / num_samples) ** shard_sizes).sum() > UNLIKELY:
             return order
         np.random.default_rng(share.shuffle_seed).shuffle(order)

@@ -1,80 +1,50 @@
-"""The shards of a data set on this machine: which thread fetches which, and which are evicted where there is no room.
+"""Claim, fetch and evict the shards of a data set on this machine; shard_states.py defines the states of a shard."""
 
-The state of each shard is in shared memory, for all processes of the machine:
-
-    REMOTE ── claim ──▸ PREPARING ── release ──▸ LOCAL ── evicted, or lost ──▸ REMOTE
-                            ├──▸ GIVEN_UP: the next thread that needs it tries once, without this one's patience
-                            └──▸ REMOTE: the fetch was stopped, or its thread is gone
-
-A state is read without a lock and changed with the cache's lock.
-"""
-
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
 import numpy as np
-import psutil
 from filelock import FileLock
-from streaming.base.dataset import _ShardState as ShardState
 from streaming.base.format.base.reader import Reader
-from streaming.base.shared import SharedArray, SharedScalar
+from streaming.base.shared import SharedScalar
 
+from d2v_composer.data.shard_states import ShardState, ShardStates
 from d2v_composer.data.verified_stream import ShardError, VerifiedStream
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["GIVEN_UP", "Claim", "ShardCache", "ShardState"]
+__all__ = ["Claim", "ShardCache"]
 
-GIVEN_UP = ShardState.INVALID  # Streaming's number for a state of ours
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.002, 0.05
-# How often a thread that waits makes sure that the thread it waits for still exists.
+# How often a waiting thread checks that the thread it waits for still exists.
 CHECK_SECONDS = 1.0
 LOCK_POLL_SECONDS = 0.005
-# Of shards that are fetched before they are needed, on a machine. A connection to an object store brings about what a
-# core decodes.
+# Shards that a machine fetches ahead at a time. One connection to an object store delivers about what one core decodes.
 FEWEST_AHEAD, MOST_AHEAD = 4, 64
-
-log = logging.getLogger(__name__)
 
 
 class Claim(Enum):
-    """The answer to a thread that would fetch a shard."""
+    """The answer to a thread that asks to fetch a shard."""
 
-    HERE = "nothing is to be fetched"
-    TAKEN = "another thread fetches it"
-    NO_PLACE = "there is no room yet, or enough shards are fetched ahead"
-    LEFT = "it was given up, and is left to the thread that needs it"
-    OURS = "this thread is to fetch it"
-    OURS_ONCE = "this thread is to fetch it, in one attempt: another gave it up"
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether this thread is to fetch the shard, and to release it."""
-        return self in (Claim.OURS, Claim.OURS_ONCE)
+    FETCH = "this thread must fetch the shard, and release it"
+    WAIT = "another thread fetches the shard, there is no room for it yet, or enough shards are fetched ahead"
+    SKIP = "the shard is here; or, to a thread that fetches ahead: another thread fetches it, or failed to"
 
 
 class ShardCache:
-    """The shards that are here, those that are being fetched, and the room for them.
-
-    Each shard is verified before its first use in a run (see :class:`VerifiedStream`), once a machine. Shared by all
-    processes of a run on a machine; it can be pickled.
+    """The shards of a data set in a local folder, used by all processes of a run on a machine. It can be pickled.
 
     Args:
-        stream: Fetches and verifies.
-        states: (shards,) of all processes; see the module.
-        access_times: (shards,) when each was last used, in ns.
-        fetchers: (2 · shards,) process and thread that fetch each, while it is ``PREPARING``.
-        is_replaced: Whether the folder is another data set's by now.
-        usage: What the folder holds and will hold once all is fetched, in bytes.
-        index_bytes: What its index takes of that.
-        limit: What it may hold.
-        lock_path: A file for the lock.
+        stream: Fetches and verifies the shards.
+        shards: The shards, as the index lists them.
+        states: Their states.
+        usage: Shared: the bytes in the folder once all that is being fetched has arrived.
+        is_replaced: Shared: 1 once a newer data set of this process uses the folder.
+        limit: The most bytes that the folder may hold; ``None`` or 0: no limit.
+        lock_path: The file of the lock.
     """
 
     def __init__(
@@ -82,270 +52,200 @@ class ShardCache:
         stream: VerifiedStream,
         shards: Sequence[Reader],
         *,
-        states: SharedArray,
-        access_times: SharedArray,
-        fetchers: SharedArray,
-        is_replaced: SharedScalar,
+        states: ShardStates,
         usage: SharedScalar,
-        index_bytes: int,
+        is_replaced: SharedScalar,
         limit: int | None,
         lock_path: str,
     ) -> None:
         self.stream = stream
         self.shards = shards
         self.states = states
-        self._fetchers = fetchers
-        self._is_replaced = is_replaced
-        self.index_bytes = index_bytes
         self.limit = limit
-        self._access_times = access_times
+        self.index_bytes = stream.get_index_size()  # now: the folder may be removed during the run
         self._usage = usage
+        self._is_replaced = is_replaced
         self._lock_path = lock_path
-        self._filelock: FileLock | None = None
-        self._filelock_pid = 0
-        self._unverified = self._shards_here()
+        self._sizes = np.array([shard.get_max_size() for shard in shards])
         self._most_ahead = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
         if limit:  # at least half of it is for shards that are needed now
-            self._most_ahead = max(1, min(self._most_ahead, limit // (2 * max(map(_size, shards)))))
-
-    def forget_unverified(self) -> None:
-        """Let the shards of an earlier run be verified before they are used; for one process, before any reads."""
-        for shard_id in self._unverified:
-            self.states[shard_id] = ShardState.REMOTE
-
-    def _shards_here(self) -> list[int]:
-        # Shards that an earlier run left take space, but are as good as remote until they are verified.
-        return [i for i, shard in enumerate(self.shards) if self.stream.bytes_here(shard)]
-
-    def recount(self) -> None:
-        """Look anew which shards are here; before any reads."""
-        with self._lock():
-            self._unverified = self._shards_here()
-            self._recount()
-
-    def give_way(self, wait: float) -> None:
-        """Fetch and evict no shard from now on: another cache of this process does, in the same folder.
-
-        Args:
-            wait: For shards that are being fetched, in seconds.
-
-        Raises:
-            InputError: One still is after that time; this cache stays in use.
-        """
-        with self._lock():
-            self._is_replaced.set(1)
-        deadline = time.monotonic() + wait
-        while len(fetched := np.flatnonzero(self.states.numpy() == ShardState.PREPARING)):
-            if time.monotonic() > deadline:
-                self._is_replaced.set(0)
-                raise InputError(f"{self.stream.local}: this process still fetches shards there for another data set")
-            for shard_id in fetched:
-                self.take_over_if_deserted(int(shard_id))
-            time.sleep(LONGEST_PAUSE)
+            self._most_ahead = max(1, min(self._most_ahead, limit // (2 * int(self._sizes.max()))))
 
     def is_here(self, shard_id: int) -> bool:
-        """Whether a shard is here and verified; it may be evicted at any time."""
-        return self.states[shard_id] == ShardState.LOCAL
-
-    def touch(self, shard_id: int) -> None:
-        """Note that a shard was used now."""
-        self._access_times[shard_id] = time.time_ns()
+        """Return True if a shard is verified and can be read; it may be evicted at any time."""
+        return self.states[shard_id] == ShardState.VERIFIED
 
     def prepare(self, shard_id: int) -> None:
         """Fetch and verify a shard, or wait for the thread that does.
 
         Raises:
-            ShardError: It cannot be had.
+            ShardError: The shard cannot be fetched.
         """
         pause, next_check = SHORTEST_PAUSE, time.monotonic() + CHECK_SECONDS
-        while not (claim := self.claim(shard_id)).is_ours:
-            if claim is Claim.HERE:
-                return
+        while (claim := self.claim(shard_id)) is Claim.WAIT:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             if time.monotonic() >= next_check:
-                self.take_over_if_deserted(shard_id)
+                self._release_if_abandoned(shard_id)
                 next_check = time.monotonic() + CHECK_SECONDS
-        self.fetch(shard_id, claim)
-
-    def fetch(self, shard_id: int, claim: Claim, stop: threading.Event | None = None) -> None:
-        """Fetch and verify a shard that this thread claimed, and release it.
-
-        Args:
-            shard_id: Which.
-            claim: What :meth:`claim` answered, to this thread or for it.
-            stop: Ends fetching, where it is set.
-
-        Raises:
-            ShardError: It cannot be had.
-        """
-        state = ShardState.REMOTE
-        try:
-            self._note_fetcher(shard_id)
-            # Where another thread gave it up, its patience is not spent twice.
-            self.stream.fetch_shard(self.shards[shard_id], 0 if claim is Claim.OURS_ONCE else None, stop)
-            state = ShardState.LOCAL
-        except ShardError:
-            if stop is None or not stop.is_set():
-                state = GIVEN_UP
-            raise
-        finally:
-            self.release(shard_id, state)
+        if claim is Claim.FETCH:
+            self.fetch(shard_id)
 
     def claim(self, shard_id: int, ahead: bool = False) -> Claim:
-        """Make a shard that is not here this thread's to fetch, with room for it, if it may be.
+        """Ask to fetch a shard. If the answer is FETCH, there is room for it, and no other thread fetches it.
 
         Args:
-            shard_id: Which.
-            ahead: It is not needed yet.
+            shard_id: The shard.
+            ahead: The shard is not needed yet.
 
         Raises:
-            ShardError: There never will be room, or the folder is another data set's by now.
+            ShardError: There will never be room, or a newer data set uses the folder.
         """
         if (refusal := self._refusal(shard_id, ahead)) is not None:
-            return refusal  # threads that wait come here again and again: without the lock
+            return refusal  # without the lock: waiting threads ask again and again
         with self._lock():
             if (refusal := self._refusal(shard_id, ahead)) is not None:
                 return refusal
             if self._is_replaced.get():
-                raise ShardError(f"{self.stream.local}: a newer data set of this process has taken the folder over")
+                raise ShardError(f"{self.stream.local}: a newer data set of this process uses the folder now")
             if not self._make_room(shard_id):
-                return Claim.NO_PLACE
-            claim = Claim.OURS_ONCE if self.states[shard_id] == GIVEN_UP else Claim.OURS
-            shard = self.shards[shard_id]
-            self._add_usage(_size(shard) - self.stream.bytes_here(shard))
-            self._note_fetcher(shard_id)
-            self.states[shard_id] = ShardState.PREPARING
-            return claim
+                return Claim.WAIT
+            has_failed = self.states[shard_id] == ShardState.FAILED
+            self._add_usage(self._bytes_to_come(shard_id))
+            self.states.note_fetcher(shard_id)  # before the state, which makes others look at it
+            self.states[shard_id] = ShardState.RETRYING if has_failed else ShardState.FETCHING
+            return Claim.FETCH
 
-    def _note_fetcher(self, shard_id: int) -> None:
-        self._fetchers[2 * shard_id : 2 * shard_id + 2] = os.getpid(), threading.get_native_id()
+    def fetch(self, shard_id: int, stop: threading.Event | None = None) -> None:
+        """Fetch and verify a shard that this thread, or the one that started it, has claimed; then release it.
 
-    def _refusal(self, shard_id: int, ahead: bool) -> Claim | None:
-        """Why a shard is not to be fetched by this thread now, as far as can be told without the lock."""
-        state = self.states[shard_id]
-        if state == ShardState.LOCAL:
-            return Claim.HERE
-        if state == ShardState.PREPARING:
-            return Claim.TAKEN
-        if ahead and state == GIVEN_UP:
-            return Claim.LEFT
-        states = self.states.numpy()
-        num_fetched = np.count_nonzero(states == ShardState.PREPARING)
-        if ahead and num_fetched >= self._most_ahead:
-            return Claim.NO_PLACE
-        nothing_to_evict = not self._unverified and not (states == ShardState.LOCAL).any()
-        return Claim.NO_PLACE if num_fetched and nothing_to_evict and not self._has_room(shard_id) else None
+        Args:
+            shard_id: The shard.
+            stop: Ends the fetch when set.
 
-    def release(self, shard_id: int, state: ShardState) -> None:
-        """Say what became of a shard that was claimed."""
+        Raises:
+            ShardError: The shard cannot be fetched.
+        """
+        state = ShardState.ABSENT
+        try:
+            self.states.note_fetcher(shard_id)
+            timeout = 0 if self.states[shard_id] == ShardState.RETRYING else None
+            self.stream.fetch_shard(self.shards[shard_id], timeout, stop)
+            state = ShardState.VERIFIED
+        except ShardError:
+            if stop is None or not stop.is_set():
+                state = ShardState.FAILED
+            raise
+        finally:
+            self.release(shard_id, state)
+
+    def release(self, shard_id: int, state: ShardState = ShardState.ABSENT) -> None:
+        """End the fetch of a shard that was claimed, in this state; if ABSENT but with a file, in UNVERIFIED."""
         with self._lock():
             self._release(shard_id, state)
 
-    def _release(self, shard_id: int, state: ShardState) -> None:
-        shard = self.shards[shard_id]
-        self._add_usage(self.stream.bytes_here(shard) - _size(shard))
-        self.touch(shard_id)
-        self.states[shard_id] = state
-
-    def take_over_if_deserted(self, shard_id: int) -> None:
-        """Let go of a shard whose fetching thread is gone."""
-        if not self._is_deserted(shard_id):
-            return
-        with self._lock():
-            if self._is_deserted(shard_id):
-                self._release(shard_id, ShardState.REMOTE)
-
-    def _is_deserted(self, shard_id: int) -> bool:
-        process, thread = self._fetchers[2 * shard_id : 2 * shard_id + 2].tolist()
-        return self.states[shard_id] == ShardState.PREPARING and not _is_alive(process, thread)
-
     def note_loss(self, shard_id: int) -> None:
-        """Note that a shard which is said to be here is not: evicted just now, or deleted by another program."""
+        """Note that the file of a verified shard is gone: it was just evicted, or another program deleted it."""
         with self._lock():
-            if self.states[shard_id] == ShardState.LOCAL:
-                self.states[shard_id] = ShardState.REMOTE
-                self._recount()
+            if self.is_here(shard_id):
+                self.states[shard_id] = ShardState.ABSENT
+                self._count()
 
-    def _add_usage(self, num_bytes: int) -> None:
-        self._usage.set(int(self._usage.get()) + num_bytes)
+    def count(self) -> None:
+        """Set the usage, and the states of shards that an earlier run left or that were deleted, by the files here."""
+        with self._lock():
+            self._count()
 
-    def _recount(self) -> None:
-        """Set the usage to what is on disk, and what will be."""
-        here = [self.stream.bytes_here(shard) for shard in self.shards]
-        for shard_id in np.flatnonzero(self.states.numpy() == ShardState.PREPARING):
-            here[shard_id] = _size(self.shards[shard_id])
-        self._usage.set(self.index_bytes + sum(here))
+    def give_way(self, timeout: float) -> None:
+        """Stop fetching and evicting, because another cache of this process will use the folder.
 
-    def _has_room(self, shard_id: int) -> bool:
-        if not self.limit:
-            return True
-        shard = self.shards[shard_id]
-        return int(self._usage.get()) + _size(shard) - self.stream.bytes_here(shard) <= self.limit
-
-    def _make_room(self, shard_id: int) -> bool:
-        """Evict shards until there is room for this one; ``False``: what takes it is being fetched just now.
+        Args:
+            timeout: How long to wait for shards that are being fetched, in seconds.
 
         Raises:
-            ShardError: Something else takes it.
+            InputError: A shard is still being fetched after that time; this cache stays in use.
         """
-        recounted = False
+        with self._lock():
+            self._is_replaced.set(1)
+        deadline = time.monotonic() + timeout
+        while len(fetched := np.flatnonzero(self.states.are_being_fetched())):
+            if time.monotonic() > deadline:
+                self._is_replaced.set(0)
+                raise InputError(f"{self.stream.local}: another data set of this process still fetches shards there")
+            for shard_id in fetched:
+                self._release_if_abandoned(int(shard_id))
+            time.sleep(LONGEST_PAUSE)
+
+    def _lock(self) -> FileLock:
+        # A new one each time: a lock can neither be pickled nor, locked or not, be inherited by a forked worker.
+        return FileLock(self._lock_path, poll_interval=LOCK_POLL_SECONDS)
+
+    def _refusal(self, shard_id: int, ahead: bool) -> Claim | None:
+        """Return why a thread must not fetch a shard now, as far as can be known without the lock."""
+        state = self.states[shard_id]
+        if state == ShardState.VERIFIED or (ahead and (state.is_being_fetched or state == ShardState.FAILED)):
+            return Claim.SKIP
+        num_fetched = np.count_nonzero(self.states.are_being_fetched())
+        is_full = num_fetched and not self._has_room(shard_id) and self.states.coldest(shard_id) is None
+        if state.is_being_fetched or is_full or (ahead and num_fetched >= self._most_ahead):
+            return Claim.WAIT
+        return None
+
+    def _make_room(self, shard_id: int) -> bool:
+        """Evict shards until there is room for this one; return False if shards that are being fetched take the room.
+
+        Raises:
+            ShardError: Something else takes the room.
+        """
+        is_counted = False
         while not self._has_room(shard_id):
-            if (coldest := self.coldest_shard(shard_id)) is not None:
+            if (coldest := self.states.coldest(shard_id)) is not None:
                 self._evict(coldest)
-            elif (self.states.numpy() == ShardState.PREPARING).any():
+            elif self.states.are_being_fetched().any():
                 return False
-            elif recounted:
+            elif is_counted:
                 raise ShardError(f"{self.stream.local}: cache_limit {self.limit} has no room for shard {shard_id}")
-            else:  # shards that another program deleted still count
-                self._recount()
-                recounted = True
+            else:  # the usage includes shards that another program deleted
+                self._count()
+                is_counted = True
         return True
 
     def _evict(self, shard_id: int) -> None:
         before = self.states[shard_id]
-        self.states[shard_id] = (
-            ShardState.REMOTE
-        )  # a thread that is about to read it finds no file, and fetches it again
+        # First: a thread that is about to read the shard then finds no file, and fetches it again.
+        self.states[shard_id] = ShardState.ABSENT
         try:
             self._add_usage(-self.shards[shard_id].evict())
         except OSError as error:
             self.states[shard_id] = before
             raise ShardError(f"{self.stream.local}: shard {shard_id} cannot be evicted: {reason(error)}") from error
 
-    def coldest_shard(self, wanted: int) -> int | None:
-        """The shard to evict first: one that nothing used in this run, or the one whose last use is longest ago."""
-        while self._unverified:
-            shard_id = self._unverified[-1]
-            remote = self.states[shard_id] == ShardState.REMOTE
-            if remote and shard_id != wanted and self.stream.bytes_here(self.shards[shard_id]):
-                return shard_id  # which stays on the list until it is really gone
-            self._unverified.pop()
-        here = np.flatnonzero(self.states.numpy() == ShardState.LOCAL)
-        if not len(here):
-            return None
-        return int(here[np.argmin(self._access_times.numpy()[here])])
+    def _release(self, shard_id: int, state: ShardState) -> None:
+        self._add_usage(-self._bytes_to_come(shard_id))
+        self.states.touch(shard_id)
+        has_file = self.stream.bytes_here(self.shards[shard_id]) > 0
+        self.states[shard_id] = ShardState.UNVERIFIED if state == ShardState.ABSENT and has_file else state
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        # Made where it is used: a lock can be neither pickled into a worker nor, locked or not, be inherited by one.
-        if self._filelock is None or self._filelock_pid != os.getpid():
-            self._filelock = FileLock(self._lock_path, poll_interval=LOCK_POLL_SECONDS)
-            self._filelock_pid = os.getpid()
-        with self._filelock:
-            yield
+    def _release_if_abandoned(self, shard_id: int) -> None:
+        if self.states.is_abandoned(shard_id):
+            with self._lock():
+                if self.states.is_abandoned(shard_id):
+                    self._release(shard_id, ShardState.ABSENT)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_filelock": None}
+    def _count(self) -> None:
+        num_bytes = np.array([self.stream.bytes_here(shard) for shard in self.shards])
+        has_file = num_bytes > 0
+        states = self.states.numpy()
+        states[self.states.are(ShardState.ABSENT) & has_file] = ShardState.UNVERIFIED
+        states[self.states.are(ShardState.UNVERIFIED, ShardState.VERIFIED) & ~has_file] = ShardState.ABSENT
+        num_bytes = np.where(self.states.are_being_fetched(), self._sizes, num_bytes)
+        self._usage.set(self.index_bytes + int(num_bytes.sum()))
 
+    def _add_usage(self, num_bytes: int) -> None:
+        self._usage.set(int(self._usage.get()) + num_bytes)
 
-def _size(shard: Reader) -> int:
-    return shard.get_max_size()
+    def _has_room(self, shard_id: int) -> bool:
+        return not self.limit or int(self._usage.get()) + self._bytes_to_come(shard_id) <= self.limit
 
-
-def _is_alive(process: int, thread: int) -> bool:
-    try:
-        found = psutil.Process(process)
-        return found.status() != psutil.STATUS_ZOMBIE and thread in {each.id for each in found.threads()}
-    except psutil.NoSuchProcess:
-        return False
+    def _bytes_to_come(self, shard_id: int) -> int:
+        return int(self._sizes[shard_id]) - self.stream.bytes_here(self.shards[shard_id])

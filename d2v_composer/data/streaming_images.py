@@ -1,6 +1,5 @@
-"""Training images from MDS shards, local or in an object store, without labels."""
+"""Training images without labels from MDS shards, local or in an object store."""
 
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,66 +16,23 @@ __all__ = ["StreamingImages"]
 class StreamingImages(VerifiedDataset):
     """Augmented images from a column of an MDS data set.
 
-    A sample is ``{"image": (3, S, S) uint8, "sample_id": int}``; other columns, a label for one, are not passed on.
-    Its augmentation depends on (seed, epoch, sample id) alone, and with ``num_canonical_nodes`` given so does the
-    order: both are the same for any number of ranks and workers and after any resume. An epoch has every sample once,
-    or raises: see :class:`VerifiedDataset`.
+    A sample is ``{"image": (3, S, S) uint8, "sample_id": int}``, without the other columns, such as labels. Its
+    augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch and
+    ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
 
     Args:
-        local: The data set, or where the shards of a remote one are kept: for one run at a time, and in it for the
-            data set made last.
-        remote: Its address in an object store, or ``None``.
-        batch_size: Of one device.
         transform: The augmentation.
-        column: Holds the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
-        seed: Of the order and of the augmentation.
-        shuffle: Whether the order is random, another in every epoch.
-        num_canonical_nodes: Into how many equal parts the order is cut; nodes must divide it or be its multiple. An
-            epoch that it does not divide repeats a few samples.
-        shuffle_block_size: How many samples are mixed with each other. The shards of as many are in use at a time.
-        epoch_size: How many of the samples make an epoch, drawn anew for each; default all.
-        cache_limit: What ``local`` may hold of a remote data set, in bytes or as '100gb'; default all.
-        timeout: How long an unreachable store is tried again, in seconds.
-        predownload: How many samples of each worker are looked ahead for shards to fetch.
+        column: The column of the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
+        seed: The seed of the order and of the augmentation.
+        **kwargs: The other arguments of :class:`VerifiedDataset`.
 
     Raises:
-        InputError: Another run uses ``local`` for a remote data set.
-        ValueError: ``cache_limit`` is too small, or there is one for what is not a cache.
+        InputError: Another run uses ``local`` as its cache.
+        ValueError: ``cache_limit`` is too small, or set for a local data set; or ``epoch_size`` is too large.
     """
 
-    def __init__(
-        self,
-        *,
-        local: str | Path,
-        remote: str | None = None,
-        batch_size: int,
-        transform: RandomResizedCropFlip,
-        column: str = "image",
-        seed: int,
-        shuffle: bool = True,
-        num_canonical_nodes: int = 1,
-        shuffle_block_size: int = 1 << 16,
-        epoch_size: int | None = None,
-        cache_limit: int | str | None = None,
-        timeout: float = 600.0,
-        predownload: int = 1024,
-    ) -> None:
-        super().__init__(
-            local=local,
-            remote=remote,
-            timeout=timeout,
-            cache_limit=cache_limit,
-            shuffle_block_size=shuffle_block_size,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            # Not the defaults: those depend on the number of nodes, and a resume on another number would see
-            # another order.
-            shuffle_algo="py1e",
-            num_canonical_nodes=num_canonical_nodes,
-            epoch_size=epoch_size,
-            predownload=max(predownload, batch_size),
-        )
+    def __init__(self, *, transform: RandomResizedCropFlip, column: str = "image", seed: int, **kwargs: Any) -> None:
+        super().__init__(seed=seed, **kwargs)
         keep_encoded(self.shards, column)
         self.column = column
         self.transform = transform
@@ -84,11 +40,11 @@ class StreamingImages(VerifiedDataset):
 
     @override
     def get_item(self, sample_id: int, retry: int = READ_ATTEMPTS) -> dict[str, Any]:
-        """One augmented sample of the present epoch.
+        """Return one augmented sample of the current epoch.
 
         Raises:
-            ShardError: Its shard cannot be had.
-            InputError: It is no image that can be read.
+            ShardError: Its shard cannot be fetched.
+            InputError: It is not an image that can be read.
         """
         source = f"sample {sample_id} of {self.folder}"
         stored = super().get_item(sample_id, retry)[self.column]

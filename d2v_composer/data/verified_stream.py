@@ -1,4 +1,4 @@
-"""The shards of an MDS data set, used only when they are what the index says: fetched, tried again, verified."""
+"""Fetch the shards of an MDS data set, and compare them with its index before they are used."""
 
 import hashlib
 import logging
@@ -24,168 +24,161 @@ from d2v_composer.system.s3_download import SCHEME, S3Downloader
 
 __all__ = ["ShardError", "VerifiedStream"]
 
-# The fastest first; from blake2b on a hash takes longer than a fast disk.
+# The fastest first; blake2b and those after it take longer than reading from a fast disk.
 HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
-# Of one request: a store that hangs, or hardly sends anything for so long, is asked again.
-REQUEST_PATIENCE = 20
+# How long a store may send nothing, or almost nothing, before the request is repeated.
+REQUEST_SECONDS = 20
 READ_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
 
 class ShardError(RuntimeError):
-    """A shard cannot be had, or is not what the index says."""
-
-
-class DamagedError(ValueError):
-    """A file is not what the index says."""
+    """A shard cannot be fetched, or is not what the index says."""
 
 
 class VerifiedStream(Stream):
-    """An MDS data set, local or remote, none of whose shards is used before its size and its hash were compared.
+    """An MDS data set, local or remote, whose shards are used only after their size and hash were verified.
 
-    What fails in the cache of a remote data set is deleted and fetched again; in a local one it is an error. A
-    download that fails is tried again, with longer and longer pauses, and comes to its place only when it is whole.
+    A shard that fails is deleted and fetched again if the data set is remote; in a local data set it is an error.
+    Failed downloads are retried with growing pauses. A download gets its final name once it is complete and verified.
 
     Args:
-        local: The data set, or where the shards of a remote one are kept.
-        remote: Its address in an object store, or ``None``.
-        timeout: How long an unreachable store is tried again, in seconds.
+        local: The data set, or the cache of a remote one.
+        remote: The address in an object store, or ``None``.
+        timeout: How long an unreachable store is retried, in seconds.
     """
 
     def __init__(self, *, local: str | Path, remote: str | None, timeout: float) -> None:
-        super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_PATIENCE))
+        super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_SECONDS))
         self.timeout = timeout
-        self._s3 = S3Downloader(self.download_timeout)
-        if remote is not None and remote.startswith(SCHEME):
+        self._s3 = S3Downloader(self.download_timeout) if remote is not None and remote.startswith(SCHEME) else None
+        if self._s3 is not None:
             self._s3.prepare()
-        self._idle: tuple[int, list[CloudDownloader]] = (os.getpid(), [self._downloader])
+        self._idle_downloaders: dict[int, list[CloudDownloader]] = {os.getpid(): [self._downloader]}
 
     @override
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Let go of what is wrong at a glance: files of another size, and what a killed process left half-written.
+        """Delete from the cache files of a wrong size and partial files of killed processes.
+
+        The base class also deletes files of local data sets, and reports files that are not verified as usable; here
+        no shard counts as usable until :class:`ShardCache` has it verified.
 
         Raises:
             ShardError: Such a file cannot be deleted.
         """
-        if self.remote is not None:
-            for path in find_partials({self._path(info) for shard in shards for info in _files(shard)}):
-                _delete(path, "is left of a killed run")
-            for shard in shards:
-                for info in _files(shard):
-                    path = self._path(info)
-                    if path.is_file() and path.stat().st_size != info.bytes:
-                        self._drop(path, _wrong_size(path, info))
-        # Not the base class's, which deletes what it holds to be inconsistent, in a local data set too.
-        cache_usage_per_shard[:] = [self.bytes_here(shard) for shard in shards]
+        if self.remote is None:
+            return
+        for path in find_partials({self._path(info) for shard in shards for info in _files(shard)}):
+            _delete(path, "is left of a killed run")
+        for info in (info for shard in shards for info in _files(shard)):
+            path = self._path(info)
+            if path.is_file() and path.stat().st_size != info.bytes:
+                _delete_to_fetch_again(path, _wrong_size(path, info))
 
     def fetch_shard(self, shard: Reader, timeout: float | None = None, stop: threading.Event | None = None) -> None:
-        """Make sure that a shard is here and whole.
+        """Make sure that a shard is here and verified.
 
         Args:
             shard: One of :meth:`get_shards`.
-            timeout: Instead of the stream's own.
-            stop: Ends waiting for the store, where it is set.
+            timeout: How long an unreachable store is retried, in seconds; default: the stream's timeout.
+            stop: Ends the retries when set.
 
         Raises:
-            ShardError: It cannot be had.
+            ShardError: The shard cannot be fetched.
         """
         timeout = self.timeout if timeout is None else timeout
         for raw, compressed in shard.file_pairs:
-            if self._is_whole(raw):
+            if self._is_verified(raw):
                 continue
             if compressed is None:
                 self._fetch(raw, timeout, stop)
             else:
-                if not self._is_whole(compressed):
+                if not self._is_verified(compressed):
                     self._fetch(compressed, timeout, stop)
                 self._decompress(raw, compressed, shard.compression)
 
     def bytes_here(self, shard: Reader) -> int:
-        """What a shard takes of the disk."""
+        """Return the bytes that a shard takes on the disk."""
         return sum(info.bytes for info in _files(shard) if self._path(info).is_file())
 
     def _path(self, info: FileInfo) -> Path:
         return Path(self.local, self.split, info.basename)
 
     def _address(self, info: FileInfo) -> str:
-        return "/".join([self.remote.rstrip("/"), info.basename]) if self.remote else str(self._path(info))
+        return f"{self.remote.rstrip('/')}/{info.basename}" if self.remote else str(self._path(info))
 
-    def _is_whole(self, info: FileInfo) -> bool:
-        """Whether a file is here as the index says; one that is not is deleted, where it can be fetched again."""
+    def _is_verified(self, info: FileInfo) -> bool:
+        """Return True if a file is here as the index says; delete one that is not, if it can be fetched again."""
         path = self._path(info)
         if not path.is_file():
             return False
         fault = _fault(path, info)
-        if fault is None:
-            return True
-        if self.remote is None:
+        if fault is not None and self.remote is None:
             raise ShardError(fault)
-        self._drop(path, fault)
-        return False
-
-    def _drop(self, path: Path, fault: str) -> None:
-        log.warning("%s: fetched again", fault)
-        _delete(path, "is not as the index says")
+        if fault is not None:
+            _delete_to_fetch_again(path, fault)
+        return fault is None
 
     def _fetch(self, info: FileInfo, timeout: float, stop: threading.Event | None) -> None:
         if self.remote is None:
             raise ShardError(f"{self._path(info)}: the shard is missing")
+        address = self._address(info)
 
         def download() -> None:
             with self._partial(info) as partial:
-                if self.remote is not None and self.remote.startswith(SCHEME):
-                    self._s3.download(self._address(info), partial, stop)
+                if self._s3 is not None:
+                    self._s3.download(address, partial, stop)
                 else:
-                    with self._own_downloader() as downloader:
-                        downloader.download(self._address(info), str(partial), self.download_timeout)
+                    self._download_with_streaming(address, partial)
 
         try:
-            retry(download, self._address(info), timeout, stop)
+            retry(download, address, timeout, stop)
         except Exception as error:
-            raise ShardError(
-                f"{self._address(info)}: the shard cannot be fetched: {reason(error)} (to {self.local})"
-            ) from error
+            raise ShardError(f"{address}: the shard cannot be fetched: {reason(error)} (to {self.local})") from error
 
-    @contextmanager
-    def _own_downloader(self) -> Iterator[CloudDownloader]:
-        """One of Streaming's clients that no other thread uses now, with its connection; a failure costs it that."""
-        process, idle = self._idle
-        if process != os.getpid():  # forked: two processes on one connection get each other's answers
-            process, idle = self._idle = os.getpid(), []
+    def _download_with_streaming(self, address: str, path: Path) -> None:
+        # Downloaders keep their connections. No two threads, and no two forked processes, may use one at a time.
+        idle = self._idle_downloaders.setdefault(os.getpid(), [])
         try:
             downloader = idle.pop()
         except IndexError:
             downloader = CloudDownloader.get(self.remote)
         try:
-            yield downloader
+            downloader.download(address, str(path), self.download_timeout)
         except Exception:
-            downloader.clean_up()
+            downloader.clean_up()  # its connection may be broken
             raise
         finally:
             idle.append(downloader)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_idle": (0, [])}
+        return self.__dict__ | {"_idle_downloaders": {}}
 
     def _decompress(self, raw: FileInfo, compressed: FileInfo, algorithm: str | None) -> None:
+        path = self._path(compressed)
         try:
             with self._partial(raw) as partial:
-                partial.write_bytes(decompress(algorithm, self._path(compressed).read_bytes()))
+                partial.write_bytes(decompress(algorithm, path.read_bytes()))
         except Exception as error:
-            raise ShardError(f"{self._path(compressed)}: the shard cannot be decompressed: {reason(error)}") from error
+            raise ShardError(f"{path}: the shard cannot be decompressed: {reason(error)}") from error
         if not self.safe_keep_zip:
-            self._path(compressed).unlink()
+            path.unlink()
 
     @contextmanager
     def _partial(self, info: FileInfo) -> Iterator[Path]:
-        """A path for a file's content, which comes to its place when the block ends, if it is as the index says."""
+        """Return a path to write a file to, which becomes the file when the block ends, if its content is verified."""
         with partial_file(self._path(info), sync=False) as partial:  # a shard is verified again before its use
             yield partial
-            if not partial.is_file():  # Streaming's downloader of gs:// with GCS_KEY passes over most errors
+            if not partial.is_file():  # Streaming's downloader of gs:// ignores most errors if GCS_KEY is set
                 raise RuntimeError("the store sent nothing")
             if (fault := _fault(partial, info)) is not None:
-                raise DamagedError(f"what came is not what the index says: {fault}")
+                raise ValueError(f"the download is not what the index says: {fault}")
+
+
+def _delete_to_fetch_again(path: Path, fault: str) -> None:
+    log.warning("%s: fetched again", fault)
+    _delete(path, "is not as the index says")
 
 
 def _delete(path: Path, why: str) -> None:
@@ -196,12 +189,12 @@ def _delete(path: Path, why: str) -> None:
 
 
 def _files(shard: Reader) -> list[FileInfo]:
-    """A shard's files as they are, and compressed, where there are such."""
+    """Return the files of a shard, raw and compressed."""
     return [info for pair in shard.file_pairs for info in pair if info is not None]
 
 
 def _fault(path: Path, info: FileInfo) -> str | None:
-    """What about a file is not as the index says, if anything."""
+    """Return how a file differs from what the index says, or ``None``."""
     if path.stat().st_size != info.bytes:
         return _wrong_size(path, info)
     algorithm = next((name for name in (*HASHES, *info.hashes) if name in info.hashes), None)
@@ -211,7 +204,7 @@ def _fault(path: Path, info: FileInfo) -> str | None:
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    # Not Streaming's get_hash, which wants the whole file in memory.
+    # Streaming's get_hash needs the whole file in memory.
     state = getattr(xxhash, algorithm)() if algorithm.startswith("xxh") else hashlib.new(algorithm)
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(READ_BYTES):

@@ -1,4 +1,4 @@
-"""The order of an epoch on 512 ranks, without any of them: each worker's share, and the same after a resume on 384."""
+"""The order of an epoch on 512 ranks, computed in one process: each worker's share, and a resume on 384 ranks."""
 
 import json
 import time
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
+from helpers import open_images
 
 RANKS_PER_NODE = 8
 WORKERS_PER_RANK = 8
 NODES, FEWER_NODES = 64, 48
-# Of 512 ranks and of 384: 6 and 8 a rank.
+# 6 samples a rank on 512 ranks, 8 on 384.
 GLOBAL_BATCH = 3072
 EPOCH = 3
 
 
 def write_index(folder: Path, num_shards: int, num_samples: int) -> None:
-    """Shards that differ by a sample, of which there is but the index."""
+    """Write the index of shards that differ by a sample; there are no files."""
     borders = np.arange(num_shards + 1) * num_samples // num_shards
     columns = {"column_encodings": ["bytes"], "column_names": ["image"], "column_sizes": [None]}
     shards = [
@@ -43,19 +43,14 @@ def write_index(folder: Path, num_shards: int, num_samples: int) -> None:
     (folder / "index.json").write_text(json.dumps({"shards": shards, "version": 2}))
 
 
-def open_images(folder: Path, num_samples: int) -> StreamingImages:
-    return StreamingImages(
-        local=folder,
-        batch_size=GLOBAL_BATCH // (NODES * RANKS_PER_NODE),
-        transform=RandomResizedCropFlip(224),
-        seed=17,
-        num_canonical_nodes=NODES,
-        epoch_size=num_samples // GLOBAL_BATCH * GLOBAL_BATCH,
-    )
+def open_epoch(folder: Path, num_samples: int) -> StreamingImages:
+    batch_size = GLOBAL_BATCH // (NODES * RANKS_PER_NODE)
+    epoch_size = num_samples // GLOBAL_BATCH * GLOBAL_BATCH
+    return open_images(folder, batch_size=batch_size, num_canonical_nodes=NODES, epoch_size=epoch_size)
 
 
 def work_of(dataset: StreamingImages, num_nodes: int) -> NDArray[np.int64]:
-    """Samples, or -1, by (node, rank of the node, worker of the rank, batch of the worker, place in the batch)."""
+    """The samples, or -1, by (node, rank of the node, worker of the rank, batch of the worker, place in the batch)."""
     world = World(num_nodes, RANKS_PER_NODE, WORKERS_PER_RANK, 0)
     dataset.batch_size = GLOBAL_BATCH // world.num_ranks
     epoch, sample_in_epoch = dataset._resume(world, EPOCH)
@@ -63,24 +58,24 @@ def work_of(dataset: StreamingImages, num_nodes: int) -> NDArray[np.int64]:
 
 
 def global_batches(work: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The samples of each batch of all ranks, (batches, samples): a loader takes from its workers in turn."""
+    """The samples of each global batch, (batches, samples): a loader takes batches from its workers in turn."""
     batches = work.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)
     is_padding = (batches == -1).all(axis=1)
-    assert (np.diff(is_padding.astype(int)) >= 0).all()  # all of it is at the end
+    assert (np.diff(is_padding.astype(int)) >= 0).all()  # padding is at the end
     return batches[~is_padding]
 
 
 @pytest.mark.parametrize(
     ("num_shards", "num_samples"), [(2_000, 25_600), pytest.param(100_000, 1_281_167, marks=pytest.mark.slow)]
 )
-def test_each_sample_once_on_512_ranks(tmp_path: Path, num_shards: int, num_samples: int) -> None:
+def test_reads_each_sample_once_on_512_ranks(tmp_path: Path, num_shards: int, num_samples: int) -> None:
     write_index(tmp_path, num_shards, num_samples)
     start = time.monotonic()
-    dataset = open_images(tmp_path, num_samples)
+    dataset = open_epoch(tmp_path, num_samples)
     opened = time.monotonic()
     work_of(dataset, NODES)
     ordered = time.monotonic()
-    tracemalloc.start()  # which takes time
+    tracemalloc.start()  # slows the order down
     work = work_of(dataset, NODES)
     megabytes = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
@@ -97,7 +92,7 @@ def test_each_sample_once_on_512_ranks(tmp_path: Path, num_shards: int, num_samp
     assert seen.max() == 1
     assert seen.sum() == num_batches * GLOBAL_BATCH
 
-    # A worker is given its row of it.
+    # Each worker gets its row.
     dataset._unique_worker_world = World(1, 1, 1, 0)
     for node, rank, worker in ((0, 0, 0), (40, 7, 5)):
         number = (node * RANKS_PER_NODE + rank) * WORKERS_PER_RANK + worker
@@ -105,7 +100,7 @@ def test_each_sample_once_on_512_ranks(tmp_path: Path, num_shards: int, num_samp
         own = dataset._get_work(EPOCH, 0)
         assert (own == work[node, rank, worker].ravel()).all()
 
-    # In the middle of the epoch 384 ranks go on.
+    # 384 ranks resume in the middle of the epoch.
     trained = num_batches // 2
     dataset.load_state_dict(
         {

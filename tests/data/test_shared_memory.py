@@ -1,4 +1,4 @@
-"""Names in shared memory: one run's alone, whatever it starts beside, and gone when it is."""
+"""Names in shared memory: they belong to one run, and are removed after it."""
 
 import multiprocessing
 import os
@@ -7,44 +7,32 @@ import signal
 import tempfile
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-import torch
 from streaming.base.shared import SharedMemory
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data import shared_memory
-from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.shared_memory import Reservation
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.system import file_locks
 from d2v_composer.system.errors import InputError
-from helpers import small_run
+from helpers import NUM_IMAGES, open_images, read_epoch, small_run, wait_until
 
 FORK = multiprocessing.get_context("fork")
 MEMORY = Path("/dev/shm")
-ALL = list(range(96))
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """Another test may have left one, whose threads a forked process lacks: it would wait for ever in a collective."""
-    member = torch.distributed.distributed_c10d.GroupMember
-    before = member.WORLD
-    member.WORLD = None
-    yield
-    member.WORLD = before
+ALL = list(range(NUM_IMAGES))
 
 
 @pytest.fixture
 def images(many_shards: Path) -> Callable[[], StreamingImages]:
     """Make a data set of 96 samples."""
-    return lambda: StreamingImages(local=many_shards, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
+    return lambda: open_images(many_shards)
 
 
 def files_of(number: int) -> set[str]:
@@ -55,22 +43,20 @@ def number_of(dataset: StreamingImages) -> int:
     return dataset._names.number
 
 
-def read(dataset: StreamingImages) -> list[int]:
-    return sorted(sample["sample_id"] for sample in dataset)
-
-
-def start_at_one_time(images: Callable[[], StreamingImages], folder: Path, start: Barrier) -> None:
+def start_together(images: Callable[[], StreamingImages], folder: Path, start: Barrier) -> None:
     tempfile.tempdir = str(folder)
     start.wait()
-    for _ in range(5):
-        assert read(images()) == ALL
+    for _ in range(2):
+        assert read_epoch(images()) == ALL
 
 
-def test_runs_that_start_at_one_time(images: Callable[[], StreamingImages], tmp_path: Path) -> None:
-    """They would take each other's names: two with one temporary folder, six with folders of their own."""
+def test_runs_that_start_at_the_same_time_get_different_names(
+    images: Callable[[], StreamingImages], tmp_path: Path
+) -> None:
+    """Two runs with the same temporary folder, and six with their own."""
     folders = [tmp_path / name for name in ("common", "common", *"abcdef")]
     start = FORK.Barrier(len(folders))
-    runs = [FORK.Process(target=start_at_one_time, args=(images, folder, start)) for folder in folders]
+    runs = [FORK.Process(target=start_together, args=(images, folder, start)) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         folder.mkdir(exist_ok=True)
         run.start()
@@ -79,24 +65,24 @@ def test_runs_that_start_at_one_time(images: Callable[[], StreamingImages], tmp_
     assert [run.exitcode for run in runs] == [0] * len(runs)
 
 
-def test_names_go_with_the_data_set(images: Callable[[], StreamingImages]) -> None:
-    images()  # with the first one Python's resource tracker begins
+def test_names_are_removed_with_the_data_set(images: Callable[[], StreamingImages]) -> None:
+    images()  # the first one starts Python's resource tracker
     open_files = len(os.listdir("/proc/self/fd"))
     dataset = images()
     number = number_of(dataset)
     dataset.load_state_dict(dataset.state_dict(0, from_beginning=True) | {"epoch": 0})
     dataset.load_state_dict(dataset.state_dict(0, from_beginning=True))
-    assert read(dataset) == ALL
+    assert read_epoch(dataset) == ALL
     assert {"in_use", "barrier", "next_epoch", "shard_states", "fetchers", "resume"} <= files_of(number)
     del dataset
     assert files_of(number) == set()
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 
-def test_locks_lie_beside_the_memory(images: Callable[[], StreamingImages]) -> None:
+def test_locks_are_beside_the_memory(images: Callable[[], StreamingImages]) -> None:
     """Ranks of one run may have different temporary folders."""
     dataset = images()
-    assert read(dataset) == ALL
+    assert read_epoch(dataset) == ALL
     with dataset.cache._lock():
         assert {"barrier_filelock", "cache_filelock"} <= files_of(number_of(dataset))
 
@@ -109,8 +95,8 @@ def make_and_wait(images: Callable[[], StreamingImages], send: Connection) -> No
     time.sleep(600)
 
 
-def test_a_killed_run(images: Callable[[], StreamingImages]) -> None:
-    """Its names are there as long as one of its workers is; the next start removes them."""
+def test_names_of_a_killed_run_are_removed_by_the_next_start(images: Callable[[], StreamingImages]) -> None:
+    """But only once its last worker has ended."""
     receive, send = FORK.Pipe(duplex=False)
     run = FORK.Process(target=make_and_wait, args=(images, send))
     run.start()
@@ -123,14 +109,13 @@ def test_a_killed_run(images: Callable[[], StreamingImages]) -> None:
     assert number_of(beside) != number
     assert files_of(number) == left
     os.kill(worker, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while files_of(number):
-        assert time.monotonic() < deadline
-        assert number_of(images()) != number
-    assert read(beside) == ALL
+    wait_until(lambda: number_of(images()) != number and not files_of(number), seconds=10)
+    assert read_epoch(beside) == ALL
 
 
-def test_what_another_user_left_stays(images: Callable[[], StreamingImages], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_another_user_left_stay(
+    images: Callable[[], StreamingImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = MEMORY / "1000000_in_use"
     lock.touch()
     own_open = os.open
@@ -142,13 +127,13 @@ def test_what_another_user_left_stays(images: Callable[[], StreamingImages], mon
 
     monkeypatch.setattr(file_locks.os, "open", refuse)
     try:
-        assert read(images()) == ALL
+        assert read_epoch(images()) == ALL
         assert lock.exists()
     finally:
         lock.unlink()
 
 
-def test_a_number_is_held_by_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_held_by_all_ranks() -> None:
     first = shared_memory._reserve()
     second = shared_memory._join(first.number)
     memory = SharedMemory(f"{first.number}_data", True, 8)
@@ -160,7 +145,7 @@ def test_a_number_is_held_by_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert files_of(second.number) == set()
 
 
-def test_a_number_is_drawn_anew_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_another_number_if_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([0, 0, 0, 1])
     monkeypatch.setattr(shared_memory.secrets, "randbelow", lambda _: next(drawn))
     held: list[Reservation] = [shared_memory._reserve()]
@@ -172,21 +157,21 @@ def test_a_number_is_drawn_anew_where_it_is_taken(monkeypatch: pytest.MonkeyPatc
             each.release()
 
 
-def test_without_a_folder_of_shared_memory(
+def test_locks_are_in_the_temporary_folder_if_shared_memory_is_not_made_of_files(
     images: Callable[[], StreamingImages],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As on a Mac: the lock is in the temporary folder."""
+    """As on macOS."""
     shared_memory._warn_of_no_folder.cache_clear()
     monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "no-such-folder")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dataset = images()
     lock = tmp_path / f"{number_of(dataset)}_in_use"
     assert lock.exists()
-    assert read(dataset) == ALL
-    assert "runs on this machine must have one temporary folder in common" in caplog.text
+    assert read_epoch(dataset) == ALL
+    assert "all runs on this machine must use the same temporary folder" in caplog.text
     del dataset
     assert not lock.exists()
 
@@ -194,35 +179,37 @@ def test_without_a_folder_of_shared_memory(
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
-def test_too_little_shared_memory(images: Callable[[], StreamingImages], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be a SIGBUS."""
+def test_refuses_to_start_with_too_little_shared_memory(
+    images: Callable[[], StreamingImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be killed by SIGBUS."""
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(16384, 0, 16384))
     before = set(MEMORY.iterdir())
     with pytest.raises(InputError) as caught:
         images()
     needed = shared_memory.shared_memory_needed(num_shards=32, num_samples=96)
-    assert str(caught.value).startswith(f"/dev/shm: 16,384 of 16,384 bytes are free, training data takes {needed:,}: ")
+    assert str(caught.value).startswith(f"/dev/shm: 16,384 of 16,384 bytes are free, training data needs {needed:,}: ")
     assert "docker run --shm-size=1m" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert set(MEMORY.iterdir()) - before == set()
 
 
-def test_too_little_shared_memory_for_the_workers(
+def test_refuses_to_start_with_too_little_shared_memory_for_the_workers(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is room for the data set, and not for the batches that are made in advance."""
+    """There is room for the data set, but not for the batches that are made in advance."""
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
     config = load_config(small_run(tmp_path, small_data, *options))
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
     build_train_loader(config, read_train_index(config), 24)
-    with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* takes 33,9"):
+    with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9"):
         build_train_loader(config, read_train_index(config), 224)  # 16 x 3 x 224 x 224 bytes, 14 times
 
 
-def test_shared_memory_needed() -> None:
-    """The paper's run on eight GPUs: 32 images of 224 pixels a rank, twice in each of 64 workers and two in use."""
+def test_counts_the_shared_memory_of_the_papers_run() -> None:
+    """On eight GPUs: 32 images of 224 pixels a rank, two batches in each of 64 workers and two in use per rank."""
     alone = shared_memory.shared_memory_needed(num_shards=1300, num_samples=1_281_167)
-    assert alone == pytest.approx(8 * 1_281_167 + 17 * 1300, abs=100_000)
+    assert alone == pytest.approx(8 * 1_281_167 + 25 * 1300, abs=100_000)
     batch_bytes = 32 * 3 * 224 * 224
     whole = shared_memory.shared_memory_needed(
         num_shards=1300, num_samples=1_281_167, ranks=8, workers=8, prefetch_factor=2, batch_bytes=batch_bytes
@@ -230,7 +217,7 @@ def test_shared_memory_needed() -> None:
     assert whole - alone == pytest.approx(8 * 18 * batch_bytes, rel=0.01)
 
 
-def test_a_copy_for_a_worker_that_is_not_forked(images: Callable[[], StreamingImages]) -> None:
+def test_a_pickled_copy_reads_too(images: Callable[[], StreamingImages]) -> None:
     dataset = images()
-    assert read(pickle.loads(pickle.dumps(dataset))) == ALL
-    assert read(dataset) == ALL
+    assert read_epoch(pickle.loads(pickle.dumps(dataset))) == ALL
+    assert read_epoch(dataset) == ALL
