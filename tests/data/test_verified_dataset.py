@@ -1,6 +1,7 @@
 """Epochs from a cache, filled from another folder as from a store: missing and corrupt shards, full disks, kills."""
 
 import errno
+import gc
 import json
 import logging
 import multiprocessing
@@ -259,6 +260,7 @@ def test_stops_when_a_worker_is_killed(original: Path, tmp_path: Path) -> None:
     """The error is torch's: of the dead process, or of the broken connection of a batch under way."""
     with open_batches(open_images(tmp_path / "cache", original), workers=2) as batches:
         next(batches)
+        gc.collect()  # torch raises the error at any moment, but not while an older data set is removed
         os.kill(batches._workers[1].pid, signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises((RuntimeError, ConnectionError, EOFError)) as caught, time_limit(20):
             list(batches)
