@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 
-from d2v_composer.models.alibi import compute_dtype
+from d2v_composer.models.alibi import autocast_dtype
 from d2v_composer.models.block import Attention, Block
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.image_encoder import ImageEncoder
@@ -44,7 +44,7 @@ class NaiveDistillation(nn.Module):
             x = self.student.encode(images)
         bias = None
         if self.alibi is not None:
-            bias = self.alibi(x.shape[1], compute_dtype(x), x.device).repeat(len(x), 1, 1, 1)
+            bias = self.alibi(x.shape[1], autocast_dtype(x), x.device).repeat(len(x), 1, 1, 1)
         return mse_loss(norm_mean(self.student.ffn_outputs(x, bias)), target)
 
 

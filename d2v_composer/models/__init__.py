@@ -1,1 +1,1 @@
-"""Teacher, student and what they share; only :mod:`.distillation` knows Composer."""
+"""Teacher, student and their shared parts; only :mod:`.distillation` imports Composer."""

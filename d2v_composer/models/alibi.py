@@ -1,4 +1,4 @@
-"""Attention with linear biases, as data2vec 2.0 computes it (ALiBi: Press et al. 2022, arXiv:2108.12409).
+"""Attention with linear biases (ALiBi) as in data2vec 2.0 (Press et al. 2022, arXiv:2108.12409).
 
 Shapes: B inputs, H heads, N patches or positions, E extra tokens, T = E + N time steps.
 """
@@ -9,18 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Alibi", "absolute_distance", "alibi_slopes", "compute_dtype", "manhattan_distance", "mask_padding"]
+__all__ = ["Alibi", "absolute_distance", "alibi_slopes", "autocast_dtype", "manhattan_distance", "mask_padding"]
 
-# The memory-efficient attention kernels want rows whose strides divide by eight, and otherwise pad at every call.
+# The memory-efficient attention kernels need row strides that divide by eight, and otherwise pad at every call.
 ROW_ALIGNMENT = 8
-# How many shapes' biases are kept: images have one, text may have another length in every batch.
+# Number of cached biases. Images need one; batches of text may all differ in length.
 MAX_KEPT = 8
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """The slope of each head, (H,).
+    """Return the slope of each head, (H,).
 
-    A geometric series from 2^(-8/H) for a power of two; otherwise the series of the next lower power of two P,
+    For a power of two, a geometric series from 2^(-8/H); otherwise the series of the next lower power of two P,
     followed by every second slope of 2P.
     """
 
@@ -33,36 +33,36 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def manhattan_distance(num_patches: int) -> Tensor:
-    """Steps from patch to patch on the √N × √N grid of an image, (N, N).
+    """Return the Manhattan distances between patches on an image's √N × √N grid, (N, N).
 
     Raises:
-        ValueError: N is no square.
+        ValueError: N is not a square.
     """
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise ValueError(f"2-D ALiBi needs a square grid of patches, got {num_patches} patches")
-    index = torch.arange(num_patches)
-    row, column = index // side, index % side
-    return ((row[:, None] - row).abs() + (column[:, None] - column).abs()).float()
+    index_N = torch.arange(num_patches)
+    row_N, column_N = index_N // side, index_N % side
+    return ((row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()).float()
 
 
 def absolute_distance(num_positions: int) -> Tensor:
-    """|i - j| in a sequence such as text or audio, (N, N)."""
-    index = torch.arange(num_positions)
-    return (index[:, None] - index).abs().float()
+    """Return |i - j| for a sequence such as text or audio, (N, N)."""
+    index_N = torch.arange(num_positions)
+    return (index_N[:, None] - index_N).abs().float()
 
 
 class Alibi(nn.Module):
-    """What is added to the attention scores: -slope · distance, and 0 for extra tokens.
+    """Bias added to the attention scores: -slope · distance, and 0 for extra tokens.
 
-    Built once for each length, dtype and device, (1, H, T, T): one for the whole batch, which attention broadcasts
-    without a copy, without gradient, with rows as the kernels want them.
+    Cached by length, dtype and device as (1, H, T, T), without gradient and with rows aligned for the kernels.
+    Attention broadcasts it over the batch without a copy.
 
     Args:
         distance: N → (N, N): :func:`manhattan_distance` or :func:`absolute_distance`.
-        num_heads: H; the heads from ``num_alibi_heads`` on have no bias.
-        num_alibi_heads: The heads that have one; their slopes are those of a model with so many heads.
-        num_extra_tokens: E; their rows and columns stand in front of the patches'.
+        num_heads: H; heads from ``num_alibi_heads`` on have no bias.
+        num_alibi_heads: Heads with a bias; their slopes are those of a model with this many heads.
+        num_extra_tokens: E; they precede the patches.
     """
 
     def __init__(
@@ -73,70 +73,69 @@ class Alibi(nn.Module):
         self.num_heads = num_heads
         self.num_alibi_heads = num_alibi_heads
         self.num_extra_tokens = num_extra_tokens
-        # No buffers: they follow from the sizes, and have no business in a checkpoint.
+        # Not buffers: the sizes determine them, so checkpoints need not hold them.
         self.kept: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def forward(self, num_steps: int, dtype: torch.dtype, device: torch.device, scale: Tensor | None = None) -> Tensor:
-        """The bias, (1, H, T, T).
+        """Return the bias, (1, H, T, T).
 
         Args:
             num_steps: T.
-            dtype: What the attention computes in, see :func:`compute_dtype`.
-            device: Where.
-            scale: ``None`` for 1, or a layer's factors, (1, H or fewer, 1, 1); negative ones count as 0.
+            dtype: The attention's, see :func:`autocast_dtype`.
+            device: The attention's.
+            scale: One layer's factors, (1, H or fewer, 1, 1), clamped at 0; ``None`` for 1.
         """
-        if scale is not None:
-            return aligned(self.unscaled(num_steps, torch.float32, device) * self._every_heads(scale), dtype)
-        return self.unscaled(num_steps, dtype, device)
+        if scale is None:
+            return self.unscaled(num_steps, dtype, device)
+        return aligned(self.unscaled(num_steps, torch.float32, device) * self._of_all_heads(scale), dtype)
 
     def unscaled(self, num_steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The bias itself, the same tensor at every call."""
+        """Return the bias with a scale of 1, the same tensor at every call."""
         key = (num_steps, dtype, device)
         if key not in self.kept:
             if len(self.kept) == MAX_KEPT:
                 del self.kept[next(iter(self.kept))]
-            with torch.inference_mode(False):  # an evaluation may come first, and training could not use what it made
+            with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
                 self.kept[key] = aligned(self.build(num_steps).to(device), dtype)
         return self.kept[key]
 
     def build(self, num_steps: int) -> Tensor:
-        """Compute it, (1, H, T, T) float32 on the CPU."""
+        """Compute the bias, (1, H, T, T) float32 on the CPU."""
         bias_HTT = torch.zeros(self.num_heads, num_steps, num_steps)
-        slopes = alibi_slopes(self.num_alibi_heads)[:, None, None]
+        slopes_H11 = alibi_slopes(self.num_alibi_heads)[:, None, None]
         extra = self.num_extra_tokens
-        bias_HTT[: self.num_alibi_heads, extra:, extra:] = -slopes * self.distance(num_steps - extra)
+        bias_HTT[: self.num_alibi_heads, extra:, extra:] = -slopes_H11 * self.distance(num_steps - extra)
         return bias_HTT[None]
 
-    def _every_heads(self, scale: Tensor) -> Tensor:
-        """The factors of all heads; those past the scale's have no bias anyway."""
+    def _of_all_heads(self, scale: Tensor) -> Tensor:
+        """Pad per-head factors to all heads; the added heads have no bias to scale."""
         missing_heads = self.num_heads - scale.shape[1] if scale.shape[1] > 1 else 0
         return nn.functional.pad(scale.clamp(min=0), (0, 0, 0, 0, 0, missing_heads))
 
 
-def mask_padding(bias: Tensor | None, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias of a batch whose inputs differ in length: no time step attends to padding.
+def mask_padding(bias: Tensor | None, padding_mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bias with which no time step attends to padding, for inputs of different lengths.
 
     Args:
         bias: (1, H, T, T), or ``None``.
-        padding_mask: (B, T) bool, true for padding; in no row all of it.
-        dtype: What the attention computes in.
+        padding_mask_BT: bool, true for padding; each row needs a time step that is not.
+        dtype: The attention's.
 
     Returns:
-        (B, 1, 1, T) without a bias; with one (B, H, T, T), made once for all layers of the batch: no kernel takes the
-        two apart.
+        (B, 1, 1, T) without a bias, (B, H, T, T) with one, computed once for all layers: kernels take one tensor.
     """
-    mask = torch.zeros_like(padding_mask, dtype=dtype).masked_fill(padding_mask, -torch.inf)[:, None, None]
+    mask = torch.zeros_like(padding_mask_BT, dtype=dtype).masked_fill(padding_mask_BT, -torch.inf)[:, None, None]
     return aligned(mask if bias is None else bias + mask, dtype)
 
 
 def aligned(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same values in ``dtype``, in rows whose stride the attention kernels take as it is."""
+    """Return the bias in ``dtype`` with rows aligned for the attention kernels."""
     num_steps = bias.shape[-1]
     padding = -num_steps % ROW_ALIGNMENT
     return nn.functional.pad(bias.to(dtype), (0, padding))[..., :num_steps]
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that linear layers and attention compute in when given ``x``: autocast's, or its own."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which linear layers and attention compute on ``x``: autocast's if enabled, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

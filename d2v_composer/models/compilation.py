@@ -1,4 +1,4 @@
-"""torch.compile of a whole distillation model, piece by piece."""
+"""torch.compile of a distillation model, block by block."""
 
 import functools
 import importlib
@@ -22,12 +22,12 @@ __all__ = ["compile_model", "find_missing"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Graphs of one piece: by input shape, by what wants a gradient, training or evaluation. torch's own limit is 8.
+# Graphs of a function: one for each input shape, need of gradients, and mode. torch's default limit is 8.
 MAX_GRAPHS = 64
 
 
 def find_missing() -> str | None:
-    """What torch.compile needs and this machine has not: 'needs …'; ``None``: nothing."""
+    """Return what torch.compile needs and this machine lacks ('needs …'), or ``None``."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         return "needs a C++ compiler, and neither g++ nor clang++ was found"
     headers = sysconfig.get_path("include")
@@ -37,21 +37,21 @@ def find_missing() -> str | None:
 
 
 def compile_model(model: DistillationModel, packs_weights: bool = False) -> None:
-    """Compile in place what a step and an evaluation consist of: blocks, patch embedding, norm_mean, loss.
+    """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
 
-    Block by block and not as one graph: all blocks of a kind share one compilation, so that it takes seconds instead of
-    minutes; gradients are ready, and reduced over the ranks, while the next block's are computed; activation
-    checkpointing and FSDP work on blocks as they are; and evaluations use what training compiled.
+    Blocks instead of one graph: equal blocks share a compilation, which takes seconds instead of minutes; DDP reduces a
+    block's gradients while the next ones are computed; activation checkpointing and FSDP work on blocks; and evaluation
+    uses the graphs of training.
 
     Args:
-        model: Changed; its weights may move to a GPU later.
-        packs_weights: Make whole graphs of the frozen passes, with their weights in the layout that a CPU's matrix
-            products want; they are held twice then.
+        model: Changed; its weights may still move to a GPU.
+        packs_weights: Compile the frozen passes as whole graphs with their weights in the layout of a CPU's matrix
+            products, which holds the weights twice.
     """
-    with block_sigterm():  # which starts the processes that compile: a run that SIGTERM stops may need them once more
+    with block_sigterm():  # starts the compiling processes, which a run stopped by SIGTERM may still need
         importlib.import_module("torch._inductor.async_compile")
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    # The blocks are small enough as they are: nothing is to be cut for DDP's sake.
+    # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
     encoder, teacher, student = model.teacher.encoder, model.teacher, model.student
     encoder.embed_patches = compiled(encoder.embed_patches)
@@ -66,12 +66,12 @@ def compile_model(model: DistillationModel, packs_weights: bool = False) -> None
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The compiled function; one that cannot be compiled as a whole is an error when it is called."""
+    """Compile a function as a single graph; calling it raises an error if that is impossible."""
     return torch.compile(function, fullgraph=True)
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """A function that takes no gradient and whose weights nobody changes, compiled together with them."""
+    """Compile a function without gradient together with its weights, which must not change."""
     function = compiled(frozen_pass)
 
     @functools.wraps(frozen_pass)
@@ -87,5 +87,5 @@ _norm_mean_of_list = compiled(norm_mean)
 
 
 def compiled_norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
-    """norm_mean in one pass over all layers, which are all held for it."""
+    """Compute norm_mean in one pass over all layers, which are all in memory at once."""
     return _norm_mean_of_list(list(layers), num_extra_tokens)

@@ -1,4 +1,6 @@
-"""The teacher: a frozen data2vec 2.0 image model.
+"""The teacher of data2vec 2.0: a frozen image model.
+
+Any teacher has ``encode``, ``forward_blocks``, ``targets``, ``build_student``, ``config`` and ``provenance``.
 
 Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
@@ -25,11 +27,11 @@ ExtraTokens = Literal["regress", "drop"]
 
 @dataclass(frozen=True, kw_only=True)
 class Data2Vec2Config(ImageEncoderConfig):
-    """Sizes of a whole data2vec 2.0 image model."""
+    """Sizes of a data2vec 2.0 image model."""
 
     depth: int = 8
     average_top_k_layers: int = 8
-    """How many of the last blocks make the target, as the model was pre-trained."""
+    """Number of last blocks in the target, as in pre-training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,16 +40,16 @@ class Data2Vec2Config(ImageEncoderConfig):
         self.check_alibi_scale([self.prenet_depth + self.depth])
 
     def encoder_config(self) -> ImageEncoderConfig:
-        """The sizes of the modality encoder alone."""
+        """Return the sizes of the modality encoder alone."""
         return ImageEncoderConfig(**{name: getattr(self, name) for name in ImageEncoderConfig.__dataclass_fields__})
 
 
 class Data2Vec2(Transformer, Frozen):
-    """The teacher: frozen, in eval mode, whatever anybody calls.
+    """The teacher, frozen and in eval mode.
 
     Args:
         config: The sizes.
-        provenance: Where the weights are from; kept with what is made of them.
+        provenance: Origin of the weights, stored with what is derived from them.
     """
 
     def __init__(self, config: Data2Vec2Config, provenance: dict[str, Any] | None = None) -> None:
@@ -58,25 +60,28 @@ class Data2Vec2(Transformer, Frozen):
         self.provenance = provenance or {}
         self.freeze()
 
-    def block_biases(self, x: Tensor) -> list[Tensor | None]:
+    def block_biases(self, x_BTD: Tensor) -> list[Tensor | None]:
         prenet_depth = self.config.prenet_depth
-        return self.encoder.layer_biases(x, prenet_depth + self.config.depth)[prenet_depth:]
+        return self.encoder.layer_biases(x_BTD, prenet_depth + self.config.depth)[prenet_depth:]
 
     @torch.no_grad()
     def targets(
         self, x: Tensor, extra_tokens: ExtraTokens = "regress", average_top_k_layers: int | None = None
     ) -> Tensor:
-        """What the student regresses: norm_mean of the FFN outputs.
+        """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 
         Args:
             x: (B, T, D), from :meth:`encode`.
-            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm as data2vec 2.0's own
+            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does.
-            average_top_k_layers: How many of the last blocks count; default the teacher's own number, which its file
-                says (all of the released base's, 18 of large's 24, 24 of huge's 32).
+            average_top_k_layers: Number of last blocks; default the checkpoint's (all of base's, 18 of large's 24, 24
+                of huge's 32).
 
         Returns:
             (B, T, D) float32, or (B, N, D) without the extra tokens.
+
+        Raises:
+            ValueError: There are fewer blocks.
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
@@ -85,7 +90,7 @@ class Data2Vec2(Transformer, Frozen):
         layers = islice(self.ffn_outputs(x), depth - top_k, None)
         if extra_tokens == "regress":
             return self.norm_mean(layers)
-        return self.norm_mean(layer[:, self.num_extra_tokens :] for layer in layers)
+        return self.norm_mean(layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
 
     def build_student(
         self,
@@ -96,19 +101,19 @@ class Data2Vec2(Transformer, Frozen):
         num_heads: int | None = None,
         num_alibi_heads: int | None = None,
     ) -> Student:
-        """A trainable student on this teacher's encoder, which it shares and does not copy.
+        """Build a trainable student that shares this teacher's encoder.
 
         Args:
-            depth: Its blocks.
-            mlp_ratio: Their MLP's hidden width over D.
-            alibi: Whether its attention has the 2-D ALiBi bias (the paper's has, though the teacher has none).
-            init: ``random`` (the paper), or copies of the teacher's first blocks: ``teacher_attention``, or
-                ``teacher_blocks`` where the MLP ratios agree.
-            num_heads: Default the teacher's.
-            num_alibi_heads: Default all heads.
+            depth: Number of blocks.
+            mlp_ratio: Hidden width of their MLPs over D.
+            alibi: Add the 2-D ALiBi bias to the attention, as in the paper, though the teacher has none.
+            init: ``random`` (the paper), or copy the teacher's first blocks: ``teacher_attention``, or
+                ``teacher_blocks`` if the MLP ratios agree.
+            num_heads: Default: the teacher's.
+            num_alibi_heads: Default: all heads.
 
         Raises:
-            ValueError: The sizes contradict each other or, for a copy, the teacher's.
+            ValueError: A size is out of range or, for a copy, differs from the teacher's.
         """
         num_heads = self.config.num_heads if num_heads is None else num_heads
         num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads

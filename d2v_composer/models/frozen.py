@@ -1,4 +1,4 @@
-"""Modules that nobody may train."""
+"""Modules that do not train."""
 
 import torch
 from torch import nn
@@ -8,10 +8,9 @@ __all__ = ["Frozen"]
 
 
 class Frozen(nn.Module):
-    """A module that stays in eval mode and takes no gradient, whatever its parents are told.
+    """A module that stays in eval mode and takes no gradient. Call :meth:`freeze` once the parameters exist.
 
-    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole tree; here the call is
-    answered, not obeyed. Call :meth:`freeze` once the parameters exist.
+    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; here it has no effect.
     """
 
     def freeze(self) -> Self:
@@ -22,10 +21,9 @@ class Frozen(nn.Module):
         return super().train(False)
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
-        """Keep the weights of linear and convolution layers in the dtype that autocast computes in.
+        """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
 
-        It casts them to the same values in every step otherwise. LayerNorms, positions and extra tokens, which it
-        computes with in float32, stay as they are.
+        LayerNorms, positions and extra tokens keep float32, in which autocast computes with them.
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):

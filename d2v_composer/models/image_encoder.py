@@ -1,7 +1,7 @@
 """The frozen modality encoder for images: pixels to time steps.
 
-Everything the teacher and its student share. Attribute names follow fairseq's below ``modality_encoders.IMAGE``,
-so that weights load from a plain dict.
+Teacher and student share it. Attribute names are fairseq's below ``modality_encoders.IMAGE``, so that weights load
+from a plain dict.
 Shapes: B images, S pixels a side, N patches, E extra tokens, T = E + N time steps, D channels, L layers.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modalities/images.py``.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from d2v_composer.models.alibi import Alibi, compute_dtype, manhattan_distance
+from d2v_composer.models.alibi import Alibi, autocast_dtype, manhattan_distance
 from d2v_composer.models.block import Block
 from d2v_composer.models.frozen import Frozen
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_PATCHES, MAX_WIDTH, check_mlp_ratio, check_whole, is_number
@@ -25,10 +25,9 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageEncoder", "ImageEncoderConfig"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-LARGEST_NORM_EPS = 1e-2
-# Of pixels from 0 to 1; no model's are beyond.
-MEANS, DEVIATIONS = (0.0, 1.0), (1e-3, 1.0)
+MAX_NORM_EPS = 1e-2
+# Allowed means and standard deviations of pixels from 0 to 1.
+MEAN_RANGE, STD_RANGE = (0.0, 1.0), (1e-3, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class ImageEncoderConfig:
     """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
 
     Raises:
-        ValueError: The sizes contradict each other.
+        ValueError: A size is out of range, or does not fit the others.
     """
 
     embed_dim: int = 768
@@ -51,7 +50,7 @@ class ImageEncoderConfig:
     num_alibi_heads: int = 0
     """0: no ALiBi (``use_alibi_encoder: false``)."""
     alibi_scale_shape: tuple[int, ...] | None = None
-    """(L or 1, 1, H or 1, 1, 1) as stored in the checkpoint, where ALiBi is used."""
+    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
 
@@ -62,8 +61,8 @@ class ImageEncoderConfig:
             check_whole(name, getattr(self, name), 0, MAX_WIDTH)
         check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
         check_mlp_ratio(self.mlp_ratio, self.embed_dim)
-        if not is_number(self.norm_eps, math.ulp(0), LARGEST_NORM_EPS):
-            raise ValueError(f"norm_eps must be above 0 and at most {LARGEST_NORM_EPS}, got {self.norm_eps!r}")
+        if not is_number(self.norm_eps, math.ulp(0), MAX_NORM_EPS):
+            raise ValueError(f"norm_eps must be above 0 and at most {MAX_NORM_EPS}, got {self.norm_eps!r}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         if self.image_size % self.patch_size:
@@ -72,8 +71,8 @@ class ImageEncoderConfig:
             raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
         if self.num_alibi_heads > self.num_heads:
             raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
-        self._check_channels("image_mean", *MEANS)
-        self._check_channels("image_std", *DEVIATIONS)
+        self._check_channels("image_mean", *MEAN_RANGE)
+        self._check_channels("image_std", *STD_RANGE)
         self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
 
     def _check_channels(self, name: str, minimum: float, maximum: float) -> None:
@@ -84,13 +83,13 @@ class ImageEncoderConfig:
             raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
 
     def check_alibi_scale(self, num_layers: Container[int]) -> None:
-        """Refuse a shape of ALiBi's scale that is none for so many layers.
+        """Check the shape of ALiBi's scale.
 
         Args:
-            num_layers: The numbers of layers that the whole model may have.
+            num_layers: The allowed numbers of layers of the whole model.
 
         Raises:
-            ValueError: It says what is allowed.
+            ValueError: Another shape is needed.
         """
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is None:
@@ -112,7 +111,7 @@ class ImageEncoderConfig:
         return self.num_extra_tokens + self.num_patches
 
     def build_alibi(self, num_heads: int, num_alibi_heads: int) -> Alibi | None:
-        """The 2-D ALiBi of a stack of blocks over this encoder's time steps; ``None`` for 0 ALiBi heads."""
+        """Build 2-D ALiBi for blocks on this encoder; ``None`` for 0 ALiBi heads."""
         if not num_alibi_heads:
             return None
         return Alibi(
@@ -124,11 +123,7 @@ class ImageEncoderConfig:
 
 
 class ImageEncoder(Frozen):
-    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks. Frozen once loaded.
-
-    Args:
-        config: The sizes.
-    """
+    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
 
     image_mean: Tensor
     image_std: Tensor
@@ -154,7 +149,7 @@ class ImageEncoder(Frozen):
 
     @property
     def block_list(self) -> list[Block]:
-        """The blocks with their type, which a ModuleDict forgets."""
+        """The blocks, typed."""
         return cast("list[Block]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
 
     @torch.no_grad()
@@ -162,22 +157,22 @@ class ImageEncoder(Frozen):
         """Encode images.
 
         Args:
-            images: (B, 3, S, S) float, already normalised; or (B, 3, any, any) uint8, resized (bicubic, antialias) and
+            images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized (bicubic, antialias) and
                 normalised here.
 
         Returns:
             (B, T, D), without gradient.
 
         Raises:
-            ValueError: Float images have another size, or there are too few channels.
+            ValueError: Float images have another size, or images another number of channels.
         """
-        x = self.embed_patches(images)
-        for block, bias in zip(self.block_list, self.layer_biases(x), strict=False):
-            x, _ = block(x, bias)
-        return x
+        x_BTD = self.embed_patches(images)
+        for block, bias in zip(self.block_list, self.layer_biases(x_BTD), strict=False):
+            x_BTD, _ = block(x_BTD, bias)
+        return x_BTD
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 of any size to what the model was trained on; float images pass as they are."""
+        """Resize and normalise uint8 images; return float images unchanged."""
         if images.dtype != torch.uint8:
             return images
         size = self.config.image_size
@@ -185,50 +180,50 @@ class ImageEncoder(Frozen):
         return pixels.sub_(255 * self.image_mean).div_(255 * self.image_std)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """What the first block gets of images: patches, positions, extra tokens, LayerNorm; see :meth:`forward`."""
+        """Return the first block's input, (B, T, D): patches, positions, extra tokens, LayerNorm."""
         images = self.prepare(images)
         expected = (self.config.in_chans, self.config.image_size, self.config.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
-        patches_BDNN = self.local_encoder["proj"](images)
-        x = patches_BDNN.flatten(2).transpose(1, 2) + self.fixed_positional_encoder["positions"]
+        x_BND = self.local_encoder["proj"](images).flatten(2).transpose(1, 2)
+        x_BTD = x_BND + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
-            x = torch.cat([self.extra_tokens.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.context_encoder["norm"](x)
+            x_BTD = torch.cat([self.extra_tokens.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
+        return self.context_encoder["norm"](x_BTD)
 
-    def layer_biases(self, x: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
-        """The attention bias of this encoder's blocks and of the teacher's after them, in that order.
+    def layer_biases(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
+        """Return the attention biases of this encoder's blocks and of the teacher's blocks after them.
 
         Args:
-            x: What the blocks get, (B, T, D).
-            num_layers: How many are needed; default ``prenet_depth``.
+            x_BTD: The blocks' input.
+            num_layers: Number of blocks; default ``prenet_depth``.
         """
         num_layers = self.config.prenet_depth if num_layers is None else num_layers
         if self.alibi is None:
             return [None] * num_layers
-        shape = (x.shape[1], compute_dtype(x), x.device)
+        shape = (x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
         if self.alibi_scale is None or len(self.alibi_scale) == 1:
             scale = None if self.alibi_scale is None else self.alibi_scale[0]
             return [self.alibi(*shape, scale)] * num_layers
         return [self.alibi(*shape, layer_scale) for layer_scale in self.alibi_scale]
 
     def forward_macs(self) -> int:
-        """Multiply-accumulates of one image."""
+        """Return the multiply-accumulates for one image."""
         config = self.config
         patch_embedding = config.num_patches * config.embed_dim * config.in_chans * config.patch_size**2
         return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.block_list)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(B, 3, any, any) uint8 to (B, 3, size, size), bicubic with antialiasing, whole numbers from 0 to 255."""
+    """Resize uint8 images to (B, 3, size, size), bicubic with antialiasing; whole numbers from 0 to 255."""
     if images.device.type == "cpu":
-        # Channels last is the kernel's fast way in, and everybody else's slow way on.
+        # The kernel is fastest on channels last, all that follows on contiguous images.
         return interpolate(images, size, mode="bicubic", antialias=True).contiguous()
     return resize_in_float(images, size)
 
 
 def resize_in_float(images: Tensor, size: int) -> Tensor:
-    """:func:`resize` where there is no such kernel for uint8: rows, columns, and bicubic's overshoot cut each time."""
+    """Resize like :func:`resize` without its uint8 kernel: rows, then columns, each time clamping the overshoot."""
     pixels = images.float()
     for shape in ((images.shape[-2], size), (size, size)):
         pixels = interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)

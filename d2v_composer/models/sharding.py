@@ -1,6 +1,5 @@
-"""FSDP of a whole distillation model: one root over the units, which are the encoder and the blocks."""
+"""FSDP of a distillation model: one root over its units, the encoder and the blocks."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -15,36 +14,29 @@ __all__ = ["join_units", "sharded_units"]
 
 
 def join_units(model: DistillationModel, mesh: DeviceMesh | None) -> None:
-    """Make the model the FSDP root of the units that Composer made of its encoder and blocks.
+    """Make the model the FSDP root of the units that Composer wrapped.
 
-    Without it each unit is a root of its own. FSDP keeps a root's weights gathered after forward, for the backward pass
-    that usually follows at once; the frozen teacher has none, and would stay whole on every GPU. Roots do not overlap
-    their all-gathers with each other's computation either.
+    Otherwise each unit is a root. FSDP keeps a root's weights gathered after forward, for the backward pass that
+    usually follows; a frozen teacher has none, and would stay gathered on every GPU. Roots also do not overlap their
+    all-gathers with computation.
 
     Args:
-        model: As Composer's Trainer sharded it; changed in place.
-        mesh: The devices that share its weights; ``None``: all.
+        model: As sharded by Composer's Trainer; changed in place.
+        mesh: The devices that share the weights; ``None``: all.
     """
-    fully_shard(model, mesh=mesh)  # it has no weights beyond its units'
+    fully_shard(model, mesh=mesh)  # it has no weights outside its units
     for name in model.forward_methods:
         register_fsdp_forward_method(model, name)
     for unit in sharded_units(model).values():
         is_trained = any(parameter.requires_grad for parameter in cast("nn.Module", unit).parameters())
         unit.set_unshard_in_backward(is_trained)
-    for stack in (model.teacher.encoder.block_list, model.teacher.block_list, model.student.block_list):
-        prefetch_next(stack)
-    # The first root to run claims the units below it: this one, whichever part of the model is called first.
+    for blocks in (model.teacher.encoder.block_list, model.teacher.block_list, model.student.block_list):
+        for block, following in pairwise(cast("list[FSDPModule]", blocks)):
+            block.set_modules_to_forward_prefetch([following])  # gathered before this block computes
+    # The first root to run claims the units below it; run this one before any part of the model.
     model.compute(torch.detach, torch.zeros(1))
 
 
-def prefetch_next(blocks: Sequence[nn.Module]) -> None:
-    """Let each block start the next one's all-gather before it computes, which no block is called without."""
-    for block, following in pairwise(blocks):
-        assert isinstance(block, FSDPModule)
-        assert isinstance(following, FSDPModule)
-        block.set_modules_to_forward_prefetch([following])
-
-
 def sharded_units(model: nn.Module) -> dict[str, FSDPModule]:
-    """The modules that FSDP shards, the model itself left out, by name."""
+    """Return the modules that FSDP shards, except the model itself, by name."""
     return {name: module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)}

@@ -1,30 +1,30 @@
-"""Largest sizes of a model, and checks of the numbers that a file claims."""
+"""Limits for the sizes of a model, and checks of sizes from files."""
 
 from typing import Any
 
 __all__ = ["MAX_DEPTH", "MAX_PATCHES", "MAX_WIDTH", "check_mlp_ratio", "check_whole", "is_number"]
 
-# Far beyond any vision transformer; a file that says more is damaged, or wants memory that nobody has.
+# Far above any vision transformer's. Larger ones mean a corrupt file, or one that would exhaust the memory.
 MAX_WIDTH = 1 << 16
 MAX_DEPTH = 1000
 MAX_PATCHES = 1 << 14
 
 
 def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
-    """Refuse what is no whole number of the range; files bring such sizes.
+    """Check that a size is a whole number within a range.
 
     Raises:
-        ValueError: It names the size.
+        ValueError: It is not; the message names the size.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
 
 
 def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
-    """Refuse a ratio that leaves no hidden unit, or too many.
+    """Check that a ratio gives a valid number of hidden units.
 
     Raises:
-        ValueError: It says what is allowed.
+        ValueError: It does not.
     """
     if not is_number(mlp_ratio, 0, MAX_WIDTH) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
         raise ValueError(
@@ -33,5 +33,5 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
 
 
 def is_number(value: Any, minimum: float, maximum: float) -> bool:
-    """Whether a value is a number of the range, and no bool, which Python takes for one."""
+    """Return whether a value is a number within a range; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum

@@ -1,6 +1,6 @@
-"""The student: few trainable blocks on the teacher's frozen encoder.
+"""The student: a few trainable blocks on the teacher's frozen encoder.
 
-Shapes: B images, T time steps, D channels, H heads.
+Shapes: B images, T time steps, D channels.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.alibi import compute_dtype
+from d2v_composer.models.alibi import autocast_dtype
 from d2v_composer.models.block import Block, init_linear_layers
 from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_mlp_ratio, check_whole
@@ -22,10 +22,10 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Sizes of a student; its width and norm_eps are its encoder's.
+    """Sizes of a student; its width and norm_eps are the encoder's.
 
     Raises:
-        ValueError: The sizes contradict each other.
+        ValueError: A size is out of range.
     """
 
     depth: int = 5
@@ -41,12 +41,12 @@ class StudentConfig:
 
 
 class Student(Transformer):
-    """The student. Only ``blocks`` train: the encoder is the teacher's and frozen.
+    """The student. Only ``blocks`` train; the encoder is the teacher's, frozen.
 
     Args:
         encoder: Shared with the teacher.
         config: The sizes.
-        provenance: Where teacher and student are from; kept in exported files.
+        provenance: Origin of teacher and student, stored in exported files.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.
@@ -64,12 +64,12 @@ class Student(Transformer):
         self.alibi = encoder.config.build_alibi(config.num_heads, config.num_alibi_heads)
         init_linear_layers(self.blocks)
 
-    def block_biases(self, x: Tensor) -> list[Tensor | None]:
-        bias = None if self.alibi is None else self.alibi(x.shape[1], compute_dtype(x), x.device)
+    def block_biases(self, x_BTD: Tensor) -> list[Tensor | None]:
+        bias = None if self.alibi is None else self.alibi(x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
         return [bias] * len(self.blocks)
 
     def backward_macs(self) -> int:
-        """Multiply-accumulates of the gradients: twice the forward, but none for the frozen encoder's output."""
+        """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
         first_qkv = self.block_list[0].attn.qkv.weight.numel()
         return 2 * self.forward_macs() - self.encoder.config.num_steps * first_qkv
 
@@ -88,23 +88,23 @@ def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> Non
     """
     if init not in get_args(Init):
         raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
-    if len(student.blocks) > len(teacher.blocks):
-        raise ValueError(
-            f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
-        )
-    pairs: list[tuple[nn.Module, nn.Module]] = list(zip(student.block_list, teacher.block_list, strict=False))
-    if init == "teacher_attention":
-        pairs = [
-            (target.attn, source.attn) for target, source in zip(student.block_list, teacher.block_list, strict=False)
-        ]
-    for target, source in pairs:
-        mismatched = [
-            f"{name} {tuple(tensor.shape)} against the teacher's {tuple(source.get_parameter(name).shape)}"
-            for name, tensor in target.named_parameters()
-            if tensor.shape != source.get_parameter(name).shape
-        ]
-        if mismatched:
-            raise ValueError(f"init {init} needs the teacher's sizes: {mismatched[0]}")
+    num_blocks, num_available, num_heads = (
+        len(student.blocks),
+        len(teacher.blocks),
+        teacher.block_list[0].attn.num_heads,
+    )
+    if num_blocks > num_available:
+        raise ValueError(f"init {init}: the student has {num_blocks} blocks, the teacher {num_available}")
+    for block, source_block in zip(student.block_list, teacher.block_list, strict=False):
+        target: nn.Module = block.attn if init == "teacher_attention" else block
+        source: nn.Module = source_block.attn if init == "teacher_attention" else source_block
+        for name, tensor in target.named_parameters():
+            shape, source_shape = tuple(tensor.shape), tuple(source.get_parameter(name).shape)
+            if shape != source_shape:
+                raise ValueError(
+                    f"init {init} needs the teacher's sizes: {name} {shape} against the teacher's {source_shape}"
+                )
         target.load_state_dict(source.state_dict())
-    if student.config.num_heads != teacher.block_list[0].attn.num_heads:
-        raise ValueError(f"init {init} needs the teacher's {teacher.block_list[0].attn.num_heads} heads")
+    num_heads = teacher.block_list[0].attn.num_heads
+    if student.config.num_heads != num_heads:
+        raise ValueError(f"init {init} needs the teacher's {num_heads} heads")

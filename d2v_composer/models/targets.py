@@ -1,4 +1,4 @@
-"""What is regressed, and the loss. Pure functions of tensors.
+"""Regression targets and the loss, as pure functions of tensors.
 
 Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -11,61 +11,60 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, mse_loss
 
-__all__ = ["CLS_LOSS_WEIGHT", "Regression", "instance_norm", "norm_mean", "regression_loss"]
+__all__ = ["CLS_LOSS_WEIGHT", "NORM_EPS", "Regression", "instance_norm", "norm_mean", "regression_loss"]
 
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
 
 class Regression(NamedTuple):
-    """What a step compares, float32."""
+    """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D), or (B, N, D) where the extra tokens are dropped."""
+    """(B, T, D), or (B, N, D) without the extra tokens."""
     target: Tensor
-    """Like ``prediction``, without gradient."""
+    """The shape of ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
-    """(B, D), where CLS is regressed to the mean target instead of to its own."""
+    """(B, D), if CLS is regressed to the mean target instead of its own."""
 
 
 def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
-    """Normalise each image's channels over time, float32: biased variance, no affine.
+    """Normalise each image's channels over time, (B, T, D) float32: biased variance, no affine.
 
-    ``num_extra_tokens`` time steps in front are normalised with the others' statistics without adding to them.
+    The first ``num_extra_tokens`` time steps are normalised, but do not count in the statistics.
     """
-    layer = layer_BTD.float()
-    centred = layer - layer[:, num_extra_tokens:].mean(dim=1, keepdim=True)
-    # Not torch.var_mean: over a dimension that is not the last it takes more than twice as long on a CPU.
-    variance = centred[:, num_extra_tokens:].square().mean(dim=1, keepdim=True)
-    return centred * torch.rsqrt(variance + NORM_EPS)
+    layer_BTD = layer_BTD.float()
+    centred_BTD = layer_BTD - layer_BTD[:, num_extra_tokens:].mean(dim=1, keepdim=True)
+    # Not torch.var_mean, which on a CPU takes more than twice as long over any dimension but the last.
+    variance_B1D = centred_BTD[:, num_extra_tokens:].square().mean(dim=1, keepdim=True)
+    return centred_BTD * torch.rsqrt(variance_B1D + NORM_EPS)
 
 
 def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
-    """InstanceNorm each layer over time, average the layers, LayerNorm over the channels: (B, T, D) float32.
+    """Apply InstanceNorm over time to each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
-        layers: FFN outputs, (B, T, D) each, any float dtype. Read one at a time: given a generator, no more than
-            one of them is held, beside the sum.
-        num_extra_tokens: Time steps in front that are kept out of InstanceNorm's statistics (0: all count).
+        layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
+        num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
 
     Raises:
-        ValueError: There is no layer.
+        ValueError: There are no layers.
     """
-    total: Tensor | None = None
+    sum_BTD: Tensor | None = None
     num_layers = 0
-    for layer in layers:
-        normalised = instance_norm(layer, num_extra_tokens)
-        total = normalised if total is None else total + normalised
+    for layer_BTD in layers:
+        normalised_BTD = instance_norm(layer_BTD, num_extra_tokens)
+        sum_BTD = normalised_BTD if sum_BTD is None else sum_BTD + normalised_BTD
         num_layers += 1
-    if total is None:
+    if sum_BTD is None:
         raise ValueError("norm_mean needs at least one layer")
-    return layer_norm(total / num_layers, total.shape[-1:], eps=NORM_EPS)
+    return layer_norm(sum_BTD / num_layers, sum_BTD.shape[-1:], eps=NORM_EPS)
 
 
 def regression_loss(regression: Regression) -> Tensor:
-    """Mean squared error over all time steps and channels; with ``cls_prediction``, plus its own, weighed by 0.01."""
+    """Return the mean squared error over all time steps and channels, plus 0.01 × that of ``cls_prediction``."""
     loss = mse_loss(regression.prediction.float(), regression.target)
     if regression.cls_prediction is None:
         return loss
-    mean_target = regression.target.mean(dim=1)
-    return loss + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target)
+    mean_target_BD = regression.target.mean(dim=1)
+    return loss + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)

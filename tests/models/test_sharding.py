@@ -1,7 +1,7 @@
-"""FSDP keeps each part of the model whole for as long as it computes, and no longer.
+"""FSDP gathers each part of the model only while it computes.
 
-In one process: what is gathered and let go, and when, does not depend on the number of ranks. Two ranks train in
-test_parallel.py.
+In one process: what is gathered, and when, does not depend on the number of ranks. Two ranks train in
+tests/recipes/test_train_on_several_ranks.py.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ TRAINED = {f"student.blocks.{i}" for i in range(3)}
 
 
 class Watch(Callback):
-    """Notes at each event which units are gathered, and the losses."""
+    """Records the gathered units at each event, and the losses."""
 
     def __init__(self) -> None:
         self.gathered: dict[Event, list[set[str]]] = {}
@@ -44,7 +44,7 @@ class Watch(Callback):
 
 
 class Log:
-    """All-gathers and computations of the units, in their order."""
+    """Records all-gathers and computations of the units in order."""
 
     def __init__(self, model: nn.Module, patch: pytest.MonkeyPatch) -> None:
         self.entries: list[tuple[str, str]] = []
@@ -98,20 +98,27 @@ def build(*callbacks: Callback, sharded: bool = True) -> tuple[DistillationModel
     return model, trainer
 
 
-# Composer's own words: that its FSDP2 may change, and that it wants to rename an attribute.
+# Composer's notes that FSDP2 may change and that an attribute will be renamed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:The _fsdp_wrap attribute:DeprecationWarning"),
 ]
 
 
-def test_everything_is_let_go() -> None:
-    watch, plain = Watch(), Watch()
+@pytest.fixture(scope="module")
+def plain_losses() -> list[float]:
+    """The losses without FSDP."""
+    watch = Watch()
+    build(watch, sharded=False)[1].fit()
+    return watch.losses
+
+
+def test_nothing_stays_gathered(plain_losses: list[float]) -> None:
+    watch = Watch()
     model, trainer = build(watch)
     assert set(sharded_units(model)) == FROZEN | TRAINED
     trainer.fit()
-    build(plain, sharded=False)[1].fit()
-    assert watch.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert watch.losses == pytest.approx(plain_losses, rel=1e-6)
     assert len(watch.losses) == NUM_BATCHES
     for event, gathered in watch.gathered.items():
         assert gathered == [set()] * len(gathered), event
@@ -135,17 +142,16 @@ PARTS: dict[str, Callable[[DistillationModel, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_before_the_first_batch(part: str) -> None:
-    """A retrieval at the start: the part is let go, and training is as it would have been without."""
-    watch, plain = Watch(), Watch()
+def test_a_part_that_runs_before_the_first_batch_does_not_stay_gathered(part: str, plain_losses: list[float]) -> None:
+    """As in a retrieval at the start. Training is unchanged."""
+    watch = Watch()
     model, trainer = build(watch)
     with torch.no_grad():
         PARTS[part](model.eval(), some_images()[:4])
     assert gathered_units(model) == set()
     assert gathered_bytes(model) == 0
     trainer.fit()
-    build(plain, sharded=False)[1].fit()
-    assert watch.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert watch.losses == pytest.approx(plain_losses, rel=1e-6)
 
 
 def assert_next_gathered_before(entries: list[tuple[str, str]], stack: str, depth: int) -> None:
@@ -153,7 +159,7 @@ def assert_next_gathered_before(entries: list[tuple[str, str]], stack: str, dept
         assert entries.index(("gather", f"{stack}.{i + 1}")) < entries.index(("compute", f"{stack}.{i}")), (stack, i)
 
 
-def test_gathering_is_ahead_of_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gathering_overlaps_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, trainer = build()
     trainer.fit(duration="1ba")
     noted = Log(model, monkeypatch)
@@ -164,7 +170,7 @@ def test_gathering_is_ahead_of_computing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert_next_gathered_before(forward, stack, depth)
     noted.clear()
     loss.backward()
-    assert noted.gathers() == [f"student.blocks.{i}" for i in (2, 1, 0)]  # nothing of what is frozen
+    assert noted.gathers() == [f"student.blocks.{i}" for i in (2, 1, 0)]  # none of the frozen ones
 
     noted.clear()
     with torch.no_grad():
