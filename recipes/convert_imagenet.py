@@ -1,11 +1,11 @@
-"""ImageNet, or any folder of images, to MDS shards: ``python recipes/convert_imagenet.py SOURCE OUT``.
+"""Convert ImageNet, or any folder of images, to MDS shards: ``python recipes/convert_imagenet.py SOURCE OUT``.
 
     python recipes/convert_imagenet.py /data/ILSVRC s3://bucket/imagenet/train --resize 256
     python recipes/convert_imagenet.py /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
 
-An S3-compatible store is set with S3_ENDPOINT_URL, its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-An interrupted conversion leaves no index.json, so no reader takes it for a data set; the same command again goes on
-where it was. With other settings it starts over; what that leaves in an object store is named at the end, not removed.
+Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
+resume it. With other settings it starts over; old shards in an object store are listed at the end, not deleted.
 Layouts and labels files: see find_images in d2v_composer/conversion/image_source.py.
 """
 
@@ -24,7 +24,7 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> Conversion:
-    """Convert, verify, and print what was written and what was left out."""
+    """Convert, verify, and print a report."""
     arguments = parse(argv)
     start = time.monotonic()
     conversion = convert_images(
@@ -45,14 +45,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="a folder of images")
     parser.add_argument("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     parser.add_argument("--split", default="train", help="the split's folder; default: train")
-    parser.add_argument("--labels", help="a file with the labels of a flat folder; none: ignore classes")
-    parser.add_argument("--resize", type=int, metavar="N", help="make longer short sides N pixels; default: bytes kept")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEGs encoded anew; default: 90")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
-    parser.add_argument("--seed", type=int, default=0, help="of the order; default: 0")
-    parser.add_argument("--shard-size", type=bytes_to_int, default="64mb", help="about; default: 64mb")
+    parser.add_argument("--labels", help="a file with the labels of a flat folder; none: no labels")
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out, and list, images that are absent or damaged"
+        "--resize", type=int, metavar="N", help="shrink the short side to N pixels; default: keep bytes"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order; default: 0")
+    parser.add_argument("--shard-size", type=bytes_to_int, default="64mb", help="approximate; default: 64mb")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt"
     )
     arguments = parser.parse_args(argv)
     for name, largest in (("resize", 65500), ("quality", 100), ("workers", 1024), ("shard_size", 1 << 31)):
@@ -66,23 +68,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def print_report(conversion: Conversion, seconds: float) -> None:
     if conversion.resumed:
-        print(f"continued an interrupted conversion: {conversion.resumed} shards were there")
+        print(f"resumed an interrupted conversion after {conversion.resumed} shards")
     classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"
     print(
         f"wrote {conversion.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
-        f"{conversion.shards} shards, read back and found whole, in {seconds:.0f} s"
+        f"{conversion.shards} shards, read back and verified, in {seconds:.0f} s"
     )
     converted, ignored = _counts(conversion.converted), _counts(conversion.ignored)
-    print(f"converted to RGB JPEG: {converted}; files that are no images: {ignored}")
+    print(f"converted to RGB JPEG: {converted}; other files: {ignored}")
     print(f"skipped as unreadable: {len(conversion.skipped) or 'none'}")
     for line in conversion.skipped:
         print(f"  {line}")
     if conversion.leftover:
-        print(f"left from an earlier conversion, in no index, to be removed by hand: {len(conversion.leftover)} shards")
+        print(f"left by an earlier conversion, in no index, delete them by hand: {len(conversion.leftover)} shards")
         for name in conversion.leftover:
             print(f"  {conversion.out}/{name}")
     if conversion.leftover is None:
-        print(f"left from an earlier conversion: not known, {conversion.out} cannot be listed")
+        print(f"left by an earlier conversion: unknown, {conversion.out} cannot be listed")
 
 
 def _counts(counts: dict[str, int]) -> str:

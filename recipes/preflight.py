@@ -1,8 +1,8 @@
 """Rehearse a run: ``composer recipes/preflight.py FILE.yaml [dotted.key=value …]``, with the run's own arguments.
 
-In minutes: packages, GPUs, teacher, data set, room and rights are checked; the run is started with every callback at
-every batch, stopped by SIGTERM, resumed and exported, in folders of its own, which are removed. It prints a table of
-checks, and what the whole run will need. The status is 0 only where all checks passed.
+In minutes, it checks packages, GPUs, teacher, data set, disk space and permissions; starts the run with every callback
+at every batch, stops it by SIGTERM, resumes it and exports its student, all in folders of its own, which it removes.
+It prints a table of checks, and what the whole run will need. The status is 0 only if all checks passed.
 """
 
 import sys
@@ -17,7 +17,7 @@ from d2v_composer.system import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Rehearse in one process of each node, which starts the others by itself."""
+    """Rehearse in one process of each node, which starts the other ranks."""
     if dist.get_local_rank() != 0:
         return
     if not preflight(argv, load_config(argv), Path(__file__).with_name("train.py")):

@@ -1,4 +1,4 @@
-"""Where a data set is written: a folder or an object store, in which each file appears whole or not at all."""
+"""Write a data set to a folder or an object store, in which each file appears complete or not at all."""
 
 import hashlib
 import json
@@ -19,23 +19,23 @@ from d2v_composer.system.retry import reason
 
 __all__ = ["ATTEMPTS", "Destination"]
 
-ATTEMPTS = 6  # to upload or read back a file, with Streaming's back-off: half a minute
+ATTEMPTS = 6  # to upload or read back a file: half a minute with Streaming's back-off
 
 
 class Destination(NamedTuple):
-    """Where a data set is written. It is one where its index is; nothing else may be taken for one."""
+    """The place of a data set. Readers look for its index, so the index must not appear before it is complete."""
 
     address: str
     remote: bool
     work: Path
-    """For what is not finished: records of finished shards, and the files being written."""
+    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
 
     @classmethod
     def at(cls, address: str) -> Self:
-        """The destination at a folder's path or an object store's address.
+        """Return the destination at a path or an object store's address.
 
         Raises:
-            InputError: A store would read the address otherwise than it is written.
+            InputError: The address is malformed.
         """
         if is_remote(address):
             address = address.rstrip("/")
@@ -44,20 +44,20 @@ class Destination(NamedTuple):
 
     @property
     def lock(self) -> Path:
-        """What is locked while a process of this machine writes there."""
+        """The file that a conversion on this machine locks."""
         identity = hashlib.sha256(str(self.work.absolute()).encode()).hexdigest()[:16]
         return _conversions() / f"{identity}.lock"
 
     def open(self) -> None:
-        """Make sure that it can be written, and read where it is remote, and has no finished data set.
+        """Check that the destination can be written and read, and holds no finished data set.
 
         Raises:
-            InputError: One of it is not so.
+            InputError: One of these does not hold.
         """
         self._refuse_finished()
         folder = Path(self.address)
         if not self.remote and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
-            raise InputError(f"{folder}: is not empty, and what it has is not of an interrupted conversion")
+            raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self.publish_text(SUMMARY, json.dumps({"finished": False}))
@@ -66,23 +66,23 @@ class Destination(NamedTuple):
         with self.read_back(SUMMARY) as path:
             if not path.exists():
                 raise InputError(f"{self.address}: can be written, but what was written cannot be read back")
-        self._refuse_finished()  # again: an index that could not be read at first was not necessarily absent
+        self._refuse_finished()  # again: an index that could not be read is not necessarily missing
 
     def _refuse_finished(self) -> None:
         with self.read_back(INDEX) as path:
             if path.exists():
-                shutil.rmtree(self.work, ignore_errors=True)  # an interruption may have come between index and close
-                raise InputError(f"{self.address}: has a finished data set; remove it, or write elsewhere")
+                shutil.rmtree(self.work, ignore_errors=True)  # killed between writing the index and close()
+                raise InputError(f"{self.address}: has a finished data set: remove it, or choose another OUT")
 
     def close(self) -> None:
-        """Remove what only an unfinished data set needs."""
+        """Remove the work folder."""
         shutil.rmtree(self.work)
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
-        """A path for a file that comes to its place, whole, when the block ends; none made there, none published."""
+        """Yield a path to write to, and publish the file, if there is one, when the block ends."""
         folder = _empty_folder(self.work / f"{name}.writing")
-        # Before the file is made: the uploader insists on an empty folder, and finds out whether there is a bucket.
+        # Before the file is written: the uploader requires an empty folder, and checks that the bucket exists.
         uploader = None
         if self.remote:
             uploader = CloudUploader.get((str(folder), self.address), keep_local=True, retry=ATTEMPTS)
@@ -95,13 +95,13 @@ class Destination(NamedTuple):
         shutil.rmtree(folder)
 
     def publish_text(self, name: str, text: str) -> None:
-        """Publish a file of this text."""
+        """Publish a text file."""
         with self.published(name) as path:
             path.write_text(text)
 
     @contextmanager
     def read_back(self, name: str, attempts: int = 1) -> Iterator[Path]:
-        """What it has of that name: a path that does not exist where it has nothing, or cannot be reached."""
+        """Yield a local path to a published file; it does not exist if the file is missing or unreachable."""
         if not self.remote:
             yield Path(self.address) / name
             return
@@ -114,10 +114,10 @@ class Destination(NamedTuple):
             shutil.rmtree(folder, ignore_errors=True)
 
     def names(self, prefix: str) -> list[str]:
-        """The names of its files that begin so.
+        """Return the sorted names of the published files with a prefix.
 
         Raises:
-            InputError: The store cannot be listed: Streaming cannot (it lists S3, GCS and OCI), or we may not.
+            InputError: Access is denied, or Streaming cannot list this kind of store (it lists S3, GCS and OCI).
         """
         if not self.remote:
             return sorted(path.name for path in Path(self.address).glob(f"{prefix}*"))

@@ -1,4 +1,4 @@
-"""Which image files a folder holds, with which labels: ImageNet's layouts, and any folder."""
+"""Find the images of a folder and their labels: ImageNet's layouts, or any folder."""
 
 import csv
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from d2v_composer.data.image_folder import ImageFile, list_images
+from d2v_composer.data.image_folder import ImageFile, list_images, list_subfolders
 from d2v_composer.system.errors import InputError
 
 __all__ = ["ImageSource", "find_images"]
@@ -22,29 +22,29 @@ class ImageSource(NamedTuple):
 
     root: Path
     files: list[ImageFile]
-    """In the order of their paths; all have a label, or none has."""
+    """The images by path; all have a label, or none has."""
     classes: list[str] | None
-    """The classes' names by label, where they have names."""
+    """The name of each label; ``None`` if the labels have no names."""
     ignored: dict[str, int]
-    """How many other files there are, by suffix."""
+    """The number of other files by suffix."""
 
 
 def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> ImageSource:
     """List the images of a data set.
 
-    Looked for are SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive), SOURCE/Data/CLS-LOC/SPLIT,
-    SOURCE/CLS-LOC/SPLIT and SOURCE/SPLIT; where there are no splits at all, SOURCE itself is the folder of images.
-    In it, a folder per class gives the labels: 0, 1, … in the order of the names (those of the train folder, for
-    another split, so that both agree). A flat folder takes them from a labels file:
+    The images are in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive), SOURCE/Data/CLS-LOC/SPLIT,
+    SOURCE/CLS-LOC/SPLIT or SOURCE/SPLIT; without any split, in SOURCE itself. There, a folder per class gives the
+    labels: 0, 1, … in the order of the class names, which are those of the train folder for every split. A flat folder
+    needs a labels file:
 
-    - LOC_SPLIT_solution.csv of Kaggle (``ImageId,PredictionString``; the class is the string's first word), or any
-      CSV file with the image in the first column and the class in the second;
-    - a text file with a line ``filename label`` for each image.
+    - Kaggle's LOC_SPLIT_solution.csv (``ImageId,PredictionString``; the class is the string's first word), or any CSV
+      file with the image in the first column and the class in the second;
+    - a text file with a line ``filename label`` per image.
 
-    An image is named with or without its suffix; a label is a class's name or, all of them, a number from 0. The file
-    is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's, in SOURCE, beside the folder or in it, unless ``labels``
-    names another. Refused is the ground truth file of ILSVRC's devkit: its numbers, 1 to 1000 and without file names,
-    are in an order that is not that of the train folder's classes.
+    An image is named with or without its suffix. A label is a class name or, in every line, a number from 0. The file
+    is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's; in SOURCE, next to the folder or in it, unless ``labels``
+    names another. The ground truth file of ILSVRC's devkit is refused: it has no file names, and its numbers, 1 to
+    1000, are not in the order of the train folder's classes.
 
     Args:
         source: The folder.
@@ -52,26 +52,36 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         labels: A labels file, or ``none`` for images without labels.
 
     Raises:
-        InputError: There are no images, or their labels are not clear.
+        InputError: There are no images, or their labels are ambiguous.
     """
     source = Path(source)
     if not source.is_dir():
         raise InputError(f"{source}: {'is not a folder' if source.exists() else 'no such folder'}")
     root = _split_folder(source, split)
     files, ignored = list_images(root)
-    labels_file = _labels_file(source, root, split, labels, flat=all("/" not in file.path for file in files))
+    is_flat = all("/" not in file.path for file in files)
+    labels_file = _labels_file(source, root, split, labels, is_flat)
     if labels_file is not None:
-        names = _labels_of_file(labels_file, files)
-    elif labels == NO_LABELS or all("/" not in file.path for file in files):
+        names = _labels_of_file(labels_file, files, is_flat)
+    elif labels == NO_LABELS or is_flat:
         return ImageSource(root, files, None, ignored)
     else:
         names = _labels_of_folders(root, files)
     known = _train_classes(source, root)
     if labels_file is not None and all(name.isdecimal() for name in names) and not known.issuperset(names):
-        return ImageSource(root, _labelled(files, _numbers(labels_file, names, len(known))), None, ignored)
-    classes = _class_names(root, set(names), known)
-    number = {name: label for label, name in enumerate(classes)}
-    return ImageSource(root, _labelled(files, (number[name] for name in names)), classes, ignored)
+        classes, numbers = None, [int(name) for name in names]
+        if known and max(numbers) >= len(known):
+            raise InputError(
+                f"{labels_file}: has the label {max(numbers)}; the train folder's classes are 0 to {len(known) - 1}"
+            )
+    else:
+        if known and not known.issuperset(names):
+            raise InputError(f"{root}: the train folder has no class {min(set(names) - known)!r}")
+        classes = sorted(known or set(names))
+        number = {name: label for label, name in enumerate(classes)}
+        numbers = [number[name] for name in names]
+    labelled = [file._replace(label=label) for file, label in zip(files, numbers, strict=True)]
+    return ImageSource(root, labelled, classes, ignored)
 
 
 def _split_folder(source: Path, split: str) -> Path:
@@ -81,11 +91,11 @@ def _split_folder(source: Path, split: str) -> Path:
     present = [name for name in SPLITS for layout in LAYOUTS if (source / layout / name).is_dir()]
     if split == "train" and not present:
         return source
-    hint = f"there is: {', '.join(present)}" if present else "leave --split out where the folder itself is the split"
+    hint = f"there is: {', '.join(present)}" if present else "omit --split if the folder itself is the split"
     raise InputError(f"{source}: no split {split!r}; {hint}")
 
 
-def _labels_file(source: Path, root: Path, split: str, labels: str | Path | None, *, flat: bool) -> Path | None:
+def _labels_file(source: Path, root: Path, split: str, labels: str | Path | None, is_flat: bool) -> Path | None:
     if labels == NO_LABELS:
         return None
     if labels is not None:
@@ -94,18 +104,18 @@ def _labels_file(source: Path, root: Path, split: str, labels: str | Path | None
         return Path(labels)
     names = (f"LOC_{split}_solution.csv", f"{split}.txt", f"{split}_labels.txt", "labels.txt")
     candidates = [folder / name for folder in (source, root, root.parent) for name in names]
-    return next((path for path in candidates if flat and path.is_file()), None)
+    return next((path for path in candidates if is_flat and path.is_file()), None)
 
 
-def _labels_of_file(path: Path, files: list[ImageFile]) -> list[str]:
+def _labels_of_file(path: Path, files: list[ImageFile], is_flat: bool) -> list[str]:
     try:
         labels = dict(_read_labels(path))
     except (ValueError, IndexError, csv.Error) as error:
         raise InputError(
             f"{path}: not a labels file: each line must be 'filename label', or it is Kaggle's LOC_val_solution.csv "
-            "(numbers alone, as in ILSVRC's devkit, are not in the order of the classes)"
+            "(the bare numbers of ILSVRC's devkit are not in the order of the classes)"
         ) from error
-    if all("/" not in file.path for file in files):
+    if is_flat:
         labels = {PurePosixPath(name).name: label for name, label in labels.items()}
     keys = [_without_suffix(file.path) for file in files]
     unlabelled = next((file.path for file, key in zip(files, keys, strict=True) if key not in labels), None)
@@ -137,37 +147,16 @@ def _labels_of_folders(root: Path, files: list[ImageFile]) -> list[str]:
     stray = next((file.path for file in files if "/" not in file.path), None)
     if stray is not None:
         raise InputError(
-            f"{root / stray}: lies beside class folders and has no class; --labels {NO_LABELS} ignores them"
+            f"{root / stray}: lies next to class folders and has no class; --labels {NO_LABELS} ignores the classes"
         )
     names = [file.path.split("/", 1)[0] for file in files]
-    empty = sorted(_subfolders(root) - set(names))
+    empty = sorted(set(list_subfolders(root)) - set(names))
     if empty:
         raise InputError(f"{root / empty[0]}: a class folder without images; --labels {NO_LABELS} ignores the classes")
     return names
 
 
 def _train_classes(source: Path, root: Path) -> set[str]:
-    """Empty where this is the train folder, or there is none."""
+    """Return the classes of the train folder; none if it is this folder or does not exist."""
     train = next((source / layout / "train" for layout in LAYOUTS if (source / layout / "train").is_dir()), root)
-    return set() if train == root else _subfolders(train)
-
-
-def _class_names(root: Path, names: set[str], known: set[str]) -> list[str]:
-    if known and not names <= known:
-        raise InputError(f"{root}: the train folder has no class {min(names - known)!r}")
-    return sorted(known or names)
-
-
-def _numbers(path: Path, names: list[str], num_classes: int) -> list[int]:
-    labels = [int(name) for name in names]
-    if num_classes and max(labels) >= num_classes:
-        raise InputError(f"{path}: has the label {max(labels)}; the train folder's classes are 0 to {num_classes - 1}")
-    return labels
-
-
-def _subfolders(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-
-
-def _labelled(files: list[ImageFile], labels: Iterable[int]) -> list[ImageFile]:
-    return [file._replace(label=label) for file, label in zip(files, labels, strict=True)]
+    return set() if train == root else set(list_subfolders(train))

@@ -1,4 +1,4 @@
-"""Any image file as an RGB JPEG."""
+"""Convert any image file to an RGB JPEG."""
 
 import io
 import struct
@@ -16,24 +16,25 @@ JPEG_KINDS = {"RGB": None, "L": "greyscale"}
 
 
 def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> tuple[bytes, str | None]:
-    """An image file as an RGB JPEG that every reader decodes.
+    """Convert an image file to an RGB JPEG that every reader decodes.
 
-    An RGB JPEG with sound EXIF, or none, keeps its bytes. Anything else, and what is made smaller, is encoded anew,
-    without metadata. An EXIF orientation is not applied (save a TIFF's, by Pillow): torchvision's ImageFolder and the
-    readers of kept bytes ignore it too, so a picture looks the same kept or encoded anew.
+    An RGB JPEG with valid EXIF, or none, keeps its bytes. Other files, and those resized, are encoded again without
+    metadata. An EXIF orientation is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of
+    the original bytes ignore it too, so an image looks the same either way.
 
     Args:
         encoded: The file's bytes.
-        source: Named in the error.
-        resize: What a longer short side becomes, in pixels.
-        quality: Of the JPEG where it is encoded anew.
+        source: The name of the image for the error.
+        resize: Shrink a longer short side to this many pixels.
+        quality: The quality of a JPEG that is encoded again.
 
     Returns:
-        The JPEG, and the kind of image where it was no plain RGB JPEG: ``PNG``, ``CMYK``, ``greyscale``,
+        The JPEG, and the kind of the original if it was not a plain RGB JPEG: ``PNG``, ``CMYK``, ``greyscale``,
         ``broken EXIF``, …
 
     Raises:
-        UnreadableImageError: The image cannot be read to its end. A fault of the machine is raised as it is.
+        UnreadableImageError: The image is truncated, corrupt or not an image. A fault of the machine is raised as it
+            is.
     """
     try:
         with warnings.catch_warnings():
@@ -47,7 +48,7 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
             if kind is None and rgb is image:
                 return encoded, None
             buffer = io.BytesIO()
-            # A fresh image: a JPEG's own would pass its comment and its profile on.
+            # A new image: the original would pass on its comment and its profile.
             Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
     except Exception as error:
         if is_of_machine(error):
@@ -59,13 +60,13 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
 
 
 def _odd_kind(image: Image.Image) -> str | None:
-    if image.format not in ("JPEG", "MPO"):  # MPO: a camera's JPEG with more pictures behind it
+    if image.format not in ("JPEG", "MPO"):  # MPO: a camera's JPEG followed by more pictures
         return image.format
     return JPEG_KINDS.get(image.mode, image.mode)
 
 
 def _exif_is_broken(image: Image.Image) -> bool:
-    # Parsed afresh: opening the image has parsed it before, and swallowed what was wrong.
+    # Parse it again: opening the image has parsed it, and ignored the errors.
     exif = Image.Exif()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

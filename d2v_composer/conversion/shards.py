@@ -1,4 +1,4 @@
-"""One shard: which images it has, how it is made and put in its place, and whether it is there as it was made."""
+"""Plan, write and verify single shards."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ __all__ = [
 
 HASHES = ["sha1", "xxh64"]
 LARGEST_SHARD = (1 << 32) - 1
-# Of a resized JPEG: 0.3 a pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
+# A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
 BYTES_PER_SQUARE = 0.4
 
 
@@ -40,13 +40,13 @@ class Encoding(NamedTuple):
     """How images are stored."""
 
     resize: int | None = None
-    """What a longer short side becomes, in pixels; ``None``: the files' bytes as they are."""
+    """Shrink a longer short side to this many pixels; ``None``: keep the files' bytes."""
     quality: int = 90
-    """Of the JPEGs that are encoded anew."""
+    """The quality of JPEGs that are encoded again."""
 
 
 class ShardJob(NamedTuple):
-    """One shard to be made."""
+    """A shard to write."""
 
     number: int
     root: Path
@@ -57,11 +57,11 @@ class ShardJob(NamedTuple):
 
 
 class ShardRecord(NamedTuple):
-    """One shard made."""
+    """A finished shard."""
 
     number: int
     entry: dict[str, Any] | None
-    """As in the index; ``None`` where no image of it was readable."""
+    """Its entry in the index; ``None`` if none of its images was readable."""
     converted: dict[str, int]
     skipped: list[str]
 
@@ -69,7 +69,7 @@ class ShardRecord(NamedTuple):
 def plan_shards(
     files: Sequence[ImageFile], encoding: Encoding, seed: int, shard_bytes: int
 ) -> Iterator[list[ImageFile]]:
-    """The images of each shard, in a random order; a shard holds about ``shard_bytes``."""
+    """Yield the images of each shard of about ``shard_bytes``, in a random order."""
     largest_image = encoding.resize**2 * BYTES_PER_SQUARE if encoding.resize else LARGEST_SHARD
     shard: list[ImageFile] = []
     size = 0.0
@@ -84,7 +84,7 @@ def plan_shards(
 
 
 def convert_shard(job: ShardJob) -> ShardRecord:
-    """Make one shard and put it in its place, then write its record."""
+    """Write and publish a shard, then write its record."""
     converted: Counter[str] = Counter()
     skipped: list[str] = []
     columns = {"image": "bytes"} if job.files[0].label is None else {"image": "bytes", "label": "int"}
@@ -95,7 +95,7 @@ def convert_shard(job: ShardJob) -> ShardRecord:
                 image, kind = _read_image(job, file)
             except UnreadableImageError as error:
                 if not job.skip_unreadable:
-                    raise InputError(f"{error}; --skip-unreadable leaves such images out") from error
+                    raise InputError(f"{error}; --skip-unreadable skips such images") from error
                 skipped.append(str(error).removeprefix(f"{job.root}/"))
                 continue
             converted.update([kind] if kind else [])
@@ -111,20 +111,18 @@ def _read_image(job: ShardJob, file: ImageFile) -> tuple[bytes, str | None]:
     try:
         return as_rgb_jpeg(read_image_file(path), str(path), job.encoding.resize, job.encoding.quality)
     except (OSError, MemoryError) as error:
-        raise RuntimeError(
-            f"{path}: cannot be read now ({reason(error)}): start again, and the rest is converted"
-        ) from error
+        raise RuntimeError(f"{path}: cannot be read now ({reason(error)}): run again to resume") from error
 
 
 def _close_shard(writer: MDSWriter, path: Path) -> dict[str, Any] | None:
-    # Not writer.finish(): that writes an index, and a shard of an unfinished data set must have none.
+    # Not writer.finish(), which writes an index: an unfinished data set must have none.
     if writer.new_samples:
         writer.flush_shard()
     writer.executor.shutdown()
     if not writer.shards:
         return None
     if len(writer.shards) > 1:
-        raise RuntimeError(f"{path.name}: its images have more than {LARGEST_SHARD} bytes; make --shard-size smaller")
+        raise RuntimeError(f"{path.name}: more than {LARGEST_SHARD} bytes of images: choose a smaller --shard-size")
     entry = writer.shards[0]
     (Path(writer.local) / entry["raw_data"]["basename"]).rename(path)
     entry["raw_data"]["basename"] = path.name
@@ -132,41 +130,37 @@ def _close_shard(writer: MDSWriter, path: Path) -> dict[str, Any] | None:
 
 
 def verify_shard(job: tuple[Destination, ShardRecord]) -> str | None:
-    """Read a shard from where it is; what is wrong with it, if anything."""
+    """Read a published shard back, and return its fault, if there is one."""
     destination, record = job
-    assert record.entry is not None
-    name, num_bytes = record.entry["raw_data"]["basename"], record.entry["raw_data"]["bytes"]
-    with destination.read_back(name, ATTEMPTS) as path:
+    assert record.entry is not None  # the shard was written
+    raw, num_samples = record.entry["raw_data"], record.entry["samples"]
+    shard = f"{destination.address}/{raw['basename']}"
+    with destination.read_back(raw["basename"], ATTEMPTS) as path:
         if not path.exists():
-            return f"{destination.address}/{name}: cannot be read back"
+            return f"{shard}: cannot be read back"
         content = path.read_bytes()
-        if len(content) != num_bytes:
-            return f"{destination.address}/{name}: has {len(content)} bytes instead of {num_bytes}"
-        if any(
-            get_hash(hash_name, content) != value for hash_name, value in record.entry["raw_data"]["hashes"].items()
-        ):
-            return f"{destination.address}/{name}: its content has changed"
-        reader = MDSReader.from_json(str(path.parent), None, record.entry)
-        num_samples = sum(1 for sample in reader if sample["image"])
-        if num_samples != record.entry["samples"]:
-            return f"{destination.address}/{name}: has {num_samples} images instead of {record.entry['samples']}"
-    return None
+        if len(content) != raw["bytes"]:
+            return f"{shard}: has {len(content)} bytes instead of {raw['bytes']}"
+        if any(get_hash(name, content) != value for name, value in raw["hashes"].items()):
+            return f"{shard}: its content has changed"
+        found = sum(1 for sample in MDSReader.from_json(str(path.parent), None, record.entry) if sample["image"])
+        return None if found == num_samples else f"{shard}: has {found} images instead of {num_samples}"
 
 
 def record_path(destination: Destination, number: int) -> Path:
-    """Where the record of a finished shard is kept until the data set is finished."""
+    """Return the path of a finished shard's record."""
     return destination.work / "records" / f"{number}.json"
 
 
 def saved_records(destination: Destination) -> list[ShardRecord]:
-    """The records of all shards that are in their place."""
+    """Read the records of all published shards."""
     return [ShardRecord(**json.loads(path.read_bytes())) for path in record_path(destination, 0).parent.glob("*.json")]
 
 
 def shard_names(destination: Destination) -> set[str]:
-    """The files of a destination that are shards, of whichever conversion.
+    """Return the names of all shards at the destination, those of other conversions too.
 
     Raises:
-        InputError: An object store cannot be listed.
+        InputError: The object store cannot be listed.
     """
     return {name for name in destination.names("shard.") if name.endswith(".mds")}

@@ -1,4 +1,4 @@
-"""The rehearsal of a run before it costs a week: ``recipes/preflight.py``."""
+"""Rehearse a run before it costs a week: ``recipes/preflight.py``."""
 
 from d2v_composer.preflight.preflight import preflight
 

@@ -1,4 +1,4 @@
-"""A command that runs beside the preflight: waited for, signalled, measured."""
+"""Run a command next to the preflight: wait for it, signal it, measure its memory."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ class RunningCommand:
     """A command in a process group of its own.
 
     Args:
-        process: Its first process, which leads the group.
-        output: Receives what it prints.
+        process: The leader of the group.
+        output: The file that receives the output.
 
     Attributes:
         peak_bytes: The most memory that its processes held at a time, shared pages counted once (PSS).
@@ -36,11 +36,11 @@ class RunningCommand:
         self.measured_at = 0.0
 
     def wait(self, until: Callable[[], bool], seconds: float) -> bool:
-        """Wait until a condition holds or the command ends.
+        """Wait until a condition holds, the command ends, or it prints nothing for a time.
 
         Args:
             until: The condition.
-            seconds: How long the command may print and reach nothing.
+            seconds: The longest time without output.
 
         Returns:
             Whether the condition holds.
@@ -58,7 +58,7 @@ class RunningCommand:
         return True
 
     def wait_for_end(self, seconds: float) -> int | None:
-        """Wait for the end; the exit status, or ``None`` where there is none in time."""
+        """Wait for the end and return the exit status; ``None`` if the command is still running."""
         self.wait(lambda: self.process.poll() is not None, seconds)
         return self.process.poll()
 
@@ -68,7 +68,7 @@ class RunningCommand:
             os.killpg(self.process.pid, signum)
 
     def last_lines(self) -> list[str]:
-        """The end of what it printed."""
+        """Return the end of the output."""
         self.output.seek(0)
         return self.output.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
 
@@ -80,14 +80,14 @@ class RunningCommand:
         with suppress(psutil.Error):
             first = psutil.Process(self.process.pid)
             for each in (first, *first.children(recursive=True)):
-                with suppress(psutil.Error):  # it has just ended
+                with suppress(psutil.Error):  # the process has just ended
                     total += each.memory_full_info().pss
         self.peak_bytes = max(self.peak_bytes, total)
 
 
 @contextmanager
 def running(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[RunningCommand]:
-    """Run a command while the block lasts; what is left of it then is killed."""
+    """Run a command while the block lasts; then kill its remaining processes."""
     with TemporaryFile() as output:
         process = subprocess.Popen(
             arguments,

@@ -1,4 +1,4 @@
-"""The nodes of a preflight: one process of each talks to the others, without any device."""
+"""Exchange texts between the nodes of a preflight, one process each, without any device."""
 
 import os
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from typing_extensions import Self
 
 __all__ = ["Nodes"]
 
-# The slowest node may still fetch the teacher or CIFAR.
+# The slowest node may still be fetching the teacher or CIFAR.
 PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """This node among those of the run.
+    """This node and the others of the run.
 
-    A store of torch's rather than a process group: the preflight itself must not hold the devices that it rehearses.
+    They share a store of torch, not a process group: the preflight must not hold the devices that the rehearsal needs.
     """
 
     rank: int
@@ -28,7 +28,7 @@ class Nodes:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """As Composer's launcher describes them; one node of one rank without it."""
+        """Read the variables of Composer's launcher; one node of one rank without it."""
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // ranks_per_node
         rank = int(os.environ.get("NODE_RANK", "0"))
@@ -40,14 +40,11 @@ class Nodes:
         )
 
     def exchange(self, key: str, text: str) -> list[str]:
-        """Give the other nodes a text, and wait for theirs.
+        """Send a text to the other nodes, wait for theirs, and return all in the order of the nodes.
 
         Args:
-            key: Used once in a preflight.
-            text: This node's.
-
-        Returns:
-            Every node's, in their order.
+            key: A name, used once in a preflight.
+            text: This node's text.
         """
         if self.store is None:
             return [text]
@@ -55,7 +52,7 @@ class Nodes:
         return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.num_nodes)]
 
     def leave(self) -> None:
-        """End the talk. The first node, which holds what is said, is the last to go."""
+        """Leave the exchange. Node 0, which holds the store, waits for the others."""
         if self.store is None:
             return
         self.store.set(f"left/{self.rank}", "")

@@ -1,4 +1,4 @@
-"""The run itself, small: started, stopped by SIGTERM, resumed, exported; in a folder of its own."""
+"""Run the user's training command, small: start it, stop it by SIGTERM, resume it, export its student."""
 
 import inspect
 import json
@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 from d2v_composer.callbacks.graceful_stop import EXIT_STATUS
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
@@ -28,20 +28,20 @@ __all__ = ["IMAGES_PER_SET", "Rehearsal"]
 STOP_AFTER_BATCHES = 3
 # The pace is logged every ten batches; the first ten hold torch.compile.
 BATCHES_AFTER_RESUME = 20
-# What the first half does at most, should nothing stop it.
-LONGEST = 500
+LONGEST = 500  # batches, if nothing stops the first half
 IMAGES_PER_SET = 128
 SHUFFLED_SAMPLES = 2048
-# Without a line printed: longer than compiling, and than collectives take to give up.
+# Without a printed line: longer than compiling, and than the timeout of collectives.
 STALL_SECONDS = 1800.0
 STOP_SECONDS = 120.0
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Rehearsal(NamedTuple):
+@dataclass
+class Rehearsal:
     """The user's run, made small.
 
-    Every method returns what was done, in words and as a value, and raises :class:`InputError` where the run failed.
+    The phases return what they did as one line, and raise :class:`InputError` if the run failed.
     """
 
     train_script: Path
@@ -50,11 +50,14 @@ class Rehearsal(NamedTuple):
     config: TrainConfig
     nodes: Nodes
     port: str
-    """Of the rendezvous, for several nodes."""
-    run_name: str
+    """The port for the rendezvous of several nodes."""
     save_folder: str
     cache: Path
-    """Instead of ``train_loader.local``, for a remote data set."""
+    """Replaces ``train_loader.local`` of a remote data set."""
+    batch: int = 0
+    """The batch of the checkpoint that SIGTERM left."""
+    logged: int = 0
+    """The bytes of the log at that time."""
 
     @property
     def folder(self) -> Path:
@@ -63,18 +66,18 @@ class Rehearsal(NamedTuple):
 
     @property
     def log(self) -> Path:
-        """The first node's log."""
+        """The log of node 0."""
         return self.folder / "log.jsonl"
 
     def started(self) -> AbstractContextManager[RunningCommand]:
-        """The run from its start, with every callback at every batch."""
+        """Run from the start, with every callback at every batch."""
         return self._running(f"max_duration={LONGEST}ba", *every_batch(self.config))
 
-    def resumed(self, batch: int) -> AbstractContextManager[RunningCommand]:
-        """The run from a batch on, with the intervals of the YAML, for long enough to measure its pace."""
-        return self._running(f"max_duration={batch + BATCHES_AFTER_RESUME}ba", "callbacks.memory_monitor={}")
+    def resumed(self) -> AbstractContextManager[RunningCommand]:
+        """Run from the checkpoint, with the intervals of the YAML, for long enough to measure the pace."""
+        return self._running(f"max_duration={self.batch + BATCHES_AFTER_RESUME}ba", "callbacks.memory_monitor={}")
 
-    def train(self, command: RunningCommand) -> tuple[str, None]:
+    def train(self, command: RunningCommand) -> str:
         """Wait for the first batches."""
         batches = 0
         if self.nodes.rank == 0:
@@ -83,60 +86,57 @@ class Rehearsal(NamedTuple):
         batches = int(self.nodes.exchange("trained", str(batches))[0])
         if batches < STOP_AFTER_BATCHES:
             raise failure(command, f"{batches} of {STOP_AFTER_BATCHES} batches were trained")
-        return f"{batches} batches, with every callback at every batch", None
+        return f"{batches} batches, with every callback at every batch"
 
-    def stop(self, command: RunningCommand) -> tuple[str, int]:
-        """Send SIGTERM to every process; find the checkpoint. The value is its batch."""
+    def stop(self, command: RunningCommand) -> str:
+        """Send SIGTERM to every process, and find the checkpoint."""
         command.signal(signal.SIGTERM)
         status = command.wait_for_end(STOP_SECONDS)
         batch = self._saved_batch() if self.nodes.rank == 0 else 0
-        batch = int(self.nodes.exchange("stopped", str(batch))[0])
+        self.batch = int(self.nodes.exchange("stopped", str(batch))[0])
+        self.logged = self.log.stat().st_size if self.log.is_file() else 0
         if status is None:
-            raise failure(command, f"still runs {STOP_SECONDS:.0f} s after SIGTERM")
-        if status != EXIT_STATUS or not batch:
-            saved = f"a checkpoint of batch {batch}" if batch else "no checkpoint"
+            raise failure(command, f"still running {STOP_SECONDS:.0f} s after SIGTERM")
+        if status != EXIT_STATUS or not self.batch:
+            saved = f"a checkpoint of batch {self.batch}" if self.batch else "no checkpoint"
             raise failure(command, f"SIGTERM to all processes: status {status} instead of {EXIT_STATUS}, {saved}")
-        return f"SIGTERM to all processes: status {status}, a checkpoint of batch {batch}", batch
+        return f"SIGTERM to all processes: status {status}, a checkpoint of batch {self.batch}"
 
-    def resume(self, command: RunningCommand, batch: int, logged: int) -> tuple[str, None]:
-        """Wait for the end.
-
-        Args:
-            command: :meth:`resumed`.
-            batch: Where it goes on.
-            logged: Bytes of the log before it.
-        """
+    def resume(self, command: RunningCommand) -> str:
+        """Wait for the end of the resumed run."""
         command.wait_for_end(STALL_SECONDS)
         if command.process.poll() != 0:
             raise failure(command, f"the resumed run ended with status {command.process.poll()}")
         if self.nodes.rank == 0:
-            batches = batches_in(self.log, logged)
-            if batches != list(range(batch, batch + BATCHES_AFTER_RESUME)):
-                raise InputError(f"the resumed run trained batches {batches[:1]} to {batches[-1:]}, not {batch} on")
-        return f"from batch {batch}, {BATCHES_AFTER_RESUME} batches more", None
+            batches = batches_in(self.log, self.logged)
+            if batches != list(range(self.batch, self.batch + BATCHES_AFTER_RESUME)):
+                raise InputError(
+                    f"the resumed run trained batches {batches[:1]} to {batches[-1:]} instead of {self.batch} and later"
+                )
+        return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches"
 
-    def retrieve(self) -> tuple[str, None]:
+    def retrieve(self) -> str:
         """Find an accuracy of every labelled set in the log."""
         logged = read_jsonl(self.log)
         sets = [name for name, labelled in self.config.retrieval.datasets.items() if labelled is not None]
         for name in sets:
             if f"metrics/{name}/bank_train/top{self.config.retrieval.ks[0]}" not in logged:
                 raise InputError(f"no accuracy of {name} was logged")
-        return f"{', '.join(sets) or 'none'}: {IMAGES_PER_SET} images of each split", None
+        return f"{', '.join(sets) or 'none'}: {IMAGES_PER_SET} images of each split"
 
-    def export(self) -> tuple[str, None]:
+    def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
         with TemporaryDirectory() as folder:
             out = Path(folder) / "student.safetensors"
             student, _ = load_any(str(self.folder / LATEST), teacher_path=self.config.teacher.checkpoint)
-            assert student is not None  # of a checkpoint
+            assert student is not None  # a checkpoint has one
             save_student(student, out)
             load_student(out)
-            return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher", None
+            return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
     def _saved_batch(self) -> int:
-        """The batch of the newest checkpoint, where a restart looks for it; 0 for none."""
-        with TemporaryDirectory() as elsewhere:  # as on a machine that has no copy
+        """Return the batch of the newest checkpoint that a restart finds; 0 without one."""
+        with TemporaryDirectory() as elsewhere:  # like a machine without a copy
             folder = RunFolder.parse(self.save_folder)
             local = self.folder if folder.address is None else Path(elsewhere)
             newest = find_newest_checkpoint(folder._replace(local=local))
@@ -149,16 +149,16 @@ class Rehearsal(NamedTuple):
         return running(arguments, environment)
 
     def _own_folders(self) -> list[str]:
-        """Overrides that keep the rehearsal apart, and make it read little."""
+        """Return overrides that keep the rehearsal apart from the run, and let it read little."""
         loader = self.config.train_loader
         overrides = [
-            f"run_name={self.run_name}",
+            f"run_name={self.config.run_name}",
             f"save_folder={self.save_folder}",
             "load_path=null",
             "autoresume=true",
             "save_interval=100000ba",  # at SIGTERM and at the end
             "scheduler.t_warmup=1ba",
-            "loggers={jsonl: {}}",  # others would show a run that is none
+            "loggers={jsonl: {}}",  # other loggers would show a run that does not exist
             "progress_bar=false",
             "log_to_console=true",
             "console_log_interval=1ba",
@@ -179,7 +179,7 @@ class Rehearsal(NamedTuple):
 
 
 def every_batch(config: TrainConfig) -> list[str]:
-    """Overrides that make every callback with an interval act at every batch."""
+    """Return overrides that make every callback with an interval act at every batch."""
     overrides = ["retrieval.interval=1ba"]
     for name, arguments in config.callbacks.items():
         if arguments is not None:
@@ -190,12 +190,12 @@ def every_batch(config: TrainConfig) -> list[str]:
 
 
 def num_batches(log: Path) -> int:
-    """Trained batches, as a log says."""
+    """Count the trained batches in a log."""
     return len(read_jsonl(log).get("loss/train/total", {})) if log.is_file() else 0
 
 
 def batches_in(log: Path, start: int) -> list[int]:
-    """The batches whose loss stands in a log behind a byte."""
+    """Return the batches whose loss is in a log after a byte."""
     with log.open("rb") as file:
         file.seek(start)
         entries = map(json.loads, file)
@@ -203,7 +203,7 @@ def batches_in(log: Path, start: int) -> list[int]:
 
 
 def failure(command: RunningCommand, what: str) -> InputError:
-    """The error of a rehearsal, after the end of what its command printed."""
+    """Print the last lines of the command, and return the error."""
     lines = command.last_lines()
     print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
     last = next((line.strip() for line in reversed(lines) if re.search(r"error|Error", line)), "")

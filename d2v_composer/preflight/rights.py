@@ -1,4 +1,4 @@
-"""The rights that a run needs in its ``save_folder``."""
+"""Check the permissions that a run needs in its ``save_folder``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.callbacks.checkpoint_retention import IMPATIENT_CLIENT
 from d2v_composer.system.addresses import Address
+from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
@@ -16,16 +17,13 @@ __all__ = ["check_rights", "remove_prefix"]
 
 
 def check_rights(save_folder: str) -> str:
-    """Write, list, read and delete a small file in a ``save_folder``.
+    """Write, list, read and delete a small file in a ``save_folder``, and return one line about it.
 
     Args:
         save_folder: A folder, which may not exist yet, or an address in an object store.
 
-    Returns:
-        What was done, in words.
-
     Raises:
-        InputError: It names the right that is missing.
+        InputError: A permission is missing; the message names it.
     """
     backend, bucket, prefix = Address.parse(save_folder)
     name = f".preflight-{uuid4().hex}"
@@ -43,13 +41,13 @@ def check_rights(save_folder: str) -> str:
         )
         return f"{save_folder}: write, list, read, delete"
     store = maybe_create_object_store_from_uri(save_folder)
-    assert store is not None  # there is a backend
+    assert store is not None  # the address has a backend
     _try_each(save_folder, list=lambda: store.list_objects(prefix))
-    return f"{save_folder}: list; the rehearsal writes and reads; nothing is deleted from {backend}://"
+    return f"{save_folder}: list; the rehearsal writes and reads; nothing can be deleted from {backend}://"
 
 
 def _check_folder(folder: Path, name: str) -> str:
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = existing_folder(folder)
     probe = existing / name
     _try_each(
         str(folder),
@@ -66,11 +64,11 @@ def _try_each(place: str, **rights: Callable[[], object]) -> None:
         try:
             attempt()
         except Exception as error:
-            raise InputError(f"{place}: no right to {right} ({reason(error)})") from error
+            raise InputError(f"{place}: no permission to {right} ({reason(error)})") from error
 
 
 def remove_prefix(address: str) -> None:
-    """Remove everything below an address in S3; from other stores nothing can be removed."""
+    """Delete everything below an address in S3; in other stores, do nothing."""
     backend, bucket, prefix = Address.parse(address)
     if backend != "s3":
         return

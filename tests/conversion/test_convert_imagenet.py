@@ -1,4 +1,4 @@
-"""ImageNet's layouts and odd files to MDS, on disk and in a real object store, and what an interruption leaves."""
+"""Convert ImageNet's layouts and unusual files to MDS, on disk and in a real object store; kill and resume."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -30,16 +30,17 @@ from d2v_composer.conversion.destination import Destination
 from d2v_composer.conversion.image_source import find_images
 from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
 from d2v_composer.data.decode import decode_rgb
+from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.file_locks import sole_user
-from helpers import ROOT, encoded_image, run_command
+from helpers import ROOT, encoded_image
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
 SMALL_SHARDS = ("--shard-size", "10kb", "--workers", "2")
-REMOTE_SHARDS = ("--shard-size", "25kb", "--workers", "2")
-KILLS = 5
+REMOTE_SHARDS = ("--shard-size", "50kb", "--workers", "2")
+KILLS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/WNID/*.JPEG, thirty images a class; nobody may write into it."""
+    """train/WNID/*.JPEG, thirty images per class; read-only."""
     folder = tmp_path_factory.mktemp("imagenet")
     for i in range(NUM_IMAGES):
         write(folder / "train" / CLASSES[i % 3] / f"{CLASSES[i % 3]}_{i}.JPEG", encoded_image(i, size=48))
@@ -64,7 +65,7 @@ def object_store() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A new bucket's name."""
+    """The name of a new bucket."""
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
     name = f"b{abs(hash(request.node.name))}"
@@ -73,10 +74,10 @@ def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, request: 
 
 
 def forked(arguments: list[str]) -> BaseProcess:
-    """:func:`main` in a process of its own that sees what was patched here."""
+    """:func:`main` in a forked process, which keeps the patches of this one."""
 
     def run() -> None:
-        # Killed, it must not take the lock of this process's bars along: one for it and its workers, like tqdm's.
+        # A killed process must not keep the lock of this process's bars: one for it and its workers, like tqdm's.
         tqdm.set_lock(multiprocessing.get_context("fork").RLock())
         main(arguments)
 
@@ -85,8 +86,8 @@ def forked(arguments: list[str]) -> BaseProcess:
     return process
 
 
-def main(arguments: list[str]) -> convert.Conversion:
-    """``recipes/convert_imagenet.py`` called in this process."""
+def main(arguments: Sequence[str]) -> convert.Conversion:
+    """Call ``recipes/convert_imagenet.py`` in this process."""
     return runpy.run_path(str(ROOT / "recipes" / "convert_imagenet.py"))["main"](arguments)
 
 
@@ -103,7 +104,7 @@ def saved(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
 
 
 def samples(folder: Path) -> list[dict]:
-    """What a data set holds, every shard checked against the index first."""
+    """Verify every shard against the index, and return the samples."""
     index = json.loads((folder / "index.json").read_bytes())
     for shard in index["shards"]:
         content = (folder / shard["raw_data"]["basename"]).read_bytes()
@@ -124,7 +125,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     write(tmp_path / "stray.txt", b"")
     result = main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     found = samples(tmp_path / "out")
@@ -138,7 +139,7 @@ def test_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert result.shards == len(list((tmp_path / "out").glob("shard.*.mds"))) > 5
     assert result.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("shard.*.mds"))
     assert (result.converted, result.skipped) == ({}, [])
-    # One index, and nothing of the work is left.
+    # One index, and no temporary files.
     others = {"index.json", "conversion.json"}
     assert {name for name in tree(tmp_path / "out") if not name.startswith("shard.")} == others
     assert json.loads((tmp_path / "out" / "conversion.json").read_bytes())["classes"] == list(CLASSES)
@@ -149,7 +150,7 @@ def test_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "converting" in printed.err
 
 
-def test_streaming_reads_it(source: Path, tmp_path: Path):
+def test_streaming_reads_the_data_set(source: Path, tmp_path: Path):
     main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=4, shuffle=False, validate_hash="sha1")
     assert sorted(sample["image"] for sample in dataset) == originals(source)
@@ -164,7 +165,7 @@ def test_same_result_for_any_number_of_workers(source: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", ["ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "."])
-def test_val_with_labels_file(tmp_path: Path, layout: str):
+def test_val_takes_its_labels_from_a_file(tmp_path: Path, layout: str):
     for i, name in enumerate(CLASSES):
         write(tmp_path / "in" / layout / "train" / name / f"{i}.JPEG", encoded_image(i))
     rows = ["ImageId,PredictionString"]
@@ -173,7 +174,7 @@ def test_val_with_labels_file(tmp_path: Path, layout: str):
         rows.append(f"ILSVRC2012_val_{i:08},{CLASSES[2 - i % 2]} 85 1 499 272")
     write(tmp_path / "in" / "LOC_val_solution.csv", "\n".join(rows).encode())
     found = find_images(tmp_path / "in", "val")
-    # Two classes only, but numbered as in train.
+    # Only two classes, but numbered as in train.
     assert [file.label for file in found.files] == [2, 1, 2, 1]
     result = main([str(tmp_path / "in"), str(tmp_path / "out"), "--split", "val", "--workers", "1"])
     assert (result.images, result.classes) == (4, 3)
@@ -187,7 +188,7 @@ def test_val_with_labels_file(tmp_path: Path, layout: str):
         (["val/a.jpg 0", "val/b.jpg 1"], [0, 1]),
     ],
 )
-def test_text_labels(tmp_path: Path, lines: list[str], want: list[int]):
+def test_reads_text_labels(tmp_path: Path, lines: list[str], want: list[int]):
     for name in ("a", "b"):
         write(tmp_path / "val" / f"{name}.jpg", encoded_image(0))
     write(tmp_path / "val_labels.txt", "\n".join(lines).encode())
@@ -208,7 +209,7 @@ def test_devkit_ground_truth_is_refused(tmp_path: Path):
     [
         (("cat", "dog"), "01", [0, 1]),
         (("cat", "dog"), "12", "has the label 2; the train folder's classes are 0 to 1"),
-        # Classes whose names are numbers: in the order of the train folder's names, as there.
+        # Class names that are numbers: in the order of the train folder's names.
         (("1", "2", "10"), ("10", "2"), [1, 2]),
     ],
 )
@@ -226,7 +227,7 @@ def test_numbers_agree_with_the_train_folder(tmp_path: Path, folders: tuple, num
         assert [file.label for file in find_images(tmp_path, "val").files] == want
 
 
-def test_any_folder(tmp_path: Path):
+def test_converts_any_folder(tmp_path: Path):
     for i, name in enumerate(("x/1.jpg", "x/deep/2.png", "y/3.webp")):
         path = write(tmp_path / "classes" / name, b"")
         Image.open(io.BytesIO(encoded_image(i))).save(path)
@@ -247,7 +248,7 @@ def test_any_folder(tmp_path: Path):
         (["notes.txt"], [], "no images"),
         (["val/a/1.jpg"], [], "no split 'train'; there is: val"),
         (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
-        (["a/1.jpg", "2.jpg"], [], "2.jpg: lies beside class folders"),
+        (["a/1.jpg", "2.jpg"], [], "2.jpg: lies next to class folders"),
         (["a/1.jpg", "b/notes.txt"], [], "b: a class folder without images"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "no class 'b'"),
         (["1.jpg"], ["--labels", "nowhere.txt"], "no such labels file"),
@@ -258,7 +259,7 @@ def test_any_folder(tmp_path: Path):
         (["1.jpg"], ["--seed", "-1"], "--seed"),
     ],
 )
-def test_unclear_input(tmp_path: Path, files: list[str], options: list[str], message: str):
+def test_ambiguous_input_is_refused(tmp_path: Path, files: list[str], options: list[str], message: str):
     (tmp_path / "in").mkdir()
     for name in files:
         write(tmp_path / "in" / name, encoded_image(0) if name.endswith("jpg") else b"other.jpg 1")
@@ -267,21 +268,23 @@ def test_unclear_input(tmp_path: Path, files: list[str], options: list[str], mes
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_for_absent_images(tmp_path: Path):
+def test_labels_for_missing_images_are_refused(tmp_path: Path):
     write(tmp_path / "a.jpg", encoded_image(0))
     write(tmp_path / "labels.txt", b"a.jpg 0\nb.jpg 1")
     with pytest.raises(InputError, match="1 of its images are not in the folder, the first is b"):
         find_images(tmp_path)
 
 
-def test_command_line(tmp_path: Path):
-    command = [sys.executable, ROOT / "recipes" / "convert_imagenet.py"]
-    failed = run_command(*command, tmp_path / "nowhere", tmp_path / "out")
-    assert failed.returncode == 2
-    assert failed.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
+def test_a_missing_source_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["convert_imagenet.py", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    assert capfd.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
 
-def test_unwritable_out(source: Path, tmp_path: Path):
+def test_an_unwritable_out_is_refused(source: Path, tmp_path: Path):
     write(tmp_path / "file", b"")
     with pytest.raises(InputError, match="cannot be written"):
         main([str(source), str(tmp_path / "file" / "out")])
@@ -295,7 +298,7 @@ def test_unwritable_out(source: Path, tmp_path: Path):
         main([str(source), "ftp://host/folder"])
 
 
-def test_finished_data_set_is_not_overwritten(source: Path, tmp_path: Path):
+def test_a_finished_data_set_is_not_overwritten(source: Path, tmp_path: Path):
     main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     before = tree(tmp_path / "out")
     with pytest.raises(InputError, match="has a finished data set"):
@@ -307,7 +310,7 @@ def colours(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.open(io.BytesIO(encoded_image(3, size=64))).resize(size)
 
 
-# An entry that points behind the end, a list that is cut off, and no list at all.
+# An entry that points past the end, a truncated list, and no list.
 BROKEN_EXIF = (
     b"II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\0\0\0\xf0\0\0\0\0\0\0\0",
     b"II*\0\x08\0\0\0\x05\0\x12\x01",
@@ -324,7 +327,7 @@ ODD_FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
-def test_odd_files(tmp_path: Path):
+def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     for i, (kind, make) in enumerate(ODD_FILES.items()):
         for copy in range(i + 1):
             write(tmp_path / "in" / f"{kind}{copy}.JPEG", make())
@@ -355,7 +358,7 @@ def test_odd_files_keep_their_picture(kind: str):
 
 
 @pytest.mark.parametrize("exif", BROKEN_EXIF)
-def test_broken_exif(exif: bytes):
+def test_broken_exif_is_dropped(exif: bytes):
     converted, kind = as_rgb_jpeg(saved(colours(), exif=b"Exif\0\0" + exif), "odd", None, quality=95)
     assert kind == "broken EXIF"
     assert "exif" not in Image.open(io.BytesIO(converted)).info
@@ -368,7 +371,7 @@ def test_sixteen_bit_png_is_not_clipped():
     assert abs(int(np.asarray(Image.open(io.BytesIO(converted))).mean()) - 100) <= 1
 
 
-def test_resize(tmp_path: Path):
+def test_resizes_the_short_side(tmp_path: Path):
     write(tmp_path / "in" / "wide.jpg", saved(colours((300, 200))))
     write(tmp_path / "in" / "tall.jpg", saved(colours((101, 333))))
     small = write(tmp_path / "in" / "small.jpg", saved(colours((50, 40))))
@@ -387,7 +390,7 @@ def test_orientation_is_ignored_everywhere():
     greyscale = saved(picture.convert("L"), quality=95, exif=exif_with_orientation())
     for encoded, resize in ((stored, 20), (greyscale, None), (greyscale, 20)):
         found = Image.open(io.BytesIO(as_rgb_jpeg(encoded, "anew", resize, quality=95)[0]))
-        # Neither turned nor with a tag that says so: what a reader of the kept bytes sees.
+        # Neither rotated nor tagged: as a reader of the original bytes sees it.
         assert found.size == ((30, 20) if resize else (60, 40))
         assert not found.getexif()
         want = decode_rgb(encoded, "kept").resize(found.size, Image.Resampling.BICUBIC)
@@ -402,14 +405,14 @@ def with_unreadable(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_unreadable_image_stops(source: Path, tmp_path: Path):
+def test_an_unreadable_image_stops_the_conversion(source: Path, tmp_path: Path):
     damaged = with_unreadable(source, tmp_path / "in")
     with pytest.raises(InputError, match=r"/train/n014\d+/(cut|empty)\.JPEG: cannot be read .*--skip-unreadable"):
         main([str(damaged), str(tmp_path / "out"), *SMALL_SHARDS])
     assert not list(tmp_path.rglob("index.json"))
 
 
-def test_skip_unreadable(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_skips_unreadable_images_on_request(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     damaged = with_unreadable(source, tmp_path / "in")
     result = main([str(damaged), str(tmp_path / "out"), *SMALL_SHARDS, "--skip-unreadable"])
     assert sorted(line.split(":")[0] for line in result.skipped) == [
@@ -420,7 +423,7 @@ def test_skip_unreadable(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "cut.JPEG" in capsys.readouterr().out
 
 
-def test_nothing_readable(tmp_path: Path):
+def test_a_folder_without_readable_images_is_refused(tmp_path: Path):
     write(tmp_path / "in" / "a.jpg", b"not an image")
     with pytest.raises(InputError, match="none of the 1 images can be read"):
         main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1", "--skip-unreadable"])
@@ -428,15 +431,15 @@ def test_nothing_readable(tmp_path: Path):
 
 
 def run_and_kill(arguments: list[str], seconds: float) -> None:
-    """A conversion in a process of its own, ended by SIGKILL after a time."""
+    """Run a conversion in a forked process, and end it by SIGKILL after a time."""
     process = forked(arguments)
     time.sleep(seconds)
     process.kill()
     process.join()
 
 
-def test_kill_at_random_moments(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # Slow enough for a kill to hit something; the processes are forked, so they see it.
+def test_resumes_to_the_same_bytes_after_kills(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Slow enough for a kill to hit something; forked processes keep the patch.
     convert = shards.as_rgb_jpeg
     monkeypatch.setattr(shards, "as_rgb_jpeg", lambda *a: time.sleep(0.01) or convert(*a))
     start = time.monotonic()
@@ -449,15 +452,15 @@ def test_kill_at_random_moments(source: Path, tmp_path: Path, monkeypatch: pytes
         if (out / "index.json").exists():
             assert images(out) == originals(source)
             continue
-        # Not rglob: the killed run's workers end a moment later, and what they hold goes while it looks.
+        # Not rglob: the killed run's workers end a moment later, and delete their files meanwhile.
         assert not [folder for folder, _, files in os.walk(out) if "index.json" in files]
         partial += bool(list(out.glob("shard.*.mds")))
         main([str(source), str(out), *SMALL_SHARDS])
         assert tree(out) == tree(tmp_path / "whole")
-    assert partial, "no kill came while shards were written: the test shows nothing"
+    assert partial, "no kill came while shards were written: the test proves nothing"
 
 
-def test_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def die(*_: object) -> None:
         tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -472,7 +475,7 @@ def test_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeyp
     assert process.exitcode == 1
 
 
-def test_continues_where_it_was(source: Path, tmp_path: Path):
+def test_resumes_without_writing_finished_shards_again(source: Path, tmp_path: Path):
     damaged = with_unreadable(source, tmp_path / "in")
     with pytest.raises(InputError):
         main([str(damaged), str(tmp_path / "out"), "--shard-size", "10kb", "--workers", "1"])
@@ -489,7 +492,7 @@ def test_other_settings_start_over(source: Path, tmp_path: Path):
             main([str(damaged), str(tmp_path / "out"), "--shard-size", "4kb", "--workers", "1", "--seed", seed])
     main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     main([str(source), str(tmp_path / "clean"), *SMALL_SHARDS])
-    # Nothing of the others is left: in a folder it is removed.
+    # In a folder, shards of other settings are deleted.
     assert tree(tmp_path / "out") == tree(tmp_path / "clean")
 
 
@@ -506,20 +509,20 @@ def test_verification_finds_a_damaged_shard(source: Path, tmp_path: Path, damage
         content[-1] ^= 1
         shard.write_bytes(content if damage == "flip" else content[:-1])
     again = [str(damaged), str(tmp_path / "out"), *SMALL_SHARDS, "--skip-unreadable"]
-    with pytest.raises(RuntimeError, match=rf"1 of \d+ shards are not what was written.*{shard.name}"):
+    with pytest.raises(RuntimeError, match=rf"1 of \d+ shards differ from what was written.*{shard.name}"):
         main(again)
     assert not (tmp_path / "out" / "index.json").exists()
     main(again)
     assert images(tmp_path / "out") == originals(source)
 
 
-def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_conversions_at_once_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(convert, "LOCK_TIMEOUT", 0.1)
     with sole_user(Destination.at(str(tmp_path / "out")).lock), pytest.raises(InputError, match="another conversion"):
         main([str(source), str(tmp_path / "out")])
 
 
-def test_object_store(source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str):
+def test_writes_to_an_object_store(source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str):
     remote = f"s3://{bucket}/imagenet/train"
     main([str(source), str(tmp_path / "local"), *REMOTE_SHARDS])
     result = main([str(source), remote, *REMOTE_SHARDS])
@@ -533,7 +536,9 @@ def test_object_store(source: Path, tmp_path: Path, object_store: ObjectStore, b
         main([str(source), remote, *REMOTE_SHARDS])
 
 
-def test_object_store_after_kill_and_damage(source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str):
+def test_an_object_store_resumes_after_a_kill_and_replaces_a_corrupt_shard(
+    source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str
+):
     arguments = [str(source), f"s3://{bucket}/train", *REMOTE_SHARDS]
     killed = forked(arguments)
     first = wait_for(lambda: [path.stem for path in cache_folder().rglob("records/*.json")])[0]
@@ -554,12 +559,12 @@ def test_object_store_after_kill_and_damage(source: Path, tmp_path: Path, object
     assert images(tmp_path / "copy") == originals(source)
 
 
-def test_object_store_names_what_is_left(
+def test_old_shards_in_an_object_store_are_listed(
     source: Path, tmp_path: Path, object_store: ObjectStore, bucket: str, capsys: pytest.CaptureFixture[str]
 ):
     remote = f"s3://{bucket}/deep/train"
     with pytest.raises(InputError):
-        main([str(with_unreadable(source, tmp_path / "in")), remote, "--shard-size", "4kb", "--workers", "1"])
+        main([str(with_unreadable(source, tmp_path / "in")), remote, "--shard-size", "20kb", "--workers", "1"])
     earlier = {name for name in object_store.objects(bucket, "deep/train/") if name.startswith("shard.")}
     client = object_store.client()
     client.put_object(Bucket=bucket, Key="deep/train/shard.00077.mds", Body=b"of a conversion on another machine")
@@ -568,11 +573,11 @@ def test_object_store_names_what_is_left(
     assert result.shards == 1
     assert result.leftover is not None
     assert result.leftover == sorted((earlier | {"shard.00077.mds"}) - {"shard.00000.mds"})
-    assert f"in no index, to be removed by hand: {len(result.leftover)} shards" in capsys.readouterr().out
+    assert f"in no index, delete them by hand: {len(result.leftover)} shards" in capsys.readouterr().out
     assert result.leftover[0] in object_store.objects(bucket, "deep/train/")  # named, not removed
 
 
-def test_object_store_that_cannot_be_listed(source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_object_store_that_cannot_be_listed_is_written(source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch):
     def denied(*_: object) -> None:
         raise PermissionError("AccessDenied")
 
@@ -591,7 +596,9 @@ def wait_for(condition: Callable[[], list[str]], timeout: float = 30) -> list[st
     raise TimeoutError
 
 
-def test_object_store_refuses(source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_object_store_without_bucket_or_access_is_refused(
+    source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(InputError, match="cannot be written"):
         main([str(source), "s3://no-such-bucket/train"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -599,7 +606,7 @@ def test_object_store_refuses(source: Path, bucket: str, monkeypatch: pytest.Mon
         main([str(source), f"s3://{bucket}/train"])
 
 
-def test_object_store_comes_back(object_store: ObjectStore, bucket: str):
+def test_the_object_store_of_the_tests_restarts_with_its_contents(object_store: ObjectStore, bucket: str):
     client = object_store.client()
     client.put_object(Bucket=bucket, Key="key", Body=b"content")
     endpoint, process = object_store.endpoint, object_store.process

@@ -1,4 +1,4 @@
-"""recipes/embed.py: every source and both kinds of file, what an interruption leaves, and what is refused."""
+"""Embed every kind of source into both kinds of file; kill and resume; refuse bad input."""
 
 import contextlib
 import itertools
@@ -56,7 +56,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes that are started here: to the bit the same."""
+    """Use one thread, as forked processes do: the results are bit-identical."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def teacher() -> Data2Vec2:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty images of many sizes in a folder with subfolders; nobody may write into it."""
+    """Forty images of many sizes in a folder with subfolders; read-only."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(40):
         path = folder / ("", "b", "a/deep")[i % 3] / f"{i:02}.{'jpg' if i % 2 else 'JPEG'}"
@@ -91,7 +91,7 @@ def run(*arguments: object) -> Embedding:
 
 
 def loaded(out: Path) -> tuple[list, NDArray]:
-    """Ids and embeddings."""
+    """Read ids and embeddings."""
     if out.suffix == ".parquet":
         table = parquet.read_table(out)
         return table["id"].to_pylist(), np.array(table["embedding"].to_pylist())
@@ -99,7 +99,7 @@ def loaded(out: Path) -> tuple[list, NDArray]:
 
 
 def expected(model: Transformer, images: list[bytes], **options: str) -> Tensor:
-    """What the model itself makes of image files, (N, D)."""
+    """Embed image files with the model itself, (N, D)."""
     pixels = [to_tensor(decode_rgb(image, "image").resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images]
     with torch.inference_mode():
         return model.embed(torch.stack(pixels), **options)  # pyright: ignore[reportArgumentType]
@@ -115,7 +115,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_a_folder(
+def test_embeds_a_folder(
     teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
     out = tmp_path / "new" / f"photos.{suffix}"
@@ -127,11 +127,11 @@ def test_a_folder(
     assert (result.images, result.channels, result.skipped, result.resumed) == (*want.shape, [], 0)
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", last)
-    # Nothing else is left.
+    # There are no other files.
     assert names(out.parent) == {out.name} | ({"photos.ids.npy"} if suffix == "npy" else set())
 
 
-def test_options(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
+def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
     options = ("--pooling", "mean_patches", "--representation", "layer_mean", "--normalize", "--dtype", "float16")
     want = expected(
         teacher,
@@ -154,7 +154,7 @@ def test_options(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_mds(teacher: Data2Vec2, many_shards: Path, tmp_path: Path, suffix: str) -> None:
+def test_embeds_mds(teacher: Data2Vec2, many_shards: Path, tmp_path: Path, suffix: str) -> None:
     embed(TEACHER, many_shards, tmp_path / f"mds.{suffix}", *SMALL_PARTS, workers=2)
     ids, embeddings = loaded(tmp_path / f"mds.{suffix}")
     assert ids == list(range(NUM_IMAGES))
@@ -162,7 +162,7 @@ def test_mds(teacher: Data2Vec2, many_shards: Path, tmp_path: Path, suffix: str)
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
 
 
-def test_mds_of_encoded_columns(teacher: Data2Vec2, tmp_path: Path) -> None:
+def test_mds_columns_hold_images(teacher: Data2Vec2, tmp_path: Path) -> None:
     with MDSWriter(out=str(tmp_path / "jpeg"), columns={"image": "jpeg"}) as writer:
         writer.write({"image": decode_rgb(encoded_image(0, SIZE), "image")})
     embed(TEACHER, tmp_path / "jpeg", tmp_path / "jpeg.npy")
@@ -173,20 +173,20 @@ def test_mds_of_encoded_columns(teacher: Data2Vec2, tmp_path: Path) -> None:
         embed(TEACHER, tmp_path / "text", tmp_path / "text.npy")
 
 
-def test_a_damaged_shard_is_named(many_shards: Path, tmp_path: Path) -> None:
+def test_a_corrupt_shard_is_named(many_shards: Path, tmp_path: Path) -> None:
     data = shutil.copytree(many_shards, tmp_path / "data")
     shard = data / "shard.00005.mds"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    # Not an image that could be skipped.
+    # --skip-unreadable is for images, not for shards.
     with pytest.raises(InputError, match=r"shard\.00005\.mds: its content has changed \(xxh64\)"):
         embed(TEACHER, data, tmp_path / "mds.npy", "--skip-unreadable", workers=1)
     assert not (tmp_path / "mds.npy").exists()
 
 
 @pytest.mark.slow
-def test_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeds_from_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_PARTS)
     with ObjectStore() as store:
         for name, value in store.environment.items():
@@ -198,7 +198,7 @@ def test_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "cache").mkdir()
         shutil.copyfile(many_shards / "shard.00003.mds", tmp_path / "cache" / "shard.00003.mds")
         with (tmp_path / "cache" / "shard.00003.mds").open("r+b") as file:
-            file.write(b"damaged")  # what an earlier run left is verified as well
+            file.write(b"damaged")  # shards of an earlier run are verified too
         options = ("--local", tmp_path / "cache", "--cache-limit", "30kb")
         embed(TEACHER, "s3://bucket/images", tmp_path / "remote.npy", *options, *SMALL_PARTS, workers=2)
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 30_000
@@ -208,7 +208,7 @@ def test_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_embeds_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
     made = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}[kind]
     folder = tmp_path / made.base_folder
@@ -231,11 +231,11 @@ def test_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         embed(TEACHER, tmp_path, tmp_path / "both.npy")
 
 
-def test_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
+def test_embeds_with_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = tmp_path / "student.safetensors"
     save_student(teacher.build_student(depth=2), path)
-    embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # which is not asked
+    embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # not read
     ids, embeddings = loaded(tmp_path / "photos.npy")
     want = expected(load_student(path), [(photos / path).read_bytes() for path in ids])
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
@@ -268,7 +268,7 @@ def rows_in(folder: Path) -> int:
     return json.loads(progress.read_bytes())["rows"] if progress.exists() else 0
 
 
-def test_kill_and_resume(
+def test_resumes_to_the_same_bytes_after_a_kill(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out, folder = tmp_path / "photos", tmp_path / "photos.npy", tmp_path / ".photos.npy.partial"
@@ -409,7 +409,7 @@ def interrupted_at(out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def test_interrupted_between_ids_and_embeddings(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_between_ids_and_embeddings(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "photos.npy"
     with interrupted_at(out, monkeypatch), pytest.raises(KeyboardInterrupt):
         embed(TEACHER, photos, out, *SMALL_PARTS)
@@ -423,7 +423,9 @@ def test_interrupted_between_ids_and_embeddings(photos: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("kind", ["folder", "mds"])
-def test_unreadable_images(teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_unreadable_images_stop_or_are_skipped(
+    teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     images = [encoded_image(i) for i in range(12)]
     images[5] = images[5][:200]
     images[8:12] = [b""] * 4  # a whole batch
@@ -470,7 +472,7 @@ def test_skipped_images_stop_a_resumed_run_without_the_option(
     assert embed(TEACHER, source, out, *SMALL_PARTS, "--skip-unreadable").images == 40
 
 
-def test_nothing_readable(tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.jpg").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"out\.npy: none of the 1 images can be read"):
@@ -499,14 +501,16 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(np.load(tmp_path / "out.ids.npy"), np.arange(30 * 256))
 
 
-def test_an_embedding_that_is_not_finite(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedding_that_is_not_finite_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Transformer, "embed", lambda self, images, *_: torch.full((len(images), 48), 1e5))
     with pytest.raises(InputError, match=r"00\.JPEG: its embedding is not finite with .* --dtype float16"):
         embed(TEACHER, photos, tmp_path / "photos.npy", "--dtype", "float16")
     embed(TEACHER, photos, tmp_path / "photos.npy")
 
 
-def test_two_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_at_once_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_file, "LOCK_TIMEOUT", 0.1)
     with (
         sole_user(tmp_path / ".photos.npy.partial" / ".lock"),
@@ -515,7 +519,7 @@ def test_two_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         embed(TEACHER, photos, tmp_path / "photos.npy")
 
 
-def test_without_pyarrow(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_file, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"photos\.parquet: .* needs pyarrow: pip install -e '\.\[parquet\]'"):
         embed(TEACHER, photos, tmp_path / "photos.parquet")
@@ -544,7 +548,7 @@ def test_without_pyarrow(photos: Path, tmp_path: Path, monkeypatch: pytest.Monke
         (str(QUICKSTART / "teacher.safetensors"), "photos", "o.npy", ["--weights", "ema"], "and holds no ema weights"),
     ],
 )
-def test_what_is_refused(
+def test_bad_input_is_refused_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model: str,

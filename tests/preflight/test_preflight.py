@@ -18,13 +18,12 @@ from d2v_composer.config.load import load_config
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.data.mds_index import read_index
 from d2v_composer.preflight import checks
-from d2v_composer.preflight.checks import DataSet
+from d2v_composer.preflight.checks import Checks
 from d2v_composer.preflight.needs import Measured, in_batches, needs
 from d2v_composer.preflight.nodes import Nodes
-from d2v_composer.preflight.preflight import free_port, look
-from d2v_composer.preflight.table import Table
+from d2v_composer.preflight.preflight import Table, check_before_training, free_port
 from d2v_composer.system.errors import InputError
-from helpers import NUM_IMAGES, ROOT, command_environment, run_command, small_run
+from helpers import ROOT, command_environment, run_command, small_run
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
 ONE_NODE = Nodes(0, 1, 1, None)
@@ -40,9 +39,9 @@ def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: 
 def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """The checks before the rehearsal that fail, with what they found."""
     table = Table()
-    look(load_config(arguments), ONE_NODE, table)
+    check_before_training(Checks(load_config(arguments), ONE_NODE), table)
     capsys.readouterr()
-    return {check.name: check.found for check in table.checks if check.verdict == "FAILED"}
+    return {row.name: row.found for row in table.rows if row.verdict == "FAILED"}
 
 
 def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labelled: Path) -> None:
@@ -69,7 +68,7 @@ def test_every_fault_before_training_is_named_at_once(
     found = failures(capsys, *arguments, "teacher.checkpoint=missing.pt")
     assert "missing.pt: no such file" in found["teacher"]
     assert "the shard is missing" in found["data"]
-    assert "/proc/run: no right to write" in found["save_folder"]
+    assert "/proc/run: no permission to write" in found["save_folder"]
 
     found = failures(
         capsys, *arguments, "retrieval.datasets={small: {format: mds, root: nowhere}}", "student.num_heads=7"
@@ -88,7 +87,7 @@ def test_a_full_disk_is_named(
     arguments = small_preflight(tmp_path / "run", small_data, labelled)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     found = failures(capsys, *arguments)
-    assert "run: 3 checkpoints take" in found["room"]
+    assert "run: 3 checkpoints need" in found["room"]
     assert "/dev/shm: 0 of 1,000,000,000 bytes are free" in found["shared memory"]
 
 
@@ -98,24 +97,19 @@ def test_a_node_needs_room_for_its_share_alone(
     """Two thirds of the data set suffice for one of two nodes; were all of it asked for, the preflight would say so."""
     overrides = ("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=2", "save_folder=null")
     config = load_config(small_preflight(tmp_path, tmp_path / "cache", labelled, *overrides))
-    shards = read_index(many_shards, columns=("image",))
-    total = sum(shard["raw_data"]["bytes"] for shard in shards)
-    data = DataSet(shards, NUM_IMAGES, total)
+    node = Checks(config, Nodes(1, 2, 1, None))
+    node.shards = read_index(many_shards, columns=("image",))
+    total = node.num_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(total, total, 2 * total // 3))
-
-    def check() -> str:
-        return checks.check_room_for_run(config, Nodes(1, 2, 1, None), data, None, 0)[0]
-
-    assert "cache in" in check()
+    assert "cache in" in node.check_room()
     monkeypatch.setattr(builders_data, "shards_of_node", lambda sizes, *_: np.arange(len(sizes)))
     with pytest.raises(InputError, match="shards are still to come"):
-        check()
+        node.check_room()
 
 
 def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {name: checks.metadata.version(name) for name in ("torch", "mosaicml")}
-    found, _ = checks.check_versions()
-    assert versions["torch"] in found
+    assert versions["torch"] in checks.check_versions()
     installed = checks.metadata.version
     monkeypatch.setattr(checks.metadata, "version", lambda name: "1.0" if name == "timm" else installed(name))
     with pytest.raises(ValueError, match=r"timm is 1\.0, required >="):
@@ -138,18 +132,15 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: 
         )
     )
     images = LabelledImages(torch.zeros(256, 3, 1, 1, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64))
-    measured = Measured(1280.0, 0.2, 8.0, 0.0, 2 * 10**9, 400.0, 354_500_000)
-    lines = list(
-        needs(
-            config, Nodes(0, 2, 4, None), DataSet([], 1_281_167, 10**11), {"a": LabelledSet(images, images)}, measured
-        )
-    )
-    text = "\n".join(lines)
+    run = Checks(config, Nodes(0, 2, 4, None))
+    run.decoded_per_core, run.sets = 400.0, {"a": LabelledSet(images, images)}
+    run.shards = [{"samples": 1_281_167, "raw_data": {"bytes": 10**11}}]
+    text = "\n".join(needs(run, Measured(1280.0, 0.2, 8.0, 0.0, 2 * 10**9, 354_500_000)))
     assert "1,280 images/s on 8 ranks, 20% of it" in text
     assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals (at most): 13.5 rank-hours" in text
     assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
-    assert "2.0 cores a node decode the 800 images/s" in text
-    assert "asked for: 16 workers" in text
+    assert "2.0 cores per node decode the 800 images/s" in text
+    assert "configured: 16 workers" in text
 
 
 @pytest.mark.parametrize(("text", "batches"), [("5000ba", 5000), ("2ep", 20), ("0.1dur", 100), ("0ba", 1)])
@@ -206,7 +197,7 @@ def test_faults_of_a_store_are_named(
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
         found = failures(capsys, *arguments)
         assert found.keys() == {"listing", "save_folder", "room", "shared memory"}
-        assert "s3://preflight/runs/small: no right to write (" in found["save_folder"]
+        assert "s3://preflight/runs/small: no permission to write (" in found["save_folder"]
         assert "are still to come, 0.0 GB of the disk are free" in found["room"]
     finally:
         object_store.client().upload_file(str(small_data / shard), BUCKET, f"images/{shard}")
