@@ -2,15 +2,12 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from typing_extensions import override
 
@@ -27,17 +24,12 @@ from d2v_composer.data.mds_index import (
 )
 from d2v_composer.data.verified_dataset import VerifiedDataset
 from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError, UnreadableImageError
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
-from d2v_composer.system.worker_lifetime import end_with_parent
 
-__all__ = ["Batch", "ImageCollection", "Unreadable", "load_batches", "open_collection"]
+__all__ = ["ImageCollection", "open_collection"]
 
 CIFAR_FOLDERS: dict[str, Format] = {CIFAR10.base_folder: "cifar10", CIFAR100.base_folder: "cifar100"}
-STORE_TIMEOUT = 600.0
-
-Unreadable = tuple[int, str]
-"""The index of an image, and the reason why it cannot be read."""
 
 
 class ImageCollection(ABC):
@@ -102,46 +94,38 @@ class MdsImages(ImageCollection):
     Args:
         local: The data set, or the folder for the shards of a remote one.
         image_size: Images are resized to this many pixels a side.
-        remote: The address in an object store, or ``None``.
-        cache_limit: The most bytes of shards in ``local``; ``None``: no limit.
         column: The column that holds the images.
+        remote: The address in an object store.
+        cache_limit: The most bytes of shards in ``local``; ``None``: no limit.
 
     Raises:
         InputError: The data set cannot be used.
     """
 
     def __init__(
-        self, local: Path, image_size: int, remote: str | None, cache_limit: int | None, column: str | None
+        self, local: Path, image_size: int, column: str, remote: str | None = None, cache_limit: int | None = None
     ) -> None:
         self.name = remote or str(local)
         self.image_size = image_size
-        self.column = column or "image"
+        self.column = column
         if remote is not None:
             fetch_index(remote, local)
-        shards = read_index(local, columns=(self.column,), option="--column", shards_may_be_missing=remote is not None)
-        check_image_column(shards, self.column, self.name)
+        shards = read_index(local, columns=(column,), option="--column", shards_may_be_missing=remote is not None)
+        check_image_column(shards, column, self.name)
         if remote is not None:
             check_room([room_needed(shards, local, cache_limit)])
-        place = remote or str(local.resolve())
-        other_column = "" if self.column == "image" else self.column
+        place, other_column = remote or str(local.resolve()), "" if column == "image" else column
         contents = place.encode() + (local / INDEX).read_bytes() + other_column.encode()
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         try:
             self.dataset = VerifiedDataset(
-                local=local,
-                remote=remote,
-                timeout=STORE_TIMEOUT,
-                cache_limit=cache_limit,
-                shuffle_block_size=1,
-                batch_size=1,
-                shuffle=False,
-                num_canonical_nodes=1,
+                local=local, remote=remote, cache_limit=cache_limit, batch_size=1, shuffle=False
             )
         except InputError:
             raise
         except (ShardError, ValueError) as error:  # the cache limit is too small for the shards
             raise InputError(f"{self.name}: {error}") from error
-        keep_encoded(self.dataset.shards, self.column)
+        keep_encoded(self.dataset.shards, column)
 
     def __len__(self) -> int:
         return self.dataset.num_samples
@@ -209,12 +193,12 @@ def open_collection(
     if not remote and (local is not None or cache_limit is not None):
         raise InputError(f"{source}: is local: --local and --cache-limit are for the shards of an object store")
     if local is not None:
-        return MdsImages(local, image_size, source, cache_limit, column)
+        return MdsImages(local, image_size, column or "image", source, cache_limit)
     root = Path(source)
     if not root.is_dir():
         raise InputError(f"{source}: {'is not a folder' if root.exists() else 'no such folder'}")
     if (root / INDEX).is_file():
-        return MdsImages(root, image_size, None, None, column)
+        return MdsImages(root, image_size, column or "image")
     if column is not None:
         raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
     cifar = [root.resolve()] if root.resolve().name in CIFAR_FOLDERS else []
@@ -222,53 +206,3 @@ def open_collection(
     if len(cifar) > 1:
         raise InputError(f"{source}: holds both CIFARs: give {cifar[0]} or {cifar[1]}")
     return CifarImages(cifar[0].parent, CIFAR_FOLDERS[cifar[0].name]) if cifar else FolderImages(root, image_size)
-
-
-class Batch(NamedTuple):
-    """Some images of a collection, in its order."""
-
-    indices: list[int]
-    """The index of each readable image."""
-    images: Tensor
-    """(B, 3, height, width) uint8; B is 0 if none is readable."""
-    unreadable: list[Unreadable]
-
-
-class _Batches(Dataset[Batch]):
-    """Whole batches by the range of their indices."""
-
-    def __init__(self, collection: ImageCollection) -> None:
-        self.collection = collection
-
-    def __getitem__(self, indices: range) -> Batch:
-        images: dict[int, Tensor] = {}
-        unreadable: list[Unreadable] = []
-        for index in indices:
-            try:
-                images[index] = self.collection.load(index)
-            except UnreadableImageError as error:
-                unreadable.append((index, str(error)))
-        pixels = torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-        return Batch([*images], pixels, unreadable)
-
-
-def load_batches(collection: ImageCollection, batches: Sequence[range], *, workers: int) -> DataLoader[Batch]:
-    """Load batches of images in the given order.
-
-    Args:
-        collection: The images.
-        batches: The indices of each batch.
-        workers: Processes that decode, each two batches ahead; 0: decode in this process.
-    """
-    return DataLoader(
-        _Batches(collection),
-        batch_size=None,  # they are batches already
-        sampler=batches,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _start_worker(_: int) -> None:
-    end_with_parent()

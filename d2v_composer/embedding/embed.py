@@ -12,13 +12,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from d2v_composer.embedding.collection import Batch, ImageCollection, Unreadable, load_batches
-from d2v_composer.embedding.output_file import EmbeddingFile
+from d2v_composer.embedding.collection import ImageCollection
+from d2v_composer.embedding.output_file import EmbeddingFile, Unreadable
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, UnreadableImageError
+from d2v_composer.system.worker_lifetime import end_with_parent
 
 __all__ = ["DTYPES", "PRECISIONS", "Embedding", "EmbeddingOptions", "embed_collection"]
 
@@ -124,14 +127,52 @@ def _embed_parts(
     batches = [[part[start : start + step] for start in range(0, len(part), step)] for part in parts]
     if not parts:
         return
-    loaded = iter(load_batches(collection, list(chain.from_iterable(batches)), workers=workers))
+    loader = DataLoader(
+        _Batches(collection),
+        batch_size=None,  # they are batches already
+        sampler=list(chain.from_iterable(batches)),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+    loaded = iter(loader)
     with tqdm(total=len(images), initial=first, desc="embedding", unit="img", disable=None, leave=False) as bar:
         for part in batches:
             of_part = _readable(islice(loaded, len(part)), skip_unreadable, bar)
             yield _embed_part(model, of_part, collection, options, device)
 
 
-def _readable(batches: Iterator[Batch], skip_unreadable: bool, bar: tqdm) -> Iterator[Batch]:
+class _Batch(NamedTuple):
+    indices: list[int]
+    """The index of each readable image."""
+    images: Tensor
+    """(B, 3, height, width) uint8; B is 0 if none is readable."""
+    unreadable: list[Unreadable]
+
+
+class _Batches(Dataset[_Batch]):
+    """Batches by the range of their indices."""
+
+    def __init__(self, collection: ImageCollection) -> None:
+        self.collection = collection
+
+    def __getitem__(self, indices: range) -> _Batch:
+        images: dict[int, Tensor] = {}
+        unreadable: list[Unreadable] = []
+        for index in indices:
+            try:
+                images[index] = self.collection.load(index)
+            except UnreadableImageError as error:
+                unreadable.append((index, str(error)))
+        pixels = torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        return _Batch([*images], pixels, unreadable)
+
+
+def _start_worker(_: int) -> None:
+    end_with_parent()
+
+
+def _readable(batches: Iterator[_Batch], skip_unreadable: bool, bar: tqdm) -> Iterator[_Batch]:
     for batch in batches:
         if batch.unreadable and not skip_unreadable:
             raise InputError(f"{batch.unreadable[0][1]}; --skip-unreadable skips such images")
@@ -141,7 +182,7 @@ def _readable(batches: Iterator[Batch], skip_unreadable: bool, bar: tqdm) -> Ite
 
 def _embed_part(
     model: Transformer,
-    batches: Iterator[Batch],
+    batches: Iterator[_Batch],
     collection: ImageCollection,
     options: EmbeddingOptions,
     device: str,

@@ -21,12 +21,14 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
 from d2v_composer.system.retry import reason
 
-__all__ = ["EmbeddingFile"]
+__all__ = ["EmbeddingFile", "Unreadable"]
 
 LOCK_TIMEOUT = 10  # the workers of a killed run end within a second
 ROW_GROUP = 4096  # rows, or ids, that are in memory at a time
 
 Ids = Callable[[NDArray[np.int64]], NDArray]
+Unreadable = tuple[int, str]
+"""The index of an image, and the reason why it cannot be read."""
 
 
 class EmbeddingFile:
@@ -52,7 +54,7 @@ class EmbeddingFile:
         self.ids = out.with_name(f"{out.stem}.ids.npy")
         self.folder = out.with_name(f".{out.name}.partial")
         self.num_rows = 0
-        self.skipped: list[tuple[int, str]] = []
+        self.skipped: list[Unreadable] = []
         self._refuse_existing()
         check_out_file(out)
 
@@ -91,12 +93,12 @@ class EmbeddingFile:
             self._resume()
             yield
 
-    def append(self, embeddings: NDArray, skipped: Sequence[tuple[int, str]]) -> None:
+    def append(self, embeddings: NDArray, skipped: Sequence[Unreadable]) -> None:
         """Add the rows of the next images, (B, D), and record the progress.
 
         Args:
             embeddings: One row for each readable image.
-            skipped: Index and reason of each unreadable image between them.
+            skipped: The unreadable images between them.
 
         Raises:
             InputError: The disk is full or fails.
@@ -161,7 +163,7 @@ class EmbeddingFile:
                 num_rows, skipped = 0, []
             self._record(num_rows, skipped)
 
-    def _record(self, num_rows: int, skipped: list[tuple[int, str]]) -> None:
+    def _record(self, num_rows: int, skipped: list[Unreadable]) -> None:
         write_atomically(self._progress, json.dumps({"plan": self.plan, "rows": num_rows, "skipped": skipped}))
         self.num_rows, self.skipped = num_rows, skipped
 

@@ -1,4 +1,4 @@
-"""Files that a stranger may send: refused in one line or harmless, in seconds, and within a bound of memory."""
+"""Refuse malicious files in one line, or read them harmlessly, within seconds and a memory limit."""
 
 import io
 import json
@@ -43,13 +43,13 @@ SERVER.set_forkserver_preload(["d2v_composer.builders.model", "d2v_composer.chec
 
 
 class Answer(NamedTuple):
-    """What a call in a process of its own came to."""
+    """The outcome of a call in a separate process."""
 
     result: Any
-    """What it returned, or the message of the error."""
+    """The return value, or the message of the InputError."""
     refused: bool
     megabytes: float
-    """What it added to the process's peak."""
+    """The increase of the process's peak memory."""
 
 
 def peak_megabytes() -> float:
@@ -66,7 +66,7 @@ def answer_to(connection: Any, call: Callable[..., Any], arguments: tuple[Any, .
 
 
 def answer(call: Callable[..., Any], *arguments: Any) -> Answer:
-    """Call something in a process of its own, which may take ten seconds and 700 MB."""
+    """Call a function in a separate process, limited to ten seconds and 700 MB."""
     ours, theirs = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=answer_to, args=(theirs, call, arguments))
     process.start()
@@ -94,7 +94,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG of one bit a pixel that says so much of itself, and has some rows of black."""
+    """A PNG of one bit per pixel that claims a size, and has some black rows."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
     rows = chunk(b"IDAT", zlib.compress(bytes(min((width // 8 + 2) * height, 100_000_000)), 9))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + rows + chunk(b"IEND", b"")
@@ -105,7 +105,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def frames(format: str, num: int) -> bytes:
-    """An animation that starts grey and goes on in black."""
+    """An animation whose first frame is grey, and the others black."""
     first, *others = [
         Image.new("RGB", (40, 30), "grey"),
         *(Image.new("RGB", (40, 30), (i % 2, 0, 0)) for i in range(num)),
@@ -153,7 +153,7 @@ def decoded(encoded: bytes) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_pictures_that_are_refused(name: str) -> None:
+def test_malformed_and_huge_images_are_refused(name: str) -> None:
     for door in (augmented, decoded):
         given = answer(door, BOMBS[name]())
         assert given.refused, given
@@ -167,7 +167,7 @@ ODD = {
     "30,000 px wide JPEG": lambda: saved(picture(30_000, 1), "JPEG"),
     "30,000 px high PNG": lambda: saved(picture(1, 30_000), "PNG"),
     "30,000 x 2,000 JPEG": lambda: saved(Image.new("RGB", (30_000, 2_000)), "JPEG"),
-    "as large as may be": lambda: png(29_000, 3_000),
+    "as large as is allowed": lambda: png(29_000, 3_000),
     "animated GIF": lambda: frames("GIF", 1000),
     "animated WebP": lambda: frames("WEBP", 100),
     "animated PNG": lambda: frames("PNG", 100),
@@ -178,21 +178,21 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_pictures_that_are_odd(name: str) -> None:
-    """Read within the bounds; or refused, where Pillow has a limit of its own."""
+def test_unusual_images_are_read_within_the_limits(name: str) -> None:
+    """Text in a PNG may be refused instead: Pillow has a limit of its own."""
     encoded = ODD[name]()
     given = answer(augmented, encoded)
     assert given.result == (3, 224, 224) or (given.refused and "in a PNG" in name), given
 
 
-def test_an_animation_is_its_first_frame() -> None:
+def test_an_animation_is_read_as_its_first_frame() -> None:
     for format in ("GIF", "WEBP", "PNG"):
         assert abs(np.asarray(decode_rgb(frames(format, 20), "")).astype(int) - 128).max() < 3
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("PPM", np.uint16)])
 def test_16_bits_become_8(format: str, dtype: Any) -> None:
-    """Pillow alone would make all of it white."""
+    """Pillow alone would clip all pixels to white."""
     values = np.linspace(0, 65535, 64).astype(dtype).reshape(8, 8)
     pixels = np.asarray(decode_rgb(saved(Image.fromarray(values), format), ""))
     np.testing.assert_array_equal(pixels[..., 0], values >> 8)
@@ -201,8 +201,8 @@ def test_16_bits_become_8(format: str, dtype: Any) -> None:
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def test_a_picture_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow gives PostScript to Ghostscript."""
+def test_an_image_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow passes PostScript to Ghostscript."""
     canary, fake = tmp_path / "canary", tmp_path / "gs"
     fake.write_text(f"#!/bin/sh\ntouch {canary}\n")
     fake.chmod(0o755)
@@ -215,11 +215,11 @@ def test_a_picture_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not canary.exists()
     with pytest.raises(OSError, match=r"."):
         Image.open(io.BytesIO(POSTSCRIPT)).load()
-    assert canary.exists()  # it would have
+    assert canary.exists()  # Pillow alone runs it
 
 
 def write_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """An MDS folder of eight images whose index was changed."""
+    """Write an MDS folder of eight images, and change its index."""
     with MDSWriter(out=str(folder), columns={"image": "bytes", "label": "int"}) as writer:
         for i in range(8):
             writer.write({"image": encoded_image(i), "label": i % 2})
@@ -246,7 +246,7 @@ def labels_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("lie", INDEX_LIES)
-def test_an_index_that_lies(lie: str, tmp_path: Path) -> None:
+def test_an_index_with_false_claims_is_refused(lie: str, tmp_path: Path) -> None:
     change, message = INDEX_LIES[lie]
     folder = write_index(tmp_path / "train", change)
     given = answer(labels_of, tmp_path)
@@ -256,7 +256,7 @@ def test_an_index_that_lies(lie: str, tmp_path: Path) -> None:
         read_index(folder, columns=("image",))
 
 
-def test_an_index_that_nests_without_end(tmp_path: Path) -> None:
+def test_an_index_that_nests_endlessly_is_refused(tmp_path: Path) -> None:
     folder = write_index(tmp_path / "train", lambda shard: None)
     (folder / "index.json").write_text('{"shards": ' + "[" * 100_000)
     given = answer(labels_of, tmp_path)
@@ -275,7 +275,7 @@ class Canary:
 
 
 def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
-    """Through every door; Streaming's own reader would run it."""
+    """Streaming's own reader would run the code."""
     from streaming.base.format import reader_from_json
 
     canary = tmp_path / "canary"
@@ -292,14 +292,14 @@ def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_shard_with_wrong_bytes(seed: int, tmp_path: Path) -> None:
-    """Of the right size, and with the index's own hashes, or none: the label is wrong, or a line says what is."""
+def test_a_shard_with_wrong_offsets_is_read_or_refused(seed: int, tmp_path: Path) -> None:
+    """The shard has the right size and no hash in the index."""
     folder = write_index(tmp_path / "train", lambda shard: None)
     write_index(tmp_path / "test", lambda shard: None)
     [shard] = folder.glob("*.mds")
     contents = bytearray(shard.read_bytes())
     dice = np.random.default_rng(seed)
-    start = int(dice.integers(4, 60))  # of the table of where samples begin
+    start = int(dice.integers(4, 60))  # in the table of the samples' offsets
     contents[start : start + 4] = dice.integers(0, 256, 4, dtype=np.uint8).tobytes()
     shard.write_bytes(contents)
     given = answer(labels_of, tmp_path)
@@ -307,7 +307,7 @@ def test_a_shard_with_wrong_bytes(seed: int, tmp_path: Path) -> None:
 
 
 def safetensors(path: Path, tensors: dict[str, Any], size: int, metadata: dict[str, str] | None = None) -> Path:
-    """A file with this header and so many bytes behind it, which take no room on the disk."""
+    """Write a header followed by a sparse hole of this size."""
     header = json.dumps({"__metadata__": metadata or {}, **tensors}).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -327,7 +327,7 @@ def terabyte_of_safetensors(path: Path) -> Path:
 
 
 def terabyte_of_zip(path: Path) -> Path:
-    """A checkpoint whose tensor is 64 GB of zeros, deflated to some kilobytes."""
+    """A checkpoint whose tensor of 300 MB of zeros is deflated to some kilobytes."""
     torch.save({"model": {"a": torch.zeros(16)}, "cfg": {}}, path)
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -338,12 +338,12 @@ def terabyte_of_zip(path: Path) -> Path:
 
 
 def huge_memo(path: Path) -> Path:
-    """A pickle that puts an object into the memo's place 2^31: C's pickle makes a memo of 16 GB."""
+    """A pickle with an object at memo position 2^31, for which C's pickle allocates 16 GB."""
     return with_pickle(path, b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b".")
 
 
 def nested_tuples(path: Path) -> Path:
-    """A dict's key of 2^60 tuples, of which each is twice the same."""
+    """A dict key of 2^60 tuples: each holds the same one twice."""
     return with_pickle(path, b"\x80\x02}" + b")" + b"q\x00h\x00\x86" * 60 + b"K\x01s.")
 
 
@@ -352,7 +352,7 @@ def huge_bytearray(path: Path) -> Path:
 
 
 def with_pickle(path: Path, content: bytes) -> Path:
-    """A file of torch.save with another pickle in it."""
+    """Write a file of torch.save, and replace its pickle."""
     torch.save({}, path)
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -363,7 +363,7 @@ def with_pickle(path: Path, content: bytes) -> Path:
 
 
 def nested_frozensets(path: Path) -> Path:
-    """Two dict keys that are the same frozensets of pairs of frozensets, 40 deep: to compare them takes 2^40 steps."""
+    """Two equal dict keys of frozensets of pairs, nested 40 deep: comparing them takes 2^40 steps."""
     pair = b"q\x010(h\x01K\x01\x86h\x01K\x02\x86\x91"
     return with_pickle(path, b"\x80\x04}(" + 2 * (b"(\x91" + pair * 40 + b"K\x01") + b"u.")
 
@@ -372,7 +372,7 @@ HUGE = [terabyte_of_safetensors, terabyte_of_zip, huge_memo, nested_tuples, nest
 
 
 @pytest.mark.parametrize("make", HUGE)
-def test_files_that_would_take_all_memory_or_time(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_files_that_would_need_all_memory_or_time_are_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path / "ep0-ba1-rank0.pt")
     for door in (load_teacher, load_student, load_any, check_checkpoint):
         given = answer(door, path)
@@ -389,7 +389,7 @@ def embed_dim_through_timm(path: Path) -> int:
 
 
 def wide(sizes: dict[str, Any]) -> str:
-    """Blocks of 100 GB; their layer norms alone have tensors of so many numbers."""
+    """Sizes for blocks of 100 GB, whose layer norms match the file's tensors."""
     return json.dumps(
         {
             "encoder": sizes["encoder"] | {"embed_dim": 1 << 16, "mlp_ratio": 1.0, "num_heads": 1},
@@ -401,15 +401,15 @@ def wide(sizes: dict[str, Any]) -> str:
 SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "wide": wide,
     "deep": lambda sizes: json.dumps(sizes | {"student": sizes["student"] | {"depth": 1000}}),
-    "lists without end": lambda sizes: "[" * 560_000,
-    "objects without end": lambda sizes: '{"encoder":' * 50_000,
+    "endless lists": lambda sizes: "[" * 560_000,
+    "endless objects": lambda sizes: '{"encoder":' * 50_000,
     "a million lists": lambda sizes: f'{{"encoder": [{"[]," * 1_000_000}[]]}}',
     "a number of a million digits": lambda sizes: f'{{"encoder": {"9" * 1_000_000}}}',
 }
 
 
 @pytest.mark.parametrize("what", SIZES)
-def test_sizes_that_would_take_all_memory_or_time(what: str, tmp_path: Path) -> None:
+def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, tmp_path: Path) -> None:
     path = tmp_path / "student.safetensors"
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), path)
     with safe_open(path, framework="pt") as file:
@@ -423,7 +423,7 @@ def test_sizes_that_would_take_all_memory_or_time(what: str, tmp_path: Path) -> 
         assert len(given.result) < 500
 
 
-def test_a_checkpoint_of_huge_sizes(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_huge_sizes_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")
     checkpoint["state"]["callbacks"]["RunRecord"]["record"]["config"]["student"].update(mlp_ratio=1000.0, depth=900)
     torch.save(checkpoint, tmp_path / "huge.pt")
@@ -432,8 +432,8 @@ def test_a_checkpoint_of_huge_sizes(uninterrupted: Path, tmp_path: Path) -> None
     assert "has shape (144, 48), the sizes ask for (48000, 48)" in given.result or "is missing" in given.result, given
 
 
-def test_a_tensor_beyond_the_end_of_its_file(tmp_path: Path) -> None:
-    """torch reads as many numbers as the pickle says, from whatever lies behind in memory."""
+def test_a_tensor_beyond_the_end_of_its_file_is_refused(tmp_path: Path) -> None:
+    """torch reads as many numbers as the pickle claims, even past the end of the storage."""
     path = tmp_path / "teacher.pt"
     torch.save({"model": {"a": torch.zeros(4)}, "cfg": {}}, path)
     with zipfile.ZipFile(path) as archive:
@@ -446,8 +446,8 @@ def test_a_tensor_beyond_the_end_of_its_file(tmp_path: Path) -> None:
         load_untrusted(path)
 
 
-def test_an_archive_that_would_write_files(tmp_path: Path) -> None:
-    """Of a tar archive torch writes out a member, which may be a link to a file of ours."""
+def test_a_tar_archive_is_refused(tmp_path: Path) -> None:
+    """torch extracts a member of a tar archive, which may be a link to any file."""
     ours, path = tmp_path / "ours", tmp_path / "teacher.pt"
     ours.write_text("secret")
     ours.chmod(0o600)
@@ -472,8 +472,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_column_of_images_is_looked_at_as_files_are(door: str, tmp_path: Path) -> None:
-    """Streaming opens whatever Pillow knows in a column that is said to hold JPEGs, here PostScript."""
+def test_an_image_column_is_decoded_as_files_are(door: str, tmp_path: Path) -> None:
+    """Streaming would let Pillow open any format in a column of JPEGs, here PostScript."""
     for split in ("train", "test"):
         with MDSWriter(out=str(tmp_path / split), columns={"image": "bytes", "label": "int"}) as writer:
             writer.write({"image": POSTSCRIPT, "label": 0})
@@ -483,7 +483,7 @@ def test_a_column_of_images_is_looked_at_as_files_are(door: str, tmp_path: Path)
         DOORS[door](tmp_path)
 
 
-def test_a_checkpoint_of_nan_is_not_evaluated(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_nan_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")
     name = next(iter(checkpoint["state"]["model"]))
     checkpoint["state"]["model"][name].view(-1)[3] = torch.nan
@@ -505,7 +505,7 @@ def test_a_checkpoint_of_nan_is_not_evaluated(uninterrupted: Path, tmp_path: Pat
         lambda state: state["callbacks"].update(ZeroShotRetrieval=3),
     ],
 )
-def test_a_checkpoint_of_other_things(
+def test_a_checkpoint_of_wrong_types_is_refused(
     change: Callable[[dict[str, Any]], None], uninterrupted: Path, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")

@@ -1,4 +1,4 @@
-"""A rehearsal finds what would end a run, names it, and leaves nothing behind."""
+"""The preflight finds and names what would end a run, and leaves nothing behind."""
 
 import shutil
 import signal
@@ -30,6 +30,11 @@ ONE_NODE = Nodes(0, 1, 1, None)
 BUCKET = "preflight"
 
 
+@pytest.fixture(autouse=True)
+def brief_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "DECODING_SECONDS", 0.05)
+
+
 def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: str) -> list[str]:
     """Arguments of a tiny run with retrieval, health and a worker."""
     sets = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
@@ -37,7 +42,7 @@ def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: 
 
 
 def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
-    """The checks before the rehearsal that fail, with what they found."""
+    """Make the checks before the rehearsal, and return the findings of the failed ones."""
     table = Table()
     check_before_training(Checks(load_config(arguments), ONE_NODE), table)
     capsys.readouterr()
@@ -60,7 +65,7 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
 def test_every_fault_before_training_is_named_at_once(
     tmp_path: Path, small_data: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Teacher, data, a save_folder that cannot be written (root may write everywhere but there), labelled sets."""
+    """Teacher, data, a save_folder that is not writable (not even for root), labelled sets."""
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
@@ -91,10 +96,10 @@ def test_a_full_disk_is_named(
     assert "/dev/shm: 0 of 1,000,000,000 bytes are free" in found["shared memory"]
 
 
-def test_a_node_needs_room_for_its_share_alone(
+def test_a_node_needs_room_only_for_its_share(
     tmp_path: Path, many_shards: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two thirds of the data set suffice for one of two nodes; were all of it asked for, the preflight would say so."""
+    """Room for two thirds of the data set suffices for one of two nodes."""
     overrides = ("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=2", "save_folder=null")
     config = load_config(small_preflight(tmp_path, tmp_path / "cache", labelled, *overrides))
     node = Checks(config, Nodes(1, 2, 1, None))
@@ -179,7 +184,7 @@ def test_faults_of_a_store_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A forbidden write, a missing shard and a full disk; all at once, and each by itself."""
+    """A denied write, a missing shard and a full disk."""
     arguments = remote_preflight(tmp_path, labelled)
     for variable, value in object_store.environment.items():
         monkeypatch.setenv(variable, value)
@@ -211,12 +216,12 @@ def test_a_run_in_a_store_passes_and_nothing_is_left(object_store: ObjectStore, 
         sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=object_store.environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    composers_own = {".credentials_validated_successfully"}  # which it leaves at a bucket's root
+    composers_own = {".credentials_validated_successfully"}  # at a bucket's root
     assert object_store.objects(BUCKET).keys() - composers_own == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-# A training script with a fault in it, as it stood here once.
+# A training script with a fault that it really had once.
 PLANTED = """
 import importlib.util, sys
 import torch
@@ -228,7 +233,7 @@ from d2v_composer.system import cli
 cli.run(train.main)
 """
 FAULTS = {
-    # The batch that is looked at is on another device than the model.
+    # The examined batch is on another device than the model.
     "training": """
 from d2v_composer.callbacks.health import Health
 measure = Health.measure
@@ -237,7 +242,7 @@ def measure_elsewhere(self, state, logger):
     measure(self, state, logger)
 Health.measure = measure_elsewhere
 """,
-    # Data workers end at SIGTERM, before the batch at hand is done.
+    # Data workers end at SIGTERM, before the current batch is done.
     "SIGTERM": """
 import signal
 from d2v_composer.system import worker_lifetime
@@ -281,7 +286,7 @@ def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: 
 
 @pytest.mark.slow
 def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labelled: Path) -> None:
-    """Both tables hold what fails on either node, and both launchers end alike."""
+    """Both tables show the failures of either node, and both launchers exit with the same status."""
     port = str(free_port())
     arguments = small_preflight(tmp_path / "run", small_data, labelled)
 
