@@ -1,1 +1,1 @@
-"""What ``recipes/benchmark.py`` measures, one module a subcommand."""
+"""Measurements of ``recipes/benchmark.py``, one module for each subcommand."""

@@ -1,126 +1,202 @@
-"""Rates of things that compete in one process, and the machine that they were measured on."""
+"""Measure competing programs in one process, and report their rates with the machine they were measured on."""
 
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import features
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from d2v_composer.system.machine_info import package_versions
+from d2v_composer.evaluation.text_table import format_table
+from d2v_composer.system.machine_info import describe_machine, package_versions
 
 __all__ = [
     "Pass",
     "Rates",
+    "Result",
+    "Row",
+    "Table",
     "Target",
-    "describe_setting",
     "interleave",
     "one_core",
     "peak_allocated",
-    "progress_bar",
     "synchronise",
-    "versions",
 ]
 
 Pass = Callable[[], object]
-"""Does a fixed piece of work; what it returns means nothing."""
+"""Does a fixed amount of work; the return value is ignored."""
 
 
 class Rates(NamedTuple):
-    """What was measured of one contender, in units of work a second."""
+    """The rates of one program, in units of work per second."""
 
     each: list[float]
-    """A rate for each round; all contenders' n-th rates are of the same round."""
+    """One rate per round; the n-th rates of all programs are of the same round."""
 
     @property
     def median(self) -> float:
         return statistics.median(self.each)
 
     def ratio(self, baseline: "Rates") -> float:
-        """How many times the baseline: the median over the rounds, so that what slows a whole round drops out."""
+        """Return the ratio to a baseline: the median over the rounds, so that a slow round cancels out."""
         return statistics.median(own / other for own, other in zip(self.each, baseline.each, strict=True))
 
     def scaled(self, factor: float) -> "Rates":
-        """In another unit of work, of which one of these has ``factor``."""
+        """Return the rates in another unit, ``factor`` of which equal one of this unit."""
         return Rates([factor * rate for rate in self.each])
 
 
+class Row(NamedTuple):
+    """The result of one program."""
+
+    name: str
+    rates: Rates | None
+    """``None``: not installed."""
+    facts: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """The results of competing programs; the first row is the baseline."""
+
+    title: str
+    unit: str
+    rows: list[Row]
+    columns: Mapping[str, Callable[[dict[str, Any]], str]]
+    """Heading → text made of a row's facts."""
+
+    def as_text(self) -> str:
+        lines = []
+        for name, rates, facts in self.rows:
+            cells = ["not installed", "", ""]
+            if rates is not None:
+                ratio = self.ratio(rates)
+                extent = f"{_number(min(rates.each))} – {_number(max(rates.each))}"
+                cells = [_number(rates.median), extent, "" if ratio is None else f"{ratio:.2f}"]
+            lines.append([name, *cells, *(text(facts) for text in self.columns.values())])
+        return format_table([self.title, self.unit, "range", "×", *self.columns], lines)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                **facts,
+                "rates": None if rates is None else rates.each,
+                "median": None if rates is None else rates.median,
+                "ratio_to_baseline": None if rates is None else self.ratio(rates),
+            }
+            for name, rates, facts in self.rows
+        ]
+
+    def ratio(self, rates: Rates) -> float | None:
+        baseline = self.rows[0].rates
+        return None if baseline is None else rates.ratio(baseline)
+
+
 class Target(NamedTuple):
-    """A ratio that should be reached, and was or was not."""
+    """A ratio to reach."""
 
     what: str
     ratio: float | None
-    """``None``: what it compares with is not installed."""
+    """``None``: one of the two is not installed."""
     at_least: float
+    workers: int | None = None
 
-    @property
-    def verdict(self) -> str:
+    def __str__(self) -> str:
         if self.ratio is None:
-            return f"{self.what}: not measured, something is not installed"
+            return f"{self.what}: not measured, not installed"
         missed = f"missed by {1 - self.ratio / self.at_least:.0%}"
         verdict = "reached" if self.ratio >= self.at_least else missed
-        return f"{self.what}: {self.ratio:.3g}, to be {self.at_least} or more: {verdict}"
+        return f"{self.what}: {self.ratio:.3g}, target {self.at_least}: {verdict}"
+
+
+class Result(NamedTuple):
+    """The result of a benchmark."""
+
+    title: str
+    packages: Sequence[str]
+    """Distributions whose versions matter."""
+    facts: dict[str, Any]
+    tables: list[tuple[str, Table]]
+    """JSON key of the rows, and the table; several tables may share a key."""
+    targets: list[Target]
+    notes: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for key, table in self.tables:
+            rows.setdefault(key, []).extend(table.as_json())
+        targets = [target._asdict() for target in self.targets]
+        about = {"machine": describe_machine(), "versions": versions(self.packages)}
+        return {**self.facts, **about, **rows, "targets": targets}
+
+    def as_text(self) -> str:
+        machine = describe_machine()
+        hardware = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", machine["gpu"]]
+        software = (f"{name} {version or 'not installed'}" for name, version in versions(self.packages).items())
+        head = ["; ".join(str(part) for part in [*hardware, machine["system"]] if part), ", ".join(software)]
+        tables = [table.as_text() for _, table in self.tables]
+        verdicts = "\n".join([*map(str, self.targets), *self.notes])
+        return "\n\n".join(["\n".join([*head, self.title]), *tables, verdicts])
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str | None]:
+    """Return the versions of Python, of distributions (``None``: not installed), and of Pillow's JPEG decoder."""
+    turbo, jpeg = features.version_feature("libjpeg_turbo"), features.version_codec("jpg")
+    decoder = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {jpeg}"
+    return package_versions(*distributions) | {"pillow's JPEG": decoder}
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.2f}"
 
 
 def interleave(
     passes: Mapping[str, Pass],
-    work: int,
+    work: float,
     rounds: int,
-    progress: Callable[[str], None],
+    description: str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Rates]:
-    """Measure contenders in turns, after one pass each that does not count.
+    """Measure passes in turns, after one warm-up pass of each.
 
     Args:
         passes: By name.
-        work: How many units of work a pass does.
-        rounds: How many passes count.
-        progress: Called with a name before each pass.
-        clock: In seconds. ``time.process_time`` leaves out what others did on the same core, and all waiting.
+        work: Units of work of a pass.
+        rounds: Number of passes of each that count.
+        description: Label of the progress bar.
+        clock: In seconds. ``time.process_time`` ignores other processes on the same core, and all waiting.
     """
     rates: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
-    for name in names:
-        progress(name)
-        passes[name]()
-    for round_number in range(rounds):
-        first = round_number % len(names)  # nobody always comes after the same one, or in the same part of a round
-        for name in names[first:] + names[:first]:
-            progress(name)
-            begin = clock()
-            passes[name]()
-            rates[name].append(work / (clock() - begin))
+    with tqdm(total=len(names) * (rounds + 1), desc=description, unit="pass") as bar:
+        for round_number in range(-1, rounds):
+            first = max(0, round_number) % len(names)  # so that no pass always follows the same one
+            for name in names[first:] + names[:first]:
+                bar.set_postfix_str(name)
+                begin = clock()
+                passes[name]()
+                if round_number >= 0:
+                    rates[name].append(work / (clock() - begin))
+                bar.update()
     return {name: Rates(each) for name, each in rates.items()}
 
 
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of so many passes; gives what is called with a pass's name when it begins."""
-    with tqdm(total=total, desc=description, unit="pass") as bar:
-
-        def progress(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        yield progress
-
-
 def synchronise(device: str) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_allocated(function: Callable[[], object], device: str) -> int:
-    """What torch allocates on the device while a function runs, at its peak and beyond what was there, in bytes."""
+    """Return the peak of what torch allocates on the device while a function runs, beyond what is held, in bytes."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -133,8 +209,7 @@ def peak_allocated(function: Callable[[], object], device: str) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     if not changes:
         return 0
     before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
@@ -143,9 +218,8 @@ def peak_allocated(function: Callable[[], object], device: str) -> int:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep all of this process, its threads of before, of now and of later, on one core."""
-    allowed = os.sched_getaffinity(0)
-    num_threads = torch.get_num_threads()
+    """Keep all threads of this process, present and future, on one core."""
+    allowed, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
     torch.set_num_threads(1)
     _pin_threads({max(allowed)})
     try:
@@ -156,24 +230,7 @@ def one_core() -> Iterator[None]:
 
 
 def _pin_threads(cores: set[int]) -> None:
-    # The affinity of a process is its main thread's alone; a new thread inherits that of the one that starts it.
+    # Setting the affinity of a process affects only its main thread; a new thread inherits that of its creator.
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), cores)
-
-
-def describe_setting(machine: Mapping[str, str | int], versions: Mapping[str, str | None]) -> list[str]:
-    """Machine and versions in a line each."""
-    hardware = [f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", machine["gpu"]]
-    return [
-        "; ".join(str(part) for part in [*hardware, machine["system"]] if part),
-        ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
-    ]
-
-
-def versions(*distributions: str) -> dict[str, str | None]:
-    """Of Python, of installed distributions (``None``: not installed), and of the JPEG decoder in Pillow."""
-    turbo, jpeg = features.version_feature("libjpeg_turbo"), features.version_codec("jpg")
-    return package_versions(*distributions) | {
-        "pillow's JPEG": f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {jpeg}"
-    }

@@ -1,7 +1,7 @@
-"""The distillation as people would write it: the baseline that our step is measured against.
+"""The distillation written without optimisations: the baseline of our training step.
 
-Two whole models, each with its own copy of the encoder; attention written out, its bias repeated over the batch;
-targets as fairseq's ``make_targets`` lists them. Same weights, same loss.
+Two whole models, each with its own copy of the encoder; explicit attention, its bias repeated over the batch; targets
+in the steps of fairseq's ``make_targets``. The weights and the loss are ours.
 Shapes: B images, T time steps, D channels, H heads.
 """
 
@@ -21,11 +21,11 @@ __all__ = ["NaiveDistillation"]
 
 
 class NaiveDistillation(nn.Module):
-    """Images to the loss.
+    """Compute the loss of a batch of images.
 
     Args:
-        model: Whose weights are copied; with ``layer_mean`` prediction, all time steps regressed.
-        shares_encoder: Whether the student goes on with the teacher's encoding instead of its own.
+        model: The model to copy, with ``layer_mean`` prediction and all time steps regressed.
+        shares_encoder: Encode images only once, for teacher and student.
     """
 
     def __init__(self, model: DistillationModel, shares_encoder: bool = False) -> None:
@@ -49,8 +49,6 @@ class NaiveDistillation(nn.Module):
 
 
 class NaiveTransformer(nn.Module):
-    """Encoder and blocks."""
-
     def __init__(self, encoder: ImageEncoder, blocks: list[Block]) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)

