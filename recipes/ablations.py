@@ -1,7 +1,7 @@
-"""What does each choice do? ``python recipes/ablations.py`` trains every row of yamls/ablations/rows.yaml.
+"""Compare design choices: ``python recipes/ablations.py`` trains every row of yamls/ablations/rows.yaml.
 
-Each row is a run of recipes/train.py in a folder of its own. Started again, the command goes on where it was; it ends
-with the table.
+Each row is a run of recipes/train.py in its own folder. If interrupted, the command resumes; at the end it prints a
+table.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -23,7 +23,8 @@ from torchvision.datasets import CIFAR10
 
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.evaluation.bootstrap import share_recovered
-from d2v_composer.evaluation.metric_names import metric_key
+from d2v_composer.evaluation.metric_names import BANKS, metric_key
+from d2v_composer.evaluation.text_table import format_table
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     log: Mapping[str, Mapping[int, float]]
 
     def accuracy(self, embedding: str, bank: str, *, untrained: bool = False, reference: str | None = None) -> float:
-        """Top-1 of the last evaluation, or of the first."""
+        """Return the top-1 of the last evaluation, or of the first."""
         values = self.log[metric_key(DATASET, bank, 1, embedding, reference)]
         return values[0 if untrained else max(values)]
 
@@ -58,24 +59,26 @@ class Row(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What training took, without evaluations."""
+        """The time of training, without evaluations."""
         seconds_per_image = mean(1 / pace for pace in self.log["throughput/images_per_sec"].values())
         return max(self.log["time/sample"].values()) * seconds_per_image
 
 
 def main(argv: Sequence[str]) -> list[Row]:
-    """Train what is not trained yet, and print the table."""
+    """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="where CIFAR-10 is; default: datasets")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder for the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time; default: 2")
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; default: runs/ablations"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; default: 2")
     parser.add_argument("--rows", nargs="*", help="names in rows.yaml, besides the first; default: all")
     arguments = parser.parse_args(argv)
     rows: dict[str, dict[str, Any]] = yaml.safe_load((YAMLS / "rows.yaml").read_text())
     for name in arguments.rows or []:
         if name not in rows:
             raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(rows)})")
-    first, *others = rows  # the first one has what the others are compared with
+    first, *others = rows  # the first is the baseline
     chosen = [first, *(name for name in others if arguments.rows is None or name in arguments.rows)]
     if arguments.jobs < 1:
         raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
@@ -85,12 +88,12 @@ def main(argv: Sequence[str]) -> list[Row]:
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         list(pool.map(lambda name: train(rows[name], folders[name], sample, threads), chosen))
     finished = [Row(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
-    print("\n".join(table(finished)))
+    print(table(finished))
     return finished
 
 
 def make_sample(images: Path) -> Path:
-    """The first 10,000 training and 2,000 test images of CIFAR-10 as MDS, made where they are missing."""
+    """Write the first 10,000 training and 2,000 test images of CIFAR-10 as MDS, unless they exist."""
     sample = images / "cifar10_sample"
     for split, count in NUM_IMAGES.items():
         if (sample / split / "index.json").exists():
@@ -108,7 +111,7 @@ def make_sample(images: Path) -> Path:
 
 
 def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) -> None:
-    """One row, in a process of its own."""
+    """Train one row in a subprocess."""
     overrides = {
         "run_name": folder.name,
         "save_folder": folder,
@@ -127,37 +130,34 @@ def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) 
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
     if ended.returncode:
-        raise InputError(f"{folder.name}: ended with status {ended.returncode}; {folder / 'output.txt'} says why")
+        raise InputError(f"{folder.name}: failed with status {ended.returncode}, see {folder / 'output.txt'}")
 
 
 def refuse_changed(path: Path, settings: str) -> None:
-    """A run made by other settings than today's would stand in the table under today's name."""
+    """Refuse a run that was trained with other settings than the row's."""
     if path.exists() and path.read_text() != settings:
-        raise InputError(f"{path.parent}: was trained by another base.yaml or row: remove it, or choose another --out")
+        raise InputError(
+            f"{path.parent}: was trained with another base.yaml or row: remove it, or choose another --out"
+        )
     write_atomically(path, settings)
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Top-1 of every row and embedding in %, and the share of the teacher's advantage, as Markdown.
+def table(rows: Sequence[Row]) -> str:
+    """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
 
-    The share is of the same embedding's, the mean of both ways: from the first row's untrained student to the teacher.
+    The share is the mean of both directions, from the first row's untrained student to the teacher.
     """
     first, *_ = rows
-    yield _line("bank train / bank test", *EMBEDDINGS, "loss", "s")
-    yield "|---" * (len(EMBEDDINGS) + 3) + "|"
-    yield _line("untrained", *(_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS), "", "")
+    lines = [["untrained", *(_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS), "", ""]]
     for row in rows:
         cells = [f"{_both_ways(row, embedding)} ({_share(first, row, embedding)})" for embedding in EMBEDDINGS]
-        yield _line(row.name, *cells, f"{row.loss:.3f}", f"{row.seconds:.0f}")
-    yield _line("teacher", *(_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS), "", "")
+        lines.append([row.name, *cells, f"{row.loss:.3f}", f"{row.seconds:.0f}"])
+    lines.append(["teacher", *(_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS), "", ""])
+    return format_table(["bank train / bank test", *EMBEDDINGS, "loss", "s"], lines, markdown=True)
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _both_ways(row: Row, embedding: str, **which: Any) -> str:
-    return " / ".join(f"{100 * row.accuracy(embedding, bank, **which):.1f}" for bank in ("train", "test"))
+def _both_ways(row: Row, embedding: str, **options: Any) -> str:
+    return " / ".join(f"{100 * row.accuracy(embedding, bank, **options):.1f}" for bank in BANKS)
 
 
 def _share(first: Row, row: Row, embedding: str) -> str:
@@ -167,7 +167,7 @@ def _share(first: Row, row: Row, embedding: str) -> str:
             row.accuracy(embedding, bank),
             first.accuracy(embedding, bank, reference="teacher"),
         )
-        for bank in ("train", "test")
+        for bank in BANKS
     ]
     known = [share for share in shares if share is not None]
     return f"{100 * sum(known) / len(known):.0f} %" if known else "–"

@@ -1,7 +1,7 @@
-"""A run in pictures: ``python recipes/report.py RUN_FOLDER`` writes report.html and report/*.png into it.
+"""Draw a run: ``python recipes/report.py RUN_FOLDER`` writes report.html and report/*.png into its folder.
 
-The page needs nothing else and no network. A finished run has it already; this makes it of one that still runs or was
-interrupted.
+The page needs no other file and no network. Training writes it at its end; use this command for a run that is still
+running or was interrupted.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from d2v_composer.system import cli
 
 
 def main(argv: Sequence[str]) -> list[Path]:
-    """Write the report of a run and say where it is."""
+    """Write the report of a run, and print its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a run's save_folder, such as runs/quickstart")
     folder = parser.parse_args(argv).folder

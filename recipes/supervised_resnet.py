@@ -1,8 +1,8 @@
-"""ZeroShotRetrieval in somebody else's run: torchvision's ResNet-18, trained with labels on CIFAR-10 images.
+"""Use ZeroShotRetrieval with another model: torchvision's ResNet-18, trained with labels on CIFAR-10 images.
 
     python recipes/supervised_resnet.py
 
-Nothing else of this repository is used; the images ship with the quickstart.
+It uses nothing else of this repository but the quickstart's images.
 """
 
 import argparse
@@ -24,21 +24,21 @@ CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
 
 
 class Scale(nn.Module):
-    """uint8 to float from -1 to 1."""
+    """Convert uint8 to float from -1 to 1."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.float() / 127.5 - 1
 
 
 def main(argv: Sequence[str]) -> ZeroShotRetrieval:
-    """Train, and print what was retrieved before and after each epoch."""
+    """Train, and print the accuracies before training and after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5, help="default: 5")
     arguments = parser.parse_args(argv)
 
     cifar10 = load_labelled_set("mds", CIFAR10, image_size=32)
     features = resnet18()
-    features.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]: its own classifier is not wanted
+    features.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]: replaces its classifier
     embed = nn.Sequential(Scale(), features)
     module = nn.Sequential(embed, nn.Linear(512, 10))
     retrieval = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep", embed=embed, at_start=True)

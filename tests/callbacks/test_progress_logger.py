@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on, and where its numbers come from."""
+"""Progress of a run: bar and lines, and the callbacks that measure their numbers."""
 
 import contextlib
 import fcntl
@@ -7,8 +7,9 @@ import os
 import pty
 import re
 import struct
-import subprocess
+import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
-from helpers import ROOT, command_environment, small_run, train_command
+from helpers import small_run
+from recipes import train as train_recipe
 
 
 class Numbers(Dataset[Tensor]):
-    """Twelve rows of eight; each takes a while to come, where that is asked for."""
+    """Twelve rows of eight, each of which may take some seconds."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -42,7 +44,7 @@ class Numbers(Dataset[Tensor]):
 
 
 class Linear(ComposerModel):
-    """Its loss and gradient are known: loss = mean over the batch of w · x."""
+    """A model with a known gradient: its loss is the mean over the batch of w · x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,14 +58,14 @@ class Linear(ComposerModel):
 
 
 class Pause(Callback):
-    """What takes time at a batch's end, as an evaluation does."""
+    """Takes time at the end of a batch, as an evaluation does."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         time.sleep(0.2)
 
 
 def train(**arguments: Any) -> dict[str, list[tuple[Any, Any]]]:
-    """Six batches of two; everything that was logged."""
+    """Train six batches of two, and return everything that was logged."""
     memory, model = InMemoryLogger(), Linear()
     settings = {
         "train_dataloader": DataLoader(Numbers(), batch_size=2),
@@ -78,7 +80,7 @@ def train(**arguments: Any) -> dict[str, list[tuple[Any, Any]]]:
     return memory.data
 
 
-def test_gradient_norm_is_that_before_clipping() -> None:
+def test_gradient_norm_is_logged_before_clipping() -> None:
     """The loss is w · mean(x), so its gradient is the batch's mean row."""
     logged = train(algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=0.5), GradientNorm(every=2)])
     norms = [value for _, value in logged["l2_norm/grad/global"]]
@@ -86,20 +88,20 @@ def test_gradient_norm_is_that_before_clipping() -> None:
     assert norms == pytest.approx(expected)
 
 
-def test_pace_is_that_of_training_alone() -> None:
-    """Images that take 20 ms each are waited for; what comes at the batch's end does not count."""
+def test_throughput_excludes_callbacks_and_counts_waiting() -> None:
+    """Images take 20 ms each; the pause at the end of a batch does not count."""
     slow = DataLoader(Numbers(seconds=0.02), batch_size=2)
     logged = train(train_dataloader=slow, callbacks=[Throughput(every=3), Pause()])
     (_, first), (_, second) = logged["throughput/images_per_sec"]
-    assert 5 < first < 50  # the first step's start is in it
+    assert 5 < first < 50  # includes the start of the first step
     assert 15 < second < 50  # 2 images in 40 ms and a little; with the pauses it would be below 9
     waits = [each["throughput/data_wait"][1][1] for each in (logged, train(callbacks=[Throughput(every=3), Pause()]))]
     assert 1 > waits[0] > waits[1] + 0.2
     assert waits[1] > 0
 
 
-def test_plain_lines_show_what_is_logged() -> None:
-    """Every second batch, and at the end; nothing is invented where nobody logs it."""
+def test_plain_lines_show_the_logged_numbers() -> None:
+    """At the interval and at the end, and only numbers that were logged."""
 
     class Retrieval(Callback):
         def batch_end(self, state: State, logger: Logger) -> None:
@@ -128,8 +130,8 @@ def test_plain_lines_show_what_is_logged() -> None:
     ]
 
 
-def test_a_run_that_goes_on_at_an_epochs_end() -> None:
-    """Its first event may be the epoch's end, with no batch of its own yet."""
+def test_a_run_resumed_at_the_end_of_an_epoch_prints_no_line_for_it() -> None:
+    """Its first event is the end of the epoch, before any batch."""
     stream = io.StringIO()
     progress = ProgressLogger(bar=False, lines_interval="1ep", stream=stream)
     model = Linear()
@@ -146,18 +148,24 @@ def test_a_run_that_goes_on_at_an_epochs_end() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path) -> None:
+def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    command = train_command(small_run(tmp_path / "run", small_data))
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=ROOT, env=command_environment())
-    os.close(terminal)
     shown = bytearray()
-    with contextlib.suppress(OSError):  # the other end is closed
-        while part := os.read(controller, 1 << 16):
-            shown += part
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(controller, 1 << 16):
+                shown.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        train_recipe.main(small_run(tmp_path / "run", small_data))
+        monkeypatch.undo()
+    reader.join()
     os.close(controller)
-    assert process.wait(timeout=60) == 0
     text = shown.decode(errors="replace")
     bar = r"quickstart +100%\|.*\| 14/14 \[\d\d:\d\d<00:00, loss \d\.\d{4}, \d+ images/s, data wait \d+%\]"
     assert re.search(bar, text), text[-3000:]

@@ -1,10 +1,10 @@
-"""recipes/evaluate.py: the numbers of the retrieval itself, their uncertainty, and every kind of model file."""
+"""recipes/evaluate.py: accuracies with their intervals, for every kind of model file."""
 
+import contextlib
 import csv
+import io
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +19,22 @@ from d2v_composer.evaluation.bootstrap import accuracy_interval, share_interval
 from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, run_command
+from helpers import GOLDEN, QUICKSTART, ROOT
+from recipes import evaluate as evaluate_recipe
+from recipes import export_student
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
-SCRIPT = ROOT / "recipes" / "evaluate.py"
 
 
 def run_evaluate(*overrides: str) -> str:
-    ended = run_command(sys.executable, SCRIPT, YAML, *overrides)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate_recipe.main([str(YAML), *overrides])
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred of the quickstart's images as files, a folder a class: root/{train,test}/CLASS/*.png."""
+    """A hundred of the quickstart's images as files: root/{train,test}/CLASS/*.png."""
     root = tmp_path_factory.mktemp("small_set")
     cifar10 = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
     for name, count in (("train", 60), ("test", 40)):
@@ -51,10 +52,11 @@ def datasets(root: Path) -> str:
     return f"datasets={{small: {{format: folder, root: {root}}}}}"
 
 
-def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
+    uninterrupted: Path, small_set: Path, tmp_path: Path
+) -> None:
     checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
-    ended = run_command(sys.executable, ROOT / "recipes" / "export_student.py", checkpoint, student)
-    assert ended.returncode == 0, ended.stderr
+    export_student.main([str(checkpoint), str(student)])
     from_checkpoint, from_student = tmp_path / "checkpoint", tmp_path / "student"
     printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}")
     run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}")
@@ -62,7 +64,7 @@ def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: P
     found = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (from_checkpoint, from_student)}
     names = [candidate["name"] for candidate in found[from_checkpoint]["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in found[from_student]["candidates"]] == names[:-1]  # no teacher is told
+    assert [candidate["name"] for candidate in found[from_student]["candidates"]] == names[:-1]  # without a teacher
 
     def accuracies(folder: Path) -> dict[tuple, tuple]:
         return {
@@ -101,7 +103,7 @@ def test_a_checkpoint_and_its_exported_student(uninterrupted: Path, small_set: P
     }
 
 
-def test_a_teacher(small_set: Path) -> None:
+def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "precision=amp_bf16")
     lines = printed.splitlines()
     assert lines[0] == "Zero-shot retrieval on small, layer_mean_cls, accuracy in % [95 % interval]"
@@ -138,9 +140,9 @@ def test_a_teacher(small_set: Path) -> None:
         ),
     ],
 )
-def test_what_is_refused(overrides: list[str], message: str) -> None:
+def test_refuses_bad_arguments(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        runpy.run_path(str(SCRIPT))["main"]([str(YAML), *overrides])
+        evaluate_recipe.main([str(YAML), *overrides])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -149,8 +151,8 @@ def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"output_cls": torch.eye(3)[images[:, 0, 0, 0].long()]}
 
 
-def test_confusion_and_classes() -> None:
-    """What an image is taken for is its first pixel."""
+def test_confusion_matrix_and_class_accuracies() -> None:
+    """The embedding of an image is its first pixel."""
 
     def numbered(numbers: list[int], labels: list[int]) -> LabelledImages:
         images = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
@@ -168,7 +170,7 @@ def test_confusion_and_classes() -> None:
     assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
 
 
-def test_intervals() -> None:
+def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
     hits = np.arange(1000) % 4 == 0
     interval = accuracy_interval(hits)
     half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
@@ -176,7 +178,7 @@ def test_intervals() -> None:
     assert [interval.low, interval.high] == pytest.approx([0.25 - half_width, 0.25 + half_width], abs=0.003)
 
 
-def test_the_share_of_the_advantage_is_paired() -> None:
+def test_the_share_recovered_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
     assert share_interval(untrained, teacher, teacher) == (1, 1, 1)

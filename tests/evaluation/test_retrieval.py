@@ -1,4 +1,4 @@
-"""Exact neighbours, and the callback that carries data to them."""
+"""Retrieval: exact neighbours, and the callback that measures it during training."""
 
 import os
 import re
@@ -57,19 +57,19 @@ def assert_same_neighbours(bank: Tensor, queries: Tensor, k: int) -> None:
 
 
 def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None:
-    assert_same_neighbours(pixels(cifar.train.images), pixels(cifar.test.images), k=3)
+    assert_same_neighbours(pixels(cifar.train.images), pixels(cifar.test.images[:500]), k=3)
 
 
-def test_neighbours_of_ten_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_in_a_bank_of_several_parts_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
-    bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 2_000))
+    bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 500))
     monkeypatch.setattr("d2v_composer.evaluation.retrieval.BANK_PART", 3_000)  # four parts, the last one short
     assert_same_neighbours(bank, queries, k=20)
 
 
 @pytest.mark.parametrize("k", [1, 3, 40, 129, 130, 4000])
 @pytest.mark.parametrize("num_columns", [1, 64, 127, 8191, 8192])
-def test_two_levels_find_what_one_does(num_columns: int, k: int) -> None:
+def test_top_k_in_two_levels_is_topk(num_columns: int, k: int) -> None:
     similarities = torch.randn(5, num_columns, generator=torch.Generator().manual_seed(k))
     values, indices = top_k(similarities, k)
     expected = similarities.topk(min(k, num_columns), dim=1)
@@ -81,7 +81,7 @@ def test_two_levels_find_what_one_does(num_columns: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_budget_is_kept(megabytes: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
-    bank, queries = (torch.randn(count, 64, generator=generator).to(dtype) for count in (9_000, 1_500))
+    bank, queries = (torch.randn(count, 64, generator=generator).to(dtype) for count in (9_000, 500))
     found: list[Tensor] = []
     budget = megabytes << 20
     held = peak_allocated(lambda: found.append(nearest_neighbours(bank, queries, 5, budget)), "cpu")
@@ -91,7 +91,7 @@ def test_the_memory_budget_is_kept(megabytes: int, dtype: torch.dtype) -> None:
     assert torch.equal(found[0], nearest_neighbours(bank, queries, 5))
 
 
-def test_any_k_within_any_budget() -> None:
+def test_any_k_works_with_any_budget() -> None:
     bank, queries = torch.randn(300, 16), torch.randn(7, 16)
     everything = nearest_neighbours(bank, queries, 300, memory_budget=1)
     assert torch.equal(everything.sort(dim=1).values, torch.arange(300).expand(7, -1))
@@ -107,7 +107,7 @@ def test_accuracy_by_hand() -> None:
     assert retrieval_accuracy(bank, bank_labels, queries, torch.tensor([0, 0, 3])) == {1: 1 / 3, 3: 2 / 3}
 
 
-def test_length_does_not_matter() -> None:
+def test_the_length_of_vectors_does_not_matter() -> None:
     bank, queries = torch.randn(50, 8), torch.randn(20, 8)
     scaled = nearest_neighbours(bank * torch.rand(50, 1).add(0.1), queries * 1000, 5)
     assert torch.equal(scaled, nearest_neighbours(bank, queries, 5))
@@ -121,14 +121,16 @@ def test_length_does_not_matter() -> None:
         ((4, 3), (0, 3), (1,), "there is no query"),
     ],
 )
-def test_what_does_not_fit(bank: tuple[int, int], queries: tuple[int, int], ks: tuple[int], message: str) -> None:
+def test_refuses_shapes_that_do_not_agree(
+    bank: tuple[int, int], queries: tuple[int, int], ks: tuple[int], message: str
+) -> None:
     labels = torch.zeros(bank[0], dtype=torch.int64), torch.zeros(queries[0], dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         retrieval_accuracy(torch.randn(bank), labels[0], torch.randn(queries), labels[1], ks)
 
 
 class Classifier(ComposerModel):
-    """Somebody else's model."""
+    """Another model than ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class Classifier(ComposerModel):
 
 
 def numbered_images(count: int, first: int) -> LabelledImages:
-    """Images whose first pixel is their number."""
+    """Return images whose first pixel is their number."""
     images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
     images[:, 0, 0, 0] = torch.arange(first, first + count)
     return LabelledImages(images, torch.arange(count) % 4)
@@ -190,20 +192,22 @@ def train(
         ("100ba", "1ep", False, [5]),
     ],
 )
-def test_when_it_is_measured(interval: str, max_duration: str, at_start: bool, batches: list[int]) -> None:
+def test_evaluates_at_the_interval_and_at_the_end(
+    interval: str, max_duration: str, at_start: bool, batches: list[int]
+) -> None:
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labelled}, interval, at_start=at_start, device_batch_size=4)
     model = Classifier()
     train(model, callback, max_duration)
     assert [entry["batch"] for entry in callback.history] == batches
-    # Every image once an evaluation, in eval mode, and training goes on in train mode.
+    # Every image once per evaluation, in eval mode; then training continues in train mode.
     numbers = [*range(9), *range(100, 105)]
     assert sorted(model.embedded) == sorted(numbers * len(batches))
     assert not any(model.modes)
     assert model.training
 
 
-def test_what_is_logged() -> None:
+def test_logs_student_and_references_and_restores_them() -> None:
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2), references={"pixels": pixels})
     model = Classifier()
@@ -225,7 +229,7 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
 
 
-def test_a_resume_with_another_headline_or_k() -> None:
+def test_a_resume_may_change_headline_and_k() -> None:
     labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
     first = ZeroShotRetrieval(
         {"set": labelled}, "10ba", embed=two_embeddings, headline="whole", references={"teacher": two_embeddings}
@@ -239,7 +243,7 @@ def test_a_resume_with_another_headline_or_k() -> None:
     assert first.neighbours["set"]["train"].shape == (50, 3)
     other = ZeroShotRetrieval({"set": labelled}, "10ba", headline="corner", references={"teacher": two_embeddings})
     other.load_state_dict(state)
-    assert other.neighbours == {}  # they are those of the other embedding
+    assert other.neighbours == {}  # found with the other embedding
     assert other.history[-1]["metrics"][key] == metrics[f"{key}/corner"]
     assert f"{metrics[f'{key}/corner']:.1%}".rstrip("%") in retrieval_table(other)
 
@@ -257,8 +261,8 @@ def test_a_resume_with_another_headline_or_k() -> None:
     assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
 
 
-def test_a_reference_without_the_headlines_embedding() -> None:
-    """The bare encoder has no layers to average: its output is what a layer_mean is compared with."""
+def test_a_reference_without_layer_mean_falls_back_to_its_output() -> None:
+    """As the bare encoder, which has no layers to average."""
     labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
     students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
     callback = ZeroShotRetrieval(
@@ -282,7 +286,7 @@ def test_a_reference_without_the_headlines_embedding() -> None:
         train(Classifier(), without, "10ba")
 
 
-def test_a_model_that_cannot_embed_is_named() -> None:
+def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     model = Classifier()
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -293,8 +297,7 @@ def test_a_model_that_cannot_embed_is_named() -> None:
 
 
 @pytest.mark.parametrize("wraps", [[], [0], [1], [0, 1], [1, 0], [0, 1, 0]])
-def test_the_model_in_its_wrappers(wraps: list[int], process_group: None) -> None:
-    """DDP's and torch.compile's, in any order, though compiled is nothing."""
+def test_unwraps_ddp_and_compile_in_any_order(wraps: list[int], process_group: None) -> None:
     model: nn.Module = Classifier()
     wrapped = model
     for wrap in wraps:
@@ -302,8 +305,8 @@ def test_the_model_in_its_wrappers(wraps: list[int], process_group: None) -> Non
     assert unwrapped(cast(Any, SimpleNamespace(model=wrapped))) is model
 
 
-def test_embeddings_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's embed may return them there, and NCCL gathers what is on the device alone."""
+def test_embeddings_on_the_host_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's embed may return them there, and NCCL gathers only tensors on the device."""
     gathered: list[Tensor] = []
 
     def gather(ranks: Ranks, share: Tensor, num_images: int) -> Tensor:
@@ -319,7 +322,7 @@ def test_embeddings_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NoCollectives(Callback):
-    """From the start of training on, collectives fail, but for the single numbers that Composer's loop sends."""
+    """Lets collectives fail during training, except for the single numbers that Composer's loop sends."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -333,8 +336,8 @@ class NoCollectives(Callback):
             self.monkeypatch.setattr(torch.distributed, name, refuse)
 
 
-def test_no_collective_in_a_world_of_one(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo's threads would copy, in OpenMP, and every batch that follows would take longer."""
+def test_one_rank_uses_no_collective(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's threads would copy with OpenMP, and slow every later batch down."""
     labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labelled}, "1ba", at_start=True, references={"pixels": pixels})
     nan_guard = NanGuard(lambda state, event: True)
@@ -343,9 +346,9 @@ def test_no_collective_in_a_world_of_one(process_group: None, monkeypatch: pytes
 
 
 def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
-    """Two processes share the images, 4,479 and 1,999 of them, and find what scikit-learn finds.
+    """Two processes share 1,199 and 601 images, and find scikit-learn's neighbours.
 
-    No other thread than the main one enters OpenMP, which would start threads for each that does.
+    Only the main thread may use OpenMP, which starts threads for each thread that uses it.
     """
     script = tmp_path / "two_ranks.py"
     places = [str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -367,26 +370,26 @@ def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
 
 
 def odd_set(full: LabelledSet) -> LabelledSet:
-    """Odd numbers of images, so that the ranks' shares differ in length."""
-    train_set, test_set = (LabelledImages(part.images[:-1], part.labels[:-1]) for part in full[:2])
-    return LabelledSet(train_set, test_set)
+    """Return odd numbers of images, so that the ranks' shares differ in length."""
+    parts = (full.train, 1199), (full.test, 601)
+    return LabelledSet(*(LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts))
 
 
 class CountingThreads(ZeroShotRetrieval):
-    """Fails where an evaluation leaves threads behind."""
+    """Fails if an evaluation leaves threads behind."""
 
     def evaluate(self, state: State, logger: Logger) -> None:
         assert torch.get_num_threads() == 2
-        torch.ones(1 << 20).exp()  # the main thread's own
-        tqdm([], disable=True)  # its monitor
+        torch.ones(1 << 20).exp()  # starts the main thread's OpenMP threads
+        tqdm([], disable=True)  # starts its monitor
         before = len(os.listdir("/proc/self/task"))
         super().evaluate(state, logger)
         assert len(os.listdir("/proc/self/task")) == before
 
 
 def measure_odd_set(out: str) -> None:
-    """Run by each of two ranks; rank 0 writes the accuracies down."""
-    torch.set_num_threads(2)  # conftest.py sets one below pytest-xdist
+    """Measure on each of two ranks; rank 0 saves the accuracies."""
+    torch.set_num_threads(2)  # conftest.py sets one under pytest-xdist
     labelled = odd_set(load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32))
     callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
     train(Classifier(), callback, "1ba")
@@ -395,8 +398,8 @@ def measure_odd_set(out: str) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_supervised_run() -> None:
-    """recipes/supervised_resnet.py: somebody else's model, with labels, and our callback alone."""
+def test_accuracy_rises_in_a_supervised_run() -> None:
+    """recipes/supervised_resnet.py: another model, trained with labels, with only our callback."""
     ended = run_command(sys.executable, ROOT / "recipes" / "supervised_resnet.py", "--epochs", "1")
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stdout.splitlines() if line.startswith("batch ")]

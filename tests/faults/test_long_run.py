@@ -1,4 +1,4 @@
-"""A run of many steps takes no more of anything at its end than at its beginning, and leaves nothing behind."""
+"""A long run does not leak memory, descriptors, threads, processes or files."""
 
 import contextlib
 import getpass
@@ -20,28 +20,28 @@ from helpers import command_environment, inode_of, losses_of, shared_memory_of, 
 
 
 class Usage(NamedTuple):
-    """What a process and its workers take."""
+    """The resources of a process and its workers."""
 
     megabytes: float
     descriptors: int
     threads: int
     processes: int
     shared_memory: int
-    """Files of it."""
+    """Number of files."""
     temporary: int
-    """Files and folders."""
+    """Number of files and folders."""
 
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder for temporary files, of a short name: sockets are among them."""
+    """A folder for temporary files with a short path, since it holds sockets."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         yield Path(folder)
 
 
 @contextmanager
 def started(command: list[str], temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run whose temporary files are in a folder of their own."""
+    """Start a run with its own folder for temporary files."""
     environment = command_environment() | {"TMPDIR": str(temporary)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -55,9 +55,9 @@ def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
     main = psutil.Process(process.pid)
     family = [main, *main.children(recursive=True)]
     return Usage(
-        # What is shared counts once: forked workers have most of their pages from their parent.
+        # Unshared memory: forked workers share most pages with their parent.
         sum(each.memory_full_info().uss for each in family) / 2**20,
-        main.num_fds(),  # workers live for an epoch, and have copies of these
+        main.num_fds(),  # workers live for an epoch, with copies of these
         main.num_threads(),
         len(family),
         len(shared_memory_of(process.pid)),
@@ -66,7 +66,7 @@ def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
 
 
 def step_of(folder: Path) -> int:
-    """The last one in a run's log."""
+    """Return the last step in a run's log; -1 without one."""
     with (
         contextlib.suppress(FileNotFoundError, ValueError, IndexError, StopIteration),
         (folder / "log.jsonl").open("rb") as file,
@@ -99,14 +99,14 @@ def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> lis
     ("num_steps", "warm_up", "interval"),
     [(900, 300, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
 )
-def test_nothing_grows_and_nothing_is_left(
+def test_a_long_run_does_not_leak(
     labelled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int
 ) -> None:
     folder = tmp_path / "run"
     shared_memory: set[tuple[str, int]] = set()
     command = long_run(folder, labelled, num_steps, interval)
 
-    # Killed in its first third, and started again.
+    # Kill it in its first third, and restart it.
     with started(command, temporary) as process:
         while step_of(folder) < interval:
             assert process.poll() is None
@@ -116,7 +116,7 @@ def test_nothing_grows_and_nothing_is_left(
     with started(command, temporary) as process:
         while process.poll() is None:
             step = step_of(folder)
-            if warm_up < step < num_steps - 1:  # after the last one the run goes away, bit by bit
+            if warm_up < step < num_steps - 1:  # after the last step the run shuts down
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(process, temporary))
                     shared_memory |= shared_memory_of(process.pid)
@@ -126,7 +126,7 @@ def test_nothing_grows_and_nothing_is_left(
 
     first, last = usages[0] + usages[1], usages[2] + usages[3]
     for name in ("descriptors", "threads", "processes", "shared_memory", "temporary"):
-        # The least, since some come and go; where each checkpoint, retrieval or epoch leaves one, that rises by three.
+        # The minimum, since some come and go; a leak per checkpoint, retrieval or epoch would add three.
         before, after = (min(getattr(usage, name) for usage in half) for half in (first, last))
         assert after - before <= 1, name
     megabytes = [statistics.median(usage.megabytes for usage in half) for half in (first, last)]
@@ -135,6 +135,6 @@ def test_nothing_grows_and_nothing_is_left(
 
     assert shared_memory != set()
     assert [path for path, inode in shared_memory if inode_of(path) == inode] == []
-    # Nobody can remove a lock that others may wait for; torch's cache is to stay, where the environment has no other.
+    # A lock cannot be removed while others may wait for it; torch keeps its cache.
     left = {str(path.relative_to(temporary)) for path in temporary.rglob("*")} - {f"torchinductor_{getpass.getuser()}"}
     assert left == {f"d2v-{os.getuid()}-scratch.lock"}

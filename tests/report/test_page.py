@@ -1,11 +1,12 @@
-"""recipes/report.py and the report at a training's end: what is drawn, and how it looks in a browser."""
+"""The report of a run: its plots, how it looks in a browser, and corrupt logs."""
 
+import io
 import json
 import re
-import runpy
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_la
 from d2v_composer.report import read_run, write_report
 from d2v_composer.report.plots import confusion_plot, gallery, running_mean
 from d2v_composer.system.errors import InputError
-from helpers import ROOT, load_checkpoint, run_command, small_run, train_command
+from helpers import ROOT, load_checkpoint, small_run
+from recipes import report, train
 
-SCRIPT = ROOT / "recipes" / "report.py"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -42,24 +43,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, images: Path) -> Path:
-    """A finished run with retrieval and health; nobody may write into it."""
+    """A finished run with retrieval and health, and what it printed; read-only."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    ended = run_command(
-        *train_command(
-            small_run(
-                folder,
-                small_data,
-                f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
-                "retrieval.interval=6ba",
-                "callbacks.health={interval: 2ba}",
-                "run_name=<b>mine",
-                "report=true",
-            )
-        )
+    arguments = small_run(
+        folder,
+        small_data,
+        f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
+        "retrieval.interval=6ba",
+        "callbacks.health={interval: 2ba}",
+        "run_name=<b>mine",
+        "report=true",
     )
-    assert ended.returncode == 0, ended.stderr
-    assert f"report: {folder / 'report.html'}" in ended.stdout
-    (folder / "stderr.txt").write_text(ended.stderr)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["recipes/train.py", *arguments])
+        train.main(arguments)
+    assert f"report: {folder / 'report.html'}" in stdout.getvalue()
+    (folder / "stderr.txt").write_text(stderr.getvalue())
     return folder
 
 
@@ -73,7 +73,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def test_a_training_ends_with_its_report(run_folder: Path) -> None:
+def test_training_ends_with_a_report(run_folder: Path) -> None:
     pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
     assert pictures == {
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
@@ -102,23 +102,22 @@ def test_a_pipe_gets_plain_lines(run_folder: Path) -> None:
     assert [re.fullmatch(line, each) is not None for each in lines] == [True], lines
 
 
-def test_the_command_makes_the_same_report(run_folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_same_report(run_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, symlinks=True)
     shutil.rmtree(copy / "report")
     (copy / "report.html").unlink()
-    ended = run_command(sys.executable, SCRIPT, copy)
-    assert ended.returncode == 0, ended.stderr
+    report.main([str(copy)])
     for path in (run_folder / "report").glob("*.png"):
         ours = np.asarray(Image.open(copy / "report" / path.name))
-        if "gallery" not in path.name:  # the command shows a folder's images in 96 px, the run in the model's size
+        if "gallery" not in path.name:  # its images have 96 px here, but the model's size at the end of a training
             np.testing.assert_array_equal(ours, np.asarray(Image.open(path)), err_msg=path.name)
     assert not list(copy.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_looks_right_in_a_browser(browser: Browser, run_folder: Path, width: int) -> None:
-    """Nothing is wider than the window, every picture is shown, nothing complains, nothing is fetched."""
+def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, width: int) -> None:
+    """It shows every picture, logs no error and loads nothing else."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
@@ -142,8 +141,8 @@ def test_it_looks_right_in_a_browser(browser: Browser, run_folder: Path, width: 
     assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
 
 
-def test_an_interrupted_run_and_one_whose_images_are_gone(run_folder: Path, tmp_path: Path) -> None:
-    """What there is, is drawn: half a line of a killed process, no checkpoint, no images, NaN, a warning."""
+def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path: Path) -> None:
+    """With a truncated line, NaN and a warning, but no checkpoint."""
     folder = tmp_path / "run"
     folder.mkdir()
     record = yaml.safe_load((run_folder / "run.yaml").read_text())
@@ -158,8 +157,8 @@ def test_an_interrupted_run_and_one_whose_images_are_gone(run_folder: Path, tmp_
     assert "diverging at batches 7 to 9 (2 measurements)" in (folder / "report.html").read_text()
 
 
-def test_images_that_are_not_those_of_the_run_are_not_shown(run_folder: Path) -> None:
-    """Their neighbours would be others."""
+def test_omits_images_that_have_changed_since_the_run(run_folder: Path) -> None:
+    """They would not match the neighbours."""
     run = read_run(run_folder)
     (name,) = run.looked_up
     train, test, names = run.datasets[name]
@@ -167,8 +166,7 @@ def test_images_that_are_not_those_of_the_run_are_not_shown(run_folder: Path) ->
     assert run._replace(datasets={name: fewer}).looked_up == []
 
 
-def test_the_neighbours_are_the_checkpoints(run_folder: Path, images: Path, tmp_path: Path) -> None:
-    """What the gallery shows is what the last accuracy was counted from."""
+def test_the_gallery_shows_the_neighbours_that_were_counted(run_folder: Path, images: Path, tmp_path: Path) -> None:
     run = read_run(run_folder)
     callback = load_checkpoint(run_folder / "latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]
     torch.save(callback, tmp_path / "callback.pt")
@@ -199,7 +197,7 @@ def test_right_and_wrong_neighbours_are_marked(run_folder: Path) -> None:
             assert texts[i, j + 1] == f"{mark} {names[label]}"
 
 
-def test_confusion_is_in_percent_of_the_querys_class(run_folder: Path) -> None:
+def test_the_confusion_matrix_is_in_percent_of_the_querys_class(run_folder: Path) -> None:
     _, queries, names = read_run(run_folder).datasets["squares"]
     found = queries.labels.clone()
     first = (found == 0).nonzero()[:5, 0]
@@ -210,7 +208,7 @@ def test_confusion_is_in_percent_of_the_querys_class(run_folder: Path) -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
 
 
-def test_a_class_that_nobody_asked_for_and_one_without_a_name() -> None:
+def test_the_confusion_matrix_shows_classes_without_queries_or_names() -> None:
     labels = torch.tensor([0, 0, 1])
     figure = confusion_plot(labels, labels, ["cat", "dog", "ship"])
     assert [text.get_text() for text in figure.axes[0].texts] == ["100", "0", "0", "0", "100", "0"]
@@ -218,13 +216,13 @@ def test_a_class_that_nobody_asked_for_and_one_without_a_name() -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "class 1"]
 
 
-def test_running_mean() -> None:
+def test_the_running_mean_skips_nan() -> None:
     numbers = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(numbers, 2), [1, 2, 3, 5, 6])
     np.testing.assert_array_equal(running_mean(numbers, 1), numbers)
 
 
-def test_what_is_no_run(run_folder: Path, tmp_path: Path) -> None:
+def test_refuses_a_folder_that_is_not_a_runs(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         read_run(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"run\.yaml: no such file"):
@@ -238,11 +236,11 @@ def test_what_is_no_run(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "latest-rank0.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(InputError, match=r"latest-rank0\.pt"):
         read_run(tmp_path)
-    ended = run_command(sys.executable, SCRIPT, tmp_path / "nowhere")
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    with pytest.raises(InputError, match="no such folder"):
+        report.main([str(tmp_path / "nowhere")])
 
 
-DAMAGED = [
+CORRUPT = [
     b"\xff\xfe{",
     b'{"step": 3, "loss/train/total": 0.\x80}',
     b"7",
@@ -263,43 +261,43 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("damaged", DAMAGED, ids=[repr(line[:40]) for line in DAMAGED])
-def test_a_damaged_line_of_a_log(damaged: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is left out, its number said, and nothing else is lost."""
+@pytest.mark.parametrize("corrupt", CORRUPT, ids=[repr(line[:40]) for line in CORRUPT])
+def test_skips_a_corrupt_line_of_a_log_with_a_warning(
+    corrupt: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "log.jsonl"
     whole = [f'{{"step": {step}, "loss/train/total": {step / 2}, "nan": NaN}}'.encode() for step in range(3)]
-    path.write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]))
+    path.write_bytes(b"\n".join([whole[0], corrupt, *whole[1:]]))
     series = read_jsonl(path)
     assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
     assert list(series) == ["loss/train/total", "nan"]
     assert caplog.messages == [f"{path}: skipped 1 of 4 lines: corrupt"]
 
 
-def test_a_report_of_a_damaged_log(run_folder: Path, tmp_path: Path) -> None:
+def test_writes_the_report_of_a_corrupt_log(run_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, symlinks=True)
     with (copy / "log.jsonl").open("ab") as file:
-        file.write(b"\n".join(DAMAGED))
+        file.write(b"\n".join(CORRUPT))
     assert write_report(read_run(copy), copy)[0] == copy / "report.html"
 
 
 @pytest.mark.parametrize("log", [b"\xff\n7\n", b"", b'{"step": 0, "metrics/x": 1}'])
-def test_a_finished_training_ends_well_without_a_report(
+def test_training_succeeds_even_if_its_report_fails(
     log: bytes, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the log was before, and whatever drawing comes to."""
+    """With a corrupt log of an earlier process, or a full disk."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.jsonl").write_bytes(log)
-    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
     short = ("max_duration=2ba", "scheduler.t_warmup=1ba", "student.depth=1", "report=true")
     if not log:
 
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setitem(recipe["report"].__globals__, "write_report", fail)
-    trainer = recipe["main"](small_run(folder, small_data, *short))
+        monkeypatch.setattr(train, "write_report", fail)
+    trainer = train.main(small_run(folder, small_data, *short))
     assert trainer.state.timestamp.batch == 2
     if log:
         assert (folder / "report.html").is_file()
