@@ -2,7 +2,7 @@
 
 Every contender reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
 whole epoch, from asking for the first batch to the last, with the cost of starting an epoch but not of starting worker
-processes, which persist. The first pass of each does not count, so that files are in the page cache. Rows "going on"
+processes, which persist. The first pass of each does not count, so that files are in the page cache. Rows "mid-epoch"
 measure an epoch from its second quarter on. "One core" is this process with all its threads on one core; the object
 store is another process and may use others. Worker processes are not tied to a core.
 
@@ -53,19 +53,19 @@ SHORT_SIDE, QUALITY = 256, 90
 BUCKET, COPIES_BUCKET = "benchmark", "copies"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "mosaicml-streaming", "litdata", "webdataset")
-# "Going on" reads a data set of several copies of the images, and skips the start of an epoch.
+# "Mid-epoch" reads a data set of several copies of the images, and skips the start of an epoch.
 COPIES = 4
 SKIPPED = 0.25
 
 LOCAL, WARM, COLD, DECODING = "ours, local disk", "ours, S3 warm", "ours, S3 cold", "ours, decoding alone"
-COLD_ON, WARM_ON = "ours, S3 cold, going on", "ours, S3 warm, going on"
+COLD_MID, WARM_MID = "ours, S3 cold, mid-epoch", "ours, S3 warm, mid-epoch"
 TARGETS = (
     ("originals, against ImageFolder + PIL", (LOCAL, ORIGINALS), ("ImageFolder", ORIGINALS, FLOAT32), 1.25),
     ("originals, against the best of litdata", (LOCAL, ORIGINALS), ("litdata", ORIGINALS), 1.0),
     ("originals, against the best of webdataset", (LOCAL, ORIGINALS), ("webdataset", ORIGINALS), 1.0),
     ("256 px, against ImageFolder + PIL on originals", (LOCAL, RESIZED), ("ImageFolder", ORIGINALS, FLOAT32), 2.3),
     ("originals, S3 warm against local disk", (WARM, ORIGINALS), (LOCAL, ORIGINALS), 0.95),
-    ("originals, S3 cold against warm, going on", (COLD_ON, ORIGINALS), (WARM_ON, ORIGINALS), 0.9),
+    ("originals, S3 cold against warm, mid-epoch", (COLD_MID, ORIGINALS), (WARM_MID, ORIGINALS), 0.9),
 )
 
 
@@ -98,7 +98,7 @@ def benchmark_data(
             setting = "one core" if num_workers == 0 else f"{num_workers} worker processes"
             with one_core() if num_workers == 0 else nullcontext():
                 rows = _measure(readers, photos.images, num_workers, rounds, setting, CLOCKS[clock])
-                rows += _measure_going_on(copies, work / "going-on", num_workers, rounds, setting, CLOCKS[clock])
+                rows += _measure_mid_epoch(copies, work / "mid-epoch", num_workers, rounds, setting, CLOCKS[clock])
             columns = {name: lambda facts, name=name: facts[name] for name in ("stored", "delivers")}
             tables.append(("rows", Table(setting, "images/s", rows, columns)))
             targets += _targets(rows, setting, num_workers)
@@ -195,22 +195,22 @@ def _measure(
     return [_row(*reader[:3], workers, rates.get("  ".join(reader[:3]))) for reader in readers]
 
 
-def _measure_going_on(
+def _measure_mid_epoch(
     remote: str | None, cache: Path, workers: int, rounds: int, setting: str, clock: Callable[[], float]
 ) -> list[Row]:
     """Read an epoch with nothing cached and one with everything cached, in turns; the first of each does not count."""
-    rates: Mapping[str, list[float]] = {COLD_ON: [], WARM_ON: []}
-    for _ in tqdm(range(0 if remote is None else rounds + 1), desc=f"{setting}, going on"):
+    rates: Mapping[str, list[float]] = {COLD_MID: [], WARM_MID: []}
+    for _ in tqdm(range(0 if remote is None else rounds + 1), desc=f"{setting}, mid-epoch"):
         # Almost shard after shard, so that shards are downloaded throughout the epoch.
         loader = our_loader(cache, remote, workers, shuffle_block_size=1)
         for each in rates.values():
-            each.append(_rate_going_on(loader, clock))
+            each.append(_rate_mid_epoch(loader, clock))
         del loader
         shutil.rmtree(cache)
     return [_row(name, ORIGINALS, UINT8, workers, Rates(each[1:]) if each else None) for name, each in rates.items()]
 
 
-def _rate_going_on(loader: DataLoader, clock: Callable[[], float]) -> float:
+def _rate_mid_epoch(loader: DataLoader, clock: Callable[[], float]) -> float:
     batches: Iterator[dict] = iter(loader)
     for _ in islice(batches, round(SKIPPED * len(loader))):
         pass

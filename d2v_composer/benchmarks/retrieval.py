@@ -65,7 +65,7 @@ class Setting(NamedTuple):
     dim: int
     k: int
     size: str
-    """Of the model that embeds in the whole evaluation, and for which images are prepared."""
+    """Size of the model that embeds in the whole evaluation, and for which images are prepared."""
     device: str
     precision: str
     rounds: int

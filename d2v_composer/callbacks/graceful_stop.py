@@ -96,6 +96,6 @@ class GracefulStop(Callback):
                 callback.fit_end(state, logger)
         dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
-            with suppress(OSError):  # the terminal may be gone with a killed launcher
+            with suppress(OSError):  # a killed launcher may have closed the terminal
                 print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
         raise SystemExit(EXIT_STATUS)

@@ -64,6 +64,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
                 torch.mm(part.float(), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
                 nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
+            del unit_ND  # or it would be held while the next part is normalised
     return torch.cat([part.indices for part in nearest])
 
 

@@ -43,8 +43,8 @@ ROWS = [
     ("ours, decoding alone", ORIGINALS, "uint8"),
     ("ours, local disk", RESIZED, "uint8"),
     ("ours, decoding alone", RESIZED, "uint8"),
-    ("ours, S3 cold, going on", ORIGINALS, "uint8"),
-    ("ours, S3 warm, going on", ORIGINALS, "uint8"),
+    ("ours, S3 cold, mid-epoch", ORIGINALS, "uint8"),
+    ("ours, S3 warm, mid-epoch", ORIGINALS, "uint8"),
 ]
 
 

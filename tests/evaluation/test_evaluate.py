@@ -131,7 +131,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
             "README.md: cannot be created (File ex",
         ),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "ks=[]"], "ks: must be one or more numbers from 1, got []"),
-        ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: there is none; give at least one"),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: must have at least one data set"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "precision=amp_fp16"], "precision: amp_fp16 needs a GPU"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "poling=mean"], "poling: no such key; did you mean pooling?"),
         (

@@ -372,7 +372,8 @@ def test_two_ranks_measure_as_one(cifar: LabelledSet, tmp_path: Path) -> None:
 def odd_set(full: LabelledSet) -> LabelledSet:
     """Return odd numbers of images, so that the ranks' shares differ in length."""
     parts = (full.train, 1199), (full.test, 601)
-    return LabelledSet(*(LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts))
+    train_set, test_set = (LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts)
+    return LabelledSet(train_set, test_set)
 
 
 class CountingThreads(ZeroShotRetrieval):
