@@ -12,10 +12,10 @@ from streaming import MDSWriter
 from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other
+    torch.set_num_threads(1)  # there are as many processes as cores
 
-# What takes minutes, begun first: at the end no core waits for the other's last long test.
-LONG = ("test_remote.py", "test_parallel.py", "test_store_faults.py", "test_end_to_end.py")
+# The longest files start first: at the end no core waits for another's last long test.
+LONG = ("test_store_faults.py", "test_train_on_several_ranks.py", "test_train_from_a_store.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A world of one, in which collectives run."""
-    if torch.distributed.is_initialized():  # by a test before, whose process this is
+    """Initialize a process group of one rank."""
+    if torch.distributed.is_initialized():  # by a test before, in this process
         yield
         return
     for name, value in {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}.items():
@@ -37,7 +37,7 @@ def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images of 32 px without labels in some thirty hashed shards; nobody may write into it."""
+    """96 images of 32 px without labels in some thirty hashed shards; read-only."""
     folder = tmp_path_factory.mktemp("many") / "images"
     with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
         for i in range(NUM_IMAGES):
@@ -47,14 +47,14 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images of 32 px with labels; nobody may write into it."""
+    """96 images of 32 px with labels; read-only."""
     folder = tmp_path_factory.mktemp("small") / "train"
     return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """144 images of 32 px with labels, in two splits; nobody may write into it."""
+    """144 images of 32 px with labels, in two splits; read-only."""
     folder = tmp_path_factory.mktemp("labelled")
     for split, num in {"train": 96, "test": 48}.items():
         write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
@@ -63,7 +63,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
-    """The folder of a run of 14 batches, 6 an epoch, in one process."""
+    """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     result = run_command(*train_command(small_run(folder, small_data)))
     assert result.returncode == 0, result.stderr

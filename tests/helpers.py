@@ -1,4 +1,4 @@
-"""Helpers of several tests: small data sets, the shipped teacher, and runs of the commands."""
+"""Helpers of several tests: small data sets, small runs, commands and their outcome."""
 
 import io
 import os
@@ -38,7 +38,7 @@ NUM_IMAGES = 96
 
 
 def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None) -> Path:
-    """An MDS folder of encoded images in several shards."""
+    """Write encoded images as an MDS folder of several shards."""
     columns = {"image": "bytes"} | ({} if labels is None else {"label": "int"})
     with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
         for i, image in enumerate(images):
@@ -47,7 +47,7 @@ def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None
 
 
 def encoded_image(seed: int, size: int = 32) -> bytes:
-    """A JPEG of smooth random colours."""
+    """Return a JPEG of smooth random colours."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
@@ -87,21 +87,21 @@ def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
 
 
 class OnDevice(Tensor):
-    """A tensor that was moved to the device, or was computed from one that was."""
+    """A tensor that was moved to the device, or computed from such a one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnDevice":
         return self.clone().as_subclass(OnDevice)
 
 
 class LabelledDevice(DeviceCPU):
-    """A device that labels what is moved to it; weights are not labelled."""
+    """A device that labels the tensors moved to it, but no weights."""
 
     def tensor_to_device(self, tensor: Tensor) -> Tensor:
         return tensor.as_subclass(OnDevice)
 
 
 def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
-    """Arguments of a tiny run on tests/golden's teacher: 14 batches, checkpoints every second, no retrieval."""
+    """Return the arguments of a tiny run: tests/golden's teacher, 14 batches, 7 checkpoints, no retrieval."""
     return [
         str(ROOT / "yamls" / "quickstart.yaml"),
         f"teacher.checkpoint={GOLDEN / 'tiny_base.pt'}",
@@ -126,14 +126,14 @@ def checkpoints_of(folder: Path) -> set[str]:
 
 
 def shared_memory_of(pid: int) -> set[tuple[str, int]]:
-    """Path and inode of the shared memory of a process and its children: another's may have the name later."""
+    """Return path and inode of the shared memory of a process and its children; a path alone may be reused."""
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     mapped = {region.path for each in family for region in each.memory_maps()}
     return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
 
 
 def inode_of(path: str) -> int:
-    """0: there is no such file."""
+    """Return a file's inode; 0 if there is none."""
     try:
         return os.stat(path).st_ino
     except FileNotFoundError:
@@ -197,12 +197,12 @@ def preloaded_python() -> PreloadedPython:
 
 
 def command_environment() -> dict[str, str]:
-    """One thread a process, so that two ranks on two cores do not fight, and the results do not depend on the cores."""
+    """Return an environment with one thread a process: results do not depend on the cores, and two ranks fit on two."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
-    """``python recipes/train.py …``, or Composer's launcher for several ranks."""
+    """Return ``python recipes/train.py …``, or Composer's launcher for several ranks."""
     script = str(ROOT / "recipes" / "train.py")
     if ranks == 1:
         return [sys.executable, script, *arguments]
@@ -210,27 +210,24 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
     return [launcher, "-n", str(ranks), script, *arguments]
 
 
-# Runs the training command and kills it, without any warning, when the given batch starts.
+# Train, and kill the process without warning when the given batch starts.
 KILLED_AT = """
-import importlib.util, os, signal, sys
+import os, signal, sys
 from composer import Callback
+from recipes import train
 
 class Kill(Callback):
     def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == int(sys.argv[2]):
+        if int(state.timestamp.batch) == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-spec = importlib.util.spec_from_file_location("train", sys.argv[1])
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
-train.main(sys.argv[3:], [Kill()])
+train.main(sys.argv[2:], [Kill()])
 """
 
 
 def train_until_killed(arguments: list[str], batch: int) -> None:
-    """A run in one process that is killed when the batch starts."""
-    _, script, *_ = train_command(arguments)
-    killed = run_command(sys.executable, "-c", KILLED_AT, script, str(batch), *arguments)
+    """Train in one process that is killed when the batch starts."""
+    killed = run_command(sys.executable, "-c", KILLED_AT, str(batch), *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
@@ -239,7 +236,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def student_of(folder: Path) -> dict[str, Tensor]:
-    """The student's tensors in the newest checkpoint of a run."""
+    """Return the student's tensors in a run's newest checkpoint."""
     return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
 
 
@@ -248,13 +245,13 @@ def losses_of(folder: Path) -> dict[int, float]:
 
 
 def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
-    """Equal up to the order of sums, in each of so many steps; Adam forgives gradients of a wrong scale much."""
+    """Compare the losses of each step, up to the order of sums. The tolerance is tight: Adam hides wrong scales."""
     assert sorted(ours) == sorted(expected) == list(range(num_steps))
     np.testing.assert_allclose([ours[step] for step in expected], list(expected.values()), rtol=2e-6)
 
 
 def refused_by(load: Callable[[Path], Any], path: Path) -> str:
-    """The one line with which a file is refused, in a few seconds."""
+    """Return the line of the error with which a file is refused, within seconds."""
     with pytest.raises(InputError) as caught, time_limit(5):
         load(path)
     message = str(caught.value)
@@ -265,7 +262,7 @@ def refused_by(load: Callable[[Path], Any], path: Path) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Fail, instead of hanging, where something takes too long."""
+    """Fail instead of hanging if the block takes too long."""
 
     def stop(*_: Any) -> None:
         pytest.fail(f"takes longer than {seconds} s")

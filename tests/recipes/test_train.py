@@ -1,4 +1,4 @@
-"""The training command as a user runs it: kills, restarts, several ranks, and what a run leaves behind."""
+"""The training command as a user runs it: kills, restarts, several ranks, and the files a run leaves."""
 
 import json
 import os
@@ -37,9 +37,9 @@ def assert_same_bits(ours: dict[str, torch.Tensor], expected: dict[str, torch.Te
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-# Batch 6 is an epoch's last, 3 and 9 lie within one; checkpoints are those of batches 2, 6 and 8.
+# Batch 6 starts an epoch, 3 and 9 lie within one; the checkpoints before them are those of batches 6, 2 and 8.
 @pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
-def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
     arguments = small_run(tmp_path, small_data)
     train_until_killed(arguments, batch)
     assert len(losses_of(tmp_path)) == batch
@@ -49,7 +49,7 @@ def test_killed_and_started_again(uninterrupted: Path, small_data: Path, tmp_pat
     assert losses_of(tmp_path) == losses_of(uninterrupted)
 
 
-def test_killed_and_started_again_on_two_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_on_two_ranks(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     arguments = small_run(tmp_path, small_data)
     train_until_killed(arguments, 5)
     run_ranks([*arguments, "train_loader.num_workers=1"])
@@ -82,8 +82,8 @@ def batch_of(checkpoint: Path) -> int:
     return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
 
 
-def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
-    """Although each process of the run gets it, as from SLURM and systemd."""
+def test_sigterm_saves_a_checkpoint_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """SLURM and systemd send SIGTERM to every process of the run."""
     arguments = small_run(tmp_path, small_data, "save_interval=1000ba", "train_loader.num_workers=2")
     program = start_python(*train_command(arguments)[1:])
     wait_for(lambda: has_trained(tmp_path))
@@ -107,10 +107,10 @@ def test_sigterm_saves_and_exits(uninterrupted: Path, small_data: Path, tmp_path
         pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
     ],
 )
-def test_a_launcher_that_ends_stops_all_ranks_at_one_batch(
+def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
     small_data: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    """Whether all processes get a SIGTERM, which it passes on once more, or it alone is killed: they save, and go."""
+    """All processes get SIGTERM, and the launcher passes it on once more; or the launcher alone is killed."""
     arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
     command = train_command(arguments, ranks=2)
     launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
@@ -123,7 +123,7 @@ def test_a_launcher_that_ends_stops_all_ranks_at_one_batch(
     assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
 
 
-def test_a_finished_run_started_again_stays_as_it_is(uninterrupted: Path, small_data: Path) -> None:
+def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:
     before = (uninterrupted / "latest-rank0.pt").read_bytes()
     result = run_command(*train_command(small_run(uninterrupted, small_data)))
     assert result.returncode == 0, result.stderr
@@ -148,7 +148,7 @@ def test_another_runs_checkpoint_is_refused(uninterrupted: Path, small_data: Pat
     assert "Traceback" not in result.stderr
 
 
-def test_what_a_run_leaves(uninterrupted: Path) -> None:
+def test_a_run_leaves_checkpoints_log_and_record(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert names == [".in_use", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
@@ -162,7 +162,7 @@ def test_what_a_run_leaves(uninterrupted: Path) -> None:
     assert all("step" in line for line in lines)
 
 
-def test_the_exported_student_is_the_checkpoints(uninterrupted: Path, tmp_path: Path) -> None:
+def test_an_exported_student_has_the_weights_of_its_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
     script = ROOT / "recipes" / "export_student.py"
     result = run_command(sys.executable, script, uninterrupted / "latest-rank0.pt", out)
@@ -180,7 +180,7 @@ def test_the_exported_student_is_the_checkpoints(uninterrupted: Path, tmp_path: 
     assert not (tmp_path / "none.safetensors").exists()
 
 
-def test_a_run_that_comes_to_nan_ends_before_it_is_saved(small_data: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_nan_loss_ends_before_it_saves(small_data: Path, tmp_path: Path) -> None:
     options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
     result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""Several ranks train as one process does: compiled, sharded, in microbatches, and on several nodes."""
+"""Several ranks train like one process: compiled, sharded, in microbatches, and on several nodes."""
 
 import shutil
 import subprocess
@@ -25,18 +25,19 @@ from helpers import (
 LAUNCHER = Path(sys.executable).parent / "composer"
 PROGRAMS = ROOT / "tests" / "programs"
 
-# Evaluations of 6,479 images before the first batch, after each fifth, and at the end.
+# Evaluations of 2,000 images before the first batch, after each fifth, and at the end.
 WITH_RETRIEVAL = (
     f"retrieval.datasets={{cifar10: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}",
     "retrieval.interval=5ba",
     "retrieval.at_start=true",
+    "retrieval.max_images=1000",
     "retrieval.references=[encoder,teacher]",
 )
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
-    """The folder of a run in one process that measures retrieval."""
+    """Return the folder of a run in one process that measures retrieval."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     result = run_command(*train_command(small_run(folder, small_data, *WITH_RETRIEVAL)))
     assert result.returncode == 0, result.stderr
@@ -44,17 +45,17 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Pat
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """The same losses, and the same neighbours but for a few of 6,479 that are equally near."""
+    """Compare losses, and the accuracies up to four of 1,000 queries with equally near neighbours."""
     assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
     ours, theirs = (read_jsonl(each / "log.jsonl") for each in (folder, expected))
     metrics = [name for name in theirs if name.startswith("metrics/")]
     assert len(metrics) == 4 * (7 + 4 + 7)  # of student, encoder and teacher: the headline, and every embedding
     for name in metrics:
         at_the_same_steps = {step: ours[name][step] for step in theirs[name]}  # a resume measures the references anew
-        assert at_the_same_steps == pytest.approx(theirs[name], abs=2e-3), name
+        assert at_the_same_steps == pytest.approx(theirs[name], abs=4.5e-3), name
 
 
-def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     """Sixteen images in parts of 6, 6 and 4."""
     options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
     result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
@@ -62,10 +63,10 @@ def test_microbatches_with_checkpointing(uninterrupted: Path, small_data: Path, 
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
-# The graphs are the same, whatever is made of them; inductor takes a minute more for kernels of them.
+# Both backends compile the same graphs; inductor takes a minute more to make kernels of them.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
+def test_compiled_ranks_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
     arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
     script = PROGRAMS / "count_graphs.py"
     result = run_command(LAUNCHER, "-n", "2", script, backend, tmp_path / "counts", *arguments, timeout=400)
@@ -82,8 +83,8 @@ def test_two_compiled_ranks(evaluated: Path, small_data: Path, tmp_path: Path, b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
-def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
-    """FSDP, with all that goes with it; and one process goes on with what it saved."""
+def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bool) -> None:
+    """With microbatches, activation checkpointing and retrieval; one process resumes from their checkpoint."""
     options = [
         "parallelism_config.fsdp={}",
         "device_train_microbatch_size=3",
@@ -111,7 +112,7 @@ def test_sharded(evaluated: Path, small_data: Path, tmp_path: Path, compiled: bo
 
 
 def run_on_two_nodes(arguments: list[str]) -> None:
-    """Two launches of one process each, as on two machines, by Composer's launcher."""
+    """Run Composer's launcher twice, with one process each, as on two machines."""
     script = ROOT / "recipes" / "train.py"
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     nodes = [
@@ -133,14 +134,14 @@ def run_on_two_nodes(arguments: list[str]) -> None:
             node.kill()
 
 
-def test_two_nodes_on_one_machine(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
-    """With one data set and one folder for both, as on machines with a common file system."""
+def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
+    """They share data set and folder, as on machines with a common file system."""
     run_ranks(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL), num_nodes=2)
     assert_same_run(tmp_path / "run", evaluated)
 
 
 @pytest.mark.slow
-def test_two_nodes_go_on_from_a_checkpoint(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
+def test_two_nodes_resume_from_a_checkpoint(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     resumed = shutil.copytree(evaluated, tmp_path / "resumed", symlinks=True)
     latest = resumed / "latest-rank0.pt"
     latest.unlink()
