@@ -163,22 +163,31 @@ def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str
 
 
 def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) -> None:
-    """Train on two ranks, on one node or two, with the variables that Composer's launcher sets. Both must succeed."""
-    places = [(rank, 0) if num_nodes == 1 else (0, rank) for rank in (0, 1)]
+    """Train on two ranks, on one node or two. Both must succeed."""
+    with started_ranks(*train_command(arguments)[1:], ranks=2, num_nodes=num_nodes) as programs:
+        for program in programs:
+            assert program.wait(timeout) == 0, program.stderr
+
+
+@contextmanager
+def started_ranks(
+    *arguments: str | Path, ranks: int, num_nodes: int = 1, environment: dict[str, str] | None = None
+) -> Iterator[list[Program]]:
+    """Start a Python program on each rank, with the variables that Composer's launcher sets, and kill it afterwards."""
     shared = {
-        "WORLD_SIZE": 2,
-        "LOCAL_WORLD_SIZE": 2 // num_nodes,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks // num_nodes,
         "MASTER_PORT": free_port(),
         "MASTER_ADDR": "127.0.0.1",
     }
     programs = []
-    for rank, (local_rank, node_rank) in enumerate(places):
-        variables = shared | {"RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node_rank}
-        environment = {name: str(value) for name, value in variables.items()}
-        programs.append(start_python(*train_command(arguments)[1:], environment=environment))
     try:
-        for program in programs:
-            assert program.wait(timeout) == 0, program.stderr
+        for rank in range(ranks):
+            node_rank, local_rank = divmod(rank, ranks // num_nodes)
+            variables = shared | {"RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node_rank} if ranks > 1 else {}
+            variables = {name: str(value) for name, value in variables.items()} | (environment or {})
+            programs.append(start_python(*arguments, environment=variables))
+        yield programs
     finally:
         for program in programs:
             program.kill()

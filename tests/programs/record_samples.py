@@ -1,7 +1,7 @@
-"""recipes/train.py, with a record of every sample that is trained on: ``record_samples.py FOLDER RUN's arguments``.
+"""recipes/train.py, with a record of the samples it trains on: ``record_samples.py FOLDER`` and the run's arguments.
 
-Each process writes lines ``batch sample_id CRC-of-the-pixels`` to a file of its own in FOLDER. Where KILL_AT is set,
-the first rank kills itself when it is given the batch of that number.
+Each process writes lines ``batch sample_id CRC-of-the-pixels`` to its own file in FOLDER. If KILL_AT is set, the first
+rank kills itself when the batch of that number starts.
 """
 
 import os
@@ -35,8 +35,8 @@ class RecordSamples(Callback):
 
 
 def main(argv: Sequence[str]) -> None:
-    recorder = RecordSamples(Path(argv[0]), int(os.environ["KILL_AT"]) if "KILL_AT" in os.environ else None)
-    train.main(argv[1:], [recorder])
+    kill_at = os.environ.get("KILL_AT")
+    train.main(argv[1:], [RecordSamples(Path(argv[0]), None if kill_at is None else int(kill_at))])
 
 
 if __name__ == "__main__":
