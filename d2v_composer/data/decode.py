@@ -1,7 +1,6 @@
-"""From an encoded image to the pixels that a model sees, as a function of an explicit random generator.
+"""Decode images to the pixels that a model sees.
 
-The training recipe of data2vec 2.0: random resized crop with scale (0.08, 1), ratio 3/4 to 4/3, bicubic, and a
-horizontal flip with probability 0.5. Pixels stay uint8: normalising is the model's business, on its device.
+Pixels stay uint8: the model normalises them on its device.
 """
 
 import io
@@ -28,9 +27,9 @@ __all__ = [
     "to_tensor",
 ]
 
-# What Pillow decodes by itself; for others it calls programs, such as Ghostscript, with a stranger's file.
+# Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
-# Load Pillow's decoders now: where descriptors are short, it takes one that it cannot load for one that it lacks.
+# Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
 Image.init()
 
 
@@ -44,15 +43,15 @@ class Box(NamedTuple):
 
 
 def decode_rgb(encoded: bytes, source: str) -> Image.Image:
-    """Decode an image of any kind to RGB; of an animation, the first frame.
+    """Decode an image file to RGB; of an animation, the first frame.
 
     Args:
         encoded: The file's bytes.
-        source: Named in the error.
+        source: The image's name for errors.
 
     Raises:
-        UnreadableImageError: The bytes are no image, a damaged one, or one of more than
-            ``PIL.Image.MAX_IMAGE_PIXELS``. A fault of the machine is raised as it is.
+        UnreadableImageError: The bytes are not an image, are corrupt, or have more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+            A fault of the machine is raised as it is.
     """
     try:
         return to_rgb(open_image(encoded))
@@ -65,12 +64,12 @@ def decode_rgb(encoded: bytes, source: str) -> Image.Image:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether decoding failed for want of memory or descriptors: Pillow's own errors have no number."""
+    """Return True if decoding failed because memory or file descriptors ran out; Pillow's own errors have no number."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def rgb_of(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """An image column's value in RGB: a file's bytes, or pixels (of an encoding ``pil``).
+    """Return a value of an image column in RGB: a file's bytes, or pixels (of the encoding ``pil``).
 
     Raises:
         UnreadableImageError: As :func:`decode_rgb`.
@@ -91,34 +90,26 @@ def open_image(encoded: bytes) -> Image.Image:
     """Read the header of an image file.
 
     Raises:
-        ImageSizeError: It has too many pixels. Pillow alone would warn of it, and decode twice as many.
+        ImageSizeError: The image has too many pixels. Pillow alone would warn, and decode twice as many.
     """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageSizeError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    check_size(image)
+        raise ImageSizeError(f"has more than {limit} pixels") from error
+    if limit is not None and image.width * image.height > limit:
+        raise ImageSizeError(f"has {image.width} x {image.height} pixels, more than {limit}")
     return image
 
 
-def check_size(image: Image.Image) -> None:
-    """Refuse an image by what its header says.
-
-    Raises:
-        ImageSizeError: It has too many pixels.
-    """
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ImageSizeError(f"has {image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB; its colours of 16 bits in 8.
+    """Decode an image to RGB; 16-bit values become 8-bit ones.
 
     Raises:
-        ValueError: Its numbers are no colours; and whatever Pillow raises where its file is damaged.
+        ValueError: The values are not colours; or any error of Pillow's if the file is corrupt.
     """
     image.load()
-    if image.mode.startswith("I"):  # Pillow would clip what is above 255
+    if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
             raise ValueError("has numbers of 32 bits")
@@ -129,10 +120,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class CuttableJpeg(NamedTuple):
-    """A JPEG of which the rows below a crop need not be decoded.
+    """A complete JPEG whose rows below a crop need not be decoded.
 
-    It is one of the common kind, and whole: sequential, three colours of 8 bits in a single scan, with its end marker.
-    Its rows lie in order, so a header that tells of fewer rows makes any decoder stop after those.
+    It is of the usual kind: sequential, three colours of 8 bits in a single scan, with an end marker. Its rows are
+    stored in order, so any decoder stops early if the header claims fewer rows.
     """
 
     encoded: bytes
@@ -142,9 +133,9 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read the header; ``None`` is whatever should be left to Pillow: other images, and those cut short."""
-        # Pillow refuses a file without its end, which a decoder that stops early cannot notice. A cut file does not
-        # end like this by chance: the marker cannot occur within the coded pixels.
+        """Read the header; return ``None`` for images that Pillow must decode: other kinds and truncated files."""
+        # Pillow refuses a file without its end, which a decoder that stops early cannot notice. A truncated file does
+        # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
             return None
         jpeg, at = None, 2
@@ -154,22 +145,21 @@ class CuttableJpeg(NamedTuple):
                 return jpeg if encoded[at + 4] == 3 else None
             if marker in (0xC0, 0xC1):  # frame header: Huffman-coded, sequential
                 precision, height, width, colours = struct.unpack_from(">BHHB", encoded, at + 4)
-                # Pillow says what is to say about pictures that take all the memory.
                 pixels = width * height
-                too_large = Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
-                if jpeg or precision != 8 or colours != 3 or pixels == 0 or too_large:
+                is_too_large = Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
+                if jpeg or precision != 8 or colours != 3 or pixels == 0 or is_too_large:
                     return None
                 jpeg = cls(encoded, source, (width, height), at + 5)
-            elif marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # not a table, a comment or an application's own
+            elif marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # not a table, a comment or an application's data
                 return None
             at += 2 + length
         return None
 
     def crop(self, box: Box) -> np.ndarray:
-        """(height, width, 3) uint8: the very pixels that a crop of the whole image has.
+        """Return the pixels in a box, (height, width, 3) uint8, equal to those of a crop of the whole image.
 
         Raises:
-            UnreadableImageError: It cannot be decoded.
+            UnreadableImageError: The image cannot be decoded.
         """
         encoded = self.encoded
         # A row's colours depend on at most the next two colour samples, each of two rows.
@@ -178,7 +168,7 @@ class CuttableJpeg(NamedTuple):
             encoded = bytearray(encoded)
             struct.pack_into(">H", encoded, self.height_at, rows)
         try:
-            # Not strict: libjpeg warns of the bytes left over; and of damaged pixels, which Pillow lets pass, too.
+            # Not strict: libjpeg warns of the bytes left over, and also of corrupt pixels, which Pillow ignores.
             pixels = simplejpeg.decode_jpeg(encoded, strict=False)
         except ValueError:
             return np.array(decode_rgb(self.encoded, self.source).crop(box))
@@ -186,14 +176,11 @@ class CuttableJpeg(NamedTuple):
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The whole image in ``size`` by ``size`` pixels (Pillow's bicubic filter), whatever its aspect ratio was."""
+    """Resize the whole image to ``size`` by ``size`` pixels with Pillow's bicubic filter, ignoring its aspect ratio."""
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """(3, height, width) uint8."""
-    return _to_tensor(np.array(image))
-
-
-def _to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1)
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """Return the pixels as (3, height, width) uint8."""
+    pixels = np.array(image) if isinstance(image, Image.Image) else image
+    return torch.from_numpy(pixels).permute(2, 0, 1)

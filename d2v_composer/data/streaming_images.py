@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from PIL import Image
 from typing_extensions import override
 
 from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
-from d2v_composer.data.decode import rgb_of
 from d2v_composer.data.mds_index import keep_encoded
 from d2v_composer.data.verified_dataset import READ_ATTEMPTS, VerifiedDataset
 
@@ -48,6 +46,5 @@ class StreamingImages(VerifiedDataset):
         """
         source = f"sample {sample_id} of {self.folder}"
         stored = super().get_item(sample_id, retry)[self.column]
-        image = rgb_of(stored, source) if isinstance(stored, Image.Image) else stored
-        pixels = self.transform(image, sample_rng(self.seed, self.epoch, int(sample_id)), source)
+        pixels = self.transform(stored, sample_rng(self.seed, self.epoch, int(sample_id)), source)
         return {"image": pixels, "sample_id": int(sample_id)}

@@ -39,9 +39,19 @@ def object_store(small_data: Path) -> Iterator[ObjectStore]:
         yield store
 
 
+@pytest.fixture
+def environment(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The variables with which this process and its runs reach the store; this process retries after short pauses."""
+    monkeypatch.setattr("d2v_composer.system.retry.FIRST_PAUSE", 0.05)
+    variables = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_from_and_to_the_store(
-    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, ranks: int
+def test_trains_from_and_to_a_store(
+    object_store: ObjectStore, environment: dict[str, str], uninterrupted: Path, tmp_path: Path, ranks: int
 ) -> None:
     name = f"run{ranks}"
     arguments = small_run(
@@ -51,10 +61,10 @@ def test_a_run_from_and_to_the_store(
         f"teacher.checkpoint=s3://{BUCKET}/teachers/tiny_base.pt",
         f"train_loader.remote=s3://{BUCKET}/images",
         "train_loader.num_workers=1",
+        "save_interval=7ba",  # each upload takes seconds
         "report=true",
     )
     command = train_command(arguments, ranks)
-    environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
     remote = run_command(*command, cwd=tmp_path, environment=environment, timeout=300)
     assert remote.returncode == 0, remote.stderr
     assert_same_losses(losses_of(tmp_path / "runs" / name), losses_of(uninterrupted), num_steps=14)
@@ -65,7 +75,7 @@ def test_a_run_from_and_to_the_store(
     assert stored["log.jsonl"] == (tmp_path / "runs" / name / "log.jsonl").read_bytes()
     assert yaml.safe_load(stored["run.yaml"])["config"]["train_loader"]["remote"] == f"s3://{BUCKET}/images"
 
-    # On another machine the same command finds the run in the store, and that it is finished.
+    # On another machine, the same command finds in the store that the run has finished.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     again = run_command(*command, cwd=elsewhere, environment=environment)
@@ -73,20 +83,19 @@ def test_a_run_from_and_to_the_store(
     assert (elsewhere / "runs" / name / "log.jsonl").read_bytes() == stored["log.jsonl"]
 
 
-def test_the_newest_checkpoint_of_a_store(
+@pytest.mark.usefixtures("environment")
+def test_fetches_the_newest_checkpoint_of_a_store(
     object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is fetched; none yet is no error, one that may not be read is; a store that is away is waited for."""
+    """An unreachable store is retried. That there is no checkpoint yet is no error, that access is denied is one."""
     remote, name = f"s3://{BUCKET}/runs/by_hand", "ep2-ba14-rank0.pt"
-    for variable, value in object_store.environment.items():
-        monkeypatch.setenv(variable, value)
     assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) is None
     client = object_store.client()
     client.upload_file(str(uninterrupted / name), BUCKET, f"runs/by_hand/{name}")
     client.put_object(Bucket=BUCKET, Key="runs/by_hand/latest-rank0.pt.symlink", Body=f"runs/by_hand/{name}".encode())
 
     object_store.kill()
-    starter = threading.Timer(3, object_store.start)
+    starter = threading.Timer(1, object_store.start)
     starter.start()
     found = find_newest_checkpoint(RunFolder(tmp_path / "second", address=remote))
     starter.join()
@@ -95,7 +104,7 @@ def test_the_newest_checkpoint_of_a_store(
     assert found.read_bytes() == (uninterrupted / name).read_bytes()
     assert [path.name for path in found.parent.iterdir()] == [name]
 
-    # What this machine has is older, or newer than what reached the store.
+    # This machine's own checkpoint is older, or newer than the one in the store.
     shutil.copy(uninterrupted / "ep1-ba12-rank0.pt", tmp_path / "first")
     assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) == tmp_path / "first" / name
     newer = Path(shutil.copy(found, tmp_path / "first" / "ep3-ba18-rank0.pt"))
@@ -111,15 +120,10 @@ def test_the_newest_checkpoint_of_a_store(
         find_newest_checkpoint(RunFolder(tmp_path / "third", address=remote))
 
 
-def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
-    object_store: ObjectStore,
-    uninterrupted: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.usefixtures("environment")
+def test_skips_a_truncated_newest_checkpoint_of_a_store(
+    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for variable, value in object_store.environment.items():
-        monkeypatch.setenv(variable, value)
     remote, client = f"s3://{BUCKET}/runs/damaged", object_store.client()
     before, newest, abandoned = "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "ep2-ba16-rank0.pt"
     whole = (uninterrupted / before).read_bytes()
@@ -136,7 +140,7 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert newest in caplog.text
 
-    # What this machine has itself is as good as the store's, and is not fetched again.
+    # A complete checkpoint of this machine is not fetched again.
     kept = tmp_path / "kept"
     kept.mkdir()
     shutil.copy(uninterrupted / before, kept)
@@ -147,24 +151,19 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_passed_over(
         find_newest_checkpoint(RunFolder(tmp_path / "other", address=remote))
 
 
-def test_a_cache_of_another_data_set_or_with_a_cut_index(
-    object_store: ObjectStore, small_data: Path, tmp_path: Path
-) -> None:
-    remote, cache = f"s3://{BUCKET}/images", tmp_path / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in object_store.environment.items():
-            patch.setenv(name, value)
-        shutil.copytree(small_data, cache)
-        fetch_index(remote, cache)
-        assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
+@pytest.mark.usefixtures("environment")
+def test_repairs_a_truncated_index_and_refuses_the_cache_of_another_data_set(small_data: Path, tmp_path: Path) -> None:
+    remote, cache = f"s3://{BUCKET}/images", shutil.copytree(small_data, tmp_path / "cache")
+    fetch_index(remote, cache)
+    assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
 
-        (cache / "index.json").write_text("{cut")
-        fetch_index(remote, cache)
-        assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
+    (cache / "index.json").write_text("{truncated")
+    fetch_index(remote, cache)
+    assert (cache / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
 
-        write_mds(tmp_path / "other", [encoded_image(5)])
-        with pytest.raises(InputError, match="holds shards of another data set than"):
-            fetch_index(remote, tmp_path / "other")
+    write_mds(tmp_path / "other", [encoded_image(5)])
+    with pytest.raises(InputError, match="holds shards of another data set than"):
+        fetch_index(remote, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -175,9 +174,10 @@ def test_a_cache_of_another_data_set_or_with_a_cut_index(
         (f"teacher.checkpoint=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt: cannot be fetched"),
     ],
 )
-def test_what_the_store_does_not_hold(object_store: ObjectStore, tmp_path: Path, override: str, message: str) -> None:
+def test_a_missing_object_ends_the_command_with_one_line(
+    environment: dict[str, str], tmp_path: Path, override: str, message: str
+) -> None:
     arguments = small_run(tmp_path / "run", tmp_path / "cache", f"train_loader.remote=s3://{BUCKET}/images", override)
-    environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
     result = run_command(*train_command(arguments), environment=environment)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
