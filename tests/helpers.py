@@ -57,8 +57,8 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
 def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingImages:
     """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
     remote = None if remote is None else str(remote)
-    options = {"batch_size": 16, "timeout": 1} | options
-    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), seed=5, **options)
+    options = {"batch_size": 16, "timeout": 1, "seed": 5} | options
+    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is streamed, in which order and with which pixels; and data that cannot be used."""
+"""The order and the pixels of streamed images, and data that cannot be used."""
 
 import io
 import json
@@ -13,7 +13,6 @@ import simplejpeg
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
-from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
@@ -22,33 +21,33 @@ from d2v_composer.data.augmentation import RandomResizedCropFlip, random_crop_bo
 from d2v_composer.data.decode import Box, CuttableJpeg
 from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.data.mds_index import read_index
-from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.system.errors import InputError
-from helpers import NUM_IMAGES, encoded_image, write_mds
+from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, write_mds
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def epochs(data: Path, num_epochs: int, num_workers: int = 0, seed: int = 5) -> list[list[tuple[int, torch.Tensor]]]:
     """(sample id, pixels) in order, epoch by epoch."""
-    dataset = StreamingImages(local=data, batch_size=16, transform=RandomResizedCropFlip(24), seed=seed)
-    loader = DataLoader(dataset, batch_size=16, num_workers=num_workers, persistent_workers=num_workers > 0)
-    return [
-        [pair for batch in loader for pair in zip(batch["sample_id"].tolist(), batch["image"], strict=True)]
-        for _ in range(num_epochs)
-    ]
+    dataset = open_images(data, seed=seed)
+    loaded = []
+    for _ in range(num_epochs):
+        with open_batches(dataset, num_workers) as batches:
+            loaded.append(
+                [pair for each in batches for pair in zip(each["sample_id"].tolist(), each["image"], strict=True)]
+            )
+    return loaded
 
 
-def test_every_sample_once_an_epoch_and_never_a_label(small_data: Path) -> None:
-    dataset = StreamingImages(local=small_data, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
-    samples = list(dataset)
+def test_an_epoch_has_every_sample_once_without_labels(small_data: Path) -> None:
+    samples = list(open_images(small_data))
     assert sorted(sample["sample_id"] for sample in samples) == list(range(NUM_IMAGES))
     assert all(sample.keys() == {"image", "sample_id"} for sample in samples)
     assert samples[0]["image"].shape == (3, 24, 24)
     assert samples[0]["image"].dtype == torch.uint8
 
 
-def test_order_and_pixels_are_those_of_seed_and_epoch(small_data: Path) -> None:
+def test_order_and_pixels_depend_only_on_seed_and_epoch(small_data: Path) -> None:
     alone, shared = epochs(small_data, 2), epochs(small_data, 2, num_workers=2)
     for ours, theirs in zip(alone, shared, strict=True):
         assert [sample_id for sample_id, _ in ours] == [sample_id for sample_id, _ in theirs]
@@ -62,7 +61,7 @@ def test_order_and_pixels_are_those_of_seed_and_epoch(small_data: Path) -> None:
     assert not torch.equal(dict(other_seed)[0], dict(first)[0])
 
 
-def test_pixels_are_pillows_but_for_rounding() -> None:
+def test_pixels_are_pillows_except_for_rounding() -> None:
     """Measured on photographs: 0.29 % of the values differ by one from Pillow's resize, one in a million by two."""
     encoded = encoded_image(7, size=200)
     image = Image.open(io.BytesIO(encoded))
@@ -79,7 +78,7 @@ def test_pixels_are_pillows_but_for_rounding() -> None:
 
 
 def photo(width: int, height: int) -> np.ndarray:
-    """(height, width, 3) with colours that change from pixel to pixel, so that a wrong neighbour shows."""
+    """(height, width, 3) with colours that differ from pixel to pixel, so that a wrong neighbour shows."""
     rng = np.random.default_rng((width, height))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
     return (np.asarray(coarse) // 2 + rng.integers(0, 128, (height, width, 3))).astype(np.uint8)
@@ -92,7 +91,7 @@ def saved(image: np.ndarray, file_format: str = "JPEG", mode: str = "RGB", **opt
 
 
 def expected_pixels(encoded: bytes, box: Box, image_size: int) -> torch.Tensor:
-    """Torchvision's, of the whole image as a tensor, decoded by Pillow."""
+    """The pixels that torchvision crops from the whole image, decoded by Pillow."""
     left, top, right, bottom = box
     image = pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
     size = [image_size, image_size]
@@ -101,7 +100,7 @@ def expected_pixels(encoded: bytes, box: Box, image_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411"])
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (97, 61), (17, 130), (7, 5)])
-def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole(width: int, height: int, sampling: str) -> None:
+def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole_image(width: int, height: int, sampling: str) -> None:
     encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
     whole = Image.open(io.BytesIO(encoded)).convert("RGB")
     jpeg = CuttableJpeg.parse(encoded, "a picture")
@@ -144,7 +143,7 @@ OTHER_IMAGES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_IMAGES)
-def test_other_images_are_left_to_pillow(kind: str) -> None:
+def test_pillow_decodes_images_of_other_kinds(kind: str) -> None:
     encoded = OTHER_IMAGES[kind]
     assert CuttableJpeg.parse(encoded, kind) is None
     box = random_crop_box(90, 70, sample_rng(0, 0, 3), SCALE, RATIO)
@@ -163,7 +162,7 @@ UNUSUAL_JPEGS = {
 
 
 @pytest.mark.parametrize("kind", UNUSUAL_JPEGS)
-def test_unusual_and_damaged_jpegs_have_pillows_pixels(kind: str) -> None:
+def test_unusual_and_corrupt_jpegs_have_pillows_pixels(kind: str) -> None:
     encoded = UNUSUAL_JPEGS[kind]
     assert CuttableJpeg.parse(encoded, kind)
     for sample_id in range(20):
@@ -173,20 +172,20 @@ def test_unusual_and_damaged_jpegs_have_pillows_pixels(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])
-def test_a_jpeg_that_is_cut_short_is_named(kept: int) -> None:
+def test_a_truncated_jpeg_is_named(kept: int) -> None:
     encoded = saved(photo(90, 70))[:kept]
     with pytest.raises(InputError, match=rf"sample 3 of x: not an image that can be read \({len(encoded)} bytes\)"):
         RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0), "sample 3 of x")
 
 
-def test_a_jpeg_cut_within_its_thumbnail_is_named() -> None:
+def test_a_jpeg_truncated_within_its_thumbnail_is_named() -> None:
     encoded = UNUSUAL_JPEGS["a thumbnail with an end of its own"][:10]
     assert encoded.endswith(b"\xff\xd9")
     with pytest.raises(InputError, match="not an image that can be read"):
         RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0))
 
 
-def test_a_jpeg_that_claims_to_be_huge_is_refused_unread() -> None:
+def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
     encoded = bytearray(saved(photo(90, 70)))
     jpeg = CuttableJpeg.parse(bytes(encoded), "")
     assert jpeg
@@ -218,12 +217,12 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         assert float(ks_2samp(a, b)[0]) < 0.044  # pyright: ignore[reportArgumentType]
 
 
-def test_a_picture_too_narrow_for_any_box_is_cut_in_the_middle() -> None:
+def test_an_image_too_narrow_for_any_box_is_cropped_in_the_middle() -> None:
     assert random_crop_box(1000, 10, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (493, 0, 506, 10)
     assert random_crop_box(10, 1000, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (0, 493, 10, 506)
 
 
-def test_flips_half_of_them() -> None:
+def test_flips_half_of_the_images() -> None:
     image = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2))
     transform = RandomResizedCropFlip(16)
     flipped = [
@@ -234,7 +233,7 @@ def test_flips_half_of_them() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_is_none_is_named(tmp_path: Path, num_workers: int) -> None:
+def test_names_a_sample_that_is_not_an_image(tmp_path: Path, num_workers: int) -> None:
     data = write_mds(tmp_path / "data", [encoded_image(0), b"not a picture", encoded_image(2)])
     with pytest.raises(InputError, match=r"sample 1 of .*data: not an image that can be read \(13 bytes\)"):
         epochs(data, 1, num_workers)
@@ -253,7 +252,7 @@ def no_folder(data: Path) -> None:
     shutil.rmtree(data)
 
 
-def cut_index(data: Path) -> None:
+def truncated_index(data: Path) -> None:
     index = data / "index.json"
     index.write_bytes(index.read_bytes()[:100])
 
@@ -270,7 +269,7 @@ def missing_shard(data: Path) -> None:
     next(data.glob("shard.*")).unlink()
 
 
-def cut_shard(data: Path) -> None:
+def truncated_shard(data: Path) -> None:
     shard = next(data.glob("shard.00000.*"))
     shard.write_bytes(shard.read_bytes()[:-10])
 
@@ -279,16 +278,16 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     no_index: "no index.json: not an MDS data set",
     empty_folder: "no index.json: not an MDS data set",
     no_folder: "no index.json: no such folder",
-    cut_index: "index.json: damaged, or not an MDS index",
-    strange_index: "index.json: damaged, or not an MDS index",
+    truncated_index: "index.json: corrupt, or not an MDS index",
+    strange_index: "index.json: corrupt, or not an MDS index",
     empty_index: "the data set is empty: its index.json lists no samples",
     missing_shard: "the shard is missing",
-    cut_shard: "bytes, the index says",
+    truncated_shard: "bytes, the index says",
 }
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.items())
-def test_damaged_data_is_named_before_training(
+def test_names_damaged_data_before_training(
     small_data: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     data = shutil.copytree(small_data, tmp_path / "data")
@@ -300,23 +299,23 @@ def test_damaged_data_is_named_before_training(
     assert "\n" not in str(caught.value)
 
 
-def test_an_index_that_climbs_out_of_its_folder(small_data: Path, tmp_path: Path) -> None:
+def test_refuses_an_index_that_names_files_outside_its_folder(small_data: Path, tmp_path: Path) -> None:
     data = shutil.copytree(small_data, tmp_path / "data")
     index = json.loads((data / "index.json").read_text())
     for name in ("../shard.00000.mds", "/etc/passwd"):
         index["shards"][0]["raw_data"]["basename"] = name
         (data / "index.json").write_text(json.dumps(index))
-        with pytest.raises(InputError, match=f"data: its index.json names a file outside of it: {name}"):
+        with pytest.raises(InputError, match=f"data: its index.json names a file outside the folder: {name}"):
             read_index(data, columns=("image",), shards_may_be_missing=True)
 
 
-def test_a_column_that_is_missing(tmp_path: Path) -> None:
+def test_names_a_missing_column(tmp_path: Path) -> None:
     data = write_mds(tmp_path / "data", [encoded_image(0)])
     with pytest.raises(InputError, match="no column 'label'; the data set has: image"):
         read_index(data, columns=("image", "label"))
 
 
-def test_labelled_folder(tmp_path: Path) -> None:
+def test_reads_a_labelled_folder(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / split / name
@@ -338,6 +337,6 @@ def test_labelled_folder(tmp_path: Path) -> None:
         load_labelled_set("folder", tmp_path / "nowhere", image_size=32)
 
 
-def test_cifar_is_torchvisions(tmp_path: Path) -> None:
+def test_missing_cifar_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no readable CIFAR10 .*; set download: true to fetch it"):
         load_labelled_set("cifar10", tmp_path, image_size=32)

@@ -1,4 +1,4 @@
-"""The column of an MDS data set that holds the images, in each encoding that there is for them, through every door."""
+"""The image column of an MDS data set, in each encoding, for training, embedding and retrieval."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.embedding.collection import open_collection
 from d2v_composer.system.errors import InputError
-from helpers import encoded_image, small_run
+from helpers import encoded_image, open_images, small_run
 
 NUM_SAMPLES = 32
 
@@ -46,9 +46,7 @@ def train_loader(data: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
-def test_a_data_set_of_streamings_own_converter_trains_as_it_is(
-    files: list[Path], tmp_path: Path, encoding: str
-) -> None:
+def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp_path: Path, encoding: str) -> None:
     data = write_as_streaming(tmp_path / "data", files, encoding)
     batches = list(train_loader(data, "train_loader.column=x", "seed=5"))
     ids = torch.cat([batch["sample_id"] for batch in batches])
@@ -65,10 +63,10 @@ def test_a_data_set_of_streamings_own_converter_trains_as_it_is(
     assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
 
 
-def test_the_files_of_a_jpeg_column_are_decoded_in_part(
+def test_decodes_only_the_needed_rows_of_a_jpeg_column(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those of a ``bytes`` column; opened by Pillow, each would be decoded to its last row."""
+    """As of a ``bytes`` column; Pillow would decode each to its last row."""
     data = write_as_streaming(tmp_path / "data", files, "jpeg")
     cropped, crop = [], CuttableJpeg.crop
 
@@ -77,12 +75,12 @@ def test_the_files_of_a_jpeg_column_are_decoded_in_part(
         return crop(jpeg, box)
 
     monkeypatch.setattr(CuttableJpeg, "crop", counted)
-    list(StreamingImages(local=data, batch_size=16, transform=RandomResizedCropFlip(24), column="x", seed=5))
+    list(open_images(data, column="x"))
     assert len(cropped) == NUM_SAMPLES
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
-def test_embedding_and_retrieval_choose_the_column_too(files: list[Path], tmp_path: Path, encoding: str) -> None:
+def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: Path, encoding: str) -> None:
     for split in ("train", "test"):
         write_as_streaming(tmp_path / split, files, encoding)
     expected = decode_rgb(files[3].read_bytes(), "file").getdata()
@@ -95,24 +93,22 @@ def test_embedding_and_retrieval_choose_the_column_too(files: list[Path], tmp_pa
     assert as_integers.fingerprint != collection.fingerprint
 
 
-DOORS: dict[str, tuple[Callable[[Path], Any], str]] = {
+READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
     "embedding": (lambda folder: open_collection(str(folder / "train"), 32), "--column"),
     "retrieval": (lambda folder: load_labelled_set("mds", folder, image_size=32), "column and label_column"),
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_column_that_is_missing_is_named_with_those_that_are_there(
-    files: list[Path], tmp_path: Path, door: str
-) -> None:
+@pytest.mark.parametrize("use", READERS)
+def test_names_a_missing_column_and_those_of_the_data_set(files: list[Path], tmp_path: Path, use: str) -> None:
     write_as_streaming(tmp_path / "train", files[:16], "jpeg")
-    reader, option = DOORS[door]
+    reader, option = READERS[use]
     with pytest.raises(InputError, match=rf"no column 'image'; the data set has: i, x, y; choose with {option}$"):
         reader(tmp_path)
 
 
-def test_a_column_of_something_else_is_refused(files: list[Path], tmp_path: Path) -> None:
+def test_refuses_a_column_without_images(files: list[Path], tmp_path: Path) -> None:
     data = write_as_streaming(tmp_path / "train", files, "jpeg")
     with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
         train_loader(data, "train_loader.column=y")
@@ -121,7 +117,7 @@ def test_a_column_of_something_else_is_refused(files: list[Path], tmp_path: Path
         open_collection(str(folder), 32, column="x")
 
 
-def test_labels_that_are_no_numbers_are_named(files: list[Path], tmp_path: Path) -> None:
+def test_names_a_label_that_is_not_a_number(files: list[Path], tmp_path: Path) -> None:
     with MDSWriter(out=str(tmp_path / "train"), columns={"image": "bytes", "label": "str"}) as writer:
         writer.write({"image": files[0].read_bytes(), "label": "cat"})
     with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*'cat'"):

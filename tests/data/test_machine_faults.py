@@ -1,22 +1,19 @@
-"""Faults of the machine while images are read: they end the work, and are never blamed on an image."""
+"""Faults of the machine while images are read: they end the work, and no image is blamed for them."""
 
 import errno
 import os
 from pathlib import Path
 
 import pytest
-from torch.utils.data import DataLoader
 
 from d2v_composer.conversion.convert import convert_images
 from d2v_composer.conversion.image_source import find_images
 from d2v_composer.conversion.shards import Encoding
 from d2v_composer.data import decode
-from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.decode import decode_rgb
-from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.embedding.collection import open_collection
 from d2v_composer.system.errors import InputError
-from helpers import encoded_image
+from helpers import encoded_image, open_images, read_epoch
 
 NUM_IMAGES = 24
 OF_THE_MACHINE = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOTDIR]
@@ -33,7 +30,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def convert(photos: Path) -> list[str]:
-    """What is skipped."""
+    """Convert the folder, and return the skipped files."""
     out = photos.parent / "out"
     conversion = convert_images(find_images(photos), out, Encoding(), workers=1, shard_bytes=4000, skip_unreadable=True)
     assert conversion.images + len(conversion.skipped) == NUM_IMAGES
@@ -52,7 +49,7 @@ def fail_to_read(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", OF_THE_MACHINE)
-def test_a_conversion_ends_and_goes_on_with_every_image(photos: Path, number: int) -> None:
+def test_a_conversion_ends_and_its_next_start_converts_every_image(photos: Path, number: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fail_to_read(patch, "17.jpg", number)
         with pytest.raises(RuntimeError, match=rf"photos/17\.jpg: cannot be read now \(.*{os.strerror(number)}"):
@@ -60,7 +57,7 @@ def test_a_conversion_ends_and_goes_on_with_every_image(photos: Path, number: in
     assert convert(photos) == []
 
 
-def test_a_conversion_without_memory_ends_and_goes_on(photos: Path) -> None:
+def test_a_conversion_without_memory_ends_and_its_next_start_converts_every_image(photos: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("d2v_composer.conversion.rgb_jpeg.open_image", no_memory)
         with pytest.raises(RuntimeError, match=r"\.jpg: cannot be read now \(MemoryError\)"):
@@ -93,9 +90,8 @@ def test_training_without_memory_does_not_blame_the_image(
 ) -> None:
     monkeypatch.setattr(decode, "to_rgb", no_memory)
     monkeypatch.setattr(decode.CuttableJpeg, "parse", lambda *_: None)  # Pillow decodes
-    dataset = StreamingImages(local=many_shards, batch_size=16, transform=RandomResizedCropFlip(24), seed=5)
     with pytest.raises(MemoryError):
-        list(DataLoader(dataset, 16, num_workers=workers, timeout=60 if workers else 0))
+        read_epoch(open_images(many_shards), workers)
 
 
 def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +103,13 @@ def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pyte
         decode_rgb(encoded_image(0), "sample 3")
 
 
-def test_every_decoder_is_loaded_beforehand() -> None:
-    """Pillow forgets a format for good where its module cannot be opened at its first use."""
+def test_every_decoder_is_loaded_at_import() -> None:
+    """Pillow would drop a format whose module cannot be opened at its first use."""
     assert set(decode.IMAGE_FORMATS) <= decode.Image.OPEN.keys()
 
 
 @pytest.mark.parametrize("kind", ["folder", "MDS"])
-def test_embedding_does_not_skip_what_the_machine_cannot_read(
+def test_embedding_does_not_skip_an_image_that_the_machine_cannot_read(
     photos: Path, many_shards: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     collection = open_collection(str(photos if kind == "folder" else many_shards), 24)

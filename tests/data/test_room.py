@@ -1,4 +1,4 @@
-"""Room on the disks for the shards that are still to come: each node's share, whoever else is on its disk."""
+"""Space on the disks for the shards that are still to be fetched: each node's share, also if nodes share a disk."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def shards(many_shards: Path) -> list[dict[str, Any]]:
     return shards
 
 
-def test_a_disk_that_is_too_small(shards: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_refuses_a_disk_that_is_too_small(shards: list[dict[str, Any]], tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_room([room_needed(shards[:1], tmp_path, None)._replace(bytes=free // 2)])
     shards[0]["raw_data"]["bytes"] = 2 * free
@@ -40,7 +40,7 @@ def test_a_disk_that_is_too_small(shards: list[dict[str, Any]], tmp_path: Path) 
     check_room([room_needed(shards[:1], tmp_path, free // 2)])
 
 
-def test_what_is_here_and_whole_does_not_come_again(many_shards: Path, tmp_path: Path) -> None:
+def test_complete_shards_that_are_here_need_no_room(many_shards: Path, tmp_path: Path) -> None:
     shards = read_index(many_shards, columns=())
     sizes = [shard["raw_data"]["bytes"] for shard in shards]
     for shard in shards[:3]:
@@ -50,7 +50,7 @@ def test_what_is_here_and_whole_does_not_come_again(many_shards: Path, tmp_path:
     assert room_needed(shards, tmp_path, sum(sizes[:5])).bytes == sum(sizes[3:5])
     assert room_needed(shards, tmp_path, 100).bytes == 0
     shards[0]["zip_data"] = {"basename": "shard.zstd", "bytes": 70}
-    assert room_needed(shards, tmp_path, None).bytes == sum(sizes[3:]) + 70  # beside what it is unpacked to
+    assert room_needed(shards, tmp_path, None).bytes == sum(sizes[3:]) + 70  # beside the decompressed file
 
 
 def as_node(patch: pytest.MonkeyPatch, node: int, num_nodes: int) -> None:
@@ -65,7 +65,7 @@ def config_of(folder: Path, many_shards: Path, parts: int, *overrides: str) -> T
     return load_config(small_run(folder / "run", folder, *remote, *overrides))
 
 
-def test_each_node_needs_room_for_its_share(
+def test_a_node_needs_room_for_its_share(
     shards: list[dict[str, Any]], many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = [need.bytes for need in build_room_needs(config_of(tmp_path, many_shards, 1), shards)]
@@ -76,7 +76,7 @@ def test_each_node_needs_room_for_its_share(
         [need] = build_room_needs(halves, shards)
         shares.append(need.bytes // GB)
         [all_of_it] = build_room_needs(config_of(tmp_path, many_shards, 1), shards)
-        assert all_of_it.bytes == whole[0]  # one part of the order, which both read
+        assert all_of_it.bytes == whole[0]  # both read the same part of the order
     assert all(len(shards) / 2 - 1 <= share <= len(shards) / 2 + 1 for share in shares)
     assert sum(shares) >= len(shards)
 
@@ -86,7 +86,7 @@ class ReachedError(Exception):
 
 
 @pytest.mark.parametrize(("parts", "has_room"), [(2, True), (1, False)])
-def test_a_disk_with_room_for_the_nodes_share_alone_is_enough(
+def test_a_disk_needs_room_only_for_the_nodes_share(
     shards: list[dict[str, Any]],
     many_shards: Path,
     tmp_path: Path,
@@ -109,7 +109,7 @@ def test_a_disk_with_room_for_the_nodes_share_alone_is_enough(
         build_train_loader(config, read_train_index(config), 24)
 
 
-def test_nodes_of_one_machine_share_a_disk() -> None:
+def test_adds_up_the_nodes_that_share_a_disk() -> None:
     first = RoomNeeded(("machine", 1), "/caches/a", 6 * GB, 10 * GB)
     check_room([first, RoomNeeded(("machine", 2), "/other/b", 6 * GB, 10 * GB)])
     check_room([first, RoomNeeded(("another", 1), "/caches/b", 6 * GB, 10 * GB)])

@@ -230,13 +230,13 @@ def write_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 
 INDEX_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "climbs": (lambda shard: shard["raw_data"].update(basename="../../etc/passwd"), "names a file outside of it"),
-    "is absolute": (lambda shard: shard["raw_data"].update(basename="/etc/passwd"), "names a file outside of it"),
+    "climbs": (lambda shard: shard["raw_data"].update(basename="../../etc/passwd"), "names a file outside the folder"),
+    "is absolute": (lambda shard: shard["raw_data"].update(basename="/etc/passwd"), "names a file outside the folder"),
     "claims samples": (lambda shard: shard.update(samples=10**15), "claims 1000000000000000 samples in"),
     "claims fewer than none": (lambda shard: shard.update(samples=-1), "claims -1 samples in"),
     "claims bytes": (lambda shard: shard["raw_data"].update(bytes=10**15), "the index says 1000000000000000"),
     "holds pickles": (lambda shard: shard.update(column_encodings=["bytes", "pkl"]), "a column of pickles"),
-    "has text for numbers": (lambda shard: shard.update(samples="many"), "damaged, or not an MDS index"),
+    "has text for numbers": (lambda shard: shard.update(samples="many"), "corrupt, or not an MDS index"),
     "has no columns": (lambda shard: shard.update(column_names=[]), "no column 'image'"),
 }
 
@@ -261,7 +261,7 @@ def test_an_index_that_nests_endlessly_is_refused(tmp_path: Path) -> None:
     (folder / "index.json").write_text('{"shards": ' + "[" * 100_000)
     given = answer(labels_of, tmp_path)
     assert given.refused
-    assert "damaged, or not an MDS index" in given.result
+    assert "corrupt, or not an MDS index" in given.result
 
 
 class Canary:
@@ -283,7 +283,7 @@ def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
     with MDSWriter(out=str(folder), columns={"image": "bytes", "label": "pkl"}) as writer:
         writer.write({"image": encoded_image(0), "label": Canary(canary)})
     for door in (lambda: labels_of(folder.parent), lambda: read_index(folder, columns=("image",))):
-        with pytest.raises(InputError, match="a column of pickles, which may hold code"):
+        with pytest.raises(InputError, match="a column of pickles, which may run code"):
             door()
     assert not canary.exists()
     shard = json.loads((folder / "index.json").read_text())["shards"][0]

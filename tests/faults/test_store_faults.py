@@ -220,9 +220,9 @@ def test_refuses_a_truncated_changed_or_missing_index(
     cache = shutil.copytree(images, tmp_path / "cache")
 
     store.client().put_object(**key, Body=truncated(index))
-    with pytest.raises(InputError, match=r"s3://cloud/images/index\.json: damaged, or not an MDS index"):
+    with pytest.raises(InputError, match=r"s3://cloud/images/index\.json: corrupt, or not an MDS index"):
         fetch_index(REMOTE, tmp_path / "new")
-    with pytest.raises(InputError, match=r"s3://cloud/images/index\.json: damaged, or not an MDS index"):
+    with pytest.raises(InputError, match=r"s3://cloud/images/index\.json: corrupt, or not an MDS index"):
         fetch_index(REMOTE, cache)
     assert (cache / "index.json").read_bytes() == index
     assert not (tmp_path / "new" / "index.json").exists()

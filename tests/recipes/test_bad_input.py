@@ -144,7 +144,7 @@ def test_empty_data_folder(answer: Callable[..., str], tmp_path: Path) -> None:
 def test_corrupt_index(answer: Callable[..., str], small_data: Path, tmp_path: Path) -> None:
     data = shutil.copytree(small_data, tmp_path / "data")
     (data / "index.json").write_text("{")
-    assert "index.json: damaged, or not an MDS index" in answer(f"train_loader.local={data}")
+    assert "index.json: corrupt, or not an MDS index" in answer(f"train_loader.local={data}")
     assert not (tmp_path / "run").exists()
 
 
