@@ -28,8 +28,9 @@ import torch
 from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, benchmark_data
 from d2v_composer.benchmarks.measure import Result
 from d2v_composer.benchmarks.retrieval import Setting, benchmark_retrieval
-from d2v_composer.benchmarks.step import PRECISIONS, SIZES, benchmark_step
+from d2v_composer.benchmarks.step import SIZES, benchmark_step
 from d2v_composer.models.compilation import find_missing
+from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 

@@ -22,8 +22,9 @@ from d2v_composer.checkpoints.fairseq import Weights
 from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.embedding.collection import open_collection
-from d2v_composer.embedding.embed import DTYPES, PRECISIONS, Embedding, EmbeddingOptions, embed_collection
+from d2v_composer.embedding.embed import DTYPES, Embedding, EmbeddingOptions, embed_collection
 from d2v_composer.embedding.output_file import EmbeddingFile
+from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError

@@ -9,9 +9,9 @@ from composer.utils import dist
 
 from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.config.precision import choose_precision
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
+from d2v_composer.models.precision import choose_precision
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import check_out_file
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> Evaluation | None:
     candidates, image_size = build_candidates(config, device)
     datasets = build_labelled_sets(config.datasets, image_size)
     check_ks(config.ks, datasets)
-    dtype = choose_precision(config.precision).dtype
-    autocast_dtype = None if dtype == torch.float32 else dtype
+    autocast_dtype = choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
     evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}")
     if config.out is not None:

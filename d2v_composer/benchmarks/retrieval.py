@@ -31,11 +31,12 @@ from d2v_composer.benchmarks.measure import (
     peak_allocated,
     synchronise,
 )
-from d2v_composer.benchmarks.step import PRECISIONS, build_sized_model
+from d2v_composer.benchmarks.step import build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.evaluation.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
 from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.precision import choose_precision
 
 __all__ = ["Setting", "benchmark_retrieval"]
 
@@ -212,9 +213,9 @@ def prepare_in_batches(images: Tensor, encoder: ImageEncoder, device: str) -> No
 def measure_evaluation(setting: Setting) -> float:
     """Return the seconds of the callback's second evaluation (the first compiles kernels) on a set of CIFAR's shape."""
     model = build_sized_model(setting.size)
-    on_gpu = setting.device == "cuda"
-    model.teacher.cast_weights(PRECISIONS[setting.precision])
-    model.cpu_bf16 = setting.precision == "amp_bf16" and not on_gpu
+    precision = choose_precision(setting.precision, on_gpu=setting.device == "cuda")
+    model.teacher.cast_weights(precision.dtype)
+    model.cpu_bf16 = precision.cpu_bf16
     num_test = max(3, setting.evaluation_images // 6)
     train, test = (
         LabelledImages(random_images(count), torch.arange(count) % 10)
@@ -230,7 +231,7 @@ def measure_evaluation(setting: Setting) -> float:
         optimizers=torch.optim.SGD(model.student.parameters(), lr=0.0),
         callbacks=[ZeroShotRetrieval({"cifar": LabelledSet(train, test)}, "1ba", references={})],
         loggers=[log],
-        precision=setting.precision if on_gpu else "fp32",
+        precision=precision.trainer,
         progress_bar=False,
     )
     trainer.fit()

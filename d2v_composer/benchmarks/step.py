@@ -26,8 +26,9 @@ from d2v_composer.models.block import init_linear_layers
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.precision import PRECISIONS
 
-__all__ = ["PRECISIONS", "SIZES", "benchmark_step", "build_sized_model"]
+__all__ = ["SIZES", "benchmark_step", "build_sized_model"]
 
 SIZES = {
     "base": Data2Vec2Config(prenet_depth=2, num_extra_tokens=1, depth=10, average_top_k_layers=10),
@@ -46,7 +47,6 @@ SIZES = {
     ),
 }
 STUDENT_DEPTH = {"base": 5, "large": 5, "quickstart": 3}
-PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 PACKAGES = ("torch", "mosaicml", "triton")
 
 NAIVE, OURS, UNBIASED, CHECKPOINTED = "naive", "+ torch.compile", "ours, no ALiBi", "ours, checkpointing"

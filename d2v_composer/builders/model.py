@@ -5,11 +5,11 @@ from dataclasses import asdict
 import torch
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.config.precision import choose_precision
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first
 

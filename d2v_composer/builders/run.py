@@ -13,9 +13,9 @@ from d2v_composer.builders.optimization import build_algorithms, build_optimizer
 from d2v_composer.builders.run_folder import build_load_path
 from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
-from d2v_composer.config.precision import choose_precision
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.precision import choose_precision
 
 __all__ = ["BuiltRun", "build_run"]
 

@@ -9,8 +9,8 @@ from composer.core import Time
 
 from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
 from d2v_composer.config.limits import suggest
-from d2v_composer.config.precision import choose_precision
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
+from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.addresses import Address
 
 __all__ = ["find_contradictions"]

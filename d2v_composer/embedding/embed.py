@@ -19,19 +19,14 @@ from tqdm.auto import tqdm
 
 from d2v_composer.embedding.collection import ImageCollection
 from d2v_composer.embedding.output_file import EmbeddingFile, Unreadable
+from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
 from d2v_composer.system.errors import InputError, UnreadableImageError
 from d2v_composer.system.worker_lifetime import end_with_parent
 
-__all__ = ["DTYPES", "PRECISIONS", "Embedding", "EmbeddingOptions", "embed_collection"]
+__all__ = ["DTYPES", "Embedding", "EmbeddingOptions", "embed_collection"]
 
 DTYPES = ("float32", "float16")
-Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
-PRECISIONS: dict[Precision, torch.dtype | None] = {
-    "fp32": None,
-    "amp_bf16": torch.bfloat16,
-    "amp_fp16": torch.float16,
-}
 
 
 class EmbeddingOptions(NamedTuple):
@@ -39,7 +34,7 @@ class EmbeddingOptions(NamedTuple):
 
     pooling: Pooling = "cls"
     representation: Representation = "output"
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: str = "float32"
@@ -187,7 +182,7 @@ def _embed_part(
     options: EmbeddingOptions,
     device: str,
 ) -> tuple[NDArray, list[Unreadable]]:
-    autocast_dtype = PRECISIONS[options.precision]
+    autocast_dtype = choose_precision(options.precision).autocast_dtype
     indices: list[int] = []
     skipped: list[Unreadable] = []
     embedded = [torch.empty(0, model.encoder.config.embed_dim, device=device)]
