@@ -1,11 +1,11 @@
-"""A student as one file that works anywhere: ``python recipes/export_student.py CHECKPOINT OUT``.
+"""Export a student as one self-contained file: ``python recipes/export_student.py CHECKPOINT OUT``.
 
     python recipes/export_student.py runs/distill/latest-rank0.pt student.safetensors
     python recipes/export_student.py student.safetensors student.onnx
     python recipes/export_student.py student.safetensors student.pt2 --pooling mean
 
-OUT's ending says what it is: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, or ``.pt2`` for torch.export.
-The last two hold a program of one embedding, and no record of the run.
+OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
+The last two hold a program that computes one embedding, and no record of the run.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
 
 
 def main(argv: Sequence[str]) -> Student:
-    """Export a student; a checkpoint's frozen encoder comes from its teacher's file."""
+    """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student: a path, s3://, …")
+    parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
-    parser.add_argument("--teacher", help="where the teacher is now; default where it was when the student trained")
+    parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
     parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="of .onnx, .pt2; default: cls")
     parser.add_argument(
         "--representation", choices=get_args(Representation), default="output", help="of .onnx, .pt2; default: output"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> Student:
     check_out_file(out)
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if student is None:
-        raise InputError(f"{arguments.source}: is a teacher; expected a checkpoint of recipes/train.py, or its student")
+        raise InputError(f"{arguments.source}: is a teacher; expected a training checkpoint or an exported student")
     if out.suffix == ".safetensors":
         save_student(student, out)
     else:

@@ -1,1 +1,1 @@
-"""Files of weights: read foreign ones safely, resume from our own, export students."""
+"""Files of weights: read those of other programs safely, resume from our own, export students."""

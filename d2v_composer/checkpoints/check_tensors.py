@@ -1,62 +1,71 @@
-"""Compare the tensors of a file with those that a model of its sizes has."""
+"""Compare a file's tensors with those of a model of its sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.system.errors import InputError
 
-__all__ = ["FLOATS", "check_num_blocks", "check_tensors", "expected_shapes"]
+__all__ = ["check_num_blocks", "check_teacher", "check_tensors", "shapes_of"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def expected_shapes(config: Data2Vec2Config) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a teacher, without allocating one."""
+def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Return name → shape of a module's tensors, without allocating them."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Data2Vec2(config).state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+
+
+def check_teacher(
+    source: Any, config: Data2Vec2Config, tensors: Mapping[str, Tensor], their_name: Callable[[str], str] = str
+) -> None:
+    """Check a teacher's tensors against its sizes, as :func:`check_tensors`."""
+    check_num_blocks(source, config.prenet_depth + config.depth, tensors)
+    check_tensors(source, shapes_of(lambda: Data2Vec2(config)), tensors, their_name)
 
 
 def check_num_blocks(source: Any, num_blocks: int, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse more blocks than there can be in a file; even without weights a thousand take seconds to lay out.
+    """Check that a file can hold so many blocks; building a thousand takes seconds even without weights.
 
     Raises:
-        InputError: It says how many.
+        InputError: It has fewer tensors.
     """
     if num_blocks > len(tensors):
         raise InputError(f"{source}: unusable sizes: {num_blocks} blocks for {len(tensors)} tensors")
 
 
 def check_tensors(
-    source: Any, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], their_name: Any = str
+    source: Any,
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    their_name: Callable[[str], str] = str,
 ) -> None:
-    """Refuse tensors that are missing, unknown, of another shape, or not finite.
+    """Check that exactly the expected tensors exist, with their shapes and finite floating-point values.
 
     Args:
         source: Named in the error.
         expected: Name → shape.
-        tensors: Name → what the file holds.
+        tensors: Name → tensor of the file.
         their_name: Our name → the file's.
 
     Raises:
-        InputError: It names the first such tensor, with both shapes.
+        InputError: Names the first tensor at fault.
     """
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{source}: tensor {their_name(name)} {shape} is missing")
-        tensor = tensors[name]
+        tensor, label = tensors[name], f"{source}: tensor {their_name(name)}"
         if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{source}: tensor {their_name(name)} has shape {tuple(tensor.shape)}, the sizes ask for {shape}"
-            )
+            raise InputError(f"{label} has shape {tuple(tensor.shape)}, the sizes ask for {shape}")
         if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.is_meta:
-            raise InputError(f"{source}: tensor {their_name(name)} holds no plain floating-point numbers")
+            raise InputError(f"{label} is not a dense floating-point tensor")
         if not tensor.isfinite().all():
-            raise InputError(f"{source}: tensor {their_name(name)} has values that are not finite")
-    unknown = [their_name(name) for name in tensors if name not in expected]
+            raise InputError(f"{label} has values that are not finite")
+    unknown = [name for name in tensors if name not in expected]
     if unknown:
-        found = tuple(tensors[next(name for name in tensors if name not in expected)].shape)
-        raise InputError(f"{source}: {len(unknown)} tensor(s) that no image teacher has, first {unknown[0]} {found}")
+        first = f"{their_name(unknown[0])} {tuple(tensors[unknown[0]].shape)}"
+        raise InputError(f"{source}: {len(unknown)} unknown tensor(s), first {first}")

@@ -1,4 +1,4 @@
-"""A student's embedding as a program of its own, for machines without this package: ONNX and torch.export.
+"""Export a student's embedding as a program for machines without this package: ONNX and torch.export.
 
 Shapes: B images, S pixels a side, D channels.
 """
@@ -25,7 +25,7 @@ OPSET = 18
 
 
 class FixedAlibi(Alibi):
-    """The bias of one length as a part of the program, instead of what is made when it is needed."""
+    """ALiBi with its bias stored in the program, for one length."""
 
     bias: Tensor
 
@@ -43,7 +43,7 @@ class FixedAlibi(Alibi):
 
 
 class Embedder(nn.Module):
-    """Normalised images, (B, 3, S, S) float, to one embedding each, (B, D) float32; on a copy of the student."""
+    """A copy of a student that maps normalised images, (B, 3, S, S) float, to embeddings, (B, D) float32."""
 
     def __init__(self, student: Student, pooling: Pooling = "cls", representation: Representation = "output") -> None:
         super().__init__()
@@ -58,23 +58,23 @@ class Embedder(nn.Module):
         return self.student.embed(images, self.pooling, self.representation)
 
     def example(self) -> Tensor:
-        """A batch; of two, since one would be taken for a number that never changes."""
+        """Return a batch of two images; torch.export would treat a batch size of one as constant."""
         config = self.student.encoder.config
         return torch.zeros(2, config.in_chans, config.image_size, config.image_size)
 
 
 def preprocessing(student: Student) -> dict[str, Any]:
-    """What is to be done to images, for whoever has nothing but the program."""
+    """Return the preprocessing of images that the program expects."""
     config = student.encoder.config
     wanted = ("image_size", "image_mean", "image_std")
     return {name: value for name, value in asdict(config).items() if name in wanted} | {"interpolation": "bicubic"}
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
-    """ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D); preprocessing as its metadata.
+    """Write ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D); preprocessing as metadata.
 
     Raises:
-        InputError: The packages that it takes are not installed.
+        InputError: The packages ``onnx`` and ``onnxscript`` are not installed.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -87,21 +87,21 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    assert program is not None  # it is for who asks for a file
+    assert program is not None  # without a file name, torch returns the program
     program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(embedder.student))
     with partial_file(path) as partial:
         program.save(partial)
 
 
 def export_program(embedder: Embedder, path: Path) -> None:
-    """torch.export's program, for ``torch.export.load(path).module()``; preprocessing as JSON in its extra files."""
+    """Write a program for ``torch.export.load(path).module()``, with preprocessing.json in its extra files."""
     extra = {"preprocessing.json": json.dumps(preprocessing(embedder.student))}
     with partial_file(path) as partial, partial.open("wb") as file:  # torch warns of another suffix than .pt2
         torch.export.save(trace(embedder), file, extra_files=extra)
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
-    """The program for any number of images."""
+    """Trace the program for any number of images."""
     images = embedder.example()
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Reading data2vec 2.0 image checkpoints as fairseq wrote them, without fairseq.
+"""Read data2vec 2.0 image checkpoints of fairseq, without fairseq.
 
 A checkpoint is a dict: ``cfg`` (nested; ``cfg["model"]`` holds the sizes) and ``model`` (name → tensor, plus one
 nested dict under ``_ema``).
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from d2v_composer.checkpoints.check_tensors import check_num_blocks, check_tensors, expected_shapes
+from d2v_composer.checkpoints.check_tensors import check_teacher
 from d2v_composer.checkpoints.safe_pickle import load_untrusted, plain
 from d2v_composer.models.data2vec2 import Data2Vec2Config
 from d2v_composer.system.errors import InputError
@@ -22,30 +22,35 @@ Weights = Literal["model", "ema"]
 IMAGE = "modality_encoders.IMAGE."
 ENCODER = "encoder."
 ALIBI_SCALE = f"{IMAGE}alibi_scale"
-# What pre-training needed and a teacher does not: data2vec 2.0's decoder and the heads of its losses.
+# Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
 FINE_TUNED = ("head.", "fc_norm.", "model.")
+# Fields of our config and their names in cfg["model"] and in cfg["model"]["modalities"]["image"].
+MODEL_FIELDS = {name: name for name in ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")}
+IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")} | {
+    "image_size": "input_size"
+}
 
 
 class FairseqCheckpoint(NamedTuple):
-    """What a teacher needs of a checkpoint, and what was left."""
+    """A teacher's part of a checkpoint, and the names of the rest."""
 
     config: Data2Vec2Config
     tensors: dict[str, Tensor]
-    """Named as :class:`Data2Vec2`'s own, float32."""
+    """Named as in :class:`Data2Vec2`, float32."""
     left: list[str]
-    """The file's names of tensors that are not used."""
+    """The file's names of unused tensors."""
 
 
 def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCheckpoint:
-    """Read and check a fairseq checkpoint; no code of the file runs.
+    """Read and check a fairseq checkpoint, without running its code.
 
     Args:
         path: A local file.
-        weights: ``model``, or ``ema`` for the averaged weights that were the model's own teacher.
+        weights: ``model``, or ``ema`` for the moving average, which was the model's own teacher.
 
     Raises:
-        InputError: The file is none, is damaged, is of another modality or kind, or lacks a tensor.
+        InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
     """
     checkpoint = plain(load_untrusted(path))
     stored = _section(checkpoint, "model")
@@ -66,21 +71,13 @@ def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCh
         raise InputError(f"{path}: unusable sizes in cfg['model']: {error}") from error
 
     left = [name for name in stored if name.startswith(LEFT)]
-    tensors = {_our_name(name): tensor for name, tensor in stored.items() if name not in set(left)}
-    check_num_blocks(path, config.prenet_depth + config.depth, tensors)
-    check_tensors(path, expected_shapes(config), tensors, their_name=_their_name)
+    tensors = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
+    check_teacher(path, config, tensors, their_name=_their_name)
     return FairseqCheckpoint(config, {name: tensor.float() for name, tensor in tensors.items()}, left)
 
 
-def _section(container: Any, name: str) -> dict[Any, Any] | None:
-    """The dict under a name, whatever class it was pickled from; ``None`` where there is none."""
-    # dict's own methods: an OrderedDict takes attributes from its pickle, and `items` may be one of them.
-    section = plain(dict.get(container, name)) if isinstance(container, dict) else None
-    return dict(dict.items(section)) if isinstance(section, dict) else None
-
-
 class Sizes:
-    """Reads sizes out of a checkpoint's ``cfg``, whatever classes it was pickled from.
+    """Reads sizes from a checkpoint's ``cfg``, pickled from any classes.
 
     Args:
         cfg: The whole ``cfg``, to which OmegaConf's interpolations refer.
@@ -92,39 +89,40 @@ class Sizes:
         self.image = _section(_section(self.model, "modalities"), "image") or {}
 
     def model_value(self, name: str, default: Any = None) -> Any:
-        """A field of ``cfg["model"]``; the default where it is missing or null."""
+        """Return a field of ``cfg["model"]``; the default if it is missing or null."""
         return self._value(self.model, name, default)
 
     def image_value(self, name: str, default: Any = None) -> Any:
-        """A field of ``cfg["model"]["modalities"]["image"]``, likewise."""
+        """Return a field of ``cfg["model"]["modalities"]["image"]``; the default if it is missing or null."""
         return self._value(self.image, name, default)
 
     def _value(self, section: dict[Any, Any] | None, name: str, default: Any) -> Any:
         value = plain((section or {}).get(name))
         if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
-            value = self._interpolated(value[2:-1])
+            *sections, name = value[2:-1].split(".")
+            section = self.cfg
+            for part in sections:
+                section = _section(section, part)
+            value = plain((section or {}).get(name))
         return default if value is None else value
 
-    def _interpolated(self, dotted: str) -> Any:
-        *sections, name = dotted.split(".")
-        section = self.cfg
-        for part in sections:
-            section = _section(section, part)
-        return plain((section or {}).get(name))
+
+def _section(container: Any, name: str) -> dict[Any, Any] | None:
+    """Return a dict within a dict, pickled from any class; ``None`` if there is none."""
+    # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
+    section = plain(dict.get(container, name)) if isinstance(container, dict) else None
+    return dict(dict.items(section)) if isinstance(section, dict) else None
 
 
 def _check_supported(path: Path, sizes: Sizes, stored: Mapping[str, Tensor]) -> None:
-    """Refuse other modalities and kinds of model in words of their own."""
     modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
     others = sorted(modalities - {"IMAGE"})
     if others:
-        raise InputError(
-            f"{path}: {others[0].lower()} checkpoints are not supported, because only images are read here"
-        )
+        raise InputError(f"{path}: {others[0].lower()} checkpoints are not supported, because only images are")
     if any(name.startswith(FINE_TUNED) for name in stored):
         raise InputError(
-            f"{path}: fine-tuned checkpoints are not supported, because the teacher is to be self-supervised: "
-            "take the pre-trained file"
+            f"{path}: fine-tuned checkpoints are not supported, because a teacher must be self-supervised: use the "
+            "pre-trained file"
         )
     if not modalities:
         raise InputError(f"{path}: not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*")
@@ -141,38 +139,29 @@ def _check_supported(path: Path, sizes: Sizes, stored: Mapping[str, Tensor]) -> 
                 "use 2 and manhattan"
             )
         if sizes.image_value("learned_alibi", False):
-            raise InputError(f"{path}: learned_alibi is not supported, because only the scale of ALiBi is read")
+            raise InputError(f"{path}: learned_alibi is not supported, because only ALiBi's scale can be learned")
 
 
 def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """The sizes; what the file does not say takes data2vec's default, which is the config's own."""
-    found: dict[str, Any] = {
-        "embed_dim": sizes.model_value("embed_dim"),
-        "num_heads": sizes.model_value("num_heads"),
-        "mlp_ratio": sizes.model_value("mlp_ratio"),
-        "norm_eps": sizes.model_value("norm_eps"),
-        "depth": sizes.model_value("depth"),
-        "prenet_depth": sizes.image_value("prenet_depth"),
-        "num_extra_tokens": sizes.image_value("num_extra_tokens"),
-        "image_size": sizes.image_value("input_size"),
-        "patch_size": sizes.image_value("patch_size"),
-        "in_chans": sizes.image_value("in_chans"),
-    }
+    """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's."""
+    found = {name: sizes.model_value(theirs) for name, theirs in MODEL_FIELDS.items()}
+    found |= {name: sizes.image_value(theirs) for name, theirs in IMAGE_FIELDS.items()}
     found = {name: value for name, value in found.items() if value is not None}
-    # As fairseq slices: where more layers are asked for than there are, all of them.
+    # Clamped to the depth, as fairseq's slice does.
     depth = Data2Vec2Config(**found, average_top_k_layers=1).depth
     top_k = sizes.model_value("average_top_k_layers", depth)
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
     if sizes.image_value("use_alibi_encoder", False):
-        plain_sizes = Data2Vec2Config(**found)
-        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", plain_sizes.num_heads)
-        num_layers = plain_sizes.prenet_depth + plain_sizes.depth
-        found["alibi_scale_shape"] = _alibi_scale_shape(stored, num_layers, found["num_alibi_heads"])
+        config = Data2Vec2Config(**found)
+        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", config.num_heads)
+        found["alibi_scale_shape"] = _alibi_scale_shape(
+            stored, config.prenet_depth + config.depth, found["num_alibi_heads"]
+        )
     return Data2Vec2Config(**found)
 
 
 def _alibi_scale_shape(stored: Mapping[str, Tensor], num_layers: int, num_heads: int) -> tuple[int, ...]:
-    """The stored scale's own shape, where it is one of those that data2vec 2.0 writes: per layer and head or not."""
+    """Return the stored scale's shape, which may be per layer, per head, both or neither."""
     if ALIBI_SCALE not in stored:
         raise ValueError(f"ALiBi is on, but tensor {ALIBI_SCALE} is missing")
     shape = tuple(stored[ALIBI_SCALE].shape)

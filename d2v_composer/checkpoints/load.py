@@ -1,4 +1,4 @@
-"""Teachers and students from files and back."""
+"""Load teachers and students from files, and write them."""
 
 import datetime
 from dataclasses import asdict
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.check_tensors import check_num_blocks, check_tensors, expected_shapes
+from d2v_composer.checkpoints.check_tensors import check_teacher, check_tensors, shapes_of
 from d2v_composer.checkpoints.fairseq import Weights, read_fairseq_checkpoint
 from d2v_composer.checkpoints.pointer import read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.checkpoints.safetensors_file import (
-    Artifact,
+    ModelFile,
     is_safetensors,
-    read_artifact,
     read_kind,
+    read_model_file,
     sha256,
-    write_artifact,
+    write_model_file,
 )
 from d2v_composer.checkpoints.stored_config import (
     CONFIG_TENSOR,
@@ -26,7 +26,6 @@ from d2v_composer.checkpoints.stored_config import (
     config_tensor,
     parse_config_tensor,
     read_config,
-    shapes_of,
 )
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder
@@ -37,60 +36,50 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch, is_remote
 from d2v_composer.system.retry import reason
 
-__all__ = [
-    "Conversion",
-    "convert_teacher",
-    "load_any",
-    "load_student",
-    "load_teacher",
-    "save_student",
-]
-
+__all__ = ["ConvertedTeacher", "convert_teacher", "load_any", "load_student", "load_teacher", "save_student"]
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
 
 def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
-    """A frozen teacher, in eval mode and float32.
+    """Load a frozen teacher, in eval mode and float32.
 
     Args:
         path: fairseq's .pt or a file of ``convert_teacher``: a local path, https://, or an object store's address
             (fetched once and cached).
-        weights: ``model``, or ``ema`` for the averaged ones. A converted file holds one of the two.
+        weights: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
 
     Raises:
-        InputError: There is no such file, or it cannot serve as a teacher; the message says why.
+        InputError: The file does not exist, or is not a supported teacher.
     """
     file = fetch(path)
     if not is_safetensors(file):
-        checkpoint = read_fairseq_checkpoint(file, weights)
-        provenance = {
-            "source": file_name(path),
-            "sha256": sha256(file),
-            "weights": weights,
-            "licence": LICENCE_NOTE,
-        }
-        return _build_teacher(checkpoint.config, checkpoint.tensors, provenance)
-    artifact = read_artifact(file, "teacher")
-    stored_weights, source_hash = (artifact.provenance.get(name) for name in ("weights", "sha256"))
+        config, tensors, _ = read_fairseq_checkpoint(file, weights)
+        provenance = _provenance(path, file, weights) | {"licence": LICENCE_NOTE}
+        return _build_teacher(config, tensors, provenance)
+    stored = read_model_file(file, "teacher")
+    stored_weights, source_hash = (stored.provenance.get(name) for name in ("weights", "sha256"))
     if stored_weights not in get_args(Weights) or not isinstance(source_hash, str):
-        raise InputError(f"{path}: unusable metadata: its provenance does not give weights and sha256 of its source")
+        raise InputError(f"{path}: unusable metadata: its provenance lacks weights or sha256 of its source")
     if stored_weights != weights:
         raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
-    config = read_config(path, Data2Vec2Config, artifact.config)
-    check_num_blocks(path, config.prenet_depth + config.depth, artifact.tensors)
-    check_tensors(path, expected_shapes(config), artifact.tensors)
-    return _build_teacher(config, artifact.tensors, artifact.provenance)
+    config = read_config(path, Data2Vec2Config, stored.config)
+    check_teacher(path, config, stored.tensors)
+    return _build_teacher(config, stored.tensors, stored.provenance)
 
 
-def _build_teacher(config: Data2Vec2Config, tensors: dict[str, torch.Tensor], provenance: dict[str, Any]) -> Data2Vec2:
+def _provenance(source: str | Path, file: Path, weights: Weights) -> dict[str, Any]:
+    return {"source": file_name(source), "sha256": sha256(file), "weights": weights}
+
+
+def _build_teacher(config: Data2Vec2Config, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Data2Vec2:
     teacher = Data2Vec2(config, provenance)
     teacher.load_state_dict(tensors)
     return teacher
 
 
-class Conversion(NamedTuple):
-    """What ``convert_teacher`` did."""
+class ConvertedTeacher(NamedTuple):
+    """Report of :func:`convert_teacher`."""
 
     config: Data2Vec2Config
     provenance: dict[str, Any]
@@ -104,91 +93,101 @@ def convert_teacher(
     weights: Weights = "model",
     dtype: torch.dtype = torch.float32,
     licence: str | None = None,
-) -> Conversion:
-    """fairseq's checkpoint as one safetensors file.
+) -> ConvertedTeacher:
+    """Convert fairseq's checkpoint to a safetensors file.
 
     Args:
         source: As :func:`load_teacher`'s path.
         out: The file to write.
-        weights: Which weights to keep.
-        dtype: How to store them; a loaded teacher is float32 all the same.
+        weights: The weights to keep.
+        dtype: Stored dtype; a loaded teacher is float32 in any case.
         licence: A note on the weights' licence for the metadata.
 
     Raises:
-        InputError: As :func:`load_teacher`.
+        InputError: As :func:`load_teacher`; or ``out`` cannot be written.
     """
     check_out_file(out)
     file = fetch(source)
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
     checkpoint = read_fairseq_checkpoint(file, weights)
-    provenance = {
-        "source": file_name(source),
-        "sha256": sha256(file),
-        "weights": weights,
+    provenance = _provenance(source, file, weights) | {
         "dtype": str(dtype).removeprefix("torch."),
         "licence": licence or LICENCE_NOTE,
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
-    write_artifact(out, "teacher", Artifact(asdict(checkpoint.config), provenance, tensors))
-    return Conversion(checkpoint.config, provenance, list(tensors), checkpoint.left)
+    write_model_file(out, "teacher", ModelFile(asdict(checkpoint.config), provenance, tensors))
+    return ConvertedTeacher(checkpoint.config, provenance, list(tensors), checkpoint.left)
 
 
 def save_student(student: Student, out: Path) -> None:
-    """One file with everything :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
+    """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
     config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config)}
-    write_artifact(out, "student", Artifact(config, student.provenance, tensors))
+    write_model_file(out, "student", ModelFile(config, student.provenance, tensors))
+
+
+def load_student(path: str | Path) -> Student:
+    """Load a student, in eval mode and float32, from a file of :func:`save_student`; no teacher is needed.
+
+    Raises:
+        InputError: The file does not exist, or does not hold a student.
+    """
+    stored = read_model_file(fetch(path), "student")
+    sizes_for_timm = stored.tensors.pop(CONFIG_TENSOR, None)
+    encoder_config, student_config = check_student(path, stored.config, stored.tensors)
+    if sizes_for_timm is not None:
+        try:
+            agree = parse_config_tensor(sizes_for_timm) == stored.config
+        except ValueError as error:
+            raise InputError(f"{path}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
+        if not agree:
+            raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give different sizes")
+    student = Student(ImageEncoder(encoder_config).freeze(), student_config, stored.provenance)
+    student.load_state_dict(stored.tensors)
+    return student.eval()
 
 
 def load_any(
     path: str | Path, weights: Weights = "model", teacher_path: str | None = None
 ) -> tuple[Student | None, Data2Vec2 | None]:
-    """Student and teacher of whatever file it is.
+    """Load the student and the teacher of any supported file.
 
     Args:
-        path: A teacher's (as for :func:`load_teacher`): no student. An exported student's: a teacher only where
-            ``teacher_path`` says which. A training checkpoint's: both.
+        path: A teacher's file, as for :func:`load_teacher`: no student. An exported student's: a teacher only with
+            ``teacher_path``. A training checkpoint: both.
         weights: Of a teacher's file.
-        teacher_path: The student's teacher; default, for a checkpoint, where it was when the student trained.
+        teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
 
     Raises:
-        InputError: It is none of them, or damaged.
+        InputError: The file is corrupt, or not supported.
     """
 
     def load(file: Path) -> tuple[Student | None, Data2Vec2 | None]:
         return _load_file(path, fetch(file), weights, teacher_path)
 
-    return _load_file(path, fetch(path), weights, teacher_path) if is_remote(path) else read_newest(Path(path), load)
+    return load(fetch(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _load_file(
     path: str | Path, file: Path, weights: Weights, teacher_path: str | None
 ) -> tuple[Student | None, Data2Vec2 | None]:
-    """:func:`load_any`, of the file on this machine that ``path`` stands for."""
+    """Load ``file``, the local copy of ``path``."""
     if is_safetensors(file) and read_kind(file) == "student":
         return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
     if isinstance(contents, dict) and "state" in contents:
         return _load_trained(file, contents, teacher_path)
     if teacher_path is not None:
-        raise InputError(f"{path}: is no student, for which teacher {teacher_path} would be")
+        raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     return None, load_teacher(path, weights)
 
 
 def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str | None) -> tuple[Student, Data2Vec2]:
-    """The student of a training checkpoint, with the record of its run, and its teacher.
+    """Build a training checkpoint's student, with its run's record as provenance, and its teacher.
 
-    The teacher is needed once more, for the frozen encoder, and must be the one that the student was trained with.
-
-    Args:
-        checkpoint: A file of ``recipes/train.py``.
-        contents: What is in it.
-        teacher_path: Where the teacher is now; default where it was when the student trained.
-
-    Raises:
-        InputError: It is no such checkpoint, or its teacher is not to be had or another.
+    The teacher is loaded for its frozen encoder, and must be the one of the training.
     """
     foreign = f"{checkpoint}: not a checkpoint of recipes/train.py"
     try:
@@ -209,8 +208,7 @@ def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str 
         str(name).removeprefix("student."): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)
     }
     try:
-        with torch.device("meta"):  # no memory for sizes that the tensors do not bear out
-            shapes = shapes_of(teacher.build_student(**sizes))
+        shapes = shapes_of(lambda: teacher.build_student(**sizes))
     except (TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({reason(error)})") from error
     expected = {name: shape for name, shape in shapes.items() if not name.startswith("encoder.")}
@@ -219,24 +217,3 @@ def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str 
     student.load_state_dict(blocks, strict=False)
     student.provenance = {**record, "retrieval": history[-1] if history else None}
     return student.eval(), teacher
-
-
-def load_student(path: str | Path) -> Student:
-    """A student in eval mode and float32, from one file of :func:`save_student`; no teacher is needed.
-
-    Raises:
-        InputError: There is no such file, or it holds no student; the message says why.
-    """
-    artifact = read_artifact(fetch(path), "student")
-    stored = artifact.tensors.pop(CONFIG_TENSOR, None)
-    encoder_config, student_config = check_student(path, artifact.config, artifact.tensors)
-    if stored is not None:  # what timm reads
-        try:
-            agree = parse_config_tensor(stored) == artifact.config
-        except ValueError as error:
-            raise InputError(f"{path}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
-        if not agree:
-            raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give other sizes")
-    student = Student(ImageEncoder(encoder_config).freeze(), student_config, artifact.provenance)
-    student.load_state_dict(artifact.tensors)
-    return student.eval()

@@ -1,4 +1,4 @@
-"""A run's pointer to its newest checkpoint, read while the run goes on."""
+"""Read a running run's newest checkpoint through its pointer."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +12,14 @@ __all__ = ["read_newest"]
 
 ReadT = TypeVar("ReadT")
 
-# Composer removes a pointer before it makes the next one.
+# Composer removes a pointer before it writes the next one.
 POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
-# How often a reader may come too late for a checkpoint; each time the run has saved another one.
+# A reader may be too late for a checkpoint this often; each time the run has saved a newer one.
 READ_ATTEMPTS = 5
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file, or the one that a pointer names: anew, where the run has saved another one and removed this.
+    """Read a file or a pointer's target; retry if the run has meanwhile saved another checkpoint and removed this one.
 
     Args:
         path: The file, or a run's pointer.
@@ -29,17 +29,16 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
         InputError, OSError: ``read``'s, of a file that is still the newest.
     """
     for _ in range(READ_ATTEMPTS - 1):
-        file = _pointed_at(path)
+        file = _target(path)
         try:
             return read(file)
         except (InputError, OSError):
-            if file == path or _pointed_at(path) == file:
+            if file == path or _target(path) == file:
                 raise
-    return read(_pointed_at(path))
+    return read(_target(path))
 
 
-def _pointed_at(path: Path) -> Path:
-    """The file that a pointer names. It may name another one soon, and for a moment in between there is none."""
+def _target(path: Path) -> Path:
     for _ in range(POINTER_ATTEMPTS):
         with suppress(OSError):
             return path.resolve(strict=True)

@@ -1,8 +1,30 @@
-"""Reading a pickle that a stranger may have written.
+"""Load PyTorch files from any source without running their code.
 
-``torch.load`` takes a module in place of :mod:`pickle`; this is one. It builds tensors and plain containers. Any
-other global that the pickle names (a class we lack, ``os.system``) becomes an inert :class:`Stub` that remembers
-what it was given, and is neither imported nor called.
+``torch.load`` accepts a substitute for :mod:`pickle`; this is one. It builds tensors and plain containers. Any other
+global that a pickle names (a missing class, ``os.system``) becomes an inert :class:`Stub`, which records its arguments
+and is neither imported nor called.
+
+Threats of model files and what stops them. Tests are in tests/checkpoints/test_safe_pickle.py (P),
+tests/faults/test_hostile_files.py (H), tests/checkpoints/test_resume.py (R) and test_altered_sizes.py (A):
+
+=====================================  ==========================================================  ====================
+Threat                                 Stopped by                                                  Test
+=====================================  ==========================================================  ====================
+a pickle calls a function              ``Unpickler.find_class`` builds stubs                       P no_code_of_a_file
+a pickle changes torch's functions     ``Builder.__setstate__`` raises                             P cannot_change
+a pickle replaces a dict's methods     ``PlainDict.__setstate__`` ignores attributes               P methods_that_a_file
+torch.load runs or writes a program    ``check_archive`` refuses TorchScript and tar archives      P torchscript, H tar
+a tensor ends behind its file          ``_load_storage`` compares sizes                            H beyond_the_end
+a small archive expands to gigabytes   ``check_archive`` adds up the sizes                         H all_memory_or_time
+huge memo, bytearray, nested keys      the unpickler in Python, ``_refuse``, ``_checked_key``      H all_memory_or_time
+readers find different files           ``check_archive`` compares zipfile's with torch's           R corrupt, directory
+a resumed checkpoint names code        ``composer_checkpoint``: ``weights_only`` and a list of     R no_code_of_a
+                                       globals, in the check and in Composer's load
+Composer evaluates algorithms' names   ``composer_checkpoint`` compares with its list              R no_code_of_a
+truncated or flipped bits              ``composer_checkpoint`` verifies checksums                  R corrupt
+sizes that exhaust the memory          ``stored_config`` builds on the meta device first           H sizes_that, A
+JSON that is deep or has huge numbers  ``safetensors_file.parse_object``                           H sizes_that, A
+=====================================  ==========================================================  ====================
 """
 
 import pickle
@@ -20,13 +42,12 @@ from d2v_composer.system.retry import reason
 
 __all__ = ["Stub", "load_untrusted", "plain"]
 
-
-# How deep one value may be wrapped: an OmegaConf leaf around an enum's value is two.
+# Allowed wrappers around a value: an OmegaConf leaf around an enum's value is two.
 MAX_WRAPPERS = 8
 
 
 class Builder:
-    """A function that a pickle may call, but neither fill nor change: the pickle's BUILD sets attributes otherwise."""
+    """A function that a pickle may call but not change; the pickle's BUILD would set attributes of a plain one."""
 
     __slots__ = ("_function",)
 
@@ -37,16 +58,16 @@ class Builder:
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a pickle that changes a function")
+        raise pickle.UnpicklingError("the pickle changes a function")
 
 
 class PlainDict(dict):
-    """torch's state dicts are OrderedDicts with attributes; these keep the items alone."""
+    """Replaces OrderedDict; keeps items and ignores attributes, which torch's state dicts have."""
 
     def __init__(self, items: Iterable[tuple[Any, Any]] = ()) -> None:
         super().__init__()
         for key, value in items:
-            self[checked_key(key)] = value
+            self[_checked_key(key)] = value
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -65,7 +86,7 @@ BUILT_FOR_REAL = {
 
 
 class Stub:
-    """Stands in for an object of a class that is not loaded. Every way in which a pickle fills an object ends here."""
+    """Stands for an object of a class that is not loaded. It records all that a pickle does to the object."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
         stub = super().__new__(cls)
@@ -97,26 +118,26 @@ class Stub:
     add = append
 
 
-def checked_key(key: Any) -> Any:
-    """A dict's key, or a set's item. To hash tuples of tuples, a few bytes of pickle, may take for ever."""
+def _checked_key(key: Any) -> Any:
+    """Check a dict's key or a set's item. Hashing nested tuples, a few bytes of pickle, can take forever."""
     if isinstance(key, tuple) and any(isinstance(each, tuple) for each in key):
         raise pickle.UnpicklingError("a key of nested tuples")
     return key
 
 
 def _with_checked_keys(load: Callable[[Any], None], places: slice) -> Callable[[Any], None]:
-    """An operation of an unpickler that first looks at the keys among what lies on its stack."""
+    """Wrap an operation of the unpickler to check the keys on its stack first."""
 
     def checked(unpickler: Any) -> None:
         for key in unpickler.stack[places]:
-            checked_key(key)
+            _checked_key(key)
         load(unpickler)
 
     return checked
 
 
 def _load_storage(unpickler: Any) -> None:
-    """A storage, of which torch reads as many numbers as the pickle says, also from behind the end of what there is."""
+    """Load a storage, checking its size: torch reads as many numbers as the pickle says, even beyond the file's end."""
     if unpickler.record_sizes is not None:
         _, storage_type, key, _, num = unpickler.stack[-1]
         if num * storage_type.dtype.itemsize > unpickler.record_sizes.get(key, 0):
@@ -125,11 +146,11 @@ def _load_storage(unpickler: Any) -> None:
 
 
 def _refuse(unpickler: Any) -> None:
-    # A bytearray is made before there is anything to fill it; frozensets nest as tuples do.
-    raise pickle.UnpicklingError("an object that no checkpoint needs")
+    # A bytearray is allocated before it is read; frozensets nest like tuples.
+    raise pickle.UnpicklingError("a bytearray or frozenset, which checkpoints do not contain")
 
 
-# Not the one in C: there, the number of a memo is how much memory is set aside.
+# Not the one in C, which allocates memory for the highest memo number.
 PythonUnpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
 KEYS = {
     pickle.SETITEM: slice(-2, -1),
@@ -140,7 +161,7 @@ KEYS = {
 
 
 class Unpickler(PythonUnpickler):
-    """Builds what :data:`BUILT_FOR_REAL` lists; everything else that a pickle names becomes a :class:`Stub`."""
+    """Builds the globals of :data:`BUILT_FOR_REAL`, and a :class:`Stub` for every other one."""
 
     dispatch: ClassVar = (
         PythonUnpickler.dispatch
@@ -149,19 +170,19 @@ class Unpickler(PythonUnpickler):
         | {code[0]: _refuse for code in (pickle.BYTEARRAY8, pickle.FROZENSET)}
     )
     record_sizes: Mapping[str, int] | None = None
-    """Of the file's storages, by key, in bytes; ``None`` for a format that is read in order."""
+    """Key → bytes of the file's storages; ``None`` for the legacy format, which is read in order."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         return BUILT_FOR_REAL.get((module, name), Stub)
 
 
 def load(file: BinaryIO, **kwargs: Any) -> Any:
-    """``pickle.load``, for the places where torch calls it."""
+    """Replace ``pickle.load``."""
     return Unpickler(file, **kwargs).load()
 
 
 class _PickleModule:
-    """What ``torch.load`` uses of the :mod:`pickle` module, for one file."""
+    """The part of :mod:`pickle` that ``torch.load`` uses, for one file."""
 
     __name__ = __name__
     UnpicklingError = pickle.UnpicklingError
@@ -172,14 +193,14 @@ class _PickleModule:
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load a PyTorch file without running any of its code, tensors on the CPU.
+    """Load a PyTorch file without running its code, tensors on the CPU.
 
     Raises:
-        InputError: It is truncated, or no PyTorch file.
+        InputError: It is truncated, or not a PyTorch file.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
+            warnings.simplefilter("ignore")  # torch's advice to the file's author
             module = _PickleModule(check_archive(path))
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
     except Exception as error:
@@ -187,10 +208,10 @@ def load_untrusted(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """One level of what was unpickled without its class: a dict, a list, a number, a string.
+    """Return an object that was unpickled as a :class:`Stub` as a dict, list, number or string.
 
-    OmegaConf's nodes give their content, namespaces and other objects their attributes, enums their value. Only one
-    level, since a stranger's file may nest without end.
+    OmegaConf's nodes become their content, namespaces and other objects their attributes, enums their value. Values
+    inside are not converted, because a file may nest without end.
     """
     for _ in range(MAX_WRAPPERS):
         if not isinstance(value, Stub):
@@ -207,7 +228,7 @@ def plain(value: Any) -> Any:
 
 
 def _contents(stub: Stub) -> Any:
-    """The attributes of an object, or the items of a container."""
+    """Return the attributes of an object, or the items of a container."""
     attributes = value if isinstance(value := stub.state, dict) else {}
     named = {item[0]: item[1] for item in stub.items if isinstance(item, tuple) and isinstance(item[0], str)}
     return attributes | named if attributes or named else stub.items

@@ -1,6 +1,6 @@
 """An exported student as a timm model: ``timm.create_model("d2v2_student", checkpoint_path="student.safetensors")``.
 
-Importing this module registers it. Shapes: B images, S pixels a side, T time steps, D channels.
+Importing this module registers the model. Shapes: B images, S pixels a side, T time steps, D channels.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ from d2v_composer.system.retry import reason
 
 __all__ = ["TimmStudent", "d2v2_student"]
 
-# The paper's; a file brings its own.
+# The paper's sizes; loading a file replaces them.
 PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)
 
 
 class TimmStudent(Student):
     """timm's interface to a student: features, pooling, a classifier to fine-tune.
 
-    The encoder stays frozen, as the student knows it; the blocks and the head train. Loading a file of
-    ``recipes/export_student.py`` takes over its sizes, whatever the model was made with; the head stays as it is.
+    The encoder stays frozen; the blocks and the head train. Loading a file of ``recipes/export_student.py`` changes the
+    model to the file's sizes and keeps the head.
 
     Args:
         encoder_config: The encoder's sizes.
-        student_config: The blocks'.
-        num_classes: Of the head; 0: none, the pooled features are the output.
+        student_config: The blocks' sizes.
+        num_classes: Outputs of the head; 0: no head, the pooled features are the output.
         global_pool: ``token``: CLS; ``avg``: the mean of the patches.
     """
 
@@ -46,14 +46,14 @@ class TimmStudent(Student):
         super().__init__(ImageEncoder(encoder_config).freeze(), student_config or StudentConfig())
         self.num_features = self.head_hidden_size = encoder_config.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
-        self.register_buffer(CONFIG_TENSOR, config_tensor(encoder_config, self.config))  # whatever saves it, keeps it
+        self.register_buffer(CONFIG_TENSOR, config_tensor(encoder_config, self.config))  # saved with the tensors
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, of zeros; none for 0 classes.
+        """Replace the head by a new one of zeros; remove it for 0 classes.
 
         Raises:
-            ValueError: There is no such pooling.
+            ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in ("token", "avg") or (global_pool == "token" and not self.num_extra_tokens):
@@ -69,11 +69,11 @@ class TimmStudent(Student):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images, (B, 3, S, S), normalised as ``pretrained_cfg`` says, to the last block's output, (B, T, D)."""
+        """Map images, (B, 3, S, S), normalised as in ``pretrained_cfg``, to the last block's output, (B, T, D)."""
         return self.forward_blocks(self.encode(x))[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to (B, num_classes), or to the pooled (B, D) where there is no head or ``pre_logits``."""
+        """Map features to logits, (B, num_classes), or pooled features, (B, D), with ``pre_logits`` or no head."""
         pooled = x[:, 0] if self.global_pool == "token" else x[:, self.num_extra_tokens :].mean(dim=1)
         return pooled if pre_logits else self.head(pooled)
 
@@ -85,15 +85,17 @@ class TimmStudent(Student):
             self.checkpoint_activations()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """An exported student's tensors, or this model's own; checked as :func:`load_student` does, strict or not.
+        """Load an exported student's tensors, or this model's; checked as in :func:`load_student`, strict or not.
 
         Raises:
-            InputError: A file that is too old to say its sizes, or whose tensors do not fit them.
+            InputError: The file is too old to have sizes, or its tensors do not fit them.
         """
         tensors = dict(state_dict)
         stored = tensors.pop(CONFIG_TENSOR, None)
         if stored is None:
-            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file of recipes/export_student.py, or of an old one")
+            raise InputError(
+                f"no tensor {CONFIG_TENSOR}: not a file of recipes/export_student.py, or from an old version"
+            )
         try:
             sizes = parse_config_tensor(stored)
         except ValueError as error:
@@ -108,7 +110,7 @@ class TimmStudent(Student):
         return super().load_state_dict(tensors, strict, assign)
 
     def _become(self, encoder_config: ImageEncoderConfig, student_config: StudentConfig) -> Self:
-        """Take on other sizes."""
+        """Change to other sizes."""
         if (encoder_config, student_config) != (self.encoder.config, self.config):
             pool = self.global_pool if encoder_config.num_extra_tokens else "avg"
             TimmStudent.__init__(self, encoder_config, student_config, self.num_classes, pool)
@@ -116,7 +118,7 @@ class TimmStudent(Student):
 
 
 def pretrained_cfg(config: ImageEncoderConfig) -> dict[str, Any]:
-    """What timm's ``resolve_data_config`` reads."""
+    """Return the preprocessing for timm's ``resolve_data_config``."""
     return {
         "architecture": "d2v2_student",
         "input_size": (config.in_chans, config.image_size, config.image_size),
@@ -136,6 +138,6 @@ default_cfgs = generate_default_cfgs({"d2v2_student": pretrained_cfg(PAPER_ENCOD
 
 @register_model
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """The paper's student, until a file with other sizes is loaded; see :class:`TimmStudent`."""
-    not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file says how many channels and pixels
+    """Build the paper's student; loading a file changes its sizes, see :class:`TimmStudent`."""
+    not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)
