@@ -188,7 +188,7 @@ class ImageEncoder(Frozen):
         x_BND = self.local_encoder["proj"](images).flatten(2).transpose(1, 2)
         x_BTD = x_BND + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
-            x_BTD = torch.cat([self.extra_tokens.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
+            x_BTD = torch.cat([self.extra_tokens.expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
         return self.context_encoder["norm"](x_BTD)
 
     def layer_biases(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:

@@ -1,6 +1,7 @@
-"""One field of a file's metadata made another: refused in one line, or the model embeds as before."""
+"""A file with one altered size is refused in one line, or its model embeds as before."""
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ Sizes = dict[str, Any]
 
 TEACHER = GOLDEN / "tiny_alibi.pt"  # with a scale of ALiBi for each layer and head
 
-# As JSON, which knows no NaN, but Python's reader does.
+# As JSON; NaN is not JSON, but Python reads it.
 HOSTILE = {
     "null": "null",
     "true": "true",
@@ -62,12 +63,12 @@ HOSTILE = {
     "a section": '{"a": 1}',
 }
 PLACE = "@place@"
-# What another model may well have, and no tensor tells: no ALiBi, a mean of 0.
+# Values that no tensor contradicts: no ALiBi, a mean of 0.
 MAY_DIFFER = [("student", "num_alibi_heads", "0"), ("encoder", "image_mean", "zeros"), ("image_mean", "zeros")]
 
 
 def alterations(sizes: Sizes) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Path, what happened there, and the JSON of the altered sizes."""
+    """Yield the path of a size, the alteration, and the JSON of the altered sizes."""
     for path in paths(sizes):
         *above, name = path
 
@@ -98,23 +99,25 @@ def paths(sizes: Sizes, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 
 
 def with_sizes(source: Path, path: Path, text: str, tensor: str | None = None) -> Path:
-    """The file with other sizes in its metadata and, of a student, in its tensor."""
-    tensors = load_file(source)
-    if tensor is not None:
-        tensors["config_json"] = torch.tensor(list(tensor.encode()), dtype=torch.uint8)
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata() | {"config": text}
-    save_file(tensors, path, metadata)
+    """Write the file with other sizes in its metadata and, for a student, in its tensor."""
+    tensors, metadata = contents(source)
+    sizes = {} if tensor is None else {"config_json": torch.tensor(list(tensor.encode()), dtype=torch.uint8)}
+    save_file(tensors | sizes, path, metadata | {"config": text})
     return path
 
 
-def sizes_of(path: Path) -> Sizes:
+@functools.cache
+def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["config"])
+        return load_file(path), file.metadata()
+
+
+def sizes_of(path: Path) -> Sizes:
+    return json.loads(contents(path)[1]["config"])
 
 
 def embeddings(model: Transformer) -> Tensor:
-    """All of them, of the same images: as bytes, and as normalised numbers."""
+    """Return all embeddings of the same images, as uint8 and as normalised floats."""
     size = model.encoder.config.image_size
     images = torch.randint(
         0, 256, (2, 3, size + 8, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -125,9 +128,9 @@ def embeddings(model: Transformer) -> Tensor:
 
 
 def timm_model(path: Path) -> Transformer:
-    """What create_model does with a checkpoint_path, without the paper's 44 million weights before."""
-    encoder = ImageEncoderConfig(embed_dim=8, num_heads=1, image_size=32, num_extra_tokens=1)
-    model = TimmStudent(encoder, StudentConfig(num_heads=1, num_alibi_heads=1))
+    """Load like create_model with a checkpoint_path, into a smaller model than the paper's."""
+    encoder = ImageEncoderConfig(embed_dim=8, num_heads=1, prenet_depth=0, image_size=32, num_extra_tokens=1)
+    model = TimmStudent(encoder, StudentConfig(depth=1, num_heads=1, num_alibi_heads=1))
     load_checkpoint(model, str(path))
     return model.eval()
 
@@ -145,7 +148,7 @@ def check(
     alter: Callable[[str], Path],
     prefix: str | None = None,
 ) -> None:
-    """Each alteration's answer, all of them at once."""
+    """Check the answer to each alteration; report all faults at once."""
     expected, sizes, wrong = embeddings(load(source)), sizes_of(source), []
     num_refused = 0
     for path, what, text in alterations(sizes):
@@ -166,25 +169,25 @@ def check(
     assert num_refused > 100
 
 
-def test_a_student_through_load_student(exported: Path, tmp_path: Path) -> None:
+def test_load_student_refuses_altered_sizes(exported: Path, tmp_path: Path) -> None:
     check(load_student, exported, lambda text: with_sizes(exported, tmp_path / "altered.safetensors", text, text))
 
 
-def test_a_student_through_timm(exported: Path, tmp_path: Path) -> None:
+def test_timm_refuses_altered_sizes(exported: Path, tmp_path: Path) -> None:
     def alter(text: str) -> Path:
         return with_sizes(exported, tmp_path / "altered.safetensors", "", text)
 
     check(timm_model, exported, alter, prefix="config_json: ")
 
 
-def test_a_converted_teacher(tmp_path: Path) -> None:
+def test_load_teacher_refuses_altered_sizes(tmp_path: Path) -> None:
     converted = tmp_path / "teacher.safetensors"
     convert_teacher(TEACHER, converted)
     check(load_teacher, converted, lambda text: with_sizes(converted, tmp_path / "altered.safetensors", text))
 
 
 def test_metadata_and_tensor_must_agree(exported: Path, tmp_path: Path) -> None:
-    """Or timm would make another model of the file."""
+    """Or timm would build a different model."""
     sizes = sizes_of(exported)
     other = json.dumps({**sizes, "student": {**sizes["student"], "num_alibi_heads": 0}})
     path = tmp_path / "other.safetensors"
@@ -197,11 +200,9 @@ def test_metadata_and_tensor_must_agree(exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.complex64])
-def test_both_doors_take_the_same_weights(dtype: torch.dtype, exported: Path, tmp_path: Path) -> None:
-    tensors = load_file(exported)
+def test_load_student_and_timm_accept_the_same_dtypes(dtype: torch.dtype, exported: Path, tmp_path: Path) -> None:
+    tensors, metadata = contents(exported)
     name = "blocks.0.mlp.fc1.weight"
-    with safe_open(exported, framework="pt") as file:
-        metadata = file.metadata()
     path = tmp_path / "other.safetensors"
     save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata)
     if dtype.is_floating_point:
@@ -213,10 +214,9 @@ def test_both_doors_take_the_same_weights(dtype: torch.dtype, exported: Path, tm
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "not finite", "another shape"])
-def test_both_doors_take_the_same_tensors(change: str, exported: Path, tmp_path: Path) -> None:
-    tensors, name = load_file(exported), "blocks.0.norm1.weight"
-    with safe_open(exported, framework="pt") as file:
-        metadata = file.metadata()
+def test_load_student_and_timm_refuse_the_same_tensors(change: str, exported: Path, tmp_path: Path) -> None:
+    tensors, metadata = contents(exported)
+    tensors, name = dict(tensors), "blocks.0.norm1.weight"
     tensor = tensors.pop(name)
     if change != "missing":
         tensors[name] = {"not finite": tensor * torch.nan, "another shape": tensor[1:]}.get(change, tensor)
@@ -237,17 +237,16 @@ def test_both_doors_take_the_same_tensors(change: str, exported: Path, tmp_path:
     [torch.zeros(1, 8, dtype=torch.uint8), torch.zeros(8), torch.tensor(7), torch.zeros(5 << 20, dtype=torch.uint8)],
     ids=["a table", "floats", "a number", "5 MB"],
 )
-def test_a_tensor_of_sizes_that_is_none(stored: Tensor, exported: Path, tmp_path: Path) -> None:
+def test_an_unusable_tensor_of_sizes_is_refused(stored: Tensor, exported: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
-    with safe_open(exported, framework="pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(exported) | {"config_json": stored}, path, metadata)
+    tensors, metadata = contents(exported)
+    save_file(tensors | {"config_json": stored}, path, metadata)
     for load in (load_student, timm_model):
         with pytest.raises(InputError, match=r"config_json: unusable sizes \(is torch\."):
             load(path)
 
 
-def test_the_shape_of_alibis_scale() -> None:
+def test_the_shape_of_alibis_scale_is_checked() -> None:
     sizes: Sizes = {"embed_dim": 48, "num_heads": 4, "prenet_depth": 2, "num_alibi_heads": 3}
     for layers in (1, 2, 7):
         for heads in (1, 3):

@@ -159,7 +159,7 @@ def test_a_checkpoint_directly(
 def test_what_is_refused(exported: Path, tmp_path: Path, export: Export) -> None:
     with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
         export(exported, tmp_path / "student.txt")
-    with pytest.raises(InputError, match=r"tiny_base.pt: is a teacher; expected a checkpoint"):
+    with pytest.raises(InputError, match=r"tiny_base.pt: is a teacher; expected a training checkpoint"):
         export(GOLDEN / "tiny_base.pt", tmp_path / "student.onnx")
     without_cls = tmp_path / "without_cls.safetensors"
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)

@@ -176,7 +176,7 @@ def test_an_exported_student_has_the_weights_of_its_checkpoint(uninterrupted: Pa
 
     failed = run_command(sys.executable, script, GOLDEN / "tiny_base.pt", tmp_path / "none.safetensors")
     assert failed.returncode == 2
-    assert failed.stderr.startswith(f"error: {GOLDEN / 'tiny_base.pt'}: is a teacher; expected a checkpoint of")
+    assert failed.stderr.startswith(f"error: {GOLDEN / 'tiny_base.pt'}: is a teacher; expected a training checkpoint")
     assert not (tmp_path / "none.safetensors").exists()
 
 
