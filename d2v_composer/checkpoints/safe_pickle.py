@@ -12,7 +12,7 @@ Threat                                 Stopped by                               
 =====================================  ==========================================================  ====================
 a pickle calls a function              ``Unpickler.find_class`` builds stubs                       P no_code_of_a_file
 a pickle changes torch's functions     ``Builder.__setstate__`` raises                             P cannot_change
-a pickle replaces a dict's methods     ``PlainDict.__setstate__`` ignores attributes               P methods_that_a_file
+a pickle replaces a dict's methods     ``PlainDict.__setstate__`` ignores attributes               P cannot_replace
 torch.load runs or writes a program    ``check_archive`` refuses TorchScript and tar archives      P torchscript, H tar
 a tensor ends behind its file          ``_load_storage`` compares sizes                            H beyond_the_end
 a small archive expands to gigabytes   ``check_archive`` adds up the sizes                         H all_memory_or_time

@@ -1,4 +1,4 @@
-"""The student in other hands: timm, ONNX, torch.export and a hub's folder embed as its checkpoint does."""
+"""timm, ONNX, torch.export and a hub's folder embed as the student's checkpoint does."""
 
 import json
 import runpy
@@ -46,7 +46,7 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory, expo
 
 @pytest.fixture(scope="module")
 def images(exported: Path) -> Tensor:
-    """Five images, as the model wants them."""
+    """Five images, normalised."""
     config = load_student(exported).encoder.config
     return torch.randn(5, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
 
@@ -112,7 +112,7 @@ def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path:
         assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
-def test_timm_takes_no_other_files(exported: Path, tmp_path: Path) -> None:
+def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     tensors = load_file(exported)
     old = tmp_path / "old.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if name != "config_json"}, old)
@@ -127,9 +127,12 @@ def test_timm_takes_no_other_files(exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "layer_mean"}])
-def test_onnx(exported: Path, images: Tensor, tmp_path: Path, export: Export, options: dict[str, str]) -> None:
-    path = tmp_path / "student.onnx"
-    export(exported, path, *(part for name, value in options.items() for part in (f"--{name}", value)))
+def test_onnx(
+    uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path, export: Export, options: dict[str, str]
+) -> None:
+    """From an exported student, and from a checkpoint without one."""
+    path, source = tmp_path / "student.onnx", exported if options else uninterrupted / "latest-rank0.pt"
+    export(source, path, *(part for name, value in options.items() for part in (f"--{name}", value)))
     session = onnxruntime.InferenceSession(path)
     assert [each.name for each in [*session.get_inputs(), *session.get_outputs()]] == ["images", "embedding"]
     for batch in (images, images[:1]):
@@ -147,16 +150,7 @@ def test_torch_export(exported: Path, images: Tensor, tmp_path: Path, export: Ex
     assert json.loads(extra["preprocessing.json"])["image_size"] == images.shape[-1]
 
 
-def test_a_checkpoint_directly(
-    uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path, export: Export
-) -> None:
-    path = tmp_path / "student.onnx"
-    export(uninterrupted / "latest-rank0.pt", path)
-    [embedding] = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
-    assert_close(torch.from_numpy(np.asarray(embedding)), embed(load_student(exported), images))
-
-
-def test_what_is_refused(exported: Path, tmp_path: Path, export: Export) -> None:
+def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path, export: Export) -> None:
     with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
         export(exported, tmp_path / "student.txt")
     with pytest.raises(InputError, match=r"tiny_base.pt: is a teacher; expected a training checkpoint"):
@@ -169,9 +163,9 @@ def test_what_is_refused(exported: Path, tmp_path: Path, export: Export) -> None
     with pytest.raises(InputError, match="--pooling: this student has no CLS token"):
         export(without_cls, tmp_path / "student.onnx")
     assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
-    cut = tmp_path / "cut.safetensors"
+    cut = tmp_path / "truncated.safetensors"
     cut.write_bytes(exported.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"cut.safetensors: truncated, or not a safetensors file"):
+    with pytest.raises(InputError, match=r"truncated.safetensors: truncated, or not a safetensors file"):
         export(cut, tmp_path / "student.onnx")
     assert not list(tmp_path.glob("*.onnx"))
     assert not list(tmp_path.glob(".*"))

@@ -1,4 +1,4 @@
-"""Reading fairseq's checkpoints: sizes, defaults, ALiBi, which weights, foreign classes, and what is refused."""
+"""fairseq's checkpoints are read with their sizes, ALiBi and weights; unusable ones are refused."""
 
 import argparse
 import copy
@@ -48,7 +48,7 @@ def random_images(count: int = 2) -> Tensor:
 
 
 def run_teacher(path: Path) -> tuple[Tensor, Tensor]:
-    """The encoder's and the last block's output."""
+    """Return the encoder's and the last block's output."""
     teacher = load_teacher(path)
     encoded = teacher.encode(random_images())
     with torch.no_grad():
@@ -56,11 +56,11 @@ def run_teacher(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def refusal(path: Path) -> str:
-    """The one line with which a teacher's file is refused."""
+    """Return the one line with which a teacher's file is refused."""
     return refused_by(load_teacher, path)
 
 
-# What a teacher computes once more, one image and one head at a time, in double precision.
+# A naive teacher: one image and one head at a time, in double precision.
 
 
 def naive_slopes(num_heads: int) -> list[float]:
@@ -165,7 +165,7 @@ def assert_computes_what_the_spec_says(checkpoint: Checkpoint, folder: Path) -> 
         ("tiny_topk_noprenet", {"embed_dim": 64, "num_heads": 4, "prenet_depth": 0, "depth": 4, "num_alibi_heads": 0}),
     ],
 )
-def test_sizes_are_the_files(name: str, sizes: dict[str, int]) -> None:
+def test_sizes_come_from_the_file(name: str, sizes: dict[str, int]) -> None:
     config = load_teacher(GOLDEN / f"{name}.pt").config
     common = {"mlp_ratio": 4.0, "norm_eps": 1e-6, "image_size": 32, "patch_size": 8, "in_chans": 3}
     expected = sizes | common | {"num_extra_tokens": 1, "average_top_k_layers": 3}
@@ -182,7 +182,7 @@ def test_a_teacher_is_frozen_float32_and_in_eval_mode(tmp_path: Path) -> None:
     assert torch.equal(teacher.get_parameter(QKV), halves[QKV].float())
 
 
-def test_sizes_that_the_file_does_not_say_are_data2vecs(tmp_path: Path) -> None:
+def test_missing_sizes_are_data2vecs_defaults(tmp_path: Path) -> None:
     """Tensors of data2vec's default sizes, of one number each, beside a ``cfg`` that says the depth alone."""
     dim = 768
     block = {
@@ -215,7 +215,7 @@ def test_sizes_that_the_file_does_not_say_are_data2vecs(tmp_path: Path) -> None:
     assert (config.image_size, config.patch_size, config.in_chans) == (224, 16, 3)
 
 
-def test_alibi_fields_that_the_file_does_not_say_are_data2vecs(tmp_path: Path) -> None:
+def test_missing_fields_of_alibi_are_data2vecs_defaults(tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     for name in ("alibi_dims", "alibi_distance", "alibi_scale", "num_alibi_heads", "in_chans"):
         del image_cfg(checkpoint)[name]
@@ -227,7 +227,7 @@ def test_alibi_fields_that_the_file_does_not_say_are_data2vecs(tmp_path: Path) -
 
 @pytest.mark.parametrize("num_extra_tokens", [0, 1, 4])
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
-def test_extra_tokens(name: str, num_extra_tokens: int, tmp_path: Path) -> None:
+def test_any_number_of_extra_tokens(name: str, num_extra_tokens: int, tmp_path: Path) -> None:
     checkpoint = read(name)
     image_cfg(checkpoint)["num_extra_tokens"] = num_extra_tokens
     dim = checkpoint["model"].pop(f"{IMAGE}extra_tokens").shape[-1]
@@ -242,7 +242,7 @@ def test_extra_tokens(name: str, num_extra_tokens: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_alibi_heads", [12, 5])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("per_layer", [True, False])
-def test_every_shape_of_alibi_scale(per_layer: bool, per_head: bool, num_alibi_heads: int, tmp_path: Path) -> None:
+def test_alibi_scales_per_layer_and_head(per_layer: bool, per_head: bool, num_alibi_heads: int, tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     image_cfg(checkpoint)["num_alibi_heads"] = num_alibi_heads
     scale = torch.rand(5 if per_layer else 1, 1, num_alibi_heads if per_head else 1, 1, 1) + 0.5
@@ -271,7 +271,7 @@ def test_negative_alibi_scales_among_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 12, 1, 1), (5, 1, 11, 1, 1), (5, 12), (5, 1, 12, 17, 1)])
-def test_another_shape_of_alibi_scale(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_another_shape_of_alibi_scale_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     checkpoint["model"][SCALE] = torch.ones(shape)
     message = refusal(save(checkpoint, tmp_path))
@@ -298,7 +298,7 @@ def test_ema_weights_are_other_weights(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_without_ema_weights(tmp_path: Path) -> None:
+def test_ema_weights_may_be_missing(tmp_path: Path) -> None:
     checkpoint = read()
     del checkpoint["model"]["_ema"]
     path = save(checkpoint, tmp_path)
@@ -307,7 +307,7 @@ def test_a_file_without_ema_weights(tmp_path: Path) -> None:
         load_teacher(path, weights="ema")
 
 
-# Classes that the reader lacks.
+# Missing classes.
 
 FOREIGN = """
 import enum
@@ -329,8 +329,8 @@ class Record:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module that can be pickled from, until :func:`forget` is called."""
-    module = types.ModuleType("fairseq_of_somebody")
+    """A module whose objects can be pickled until :func:`forget` is called."""
+    module = types.ModuleType("another_fairseq")
     exec(FOREIGN, module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -383,7 +383,7 @@ def with_enums(cfg: dict[str, Any], foreign: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("new_format", [True, False])
-def test_sizes_in_classes_that_we_lack(
+def test_sizes_are_read_from_missing_classes(
     wrap: Callable[..., Any], new_format: bool, foreign: types.ModuleType, tmp_path: Path
 ) -> None:
     checkpoint = read("tiny_alibi")
@@ -398,26 +398,26 @@ def test_sizes_in_classes_that_we_lack(
         assert torch.equal(ours, plain)
 
 
-def test_tensors_in_a_dict_subclass(tmp_path: Path) -> None:
+def test_tensors_are_read_from_a_dict_subclass(tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"] = defaultdict(list, checkpoint["model"])
     for ours, plain in zip(run_teacher(save(checkpoint, tmp_path)), run_teacher(GOLDEN / "tiny_base.pt"), strict=True):
         assert torch.equal(ours, plain)
 
 
-def test_a_newer_pickle_protocol(tmp_path: Path) -> None:
+def test_a_newer_pickle_protocol_is_read(tmp_path: Path) -> None:
     torch.save(read(), tmp_path / "teacher.pt", pickle_protocol=4)
     assert load_teacher(tmp_path / "teacher.pt").config == load_teacher(GOLDEN / "tiny_base.pt").config
 
 
-# Tensors that are not what the sizes ask for.
+# Tensors that do not fit the sizes.
 
 NEEDED = [QKV, f"{IMAGE}context_encoder.norm.weight", f"{IMAGE}extra_tokens", f"{IMAGE}local_encoder.proj.weight"]
 
 
 @pytest.mark.parametrize("weights", ["model", "ema"])
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_missing_tensor(name: str, weights: Any, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_refused(name: str, weights: Any, tmp_path: Path) -> None:
     checkpoint = read()
     del (checkpoint["model"] if weights == "model" else checkpoint["model"]["_ema"])[name]
     path = save(checkpoint, tmp_path)
@@ -426,7 +426,7 @@ def test_a_missing_tensor(name: str, weights: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_misshapen_tensor(name: str, tmp_path: Path) -> None:
+def test_a_misshapen_tensor_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = read()
     right = checkpoint["model"][name]
     checkpoint["model"][name] = torch.cat([right, right])
@@ -438,7 +438,7 @@ def test_a_misshapen_tensor(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_tensor_that_is_not_finite(name: str, value: float, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_finite_is_refused(name: str, value: float, tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"][name].view(-1)[-1] = value
     message = refusal(save(checkpoint, tmp_path))
@@ -447,7 +447,7 @@ def test_a_tensor_that_is_not_finite(name: str, value: float, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["blocks.3.norm1.weight", f"{IMAGE}context_encoder.blocks.2.mlp.fc1.bias", "surprise"])
-def test_an_extra_tensor(name: str, tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"][name] = torch.ones(7, 3)
     message = refusal(save(checkpoint, tmp_path))
@@ -462,19 +462,19 @@ UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_a_tensor_without_plain_numbers(kind: str, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_dense_is_refused(kind: str, tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"][QKV] = UNUSUAL[kind](checkpoint["model"][QKV])
     assert QKV in refusal(save(checkpoint, tmp_path))
 
 
-def test_a_tensor_that_claims_terabytes(tmp_path: Path) -> None:
+def test_a_tensor_of_terabytes_is_refused(tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"]["surprise"] = torch.ones(1, dtype=torch.float16).expand(1 << 44)
     assert "surprise" in refusal(save(checkpoint, tmp_path))
 
 
-# Sizes that cannot be.
+# Impossible sizes.
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_a_tensor_that_claims_terabytes(tmp_path: Path) -> None:
         ("image", "num_extra_tokens", True),
     ],
 )
-def test_sizes_that_cannot_be(section: str, name: str, value: Any, tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused(section: str, name: str, value: Any, tmp_path: Path) -> None:
     checkpoint = read()
     (checkpoint["cfg"]["model"] if section == "model" else image_cfg(checkpoint))[name] = value
     assert refusal(save(checkpoint, tmp_path))
@@ -516,7 +516,7 @@ def shared_lists(depth: int) -> list[Any]:
     return nested
 
 
-def test_a_cfg_whose_parts_are_shared(tmp_path: Path) -> None:
+def test_a_cfg_with_shared_parts_is_read(tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["cfg"]["shared"] = shared_lists(60)
     path = save(checkpoint, tmp_path)
@@ -524,13 +524,13 @@ def test_a_cfg_whose_parts_are_shared(tmp_path: Path) -> None:
         assert load_teacher(path).config == load_teacher(GOLDEN / "tiny_base.pt").config
 
 
-def test_a_cfg_that_refers_to_itself(tmp_path: Path) -> None:
+def test_a_recursive_cfg_is_read(tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["cfg"]["model"]["parent"] = checkpoint["cfg"]
     assert load_teacher(save(checkpoint, tmp_path)).config == load_teacher(GOLDEN / "tiny_base.pt").config
 
 
-def test_a_cfg_with_keys_that_are_no_names(tmp_path: Path) -> None:
+def test_a_cfg_with_other_keys_than_strings_is_read(tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["cfg"]["model"]["by_size"] = {(224, 224): 1, 3: 2, None: 3}
     assert load_teacher(save(checkpoint, tmp_path)).config == load_teacher(GOLDEN / "tiny_base.pt").config
@@ -581,7 +581,7 @@ def one_dimensional_alibi() -> Checkpoint:
     ],
     ids=["text", "audio", "fine_tuned", "head", "pre_norm", "alibi_dims"],
 )
-def test_other_kinds_are_not_supported_because(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
+def test_unsupported_kinds_are_refused_with_the_reason(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
     message = refusal(save(copy.deepcopy(checkpoint), tmp_path))
     assert kind in message
     assert "not supported, because" in message
@@ -601,16 +601,16 @@ def test_other_kinds_are_not_supported_because(checkpoint: Checkpoint, kind: str
         {"model": {"weight": torch.ones(2)}, "cfg": {"model": {}}},
     ],
 )
-def test_pytorch_files_of_others(checkpoint: Any, tmp_path: Path) -> None:
+def test_other_pytorch_files_are_refused(checkpoint: Any, tmp_path: Path) -> None:
     assert "not a" in refusal(save(checkpoint, tmp_path))
 
 
-# Files that are damaged, or none.
+# Corrupt and missing files.
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.001, 0.1, 0.5, 0.9, 0.99, 0.99999])
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_truncated_file(fraction: float, new_format: bool, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(fraction: float, new_format: bool, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     torch.save(read(), path, _use_new_zipfile_serialization=new_format)
     content = path.read_bytes()
@@ -621,12 +621,12 @@ def test_a_truncated_file(fraction: float, new_format: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "content", [b"just some text\nof several lines\n", b"{}", b"<html>404</html>" * 99, bytes(4096)]
 )
-def test_a_file_of_something_else(content: bytes, tmp_path: Path) -> None:
+def test_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     path.write_bytes(content)
     assert "not a PyTorch checkpoint" in refusal(path)
 
 
-def test_a_folder_and_no_file(tmp_path: Path) -> None:
+def test_a_folder_or_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "nowhere.pt")

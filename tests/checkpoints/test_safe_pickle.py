@@ -1,4 +1,4 @@
-"""Files that would run code, or do other harm, where anything but ``checkpoints/safe_pickle.py`` read them."""
+"""Files that would run code, or do other harm, if anything but ``checkpoints/safe_pickle.py`` read them."""
 
 import builtins
 import importlib
@@ -29,7 +29,7 @@ QKV = "blocks.1.attn.qkv.weight"
 
 
 class Call:
-    """Pickles as a call of ``function``, which may be another such call."""
+    """Pickles as a call of ``function``, which may be another Call."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.function, self.args = function, args
@@ -42,7 +42,7 @@ class Call:
 
 
 class RunsInNew:
-    """Runs when it is made (NEWOBJ)."""
+    """Runs code when it is created (NEWOBJ)."""
 
     def __new__(cls, canary: Path) -> "RunsInNew":
         canary.touch()
@@ -53,7 +53,7 @@ class RunsInNew:
 
 
 class RunsInSetstate:
-    """Runs when it is filled (BUILD)."""
+    """Runs code when its state is set (BUILD)."""
 
     def __getstate__(self) -> dict[str, str]:
         return {"canary": self.__dict__["canary"]}
@@ -63,7 +63,7 @@ class RunsInSetstate:
 
 
 class RunsInAppend(list):
-    """Runs when it gets its items (APPENDS)."""
+    """Runs code when items are appended (APPENDS)."""
 
     def extend(self, items: Any) -> None:
         Path(items[0]).touch()
@@ -72,14 +72,14 @@ class RunsInAppend(list):
 
 
 class RunsInSetitem(dict):
-    """Runs when it gets its items (SETITEMS)."""
+    """Runs code when items are set (SETITEMS)."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         Path(value).touch()
 
 
 def new(cls: type, canary: Path) -> Any:
-    """An instance that knows the canary's path, without running anything."""
+    """Create an instance with the canary's path, without running its code."""
     instance = object.__new__(cls)
     instance.__dict__["canary"] = str(canary)
     return instance
@@ -147,7 +147,7 @@ REFUSED = [at_top, as_size, as_tensor]
 
 @pytest.fixture(autouse=True)
 def _soon() -> Iterator[None]:
-    """Every file is dealt with in seconds."""
+    """Every file is read or refused in seconds."""
     start = time.monotonic()
     yield
     assert time.monotonic() - start < SECONDS
@@ -181,7 +181,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("way", ARMED)
-def test_the_payloads_are_armed(way: str, canary: Path) -> None:
+def test_the_payloads_work(way: str, canary: Path) -> None:
     pickle.loads(pickle.dumps(ARMED[way](canary)))
     assert canary.exists()
 
@@ -205,7 +205,7 @@ def test_no_code_of_a_file_runs(
     assert not canary.exists()
 
 
-# Pickles that no pickler writes. U: a string, G: a global; the rest are opcodes.
+# Hand-made pickles. U: a string, G: a global; the rest are opcodes.
 
 
 def U(text: str) -> bytes:  # noqa: N802
@@ -305,14 +305,16 @@ def hand_made(canary: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("format", [zipped, legacy, first_pickle, tar])
 @pytest.mark.parametrize("name", hand_made(Path()))
-def test_hand_made_pickles(name: str, format: Callable[[bytes, Path], Path], canary: Path, tmp_path: Path) -> None:
+def test_no_code_of_a_hand_made_pickle_runs(
+    name: str, format: Callable[[bytes, Path], Path], canary: Path, tmp_path: Path
+) -> None:
     refusal(format(b"\x80\x02" + hand_made(canary)[name], tmp_path))
     assert not canary.exists()
 
 
 @pytest.fixture
 def _intact_rebuild() -> Iterator[None]:
-    """What a file might do to torch's own function is undone."""
+    """Restore torch's function after a file may have changed it."""
     attributes = ("__name__", "__qualname__", "__module__", "__doc__", "__defaults__", "__kwdefaults__")
     before = {name: getattr(_rebuild_tensor_v2, name) for name in attributes}
     yield
@@ -348,7 +350,7 @@ def test_a_file_cannot_write_a_file(canary: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["teacher.pt"]
 
 
-def test_methods_that_a_file_replaces(tmp_path: Path) -> None:
+def test_a_file_cannot_replace_a_dicts_methods(tmp_path: Path) -> None:
     """An OrderedDict takes attributes from its pickle, as torch's state dicts do; ``items`` may be one of them."""
     body = (
         b"\x80\x02}("
@@ -367,7 +369,7 @@ def test_methods_that_a_file_replaces(tmp_path: Path) -> None:
         refusal(format(body, tmp_path))
 
 
-def test_a_torchscript_archive(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     class Program(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
@@ -377,7 +379,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
     assert "TorchScript" in refusal(path)
 
 
-def test_a_torchscript_archive_with_a_hostile_pickle(canary: Path, tmp_path: Path) -> None:
+def test_a_hidden_torchscript_archive_is_refused(canary: Path, tmp_path: Path) -> None:
     """torch.load hands an archive with a record ``constants.pkl`` to another reader than ours."""
     path = zipped(b"\x80\x02" + hand_made(canary)["global"], tmp_path)
     with zipfile.ZipFile(path, "a") as archive:
@@ -387,7 +389,7 @@ def test_a_torchscript_archive_with_a_hostile_pickle(canary: Path, tmp_path: Pat
     assert not canary.exists()
 
 
-# What comes out.
+# Loaded contents.
 
 
 def test_a_class_is_not_imported(monkeypatch: pytest.MonkeyPatch, canary: Path, tmp_path: Path) -> None:
@@ -400,7 +402,7 @@ def test_a_class_is_not_imported(monkeypatch: pytest.MonkeyPatch, canary: Path, 
     assert canary.exists()
 
 
-def test_tensors_beside_foreign_objects_are_themselves(tmp_path: Path) -> None:
+def test_tensors_next_to_stubs_are_unchanged(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     content = {
         "foreign": types.SimpleNamespace(size=3),

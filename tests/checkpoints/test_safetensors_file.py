@@ -1,4 +1,4 @@
-"""Our own files: converting, fetching and caching a teacher, exporting a student, and what is refused."""
+"""Teachers are converted, fetched and cached, students exported; unusable files are refused."""
 
 import hashlib
 import http.server
@@ -21,8 +21,9 @@ from d2v_composer.checkpoints import safetensors_file
 from d2v_composer.checkpoints.load import convert_teacher, save_student
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
+from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, refused_by, run_command
+from helpers import GOLDEN, ROOT, refused_by
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -38,7 +39,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> Path:
-    """The same file with other tensors or metadata."""
+    """Replace the file's tensors or metadata."""
     tensors = load_file(path) if tensors is None else tensors
     save_file(tensors, path, read_metadata(path) | metadata)
     return path
@@ -54,13 +55,17 @@ def files_in(folder: Path) -> list[str]:
 
 
 def convert_command(*argv: str | Path) -> Any:
-    """``recipes/convert_teacher.py`` called in this process."""
+    """Call ``recipes/convert_teacher.py`` in this process."""
+    return convert_teacher_recipe().main([str(part) for part in argv])
+
+
+def convert_teacher_recipe() -> Any:
     spec = importlib.util.spec_from_file_location("convert_teacher", ROOT / "recipes" / "convert_teacher.py")
     assert spec is not None
     assert spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    return recipe.main([str(part) for part in argv])
+    return recipe
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def test_a_teacher_stored_in_16_bits_is_float32_and_close(dtype: torch.dtype, to
     assert path.stat().st_size < 0.6 * 4 * sum(parameter.numel() for parameter in original.parameters())
 
 
-def test_metadata_say_where_a_teacher_is_from(tmp_path: Path) -> None:
+def test_metadata_name_the_source(tmp_path: Path) -> None:
     path = tmp_path / "teacher.safetensors"
     convert_command(golden(), path, "--weights", "ema", "--licence", "none, random numbers")
     provenance = json.loads(read_metadata(path)["provenance"])
@@ -113,7 +118,7 @@ def test_metadata_say_where_a_teacher_is_from(tmp_path: Path) -> None:
     assert load_teacher(path, "ema").provenance == provenance
 
 
-def test_metadata_name_the_usual_licence(converted: Path) -> None:
+def test_metadata_name_the_default_licence(converted: Path) -> None:
     assert "NC" in json.loads(read_metadata(converted)["provenance"])["licence"]
 
 
@@ -142,7 +147,7 @@ def test_a_converted_file_holds_one_kind_of_weights(stored: Any, asked: Any, tmp
         load_teacher(path, asked)
 
 
-# Nothing half-written.
+# No partial files.
 
 
 def damaged(folder: Path) -> Path:
@@ -169,7 +174,9 @@ def nowhere(folder: Path) -> Path:
 
 @pytest.mark.parametrize("make_source", [damaged, lacking_a_tensor, converted_already, nowhere])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_source_that_cannot_be_converted(make_source: Callable[[Path], Path], exists: bool, tmp_path: Path) -> None:
+def test_an_unusable_source_leaves_the_output_as_it_was(
+    make_source: Callable[[Path], Path], exists: bool, tmp_path: Path
+) -> None:
     out = tmp_path / "out" / "teacher.safetensors"
     if exists:
         out.parent.mkdir()
@@ -182,7 +189,7 @@ def test_a_source_that_cannot_be_converted(make_source: Callable[[Path], Path], 
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_disk_that_fills_up(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_output_as_it_was(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "teacher.safetensors"
     if exists:
         out.write_bytes(b"what was there before")
@@ -198,35 +205,43 @@ def test_a_disk_that_fills_up(exists: bool, tmp_path: Path, monkeypatch: pytest.
     assert not exists or out.read_bytes() == b"what was there before"
 
 
-def test_an_out_that_is_a_folder(tmp_path: Path) -> None:
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "folder"
     out.mkdir()
     refused_by(lambda path: convert_teacher(golden(), path), out)
     assert files_in(tmp_path) == ["folder"]
 
 
-def test_an_out_below_a_file(tmp_path: Path) -> None:
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     refused_by(lambda path: convert_teacher(golden(), path), tmp_path / "file" / "teacher.safetensors")
     assert files_in(tmp_path) == ["file"]
 
 
-def test_the_commands_exit_status(tmp_path: Path) -> None:
+def test_the_command_exits_with_2_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.safetensors"
-    process = run_command(sys.executable, ROOT / "recipes" / "convert_teacher.py", lacking_a_tensor(tmp_path), out)
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert process.stderr.count("\n") == 1
-    assert f"tensor {QKV} (144, 48) is missing" in process.stderr
+    for name in ("use_temporary_folder", "end_with_launcher"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(convert_teacher_recipe().main)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert f"tensor {QKV} (144, 48) is missing" in printed.err
     assert not out.exists()
 
 
-# Files that are damaged, lie, or are something else.
+# Corrupt files, false headers, other formats.
 
 
 @pytest.mark.parametrize("load", [load_teacher, load_student])
 @pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.001, 0.01, 0.5, 0.999])
-def test_a_truncated_file(load: Callable[[Path], Any], fraction: float, converted: Path, exported: Path) -> None:
+def test_a_truncated_file_is_refused(
+    load: Callable[[Path], Any], fraction: float, converted: Path, exported: Path
+) -> None:
     path = converted if load is load_teacher else exported
     content = path.read_bytes()
     path.write_bytes(content[: int(fraction * len(content))])
@@ -258,12 +273,12 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies(lie: str, converted: Path) -> None:
+def test_a_false_header_is_refused(lie: str, converted: Path) -> None:
     assert "not a safetensors file" in refused_by(load_teacher, with_header(converted, LIES[lie]))
 
 
 @pytest.mark.parametrize("length", [0, 10, 10**6, 10**15, 2**63])
-def test_a_header_of_another_length(length: int, converted: Path) -> None:
+def test_a_wrong_header_length_is_refused(length: int, converted: Path) -> None:
     assert "not a safetensors file" in refused_by(load_teacher, with_header(converted, lambda header: None, length))
 
 
@@ -272,7 +287,7 @@ DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, DEEP], ids=[*CONFIGS, "deep"])
-def test_metadata_with_unusable_sizes(config: str, converted: Path) -> None:
+def test_unusable_sizes_are_refused(config: str, converted: Path) -> None:
     refused_by(load_teacher, rewrite(converted, config=config))
 
 
@@ -281,39 +296,39 @@ def test_metadata_with_unusable_sizes(config: str, converted: Path) -> None:
     [*CONFIGS, '{"encoder": [], "student": []}', '{"encoder": {"embed_dim": 48.0}, "student": {}}', DEEP],
     ids=[*CONFIGS, "lists", "fraction", "deep"],
 )
-def test_student_metadata_with_unusable_sizes(config: str, exported: Path) -> None:
+def test_unusable_sizes_of_a_student_are_refused(config: str, exported: Path) -> None:
     refused_by(load_student, rewrite(exported, config=config))
 
 
 @pytest.mark.parametrize("sizes", [{"embed_dim": 48.0}, {"depth": 10**9}, {"mlp_ratio": math.inf}, {"norm_eps": "x"}])
-def test_one_unusable_size(sizes: dict[str, Any], converted: Path) -> None:
+def test_one_unusable_size_is_refused(sizes: dict[str, Any], converted: Path) -> None:
     config = json.loads(read_metadata(converted)["config"])
     refused_by(load_teacher, rewrite(converted, config=json.dumps(config | sizes)))
 
 
 @pytest.mark.parametrize("sizes", [{"num_heads": 7}, {"mlp_ratio": 0.001}, {"mlp_ratio": math.inf}, {"depth": 2.5}])
-def test_one_unusable_size_of_a_student(sizes: dict[str, Any], exported: Path) -> None:
+def test_one_unusable_size_of_a_student_is_refused(sizes: dict[str, Any], exported: Path) -> None:
     config = json.loads(read_metadata(exported)["config"])
     refused_by(load_student, rewrite(exported, config=json.dumps(config | {"student": config["student"] | sizes})))
 
 
 @pytest.mark.parametrize("provenance", ["", "[]", "null", '"model"'])
-def test_unusable_provenance(provenance: str, converted: Path) -> None:
+def test_unusable_provenance_is_refused(provenance: str, converted: Path) -> None:
     refused_by(load_teacher, rewrite(converted, provenance=provenance))
 
 
 @pytest.mark.parametrize("version", ["2", "10", "", "one", "-1"])
-def test_another_format_version(version: str, converted: Path, exported: Path) -> None:
+def test_another_format_version_is_refused(version: str, converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
         assert "format version" in refused_by(load, rewrite(path, format_version=version))
 
 
-def test_the_other_kind_of_file(converted: Path, exported: Path) -> None:
+def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
     assert "d2v_composer.student, expected d2v_composer.teacher" in refused_by(load_teacher, exported)
     assert "d2v_composer.teacher, expected d2v_composer.student" in refused_by(load_student, converted)
 
 
-def test_files_of_others(tmp_path: Path) -> None:
+def test_other_programs_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for load in (load_teacher, load_student):
         assert "its format is none" in refused_by(load, tmp_path / "other.safetensors")
@@ -323,7 +338,7 @@ def test_files_of_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [load_teacher, load_student])
-def test_tensors_that_do_not_fit(load: Callable[[Path], Any], converted: Path, exported: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused(load: Callable[[Path], Any], converted: Path, exported: Path) -> None:
     path = converted if load is load_teacher else exported
     tensors = load_file(path)
     without = {name: tensor for name, tensor in tensors.items() if name != QKV}
@@ -339,7 +354,7 @@ def test_tensors_that_do_not_fit(load: Callable[[Path], Any], converted: Path, e
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves bytes under paths and remembers what was asked for."""
+    """Serves bytes by path and records requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -400,7 +415,7 @@ def test_a_teacher_is_fetched_once(suffix: str, server: Server, converted: Path,
     assert len(cached_files(tmp_path)) == 1
 
 
-def test_the_source_of_a_fetched_teacher(server: Server, tmp_path: Path) -> None:
+def test_a_fetched_teacher_knows_its_source(server: Server, tmp_path: Path) -> None:
     server.content["/teacher.pt"] = golden().read_bytes()
     conversion = convert_teacher(server.address("/teacher.pt"), tmp_path / "out.safetensors")
     assert conversion.provenance["source"] == "teacher.pt"
@@ -414,7 +429,7 @@ def test_addresses_that_end_alike_are_not_mixed_up(server: Server, tmp_path: Pat
     assert configs == [load_teacher(golden(name)).config for name in NAMES]
 
 
-def test_an_address_with_nothing_behind_it(server: Server, tmp_path: Path) -> None:
+def test_a_missing_remote_file_is_not_cached(server: Server, tmp_path: Path) -> None:
     address = server.address("/teacher.pt")
     for _ in range(2):
         with pytest.raises(InputError, match=r"cannot be fetched \(.*404.*\)") as caught:
@@ -426,7 +441,7 @@ def test_an_address_with_nothing_behind_it(server: Server, tmp_path: Path) -> No
     assert load_teacher(address).config.depth == 3
 
 
-def test_a_connection_that_breaks(server: Server, tmp_path: Path) -> None:
+def test_a_broken_download_is_not_cached(server: Server, tmp_path: Path) -> None:
     server.content["/teacher.pt"] = golden().read_bytes()
     server.cut_after = 100_000
     with pytest.raises(InputError):
@@ -436,7 +451,7 @@ def test_a_connection_that_breaks(server: Server, tmp_path: Path) -> None:
     assert load_teacher(server.address("/teacher.pt")).config.depth == 3
 
 
-def test_no_server_at_all(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error(server: Server, tmp_path: Path) -> None:
     server.shutdown()
     server.server_close()
     with pytest.raises(InputError, match="cannot be fetched"):
@@ -470,7 +485,7 @@ def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path)
     assert files_in(path.parent) == [path.name]
 
 
-def test_a_loaded_student_trains_its_blocks_alone(exported: Path) -> None:
+def test_only_a_loaded_students_blocks_train(exported: Path) -> None:
     student = load_student(exported)
     assert all(parameter.requires_grad for parameter in student.blocks.parameters())
     assert not any(parameter.requires_grad for parameter in student.encoder.parameters())
