@@ -1,9 +1,11 @@
 """Fixtures of several tests: small data sets, and a run that was never interrupted."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.session
 import pytest
 import torch
 from composer.utils import dist
@@ -13,6 +15,9 @@ from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_com
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there are as many processes as cores
+
+# Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 # The longest files start first: at the end no core waits for another's last long test.
 LONG = ("test_store_faults.py", "test_train_on_several_ranks.py", "test_train_from_a_store.py", "test_train.py")
