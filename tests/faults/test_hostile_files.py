@@ -9,7 +9,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,30 +56,38 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def answer_to(connection: Any, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def send_answers(connection: Any, calls: Sequence[Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
     before = peak_megabytes()
-    try:
-        result, refused = call(*arguments), False
-    except InputError as error:
-        result, refused = str(error), True
-    connection.send(Answer(result, refused, peak_megabytes() - before))
+    for call in calls:
+        try:
+            result, refused = call(*arguments), False
+        except InputError as error:
+            result, refused = str(error), True
+        connection.send(Answer(result, refused, peak_megabytes() - before))
 
 
-def answer(call: Callable[..., Any], *arguments: Any) -> Answer:
-    """Call a function in a separate process, limited to ten seconds and 700 MB."""
+def answers(calls: Sequence[Callable[..., Any]], *arguments: Any) -> list[Answer]:
+    """Call functions in a separate process, each limited to ten seconds and 700 MB."""
     ours, theirs = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=answer_to, args=(theirs, call, arguments))
+    process = SERVER.Process(target=send_answers, args=(theirs, calls, arguments))
     process.start()
     theirs.close()
+    given: list[Answer] = []
     try:
-        assert ours.poll(SECONDS), f"no answer within {SECONDS} s"
-        given: Answer = ours.recv()
+        for call in calls:
+            assert ours.poll(SECONDS), f"no answer of {call.__name__} within {SECONDS} s"
+            given.append(ours.recv())
     finally:
         process.kill()
         process.join()
-    assert given.megabytes < MEGABYTES
-    if given.refused:
-        assert "\n" not in given.result
+    for each in given:
+        assert each.megabytes < MEGABYTES
+        assert not each.refused or "\n" not in each.result
+    return given
+
+
+def answer(call: Callable[..., Any], *arguments: Any) -> Answer:
+    [given] = answers([call], *arguments)
     return given
 
 
@@ -154,8 +162,7 @@ def decoded(encoded: bytes) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_malformed_and_huge_images_are_refused(name: str) -> None:
-    for door in (augmented, decoded):
-        given = answer(door, BOMBS[name]())
+    for given in answers([augmented, decoded], BOMBS[name]()):
         assert given.refused, given
         assert given.result.startswith("sample 3: ")
 
@@ -374,8 +381,7 @@ HUGE = [terabyte_of_safetensors, terabyte_of_zip, huge_memo, nested_tuples, nest
 @pytest.mark.parametrize("make", HUGE)
 def test_files_that_would_need_all_memory_or_time_are_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path / "ep0-ba1-rank0.pt")
-    for door in (load_teacher, load_student, load_any, check_checkpoint):
-        given = answer(door, path)
+    for given in answers([load_teacher, load_student, load_any, check_checkpoint], path):
         assert given.refused, given
         assert str(path) in given.result
 
@@ -417,8 +423,7 @@ def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, tmp_pat
     text = SIZES[what](json.loads(metadata["config"]))
     stored = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     save_file(load_file(path) | {"config_json": stored}, path, metadata | {"config": text})
-    for door in (load_student, load_any, embed_dim_through_timm):
-        given = answer(door, path)
+    for given in answers([load_student, load_any, embed_dim_through_timm], path):
         assert given.refused, given
         assert len(given.result) < 500
 
