@@ -1,6 +1,7 @@
 """Data, teacher and checkpoints in an object store: a real S3 server on loopback."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
+    ROOT,
     assert_same_losses,
     encoded_image,
     losses_of,
@@ -25,6 +27,7 @@ from helpers import (
 )
 
 BUCKET = "cloud"
+FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_trains_from_and_to_a_store(
         "save_interval=7ba",  # each upload takes seconds
         "report=true",
     )
-    command = train_command(arguments, ranks)
+    command = train_command(arguments, ranks) if ranks == 2 else [sys.executable, FORKED_UPLOADS, *arguments]
     remote = run_command(*command, cwd=tmp_path, environment=environment, timeout=300)
     assert remote.returncode == 0, remote.stderr
     assert_same_losses(losses_of(tmp_path / "runs" / name), losses_of(uninterrupted), num_steps=14)
