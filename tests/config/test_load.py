@@ -1,4 +1,4 @@
-"""What a YAML may say, and what is answered to what it may not."""
+"""A YAML's keys, types and values are accepted as written, or refused in one line."""
 
 import sysconfig
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_distill_is_the_papers_run() -> None:
         load_config([DISTILL_YAML, REMOTE])
 
 
-def test_overrides() -> None:
+def test_overrides_change_single_keys() -> None:
     config = load("optimizer.lr=1e-4", "student={depth: 2}", "callbacks.memory_monitor={}", "callbacks.lr_monitor=null")
     assert config.optimizer.lr == 1e-4
     assert load("optimizer.betas[0]=0.8").optimizer.betas == [0.8, 0.98]
@@ -52,7 +52,7 @@ def test_overrides() -> None:
     assert config.callbacks["memory_monitor"] == {}
     assert config.callbacks["lr_monitor"] is None
     assert load("retrieval.datasets={}").retrieval.datasets == {}
-    assert Path(config.teacher.checkpoint).is_file()  # ${here:…} is beside the YAML, from any folder
+    assert Path(config.teacher.checkpoint).is_file()  # ${here:…} is beside the YAML
 
 
 REFUSED = {
@@ -108,11 +108,29 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED.items())
-def test_refused_in_one_line(override: str, message: str) -> None:
+def test_a_wrong_value_is_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         load("max_duration=1000ba", override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_problems_are_listed_in_one_line() -> None:
+    """Unknown names and types, then values, then contradictions and this machine: the later need the earlier."""
+    with pytest.raises(InputError) as caught:
+        load("student.dept=3", "optimizer.lr=true", "sead=1")
+    for message in ("student.dept: no such key", "; optimizer.lr: must not be true", "; sead: no such key"):
+        assert message in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        load("optimizer.lr=0", "seed=-1", "train_loader.flip=2")
+    assert str(caught.value) == (
+        "seed: must be at least 0, got -1; train_loader.flip: must be at most 1, got 2.0; "
+        "optimizer.lr: must be at least 1e-30, got 0.0"
+    )
+    with pytest.raises(InputError) as caught:
+        load("precision=amp_fp16", "scheduler.t_warmup=2000ba", "loggers.tensorbord={}", "load_path=nowhere.pt")
+    for message in ("t_warmup: must not be", "tensorbord: no such name", "amp_fp16 needs", "nowhere.pt: no such file"):
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +140,7 @@ def test_refused_in_one_line(override: str, message: str) -> None:
         ("frozen_dtype=bfloat16", "frozen_dtype: must be float32 with FSDP, which casts what it gathers, got bfloat16"),
     ],
 )
-def test_what_fsdp_does_not_go_with(monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
+def test_fsdp_refuses_other_settings(monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fsdp = load("parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
     assert fsdp is not None
@@ -144,8 +162,8 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
-def test_what_contradicts_itself(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On three ranks, each value by itself is one that could be meant."""
+def test_contradictions_are_refused(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value alone is allowed. There are three ranks."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     batch = [] if "global" in overrides[0] else ["global_train_batch_size=33"]
     with pytest.raises(InputError) as caught:
@@ -177,7 +195,7 @@ def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("teacher: {checkpoint: x}\ntrain_loader: {local: y}\nsave_folder: ${nothing}\n", "'nothing' not found"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
@@ -186,13 +204,13 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_text_that_the_locale_cannot_read() -> None:
-    """As Python makes it of LC_ALL=C and a path with other letters; the YAML is not to blame."""
+def test_text_that_the_locale_cannot_decode_is_refused() -> None:
+    """Python passes on such bytes of an argument as lone surrogates, for example with LC_ALL=C."""
     with pytest.raises(InputError, match=r"^'save_folder=\\udcc3\\udcbc': cannot be read as .*LC_ALL=C\.UTF-8"):
         load_config([str(ROOT / "yamls" / "quickstart.yaml"), "save_folder=\udcc3\udcbc"])
 
 
-def test_no_file() -> None:
+def test_a_missing_file_is_refused() -> None:
     with pytest.raises(InputError, match=r"missing.yaml: cannot be read \(No such file"):
         load_config(["missing.yaml"])
     with pytest.raises(InputError, match="no YAML given"):

@@ -1,4 +1,4 @@
-"""Slips of a hand in a YAML: each key dropped, misspelt, doubled, moved, and each value made another one."""
+"""Slips in a YAML: each key dropped, misspelt, doubled or moved, and each value replaced by others."""
 
 import copy
 import math
@@ -45,10 +45,10 @@ class Mutation(NamedTuple):
 
     what: str
     path: Path
-    """The keys down to the one that it happened to."""
+    """The keys down to the changed one."""
     text: str
     value: Any = None
-    """What it is now, where the slip is another value."""
+    """The new value, if the slip changed one."""
 
     @property
     def is_value(self) -> bool:
@@ -56,7 +56,7 @@ class Mutation(NamedTuple):
 
 
 def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) -> list[Mutation]:
-    """Slips in a YAML, so many at random or all."""
+    """Return the slips in a YAML: ``num`` at random, or all."""
     every = list(_every(config))
     return every if num is None else random.Random(seed).sample(every, min(num, len(every)))
 
@@ -66,7 +66,7 @@ def _every(config: Mapping[str, Any]) -> Iterator[Mutation]:
         *parents, name = path
 
         def changed(*without: str, path: Path = path, **added: Any) -> str:
-            """The YAML in which the mutated key's section lacks some keys and has others."""
+            """Return the YAML without some keys of the section, and with others."""
             copied = copy.deepcopy(dict(config))
             section = _get(copied, path[:-1])
             for key in without:

@@ -1,4 +1,4 @@
-"""recipes/train.py, with a count of what torch.compile makes: ``count_graphs.py BACKEND FOLDER RUN's arguments``.
+"""recipes/train.py with a count of torch.compile's graphs: ``count_graphs.py BACKEND FOLDER RUN's arguments``.
 
 After each batch, its retrieval included, each rank writes a line to its file in FOLDER: graphs, and breaks in them.
 """

@@ -1,7 +1,7 @@
-"""recipes/train.py with FSDP between processes on a CPU, which we refuse: ``fsdp_on_cpu.py RUN's arguments``.
+"""recipes/train.py with FSDP between processes on a CPU, which it refuses: ``fsdp_on_cpu.py RUN's arguments``.
 
-torch 2.7's gloo adds up what it is told to average when it reduces and scatters; here it averages. What each rank holds
-is looked at throughout the run.
+torch 2.7's gloo adds instead of averaging when it reduces and scatters; here it averages. The weights that each rank
+holds are checked throughout the run.
 """
 
 import sys
@@ -32,7 +32,7 @@ def averaging(output: Tensor, input: Tensor, op: Any = ReduceOp.SUM, **options: 
 
 
 class HoldsItsShare(Callback):
-    """Raises where a rank holds more than its share of the weights after a forward or backward pass or a retrieval."""
+    """Refuse that a rank holds more than its share of the weights after a forward or backward pass or a retrieval."""
 
     looked_at = (Event.FIT_START, Event.AFTER_FORWARD, Event.AFTER_BACKWARD, Event.BATCH_END)
 

@@ -20,7 +20,7 @@ SIZES = "modality_encoders.IMAGE.local_encoder.proj.weight"
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    """recipes/train.py as a module."""
+    """Return recipes/train.py as a module."""
     spec = importlib.util.spec_from_file_location("train", ROOT / "recipes" / "train.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +33,7 @@ def train() -> ModuleType:
 def answer(
     train: ModuleType, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable[..., str]:
-    """Runs the command with overrides that are to be refused, and gives the line it answers."""
+    """Return a function that runs the command with wrong overrides and returns the line of its error."""
 
     def run(*overrides: str) -> str:
         arguments = small_run(tmp_path / "run", small_data, *overrides)
@@ -57,7 +57,7 @@ def changed_teacher(path: Path, change: Callable[[dict[str, Any]], None]) -> Pat
 
 
 class Code:
-    """Runs when it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -66,19 +66,19 @@ class Code:
         return os.system, (f"touch {self.canary}",)
 
 
-def test_teacher_that_is_missing(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_missing_teacher_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     assert answer("teacher.checkpoint=nowhere.pt") == "error: nowhere.pt: no such file"
     assert not (tmp_path / "run").exists()
 
 
-def test_teacher_that_is_truncated(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_truncated_teacher_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     path.write_bytes((GOLDEN / "tiny_base.pt").read_bytes()[:100_000])
     assert "teacher.pt: truncated, or not a PyTorch checkpoint" in answer(f"teacher.checkpoint={path}")
     assert not (tmp_path / "run").exists()
 
 
-def test_teacher_of_another_modality(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_teacher_of_text_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     def to_text(checkpoint: dict[str, Any]) -> None:
         model = checkpoint["model"]
         checkpoint["model"] = {name.replace("IMAGE", "TEXT"): tensor for name, tensor in model.items()}
@@ -87,7 +87,7 @@ def test_teacher_of_another_modality(answer: Callable[..., str], tmp_path: Path)
     assert "text checkpoints are not supported, because" in answer(f"teacher.checkpoint={path}")
 
 
-def test_teacher_with_a_wrong_shape(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_teacher_with_a_wrong_shape_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     def cut(checkpoint: dict[str, Any]) -> None:
         checkpoint["model"][SIZES] = checkpoint["model"][SIZES][..., :7]
 
@@ -97,7 +97,7 @@ def test_teacher_with_a_wrong_shape(answer: Callable[..., str], tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_teacher_that_runs_code(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_teacher_that_would_run_code_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     path = changed_teacher(tmp_path / "teacher.pt", lambda checkpoint: checkpoint.update(cfg=Code(canary)))
     assert "not a data2vec 2.0 checkpoint: it has no dict cfg['model']" in answer(f"teacher.checkpoint={path}")
@@ -105,7 +105,7 @@ def test_teacher_that_runs_code(answer: Callable[..., str], tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_warm_up_longer_than_the_run_in_other_units(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_a_warmup_longer_than_the_run_is_refused_in_other_units_too(answer: Callable[..., str], tmp_path: Path) -> None:
     line = answer("max_duration=2ep", "scheduler.t_warmup=13ba")
     assert "must not be longer than max_duration 2ep, got 13ba with 6 batches an epoch" in line
     assert not (tmp_path / "run").exists()
@@ -130,18 +130,18 @@ def test_warm_up_longer_than_the_run_in_other_units(answer: Callable[..., str], 
         ("retrieval.datasets={x: {format: mds, root: nowhere}}", "nowhere/train: no index.json: no such folder"),
     ],
 )
-def test_settings(answer: Callable[..., str], tmp_path: Path, override: str, line: str) -> None:
+def test_a_wrong_setting_is_refused(answer: Callable[..., str], tmp_path: Path, override: str, line: str) -> None:
     assert line in answer(override)
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_data_folder(answer: Callable[..., str], tmp_path: Path) -> None:
+def test_an_empty_data_folder_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty: no index.json: not an MDS data set" in answer(f"train_loader.local={tmp_path / 'empty'}")
     assert not (tmp_path / "run").exists()
 
 
-def test_corrupt_index(answer: Callable[..., str], small_data: Path, tmp_path: Path) -> None:
+def test_a_corrupt_index_is_refused(answer: Callable[..., str], small_data: Path, tmp_path: Path) -> None:
     data = shutil.copytree(small_data, tmp_path / "data")
     (data / "index.json").write_text("{")
     assert "index.json: corrupt, or not an MDS index" in answer(f"train_loader.local={data}")
@@ -149,7 +149,9 @@ def test_corrupt_index(answer: Callable[..., str], small_data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_image_that_is_none(answer: Callable[..., str], tmp_path: Path, num_workers: int) -> None:
+def test_an_unreadable_image_ends_the_run_in_one_line(
+    answer: Callable[..., str], tmp_path: Path, num_workers: int
+) -> None:
     images = [encoded_image(i) for i in range(31)]
     data = write_mds(tmp_path / "data", [*images, b"not a picture"])
     line = answer(f"train_loader.local={data}", f"train_loader.num_workers={num_workers}")

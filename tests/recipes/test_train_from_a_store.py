@@ -32,7 +32,7 @@ FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
 
 @pytest.fixture(scope="module")
 def object_store(small_data: Path) -> Iterator[ObjectStore]:
-    """Holds the small data set and a teacher."""
+    """Return a store with the small data set and a teacher."""
     with ObjectStore() as store:
         store.create_bucket(BUCKET)
         client = store.client()

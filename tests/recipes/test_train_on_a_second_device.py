@@ -1,4 +1,4 @@
-"""All of it with a device that is not the host: ``python -m pytest -m device``, see tests/second_device.py."""
+"""Everything on a device that is not the host: ``python -m pytest -m device``, see tests/programs/second_device.py."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +28,7 @@ from recipes import export_student, supervised_resnet, train
 
 pytestmark = [
     pytest.mark.device,
-    pytest.mark.filterwarnings("default"),  # theirs, of XLA and of Composer's callbacks on what they do not know
+    pytest.mark.filterwarnings("default"),  # those of XLA, and of Composer's callbacks on an unknown device
 ]
 
 
@@ -40,12 +40,12 @@ def device() -> Iterator[SecondDevice]:
 
 @pytest.fixture
 def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """recipes/train.py trains on the second device."""
+    """Make recipes/train.py train on the second device."""
     monkeypatch.setattr(train, "Trainer", partial(Trainer, device=device))
 
 
 class StopsAt(Callback):
-    """Sends the run SIGTERM's flag after a batch."""
+    """Tell the run after a batch that SIGTERM came."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -80,14 +80,14 @@ def run_of_everything(folder: Path, data: Path, labelled: Path, *overrides: str)
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labelled: Path) -> Path:
-    """The same run on the host."""
+    """Return the folder of the same run on the host."""
     folder = tmp_path_factory.mktemp("here") / "run"
     train.main(run_of_everything(folder, small_data, labelled))
     return folder
 
 
 def assert_same_log(ours: Path, expected: Path) -> None:
-    """All that is measured of model and training; neighbours may be equally near."""
+    """Compare all measurements of model and training; equally near neighbours may differ."""
     ours_log, log = read_jsonl(ours / "log.jsonl"), read_jsonl(expected / "log.jsonl")
     measured = [name for name in log if name.startswith(("loss/", "health/", "l2_", "metrics/", "norm_", "moment"))]
     assert len(measured) > 100
@@ -98,8 +98,10 @@ def assert_same_log(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.usefixtures("train_there")
-def test_a_run_with_everything(here: Path, small_data: Path, labelled: Path, tmp_path: Path) -> None:
-    """Each callback of ours and of the YAML, a stop by SIGTERM and a resume measure what they do on the host."""
+def test_a_run_with_every_callback_measures_as_on_the_host(
+    here: Path, small_data: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """With a stop by SIGTERM and a resume."""
     arguments = run_of_everything(tmp_path / "run", small_data, labelled)
     with pytest.raises(SystemExit, match="143"):
         train.main(arguments, [StopsAt(3)])
@@ -116,8 +118,8 @@ def test_a_run_with_everything(here: Path, small_data: Path, labelled: Path, tmp
 
 
 @pytest.mark.usefixtures("device")
-def test_evaluation(here: Path, labelled: Path) -> None:
-    """Of a checkpoint and all that it is compared with."""
+def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> None:
+    """With a checkpoint and all its comparisons."""
     datasets = {"small": load_labelled_set("mds", labelled, image_size=32)}
     yaml = str(ROOT / "yamls" / "evaluate.yaml")
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
@@ -132,7 +134,7 @@ def test_evaluation(here: Path, labelled: Path) -> None:
 
 
 @pytest.mark.usefixtures("device")
-def test_export_and_embedding(here: Path, labelled: Path, tmp_path: Path) -> None:
+def test_an_exported_student_embeds_as_on_the_host(here: Path, labelled: Path, tmp_path: Path) -> None:
     export_student.main([str(here / "latest-rank0.pt"), str(tmp_path / "student.safetensors")])
     student = load_student(tmp_path / "student.safetensors")
     embedded = []
@@ -145,8 +147,10 @@ def test_export_and_embedding(here: Path, labelled: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(*embedded, atol=1e-4)
 
 
-def test_somebody_elses_run(device: SecondDevice, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """recipes/supervised_resnet.py, with few images."""
+def test_another_projects_run_measures_retrieval(
+    device: SecondDevice, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """recipes/supervised_resnet.py with few images."""
     few = load_labelled_set("mds", labelled, image_size=32)
     monkeypatch.setattr(supervised_resnet, "load_labelled_set", lambda *args, **options: few)
     monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
@@ -155,7 +159,7 @@ def test_somebody_elses_run(device: SecondDevice, labelled: Path, monkeypatch: p
 
 
 def train_small(device: SecondDevice, *callbacks: Callback) -> None:
-    """Two batches of 8 images."""
+    """Train on two batches of 8 images."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     model = DistillationModel(teacher, teacher.build_student(depth=1))
     trainer = Trainer(
@@ -175,7 +179,7 @@ def some_images(num: int) -> torch.Tensor:
     return torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_embeddings_that_come_back_to_the_host(device: SecondDevice) -> None:
+def test_embeddings_may_return_to_the_host(device: SecondDevice) -> None:
     images = LabelledImages(some_images(12), torch.arange(12) % 3)
     retrieval = ZeroShotRetrieval(
         {"small": LabelledSet(images, images)}, "1ba", embed=lambda images: images.flatten(1).float().cpu()
@@ -185,7 +189,7 @@ def test_embeddings_that_come_back_to_the_host(device: SecondDevice) -> None:
 
 
 class HostBatch(Health):
-    """Looks at what Composer gives at a batch's end, as ours once did."""
+    """Read the batch that Composer leaves at a batch's end, on the host."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.microbatch = state.batch
@@ -193,7 +197,7 @@ class HostBatch(Health):
 
 
 class Mixture(Callback):
-    """An elementwise operation that XLA itself lets pass."""
+    """Mix devices in an elementwise operation that XLA itself allows."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
@@ -211,7 +215,7 @@ class Mixture(Callback):
     ],
 )
 def test_a_mixture_is_refused(fault: Callback, message: str, device: SecondDevice) -> None:
-    """What the suite is for: each of these faults makes it fail."""
+    """Each of these faults makes the suite fail."""
     with pytest.raises(MixedDevicesError, match=message):
         train_small(device, fault)
 

@@ -1,4 +1,4 @@
-"""A folder where a file is expected, and a file where a folder is: one line, status 2, before any work."""
+"""A folder instead of a file, or a file instead of a folder: one line and status 2, before any work."""
 
 import runpy
 import shutil
@@ -19,7 +19,7 @@ TEACHER = GOLDEN / "tiny_base.pt"
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Runs a recipe in this process, and gives the line with which it ends."""
+    """Return a function that runs a recipe in this process and returns the line of its error."""
     monkeypatch.chdir(tmp_path)
 
     def run(recipe: str, *arguments: str | Path) -> str:
@@ -57,14 +57,18 @@ def student(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [".in_use", "latest-rank0.pt", "log.jsonl", "report.html", "run.yaml"])
-def test_a_runs_file_that_is_a_folder(name: str, refused: Command, small_data: Path, tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_runs_file_is_refused(
+    name: str, refused: Command, small_data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
     line = refused("train", *small_run(tmp_path / "run", small_data))
     assert line == f"error: save_folder: {tmp_path / 'run' / name}: is a folder, expected a run's file, or none"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
-def test_training(refused: Command, small_data: Path, tmp_path: Path, folder: Path, file: Path) -> None:
+def test_train_refuses_wrong_kinds(
+    refused: Command, small_data: Path, tmp_path: Path, folder: Path, file: Path
+) -> None:
     def line(*overrides: str) -> str:
         return refused("train", *small_run(tmp_path / "run", small_data, *overrides))
 
@@ -89,14 +93,14 @@ def test_training(refused: Command, small_data: Path, tmp_path: Path, folder: Pa
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_images_that_are_folders(refused: Command, tmp_path: Path, small_data: Path) -> None:
+def test_train_refuses_folders_in_place_of_images(refused: Command, tmp_path: Path, small_data: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "images" / split / "cat" / "a.jpg").mkdir(parents=True)
     datasets = f"retrieval.datasets={{x: {{format: folder, root: {tmp_path / 'images'}}}}}"
     assert str(tmp_path / "images") in refused("train", *small_run(tmp_path / "run", small_data, datasets))
 
 
-def test_evaluating(refused: Command, folder: Path, file: Path) -> None:
+def test_evaluate_refuses_wrong_kinds(refused: Command, folder: Path, file: Path) -> None:
     yaml = ROOT / "yamls" / "evaluate.yaml"
     assert refused("evaluate", folder) == f"error: {folder}: cannot be read (Is a directory)"
     assert refused("evaluate", yaml, f"model={folder}").endswith(f"{folder}: is a folder, not a file")
@@ -115,7 +119,7 @@ def test_evaluating(refused: Command, folder: Path, file: Path) -> None:
         ("export_student", "student.pt2"),
     ],
 )
-def test_files_that_are_written(
+def test_converters_refuse_wrong_kinds(
     recipe: str, name: str, refused: Command, student: Path, file: Path, tmp_path: Path
 ) -> None:
     source = TEACHER if recipe == "convert_teacher" else student
@@ -128,16 +132,16 @@ def test_files_that_are_written(
     assert not (tmp_path / "s3:").exists()
 
 
-def test_embedding(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
+def test_embed_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
     (folder / "a.npy").mkdir()
     assert "is a folder, not a file" in refused("embed", folder, folder, "out.npy")
     assert f"{file}: is not a folder" in refused("embed", TEACHER, file, "out.npy")
-    assert f"{folder / 'a.npy'}: is" in refused("embed", TEACHER, folder, folder / "a.npy")
+    assert f"{folder / 'a.npy'}: exists already" in refused("embed", TEACHER, folder, folder / "a.npy")
     assert f"{file} is not a folder" in refused("embed", TEACHER, folder, file / "a.npy")
     assert "must be a local file" in refused("embed", TEACHER, folder, "s3://bucket/a.npy")
 
 
-def test_converting_images(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
+def test_convert_imagenet_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
     images = tmp_path / "images" / "train"
     images.mkdir(parents=True)
     shutil.copy(file, images / "a.jpg")
@@ -146,7 +150,7 @@ def test_converting_images(refused: Command, folder: Path, file: Path, tmp_path:
     assert str(folder) in refused("convert_imagenet", images.parent, tmp_path / "out", "--labels", folder)
 
 
-def test_reporting(refused: Command, folder: Path, file: Path) -> None:
+def test_report_refuses_wrong_kinds(refused: Command, folder: Path, file: Path) -> None:
     assert f"{file}: no such folder" in refused("report", file)
     (folder / "run.yaml").mkdir()
     assert f"{folder / 'run.yaml'}: " in refused("report", folder)
