@@ -60,7 +60,7 @@ class EmbeddingFile:
 
     def _refuse_existing(self) -> None:
         if self.out.exists():
-            left = f"; {self.folder} is left of an interrupted run, remove it too" if self.folder.exists() else ""
+            left = f"; remove {self.folder} too" if self.folder.exists() else ""
             raise InputError(f"{self.out}: exists already: remove it, or choose another OUT{left}")
         # With our folder next to it, the ids are ours: a run was killed between the two files.
         if self.out.suffix == ".npy" and self.ids.exists() and not self.folder.exists():
@@ -111,7 +111,8 @@ class EmbeddingFile:
 
     def rewind(self, num_images: int) -> None:
         """Drop what came after the first images, none of which was skipped."""
-        self._record(num_images, [])
+        with self._disk_errors():
+            self._record(num_images, [])
 
     def finish(self, ids: Ids) -> None:
         """Move the complete file to OUT, and remove the folder.

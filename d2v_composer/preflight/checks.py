@@ -29,7 +29,7 @@ from d2v_composer.data.shared_memory import check_shared_memory
 from d2v_composer.data.verified_stream import VerifiedStream
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.preflight.nodes import Nodes
-from d2v_composer.preflight.rights import check_rights
+from d2v_composer.preflight.permissions import check_permissions
 from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import describe_machine
@@ -195,7 +195,7 @@ class Checks:
 
     def check_save_folder(self) -> str:
         """Check the permissions in the run's folder."""
-        return "none" if self.config.save_folder is None else check_rights(self.config.save_folder)
+        return "none" if self.config.save_folder is None else check_permissions(self.config.save_folder)
 
     def check_labelled_sets(self) -> str:
         """Load the labelled sets of the retrieval; fetch CIFAR if the run would."""

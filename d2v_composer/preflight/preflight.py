@@ -20,8 +20,8 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.preflight.checks import Checks, check_versions
 from d2v_composer.preflight.needs import Measured, needs
 from d2v_composer.preflight.nodes import Nodes
+from d2v_composer.preflight.permissions import remove_prefix
 from d2v_composer.preflight.rehearsal import Rehearsal
-from d2v_composer.preflight.rights import remove_prefix
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.retry import reason

@@ -9,14 +9,13 @@ from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.callbacks.checkpoint_retention import IMPATIENT_CLIENT
 from d2v_composer.system.addresses import Address
-from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["check_rights", "remove_prefix"]
+__all__ = ["check_permissions", "remove_prefix"]
 
 
-def check_rights(save_folder: str) -> str:
+def check_permissions(save_folder: str) -> str:
     """Write, list, read and delete a small file in a ``save_folder``, and return one line about it.
 
     Args:
@@ -47,7 +46,7 @@ def check_rights(save_folder: str) -> str:
 
 
 def _check_folder(folder: Path, name: str) -> str:
-    existing = existing_folder(folder)
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())  # maybe a file
     probe = existing / name
     _try_each(
         str(folder),
@@ -59,12 +58,12 @@ def _check_folder(folder: Path, name: str) -> str:
     return f"{folder}: write, list, read, delete"
 
 
-def _try_each(place: str, **rights: Callable[[], object]) -> None:
-    for right, attempt in rights.items():
+def _try_each(place: str, **attempts: Callable[[], object]) -> None:
+    for permission, attempt in attempts.items():
         try:
             attempt()
         except Exception as error:
-            raise InputError(f"{place}: no permission to {right} ({reason(error)})") from error
+            raise InputError(f"{place}: no permission to {permission} ({reason(error)})") from error
 
 
 def remove_prefix(address: str) -> None:
