@@ -1,1 +1,1 @@
-"""The machine: files, locks, stores, processes and nodes. Nothing here knows of models or training."""
+"""The machine: files, locks, stores, processes and nodes. Independent of models and training."""

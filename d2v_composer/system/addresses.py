@@ -1,7 +1,7 @@
-"""Where files are: a path here, https://…, or SCHEME://BUCKET/KEY in an object store, read in one way everywhere.
+"""Parse addresses of files: a local path, https://…, or SCHEME://BUCKET/KEY in an object store.
 
-Composer and Streaming take addresses apart with urllib, which cuts '#', '?' and ';' off, and Composer fills in
-placeholders. What they would read otherwise than it is written is refused.
+Composer and Streaming parse addresses with urllib, which cuts '#', '?' and ';' off, and Composer fills in placeholders.
+Addresses that they would read differently are refused.
 """
 
 import re
@@ -14,42 +14,42 @@ from typing_extensions import Self
 
 __all__ = ["STORES", "Address", "RunFolder", "check_path", "check_run_name", "file_name", "hide_secrets", "identity"]
 
-# Where Composer can write.
+# Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
-# What S3 (both kinds), GCS, CloudFront and Azure put into the query of a presigned address, in lower case.
+# Query parameters in presigned addresses of S3 (both kinds), GCS, CloudFront and Azure, in lower case.
 SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
 SIGNATURE = {
     *("awsaccesskeyid", "googleaccessid", "signature", "expires", "policy", "key-pair-id"),
     *("sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sig", "skoid", "sktid", "skt", "ske", "sks", "skv"),
 }
-# Parameters whose values may be shown; any other may be a token.
+# Parameters that are not secret; any other may be a token.
 HARMLESS = {"versionid", "generation", "revision", "version", "download", "raw"}
 HIDDEN = "..."
-# What urllib takes for the end of a path, or Composer for a placeholder.
+# Characters with which urllib ends a path, or Composer begins a placeholder.
 MISREAD = "#?;{}\\"
 PLACEHOLDER = "placeholders such as {run_name} are not supported; in a YAML write ${run_name}"
-# Limits of file systems and of S3, in bytes; a run's own names (log, report, partial files) take the rest.
+# Limits of file systems and S3, in bytes; OWN_NAMES are reserved for a run's files (log, report, partial files).
 LONGEST_NAME, LONGEST_PATH, LONGEST_KEY, OWN_NAMES = 255, 4095, 1024, 120
 
 
 class Address(NamedTuple):
-    """A file or folder here, on a web server or in an object store."""
+    """A file or folder: local, on a web server or in an object store."""
 
     scheme: str
-    """Empty: here."""
+    """Empty for a local path."""
     bucket: str
     path: str
-    """Of a store's the key, without slashes around it."""
+    """In a store the key, without a slash at the end."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read an address; a path here may have any characters.
+        """Parse an address; a local path may have any characters.
 
         Raises:
-            ValueError: It says what a store's address must be.
+            ValueError: A store's address is malformed.
         """
         match = SCHEME.match(text)
         if match is None:
@@ -77,20 +77,20 @@ class Address(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """Where a run's files are: in a folder here and, of a run in a store, below a prefix of a bucket."""
+    """A run's local folder and, if its files go to a store, their prefix in the bucket."""
 
     local: Path
     prefix: str | None = None
-    """Of a run in a store; empty: the bucket's root."""
+    """Empty for the bucket's root; ``None`` without a store."""
     address: str | None = None
-    """Of a run in a store, without a slash at the end."""
+    """Of the folder in the store, without a slash at the end; ``None`` without a store."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a ``save_folder``.
+        """Parse a ``save_folder``.
 
         Raises:
-            ValueError: It says what a ``save_folder`` must be.
+            ValueError: It is malformed, or Composer would read it differently.
         """
         _check_characters(text)
         address = Address.parse(text)
@@ -105,33 +105,33 @@ class RunFolder(NamedTuple):
         return cls(local, address.path, text.rstrip("/"))
 
     def key(self, name: str) -> str | None:
-        """The key of one of the run's files in the bucket; ``None`` for a run that is here alone."""
+        """Return the key of one of the run's files in the bucket; ``None`` without a store."""
         return None if self.prefix is None else f"{self.prefix}/{name}".lstrip("/")
 
 
 def check_run_name(name: str) -> None:
-    """Refuse what cannot be a folder's name here and in every store.
+    """Check that a name can be a folder's, locally and in every store.
 
     Raises:
-        ValueError: It says what a name must be.
+        ValueError: It cannot.
     """
     if "/" in name or name in (".", ".."):
         raise ValueError(f"must be a name without '/', got {name!r}")
     _check_characters(name)
     if not _composer_agrees(f"/{name}", Address("", "", f"/{name}")):
-        raise ValueError(f"must be a name that is nothing else to Composer, got {name!r}")
+        raise ValueError(f"must be a name that Composer does not read differently, got {name!r}")
     _check_lengths(Path(name))
 
 
 def check_path(path: str) -> None:
-    """Refuse the path of a file here that Composer would read otherwise.
+    """Check that Composer reads a local path as it is written.
 
     Raises:
-        ValueError: It says what the path must be.
+        ValueError: It does not.
     """
     _check_characters(path)
     if not _composer_agrees(path, Address("", "", path)):
-        raise ValueError(f"must be a path that does not begin like an address, got {path!r}")
+        raise ValueError(f"must be a path that does not look like an address, got {path!r}")
 
 
 def _check_characters(text: str) -> None:
@@ -157,10 +157,10 @@ def _check_lengths(path: Path) -> None:
 
 
 def _composer_agrees(text: str, address: Address) -> bool:
-    """Whether Composer finds the same store, bucket and path in a text."""
+    """Return whether Composer parses the same store, bucket and path."""
     try:
         scheme, bucket, path = parse_uri(text)
-    except ValueError:  # urllib's, of brackets
+    except ValueError:  # from urllib, for brackets
         return False
     return (scheme, bucket, path.rstrip("/") if scheme else path) == tuple(address)
 
@@ -170,22 +170,21 @@ def _size(text: str) -> int:
 
 
 def identity(address: str) -> str:
-    """An address without what only gives access to it: a login, a signature; and without a fragment.
+    """Return an address without login, signature and fragment, to be hashed, not shown.
 
-    It is the same after a presigned address was signed anew. Other parameters of the query stay: they may say which
-    file it is. The result is to be hashed, not shown.
+    A new signature does not change it. Other query parameters stay: they may identify the file.
     """
     return _rewrite(address, [(name, value) for name, value in _query(address) if not _signs(name)])
 
 
 def file_name(address: str | Path) -> str:
-    """The name of the file that an address or a path ends with."""
+    """Return the file name at the end of an address or a path."""
     text = str(address)
     return Path(text.partition("#")[0].partition("?")[0] if "://" in text else text).name
 
 
 def hide_secrets(text: str) -> str:
-    """A text in which the addresses show no login, no signature, and no value of a parameter that may be a token."""
+    """Remove logins, signatures and possible tokens from the addresses in a text."""
 
     def hide(match: re.Match[str]) -> str:
         shown = ((name, value if name.lower() in HARMLESS else HIDDEN) for name, value in _query(match[0]))
@@ -195,7 +194,7 @@ def hide_secrets(text: str) -> str:
 
 
 def _query(address: str) -> list[tuple[str, str]]:
-    # Not urlsplit, which refuses some hosts: these addresses were typed.
+    # Not urlsplit, which refuses some hosts.
     return parse_qsl(address.partition("#")[0].partition("?")[2], keep_blank_values=True)
 
 
@@ -203,7 +202,7 @@ def _rewrite(address: str, query: list[tuple[str, str]]) -> str:
     scheme, _, rest = address.partition("#")[0].partition("?")[0].partition("://")
     host, slash, path = rest.partition("/")
     login = host.rpartition("@")[0]
-    if ":" in login or scheme.lower() in (*WEB, "ftp", "sftp"):  # of oci://BUCKET@NAMESPACE it is none
+    if ":" in login or scheme.lower() in (*WEB, "ftp", "sftp"):  # oci://BUCKET@NAMESPACE has no login
         host = host.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{path}" + (f"?{urlencode(query)}" if query else "")
 

@@ -1,4 +1,4 @@
-"""How a command ends: 0, or 2 with one line for bad input; everything else keeps its traceback and exits with 1."""
+"""Exit status of a command: 0, 2 with one line for bad input, 1 with a traceback for other failures."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ __all__ = ["run"]
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
-    """Call ``main`` with the command line's arguments and leave the process."""
+    """Call ``main`` with the command line's arguments, then exit."""
     end_with_launcher()
     try:
         use_temporary_folder()
         main(sys.argv[1:])
     except InputError as error:
-        # From a data worker the message is that of a whole traceback; what we said is its last line.
+        # A data worker's error has a whole traceback as its message; our message is the last line.
         line = hide_secrets(str(error).strip().splitlines()[-1])
         kind = type(error)
         print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
         sys.exit(2)
     except (IsADirectoryError, NotADirectoryError) as error:
-        # Wherever it shows: there is a folder where a file is expected, or the other way round.
+        # A folder instead of a file, or a file instead of a folder.
         print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

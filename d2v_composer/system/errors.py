@@ -1,4 +1,4 @@
-"""The exceptions that mean 'your input cannot be used'."""
+"""Exceptions for unusable input."""
 
 __all__ = ["InputError", "UnreadableImageError"]
 
@@ -6,10 +6,10 @@ __all__ = ["InputError", "UnreadableImageError"]
 class InputError(ValueError):
     """A file, setting or data set that cannot be used.
 
-    The message is a single line that names the thing and says what is allowed. The commands in ``recipes/`` print
-    it without a traceback and exit with status 2; everything else that goes wrong keeps its traceback.
+    The message is one line that names it and what is allowed. The commands in ``recipes/`` print the message without a
+    traceback and exit with status 2; other exceptions keep their traceback.
     """
 
 
 class UnreadableImageError(InputError):
-    """One image is absent, damaged or no image; others may well be readable."""
+    """An image that is missing, corrupt or not an image; others may be readable."""

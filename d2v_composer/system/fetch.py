@@ -1,4 +1,4 @@
-"""A local path for an address: a file here, on a web server or in an object store."""
+"""Fetch files from web servers and object stores."""
 
 import hashlib
 from pathlib import Path
@@ -16,9 +16,9 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 from d2v_composer.system.s3_download import SCHEME, S3Downloader
 
-# data2vec 2.0's largest has 600 million weights; with its decoder, its moving average and the optimizer's state, 15 GB.
+# The largest data2vec 2.0 checkpoint: 600 million weights with decoder, moving average and optimizer, 15 GB.
 LARGEST_FILE = 32 << 30
-# Of an answer, and of each part of a file.
+# Timeout of an answer and of each part of a file.
 READ_SECONDS, S3_ATTEMPTS = 30.0, 3
 LONGEST_NAME = 100
 
@@ -26,15 +26,15 @@ __all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "is_remote", "tr
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept: below torch.hub's folder, which ``TORCH_HOME`` moves."""
+    """Return the folder of fetched files, below torch.hub's folder (``TORCH_HOME``)."""
     return Path(torch.hub.get_dir()) / "d2v_composer"
 
 
 def is_remote(address: str | Path) -> bool:
-    """Whether an address is a web server's or an object store's.
+    """Return whether an address is a web server's or an object store's.
 
     Raises:
-        InputError: A store would read it otherwise than it is written.
+        InputError: The address is malformed.
     """
     try:
         return Address.parse(str(address)).is_remote
@@ -43,27 +43,27 @@ def is_remote(address: str | Path) -> bool:
 
 
 def fetch(address: str | Path) -> Path:
-    """The file behind an address.
+    """Return a local path of a file; fetch a remote one unless it is cached.
 
     Args:
-        address: A path, https://…, or an object store's: s3://, gs://, oci://, azure://, hf:// (whatever
-            mosaicml-streaming reads). Remote files are fetched once and kept in :func:`cache_folder`; a presigned
-            address that is signed anew is the same file. No signature, login or query comes to the disk.
+        address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
+            azure://, hf://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new
+            signature is the same file; signatures, logins and queries are not written to the disk.
 
     Raises:
-        InputError: There is no such file, or it cannot be fetched.
+        InputError: The file does not exist, or cannot be fetched.
     """
     if not is_remote(address):
         path = Path(address)
         if not path.is_file():
             raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
         if path.stat().st_size > LARGEST_FILE:
-            raise InputError(f"{address}: has {path.stat().st_size} bytes; no teacher or student has {LARGEST_FILE}")
+            raise InputError(f"{address}: has {path.stat().st_size} bytes, at most {LARGEST_FILE} are read")
         return path
     address = str(address)
     path = cache_folder() / cached_name(address)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # one process of a machine fetches, the others wait and find it
+    with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
         if not path.exists():
             for left in find_partials([path]):
                 left.unlink()
@@ -72,7 +72,7 @@ def fetch(address: str | Path) -> Path:
 
 
 def cached_name(address: str) -> str:
-    """The name under which a remote file is kept: a hash of its address, and the end of its own name."""
+    """Return a remote file's name in the cache: a hash of its address, and the end of its name."""
     file = identity(address)
     return f"{hashlib.sha256(file.encode()).hexdigest()[:16]}-{file_name(file)[-LONGEST_NAME:]}"
 
@@ -91,7 +91,7 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
 
 
 def transfer(address: str, path: Path, timeout: float) -> None:
-    """Fetch ``address`` into ``path``, once; a failure is whatever the client raises, and leaves what came."""
+    """Fetch ``address`` to ``path`` without retries; a failure raises the client's error and leaves a partial file."""
     if address.startswith(("https://", "http://")):
         _download_from_web(address, path, timeout)
     elif address.startswith(SCHEME):
@@ -101,7 +101,7 @@ def transfer(address: str, path: Path, timeout: float) -> None:
 
 
 def _download_from_web(address: str, path: Path, timeout: float) -> None:
-    """requests notices a connection that breaks; torch.hub would keep the part that came."""
+    # Not torch.hub, which keeps a truncated file.
     limits = (retry.CONNECT_SECONDS, min(timeout, READ_SECONDS))
     with requests.get(address, stream=True, timeout=limits) as response:
         response.raise_for_status()
@@ -117,6 +117,6 @@ def _download_from_web(address: str, path: Path, timeout: float) -> None:
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):
                 if file.tell() > LARGEST_FILE:
-                    raise ValueError(f"sends more than {LARGEST_FILE} bytes")
+                    raise ValueError(f"larger than {LARGEST_FILE} bytes")
                 file.write(chunk)
                 bar.update(len(chunk))

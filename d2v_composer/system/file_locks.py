@@ -1,7 +1,6 @@
-"""One user of a thing at a time, on one machine: a file that is locked.
+"""Lock files, so that one process of a machine uses something at a time.
 
-Not filelock: here forked processes inherit the lock, so that a user that was just killed still counts as one until
-its workers are gone.
+Unlike with filelock, forked processes inherit the lock: a killed process holds it until its workers have ended.
 """
 
 import errno
@@ -16,7 +15,7 @@ from pathlib import Path
 
 __all__ = ["acquire", "is_last_user", "share", "sole_user"]
 
-# What file systems answer that do not lock, such as Lustre without its option for it.
+# Errors of file systems without locks, such as Lustre without its option for them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 POLL_SECONDS = 0.05
 
@@ -24,15 +23,15 @@ log = logging.getLogger(__name__)
 
 
 def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
-    """Lock a file for as long as the descriptor is open, in this process or in one forked from it.
+    """Lock a file while the descriptor is open, in this process or one forked from it.
 
     Args:
-        path: The file; made, with its folders, where it does not exist. Only its user may remove it.
-        wait: How long it may take, in seconds, until another user has gone.
-        shared: Whether others who share it may have it as well.
+        path: The file; created, with its folders, if missing. Only the holder may remove it.
+        wait: Maximum time to wait for another holder, in seconds.
+        shared: Allow other shared holders.
 
     Returns:
-        A descriptor for :func:`os.close`; ``None`` where another user, in this process or elsewhere, has the lock.
+        A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process.
     """
     deadline = time.monotonic() + wait
     while True:
@@ -42,7 +41,7 @@ def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
         if is_locked and _is_file(descriptor, path):
             return descriptor
         os.close(descriptor)
-        if is_locked:  # on a file that its last user has removed: another may have made a new one
+        if is_locked:  # on a file that its last holder removed; another process may have created a new one
             continue
         if time.monotonic() >= deadline:
             return None
@@ -50,25 +49,25 @@ def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
 
 
 def share(descriptor: int) -> bool:
-    """Let others who share the file lock it as well; ``False``: another user has taken it instead."""
+    """Turn a lock into a shared one; return ``False`` if another process took it instead."""
     return _lock(descriptor, fcntl.LOCK_SH)
 
 
 def is_last_user(descriptor: int) -> bool:
-    """Lock a shared file for this user alone, if there is no other; if there is, this one's lock may be gone."""
+    """Turn a shared lock into an exclusive one; return ``False`` if others hold it, and the lock may be lost."""
     return _lock(descriptor, fcntl.LOCK_EX)
 
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
-    """Lock a file, as :func:`acquire` does, until the block ends; ``False``: another user has it."""
+    """Lock a file as with :func:`acquire` until the block ends; yield ``False`` if the lock is held elsewhere."""
     descriptor = acquire(path, wait)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            with suppress(OSError):  # where the file system has no locks
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # now, whatever forked processes still have it open
+            with suppress(OSError):  # on a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # even if forked processes still have it open
             os.close(descriptor)
 
 
@@ -84,9 +83,9 @@ def _lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-@functools.cache  # once for each file system
+@functools.cache  # one warning for each file system
 def _warn_of_no_locks(device: int, error: str) -> None:
-    log.warning("this file system has no locks (%s): nothing keeps two runs from using the same files", error)
+    log.warning("this file system has no locks (%s): two runs may use the same files", error)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a result was found on: the machine, and the versions of what ran."""
+"""Describe the machine and the package versions behind a result."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-st
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, GPU ('' for none), cores that this process may use, memory, system."""
+    """Return processor, GPU ('' for none), cores available to this process, memory and system."""
     return {
         "cpu": _cpu_model(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
@@ -31,7 +31,7 @@ def _cpu_model() -> str:
 
 
 def package_versions(*distributions: str) -> dict[str, str | None]:
-    """Of Python, and of installed distributions; ``None``: not installed."""
+    """Return the versions of Python and of distributions; ``None`` if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in distributions:
         try:

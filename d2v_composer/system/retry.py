@@ -1,4 +1,4 @@
-"""Trying again, with pauses, what may work in a while: a store that is away, a connection that broke."""
+"""Retry, with pauses, after faults that may pass: an unreachable store, a broken connection."""
 
 import errno
 import logging
@@ -14,10 +14,10 @@ from d2v_composer.system.addresses import hide_secrets
 
 __all__ = ["CONNECT_SECONDS", "is_lasting", "is_missing", "reason", "retry"]
 
-# For a connection. A host that is there answers at once; clients' own limits are a minute, and several attempts.
+# Timeout of a connection. A reachable host answers at once; clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
-# A store that is just starting may say for a moment that something is not there, or not for us.
+# A store that is starting may briefly answer that a file is missing or access denied.
 LASTING_ATTEMPTS = 4
 LASTING_STATUS = (401, 403, 404)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
@@ -30,20 +30,20 @@ log = logging.getLogger(__name__)
 
 
 def retry(attempt: Callable[[], None], what: str, timeout: float, stop: threading.Event | None = None) -> None:
-    """Call ``attempt`` until it does not raise.
+    """Call ``attempt`` until it succeeds.
 
-    A fault of this machine's disk is raised at once, one that waiting seldom mends (not there, not allowed, damaged)
-    after four attempts, any other once ``timeout`` is over. Each failure is logged.
+    Faults of the local disk are raised at once, lasting ones (missing, denied, corrupt) after four attempts, others
+    after ``timeout``. Each failure is logged.
 
     Args:
         attempt: Called at least once.
         what: Named in the log.
-        timeout: In seconds; an attempt under way is not cut off.
-        stop: Where it is set, a failure is raised without another attempt.
+        timeout: In seconds; a running attempt is not interrupted.
+        stop: If set, raise the next failure without another attempt.
     """
     start, stop = time.monotonic(), stop or threading.Event()
     pause, lasting_attempts = FIRST_PAUSE, 0
-    dice = random.Random()  # not the process's: training draws from that one
+    dice = random.Random()  # not the global generator, which training uses
     while True:
         try:
             return attempt()
@@ -52,36 +52,36 @@ def retry(attempt: Callable[[], None], what: str, timeout: float, stop: threadin
             left = timeout - (time.monotonic() - start)
             if is_local(error) or lasting_attempts >= LASTING_ATTEMPTS or left <= 0:
                 raise
-            log.warning("%s: %s; tried again for %.0f s", hide_secrets(what), reason(error), left)
+            log.warning("%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
             if stop.wait(min(pause * dice.uniform(0.5, 1), left)):
                 raise
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def is_local(error: BaseException) -> bool:
-    """Whether the fault is this machine's disk: full, read-only, not ours, a folder where a file should be."""
+    """Return whether a fault is the local disk's: full, read-only, denied, a folder instead of a file."""
     return isinstance(error, OSError) and error.errno in LOCAL_FAULTS
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether the fault will hardly go away by itself."""
+    """Return whether a fault is unlikely to pass."""
     if _is_unreachable(error):
         return False
     return isinstance(error, (*NO_CREDENTIALS, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether a store answered that there is no such file, which is not the same as forbidding to look."""
+    """Return whether a store answered that a file does not exist; denied access is another answer."""
     return (isinstance(error, FileNotFoundError) and not _is_unreachable(error)) or _status(error) == 404
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether Hugging Face's client could not ask: it says that it has no such file itself."""
+    """Return whether Hugging Face is unreachable; its client then reports that its cache lacks the file."""
     return isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of botocore, google-cloud, azure, oci or requests."""
+    """Return the HTTP status in an error of botocore, google-cloud, azure, oci or requests."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -93,6 +93,6 @@ def _status(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without the secrets of an address."""
+    """Return an error's first line, without an address's secrets."""
     lines = str(error).strip().splitlines()
     return hide_secrets(lines[0]) if lines else type(error).__name__

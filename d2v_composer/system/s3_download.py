@@ -1,4 +1,4 @@
-"""Files from an S3 store: a request for each, which is given up when it brings hardly anything."""
+"""Download files from S3, one request each, with a minimum rate."""
 
 import os
 import threading
@@ -18,44 +18,44 @@ from d2v_composer.system import retry
 __all__ = ["SCHEME", "S3Downloader"]
 
 SCHEME = "s3://"
-# Bytes a second. A link may be slow, and shared by many requests; one that is slower than this is not waited for.
+# Bytes a second. A link may be slow, and shared by many requests; below this rate, the download is stopped.
 LEAST_RATE = 1024
 READ_BYTES = 1 << 20
 MOST_CONNECTIONS = 128
 
 
 class S3Downloader:
-    """Download files, in one request each, from the store of ``S3_ENDPOINT_URL``, or from AWS.
+    """Downloads files, in one request each, from ``S3_ENDPOINT_URL`` or AWS.
 
-    Not Streaming's: a read of that one waits for a number of bytes, however long they take, and it asks twice or more
-    for a file, at half the speed. One object serves all threads of a process, and processes forked from it.
+    Streaming's downloader has no limit for the time of a read, and sends two or more requests for a file, at half the
+    speed. One object serves all threads of a process, and processes forked from it.
 
     Args:
-        patience: How long a connection, an answer or :data:`LEAST_RATE` bytes for each of its seconds may take, in
-            seconds. A body that brings less is given up, and one that brings more may take any time.
-        attempts: How often an answer is asked for, where the caller does not try again.
+        patience: Timeout of a connection and of an answer, in seconds, and the period in which a body must average
+            :data:`LEAST_RATE`. A body above this rate may take any time.
+        attempts: Number of requests, for callers that do not retry.
     """
 
     def __init__(self, patience: float, attempts: int = 1) -> None:
         self.patience = patience
         self.attempts = attempts
         self._client: Any = None
-        self._user: int | None = None  # the process that first used the client
+        self._user: int | None = None  # process ID of the client's first use
 
     def download(self, address: str, path: Path, stop: threading.Event | None = None) -> None:
-        """Download a file, once; a failure leaves what came.
+        """Download a file, without retries; a failure leaves a partial file.
 
         Args:
             address: s3://BUCKET/KEY.
-            path: Where to.
-            stop: Ends the download with an error, where it is set.
+            path: The local file.
+            stop: If set, end the download with an error.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ConnectionError: It broke off.
-            TimeoutError: Too little came.
+            FileNotFoundError: The file does not exist.
+            ConnectionError: The connection broke.
+            TimeoutError: The rate was too low.
             InterruptedError: ``stop`` was set.
-            Exception: Whatever else botocore and urllib3 raise.
+            Exception: Other errors of botocore and urllib3.
         """
         bucket, _, key = address.removeprefix(SCHEME).partition("/")
         request = {"Bucket": bucket, "Key": key}
@@ -66,20 +66,20 @@ class S3Downloader:
             response = client.get_object(**request)
         except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket) as error:
             raise FileNotFoundError(f"{address}: not found ({error})") from error
-        # boto's own reads wait for all bytes that they ask for.
+        # botocore's own reads block until they are full.
         with closing(response["Body"]) as body, path.open("wb") as file:
             for chunk in _steady(body._raw_stream, self.patience, stop or threading.Event()):
                 file.write(chunk)
             if file.tell() < (length := response.get("ContentLength", 0)):
-                raise ConnectionError(f"broke off after {file.tell()} of {length} bytes")
+                raise ConnectionError(f"truncated after {file.tell()} of {length} bytes")
 
     def prepare(self) -> None:
-        """Make the client now, for processes that are forked from this one: 50 ms or more for each of them."""
-        with suppress(BotoCoreError, ValueError):  # as it will be at the first download, where it can be reported
+        """Create the client before processes are forked, which saves each of them 50 ms or more."""
+        with suppress(BotoCoreError, ValueError):  # the first download will report the error
             self._client = self._make_client()
 
     def _connect(self) -> Any:
-        # A client that was not used yet has no connection that two forked processes could share.
+        # A forked process may use its parent's client only if that has no connections yet.
         if self._client is None or self._user not in (None, os.getpid()):
             self._client = self._make_client()
         self._user = os.getpid()
@@ -100,7 +100,7 @@ class S3Downloader:
 
 
 def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> Iterator[bytes]:
-    """The chunks of a body as they come, as long as they do."""
+    """Yield the chunks of a body as they arrive; raise an error if the rate is too low."""
     since, came = time.monotonic(), 0
     while chunk := body.read1(READ_BYTES):
         yield chunk
@@ -108,7 +108,7 @@ def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> I
         seconds = time.monotonic() - since
         if seconds > patience:
             if came < LEAST_RATE * seconds:
-                raise TimeoutError(f"given up: {came} bytes came in {seconds:.0f} s")
+                raise TimeoutError(f"too slow: {came} bytes in {seconds:.0f} s")
             since, came = time.monotonic(), 0
         if stop.is_set():
             raise InterruptedError("the download was stopped")

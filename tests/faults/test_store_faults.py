@@ -120,7 +120,7 @@ def wait_for_batch(folder: Path, batch: int) -> None:
 
 
 def retries(programs: list[Program]) -> list[int]:
-    return [program.stderr.count("tried again for") for program in programs]
+    return [program.stderr.count("retrying for") for program in programs]
 
 
 @pytest.mark.parametrize(

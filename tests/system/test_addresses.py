@@ -1,4 +1,4 @@
-"""Where a run's files are: one reading, ours and Composer's; what they would read differently is refused."""
+"""Composer parses addresses as we do; those that it would parse differently are refused."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 from helpers import ROOT, checkpoints_of, load_checkpoint, losses_of, small_run
 
-# What names are made of in the property test: everything that a URL, a format string or a file system may mind.
+# Parts of names in the property test: all that is special in URLs, format strings or file systems.
 ATOMS = [
     *"aB7.-_ %+=@:,~!&$*()[]'\"<>|^`/",
     *"#?;{}\\",
@@ -43,13 +43,13 @@ def accepted(folders: list[str]) -> dict[str, RunFolder]:
 
 
 def composers_folder(save_folder: str, run_name: str) -> tuple[str, str, Path]:
-    """Store, bucket and path that Composer makes of a save_folder."""
+    """Return store, bucket and path that Composer parses from a save_folder."""
     store, bucket, path = parse_uri(save_folder)
     return store, bucket, Path(partial_format(path, run_name=run_name, rank=0, local_rank=0) or ".")
 
 
 def test_composer_saves_where_we_look() -> None:
-    """Each accepted folder of thousands of odd ones is Composer's as well, and no two names share one."""
+    """Of thousands of odd folders, each accepted one is Composer's too, and no two are the same."""
     names = dict.fromkeys(odd_texts(4000))
     folders = [f"{start}{name}" for name in names for start in ("", "/x/", "runs/", "s3://bucket/runs/", "s3://")]
     read = accepted(folders)
@@ -96,7 +96,7 @@ def test_a_run_name_is_one_folder() -> None:
         ("dbfs:/Volumes/a/b/c", RunFolder(Path("Volumes/a/b/c"), "Volumes/a/b/c", "dbfs:/Volumes/a/b/c")),
     ],
 )
-def test_folders_of_runs(text: str, folder: RunFolder) -> None:
+def test_save_folders_are_parsed(text: str, folder: RunFolder) -> None:
     assert RunFolder.parse(text) == folder
     assert folder.key("report/loss.png") in (None, f"{folder.prefix}/report/loss.png", "report/loss.png")
     assert not (folder.key("a") or "").startswith("/")
@@ -142,16 +142,15 @@ def test_folders_that_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/x/a#3", "/x/a?3", "/x/a;3", "/x/{run_name}", "//x/y", "a:b", "/x/AZURE_BLOBS"])
-def test_what_composer_would_misread(path: str) -> None:
-    """None of them is refused for nothing."""
+def test_only_paths_that_composer_misreads_are_refused(path: str) -> None:
     store, bucket, read = parse_uri(path)
     assert (store, bucket, partial_format(read, run_name="a")) != ("", "", path)
     with pytest.raises(ValueError, match=r"must |placeholders "):
         check_path(path)
 
 
-def test_addresses() -> None:
-    assert Address.parse("a#b?c;{d}/../e f") == ("", "", "a#b?c;{d}/../e f")  # opened as it is
+def test_addresses_are_parsed() -> None:
+    assert Address.parse("a#b?c;{d}/../e f") == ("", "", "a#b?c;{d}/../e f")  # a local path
     assert Address.parse("https://host/a.pt?signature=1#2").is_remote
     assert Address.parse("s3://bucket/a;b.pt") == ("s3", "bucket", "a;b.pt")
     assert Address.parse("hf://datasets/org/name@v1/train") == ("hf", "datasets", "org/name@v1/train")
@@ -165,7 +164,7 @@ def test_addresses() -> None:
             assert str(caught.value).startswith(f"{wrong}: must ")
 
 
-def test_keys_that_are_refused(tmp_path: Path, small_data: Path) -> None:
+def test_malformed_addresses_in_a_config_are_refused(tmp_path: Path, small_data: Path) -> None:
     def refusal(*overrides: str) -> str:
         with pytest.raises(InputError) as caught:
             load_config(small_run(tmp_path / "run", small_data, *overrides))
@@ -190,12 +189,12 @@ def test_keys_that_are_refused(tmp_path: Path, small_data: Path) -> None:
         load_evaluate_config([str(ROOT / "yamls" / "evaluate.yaml"), "model=x", "out=s3://b/out"])
 
 
-def test_runs_go_on_with_their_own_checkpoints(
+def test_runs_resume_from_their_own_checkpoints(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names that differ in one odd character, trained in turn and again: none touches another's."""
+    """Runs whose names differ in one odd character, trained in turn and resumed, do not share files."""
     monkeypatch.chdir(tmp_path)
-    data = tmp_path / "data#1?;{x}"  # of a data set here any name will do
+    data = tmp_path / "data#1?;{x}"  # local data sets may have any name
     shutil.copytree(small_data, data)
     train = runpy.run_path(str(ROOT / "recipes" / "train.py"))["main"]
     names = ["vit", "vit 3", "vit=3@%23,é", "vit.3"]
@@ -209,4 +208,4 @@ def test_runs_go_on_with_their_own_checkpoints(
         assert checkpoints_of(folder) == {"ep0-ba4-rank0.pt"}
         assert load_checkpoint(folder / "latest-rank0.pt")["state"]["run_name"] == name
         steps = [line for line in (folder / "log.jsonl").read_text().splitlines() if "loss/" in line]
-        assert len(steps) == len(losses_of(folder)) == 4  # the second start began where the first had ended
+        assert len(steps) == len(losses_of(folder)) == 4  # the second start resumed the first

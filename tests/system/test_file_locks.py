@@ -1,4 +1,4 @@
-"""A locked file has one user, whose forked processes count as the user."""
+"""A lock has one holder; forked processes of the holder keep it."""
 
 import errno
 import multiprocessing
@@ -17,7 +17,7 @@ from d2v_composer.system.file_locks import acquire, sole_user
 FORK = multiprocessing.get_context("fork")
 
 
-def test_one_user_at_a_time(tmp_path: Path):
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "lock"
     with sole_user(path) as first, sole_user(path) as second:
         assert (first, second) == (True, False)
@@ -33,7 +33,7 @@ def test_one_user_at_a_time(tmp_path: Path):
         assert alone
 
 
-def test_waits(tmp_path: Path):
+def test_acquire_waits_for_the_holder(tmp_path: Path) -> None:
     descriptor = acquire(tmp_path / "lock")
     assert descriptor is not None
     start = time.monotonic()
@@ -44,8 +44,9 @@ def test_waits(tmp_path: Path):
         assert alone
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """There is a warning, one; the work is done and its result is not lost."""
+def test_a_file_system_without_locks_is_used_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
 
     def flock(*_: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -60,8 +61,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_a_file_that_its_user_removes(tmp_path: Path):
-    """Those who wait lock the new file of that name, not the removed one."""
+def test_waiting_processes_lock_the_new_file_after_the_holder_removed_the_old(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     descriptor = acquire(path)
     assert descriptor is not None
@@ -77,7 +77,7 @@ def test_a_file_that_its_user_removes(tmp_path: Path):
     os.close(waiting[0])
 
 
-def test_a_killed_user_counts_until_its_forked_processes_are_gone(tmp_path: Path):
+def test_a_killed_holder_keeps_the_lock_until_its_forked_processes_end(tmp_path: Path) -> None:
     receive, send = FORK.Pipe(duplex=False)
     user = FORK.Process(target=_hold_with_worker, args=(tmp_path / "lock", send))
     user.start()

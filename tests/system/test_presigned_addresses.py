@@ -1,4 +1,4 @@
-"""Addresses that give access: their signatures, logins and tokens come neither to the disk nor into a message."""
+"""Signatures, logins and tokens in addresses are neither stored nor shown."""
 
 import hashlib
 import http.server
@@ -31,7 +31,7 @@ SECRETS = ("AKIASECRET", "SSSS", "hunter2", "topsecret", "X-Amz", "first", "seco
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file to whoever has a signature."""
+    """Serves one file to requests with a signature."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -71,10 +71,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_presigned_teacher_is_kept_under_a_name_without_its_query(server: Server, small_data: Path) -> None:
+def test_a_presigned_teacher_is_cached_without_its_query(server: Server, small_data: Path) -> None:
     teacher = load_teacher(server.address("first"))
     assert teacher.provenance["source"] == "base.pt"
-    assert fetch(server.address("second")) == fetch(server.address("first"))  # signed anew
+    assert fetch(server.address("second")) == fetch(server.address("first"))  # with a new signature
     assert server.num_requests == 1
     names = [path.name for path in cache_folder().iterdir()]
     assert sorted(name[17:] for name in names) == ["base.pt", "base.pt.lock"]
@@ -83,7 +83,7 @@ def test_a_presigned_teacher_is_kept_under_a_name_without_its_query(server: Serv
     record = build_run_record(config, teacher, read_train_index(config)).record
     assert record["config"]["teacher"]["checkpoint"] == server.address("").partition("?")[0]
     assert not [secret for secret in SECRETS if secret in str(record)]
-    assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(server.address("first"))  # as an evaluation does
+    assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(server.address("first"))  # like an evaluation
 
 
 def test_the_command_line_is_recorded_without_secrets(
@@ -98,7 +98,7 @@ def test_the_command_line_is_recorded_without_secrets(
     assert command.endswith("/models/base.pt seed=3")
 
 
-def test_a_signature_that_has_expired_is_not_shown(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_expired_signature_is_not_shown(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     def main(_: object) -> None:
         load_any(server.address("expired"))
 
@@ -114,7 +114,7 @@ def test_another_version_is_another_file(server: Server) -> None:
     assert server.num_requests == 2
 
 
-def test_a_name_is_not_longer_than_a_file_system_takes(server: Server) -> None:
+def test_a_cached_name_fits_file_systems(server: Server) -> None:
     address = "https://host/" + "long" * 100 + "/" + "name" * 100 + ".safetensors"
     assert len(cached_name(address)) <= 117
     assert cached_name(address).endswith("name.safetensors")
@@ -137,12 +137,12 @@ def test_a_name_is_not_longer_than_a_file_system_takes(server: Server) -> None:
         ("cannot (https://u:hunter2@h/f?sig=topsecret): 403", "cannot (https://h/f 403"),
     ],
 )
-def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
+def test_secrets_are_removed_from_text(address: str, shown: str) -> None:
     assert hide_secrets(address) == shown
     assert not [secret for secret in SECRETS if secret in hide_secrets(address)]
 
 
-def test_what_says_which_file_it_is() -> None:
+def test_identity_ignores_signatures_only() -> None:
     assert identity("https://u:p@host/get?sha=1&sig=2#x") == identity("https://host/get?sha=1&sig=3")
     assert identity("https://host/get?sha=1") != identity("https://host/get?sha=2")
     assert file_name("https://host/a/base.pt?token=topsecret") == "base.pt"
@@ -160,13 +160,11 @@ def test_retries_are_logged_without_secrets(caplog: pytest.LogCaptureFixture, mo
 
     with caplog.at_level(logging.WARNING):
         retry(attempt, address, timeout=5)
-    assert "https://host/f: no answer of https://host/f; tried again" in caplog.text
+    assert "https://host/f: no answer of https://host/f; retrying" in caplog.text
     assert not [secret for secret in SECRETS if secret in caplog.text]
 
 
-def test_the_last_line_of_a_command_shows_no_secrets(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commands_error_shows_no_secrets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def main(_: object) -> None:
         raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
 

@@ -1,4 +1,4 @@
-"""Where a run's temporary files are, and its sockets."""
+"""A run's temporary files and sockets have a folder."""
 
 import multiprocessing
 import multiprocessing.util
@@ -22,7 +22,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def long_folder(tmp_path: Path) -> Path:
-    """A folder whose path is too long for a socket below it."""
+    """A folder with a path too long for sockets."""
     folder = tmp_path / ("a" * 100)
     folder.mkdir()
     return folder
@@ -37,8 +37,8 @@ def use_workers(folder: Path, send: Connection) -> None:
     send.send((len(batches), tempfile.gettempdir(), multiprocessing.util.get_temp_dir()))
 
 
-def test_a_temporary_folder_too_long_for_a_socket(long_folder: Path) -> None:
-    """A worker's tensors come through a socket; the loader would hang."""
+def test_sockets_get_a_shorter_folder_than_a_long_tmpdir(long_folder: Path) -> None:
+    """Workers send tensors through sockets; with a longer path the loader would hang."""
     receive, send = FORK.Pipe(duplex=False)
     run = FORK.Process(target=use_workers, args=(long_folder, send))
     run.start()
@@ -49,11 +49,11 @@ def test_a_temporary_folder_too_long_for_a_socket(long_folder: Path) -> None:
     assert len(sockets) < 60
     run.join()
     assert run.exitcode == 0
-    assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}temporary_folder.lock"]
+    assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}scratch.lock"]
     assert not Path(sockets).parent.exists()
 
 
-def test_no_folder_for_sockets(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tmpdir_without_a_shorter_folder_is_refused(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(temporary_folder, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder / f"{PREFIX}of-a-parent"))
     environment = dict(os.environ)

@@ -1,4 +1,4 @@
-"""Stores and hosts that cannot be reached: soon found out, and not taken for files that are not there."""
+"""Unreachable stores and hosts are noticed soon, and not mistaken for missing files."""
 
 import socket
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from helpers import time_limit
 
 @pytest.fixture
 def silent_host() -> Iterator[str]:
-    """A host that answers no connection, as behind a firewall: its queue of connections is full."""
+    """A host that accepts no connection, as behind a firewall, because its queue is full."""
     with socket.socket() as host:
         host.bind(("127.0.0.1", 0))
         host.listen(0)
@@ -47,7 +47,7 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def test_a_web_host_that_does_not_answer(silent_host: str, tmp_path: Path) -> None:
+def test_an_unreachable_web_host_times_out(silent_host: str, tmp_path: Path) -> None:
     with pytest.raises(requests.ConnectTimeout), time_limit(10):
         transfer(f"http://{silent_host}/base.pt", tmp_path / "base.pt", timeout=600)
 
@@ -60,14 +60,14 @@ def silent_store(silent_host: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("silent_store")
-def test_a_store_that_does_not_answer(tmp_path: Path) -> None:
+def test_an_unreachable_store_times_out(tmp_path: Path) -> None:
     with pytest.raises(ConnectTimeoutError), time_limit(20):
         S3Downloader(patience=600).download("s3://bucket/shard", tmp_path / "shard")
     with pytest.raises(ConnectTimeoutError), time_limit(20):
         transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
 
 
-def test_uploads_wait_no_longer_for_a_connection() -> None:
+def test_uploads_have_the_same_connection_timeout() -> None:
     assert PATIENT_CLIENT["connect_timeout"] <= 10
 
 
@@ -96,13 +96,15 @@ def answer(status: int) -> requests.Response:
         (HfHubHTTPError, 503, False, False),
     ],
 )
-def test_what_hugging_face_answers(kind: type[HfHubHTTPError], status: int, lasting: bool, missing: bool) -> None:
+def test_hugging_faces_errors_are_classified(
+    kind: type[HfHubHTTPError], status: int, lasting: bool, missing: bool
+) -> None:
     error = kind("refused", response=answer(status))
     assert is_lasting(error) is lasting
     assert is_missing(error) is missing
 
 
-def test_hugging_face_that_is_switched_off_stays_so() -> None:
+def test_offline_mode_of_hugging_face_is_a_lasting_fault() -> None:
     error = LocalEntryNotFoundError("offline mode is enabled")
     error.__cause__ = OfflineModeIsEnabled("offline")
     assert is_lasting(error)
