@@ -57,6 +57,6 @@ def test_a_long_tmpdir_without_a_shorter_folder_is_refused(long_folder: Path, mo
     monkeypatch.setattr(temporary_folder, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder / f"{PREFIX}of-a-parent"))
     environment = dict(os.environ)
-    with pytest.raises(InputError, match=r"^TMPDIR: must have at most 70 characters where none of .*, got \d{3}: /"):
+    with pytest.raises(InputError, match=r"^TMPDIR: must have at most 70 characters if none of .*, got \d{3}: /"):
         use_temporary_folder()
     assert dict(os.environ) == environment
