@@ -225,7 +225,7 @@ def keep_encoded(readers: Sequence[Reader], column: str) -> None:
 
 
 def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the content of a data set, wherever it is stored and whatever its files are called.
+    """Describe the content of a data set; its place and the names of its files do not matter.
 
     Args:
         shards: The shards as an index lists them.

@@ -165,7 +165,7 @@ def test_waiting_threads_leave_the_lock_alone(original: Path, tmp_path: Path, mo
     monkeypatch.setattr(shard_cache, "CHECK_SECONDS", 0.1)
     monkeypatch.setattr(FileLock, "acquire", acquire_and_count)
     monkeypatch.setattr(cache.states, "is_abandoned", check_and_count)
-    waiting = [threading.Thread(target=cache.prepare, args=(i % 8,)) for i in range(32)]
+    waiting = [threading.Thread(target=cache.prepare, args=(i % 8,), daemon=True) for i in range(32)]
     for thread in waiting:
         thread.start()
     wait_until(lambda: len(set(checked)) == 8)  # each shard is waited for, and its thread was looked for
@@ -218,7 +218,7 @@ def test_waiting_threads_learn_that_a_shard_was_given_up(
             failures.append(str(error))
 
     start = time.monotonic()
-    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    threads = [threading.Thread(target=fetch, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
