@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streaming.base.format.base.reader import Reader
 from streaming.base.format.mds import MDSReader
 
-from d2v_composer.system.atomic_files import existing_folder
+from d2v_composer.system.atomic_files import existing_folder, partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download
 
@@ -43,17 +43,13 @@ def fetch_index(remote: str, local: Path) -> None:
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
     """
-    local.mkdir(parents=True, exist_ok=True)
-    index, fetched = local / INDEX, local / f".{INDEX}.fetched"
-    address = f"{remote.rstrip('/')}/{INDEX}"
-    download(address, fetched, timeout=60)
-    if not _is_json(fetched):
-        fetched.unlink()
-        raise InputError(f"{address}: corrupt, or not an MDS index")
-    if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
-        fetched.unlink()
-        raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
-    fetched.replace(index)
+    index, address = local / INDEX, f"{remote.rstrip('/')}/{INDEX}"
+    with partial_file(index) as fetched:
+        download(address, fetched, timeout=60)
+        if not _is_json(fetched):
+            raise InputError(f"{address}: corrupt, or not an MDS index")
+        if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
+            raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
 
 
 def _is_json(path: Path) -> bool:
