@@ -64,10 +64,10 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
     is_remote = loader.remote is not None
     shards = read_index(local, columns=(loader.column,), option="train_loader.column", shards_may_be_missing=is_remote)
     check_image_column(shards, loader.column, str(local))
-    if count_samples(shards) < config.global_train_batch_size:
+    num_samples, batch_size = count_samples(shards), config.global_train_batch_size
+    if num_samples < batch_size:
         raise InputError(
-            f"{local}: has {count_samples(shards)} samples, fewer than one batch of global_train_batch_size "
-            f"{config.global_train_batch_size}"
+            f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
     return shards
 
@@ -84,8 +84,7 @@ def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_
     loader = config.train_loader
     if loader.remote is not None:
         check_room(build_room_needs(config, shards))
-    needed = shared_memory_of_node(config, len(shards), count_samples(shards), image_size)
-    raise_on_all_ranks(check_shared_memory(needed))
+    raise_on_all_ranks(check_shared_memory(shared_memory_of_node(config, shards, image_size)))
     try:
         dataset = StreamingImages(
             local=Path(loader.local),
@@ -97,7 +96,7 @@ def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_
             shuffle=loader.shuffle,
             shuffle_block_size=loader.shuffle_block_size,
             num_canonical_nodes=loader.num_canonical_nodes,
-            epoch_size=epoch_size(config, count_samples(shards)),
+            epoch_size=epoch_size(config, shards),
             cache_limit=loader.cache_limit,
             timeout=loader.timeout,
         )
@@ -127,9 +126,9 @@ def count_samples(shards: list[dict[str, Any]]) -> int:
     return sum(shard["samples"] for shard in shards)
 
 
-def epoch_size(config: TrainConfig, num_samples: int) -> int:
+def epoch_size(config: TrainConfig, shards: list[dict[str, Any]]) -> int:
     """Return the samples of the largest whole number of global batches."""
-    return num_samples // config.global_train_batch_size * config.global_train_batch_size
+    return count_samples(shards) // config.global_train_batch_size * config.global_train_batch_size
 
 
 def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
@@ -137,7 +136,7 @@ def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, n
     loader = config.train_loader
     shard_sizes = np.array([shard["samples"] for shard in shards])
     share = Share(node, num_nodes, loader.num_canonical_nodes, config.seed if loader.shuffle else None)
-    read = shards_of_node(shard_sizes, epoch_size(config, int(shard_sizes.sum())), share)
+    read = shards_of_node(shard_sizes, epoch_size(config, shards), share)
     return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), read)
 
 
@@ -145,12 +144,13 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
     """Return the disk space that each node still needs; the same list on every rank."""
     num_nodes = dist.get_world_size() // dist.get_local_world_size()
     need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
-    needs = gather_objects((dist.get_local_rank(), need))
-    return [need for local_rank, need in needs if local_rank == 0]
+    return [need for local_rank, need in gather_objects((dist.get_local_rank(), need)) if local_rank == 0]
 
 
-def shared_memory_of_node(config: TrainConfig, num_shards: int, num_samples: int, image_size: int) -> int:
+def shared_memory_of_node(config: TrainConfig, shards: list[dict[str, Any]], image_size: int) -> int:
     """Return the bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
     batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * image_size**2
-    return shared_memory_needed(num_shards, num_samples, ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)
+    return shared_memory_needed(
+        len(shards), count_samples(shards), ranks, loader.num_workers, loader.prefetch_factor, batch_bytes
+    )

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from composer.core import Time, TimeUnit
@@ -19,34 +19,16 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30
 Check = Callable[[Any], object]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Allowed values of a field; of a list, of each number in it."""
-
-    least: float | None = None
-    most: float | None = None
-    check: Check | None = None
-    """Raises ValueError if the value is not allowed."""
-
-    def test(self, value: Any) -> None:
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
-                least = -largest if self.least is None else self.least
-                most = largest if self.most is None else self.most
-                if not math.isfinite(number):
-                    raise ValueError(f"must be finite, got {value}")
-                if number < least:
-                    raise ValueError(f"must be at least {least}, got {value}")
-                if number > most:
-                    raise ValueError(f"must be at most {most}, got {value}")
-        if self.check is not None:
-            self.check(value)
-
-
 def limited(default: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> Any:
-    """Return a dataclass field with a default and :class:`Limits`."""
-    return field(default_factory=lambda: copy(default), metadata={"limits": Limits(least, most, check)})
+    """Return a dataclass field with a default and limits.
+
+    Args:
+        default: Copied for each config.
+        least: Of the number, or of each number in a list.
+        most: Likewise.
+        check: Raises ValueError if the value is not allowed.
+    """
+    return field(default_factory=lambda: copy(default), metadata={"least": least, "most": most, "check": check})
 
 
 def find_wrong_values(section: Any, prefix: str = "") -> Iterator[str]:
@@ -55,13 +37,28 @@ def find_wrong_values(section: Any, prefix: str = "") -> Iterator[str]:
         key, value = prefix + each.name, getattr(section, each.name)
         try:
             if value is not None:
-                each.metadata.get("limits", Limits()).test(value)
+                _test(value, **each.metadata)
         except ValueError as error:
             yield f"{key}: {error}"
         inner = {f"{key}.{name}": it for name, it in value.items()} if isinstance(value, Mapping) else {key: value}
         for name, it in inner.items():
             if is_dataclass(it):
                 yield from find_wrong_values(it, f"{name}.")
+
+
+def _test(value: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
+            smallest, largest = -largest if least is None else least, largest if most is None else most
+            if not math.isfinite(number):
+                raise ValueError(f"must be finite, got {value}")
+            if number < smallest:
+                raise ValueError(f"must be at least {smallest}, got {value}")
+            if number > largest:
+                raise ValueError(f"must be at most {largest}, got {value}")
+    if check is not None:
+        check(value)
 
 
 def must(rule: str, holds: Callable[[Any], bool]) -> Check:

@@ -169,7 +169,7 @@ class Checks:
 
     def check_shared_memory(self) -> str:
         """Compare the free shared memory with what the data of this node's ranks needs."""
-        needed = shared_memory_of_node(self.config, len(self.shards), count_samples(self.shards), self.image_size)
+        needed = shared_memory_of_node(self.config, self.shards, self.image_size)
         if (fault := check_shared_memory(needed)) is not None:
             raise InputError(fault)
         return f"{needed / 1e6:,.0f} MB for the data of this node's ranks"
