@@ -175,6 +175,8 @@ def test_workers_end_when_their_run_is_killed(original: Path, tmp_path: Path) ->
     assert len(workers) == 2
     assert process.pid not in {worker.pid for worker in workers}
     _, alive = psutil.wait_procs(workers, timeout=5)
+    for worker in alive:
+        worker.kill()
     assert not alive
     assert read_epoch(open_images(cache, original)) == ALL
 
