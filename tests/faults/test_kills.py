@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, and the same command again: the run ends as if nothing had happened."""
+"""A run killed at any moment and started again ends like an undisturbed one."""
 
 import os
 import random
@@ -51,7 +51,7 @@ def quickstart(folder: Path, labelled: Path) -> list[str]:
 
 @contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own, all of which is killed at the end."""
+    """Start a command in a new session, and kill all its processes at the end."""
     process = subprocess.Popen(
         command,
         env=command_environment(),
@@ -66,7 +66,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """As when a machine goes down: launcher, ranks and workers at once."""
+    """Kill launcher, ranks and workers at once, as a power failure does."""
     if process.poll() is not None:
         return
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
@@ -81,8 +81,7 @@ def log_of(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-# Each says, with a random number from 0 to 1, whether the moment has come; given the run's folder, and for how long it
-# runs.
+# Given the run's folder and its running time in seconds, returns whether to kill it now.
 Moment = Callable[[Path, float], bool]
 
 
@@ -92,7 +91,7 @@ def in_start_up(dice: random.Random) -> Moment:
 
 
 def in_training(dice: random.Random) -> Moment:
-    """Before a certain batch, and some milliseconds on."""
+    """Some milliseconds into a random batch."""
     batch, wait = dice.randrange(1, NUM_BATCHES), dice.uniform(0, 0.2)
 
     def has_come(folder: Path, seconds: float) -> bool:
@@ -105,7 +104,7 @@ def in_training(dice: random.Random) -> Moment:
 
 
 def in_a_checkpoint(dice: random.Random) -> Moment:
-    """While one of them is being written."""
+    """While a checkpoint is written."""
     number, wait = dice.randrange(1, NUM_BATCHES // 3), dice.uniform(0, 0.03)
     seen: set[str] = set()
 
@@ -120,7 +119,7 @@ def in_a_checkpoint(dice: random.Random) -> Moment:
 
 
 def in_retrieval(dice: random.Random) -> Moment:
-    """After the loss of a batch at whose end there is one, and before its result."""
+    """After the loss of a batch that ends with a retrieval, and before its result."""
     batch, wait = dice.choice([7, 15, 23]), dice.uniform(0, 0.5)
 
     def has_come(folder: Path, seconds: float) -> bool:
@@ -137,7 +136,7 @@ MOMENTS = [in_start_up, in_training, in_a_checkpoint, in_retrieval]
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Callable[[int], Path]:
-    """The folder of a run that nobody killed, by its number of ranks."""
+    """Return the folder of a run that is not killed, by its number of ranks."""
     folders: dict[int, Path] = {}
 
     def run(ranks: int) -> Path:
@@ -157,7 +156,7 @@ FAST = [(2, 1)]
 @pytest.mark.parametrize(
     ("number", "ranks"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign) for case in CASES]
 )
-def test_killed_at_a_random_moment(
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(
     number: int, ranks: int, undisturbed: Callable[[int], Path], labelled: Path, tmp_path: Path
 ) -> None:
     expected = undisturbed(ranks)
@@ -183,8 +182,8 @@ def test_killed_at_a_random_moment(
     assert partial == []
 
 
-def test_what_a_killed_run_shared_goes_with_the_next_start(small_data: Path, tmp_path: Path) -> None:
-    """And what a run that goes on shares does not."""
+def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tmp_path: Path) -> None:
+    """A running run keeps its own."""
 
     def endless(name: str) -> list[str]:
         return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))
@@ -199,7 +198,7 @@ def test_what_a_killed_run_shared_goes_with_the_next_start(small_data: Path, tmp
         assert left
         assert kept.isdisjoint(left)
         kill_all(killed)
-        assert all(inode_of(path) == inode for path, inode in left)  # nobody has removed it
+        assert all(inode_of(path) == inode for path, inode in left)  # not removed yet
         ended = run_command(*train_command(small_run(tmp_path / "next", small_data)))
         assert ended.returncode == 0, ended.stderr
         assert [path for path, inode in left if inode_of(path) == inode] == []
@@ -208,8 +207,8 @@ def test_what_a_killed_run_shared_goes_with_the_next_start(small_data: Path, tmp
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.campaign)])
-def test_one_of_two_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
-    """The other one does not wait for it, and the launcher says which it was."""
+def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
+    """The other rank does not wait, and the launcher names the killed one."""
     arguments = small_run(tmp_path, small_data, "max_duration=100000ba", "save_interval=20ba")
     launcher = subprocess.Popen(
         train_command(arguments, ranks=2),

@@ -25,7 +25,7 @@ def text_alibi(num_heads: int = 6, num_alibi_heads: int = 6, num_extra_tokens: i
     )
 
 
-def test_slopes() -> None:
+def test_slopes_are_geometric_series() -> None:
     torch.testing.assert_close(alibi_slopes(4), torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]))
     # 6 heads: those of 4, then the first and third of 8.
     torch.testing.assert_close(alibi_slopes(6)[4:], torch.tensor([2.0**-1, 2.0**-3]))
@@ -70,7 +70,7 @@ def test_one_bias_for_batch_and_layers(dtype: torch.dtype, num_steps: int) -> No
     assert not alibi.state_dict()
 
 
-def test_few_lengths_are_kept() -> None:
+def test_only_a_few_lengths_are_cached() -> None:
     alibi = text_alibi()
     biases = [alibi(num_steps, torch.float32, CPU) for num_steps in range(2, 40)]
     assert [bias.shape[-1] for bias in biases] == list(range(2, 40))
@@ -78,7 +78,7 @@ def test_few_lengths_are_kept() -> None:
     assert alibi(39, torch.float32, CPU) is biases[-1]
 
 
-def test_a_bias_made_in_an_evaluation_serves_training() -> None:
+def test_training_can_use_a_bias_from_an_evaluation() -> None:
     block = Block(24, 6, 48, 1e-6)
     alibi = text_alibi()
     x = torch.randn(2, 8, 24)
@@ -90,7 +90,7 @@ def test_a_bias_made_in_an_evaluation_serves_training() -> None:
 
 
 def reference_attention(attention: Attention, x: Tensor, bias: Tensor | None) -> Tensor:
-    """What scaled_dot_product_attention computes, written out."""
+    """Compute scaled_dot_product_attention from its formula."""
     query, key, value = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     scores = scores if bias is None else scores + bias
@@ -99,7 +99,7 @@ def reference_attention(attention: Attention, x: Tensor, bias: Tensor | None) ->
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("num_steps", [5, 8, 13])
-def test_attention_against_its_formula(biased: bool, num_steps: int) -> None:
+def test_attention_equals_its_formula(biased: bool, num_steps: int) -> None:
     attention = Attention(24, 6)
     x = torch.randn(3, num_steps, 24)
     bias = text_alibi()(num_steps, x.dtype, CPU) if biased else None
@@ -107,10 +107,10 @@ def test_attention_against_its_formula(biased: bool, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_fused_kernel_takes_the_bias_as_it_is(biased: bool) -> None:
+def test_a_fused_kernel_accepts_the_bias(biased: bool) -> None:
     attention = Attention(24, 6)
     bias = text_alibi()(197, torch.float32, CPU) if biased else None
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on a CPU the only one that does not write the scores down
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on a CPU the only one that does not store the scores
         attention(torch.randn(2, 197, 24), bias).sum().backward()
 
 
@@ -135,7 +135,7 @@ def test_padding_is_not_attended_to(biased: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("alibi", [False, True])
-def test_padding_through_a_student(alibi: bool) -> None:
+def test_padding_does_not_change_a_students_output(alibi: bool) -> None:
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     student = teacher.build_student(depth=2, alibi=alibi)
     size = teacher.config.image_size
@@ -154,7 +154,7 @@ def test_padding_through_a_student(alibi: bool) -> None:
     assert not torch.allclose(output[1, :-3], unpadded[1, :-3])
 
 
-def test_learned_scales() -> None:
+def test_learned_scales_are_clamped_at_0() -> None:
     alibi = text_alibi(num_heads=4, num_alibi_heads=3)
     plain = alibi(9, torch.float32, CPU)
     scale = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]).view(1, 3, 1, 1))

@@ -1,4 +1,4 @@
-"""bfloat16 and torch.compile: nearly the same numbers, and no graph more than needed."""
+"""bfloat16 and torch.compile give nearly the same numbers, with few graphs."""
 
 import copy
 from collections.abc import Iterator
@@ -22,21 +22,21 @@ BATCH_SIZE = 16
 
 @pytest.fixture(scope="module")
 def batches() -> Tensor:
-    """Real images, a batch a step: (20, 16, 3, 32, 32) uint8."""
+    """Real images, one batch for each step: (20, 16, 3, 32, 32) uint8."""
     images = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32).train.images
     return images[: NUM_STEPS * BATCH_SIZE].unflatten(0, (NUM_STEPS, BATCH_SIZE))
 
 
 @pytest.fixture(scope="module")
 def model() -> DistillationModel:
-    """The quickstart's teacher and student; nobody may train it."""
+    """The quickstart's teacher and student; tests must not train it."""
     torch.manual_seed(0)
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     return DistillationModel(teacher, teacher.build_student(depth=3))
 
 
 def train(model: DistillationModel, batches: Tensor) -> Iterator[float]:
-    """Train for as many steps as there are batches, as Composer does; yield the losses."""
+    """Train one step on each batch, as Composer does; yield the losses."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
     for images in batches:
@@ -49,7 +49,7 @@ def train(model: DistillationModel, batches: Tensor) -> Iterator[float]:
 
 
 def evaluate(model: DistillationModel, images: Tensor) -> dict[str, Tensor]:
-    """Embeddings of student and teacher in three batches, the last of them smaller, as the callback makes them."""
+    """Embed with student and teacher in three batches, the last one smaller, as the callback does."""
     embeds = {"student": model.embed_all, **model.retrieval_references()}
     with torch.inference_mode():
         parts = [
@@ -61,18 +61,18 @@ def evaluate(model: DistillationModel, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(model: DistillationModel, batches: Tensor) -> list[float]:
-    """The losses in float32, without anything."""
+    """The losses in float32, not compiled."""
     return list(train(copy.deepcopy(model), batches))
 
 
-def test_bfloat16_stays_near(model: DistillationModel, batches: Tensor, expected: list[float]) -> None:
+def test_losses_in_bfloat16_are_close(model: DistillationModel, batches: Tensor, expected: list[float]) -> None:
     in_bf16 = copy.deepcopy(model)
     in_bf16.teacher.cast_weights(torch.bfloat16)
     in_bf16.cpu_bf16 = True
     np.testing.assert_allclose(list(train(in_bf16, batches)), expected, rtol=0.01)
 
 
-def test_frozen_weights_in_bfloat16_change_no_bit(model: DistillationModel, batches: Tensor) -> None:
+def test_frozen_weights_in_bfloat16_give_equal_targets(model: DistillationModel, batches: Tensor) -> None:
     plain, cast = copy.deepcopy(model), copy.deepcopy(model)
     cast.teacher.cast_weights(torch.bfloat16)
     block = cast.teacher.block_list[0]
@@ -87,8 +87,10 @@ def test_frozen_weights_in_bfloat16_change_no_bit(model: DistillationModel, batc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
-def test_compiled(model: DistillationModel, batches: Tensor, expected: list[float], bf16: bool) -> None:
-    """The same numbers from a few graphs: as on a GPU in float32, as on a CPU in bfloat16."""
+def test_compiled_losses_and_embeddings_are_close(
+    model: DistillationModel, batches: Tensor, expected: list[float], bf16: bool
+) -> None:
+    """With few graphs: in float32 as on a GPU, in bfloat16 as on a CPU."""
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
     for each in (eager, compiled):
         each.teacher.cast_weights(torch.bfloat16 if bf16 else torch.float32)

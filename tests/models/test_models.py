@@ -1,4 +1,4 @@
-"""What the goldens do not show: sizes, cost, freezing, options, what a checkpoint holds."""
+"""Sizes, cost, freezing, options and checkpoints of the models."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -158,7 +158,7 @@ def test_top_k_layers_are_the_last(teacher: Data2Vec2) -> None:
         teacher.targets(x, average_top_k_layers=4)
 
 
-def test_norm_mean_lets_go_of_each_layer() -> None:
+def test_norm_mean_holds_one_layer_at_a_time() -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def layers() -> Iterator[torch.Tensor]:
@@ -172,7 +172,7 @@ def test_norm_mean_lets_go_of_each_layer() -> None:
     assert len(seen) == 4
 
 
-def test_norm_mean_against_torch() -> None:
+def test_norm_mean_equals_torchs_norms() -> None:
     layers = [torch.randn(3, 7, 16) * 5 + 2 for _ in range(3)]
     normed = [nn.functional.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in layers]
     torch.testing.assert_close(norm_mean(layers), nn.functional.layer_norm(torch.stack(normed).mean(0), (16,)))
@@ -186,7 +186,7 @@ def test_loss_is_a_plain_mean() -> None:
     torch.testing.assert_close(regression_loss(Regression(prediction, target)), expected)
 
 
-def test_student_init_from_teacher(teacher: Data2Vec2) -> None:
+def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     whole = teacher.build_student(depth=2, mlp_ratio=4.0, alibi=False, init="teacher_blocks")
     x = teacher.encode(images_for(teacher))
     for ours, theirs in zip(whole.ffn_outputs(x), teacher.ffn_outputs(x), strict=False):
@@ -233,7 +233,7 @@ def test_images_of_another_size_are_resized_as_pillow_does(
         assert difference.mean() < 0.025
 
 
-def test_embeddings(teacher: Data2Vec2) -> None:
+def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) -> None:
     student = teacher.build_student(depth=2)
     images = images_for(teacher)
     output, ffn_outputs = student.forward_blocks(teacher.encode(images))

@@ -1,4 +1,4 @@
-"""What a training step costs: memory, passes, waits for the device."""
+"""Memory and synchronisation of a training step."""
 
 import copy
 from collections.abc import Iterator
@@ -42,14 +42,14 @@ def random_images(count: int) -> Tensor:
 
 
 def backward(model: DistillationModel, images: Tensor, num_images: int | None = None) -> Tensor:
-    """The loss of images, as a part of a batch of so many."""
+    """Return the loss of images, as part of a batch of ``num_images``."""
     loss = model.loss(model(images), images) * (len(images) / (num_images or len(images)))
     loss.backward()
     return loss.detach()
 
 
 def gradient(model: DistillationModel) -> Tensor:
-    """Of all that is trained, in one vector; some of it is zero but for rounding, behind an InstanceNorm."""
+    """Return all gradients in one vector; some are zero up to rounding, before an InstanceNorm."""
     return torch.cat([tensor.grad.flatten() for tensor in model.parameters() if tensor.grad is not None])
 
 
@@ -59,7 +59,7 @@ def assert_same_gradient(ours: DistillationModel, expected: DistillationModel) -
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 3])
-def test_parts_of_a_batch_have_its_loss_and_gradients(model: DistillationModel, microbatch_size: int) -> None:
+def test_microbatches_add_up_to_the_batchs_loss_and_gradients(model: DistillationModel, microbatch_size: int) -> None:
     whole, images = copy.deepcopy(model), random_images(7)
     expected = backward(whole, images)
     loss = torch.stack([backward(model, part, len(images)) for part in images.split(microbatch_size)]).sum()
@@ -67,8 +67,8 @@ def test_parts_of_a_batch_have_its_loss_and_gradients(model: DistillationModel, 
     assert_same_gradient(model, whole)
 
 
-def test_checkpointed_activations(model: DistillationModel) -> None:
-    """The same gradients from a fraction of the memory."""
+def test_checkpointed_activations_save_memory(model: DistillationModel) -> None:
+    """The gradients are the same."""
     checkpointed, images = copy.deepcopy(model), random_images(8)
     checkpointed.student.checkpoint_activations()
     peaks = {each: peak_allocated(lambda each=each: backward(each, images), "cpu") for each in (model, checkpointed)}
@@ -77,7 +77,7 @@ def test_checkpointed_activations(model: DistillationModel) -> None:
 
 
 @pytest.mark.parametrize("cpu_bf16", [False, True])
-def test_memory_grows_with_the_batch_and_no_faster(model: DistillationModel, cpu_bf16: bool) -> None:
+def test_memory_grows_linearly_with_the_batch(model: DistillationModel, cpu_bf16: bool) -> None:
     model = copy.deepcopy(model)
     model.cpu_bf16 = cpu_bf16
     backward(model, random_images(1))  # the gradients, and ALiBi's bias, are there from now on
@@ -88,8 +88,7 @@ def test_memory_grows_with_the_batch_and_no_faster(model: DistillationModel, cpu
     assert second == pytest.approx(first, rel=0.02)
 
 
-def test_no_layers_activations_outlive_the_target(model: DistillationModel) -> None:
-    """Deeper teachers take more time, not more memory."""
+def test_deeper_teachers_need_no_more_memory(model: DistillationModel) -> None:
     images = random_images(8)
     x = model.teacher.encode(images)
     deep = build_model(depth=9).teacher
@@ -97,8 +96,8 @@ def test_no_layers_activations_outlive_the_target(model: DistillationModel) -> N
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_nothing_waits_for_the_device() -> None:
-    """A step on tensors that have no values: reading one, as ``.item()`` or a mask as an index do, is an error."""
+def test_a_step_does_not_synchronise_with_the_device() -> None:
+    """Run a step on tensors without values; reading one, as ``.item()`` or a boolean index do, is an error."""
     with FakeTensorMode():
         model = build_model()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,6 +1,6 @@
 """recipes/train.py with a count of torch.compile's graphs: ``count_graphs.py BACKEND FOLDER RUN's arguments``.
 
-After each batch, its retrieval included, each rank writes a line to its file in FOLDER: graphs, and breaks in them.
+After each batch and its retrieval, each rank writes a line to its file in FOLDER: graphs and graph breaks.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A second device for machines without a GPU: torch_xla's CPU, and a mode that refuses to mix it with the host.
 
-tests/README.md says how it is installed and run: in a place of its own, for Composer imports it wherever it finds it.
+tests/README.md describes the installation, in a separate folder, because Composer imports torch_xla if it can.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["MixedDevicesError", "OneDevice", "SecondDevice", "second_device"]
 
-# What moves tensors from one to the other, or makes one like another.
+# Functions that move tensors between devices.
 MOVES = {
     "__deepcopy__",
     "__set__",  # .grad, .data
@@ -30,13 +30,13 @@ MOVES = {
 
 
 class MixedDevicesError(RuntimeError):
-    """An operation on tensors of the host and of the device, which a GPU refuses."""
+    """An operation mixed tensors of host and device, which a GPU refuses."""
 
 
 class OneDevice(TorchFunctionMode):
-    """Refuse operations that mix devices: XLA computes elementwise ones. Host tensors of no dimensions are numbers.
+    """Refuse operations that mix devices, some of which XLA computes. Host scalars are allowed.
 
-    Not a TorchDispatchMode: under one XLA's results are other ones.
+    Not a TorchDispatchMode, which changes XLA's results.
     """
 
     def __torch_function__(
@@ -51,7 +51,7 @@ class OneDevice(TorchFunctionMode):
 
 
 class SecondDevice(DeviceCPU):
-    """torch_xla's CPU as Composer's Trainer takes a GPU: it moves the model itself, and each microbatch."""
+    """torch_xla's CPU, treated by Composer's Trainer like a GPU: it moves the model and each microbatch."""
 
     name = "xla"
 
@@ -61,7 +61,7 @@ class SecondDevice(DeviceCPU):
         self._device = xm.xla_device()
 
     def module_to_device(self, module: Any) -> Any:
-        # In place, as on a GPU: the optimizer was made before, with the same parameters.
+        # In place, as on a GPU: the optimizer already holds the parameters.
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return module.to(self._device)
@@ -78,7 +78,7 @@ def no_inference_mode(mode: bool = True) -> Any:
 
 @contextmanager
 def second_device() -> Iterator[SecondDevice]:
-    """The device, for as long as it is wanted, with what XLA lacks of CUDA made up for."""
+    """Provide the device, with replacements for features that XLA lacks."""
     import torch_xla  # pyright: ignore[reportMissingImports]
 
     torch_xla.experimental.eager_mode(True)  # one graph of a whole evaluation takes minutes and gigabytes

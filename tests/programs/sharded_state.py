@@ -1,4 +1,4 @@
-"""What FSDP holds of a model at the moment, for tests in this process and in others."""
+"""Inspect the weights that FSDP holds, for tests in this process and in others."""
 
 from typing import Any, cast
 
@@ -9,12 +9,12 @@ from d2v_composer.models.sharding import sharded_units
 
 
 def parameter_groups(model: nn.Module) -> dict[str, Any]:
-    """FSDP's own record of each unit."""
+    """Return FSDP's record of each unit."""
     return {name: cast("Any", unit)._get_fsdp_state()._fsdp_param_group for name, unit in sharded_units(model).items()}
 
 
 def gathered_units(model: nn.Module) -> set[str]:
-    """The units whose weights are whole on this rank, or on their way."""
+    """Return the units whose weights are gathered on this rank, or being gathered."""
     return {
         name
         for name, group in parameter_groups(model).items()
@@ -23,7 +23,7 @@ def gathered_units(model: nn.Module) -> set[str]:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """The memory of weights beyond this rank's share."""
+    """Return the memory of weights beyond this rank's share."""
     return sum(
         gathered.untyped_storage().nbytes()
         for group in parameter_groups(model).values()
@@ -33,7 +33,7 @@ def gathered_bytes(model: nn.Module) -> int:
 
 
 def share(model: nn.Module) -> tuple[int, int]:
-    """The numbers that this rank holds of all weights, and how many there are."""
+    """Return the number of weights on this rank, and of all weights."""
     held = whole = 0
     for parameter in model.parameters():
         assert isinstance(parameter, DTensor)
