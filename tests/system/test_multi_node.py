@@ -17,7 +17,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
 from d2v_composer.system.worker_lifetime import FORK
 
-COLLECTIVE_SECONDS = 1.0
+COLLECTIVE_SECONDS = 2.0
 
 
 def run_ranks(folder: Path, rank_of: Callable[[], None]) -> Sequence[BaseProcess]:
@@ -35,11 +35,10 @@ def _run_rank(folder: Path, number: int, rank_of: Callable[[], None]) -> None:
         init_method=f"file://{folder}/store",
         rank=number,
         world_size=2,
-        timeout=datetime.timedelta(seconds=10),
+        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )
     multi_node._node_leaders.cache_clear()
     dist.barrier()
-    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=COLLECTIVE_SECONDS))
     try:
         rank_of()
     except (InputError, RuntimeError) as error:
