@@ -162,6 +162,18 @@ def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str
     return preloaded_python().start([str(part) for part in arguments], cwd, variables)
 
 
+def start_training(*overrides: str, data: Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Program:
+    """Start :func:`small_run` with overrides, ``save_folder`` among them."""
+    command = train_command(small_run(Path("unused"), data, *overrides))
+    return start_python(*command[1:], cwd=cwd, environment=environment)
+
+
+def has_trained(folder: Path) -> bool:
+    """Tell whether a run has logged its first loss."""
+    log = folder / "log.jsonl"
+    return log.exists() and "loss/train/total" in log.read_text()
+
+
 def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) -> None:
     """Train on two ranks, on one node or two. Both must succeed."""
     with started_ranks(*train_command(arguments)[1:], ranks=2, num_nodes=num_nodes) as programs:
@@ -247,6 +259,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def student_of(folder: Path) -> dict[str, Tensor]:
     """Return the student's tensors in a run's newest checkpoint."""
     return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
+
+
+def assert_same_student(folder: Path, expected: Path) -> None:
+    ours, theirs = student_of(folder), student_of(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def losses_of(folder: Path) -> dict[int, float]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import DataLoader
@@ -155,14 +156,8 @@ def _object_store() -> Iterator[ObjectStore | None]:
     if find_server() is None:
         yield None
         return
-    with ObjectStore() as store:
-        before = dict(os.environ)
-        os.environ.update(store.environment)
-        try:
-            yield store
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    with ObjectStore() as store, patch.dict(os.environ, store.environment):
+        yield store
 
 
 def _upload(store: ObjectStore, folder: Path) -> str:

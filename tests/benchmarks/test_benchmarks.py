@@ -97,14 +97,11 @@ VARIANT_ROWS = ["ours, no ALiBi", "ours, checkpointing", "ours, health each step
 @pytest.mark.parametrize(
     ("options", "more_rows"),
     [
-        (["--no-compile"], ["ours, no ALiBi", "ours, checkpointing", "ours, health each step"]),
-        pytest.param(
-            [],
-            ["+ torch.compile", "ours, no ALiBi", "ours, checkpointing", "ours, health each step"],
-            marks=pytest.mark.slow,
-        ),
+        (["--no-compile"], VARIANT_ROWS),
+        pytest.param([], ["+ torch.compile", *VARIANT_ROWS], marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_step_rows_and_target(
     benchmark: Callable[[Sequence[str]], Any],
     tmp_path: Path,
@@ -136,6 +133,7 @@ def test_step_rows_and_target(
     assert health["ratio"] == pytest.approx(1 / (1 + (each_step - 1) / 100), rel=0.01)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_retrieval_rows_and_targets(
     benchmark: Callable[[Sequence[str]], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

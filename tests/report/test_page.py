@@ -240,45 +240,11 @@ def test_refuses_a_folder_that_is_not_a_runs(run_folder: Path, tmp_path: Path) -
         report.main([str(tmp_path / "nowhere")])
 
 
-CORRUPT = [
-    b"\xff\xfe{",
-    b'{"step": 3, "loss/train/total": 0.\x80}',
-    b"7",
-    b"null",
-    b"[1, 2]",
-    b'"step"',
-    b'{"loss/train/total": 1.0}',
-    b'{"step": null, "loss/train/total": 1.0}',
-    b'{"step": "3", "loss/train/total": 1.0}',
-    b'{"step": -1, "loss/train/total": 1.0}',
-    b'{"step": 1e400, "loss/train/total": 1.0}',
-    b'{"step": 3, "loss/train/total": "low"}',
-    b'{"step": 3, "loss/train/total": [1.0]}',
-    b'{"step": 3, "loss/train/total": null}',
-    b'{"step": 3, "loss/train/total": 1' + b"0" * 400 + b"}",
-    b'{"step": 3, "loss/train/tot',
-    b"[" * 100_000,
-]
-
-
-@pytest.mark.parametrize("corrupt", CORRUPT, ids=[repr(line[:40]) for line in CORRUPT])
-def test_skips_a_corrupt_line_of_a_log_with_a_warning(
-    corrupt: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "log.jsonl"
-    whole = [f'{{"step": {step}, "loss/train/total": {step / 2}, "nan": NaN}}'.encode() for step in range(3)]
-    path.write_bytes(b"\n".join([whole[0], corrupt, *whole[1:]]))
-    series = read_jsonl(path)
-    assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
-    assert list(series) == ["loss/train/total", "nan"]
-    assert caplog.messages == [f"{path}: skipped 1 of 4 lines: corrupt"]
-
-
 def test_writes_the_report_of_a_corrupt_log(run_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy, symlinks=True)
     with (copy / "log.jsonl").open("ab") as file:
-        file.write(b"\n".join(CORRUPT))
+        file.write(b'null\n{"step": 3, "loss/train/total": [1.0]}\n{"step": 3, "loss/tr')
     assert write_report(read_run(copy), copy)[0] == copy / "report.html"
 
 

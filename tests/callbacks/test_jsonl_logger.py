@@ -1,0 +1,102 @@
+"""The log: its uploads, its address, and corrupt lines."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from composer.callbacks import CheckpointSaver
+from composer.loggers import Logger
+
+from d2v_composer.builders.callbacks import build_loggers
+from d2v_composer.callbacks import JSONLLogger
+from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.config.load import load_config
+from d2v_composer.system.errors import InputError
+from helpers import (
+    small_run,
+)
+
+BUCKET = "saved"
+
+
+class Uploads(Logger):
+    """Records the length of the log at each upload."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uploaded: list[tuple[str, int]] = []
+
+    def upload_file(self, remote_file_name: str, file_path: Path | str, **_: Any) -> None:
+        assert Path(file_path) == self.path
+        self.uploaded.append((remote_file_name, len(self.path.read_text().splitlines())))
+
+
+def test_the_log_is_uploaded_with_each_checkpoint_and_after_a_crash(tmp_path: Path) -> None:
+    """Not with each epoch, which may be shorter or much longer."""
+    log = tmp_path / "log.jsonl"
+    log.touch()  # as left by an earlier process, so that none is downloaded
+    saver, jsonl, logger = (
+        CheckpointSaver(str(tmp_path)),
+        JSONLLogger(str(log), "s3://bucket/run/log.jsonl"),
+        Uploads(log),
+    )
+    state: Any = SimpleNamespace(callbacks=[jsonl, saver])
+    jsonl.init(state, logger)
+    for batch in range(6):
+        jsonl.batch_start(state, logger)
+        jsonl.log_metrics({"loss": 1.0}, step=batch)
+        if batch in (1, 3):
+            saver.saved_checkpoints.append(f"ep0-ba{batch + 1}-rank0.pt")
+        jsonl.epoch_end(state, logger)
+    assert logger.uploaded == [("run/log.jsonl", 2), ("run/log.jsonl", 4)]
+    jsonl.close(state, logger)  # without fit_end, as after an error
+    assert logger.uploaded[2:] == [("run/log.jsonl", 6)]
+    jsonl.close(state, logger)
+    assert len(logger.uploaded) == 3
+
+
+@pytest.mark.parametrize("remote", ["s3://elsewhere/log.jsonl", "/tmp/log.jsonl", f"s3://{BUCKET}"])
+def test_the_logs_own_address_must_be_in_save_folders_bucket(small_data: Path, remote: str) -> None:
+    kept = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/run")
+    config = load_config([*kept, f"loggers.jsonl.remote=s3://{BUCKET}/logs/a.jsonl"])
+    jsonl = next(each for each in build_loggers(config) if isinstance(each, JSONLLogger))
+    assert (jsonl.path, jsonl.remote) == (Path("run/log.jsonl"), f"s3://{BUCKET}/logs/a.jsonl")
+    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be a file in save_folder's bucket"):
+        load_config([*kept, f"loggers.jsonl.remote={remote}"])
+    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be null with save_folder unused, got"):
+        load_config([*small_run(Path("unused"), small_data), f"loggers.jsonl.remote={remote}"])
+
+
+CORRUPT = [
+    b"\xff\xfe{",
+    b'{"step": 3, "loss/train/total": 0.\x80}',
+    b"7",
+    b"null",
+    b"[1, 2]",
+    b'"step"',
+    b'{"loss/train/total": 1.0}',
+    b'{"step": null, "loss/train/total": 1.0}',
+    b'{"step": "3", "loss/train/total": 1.0}',
+    b'{"step": -1, "loss/train/total": 1.0}',
+    b'{"step": 1e400, "loss/train/total": 1.0}',
+    b'{"step": 3, "loss/train/total": "low"}',
+    b'{"step": 3, "loss/train/total": [1.0]}',
+    b'{"step": 3, "loss/train/total": null}',
+    b'{"step": 3, "loss/train/total": 1' + b"0" * 400 + b"}",
+    b'{"step": 3, "loss/train/tot',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("corrupt", CORRUPT, ids=[repr(line[:40]) for line in CORRUPT])
+def test_skips_a_corrupt_line_of_a_log_with_a_warning(
+    corrupt: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log.jsonl"
+    whole = [f'{{"step": {step}, "loss/train/total": {step / 2}, "nan": NaN}}'.encode() for step in range(3)]
+    path.write_bytes(b"\n".join([whole[0], corrupt, *whole[1:]]))
+    series = read_jsonl(path)
+    assert series["loss/train/total"] == {0: 0.0, 1: 0.5, 2: 1.0}
+    assert list(series) == ["loss/train/total", "nan"]
+    assert caplog.messages == [f"{path}: skipped 1 of 4 lines: corrupt"]

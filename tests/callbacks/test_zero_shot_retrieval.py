@@ -1,0 +1,316 @@
+"""The retrieval callback, in any Composer run and on several ranks."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from composer import Callback, Logger, State, Trainer
+from composer.devices import Device
+from composer.models import ComposerModel
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
+from d2v_composer.callbacks.trainer_state import unwrapped
+from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.labelled_retrieval import Ranks
+from d2v_composer.evaluation.retrieval import retrieval_accuracy
+from d2v_composer.report.tables import retrieval_table
+from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
+
+
+def load_cifar() -> LabelledSet:
+    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+
+
+def pixels(images: Tensor) -> Tensor:
+    return images.flatten(1).float() - 127
+
+
+class Classifier(ComposerModel):
+    """Another model than ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3 * 8 * 8, 16)
+        self.head = nn.Linear(16, 4)
+        self.embedded: list[int] = []
+        self.modes: list[bool] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.head(self.backbone(batch[0]))
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    def embed(self, images: Tensor) -> Tensor:
+        self.embedded += images[:, 0, 0, 0].tolist()
+        self.modes.append(self.training)
+        return self.backbone(images.flatten(1) / 255)
+
+
+def numbered_images(count: int, first: int) -> LabelledImages:
+    """Return images whose first pixel is their number."""
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
+    images[:, 0, 0, 0] = torch.arange(first, first + count)
+    return LabelledImages(images, torch.arange(count) % 4)
+
+
+def train(
+    model: Classifier,
+    callback: ZeroShotRetrieval,
+    max_duration: str,
+    device: Device | None = None,
+    *others: Callback,
+) -> None:
+    samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
+    sampler = dist.get_sampler(samples)
+    loader = DataLoader(samples, batch_size=8 // dist.get_world_size(), sampler=sampler)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=loader,
+        max_duration=max_duration,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
+        callbacks=[*others, callback],
+        progress_bar=False,
+        device=device,
+        device_train_microbatch_size=4,
+    )
+    trainer.fit()
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_duration", "at_start", "batches"),
+    [
+        ("4ba", "10ba", False, [4, 8, 10]),
+        ("5ba", "10ba", True, [0, 5, 10]),  # the last batch is an interval's, an epoch's and the run's end
+        ("1ep", "2ep", False, [5, 10]),
+        ("100ba", "7ba", False, [7]),
+        ("100ba", "1ep", False, [5]),
+    ],
+)
+def test_evaluates_at_the_interval_and_at_the_end(
+    interval: str, max_duration: str, at_start: bool, batches: list[int]
+) -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, interval, at_start=at_start, device_batch_size=4)
+    model = Classifier()
+    train(model, callback, max_duration)
+    assert [entry["batch"] for entry in callback.history] == batches
+    # Every image once per evaluation, in eval mode; then training continues in train mode.
+    numbers = [*range(9), *range(100, 105)]
+    assert sorted(model.embedded) == sorted(numbers * len(batches))
+    assert not any(model.modes)
+    assert model.training
+
+
+def test_logs_student_and_references_and_restores_them() -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2), references={"pixels": pixels})
+    model = Classifier()
+    train(model, callback, "10ba")
+    keys = {f"metrics/set/bank_{bank}/top{k}" for bank in ("train", "test") for k in (1, 2)}
+    assert set(callback.history[-1]["metrics"]) == keys
+    assert set(callback.reference_metrics) == {key.replace("/set/", "/set/pixels/") for key in keys}
+    bank, queries = (pixels(images.images) for images in labelled[:2])
+    expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels, (1, 2))
+    assert callback.reference_metrics["metrics/set/pixels/bank_train/top1"] == pytest.approx(expected[1])
+    assert callback.reference_metrics["metrics/set/pixels/bank_train/top2"] == pytest.approx(expected[2])
+
+    restored = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2))
+    restored.load_state_dict(callback.state_dict())
+    assert restored.history == callback.history
+
+
+def two_embeddings(images: Tensor) -> dict[str, Tensor]:
+    return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
+
+
+def test_a_resume_may_change_headline_and_k() -> None:
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    first = ZeroShotRetrieval(
+        {"set": labelled}, "10ba", embed=two_embeddings, headline="whole", references={"teacher": two_embeddings}
+    )
+    train(Classifier(), first, "10ba")
+    state = first.state_dict()
+    key = "metrics/set/bank_train/top1"
+    metrics = state["history"][-1]["metrics"]
+    assert metrics[key] == metrics[f"{key}/whole"] != metrics[f"{key}/corner"]
+
+    assert first.neighbours["set"]["train"].shape == (50, 3)
+    other = ZeroShotRetrieval({"set": labelled}, "10ba", headline="corner", references={"teacher": two_embeddings})
+    other.load_state_dict(state)
+    assert other.neighbours == {}  # found with the other embedding
+    assert other.history[-1]["metrics"][key] == metrics[f"{key}/corner"]
+    assert f"{metrics[f'{key}/corner']:.1%}".rstrip("%") in retrieval_table(other)
+
+    more = ZeroShotRetrieval(
+        {"set": labelled},
+        "10ba",
+        ks=(1, 5),
+        embed=two_embeddings,
+        headline="whole",
+        references={"teacher": two_embeddings},
+    )
+    more.load_state_dict(state)
+    assert "student after" not in retrieval_table(more)  # its top-5 was not measured
+    train(Classifier(), more, "10ba")
+    assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
+
+
+def test_a_reference_without_layer_mean_falls_back_to_its_output() -> None:
+    """As the bare encoder, which has no layers to average."""
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
+    callback = ZeroShotRetrieval(
+        {"set": labelled},
+        "10ba",
+        embed=lambda images: {name: embed(images) for name, embed in students.items()},
+        headline="layer_mean_cls",
+        references={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
+    )
+    train(Classifier(), callback, "10ba")
+    key = "metrics/set/bank_train/top1"
+    metrics, references = callback.history[-1]["metrics"], callback.reference_metrics
+    assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == references["metrics/set/pixels/bank_train/top1"]
+    assert references["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
+    restored = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls")
+    restored.load_state_dict(callback.state_dict())
+    assert (restored.history[-1]["metrics"], restored.reference_metrics) == (metrics, references)
+
+    without = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls", embed=two_embeddings)
+    with pytest.raises(ValueError, match="headline must be one of whole, corner, got 'layer_mean_cls'"):
+        train(Classifier(), without, "10ba")
+
+
+def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    model = Classifier()
+    model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="Classifier has no method embed_all or embed"):
+        train(model, ZeroShotRetrieval({"set": labelled}, "1ba"), "1ba")
+    with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
+        ZeroShotRetrieval({"set": labelled}, ks=(1, 6))
+
+
+@pytest.mark.parametrize("wraps", [[], [0], [1], [0, 1], [1, 0], [0, 1, 0]])
+def test_unwraps_ddp_and_compile_in_any_order(wraps: list[int], process_group: None) -> None:
+    model: nn.Module = Classifier()
+    wrapped = model
+    for wrap in wraps:
+        wrapped = (DistributedDataParallel, torch.compile)[wrap](wrapped)
+    assert unwrapped(cast(Any, SimpleNamespace(model=wrapped))) is model
+
+
+def test_embeddings_on_the_host_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's embed may return them there, and NCCL gathers only tensors on the device."""
+    gathered: list[Tensor] = []
+
+    def gather(ranks: Ranks, share: Tensor, num_images: int) -> Tensor:
+        gathered.append(share)
+        return share[:num_images]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "1ba", embed=lambda images: pixels(images).as_subclass(Tensor))
+    train(Classifier(), callback, "1ba", LabelledDevice())
+    assert len(gathered) == 4  # two sets of images, and the neighbours both ways
+    assert all(isinstance(share, OnDevice) for share in gathered)
+
+
+class NoCollectives(Callback):
+    """Lets collectives fail during training, except for the single numbers that Composer's loop sends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        def refuse(sent: Any, *args: Any, **kwargs: Any) -> None:
+            assert isinstance(sent, Tensor), "a collective in a world of one"
+            assert sent.numel() == 1, "a collective in a world of one"
+
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"):
+            self.monkeypatch.setattr(torch.distributed, name, refuse)
+
+
+def test_one_rank_uses_no_collective(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's threads would copy with OpenMP, and slow every later batch down."""
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labelled}, "1ba", at_start=True, references={"pixels": pixels})
+    nan_guard = NanGuard(lambda state, event: True)
+    train(Classifier(), callback, "2ba", None, NoCollectives(monkeypatch), nan_guard)
+    assert len(callback.history) == 3
+
+
+def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
+    """Two processes share 1,199 and 601 images, and find the same accuracies.
+
+    Only the main thread may use OpenMP, which starts threads for each thread that uses it.
+    """
+    script = tmp_path / "two_ranks.py"
+    places = [str(ROOT / "tests"), str(Path(__file__).parent)]
+    script.write_text(
+        f"import sys; sys.path[:0] = {places}\nfrom test_zero_shot_retrieval import measure_odd_set\n"
+        f"measure_odd_set({str(tmp_path / 'metrics.pt')!r})\n"
+    )
+    with started_ranks(script, ranks=2, environment={"OMP_NUM_THREADS": "2"}) as programs:
+        for program in programs:
+            assert program.wait(timeout=120) == 0, program.stderr
+    metrics = torch.load(tmp_path / "metrics.pt")
+    train_set, test_set, _ = odd_set(load_cifar())
+    for bank, bank_set, query_set in (("train", train_set, test_set), ("test", test_set, train_set)):
+        expected = retrieval_accuracy(
+            pixels(bank_set.images), bank_set.labels, pixels(query_set.images), query_set.labels
+        )
+        for k in (1, 3):
+            assert metrics[f"metrics/odd/bank_{bank}/top{k}"] == pytest.approx(expected[k], abs=1e-9)
+
+
+def odd_set(full: LabelledSet) -> LabelledSet:
+    """Return odd numbers of images, so that the ranks' shares differ in length."""
+    parts = (full.train, 1199), (full.test, 601)
+    train_set, test_set = (LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts)
+    return LabelledSet(train_set, test_set)
+
+
+class CountingThreads(ZeroShotRetrieval):
+    """Fails if an evaluation leaves threads behind."""
+
+    def evaluate(self, state: State, logger: Logger) -> None:
+        assert torch.get_num_threads() == 2
+        torch.ones(1 << 20).exp()  # starts the main thread's OpenMP threads
+        tqdm([], disable=True)  # starts its monitor
+        before = len(os.listdir("/proc/self/task"))
+        super().evaluate(state, logger)
+        assert len(os.listdir("/proc/self/task")) == before
+
+
+def measure_odd_set(out: str) -> None:
+    """Measure on each of two ranks; rank 0 saves the accuracies."""
+    torch.set_num_threads(2)  # conftest.py sets one under pytest-xdist
+    labelled = odd_set(load_cifar())
+    callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
+    train(Classifier(), callback, "1ba")
+    if dist.get_global_rank() == 0:
+        torch.save(callback.history[-1]["metrics"], out)
+
+
+@pytest.mark.slow
+def test_accuracy_rises_in_a_supervised_run() -> None:
+    """recipes/supervised_resnet.py: another model, trained with labels, with only our callback."""
+    ended = run_command(sys.executable, ROOT / "recipes" / "supervised_resnet.py", "--epochs", "1")
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("batch ")]
+    assert [line.split(":")[0] for line in lines] == ["batch 0", "batch 70"]
+    before, after = (dict(re.findall(r"metrics/cifar10/(\S+) ([\d.]+)%", line)) for line in lines)
+    assert before.keys() == {f"bank_{bank}/top{k}" for bank in ("train", "test") for k in (1, 3)}
+    assert all(float(after[key]) > float(before[key]) + 2 for key in before)
