@@ -158,13 +158,13 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path, monkeypatch: py
             while part := os.read(controller, 1 << 16):
                 shown.extend(part)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         train_recipe.main(small_run(tmp_path / "run", small_data))
         monkeypatch.undo()
-    reader.join()
+    reader.join(timeout=10)
     os.close(controller)
     text = shown.decode(errors="replace")
     bar = r"quickstart +100%\|.*\| 14/14 \[\d\d:\d\d<00:00, loss \d\.\d{4}, \d+ images/s, data wait \d+%\]"
