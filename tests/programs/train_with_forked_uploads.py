@@ -1,4 +1,4 @@
-"""recipes/train.py whose uploads run in forked processes: each spawned one, and there are seven, imports torch first."""
+"""recipes/train.py whose uploads run in forked processes; each of seven spawned ones would import torch first."""
 
 import sys
 from pathlib import Path
