@@ -110,7 +110,7 @@ def apply_override(config: Any, override: str) -> None:
     """Set one ``dotted.key=value``."""
     key, _, text = override.partition("=")
     section = OmegaConf.select(config, key)
-    # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced: datasets={} is none.
+    # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced, empty or not.
     is_mapping = isinstance(section, DictConfig) and not is_dataclass(OmegaConf.get_type(section))
     alone = OmegaConf.from_dotlist([f"value={text}"])
     is_reference = OmegaConf.is_interpolation(alone, "value")  # to a key of the whole config
