@@ -2,7 +2,6 @@
 
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
-# ruff: noqa: RUF009 -- limited() makes a dataclass field
 
 import math
 from dataclasses import dataclass, field
