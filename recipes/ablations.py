@@ -40,7 +40,7 @@ EMBEDDINGS = [
 ]
 
 
-class Row(NamedTuple):
+class FinishedRun(NamedTuple):
     """A finished run."""
 
     name: str
@@ -64,7 +64,7 @@ class Row(NamedTuple):
         return max(self.log["time/sample"].values()) * seconds_per_image
 
 
-def main(argv: Sequence[str]) -> list[Row]:
+def main(argv: Sequence[str]) -> list[FinishedRun]:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> list[Row]:
         folders = {name: arguments.out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         list(pool.map(lambda name: train(rows[name], folders[name], sample, threads), chosen))
-    finished = [Row(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
+    finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
     print(table(finished))
     return finished
 
@@ -142,7 +142,7 @@ def refuse_changed(path: Path, settings: str) -> None:
     write_atomically(path, settings)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[FinishedRun]) -> str:
     """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
 
     The share is the mean of both directions, from the first row's untrained student to the teacher.
@@ -156,11 +156,11 @@ def table(rows: Sequence[Row]) -> str:
     return format_table(["bank train / bank test", *EMBEDDINGS, "loss", "s"], lines, markdown=True)
 
 
-def _both_ways(row: Row, embedding: str, **options: Any) -> str:
+def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
     return " / ".join(f"{100 * row.accuracy(embedding, bank, **options):.1f}" for bank in BANKS)
 
 
-def _share(first: Row, row: Row, embedding: str) -> str:
+def _share(first: FinishedRun, row: FinishedRun, embedding: str) -> str:
     shares = [
         share_recovered(
             first.accuracy(embedding, bank, untrained=True),

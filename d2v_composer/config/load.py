@@ -43,7 +43,7 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
 
 
 def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    config = merge(schema, argv)
+    config = merge_config(schema, argv)
     raise_all(find_wrong_values(config))
     raise_all([*find_contradictions(config), *find_unmet_needs(config)])
     return config
@@ -55,7 +55,7 @@ def raise_all(problems: Iterable[str]) -> None:
         raise InputError(line)
 
 
-def merge(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """Merge schema, YAML and overrides, and check names and types; values are checked later."""
     path, *overrides = check_arguments(argv)
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)

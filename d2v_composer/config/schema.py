@@ -55,7 +55,7 @@ class TeacherConfig:
 
 
 @dataclass
-class StudentConfig:
+class StudentOptions:
     depth: int = limited(5, least=1, most=1000)
     mlp_ratio: float = limited(3.0, least=SMALLEST_FLOAT, most=1000)
     alibi: bool = True
@@ -198,7 +198,7 @@ class TrainConfig(RunConfig):
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
+    student: StudentOptions = field(default_factory=StudentOptions)
     prediction: Literal["layer_mean", "last_block"] = "layer_mean"
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)

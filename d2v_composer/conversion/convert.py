@@ -45,7 +45,7 @@ LOCK_TIMEOUT = 10
 log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
 class Conversion(NamedTuple):
@@ -173,8 +173,8 @@ def _verify(pool: ProcessPoolExecutor, destination: Destination, records: list[S
 
 
 def _run(
-    pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Sequence[Job]
-) -> Iterator[tuple[Job, Result]]:
+    pool: ProcessPoolExecutor, function: Callable[[Job], ResultT], jobs: Sequence[Job]
+) -> Iterator[tuple[Job, ResultT]]:
     futures = {pool.submit(function, job): job for job in jobs}
     try:
         for future in as_completed(futures):

@@ -30,7 +30,7 @@ __all__ = [
     "verify_shard",
 ]
 
-HASHES = ["sha1", "xxh64"]
+WRITTEN_HASHES = ["sha1", "xxh64"]
 LARGEST_SHARD = (1 << 32) - 1
 # A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
 BYTES_PER_SQUARE = 0.4
@@ -89,7 +89,9 @@ def convert_shard(job: ShardJob) -> ShardRecord:
     skipped: list[str] = []
     columns = {"image": "bytes"} if job.files[0].label is None else {"image": "bytes", "label": "int"}
     with job.destination.published(f"shard.{job.number:05}.mds") as path:
-        writer = MDSWriter(columns=columns, out=str(path.parent / "mds"), hashes=HASHES, size_limit=LARGEST_SHARD)
+        writer = MDSWriter(
+            columns=columns, out=str(path.parent / "mds"), hashes=WRITTEN_HASHES, size_limit=LARGEST_SHARD
+        )
         for file in job.files:
             try:
                 image, kind = _read_image(job, file)

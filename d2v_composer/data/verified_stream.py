@@ -20,12 +20,12 @@ from typing_extensions import override
 
 from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.retry import reason, retry
-from d2v_composer.system.s3_download import SCHEME, S3Downloader
+from d2v_composer.system.s3_download import S3_SCHEME, S3Downloader
 
 __all__ = ["ShardError", "VerifiedStream"]
 
 # The fastest first; blake2b and those after it take longer than reading from a fast disk.
-HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
+PREFERRED_HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
 # How long a store may send nothing, or almost nothing, before the request is repeated.
 REQUEST_SECONDS = 20
 READ_BYTES = 1 << 20
@@ -52,7 +52,7 @@ class VerifiedStream(Stream):
     def __init__(self, *, local: str | Path, remote: str | None, timeout: float) -> None:
         super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_SECONDS))
         self.timeout = timeout
-        self._s3 = S3Downloader(self.download_timeout) if remote is not None and remote.startswith(SCHEME) else None
+        self._s3 = S3Downloader(self.download_timeout) if remote is not None and remote.startswith(S3_SCHEME) else None
         if self._s3 is not None:
             self._s3.prepare()
         self._idle_downloaders: dict[int, list[CloudDownloader]] = {os.getpid(): [self._downloader]}
@@ -197,7 +197,7 @@ def _fault(path: Path, info: FileInfo) -> str | None:
     """Return how a file differs from what the index says, or ``None``."""
     if path.stat().st_size != info.bytes:
         return _wrong_size(path, info)
-    algorithm = next((name for name in (*HASHES, *info.hashes) if name in info.hashes), None)
+    algorithm = next((name for name in (*PREFERRED_HASHES, *info.hashes) if name in info.hashes), None)
     if algorithm is not None and _digest(path, algorithm) != info.hashes[algorithm]:
         return f"{path}: its content has changed ({algorithm})"
     return None

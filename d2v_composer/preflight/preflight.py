@@ -26,7 +26,7 @@ from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.retry import reason
 
-__all__ = ["Table", "check_before_training", "free_port", "preflight"]
+__all__ = ["CheckTable", "check_before_training", "free_port", "preflight"]
 
 # The run could start although these failed.
 WARNINGS = {"versions", "listing"}
@@ -37,7 +37,7 @@ NAME_WIDTH, VERDICT_WIDTH = 14, 7
 log = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
+class CheckRow(NamedTuple):
     """The result of one check."""
 
     name: str
@@ -51,11 +51,11 @@ class Row(NamedTuple):
         return row if not self.remedy else f"{row}\n{'':{NAME_WIDTH + VERDICT_WIDTH + 1}} to do: {self.remedy}"
 
 
-class Table:
+class CheckTable:
     """The rows of all checks, printed as they are added."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[CheckRow] = []
         print(f"{'check':{NAME_WIDTH}} verdict found", flush=True)
 
     @property
@@ -63,7 +63,7 @@ class Table:
         """The names of the failed checks."""
         return {row.name for row in self.rows if row.verdict == "FAILED"}
 
-    def add(self, row: Row) -> None:
+    def add(self, row: CheckRow) -> None:
         self.rows.append(row)
         print(row, flush=True)
 
@@ -81,13 +81,13 @@ class Table:
         """
         broken = [row.name for row in self.rows if row.name in after and row.verdict != "ok"]
         if broken:
-            self.add(Row(name, "skipped", f"{broken[0]} did not pass"))
+            self.add(CheckRow(name, "skipped", f"{broken[0]} did not pass"))
             return False
         try:
-            self.add(Row(name, "ok", look()))
+            self.add(CheckRow(name, "ok", look()))
         except Exception as error:  # the run would fail with it too
             log.debug("%s", name, exc_info=True)
-            self.add(Row(name, "FAILED", reason(error), remedy))
+            self.add(CheckRow(name, "FAILED", reason(error), remedy))
             return False
         return True
 
@@ -97,7 +97,7 @@ class Table:
         for rank, rows in enumerate(nodes.exchange(key, json.dumps(failed))):
             if rank != nodes.rank:
                 for name, verdict, found, remedy in json.loads(rows):
-                    self.add(Row(name, verdict, f"on node {rank}: {found}", remedy))
+                    self.add(CheckRow(name, verdict, f"on node {rank}: {found}", remedy))
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
@@ -116,12 +116,12 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends and removes the rehearsal
     nodes = Nodes.from_environment()
     try:
-        checks, table = Checks(config, nodes), Table()
+        checks, table = Checks(config, nodes), CheckTable()
         check_before_training(checks, table)
         table.share(nodes, "before the rehearsal")
         if table.failed - WARNINGS:
             for phase in PHASES:
-                table.add(Row(phase, "skipped", "fix the failures above first"))
+                table.add(CheckRow(phase, "skipped", "fix the failures above first"))
             return False
         with own_folders(argv, config, train_script, nodes) as rehearsal:
             measured = rehearse(rehearsal, table)
@@ -134,7 +134,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
         nodes.leave()
 
 
-def check_before_training(checks: Checks, table: Table) -> None:
+def check_before_training(checks: Checks, table: CheckTable) -> None:
     """Make all checks that need no training."""
     room = "free disk space, or set train_loader.cache_limit or save_num_checkpoints_to_keep"
     rows = (
@@ -154,14 +154,14 @@ def check_before_training(checks: Checks, table: Table) -> None:
         table.check(*row)
 
 
-def rehearse(rehearsal: Rehearsal, table: Table) -> Measured | None:
+def rehearse(rehearsal: Rehearsal, table: CheckTable) -> Measured | None:
     """Start, stop and resume a small run; return its figures on node 0 if all phases passed."""
     with rehearsal.started() as command:
         table.check("training", partial(rehearsal.train, command), SEE_LOG)
         stopped = table.check("SIGTERM", partial(rehearsal.stop, command), SEE_LOG, after=("training",))
     if not stopped:
         for phase in PHASES[2:]:
-            table.add(Row(phase, "skipped", "SIGTERM did not pass"))
+            table.add(CheckRow(phase, "skipped", "SIGTERM did not pass"))
         return None
     with rehearsal.resumed() as command:
         resumed = table.check("resume", partial(rehearsal.resume, command), SEE_LOG)

@@ -14,7 +14,7 @@ from d2v_composer.system.addresses import Address, file_name, hide_secrets, iden
 from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
-from d2v_composer.system.s3_download import SCHEME, S3Downloader
+from d2v_composer.system.s3_download import S3_SCHEME, S3Downloader
 
 # The largest data2vec 2.0 checkpoint: 600 million weights with decoder, moving average and optimizer, 15 GB.
 LARGEST_FILE = 32 << 30
@@ -94,7 +94,7 @@ def transfer(address: str, path: Path, timeout: float) -> None:
     """Fetch ``address`` to ``path`` without retries; a failure raises the client's error and leaves a partial file."""
     if address.startswith(("https://", "http://")):
         _download_from_web(address, path, timeout)
-    elif address.startswith(SCHEME):
+    elif address.startswith(S3_SCHEME):
         S3Downloader(min(timeout, READ_SECONDS), S3_ATTEMPTS).download(address, path)
     else:
         CloudDownloader.direct_download(address, str(path), timeout)

@@ -15,9 +15,9 @@ from urllib3 import BaseHTTPResponse
 
 from d2v_composer.system import retry
 
-__all__ = ["SCHEME", "S3Downloader"]
+__all__ = ["S3_SCHEME", "S3Downloader"]
 
-SCHEME = "s3://"
+S3_SCHEME = "s3://"
 # Bytes a second. A link may be slow, and shared by many requests; below this rate, the download is stopped.
 LEAST_RATE = 1024
 READ_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class S3Downloader:
             InterruptedError: ``stop`` was set.
             Exception: Other errors of botocore and urllib3.
         """
-        bucket, _, key = address.removeprefix(SCHEME).partition("/")
+        bucket, _, key = address.removeprefix(S3_SCHEME).partition("/")
         request = {"Bucket": bucket, "Key": key}
         if bucket in os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(","):
             request["RequestPayer"] = "requester"

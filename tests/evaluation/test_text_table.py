@@ -1,7 +1,7 @@
 """Tables of text and Markdown."""
 
 from d2v_composer.evaluation.text_table import format_table
-from recipes.ablations import DATASET, EMBEDDINGS, Row, table
+from recipes.ablations import DATASET, EMBEDDINGS, FinishedRun, table
 
 
 def test_aligns_the_first_column_left_and_the_others_right() -> None:
@@ -16,7 +16,7 @@ def test_the_ablations_table_is_markdown() -> None:
         for embedding in EMBEDDINGS:
             log[f"metrics/{DATASET}/bank_{bank}/top1/{embedding}"] = {0: untrained, 1: trained}
             log[f"metrics/{DATASET}/teacher/bank_{bank}/top1/{embedding}"] = {0: teacher}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table([Row("base", log)]).splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table([FinishedRun("base", log)]).splitlines()]
     assert rows[0] == ["bank train / bank test", *EMBEDDINGS, "loss", "s"]
     assert [row[:2] for row in rows[2:]] == [
         ["untrained", "25.0 / 50.0"],

@@ -21,7 +21,7 @@ from d2v_composer.preflight import checks
 from d2v_composer.preflight.checks import Checks
 from d2v_composer.preflight.needs import Measured, in_batches, needs
 from d2v_composer.preflight.nodes import Nodes
-from d2v_composer.preflight.preflight import Table, check_before_training, free_port
+from d2v_composer.preflight.preflight import CheckTable, check_before_training, free_port
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, command_environment, run_command, small_run
 
@@ -43,7 +43,7 @@ def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: 
 
 def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """Make the checks before the rehearsal, and return the findings of the failed ones."""
-    table = Table()
+    table = CheckTable()
     check_before_training(Checks(load_config(arguments), ONE_NODE), table)
     capsys.readouterr()
     return {row.name: row.found for row in table.rows if row.verdict == "FAILED"}
