@@ -37,7 +37,7 @@ BYTES_PER_SQUARE = 0.4
 
 
 class Encoding(NamedTuple):
-    """How images are stored."""
+    """The encoding of stored images."""
 
     resize: int | None = None
     """Shrink a longer short side to this many pixels; ``None``: keep the files' bytes."""

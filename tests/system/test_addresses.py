@@ -49,7 +49,7 @@ def composers_folder(save_folder: str, run_name: str) -> tuple[str, str, Path]:
 
 
 def test_composer_saves_where_we_look() -> None:
-    """Of thousands of odd folders, each accepted one is Composer's too, and no two are the same."""
+    """Composer accepts each odd folder that we accept, of thousands, and no two are the same."""
     names = dict.fromkeys(odd_texts(4000))
     folders = [f"{start}{name}" for name in names for start in ("", "/x/", "runs/", "s3://bucket/runs/", "s3://")]
     read = accepted(folders)
