@@ -51,12 +51,17 @@ def started(command: list[str], temporary: Path) -> Iterator[subprocess.Popen[by
         process.wait()
 
 
+def anonymous_megabytes(pid: int) -> float:
+    """Return a process's own memory. Unlike USS, it does not depend on how many pages a forked worker still shares."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
 def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
     main = psutil.Process(process.pid)
     family = [main, *main.children(recursive=True)]
     return Usage(
-        # Unshared memory: forked workers share most pages with their parent.
-        sum(each.memory_full_info().uss for each in family) / 2**20,
+        anonymous_megabytes(process.pid),
         main.num_fds(),  # workers live for an epoch, with copies of these
         main.num_threads(),
         len(family),
@@ -117,7 +122,7 @@ def test_a_long_run_does_not_leak(
         while process.poll() is None:
             step = step_of(folder)
             if warm_up < step < num_steps - 1:  # after the last step the run shuts down
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                with contextlib.suppress(psutil.Error, OSError, IndexError):  # it has just ended
                     usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(process, temporary))
                     shared_memory |= shared_memory_of(process.pid)
             time.sleep(0.25)
