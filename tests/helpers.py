@@ -3,15 +3,16 @@
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from socketserver import BaseServer
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -26,12 +27,15 @@ from torch.utils.data import DataLoader
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.preflight.preflight import free_port
 from d2v_composer.system.errors import InputError
 from programs.preloaded import PreloadedPython, Program
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"
+
+ServerT = TypeVar("ServerT", bound=BaseServer)
 
 # Six batches of 16 an epoch.
 NUM_IMAGES = 96
@@ -205,12 +209,6 @@ def started_ranks(
             program.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @cache
 def preloaded_python() -> PreloadedPython:
     """Return the server of this test process."""
@@ -285,6 +283,17 @@ def refused_by(load: Callable[[Path], Any], path: Path) -> str:
     assert "\n" not in message
     assert str(path) in message
     return message
+
+
+@contextmanager
+def serving(server: ServerT) -> Iterator[ServerT]:
+    """Let a server answer in a thread while the block lasts."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @contextmanager

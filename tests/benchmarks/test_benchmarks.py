@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import sys
 import threading
@@ -25,6 +24,7 @@ from d2v_composer.benchmarks.retrieval import check_neighbours
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, encoded_image, run_command
+from recipes import benchmark as benchmark_recipe
 
 SCRIPT = ROOT / "recipes" / "benchmark.py"
 
@@ -51,7 +51,7 @@ ROWS = [
 @pytest.fixture
 def benchmark() -> Callable[[Sequence[str]], Any]:
     """The command's main function."""
-    return runpy.run_path(str(SCRIPT))["main"]
+    return benchmark_recipe.main
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """timm, ONNX, torch.export and a hub's folder embed as the student's checkpoint does."""
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN
+from recipes import export_student
 
 TOLERANCE = 1e-5
 
@@ -32,7 +32,7 @@ Export = Callable[..., Student]
 @pytest.fixture(scope="module")
 def export() -> Export:
     """The command's main."""
-    main = runpy.run_path(str(ROOT / "recipes" / "export_student.py"))["main"]
+    main = export_student.main
     return lambda *arguments: main([str(argument) for argument in arguments])
 
 

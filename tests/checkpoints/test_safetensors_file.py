@@ -2,11 +2,9 @@
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, refused_by
+from helpers import GOLDEN, refused_by, serving
+from recipes import convert_teacher as convert_teacher_recipe
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -56,16 +55,7 @@ def files_in(folder: Path) -> list[str]:
 
 def convert_command(*argv: str | Path) -> Any:
     """Call ``recipes/convert_teacher.py`` in this process."""
-    return convert_teacher_recipe().main([str(part) for part in argv])
-
-
-def convert_teacher_recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("convert_teacher", ROOT / "recipes" / "convert_teacher.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe
+    return convert_teacher_recipe.main([str(part) for part in argv])
 
 
 @pytest.fixture
@@ -226,7 +216,7 @@ def test_the_command_exits_with_2_and_one_line(
         monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(convert_teacher_recipe().main)
+        cli.run(convert_teacher_recipe.main)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -388,12 +378,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(Server()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def cached_files(tmp_path: Path) -> list[str]:

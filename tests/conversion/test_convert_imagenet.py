@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
 import sys
@@ -34,7 +33,8 @@ from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.file_locks import sole_user
-from helpers import ROOT, encoded_image
+from helpers import encoded_image
+from recipes import convert_imagenet
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -88,7 +88,7 @@ def forked(arguments: list[str]) -> BaseProcess:
 
 def main(arguments: Sequence[str]) -> convert.Conversion:
     """Call ``recipes/convert_imagenet.py`` in this process."""
-    return runpy.run_path(str(ROOT / "recipes" / "convert_imagenet.py"))["main"](arguments)
+    return convert_imagenet.main(arguments)
 
 
 def write(path: Path, content: bytes) -> Path:

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shutil
 import sys
 import time
@@ -45,6 +44,7 @@ from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
+from recipes import embed as embed_recipe
 
 SCRIPT = ROOT / "recipes" / "embed.py"
 TEACHER = GOLDEN / "tiny_base.pt"
@@ -87,7 +87,7 @@ def embed(model: Path, source: Path | str, out: Path, *options: str | Path, work
 
 def run(*arguments: object) -> Embedding:
     """Call ``recipes/embed.py`` in this process."""
-    return runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    return embed_recipe.main([str(argument) for argument in arguments])
 
 
 def loaded(out: Path) -> tuple[list, NDArray]:
@@ -584,7 +584,7 @@ def test_an_unreadable_image_is_one_line(
     arguments = ["embed.py", TEACHER, source, tmp_path / "photos.npy", "--workers", "1"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(runpy.run_path(str(SCRIPT))["main"])
+        cli.run(embed_recipe.main)
     printed = capfd.readouterr()
     line = f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); --skip-unreadable skips such images"
     assert printed.err.splitlines()[-1] == line

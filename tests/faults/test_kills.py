@@ -90,17 +90,23 @@ def in_start_up(dice: random.Random) -> Moment:
     return lambda folder, seconds: seconds >= moment or "loss" in log_of(folder)
 
 
-def in_training(dice: random.Random) -> Moment:
-    """Some milliseconds into a random batch."""
-    batch, wait = dice.randrange(1, NUM_BATCHES), dice.uniform(0, 0.2)
+def after(holds: Callable[[Path], bool], wait: float) -> Moment:
+    """Some milliseconds after a condition begins to hold."""
 
     def has_come(folder: Path, seconds: float) -> bool:
-        if f'"step": {batch},' not in log_of(folder):
+        if not holds(folder):
             return False
         time.sleep(wait)
         return True
 
     return has_come
+
+
+def in_training(dice: random.Random) -> Moment:
+    """Some milliseconds into a random batch."""
+    batch, wait = dice.randrange(1, NUM_BATCHES), dice.uniform(0, 0.2)
+
+    return after(lambda folder: f'"step": {batch},' in log_of(folder), wait)
 
 
 def in_a_checkpoint(dice: random.Random) -> Moment:
@@ -108,27 +114,18 @@ def in_a_checkpoint(dice: random.Random) -> Moment:
     number, wait = dice.randrange(1, NUM_BATCHES // 3), dice.uniform(0, 0.03)
     seen: set[str] = set()
 
-    def has_come(folder: Path, seconds: float) -> bool:
+    def are_enough(folder: Path) -> bool:
         seen.update(checkpoints_of(folder))
-        if len(seen) < number:
-            return False
-        time.sleep(wait)
-        return True
+        return len(seen) >= number
 
-    return has_come
+    return after(are_enough, wait)
 
 
 def in_retrieval(dice: random.Random) -> Moment:
     """After the loss of a batch that ends with a retrieval, and before its result."""
     batch, wait = dice.choice([7, 15, 23]), dice.uniform(0, 0.5)
 
-    def has_come(folder: Path, seconds: float) -> bool:
-        if f'"step": {batch}, "loss' not in log_of(folder):
-            return False
-        time.sleep(wait)
-        return True
-
-    return has_come
+    return after(lambda folder: f'"step": {batch}, "loss' in log_of(folder), wait)
 
 
 MOMENTS = [in_start_up, in_training, in_a_checkpoint, in_retrieval]

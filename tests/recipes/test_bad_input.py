@@ -1,37 +1,25 @@
 """Bad input through the training command: one clear line, exit status 2, no traceback, nothing half-written."""
 
-import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from d2v_composer.system import cli
-from helpers import GOLDEN, ROOT, encoded_image, small_run, write_mds
+from helpers import GOLDEN, encoded_image, small_run, write_mds
+from recipes import train
 
 SIZES = "modality_encoders.IMAGE.local_encoder.proj.weight"
 
 
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    """Return recipes/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "recipes" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def answer(
-    train: ModuleType, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable[..., str]:
     """Return a function that runs the command with wrong overrides and returns the line of its error."""
 

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,6 +18,7 @@ from helpers import (
     ROOT,
     assert_same_losses,
     command_environment,
+    has_trained,
     load_checkpoint,
     losses_of,
     run_command,
@@ -29,6 +28,7 @@ from helpers import (
     student_of,
     train_command,
     train_until_killed,
+    wait_until,
 )
 
 
@@ -66,18 +66,6 @@ def test_two_ranks_train_as_one(small_data: Path, tmp_path: Path) -> None:
     assert_same_losses(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), num_steps=20)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def has_trained(folder: Path) -> bool:
-    log = folder / "log.jsonl"
-    return log.exists() and "loss/train/total" in log.read_text()
-
-
 def batch_of(checkpoint: Path) -> int:
     return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
 
@@ -86,7 +74,7 @@ def test_sigterm_saves_a_checkpoint_and_exits(uninterrupted: Path, small_data: P
     """SLURM and systemd send SIGTERM to every process of the run."""
     arguments = small_run(tmp_path, small_data, "save_interval=1000ba", "train_loader.num_workers=2")
     program = start_python(*train_command(arguments)[1:])
-    wait_for(lambda: has_trained(tmp_path))
+    wait_until(lambda: has_trained(tmp_path), seconds=60)
     os.killpg(program.pid, signal.SIGTERM)
     assert program.wait(timeout=60) == 128 + signal.SIGTERM
     batch = batch_of(tmp_path / "latest-rank0.pt")
@@ -114,7 +102,7 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
     arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
     command = train_command(arguments, ranks=2)
     launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
-    wait_for(lambda: has_trained(tmp_path))
+    wait_until(lambda: has_trained(tmp_path), seconds=60)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
     (os.killpg if sent == signal.SIGTERM else os.kill)(launcher.pid, sent)

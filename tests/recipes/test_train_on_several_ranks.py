@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.preflight.preflight import free_port
 from helpers import (
     QUICKSTART,
     ROOT,
     assert_same_losses,
     command_environment,
-    free_port,
     losses_of,
     run_command,
     run_ranks,

@@ -1,6 +1,6 @@
 """A folder instead of a file, or a file instead of a folder: one line and status 2, before any work."""
 
-import runpy
+import importlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.chdir(tmp_path)
 
     def run(recipe: str, *arguments: str | Path) -> str:
-        main = runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"]
+        main = importlib.import_module(f"recipes.{recipe}").main
         monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.run(main)

@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import runpy
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from d2v_composer.system.addresses import Address, RunFolder, check_path, check_
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 from helpers import ROOT, checkpoints_of, load_checkpoint, losses_of, small_run
+from recipes import train as train_recipe
 
 # Parts of names in the property test: all that is special in URLs, format strings or file systems.
 ATOMS = [
@@ -196,7 +196,7 @@ def test_runs_resume_from_their_own_checkpoints(
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data#1?;{x}"  # local data sets may have any name
     shutil.copytree(small_data, data)
-    train = runpy.run_path(str(ROOT / "recipes" / "train.py"))["main"]
+    train = train_recipe.main
     names = ["vit", "vit 3", "vit=3@%23,é", "vit.3"]
     short = ("scheduler.t_warmup=1ba", "student.depth=1", "save_num_checkpoints_to_keep=1")
     for name, batches in itertools.product(names, (2, 4)):

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import logging
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from d2v_composer.system.addresses import file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder, cached_name, fetch
 from d2v_composer.system.retry import retry
-from helpers import GOLDEN, small_run
+from helpers import GOLDEN, serving, small_run
 
 SIGNED = (
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIASECRET%2F20260101%2Fus-east-1%2Fs3%2Faws4_request"
@@ -63,12 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(Server()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_presigned_teacher_is_cached_without_its_query(server: Server, small_data: Path) -> None:

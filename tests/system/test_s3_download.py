@@ -16,7 +16,7 @@ from d2v_composer.data.streaming_images import StreamingImages
 from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.s3_download import S3Downloader
-from helpers import time_limit
+from helpers import serving, time_limit
 
 NUM_SAMPLES = 96
 
@@ -77,15 +77,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+    with serving(Server()) as server:
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "x")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield server
-        server.shutdown()
 
 
 FILE = bytes(range(256)) * 80  # 20 kB
