@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import TrainConfig, TrainLoaderConfig
 from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.mds_index import RoomNeeded, check_image_column, check_room, fetch_index, read_index, room_needed
+from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, read_image_index, room_needed
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import StreamingImages
@@ -61,9 +61,9 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
-    is_remote = loader.remote is not None
-    shards = read_index(local, columns=(loader.column,), option="train_loader.column", shards_may_be_missing=is_remote)
-    check_image_column(shards, loader.column, str(local))
+    shards = read_image_index(
+        local, loader.column, option="train_loader.column", shards_may_be_missing=loader.remote is not None
+    )
     num_samples, batch_size = count_samples(shards), config.global_train_batch_size
     if num_samples < batch_size:
         raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.image_folder import list_images, list_subfolders, read_image_file, to_pixels
-from d2v_composer.data.mds_index import SUMMARY, check_image_column, keep_encoded, read_index
+from d2v_composer.data.mds_index import SUMMARY, keep_encoded, read_image_index
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
@@ -123,8 +123,7 @@ def _load_folder(folder: Path, class_names: list[str], image_size: int) -> Label
 
 
 def _load_mds(folder: Path, image_size: int, column: str, label_column: str) -> LabelledImages:
-    shards = read_index(folder, columns=(column, label_column), option="column and label_column")
-    check_image_column(shards, column, str(folder))
+    shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     samples = [sample for shard in shards for sample in _read_samples(folder, shard, column)]
     try:
         labels = [int(sample[label_column]) for sample in samples]

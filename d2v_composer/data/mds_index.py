@@ -22,11 +22,11 @@ __all__ = [
     "INDEX",
     "SUMMARY",
     "RoomNeeded",
-    "check_image_column",
     "check_room",
     "describe_data",
     "fetch_index",
     "keep_encoded",
+    "read_image_index",
     "read_index",
     "room_needed",
 ]
@@ -150,6 +150,34 @@ def read_index(
     return shards
 
 
+def read_image_index(
+    folder: Path,
+    column: str,
+    *,
+    option: str,
+    source: str | None = None,
+    other_columns: tuple[str, ...] = (),
+    shards_may_be_missing: bool = False,
+) -> list[dict[str, Any]]:
+    """Read and check the shards of a data set of images, as :func:`read_index` does.
+
+    Args:
+        folder: The folder of the ``index.json``.
+        column: The column of images.
+        option: The setting that chooses the columns, for the error.
+        source: The data set's name, for the error; default: the folder.
+        other_columns: Further columns that the samples must have.
+        shards_may_be_missing: They are fetched later.
+
+    Raises:
+        InputError: As :func:`read_index`, or the column cannot hold images.
+    """
+    columns = (column, *other_columns)
+    shards = read_index(folder, columns=columns, option=option, shards_may_be_missing=shards_may_be_missing)
+    _check_image_column(shards, column, source or str(folder))
+    return shards
+
+
 def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
     for file in _files(shard):
         name = Path(file["basename"])
@@ -189,17 +217,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def check_image_column(shards: list[dict[str, Any]], column: str, source: str) -> None:
-    """Check that a column can hold images.
-
-    Args:
-        shards: The shards as :func:`read_index` returns them.
-        column: The column.
-        source: The data set's name for the error.
-
-    Raises:
-        InputError: Its encoding is another one.
-    """
+def _check_image_column(shards: list[dict[str, Any]], column: str, source: str) -> None:
     encodings = {dict(zip(shard["column_names"], shard["column_encodings"], strict=True))[column] for shard in shards}
     if not encodings <= set(IMAGE_ENCODINGS):
         raise InputError(

@@ -15,11 +15,10 @@ from d2v_composer.data.image_folder import list_images, read_image_file, to_pixe
 from d2v_composer.data.labelled_sets import Format, load_labelled_set
 from d2v_composer.data.mds_index import (
     INDEX,
-    check_image_column,
     check_room,
     fetch_index,
     keep_encoded,
-    read_index,
+    read_image_index,
     room_needed,
 )
 from d2v_composer.data.verified_dataset import VerifiedDataset
@@ -110,8 +109,9 @@ class MdsImages(ImageCollection):
         self.column = column
         if remote is not None:
             fetch_index(remote, local)
-        shards = read_index(local, columns=(column,), option="--column", shards_may_be_missing=remote is not None)
-        check_image_column(shards, column, self.name)
+        shards = read_image_index(
+            local, column, option="--column", source=self.name, shards_may_be_missing=remote is not None
+        )
         if remote is not None:
             check_room([room_needed(shards, local, cache_limit)])
         place, other_column = remote or str(local.resolve()), "" if column == "image" else column

@@ -24,7 +24,7 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.augmentation import sample_rng
 from d2v_composer.data.decode import rgb_of
 from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.data.mds_index import check_image_column, check_room, fetch_index, keep_encoded, read_index
+from d2v_composer.data.mds_index import check_room, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.shared_memory import check_shared_memory
 from d2v_composer.data.verified_stream import VerifiedStream
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -122,13 +122,13 @@ class Checks:
         with TemporaryDirectory() as folder:
             if loader.remote is not None:
                 fetch_index(loader.remote, Path(folder))
-            self.shards = read_index(
+            self.shards = read_image_index(
                 Path(loader.local if loader.remote is None else folder),
-                columns=(loader.column,),
+                loader.column,
                 option="train_loader.column",
+                source=source,
                 shards_may_be_missing=loader.remote is not None,
             )
-        check_image_column(self.shards, loader.column, source)
         num_samples = count_samples(self.shards)
         if num_samples < self.config.global_train_batch_size:
             raise InputError(f"{num_samples} samples, fewer than global_train_batch_size")
