@@ -1,44 +1,9 @@
 """Convert a fairseq checkpoint to a safe file: ``python recipes/convert_teacher.py IN.pt OUT.safetensors``."""
 
-import argparse
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-
-from d2v_composer.checkpoints.load import ConvertedTeacher, convert_teacher
+from d2v_composer.commands.convert_teacher import main
 from d2v_composer.system import cli
 
-
-def main(argv: Sequence[str]) -> ConvertedTeacher:
-    """Convert, and print the file's used and unused tensors."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--weights", choices=("model", "ema"), default="model")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored dtype")
-    parser.add_argument("--licence", help="a note on the weights' licence, stored in the file")
-    arguments = parser.parse_args(argv)
-    dtype = getattr(torch, arguments.dtype)
-    teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
-    print_report(teacher, arguments.out)
-    return teacher
-
-
-def print_report(teacher: ConvertedTeacher, out: Path) -> None:
-    config, provenance = teacher.config, teacher.provenance
-    print(f"{provenance['source']} (sha256 {provenance['sha256']})")
-    print(
-        f"data2vec 2.0 image model: width {config.embed_dim}, {config.num_heads} heads, {config.prenet_depth} + "
-        f"{config.depth} blocks, {config.image_size} px in patches of {config.patch_size}"
-    )
-    for verb, names in (("used", teacher.used), ("left", teacher.left)):
-        print(f"{verb} {len(names)} tensors")
-        for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
-            print(f"  {group} ({count})")
-    print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     cli.run(main)

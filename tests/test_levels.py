@@ -19,6 +19,7 @@ LEVELS = [
     ("builders",),
     ("preflight", "benchmarks"),
     ("d2v_composer/__init__.py",),
+    ("commands",),
     ("recipes",),
 ]
 LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

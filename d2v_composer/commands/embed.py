@@ -1,0 +1,122 @@
+"""Embed a collection of images: ``python recipes/embed.py MODEL SOURCE OUT``.
+
+    python recipes/embed.py student.safetensors photos photos.npy
+    python recipes/embed.py base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
+
+NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns
+id and embedding. An id is the image's path relative to SOURCE, its number in an MDS data set, or train/00000, …,
+test/00000, … of CIFAR. Images are resized to the model's square without cropping.
+An interrupted run leaves no OUT; run the same command again to resume it.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from streaming.base.util import bytes_to_int
+
+from d2v_composer.checkpoints.fairseq import Weights
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.checkpoints.safetensors_file import sha256
+from d2v_composer.embedding.collection import open_collection
+from d2v_composer.embedding.embed import DTYPES, Embedding, EmbeddingOptions, embed_collection
+from d2v_composer.embedding.output_file import EmbeddingFile
+from d2v_composer.models.precision import PRECISIONS
+from d2v_composer.models.transformer import Pooling, Representation, Transformer
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import fetch
+
+
+def main(argv: Sequence[str]) -> Embedding:
+    """Embed, and print a report."""
+    arguments = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.precision == "amp_fp16" and device == "cpu":
+        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
+    file = EmbeddingFile(arguments.out)
+    model = load_model(arguments).to(device)
+    collection = open_collection(
+        arguments.source,
+        model.encoder.config.image_size,
+        local=arguments.local,
+        cache_limit=arguments.cache_limit,
+        column=arguments.column,
+    )
+    embedding = embed_collection(
+        model,
+        collection,
+        file,
+        EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
+        model_hash=f"{sha256(fetch(arguments.model))} {arguments.weights}",
+        device=device,
+        workers=arguments.workers,
+        skip_unreadable=arguments.skip_unreadable,
+    )
+    print_report(embedding)
+    return embedding
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint, an exported student, or a teacher: a path, s3://, …"
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
+    parser.add_argument("--teacher", help="the checkpoint's teacher, if it was moved since the training")
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model"
+    )
+    parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="default: cls")
+    parser.add_argument("--representation", choices=get_args(Representation), default="output", help="default: output")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is faster")
+    parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the stored numbers; default: float32"
+    )
+    parser.add_argument("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
+    parser.add_argument(
+        "--part-size", type=int, default=4096, help="images between two records of the progress; default: 4096"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core"
+    )
+    parser.add_argument("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
+    parser.add_argument(
+        "--cache-limit",
+        type=bytes_to_int,
+        metavar="SIZE",
+        help="most bytes of shards in --local, such as 60gb; default: no limit",
+    )
+    parser.add_argument("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip and list unreadable images")
+    arguments = parser.parse_args(argv)
+    for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
+        value = getattr(arguments, name)
+        if not smallest <= value <= largest:
+            raise InputError(f"--{name.replace('_', '-')}: must be {smallest} to {largest}, got {value}")
+    return arguments
+
+
+def load_model(arguments: argparse.Namespace) -> Transformer:
+    """Load the student, or a teacher from its own file."""
+    student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
+    model = teacher if student is None else student
+    assert model is not None  # load_any gives one of them
+    if arguments.pooling == "cls" and not model.num_extra_tokens:
+        raise InputError("--pooling: this model has no CLS token; allowed are mean, mean_patches")
+    return model.eval()
+
+
+def print_report(embedding: Embedding) -> None:
+    num_now = embedding.images + len(embedding.skipped) - embedding.resumed
+    if embedding.resumed:
+        print(f"resumed an interrupted run after {embedding.resumed} images")
+    print(f"skipped as unreadable: {len(embedding.skipped) or 'none'}")
+    for line in embedding.skipped:
+        print(f"  {line}")
+    rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
+    print(f"wrote {embedding.out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")

@@ -1,0 +1,58 @@
+"""Measure a model's embeddings: ``composer recipes/evaluate.py yamls/evaluate.yaml model=PATH [key=value …]``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from composer.utils import dist
+
+from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
+from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.data.labelled_sets import LabelledSet
+from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
+from d2v_composer.models.precision import choose_precision
+from d2v_composer.report.tables import evaluation_tables
+from d2v_composer.system.atomic_files import check_out_file
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
+
+
+def main(argv: Sequence[str]) -> Evaluation | None:
+    """Print the tables, and write them to ``out``. Of several processes only the first one works."""
+    config = load_evaluate_config(argv)
+    if dist.get_global_rank() != 0:
+        return None
+    if config.out is not None:
+        check_out_folder(Path(config.out))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    candidates, image_size = build_candidates(config, device)
+    datasets = build_labelled_sets(config.datasets, image_size)
+    check_ks(config.ks, datasets)
+    autocast_dtype = choose_precision(config.precision).autocast_dtype
+    retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
+    evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}")
+    if config.out is not None:
+        versions = package_versions(*OUR_PACKAGES)
+        about = {"config": asdict(config), "machine": describe_machine(), "versions": versions}
+        evaluation.write(Path(config.out), about)
+    print(evaluation_tables(evaluation))
+    return evaluation
+
+
+def check_out_folder(folder: Path) -> None:
+    """Make the folder, and refuse it if the files cannot be written: an evaluation takes minutes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {folder}: cannot be created ({error.strerror})") from error
+    for name in OUT_FILES:
+        check_out_file(folder / name)
+
+
+def check_ks(ks: Sequence[int], datasets: Mapping[str, LabelledSet]) -> None:
+    """Refuse to look up more neighbours than a data set has."""
+    for name, labelled in datasets.items():
+        smallest = min(labelled.num_images)
+        if max(ks) > smallest:
+            raise InputError(f"ks: must be at most {smallest}, the images of {name}'s smaller set, got {list(ks)}")
