@@ -5,11 +5,12 @@ from dataclasses import asdict
 import torch
 from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Time, TimeUnit
-from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig
 
 from d2v_composer.callbacks.gradient_norm import GradientNorm
 from d2v_composer.config.schema import OptimizerConfig, TrainConfig
+from d2v_composer.config.values import describe_long_warmup
 from d2v_composer.system.errors import InputError
 
 __all__ = ["build_algorithms", "build_optimizer", "build_parallelism", "build_scheduler"]
@@ -26,21 +27,22 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> CosineAnnealingWithWarmupScheduler:
+def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> ComposerScheduler:
     """Build a linear warm-up, then a cosine that ends at ``alpha_f`` of the learning rate.
 
     Raises:
         InputError: The warm-up is longer than the run. If only one of them is in epochs, this depends on the data.
     """
-    scheduler = config.scheduler
-    warmup, duration = Time.from_timestring(scheduler.t_warmup), Time.from_timestring(config.max_duration)
+    warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
-    if warmup.unit in batches and warmup.value * batches[warmup.unit] > duration.value * batches[duration.unit]:
-        raise InputError(
-            f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {scheduler.t_warmup} "
-            f"with {batches_per_epoch} batches an epoch"
-        )
-    return CosineAnnealingWithWarmupScheduler(t_warmup=scheduler.t_warmup, alpha_f=scheduler.alpha_f)
+    num_batches = batches[TimeUnit.DURATION] = duration.value * batches[duration.unit]
+    num_warmup = int(warmup.value * batches[warmup.unit])
+    if num_warmup > num_batches:
+        raise InputError(describe_long_warmup(config, f" with {batches_per_epoch} batches an epoch"))
+    alpha_f = config.scheduler.alpha_f
+    if num_warmup == 0:  # Composer would warn
+        return CosineAnnealingScheduler(alpha_f=alpha_f)
+    return CosineAnnealingWithWarmupScheduler(t_warmup=Time(num_warmup, TimeUnit.BATCH), alpha_f=alpha_f)
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:

@@ -1,6 +1,7 @@
-"""Checks of what a config needs of this machine: GPU, compiler, ranks, packages, files."""
+"""Checks of what a config needs of this machine: GPU, compiler, ranks, packages, files; none uses the network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,31 +9,27 @@ import torch
 from composer.utils import dist
 
 from d2v_composer.callbacks.yaml_names import LOGGERS
-from d2v_composer.config.schema import RunConfig, TrainConfig
+from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, RunConfig, TrainConfig, TrainLoaderConfig
+from d2v_composer.data.labelled_sets import find_missing_files
+from d2v_composer.data.mds_index import find_missing_index
 from d2v_composer.models.compilation import find_missing
-from d2v_composer.system.addresses import Address
+from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.atomic_files import find_unwritable
+from d2v_composer.system.fetch import find_missing_file
 
 __all__ = ["find_unmet_needs"]
 
 
 def find_unmet_needs(config: RunConfig) -> Iterator[str]:
-    """Yield a line for each field that this machine cannot fulfil."""
+    """Yield a line for each field that this machine cannot fulfil. Values may be outside their limits."""
     if not torch.cuda.is_available():
         yield from needs_of_a_gpu(config)
-    if not isinstance(config, TrainConfig):
-        return
-    if config.compile and (missing := find_missing()) is not None:
-        yield f"compile: {missing}; install it, or compile=false"
-    if config.global_train_batch_size % (num_ranks := dist.get_world_size()):
-        yield f"global_train_batch_size: must divide by the {num_ranks} ranks, got {config.global_train_batch_size}"
-    loader = config.train_loader
-    if loader.remote is None and not Path(loader.local).is_dir():
-        yield f"train_loader.local: {loader.local}: no such folder"
-    if (path := config.load_path) is not None and not Address.parse(path).is_remote and not Path(path).is_file():
-        yield f"load_path: {path}: {'is a folder, not a file' if Path(path).is_dir() else 'no such file'}"
-    for name, arguments in config.loggers.items():
-        if arguments is not None and name in LOGGERS and name != "jsonl" and find_spec(name) is None:
-            yield f"loggers.{name}: needs the package {name}: pip install {name}"
+    if isinstance(config, TrainConfig):
+        yield from needs_of_training(config)
+        yield from needs_of_loggers(config)
+    elif isinstance(config, EvaluateConfig):
+        yield from needs_of_an_evaluation(config)
 
 
 def needs_of_a_gpu(config: RunConfig) -> Iterator[str]:
@@ -45,3 +42,58 @@ def needs_of_a_gpu(config: RunConfig) -> Iterator[str]:
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
     if config.parallelism_config.fsdp is not None:
         yield "parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
+
+
+def needs_of_training(config: TrainConfig) -> Iterator[str]:
+    """Yield a line for each field whose compiler, ranks or files are missing."""
+    if config.compile and (missing := find_missing()) is not None:
+        yield f"compile: {missing}; install it, or compile=false"
+    if config.global_train_batch_size % (num_ranks := dist.get_world_size()):
+        yield f"global_train_batch_size: must divide by the {num_ranks} ranks, got {config.global_train_batch_size}"
+    if (missing := find_missing_file(config.teacher.checkpoint)) is not None:
+        yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
+    yield from needs_of_training_images(config.train_loader)
+    yield from needs_of_labelled_sets("retrieval.datasets", config.retrieval.datasets)
+    with suppress(ValueError):  # a malformed save_folder, which find_wrong_values names
+        local = config.save_folder and RunFolder.parse(config.save_folder).local
+        if local and (fault := find_unwritable(local)) is not None:
+            yield f"save_folder: {local}: {fault}"
+    if config.load_path is not None and (missing := find_missing_file(config.load_path)) is not None:
+        yield f"load_path: {config.load_path}: {missing}"
+
+
+def needs_of_training_images(loader: TrainLoaderConfig) -> Iterator[str]:
+    """Yield a line if the data set is not there, or the cache of a remote one cannot be written."""
+    if loader.remote is not None:
+        if (fault := find_unwritable(Path(loader.local))) is not None:
+            yield f"train_loader.local: {loader.local}: {fault}"
+    elif (missing := find_missing_index(Path(loader.local))) is not None:
+        yield f"train_loader.local: {loader.local}: {missing}; or set train_loader.remote to an address"
+
+
+def needs_of_labelled_sets(section: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:
+    """Yield a line for each labelled set that is not there, and will not be downloaded."""
+    for name, labelled in chosen.items():
+        if labelled is not None:
+            missing = find_missing_files(labelled.format, Path(labelled.root), labelled.download)
+            if missing is not None:
+                yield f"{section}.{name}.root: {missing}"
+
+
+def needs_of_loggers(config: TrainConfig) -> Iterator[str]:
+    """Yield a line for each logger whose package is missing."""
+    for name, arguments in config.loggers.items():
+        if arguments is not None and name in LOGGERS and name != "jsonl" and find_spec(name) is None:
+            yield f"loggers.{name}: needs the package {name}: pip install {name}"
+
+
+def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
+    """Yield a line for each field whose files are missing or cannot be written."""
+    # A run that saves a checkpoint removes its pointer for a moment.
+    if Path(config.model).name != LATEST and (missing := find_missing_file(config.model)) is not None:
+        yield f"model: {config.model}: {missing}"
+    if config.teacher is not None and (missing := find_missing_file(config.teacher)) is not None:
+        yield f"teacher: {config.teacher}: {missing}"
+    yield from needs_of_labelled_sets("datasets", config.datasets)
+    if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:
+        yield f"out: {config.out}: {fault}"

@@ -1,7 +1,7 @@
 """Read a YAML and its overrides into a config. Only this module reads OmegaConf."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from d2v_composer.config.environment import find_unmet_needs
 from d2v_composer.config.limits import find_wrong_values, suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
-from d2v_composer.config.values import find_contradictions
+from d2v_composer.config.values import find_contradictions, find_wrong_arguments
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import let_first_rank_report
 
 __all__ = ["load_config", "load_evaluate_config"]
 
@@ -32,7 +33,7 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         argv: The YAML's path, then any number of ``dotted.key=value``.
 
     Raises:
-        InputError: It names each wrong key and what is allowed, in one line.
+        InputError: It names each wrong key and what is allowed, in a line for each.
     """
     return load_checked(TrainConfig, argv)
 
@@ -43,32 +44,86 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
 
 
 def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    config = merge_config(schema, argv)
-    raise_all(find_wrong_values(config))
-    raise_all([*find_contradictions(config), *find_unmet_needs(config)])
-    return config
+    path, *overrides = check_arguments(argv)
+    merged, problems = merge_config(schema, path, overrides)
+    with collected(problems):
+        config: Any = build_config(merged, path)
+        problems += find_problems(config, {field_of(problem) for problem in problems})
+        if not problems:
+            return config
+    let_first_rank_report()
+    raise InputError(*dict.fromkeys(problems))
+
+
+def merge_config(schema: type, path: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Merge schema, YAML and overrides; leave out each value with a wrong name or type, and list it."""
+    OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
+    with errors_in_one_line(path):
+        from_file = OmegaConf.load(path)
+    if not isinstance(from_file, DictConfig):
+        raise InputError(f"{path}: expected keys and values, as in yamls/")
+    merged: DictConfig = OmegaConf.structured(schema)
+    problems: list[str] = []
+    for layer in split(OmegaConf.to_container(from_file)):
+        with collected(problems), errors_in_one_line(path):
+            raise_all(find_wrong_keys(schema, layer))
+            merged.merge_with(layer)
+    for override in overrides:
+        with collected(problems), errors_in_one_line(path):
+            raise_all(find_wrong_keys(schema, OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+            apply_override(merged, override)
+    return merged, problems
+
+
+def split(section: Any) -> Iterator[dict[Any, Any]]:
+    """Yield each value of nested sections alone, in its sections."""
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from ({name: inner} for inner in split(value))
+        else:
+            yield {name: value}
+
+
+def build_config(merged: DictConfig, path: str) -> Any:
+    """Build an instance of the schema.
+
+    Raises:
+        InputError: A required value is missing, or one refers to a key that does not exist.
+    """
+    with errors_in_one_line(path):
+        raise_all(f"{key}: is required, and {path} does not give it" for key in sorted(OmegaConf.missing_keys(merged)))
+        return OmegaConf.to_object(merged)
+
+
+def find_problems(config: RunConfig, wrong_fields: Collection[str]) -> Iterator[str]:
+    """Yield a line for each wrong value, contradiction and need, except those of fields that are known to be wrong."""
+    wrong = [line for line in find_wrong_values(config) if field_of(line) not in wrong_fields]
+    yield from wrong
+    yield from find_wrong_arguments(config)
+    wrong_fields = {*wrong_fields, *map(field_of, wrong)}
+    if not wrong_fields:  # right values only can contradict each other
+        yield from find_contradictions(config)
+    yield from (line for line in find_unmet_needs(config) if field_of(line) not in wrong_fields)
+
+
+def field_of(problem: str) -> str:
+    """Return the field that the line of a problem names."""
+    return problem.partition(":")[0]
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add the problems that a block raises to a list."""
+    try:
+        yield
+    except InputError as error:
+        problems += error.args
 
 
 def raise_all(problems: Iterable[str]) -> None:
     """Raise one error for all problems, if there are any."""
-    if line := "; ".join(problems):
-        raise InputError(line)
-
-
-def merge_config(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    """Merge schema, YAML and overrides, and check names and types; values are checked later."""
-    path, *overrides = check_arguments(argv)
-    OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
-    with errors_in_one_line(path):
-        from_file = OmegaConf.load(path)
-        if not isinstance(from_file, DictConfig):
-            raise InputError(f"{path}: expected keys and values, as in yamls/")
-        layers = [from_file, *(OmegaConf.from_dotlist([override]) for override in overrides)]
-        raise_all(problem for layer in layers for problem in find_wrong_keys(schema, OmegaConf.to_container(layer)))
-        merged = OmegaConf.merge(OmegaConf.structured(schema), from_file)
-        for override in overrides:
-            apply_override(merged, override)
-        return OmegaConf.to_object(merged)  # pyright: ignore[reportReturnType]: an instance of the schema
+    if problems := list(problems):
+        raise InputError(*problems)
 
 
 def check_arguments(argv: Sequence[str]) -> Sequence[str]:
@@ -95,8 +150,6 @@ def errors_in_one_line(path: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except MissingMandatoryValue as error:
-        raise InputError(f"{error.full_key}: is required, and {path} does not give it") from error
     except OmegaConfBaseException as error:
         problem = "must not be null" if "is not Optional" in str(error) else str(error).splitlines()[0]
         raise InputError(f"{error.full_key or path}: {problem}") from error

@@ -13,7 +13,7 @@ from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.addresses import Address
 
-__all__ = ["find_contradictions"]
+__all__ = ["describe_long_warmup", "find_contradictions", "find_wrong_arguments"]
 
 # Composer divides by these arguments without a check.
 DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every_n_steps", "window_size")
@@ -26,9 +26,14 @@ def find_contradictions(config: RunConfig) -> Iterator[str]:
     if isinstance(config, TrainConfig):
         yield from _batches(config)
         yield from _precision(config)
+        yield from _log_address(config)
+
+
+def find_wrong_arguments(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each callback or logger that does not exist, and for each of their arguments that is wrong."""
+    if isinstance(config, TrainConfig):
         yield from _arguments("callbacks", CALLBACKS, config.callbacks)
         yield from _arguments("loggers", LOGGERS, config.loggers)
-        yield from _log_address(config)
 
 
 def _batches(config: TrainConfig) -> Iterator[str]:
@@ -37,7 +42,20 @@ def _batches(config: TrainConfig) -> Iterator[str]:
         yield f"train_loader.num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
     warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     if warmup.unit == duration.unit and warmup > duration:
-        yield f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, got {warmup}"
+        yield describe_long_warmup(config)
+
+
+def describe_long_warmup(config: TrainConfig, why: str = "") -> str:
+    """Return the line for a warm-up that is longer than the run.
+
+    Args:
+        config: The run's.
+        why: Follows the value.
+    """
+    return (
+        f"scheduler.t_warmup: must not be longer than max_duration {config.max_duration}, "
+        f"got {config.scheduler.t_warmup}{why}; scheduler.t_warmup=0.1dur is a tenth of any run"
+    )
 
 
 def _precision(config: TrainConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Load labelled images for retrieval into memory as uint8: CIFAR-10 and CIFAR-100, folders, MDS."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,13 +13,15 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.image_folder import list_images, list_subfolders, read_image_file, to_pixels
-from d2v_composer.data.mds_index import SUMMARY, keep_encoded, read_image_index
+from d2v_composer.data.mds_index import SUMMARY, find_missing_index, keep_encoded, read_image_index
+from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["Format", "LabelledImages", "LabelledSet", "load_labelled_set"]
+__all__ = ["Format", "LabelledImages", "LabelledSet", "find_missing_files", "load_labelled_set"]
 
 Format = Literal["cifar10", "cifar100", "folder", "mds"]
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 class LabelledImages(NamedTuple):
@@ -56,6 +59,26 @@ class LabelledSet(NamedTuple):
         return len(self.train.labels), len(self.test.labels)
 
 
+def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
+    """Return which folder of a labelled set is unusable at first sight; ``None`` if there is none.
+
+    Args:
+        format: As :func:`load_labelled_set`'s, likewise the others.
+        root: The folder.
+        download: Missing files of CIFAR are fetched.
+    """
+    if format in CIFAR:
+        if download:
+            return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
+        folder = root / CIFAR[format].base_folder
+        return None if os.path.isdir(folder) else f"{folder}: no such folder; download: true fetches it"
+    for folder in (root / "train", root / "test"):
+        missing = find_missing_index(folder) if format == "mds" else None if os.path.isdir(folder) else "no such folder"
+        if missing is not None:
+            return f"{folder}: {missing}"
+    return None
+
+
 def load_labelled_set(
     format: Format,
     root: str | Path,
@@ -81,8 +104,8 @@ def load_labelled_set(
         InputError: The set is missing or corrupt, or has no images.
     """
     root = Path(root)
-    if format in ("cifar10", "cifar100"):
-        return _load_cifar(CIFAR10 if format == "cifar10" else CIFAR100, root, download)
+    if format in CIFAR:
+        return _load_cifar(CIFAR[format], root, download)
     if format == "folder":
         class_names, _ = (list_subfolders(root / split) for split in ("train", "test"))
         train, test = (_load_folder(root / split, class_names, image_size) for split in ("train", "test"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "check_room",
     "describe_data",
     "fetch_index",
+    "find_missing_index",
     "keep_encoded",
     "read_image_index",
     "read_index",
@@ -115,6 +117,13 @@ def check_room(needs: Iterable[RoomNeeded]) -> None:
             )
 
 
+def find_missing_index(folder: Path) -> str | None:
+    """Return why a folder is no MDS data set at first sight; ``None`` if it has an index."""
+    if os.path.isfile(folder / INDEX):
+        return None
+    return f"no {INDEX}: {'not an MDS data set' if os.path.isdir(folder) else 'no such folder'}"
+
+
 def read_index(
     folder: Path, *, columns: tuple[str, ...], option: str | None = None, shards_may_be_missing: bool = False
 ) -> list[dict[str, Any]]:
@@ -131,8 +140,8 @@ def read_index(
             another size.
     """
     index = folder / INDEX
-    if not index.is_file():
-        raise InputError(f"{folder}: no {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}")
+    if (missing := find_missing_index(folder)) is not None:
+        raise InputError(f"{folder}: {missing}")
     try:
         shards = json.loads(index.read_bytes())["shards"]
         for shard in shards:

@@ -12,7 +12,17 @@ from urllib.parse import parse_qsl, urlencode
 from composer.utils import parse_uri
 from typing_extensions import Self
 
-__all__ = ["STORES", "Address", "RunFolder", "check_path", "check_run_name", "file_name", "hide_secrets", "identity"]
+__all__ = [
+    "STORES",
+    "Address",
+    "RunFolder",
+    "check_path",
+    "check_run_name",
+    "file_name",
+    "hide_secrets",
+    "identity",
+    "is_address",
+]
 
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
@@ -175,6 +185,11 @@ def identity(address: str) -> str:
     A new signature does not change it. Other query parameters stay: they may identify the file.
     """
     return _rewrite(address, [(name, value) for name, value in _query(address) if not _signs(name)])
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an address, malformed or not, rather than a local path."""
+    return SCHEME.match(text) is not None
 
 
 def file_name(address: str | Path) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 from d2v_composer.system.addresses import Address
 from d2v_composer.system.errors import InputError
 
-__all__ = ["check_out_file", "existing_folder", "find_partials", "partial_file", "write_atomically"]
+__all__ = [
+    "check_out_file",
+    "existing_folder",
+    "find_partials",
+    "find_unwritable",
+    "partial_file",
+    "write_atomically",
+]
 
 # NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -32,10 +39,17 @@ def check_out_file(path: Path) -> None:
         raise InputError(f"{path}: must be a local file, not in an object store")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
-    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        fault = "is not writable" if existing.is_dir() else "is not a folder"
-        raise InputError(f"{path}: cannot be written: {existing} {fault}")
+    if (fault := find_unwritable(path.parent)) is not None:
+        raise InputError(f"{path}: {fault}")
+
+
+def find_unwritable(folder: Path) -> str | None:
+    """Return why files cannot be written into a folder, which may not exist yet; ``None`` if they can."""
+    absolute = folder.absolute()
+    existing = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
+    if not os.path.isdir(existing):
+        return f"cannot be written: {existing} is not a folder"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"cannot be written: {existing} is not writable"
 
 
 def _is_address(path: Path) -> bool:

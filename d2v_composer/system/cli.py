@@ -1,4 +1,4 @@
-"""Exit status of a command: 0, 2 with one line for bad input, 1 with a traceback for other failures."""
+"""Exit status of a command: 0, 2 with a line for each bad input, 1 with a traceback for other failures."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +19,11 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         use_temporary_folder()
         main(sys.argv[1:])
     except InputError as error:
-        # A data worker's error has a whole traceback as its message; our message is the last line.
-        line = hide_secrets(str(error).strip().splitlines()[-1])
         kind = type(error)
-        print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
+        for problem in error.args:
+            # A data worker's error has a whole traceback as its message; our message is the last line.
+            line = hide_secrets(str(problem).strip().splitlines()[-1])
+            print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
         sys.exit(2)
     except (IsADirectoryError, NotADirectoryError) as error:
         # A folder instead of a file, or a file instead of a folder.

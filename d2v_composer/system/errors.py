@@ -4,11 +4,14 @@ __all__ = ["InputError", "UnreadableImageError"]
 
 
 class InputError(ValueError):
-    """A file, setting or data set that cannot be used.
+    """A file, setting or data set that cannot be used, or several of them.
 
-    The message is one line that names it and what is allowed. The commands in ``recipes/`` print the message without a
+    Each argument is one line that names it and what is allowed. The commands in ``recipes/`` print the lines without a
     traceback and exit with status 2; other exceptions keep their traceback.
     """
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
 class UnreadableImageError(InputError):

@@ -1,6 +1,7 @@
 """Fetch files from web servers and object stores."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import requests
@@ -10,7 +11,7 @@ from streaming.base.storage import CloudDownloader
 from tqdm.auto import tqdm
 
 from d2v_composer.system import retry
-from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
+from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity, is_address
 from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
@@ -22,7 +23,7 @@ LARGEST_FILE = 32 << 30
 READ_SECONDS, S3_ATTEMPTS = 30.0, 3
 LONGEST_NAME = 100
 
-__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "is_remote", "transfer"]
+__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "find_missing_file", "is_remote", "transfer"]
 
 
 def cache_folder() -> Path:
@@ -55,8 +56,8 @@ def fetch(address: str | Path) -> Path:
     """
     if not is_remote(address):
         path = Path(address)
-        if not path.is_file():
-            raise InputError(f"{address}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        if (missing := find_missing_file(str(path))) is not None:
+            raise InputError(f"{address}: {missing}")
         if path.stat().st_size > LARGEST_FILE:
             raise InputError(f"{address}: has {path.stat().st_size} bytes, at most {LARGEST_FILE} are read")
         return path
@@ -69,6 +70,13 @@ def fetch(address: str | Path) -> Path:
                 left.unlink()
             download(address, path)
     return path
+
+
+def find_missing_file(address: str) -> str | None:
+    """Return why there is no file to read at a local path; ``None`` if there is one, or for a remote address."""
+    if is_address(address) or os.path.isfile(address):
+        return None
+    return "is a folder, not a file" if os.path.isdir(address) else "no such file"
 
 
 def cached_name(address: str) -> str:

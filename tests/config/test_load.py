@@ -1,15 +1,17 @@
 """A YAML's keys, types and values are accepted as written, or refused in one line."""
 
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from composer.utils import dist
 
-from d2v_composer.config.load import load_config
+from d2v_composer.config.load import load_config, load_evaluate_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import REPORT_SECONDS
 from helpers import ROOT
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
@@ -85,7 +87,15 @@ REFUSED = {
     "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
     "max_duration=0.5ep": "max_duration: must be a duration such as '5ba' or '5ep', got '0.5ep'",
     "train_loader.cache_limit=abc": "train_loader.cache_limit: must be bytes or a size such as '100gb', got 'abc'",
-    "train_loader.local=nowhere": "train_loader.local: nowhere: no such folder",
+    "train_loader.local=nowhere": "train_loader.local: nowhere: no index.json: no such folder; or set train_loader.rem",
+    "train_loader.local=yamls": "train_loader.local: yamls: no index.json: not an MDS data set",
+    "teacher.checkpoint=nowhere.pt": "teacher.checkpoint: nowhere.pt: no such file",
+    "load_path=yamls": "load_path: yamls: is a folder, not a file",
+    "save_folder=pyproject.toml/run": "pyproject.toml is not a folder",
+    "retrieval.datasets={x: {format: cifar100, root: nowhere}}": "x.root: nowhere/cifar-100-python: no such folder;",
+    "retrieval.datasets={x: {format: cifar10, root: LICENSE/x, download: true}}": "LICENSE is not a folder",
+    "retrieval.datasets={x: {format: mds, root: yamls}}": "datasets.x.root: yamls/train: no index.json: no such folder",
+    "retrieval.datasets={x: {format: folder, root: yamls}}": "retrieval.datasets.x.root: yamls/train: no such folder",
     "max_duration=0ba": "max_duration: must be positive, got '0ba'",
     "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
     "scheduler.t_warmup=2000ba": "scheduler.t_warmup: must not be longer than max_duration 1000ba, got 2000ba",
@@ -108,29 +118,93 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED.items())
-def test_a_wrong_value_is_refused_in_one_line(override: str, message: str) -> None:
+def test_a_wrong_value_is_refused_in_one_line(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as caught:
         load("max_duration=1000ba", override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_all_problems_are_listed_in_one_line() -> None:
-    """Unknown names and types, then values, then contradictions and this machine: the later need the earlier."""
+def problems_of(*arguments: str) -> list[str]:
     with pytest.raises(InputError) as caught:
-        load("student.dept=3", "optimizer.lr=true", "sead=1")
-    for message in ("student.dept: no such key", "; optimizer.lr: must not be true", "; sead: no such key"):
-        assert message in str(caught.value)
-    with pytest.raises(InputError) as caught:
-        load("optimizer.lr=0", "seed=-1", "train_loader.flip=2")
-    assert str(caught.value) == (
-        "seed: must be at least 0, got -1; train_loader.flip: must be at most 1, got 2.0; "
-        "optimizer.lr: must be at least 1e-30, got 0.0"
+        load_config(arguments)
+    return list(caught.value.args)
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    """Names, types, limits, arguments, this machine and its files, each once, in a line of its own."""
+    wrong_yaml = tmp_path / "wrong.yaml"
+    wrong_yaml.write_text(
+        "optimiser: {lr: 1, eps: 1}\nstudent: {depth: 1.5, mlp_ratio: wide}\ntrain_loader: {local: x}\n"
     )
+    overrides = ("seed=-1", "train_loader.flip=2", "precision=amp_fp16", "loggers.tensorbord={}", "load_path=y.pt")
+    starts = [
+        "optimiser: no such key; did you mean optimizer?",
+        "student.depth: Value '1.5' of type 'float' could not be converted to Integer",
+        "student.mlp_ratio: Value 'wide' of type 'str' could not be converted to Float",
+        "seed: must be at least 0, got -1",
+        "train_loader.flip: must be at most 1, got 2.0",
+        "loggers.tensorbord: no such name; did you mean tensorboard?",
+        "precision: amp_fp16 needs a GPU",
+        "teacher.checkpoint: z.pt: no such file",
+        "train_loader.local: x: no index.json",
+        "load_path: y.pt: no such file",
+    ]
+    found = problems_of(str(wrong_yaml), *overrides, "teacher.checkpoint=z.pt")
+    assert len(found) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(found, starts, strict=True)), found
+
+
+def test_a_field_has_one_problem_at_a_time() -> None:
+    """A value outside its limits is not looked for on the disk, and contradicts none."""
+    found = problems_of(QUICKSTART_YAML, "save_folder=ftp://x/y", "max_duration=0ba", "global_train_batch_size=0")
+    assert [line.split(":")[0] for line in found] == ["max_duration", "global_train_batch_size", "save_folder"]
+
+
+def test_what_is_missing_is_listed_with_what_is_wrong() -> None:
+    evaluate_yaml = str(ROOT / "yamls" / "evaluate.yaml")
     with pytest.raises(InputError) as caught:
-        load("precision=amp_fp16", "scheduler.t_warmup=2000ba", "loggers.tensorbord={}", "load_path=nowhere.pt")
-    for message in ("t_warmup: must not be", "tensorbord: no such name", "amp_fp16 needs", "nowhere.pt: no such file"):
-        assert message in str(caught.value)
+        load_evaluate_config([evaluate_yaml, "sead=1"])
+    assert [line.split(":")[0] for line in caught.value.args] == ["sead", "model"]
+    with pytest.raises(InputError) as caught:
+        load_evaluate_config(
+            [evaluate_yaml, "precision=amp_fp16", "model=x", "teacher=y", "out=/dev/null/z", "datasets.cifar10.root=w"]
+        )
+    assert [line.split(":")[0] for line in caught.value.args] == [
+        *("precision", "model", "teacher", "datasets.cifar10.root", "out")
+    ]
+
+
+def test_distill_without_gpu_and_data_says_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert problems_of(DISTILL_YAML) == [
+        "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16",
+        "train_loader.local: datasets/imagenet/train: no index.json: no such folder; or set train_loader.remote to an "
+        "address",
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait for the launcher to end them."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    problems_of(QUICKSTART_YAML, "seed=-1")
+    assert not waited
+    monkeypatch.setattr(dist, "get_local_rank", lambda: 1)
+    problems_of(QUICKSTART_YAML, "seed=-1")
+    assert waited == [REPORT_SECONDS]
+
+
+def test_a_short_run_has_a_short_warmup() -> None:
+    """max_duration alone makes a short run of quickstart.yaml; a warm-up in batches is refused with what helps."""
+    assert load("max_duration=60ba").scheduler.t_warmup == "0.1dur"
+    (line,) = problems_of(DISTILL_YAML, "max_duration=60ba", "precision=fp32", "compile=false", REMOTE)
+    assert line == (
+        "scheduler.t_warmup: must not be longer than max_duration 60ba, got 3000ba; "
+        "scheduler.t_warmup=0.1dur is a tenth of any run"
+    )
 
 
 @pytest.mark.parametrize(

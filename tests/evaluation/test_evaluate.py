@@ -128,7 +128,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
         ),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
-            "README.md: cannot be created (File ex",
+            "README.md is not a folder",
         ),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "ks=[]"], "ks: must be one or more numbers from 1, got []"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: must have at least one data set"),

@@ -70,15 +70,18 @@ def test_every_fault_before_training_is_named_at_once(
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
     arguments = small_preflight(Path("/proc/run"), data, labelled)
-    found = failures(capsys, *arguments, "teacher.checkpoint=missing.pt")
-    assert "missing.pt: no such file" in found["teacher"]
+    (tmp_path / "teacher.pt").write_bytes(b"cut")
+    found = failures(capsys, *arguments, f"teacher.checkpoint={tmp_path / 'teacher.pt'}")
+    assert "teacher.pt: truncated, or not a PyTorch checkpoint" in found["teacher"]
     assert "the shard is missing" in found["data"]
     assert "/proc/run: no permission to write" in found["save_folder"]
 
-    found = failures(
-        capsys, *arguments, "retrieval.datasets={small: {format: mds, root: nowhere}}", "student.num_heads=7"
-    )
-    assert "nowhere" in found["labelled sets"]
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "index.json").write_text("{")
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {tmp_path}}}}}"
+    found = failures(capsys, *arguments, sets, "student.num_heads=7")
+    assert "train/index.json: corrupt" in found["labelled sets"]
     assert "must divide" in found["student"] or "7" in found["student"]
 
 

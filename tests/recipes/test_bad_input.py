@@ -18,12 +18,12 @@ SIZES = "modality_encoders.IMAGE.local_encoder.proj.weight"
 
 
 @pytest.fixture
-def answer(
+def answers(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> Callable[..., str]:
-    """Return a function that runs the command with wrong overrides and returns the line of its error."""
+) -> Callable[..., list[str]]:
+    """Return a function that runs the command with wrong overrides and returns what it prints."""
 
-    def run(*overrides: str) -> str:
+    def run(*overrides: str) -> list[str]:
         arguments = small_run(tmp_path / "run", small_data, *overrides)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -31,10 +31,30 @@ def answer(
         assert caught.value.code == 2
         lines = capfd.readouterr().err.strip().splitlines()
         assert not any("Traceback" in line for line in lines)
-        assert lines[-1].startswith("error: ")
-        return lines[-1]
+        return lines
 
     return run
+
+
+@pytest.fixture
+def answer(answers: Callable[..., list[str]]) -> Callable[..., str]:
+    """Return a function that runs the command with one wrong thing and returns the line of its error."""
+
+    def run(*overrides: str) -> str:
+        line = answers(*overrides)[-1]
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+def test_each_problem_has_a_line(answers: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert answers("seed=-1", "teacher.checkpoint=x", "load_path=y") == [
+        "error: seed: must be at least 0, got -1",
+        "error: teacher.checkpoint: x: no such file",
+        "error: load_path: y: no such file",
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def changed_teacher(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -55,7 +75,7 @@ class Code:
 
 
 def test_a_missing_teacher_is_refused(answer: Callable[..., str], tmp_path: Path) -> None:
-    assert answer("teacher.checkpoint=nowhere.pt") == "error: nowhere.pt: no such file"
+    assert answer("teacher.checkpoint=nowhere.pt") == "error: teacher.checkpoint: nowhere.pt: no such file"
     assert not (tmp_path / "run").exists()
 
 

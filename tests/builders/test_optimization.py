@@ -1,0 +1,49 @@
+"""The schedule that the Trainer follows."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from composer.core import Time, Timestamp
+
+from d2v_composer.builders.optimization import build_scheduler
+from d2v_composer.config.schema import SchedulerConfig, TrainConfig
+from d2v_composer.system.errors import InputError
+
+BATCHES_PER_EPOCH = 6
+
+
+def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:
+    """The factors of the learning rate at the first batches; a warning would fail the test."""
+    config = TrainConfig(max_duration=max_duration, scheduler=SchedulerConfig(t_warmup=t_warmup))
+    scheduler = build_scheduler(config, BATCHES_PER_EPOCH)
+    duration = Time.from_timestring(max_duration)
+    states: list[Any] = [
+        SimpleNamespace(
+            max_duration=duration,
+            dataloader_len=Time.from_batch(BATCHES_PER_EPOCH),
+            timestamp=Timestamp(epoch=batch // BATCHES_PER_EPOCH, batch=batch),
+        )
+        for batch in range(num_batches)
+    ]
+    return [scheduler(state) for state in states]
+
+
+@pytest.mark.parametrize("max_duration", ["12ba", "2ep"])
+@pytest.mark.parametrize(("t_warmup", "num_batches"), [("3ba", 3), ("0.25dur", 3), ("1ep", 6)])
+def test_a_warmup_rises_for_its_batches_epochs_or_share_of_the_run(
+    max_duration: str, t_warmup: str, num_batches: int
+) -> None:
+    rising = [batch / num_batches for batch in range(num_batches + 1)]
+    assert learning_rates(max_duration, t_warmup, num_batches + 1) == pytest.approx(rising)
+
+
+@pytest.mark.parametrize("t_warmup", ["0.1dur", "0ba"])
+def test_a_short_run_needs_no_warmup(t_warmup: str) -> None:
+    assert learning_rates("4ba", t_warmup, 4) == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+def test_a_warmup_longer_than_the_run_is_refused_in_other_units_too() -> None:
+    with pytest.raises(InputError, match=r"2ep, got 13ba with 6 batches an epoch; scheduler.t_warmup=0\.1dur"):
+        learning_rates("2ep", "13ba", 1)
+    assert learning_rates("2ep", "12ba", 2) == pytest.approx([0, 1 / 12])
