@@ -1,10 +1,18 @@
-"""Distil a frozen, self-supervised data2vec 2.0 image teacher into a small student, with Composer."""
+"""Distil a frozen, self-supervised data2vec 2.0 image teacher into a small student, with Composer.
 
-from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.checkpoints.load import load_student, load_teacher
-from d2v_composer.checkpoints.timm_student import d2v2_student
-from d2v_composer.evaluation.retrieval import retrieval_accuracy
-from d2v_composer.models.distillation import DistillationModel
+A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
+"""
+
+import sys
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2v_composer.callbacks import ZeroShotRetrieval
+    from d2v_composer.checkpoints.load import load_student, load_teacher
+    from d2v_composer.checkpoints.timm_student import d2v2_student
+    from d2v_composer.evaluation.retrieval import retrieval_accuracy
+    from d2v_composer.models.distillation import DistillationModel
 
 __all__ = [
     "DistillationModel",
@@ -14,3 +22,30 @@ __all__ = [
     "load_teacher",
     "retrieval_accuracy",
 ]
+
+__version__ = metadata.version("d2v-composer")
+
+MODULES = {
+    "DistillationModel": "models.distillation",
+    "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
+    "d2v2_student": "checkpoints.timm_student",
+    "load_student": "checkpoints.load",
+    "load_teacher": "checkpoints.load",
+    "retrieval_accuracy": "evaluation.retrieval",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "timm" in sys.modules:
+    import_module("d2v_composer.checkpoints.timm_student")  # registers the model

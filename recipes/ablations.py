@@ -21,9 +21,9 @@ from PIL import Image
 from streaming import MDSWriter
 from torchvision.datasets import CIFAR10
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.evaluation.text_table import format_table
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import write_atomically

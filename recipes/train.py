@@ -8,15 +8,16 @@ import torch
 from composer import Callback, Trainer
 from composer.utils import dist, reproducibility
 
-from d2v_composer.builders import BuiltRun, build_run
 from d2v_composer.builders.data import build_collective_timeout, count_open_files
+from d2v_composer.builders.run import BuiltRun, build_run
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.models.sharding import join_units
-from d2v_composer.report import Run, write_report
+from d2v_composer.report.page import write_report
+from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system import cli
 from d2v_composer.system.compat import patched_composer

@@ -24,9 +24,9 @@ from streaming import MDSWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.preflight.preflight import free_port
 from d2v_composer.system.errors import InputError
 from programs.preloaded import PreloadedPython, Program

@@ -15,8 +15,7 @@ from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, rea
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.multi_node import COLLECTIVE_SECONDS, gather_objects, node_leaders_first, raise_on_all_ranks
 from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import FORK

@@ -7,9 +7,9 @@ from composer.core import Callback
 
 from d2v_composer.builders.callbacks import build_callbacks, build_folder_callbacks, build_loggers, build_run_record
 from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.evaluation import build_retrieval
 from d2v_composer.builders.model import build_model
 from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
+from d2v_composer.builders.retrieval import build_retrieval
 from d2v_composer.builders.run_folder import build_load_path
 from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler

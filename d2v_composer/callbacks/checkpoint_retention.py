@@ -13,7 +13,8 @@ from composer.utils import dist
 from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints
-from d2v_composer.checkpoints.resume import LATEST, newest_first
+from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.checkpoints.resume import newest_first
 from d2v_composer.system.multi_node import rank_zero_first
 from d2v_composer.system.retry import CONNECT_SECONDS, reason
 

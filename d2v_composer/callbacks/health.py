@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrapped
+from d2v_composer.evaluation.metric_names import HEALTH_STATES
 from d2v_composer.models.targets import Regression
 
 __all__ = ["Health", "effective_rank"]
@@ -24,8 +25,6 @@ __all__ = ["Health", "effective_rank"]
 COLLAPSED_SHARE = 0.01
 # Ratio to its lowest mean above which the loss counts as diverging.
 DIVERGED_RATIO = 1.5
-
-STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ class Health(Callback):
         present = dict(self.diagnose(values, loss, state))
         if math.isfinite(loss):
             self.lowest_loss = min(self.lowest_loss, loss)
-        values |= {name: float(name in present) for name in STATES}
+        values |= {name: float(name in present) for name in HEALTH_STATES}
         logger.log_metrics({f"health/{name}": value for name, value in values.items()})
         begun = present.keys() - self.present if dist.get_global_rank() == 0 else ()
         for name in begun:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.alibi import Alibi
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.models.transformer import Pooling, Representation
 from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
 

@@ -6,18 +6,17 @@ nested dict under ``_ema``).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from d2v_composer.checkpoints.check_tensors import check_teacher
 from d2v_composer.checkpoints.safe_pickle import load_untrusted, plain
 from d2v_composer.models.data2vec2 import Data2Vec2Config
+from d2v_composer.models.names import Weights
 from d2v_composer.system.errors import InputError
 
-__all__ = ["FairseqCheckpoint", "Weights", "read_fairseq_checkpoint"]
-
-Weights = Literal["model", "ema"]
+__all__ = ["FairseqCheckpoint", "read_fairseq_checkpoint"]
 
 IMAGE = "modality_encoders.IMAGE."
 ENCODER = "encoder."

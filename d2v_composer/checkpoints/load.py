@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.check_tensors import check_teacher, check_tensors, shapes_of
-from d2v_composer.checkpoints.fairseq import Weights, read_fairseq_checkpoint
+from d2v_composer.checkpoints.fairseq import read_fairseq_checkpoint
 from d2v_composer.checkpoints.pointer import read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.checkpoints.safetensors_file import (
@@ -29,6 +29,7 @@ from d2v_composer.checkpoints.stored_config import (
 )
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.names import Weights
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.atomic_files import check_out_file

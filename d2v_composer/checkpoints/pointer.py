@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from d2v_composer.system.errors import InputError
 
-__all__ = ["read_newest"]
+__all__ = ["LATEST", "read_newest"]
+
+LATEST = "latest-rank0.pt"
 
 ReadT = TypeVar("ReadT")
 

@@ -15,6 +15,7 @@ from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects, parse_uri
 
 from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
@@ -22,7 +23,6 @@ from d2v_composer.system.fetch import transfer
 from d2v_composer.system.retry import is_missing, reason, retry
 
 __all__ = [
-    "LATEST",
     "broadcast_checkpoint",
     "download_checkpoint",
     "drop_unused_scaler",
@@ -31,7 +31,6 @@ __all__ = [
     "newest_first",
 ]
 
-LATEST = "latest-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 

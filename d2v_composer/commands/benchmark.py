@@ -29,7 +29,7 @@ from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, benchmark_data
 from d2v_composer.benchmarks.measure import Result
 from d2v_composer.benchmarks.retrieval import Setting, benchmark_retrieval
 from d2v_composer.benchmarks.step import SIZES, benchmark_step
-from d2v_composer.models.compilation import find_missing
+from d2v_composer.models.compiler import find_missing
 from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.system.errors import InputError
 

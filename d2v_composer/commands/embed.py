@@ -18,14 +18,14 @@ from typing import get_args
 import torch
 from streaming.base.util import bytes_to_int
 
-from d2v_composer.checkpoints.fairseq import Weights
 from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.embedding.collection import open_collection
 from d2v_composer.embedding.embed import DTYPES, Embedding, EmbeddingOptions, embed_collection
 from d2v_composer.embedding.output_file import EmbeddingFile
+from d2v_composer.models.names import Pooling, Representation, Weights
 from d2v_composer.models.precision import PRECISIONS
-from d2v_composer.models.transformer import Pooling, Representation, Transformer
+from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 

@@ -15,8 +15,8 @@ from typing import get_args
 
 from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
 from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.models.transformer import Pooling, Representation
 from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
 

@@ -8,7 +8,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.report import read_run, write_report
+from d2v_composer.report.page import write_report
+from d2v_composer.report.run import read_run
 
 
 def main(argv: Sequence[str]) -> list[Path]:

@@ -6,17 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from composer.utils import dist
 
-from d2v_composer.callbacks.yaml_names import LOGGERS
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, RunConfig, TrainConfig, TrainLoaderConfig
 from d2v_composer.data.labelled_sets import find_missing_files
 from d2v_composer.data.mds_index import find_missing_index
-from d2v_composer.models.compilation import find_missing
+from d2v_composer.models.compiler import find_missing
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.fetch import find_missing_file
+from d2v_composer.system.launched_rank import num_ranks
 
 __all__ = ["find_unmet_needs"]
 
@@ -48,8 +47,8 @@ def needs_of_training(config: TrainConfig) -> Iterator[str]:
     """Yield a line for each field whose compiler, ranks or files are missing."""
     if config.compile and (missing := find_missing()) is not None:
         yield f"compile: {missing}; install it, or compile=false"
-    if config.global_train_batch_size % (num_ranks := dist.get_world_size()):
-        yield f"global_train_batch_size: must divide by the {num_ranks} ranks, got {config.global_train_batch_size}"
+    if config.global_train_batch_size % (ranks := num_ranks()):
+        yield f"global_train_batch_size: must divide by the {ranks} ranks, got {config.global_train_batch_size}"
     if (missing := find_missing_file(config.teacher.checkpoint)) is not None:
         yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
     yield from needs_of_training_images(config.train_loader)
@@ -82,6 +81,8 @@ def needs_of_labelled_sets(section: str, chosen: Mapping[str, LabelledSetConfig 
 
 def needs_of_loggers(config: TrainConfig) -> Iterator[str]:
     """Yield a line for each logger whose package is missing."""
+    from d2v_composer.callbacks.yaml_names import LOGGERS  # Composer's, which takes seconds to import
+
     for name, arguments in config.loggers.items():
         if arguments is not None and name in LOGGERS and name != "jsonl" and find_spec(name) is None:
             yield f"loggers.{name}: needs the package {name}: pip install {name}"

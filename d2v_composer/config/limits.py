@@ -7,8 +7,6 @@ from copy import copy
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
-from composer.core import Time, TimeUnit
-
 __all__ = ["SMALLEST_FLOAT", "duration", "find_wrong_values", "limited", "must", "suggest"]
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
@@ -76,6 +74,8 @@ def duration(*units: str, least: int = 1) -> Check:
     example = " or ".join("'0.1dur'" if unit == "dur" else f"'5{unit}'" for unit in units)
 
     def check(text: str) -> None:
+        from composer.core import Time, TimeUnit  # takes seconds, and only a training has durations
+
         try:
             time = Time.from_timestring(text)
         except (TypeError, ValueError):

@@ -17,7 +17,7 @@ from d2v_composer.config.limits import find_wrong_values, suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.config.values import find_contradictions, find_wrong_arguments
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.multi_node import let_first_rank_report
+from d2v_composer.system.launched_rank import let_first_rank_report
 
 __all__ = ["load_config", "load_evaluate_config"]
 

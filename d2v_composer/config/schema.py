@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omegaconf import MISSING
-from streaming.base.util import bytes_to_int
 
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
@@ -29,6 +28,8 @@ is_microbatch = must(
 
 
 def check_cache_limit(limit: int | str) -> None:
+    from streaming.base.util import bytes_to_int  # takes seconds
+
     try:
         bytes_to_int(limit)
     except ValueError:

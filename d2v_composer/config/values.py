@@ -5,9 +5,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from composer.core import Time
-
-from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
 from d2v_composer.config.limits import suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.models.precision import choose_precision
@@ -32,11 +29,15 @@ def find_contradictions(config: RunConfig) -> Iterator[str]:
 def find_wrong_arguments(config: RunConfig) -> Iterator[str]:
     """Yield a line for each callback or logger that does not exist, and for each of their arguments that is wrong."""
     if isinstance(config, TrainConfig):
+        from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS  # Composer's, which takes seconds to import
+
         yield from _arguments("callbacks", CALLBACKS, config.callbacks)
         yield from _arguments("loggers", LOGGERS, config.loggers)
 
 
 def _batches(config: TrainConfig) -> Iterator[str]:
+    from composer.core import Time  # takes seconds
+
     batch_size, parts = config.global_train_batch_size, config.train_loader.num_canonical_nodes
     if batch_size % parts:
         yield f"train_loader.num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from d2v_composer.data.image_folder import ImageFile, list_images, list_subfolders
+from d2v_composer.data.image_folder import SUFFIXES, ImageFile, list_images, list_subfolders
 from d2v_composer.system.errors import InputError
 
 __all__ = ["ImageSource", "find_images"]
@@ -140,7 +138,7 @@ def _read_labels(path: Path) -> Iterable[tuple[str, str]]:
 
 def _without_suffix(name: str) -> str:
     path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in IMG_EXTENSIONS else str(path)
+    return str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path)
 
 
 def _labels_of_folders(root: Path, files: list[ImageFile]) -> list[str]:

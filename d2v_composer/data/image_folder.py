@@ -8,13 +8,14 @@ from typing import NamedTuple, NoReturn
 
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from d2v_composer.data.decode import rgb_of, square, to_tensor
 from d2v_composer.system.errors import InputError, UnreadableImageError
 
-__all__ = ["ImageFile", "list_images", "list_subfolders", "read_image_file", "to_pixels"]
+__all__ = ["SUFFIXES", "ImageFile", "list_images", "list_subfolders", "read_image_file", "to_pixels"]
 
+# Those of torchvision's ImageFolder.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A dangling link, or a file deleted since it was listed: this image is missing.
 ABSENT = (errno.ENOENT, errno.ELOOP)
 FORBIDDEN = (errno.EACCES, errno.EPERM)
@@ -44,14 +45,14 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in IMG_EXTENSIONS:
+            if path.suffix.lower() in SUFFIXES:
                 status = _status(path)
                 relative = path.relative_to(root).as_posix()
                 files.append(ImageFile(relative, status.st_size, status.st_mtime_ns, label=None))
             else:
                 ignored[path.suffix.lower() or "without suffix"] += 1
     if not files:
-        raise InputError(f"{root}: no images; the suffixes read are {', '.join(IMG_EXTENSIONS)}")
+        raise InputError(f"{root}: no images; the suffixes read are {', '.join(SUFFIXES)}")
     return sorted(files), dict(sorted(ignored.items()))
 
 

@@ -8,9 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
-from streaming.base.format.mds import MDSReader
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from d2v_composer.data.image_folder import list_images, list_subfolders, read_image_file, to_pixels
 from d2v_composer.data.mds_index import SUMMARY, find_missing_index, keep_encoded, read_image_index
@@ -18,10 +16,10 @@ from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["Format", "LabelledImages", "LabelledSet", "find_missing_files", "load_labelled_set"]
+__all__ = ["CIFAR_FOLDERS", "Format", "LabelledImages", "LabelledSet", "find_missing_files", "load_labelled_set"]
 
 Format = Literal["cifar10", "cifar100", "folder", "mds"]
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 class LabelledImages(NamedTuple):
@@ -67,10 +65,10 @@ def find_missing_files(format: Format, root: Path, download: bool) -> str | None
         root: The folder.
         download: Missing files of CIFAR are fetched.
     """
-    if format in CIFAR:
+    if format in CIFAR_FOLDERS:
         if download:
             return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
-        folder = root / CIFAR[format].base_folder
+        folder = root / CIFAR_FOLDERS[format]
         return None if os.path.isdir(folder) else f"{folder}: no such folder; download: true fetches it"
     for folder in (root / "train", root / "test"):
         missing = find_missing_index(folder) if format == "mds" else None if os.path.isdir(folder) else "no such folder"
@@ -104,8 +102,8 @@ def load_labelled_set(
         InputError: The set is missing or corrupt, or has no images.
     """
     root = Path(root)
-    if format in CIFAR:
-        return _load_cifar(CIFAR[format], root, download)
+    if format in CIFAR_FOLDERS:
+        return _load_cifar(format, root, download)
     if format == "folder":
         class_names, _ = (list_subfolders(root / split) for split in ("train", "test"))
         train, test = (_load_folder(root / split, class_names, image_size) for split in ("train", "test"))
@@ -116,7 +114,10 @@ def load_labelled_set(
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
 
-def _load_cifar(dataset_class: type[CIFAR10], root: Path, download: bool) -> LabelledSet:
+def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
+
+    dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,8 @@ def _load_mds(folder: Path, image_size: int, column: str, label_column: str) -> 
 
 
 def _read_samples(folder: Path, shard: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    from streaming.base.format.mds import MDSReader  # takes seconds
+
     reader = MDSReader.from_json(str(folder), None, shard)
     keep_encoded([reader], column)
     path = folder / shard["raw_data"]["basename"]

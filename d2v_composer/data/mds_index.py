@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.format.base.reader import Reader
-from streaming.base.format.mds import MDSReader
 
 from d2v_composer.system.atomic_files import existing_folder, partial_file
 from d2v_composer.system.errors import InputError
@@ -235,13 +233,12 @@ def _check_image_column(shards: list[dict[str, Any]], column: str, source: str) 
         )
 
 
-def keep_encoded(readers: Sequence[Reader], column: str) -> None:
-    """Make readers return the files of an image column as bytes, where Streaming would decode them with Pillow.
+def keep_encoded(readers: Sequence[Any], column: str) -> None:
+    """Make MDSReaders return the files of an image column as bytes, where Streaming would decode them with Pillow.
 
     We decode only the rows that a crop needs, and only with decoders that we allow.
     """
     for reader in readers:
-        assert isinstance(reader, MDSReader)  # read_index has checked it
         at = reader.column_names.index(column)
         if reader.column_encodings[at] in ("jpeg", "png"):
             reader.column_encodings[at] = "bytes"

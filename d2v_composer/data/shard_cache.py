@@ -12,8 +12,8 @@ from streaming.base.format.base.reader import Reader
 from streaming.base.shared import SharedScalar
 
 from d2v_composer.data.shard_states import ShardState, ShardStates
-from d2v_composer.data.verified_stream import ShardError, VerifiedStream
-from d2v_composer.system.errors import InputError
+from d2v_composer.data.verified_stream import VerifiedStream
+from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.retry import reason
 
 __all__ = ["Claim", "ShardCache"]

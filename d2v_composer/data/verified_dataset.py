@@ -24,9 +24,9 @@ from d2v_composer.data.sample_order import draw_samples
 from d2v_composer.data.shard_cache import Claim, ShardCache
 from d2v_composer.data.shard_states import ShardStates
 from d2v_composer.data.shared_memory import check_shared_memory, reserve_for_run, shared_memory_needed
-from d2v_composer.data.verified_stream import ShardError, VerifiedStream
+from d2v_composer.data.verified_stream import VerifiedStream
 from d2v_composer.system.compat import recorded_shared_memory, remove_shared_memory, shared_memory_name
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.multi_node import raise_on_all_ranks
 from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import end_with_parent

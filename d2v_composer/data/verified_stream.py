@@ -19,10 +19,11 @@ from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
 from d2v_composer.system.atomic_files import find_partials, partial_file
+from d2v_composer.system.errors import ShardError
 from d2v_composer.system.retry import reason, retry
 from d2v_composer.system.s3_download import S3_SCHEME, S3Downloader
 
-__all__ = ["ShardError", "VerifiedStream"]
+__all__ = ["VerifiedStream"]
 
 # The fastest first; blake2b and those after it take longer than reading from a fast disk.
 PREFERRED_HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256", "sha512")
@@ -31,10 +32,6 @@ REQUEST_SECONDS = 20
 READ_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
-
-
-class ShardError(RuntimeError):
-    """A shard cannot be fetched, or is not what the index says."""
 
 
 class VerifiedStream(Stream):

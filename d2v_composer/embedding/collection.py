@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 from typing_extensions import override
 
 from d2v_composer.data.image_folder import list_images, read_image_file, to_pixels
-from d2v_composer.data.labelled_sets import Format, load_labelled_set
+from d2v_composer.data.labelled_sets import CIFAR_FOLDERS, Format, load_labelled_set
 from d2v_composer.data.mds_index import (
     INDEX,
     check_room,
@@ -21,14 +20,12 @@ from d2v_composer.data.mds_index import (
     read_image_index,
     room_needed,
 )
-from d2v_composer.data.verified_dataset import VerifiedDataset
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.fetch import is_remote
 
 __all__ = ["ImageCollection", "open_collection"]
 
-CIFAR_FOLDERS: dict[str, Format] = {CIFAR10.base_folder: "cifar10", CIFAR100.base_folder: "cifar100"}
+CIFAR_FORMATS: dict[str, Format] = {folder: format for format, folder in CIFAR_FOLDERS.items()}
 
 
 class ImageCollection(ABC):
@@ -104,6 +101,8 @@ class MdsImages(ImageCollection):
     def __init__(
         self, local: Path, image_size: int, column: str, remote: str | None = None, cache_limit: int | None = None
     ) -> None:
+        from d2v_composer.data.verified_dataset import VerifiedDataset  # Streaming and Composer: seconds
+
         self.name = remote or str(local)
         self.image_size = image_size
         self.column = column
@@ -201,8 +200,8 @@ def open_collection(
         return MdsImages(root, image_size, column or "image")
     if column is not None:
         raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
-    cifar = [root.resolve()] if root.resolve().name in CIFAR_FOLDERS else []
-    cifar = cifar or [root / name for name in CIFAR_FOLDERS if (root / name).is_dir()]
+    cifar = [root.resolve()] if root.resolve().name in CIFAR_FORMATS else []
+    cifar = cifar or [root / name for name in CIFAR_FORMATS if (root / name).is_dir()]
     if len(cifar) > 1:
         raise InputError(f"{source}: holds both CIFARs: give {cifar[0]} or {cifar[1]}")
-    return CifarImages(cifar[0].parent, CIFAR_FOLDERS[cifar[0].name]) if cifar else FolderImages(root, image_size)
+    return CifarImages(cifar[0].parent, CIFAR_FORMATS[cifar[0].name]) if cifar else FolderImages(root, image_size)

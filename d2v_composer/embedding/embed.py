@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from d2v_composer.embedding.collection import ImageCollection
 from d2v_composer.embedding.output_file import EmbeddingFile, Unreadable
+from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision
-from d2v_composer.models.transformer import Pooling, Representation, Transformer
+from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableImageError
 from d2v_composer.system.worker_lifetime import end_with_parent
 
@@ -34,7 +35,7 @@ class EmbeddingOptions(NamedTuple):
 
     pooling: Pooling = "cls"
     representation: Representation = "output"
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    precision: PrecisionName = "fp32"
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: str = "float32"

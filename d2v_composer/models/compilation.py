@@ -2,11 +2,7 @@
 
 import functools
 import importlib
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -17,23 +13,13 @@ from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import norm_mean, regression_loss
 from d2v_composer.system.worker_lifetime import block_sigterm
 
-__all__ = ["compile_model", "find_missing"]
+__all__ = ["compile_model"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Graphs of a function: one for each input shape, need of gradients, and mode. torch's default limit is 8.
 MAX_GRAPHS = 64
-
-
-def find_missing() -> str | None:
-    """Return what torch.compile needs and this machine lacks ('needs …'), or ``None``."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "needs a C++ compiler, and neither g++ nor clang++ was found"
-    headers = sysconfig.get_path("include")
-    if not Path(headers, "Python.h").is_file():
-        return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
-    return None
 
 
 def compile_model(model: DistillationModel, packs_weights: bool = False) -> None:

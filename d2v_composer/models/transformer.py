@@ -6,7 +6,7 @@ Shapes: B images, T time steps, D channels, H heads.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from d2v_composer.models.alibi import autocast_dtype, mask_padding
 from d2v_composer.models.block import Block
 from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.targets import norm_mean
 
-__all__ = ["Pooling", "Representation", "Transformer", "poolings"]
-
-Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean"]
+__all__ = ["Transformer", "poolings"]
 
 
 def poolings(x_BTD: Tensor, representation: Representation, num_extra_tokens: int) -> dict[str, Tensor]:

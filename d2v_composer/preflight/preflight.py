@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.preflight.checks import Checks, check_versions
 from d2v_composer.preflight.needs import Measured, needs
 from d2v_composer.preflight.nodes import Nodes

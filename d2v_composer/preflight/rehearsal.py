@@ -13,11 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from d2v_composer.callbacks.graceful_stop import EXIT_STATUS
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LATEST, find_newest_checkpoint
+from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.checkpoints.resume import find_newest_checkpoint
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.preflight.command import RunningCommand, running
 from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.system.addresses import RunFolder

@@ -12,9 +12,8 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from d2v_composer.callbacks.health import STATES
 from d2v_composer.evaluation.bootstrap import share_recovered
-from d2v_composer.evaluation.metric_names import BANKS, metric_key
+from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
 from d2v_composer.report.plots import QUERIES_A_FIGURE, confusion_plot, curves, gallery, retrieval_plot
 from d2v_composer.report.run import Run
 from d2v_composer.system.atomic_files import write_atomically
@@ -145,7 +144,7 @@ def _tiles(run: Run) -> Iterator[Tile]:
 
 def _warnings(run: Run) -> Iterator[str]:
     """Yield the states that Health found, and when."""
-    for state in STATES:
+    for state in HEALTH_STATES:
         batches = [step for step, value in sorted(run.log.get(f"health/{state}", {}).items()) if value]
         if batches:
             when = f"at batch {batches[0]}" if len(batches) == 1 else f"at batches {batches[0]} to {batches[-1]}"

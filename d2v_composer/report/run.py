@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.checkpoints.pointer import read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.metric_names import metric_key
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
 
 __all__ = ["Run", "read_run"]

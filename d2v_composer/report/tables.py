@@ -1,17 +1,20 @@
 """Format the results of a training and of an evaluation as text."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.evaluation.bootstrap import Interval, share_recovered
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.evaluation.text_table import format_table
 
+if TYPE_CHECKING:  # an evaluation prints tables without Composer, which takes seconds to import
+    from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+
 __all__ = ["evaluation_tables", "retrieval_table"]
 
 
-def retrieval_table(retrieval: ZeroShotRetrieval) -> str:
+def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
     """Return a table per data set with the headline accuracies of references and student, and the share recovered.
 
     The student before training is included if the run measured it (``retrieval.at_start``).
@@ -19,7 +22,7 @@ def retrieval_table(retrieval: ZeroShotRetrieval) -> str:
     return "\n\n".join(_dataset_table(retrieval, dataset) for dataset in retrieval.datasets)
 
 
-def _dataset_table(retrieval: ZeroShotRetrieval, dataset: str) -> str:
+def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
     columns = [(bank, k) for bank in BANKS for k in retrieval.ks]
     first, last, references = retrieval.history[0], retrieval.history[-1], retrieval.reference_metrics
     measured = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
-from composer.utils import parse_uri
 from typing_extensions import Self
 
 __all__ = [
@@ -168,6 +167,8 @@ def _check_lengths(path: Path) -> None:
 
 def _composer_agrees(text: str, address: Address) -> bool:
     """Return whether Composer parses the same store, bucket and path."""
+    from composer.utils import parse_uri  # takes seconds, and only a run's own folder needs it
+
     try:
         scheme, bucket, path = parse_uri(text)
     except ValueError:  # from urllib, for brackets

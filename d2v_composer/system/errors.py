@@ -1,6 +1,6 @@
-"""Exceptions for unusable input."""
+"""Exceptions for unusable input and data."""
 
-__all__ = ["InputError", "UnreadableImageError"]
+__all__ = ["InputError", "ShardError", "UnreadableImageError"]
 
 
 class InputError(ValueError):
@@ -16,3 +16,7 @@ class InputError(ValueError):
 
 class UnreadableImageError(InputError):
     """An image that is missing, corrupt or not an image; others may be readable."""
+
+
+class ShardError(RuntimeError):
+    """A shard cannot be fetched, or is not what the index says."""

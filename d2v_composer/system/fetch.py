@@ -7,7 +7,6 @@ from pathlib import Path
 import requests
 import torch
 from filelock import FileLock
-from streaming.base.storage import CloudDownloader
 from tqdm.auto import tqdm
 
 from d2v_composer.system import retry
@@ -105,6 +104,8 @@ def transfer(address: str, path: Path, timeout: float) -> None:
     elif address.startswith(S3_SCHEME):
         S3Downloader(min(timeout, READ_SECONDS), S3_ATTEMPTS).download(address, path)
     else:
+        from streaming.base.storage import CloudDownloader  # takes seconds
+
         CloudDownloader.direct_download(address, str(path), timeout)
 
 

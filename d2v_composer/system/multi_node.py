@@ -18,10 +18,8 @@ from d2v_composer.system.retry import reason
 
 __all__ = [
     "COLLECTIVE_SECONDS",
-    "REPORT_SECONDS",
     "gather_objects",
     "join_ranks",
-    "let_first_rank_report",
     "node_leaders_first",
     "raise_on_all_ranks",
     "rank_zero_first",
@@ -32,8 +30,6 @@ COLLECTIVE_SECONDS = 300.0
 # A rank that others wait for sends a heartbeat; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 300.0, 0.2
 
-# The first rank of a node may start so much later than the others.
-REPORT_SECONDS = 30.0
 
 ObjectT = TypeVar("ObjectT")
 _turns = itertools.count()
@@ -57,15 +53,6 @@ def join_ranks(timeout: float = COLLECTIVE_SECONDS) -> Device:
         dist.all_reduce(device.tensor_to_device(torch.zeros(1)))
         _node_leaders()  # a collective, while all ranks are here
     return device
-
-
-def let_first_rank_report() -> None:
-    """Give the first rank of this node time to report an error that all of its ranks have found, before they joined.
-
-    When it has ended, Composer's launcher ends the others, so that they do not print the error as well.
-    """
-    if dist.get_local_rank() != 0:
-        time.sleep(REPORT_SECONDS)
 
 
 @contextmanager

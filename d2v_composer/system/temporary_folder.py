@@ -1,13 +1,12 @@
 """Keep a run's temporary files in one folder, removed at its end or, after SIGKILL, at the next start."""
 
+import getpass
 import multiprocessing.util
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import acquire, sole_user
@@ -44,7 +43,7 @@ def use_temporary_folder() -> None:
     is_ours_already = Path(tempfile.gettempdir()) != shared  # in a child, or a second call
     folder = None if is_ours_already else _enter(shared)
     if folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # kept between runs
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(shared / f"torchinductor_{getpass.getuser()}"))  # kept
         if (remote_modules := sys.modules.get("torch.distributed.nn.jit.instantiator")) is not None:
             remote_modules._TEMP_DIR.cleanup()  # torch creates it at import for a feature unused here
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 
 from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention, outdated, prune_folder, prune_store
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.pointer import LATEST
 from helpers import (
     assert_same_student,
     checkpoints_of,

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
-from d2v_composer.callbacks.health import STATES, Health, effective_rank
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.callbacks.health import Health, effective_rank
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.evaluation.metric_names import HEALTH_STATES
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Regression, instance_norm, regression_loss
 from helpers import GOLDEN, LabelledDevice, OnDevice, small_run
@@ -77,7 +78,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
     measured = train(Regressor(), Health("5ba", num_extra_tokens=1))
-    assert all(measured[name] == [0.0] * 4 for name in STATES)
+    assert all(measured[name] == [0.0] * 4 for name in HEALTH_STATES)
     assert warnings_of(caplog) == []
     assert measured["target_variance"] == pytest.approx([1.0] * 4, abs=0.2)
     assert measured["prediction_variance"] == pytest.approx(measured["target_variance"])
@@ -101,7 +102,7 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
 )
 def test_warns_once_of_each_state(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     measured = train(model, Health("5ba", num_extra_tokens=1))
-    assert {name for name in STATES if any(measured[name])} == {state}
+    assert {name for name in HEALTH_STATES if any(measured[name])} == {state}
     [warning] = warnings_of(caplog)  # once, however long the state lasts
     assert re.search(reason, warning)
 
@@ -238,7 +239,7 @@ def test_logs_every_number_of_a_distillation(small_data: Path, tmp_path: Path) -
     log = read_jsonl(tmp_path / "log.jsonl")
     measured = {key.removeprefix("health/"): values for key, values in log.items() if key.startswith("health/")}
     assert measured.keys() == {
-        *STATES,
+        *HEALTH_STATES,
         *("prediction_variance", "target_variance", "effective_rank"),
         *("cosine/cls", "cosine/patch", "cosine/layer_0", "cosine/layer_1", "cosine/layer_2"),
     }

@@ -10,8 +10,8 @@ from composer.loggers import Logger
 
 from d2v_composer.builders.callbacks import build_loggers
 from d2v_composer.callbacks import JSONLLogger
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.config.load import load_config
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
 from helpers import (
     small_run,

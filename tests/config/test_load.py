@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.utils import dist
 
 from d2v_composer.config.load import load_config, load_evaluate_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.multi_node import REPORT_SECONDS
+from d2v_composer.system.launched_rank import REPORT_SECONDS
 from helpers import ROOT
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
@@ -192,7 +191,7 @@ def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(time, "sleep", waited.append)
     problems_of(QUICKSTART_YAML, "seed=-1")
     assert not waited
-    monkeypatch.setattr(dist, "get_local_rank", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     problems_of(QUICKSTART_YAML, "seed=-1")
     assert waited == [REPORT_SECONDS]
 
@@ -238,7 +237,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
 def test_contradictions_are_refused(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each value alone is allowed. There are three ranks."""
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     batch = [] if "global" in overrides[0] else ["global_train_batch_size=33"]
     with pytest.raises(InputError) as caught:
         load(*batch, *overrides)

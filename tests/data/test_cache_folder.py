@@ -10,8 +10,7 @@ import pytest
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from helpers import NUM_IMAGES, open_batches, open_images, read_epoch, small_run, time_limit
 
 ALL = list(range(NUM_IMAGES))

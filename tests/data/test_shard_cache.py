@@ -19,8 +19,7 @@ from d2v_composer.data import shard_cache
 from d2v_composer.data.lookahead import Lookahead
 from d2v_composer.data.shard_cache import FEWEST_AHEAD, Claim
 from d2v_composer.data.shard_states import ShardState
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from helpers import NUM_IMAGES, open_images, read_epoch, wait_until
 
 ALL = list(range(NUM_IMAGES))

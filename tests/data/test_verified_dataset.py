@@ -24,8 +24,7 @@ from streaming import MDSWriter
 from streaming.base.storage import LocalDownloader
 
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.file_locks import sole_user
 from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, read_epoch, time_limit, wait_until, write_mds
 

@@ -14,8 +14,7 @@ import pytest
 
 from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.data.mds_index import fetch_index
-from d2v_composer.data.verified_stream import ShardError
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, ShardError
 from helpers import ROOT, open_images, read_epoch, small_run, started_ranks, time_limit, wait_until
 from programs.preloaded import Program
 

@@ -169,8 +169,8 @@ def run(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import torch
 
-    import d2v_composer.builders.model
-    import d2v_composer.report  # noqa: F401
+    import d2v_composer.builders.run
+    import d2v_composer.report.page  # noqa: F401
 
     gc.collect()
     gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
+from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.preflight.preflight import free_port
 from helpers import (
     QUICKSTART,

@@ -17,10 +17,11 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.callbacks.jsonl_logger import read_jsonl
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.report import read_run, write_report
+from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.report.page import write_report
 from d2v_composer.report.plots import confusion_plot, gallery, running_mean
+from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, load_checkpoint, small_run
 from recipes import report, train

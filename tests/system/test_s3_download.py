@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from d2v_composer.data import verified_stream
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.data.verified_stream import ShardError
 from d2v_composer.system import retry as retry_module
+from d2v_composer.system.errors import ShardError
 from d2v_composer.system.s3_download import S3Downloader
 from helpers import serving, time_limit
 

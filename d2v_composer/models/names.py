@@ -1,0 +1,11 @@
+"""The named choices of YAMLs and command lines, in a module that imports nothing: ``--help`` need not import torch."""
+
+from typing import Literal
+
+__all__ = ["Pooling", "PrecisionName", "Representation", "Weights"]
+
+Pooling = Literal["cls", "mean", "mean_patches"]
+Representation = Literal["output", "layer_mean"]
+PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
+Weights = Literal["model", "ema"]
+"""Of a teacher's file: the trained ones, or their moving average."""
