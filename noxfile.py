@@ -1,0 +1,29 @@
+"""Run the tests on every supported Python: ``nox``, or ``nox -s tests-3.12``, ``nox -s tests-3.12 -- tests/data``.
+
+Each Python gets an environment of 7 GB in ``.nox``, which is used again.
+"""
+
+import sys
+
+import nox
+
+nox.options.reuse_venv = "yes"
+PYTHONS = ["3.10", "3.11", "3.12"]
+SLOW_ON = "3.11"
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the default tests, or those of the arguments; on one Python the slow ones as well."""
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "pytest", *session.posargs)
+    if session.python == SLOW_ON and not session.posargs:
+        session.run("python", "-m", "pytest", "-m", "slow")
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Run ruff and pyright of the environment that runs nox."""
+    for arguments in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        session.run(sys.executable, "-m", *arguments)
+    session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable)

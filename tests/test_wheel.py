@@ -1,0 +1,85 @@
+"""The wheel, built from the source distribution, works in an environment that has nothing of the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from helpers import GOLDEN, ROOT
+
+pytestmark = pytest.mark.slow
+
+BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+EMBED = """
+import sys, numpy, torch, d2v_composer
+student = d2v_composer.load_student(sys.argv[1])
+assert not student.training
+images = torch.arange(3 * 48 * 40).reshape(1, 3, 48, 40).to(torch.uint8)
+numpy.save(sys.argv[2], student.embed(images).detach().numpy())
+print(d2v_composer.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command outside the checkout and without what points to it, and return its output."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the source distribution of a copy of the checkout's files."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("d2v_composer", "recipes", "tests", "yamls"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    run(sys.executable, "-c", BUILD_SDIST, folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, sdist, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment with the wheel; its dependencies are this environment's."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_the_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
+    files = [path for path in (ROOT / "d2v_composer").rglob("*") if path.is_file()]
+    expected = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".md", ".pyc")}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == expected
+
+
+def test_a_student_loads(python: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), path)
+    output = run(python, "-c", EMBED, path, tmp_path / "embedding.npy", cwd=tmp_path)
+    assert Path(output.strip()).is_relative_to(python.parent.parent)
+    images = torch.arange(3 * 48 * 40).reshape(1, 3, 48, 40).to(torch.uint8)
+    expected = load_student(path).embed(images).detach().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "embedding.npy"), expected, atol=1e-6)
