@@ -11,7 +11,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
 
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.callbacks import CheckpointRetention, ProgressLogger, RunFolderLock, RunRecord
+from d2v_composer.callbacks import CheckpointRetention, GracefulStop, ProgressLogger, RunFolderLock, RunRecord
 from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
 from d2v_composer.config.schema import TrainConfig
@@ -22,7 +22,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.retry import reason
 
-__all__ = ["build_callbacks", "build_folder_callbacks", "build_loggers", "build_run_record"]
+__all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "build_loggers", "build_run_record"]
 
 BuiltT = TypeVar("BuiltT")
 
@@ -55,6 +55,14 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
         RunFolderLock(folder.local, folder.address),
         CheckpointRetention(folder.local, folder.prefix, config.save_num_checkpoints_to_keep),
     ]
+
+
+def build_graceful_stop(config: TrainConfig) -> GracefulStop:
+    """Build the callback that stops the run on a signal."""
+    if config.save_folder is None:
+        return GracefulStop(config.save_interval, "; nothing is saved, for save_folder is null")
+    advice = "; the same command resumes" if config.autoresume else ""
+    return GracefulStop(config.save_interval, f" in {hide_secrets(config.save_folder)}{advice}")
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:

@@ -1,79 +1,145 @@
-"""Save a checkpoint and exit on SIGTERM, which schedulers of clusters and spot instances send."""
+"""Save a checkpoint and exit on SIGTERM, which schedulers and spot instances send, and on Ctrl-C (SIGINT)."""
 
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger, RemoteUploaderDownloader
 from composer.utils import create_interval_scheduler, dist
+from tqdm import tqdm
 
 from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention
 from d2v_composer.callbacks.jsonl_logger import JSONLLogger
 from d2v_composer.callbacks.run_folder_lock import RunFolderLock
 from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.system import interrupts
 from d2v_composer.system.errors import InputError
 
 __all__ = ["GracefulStop"]
 
-EXIT_STATUS = 128 + signal.SIGTERM
+# A stop that takes longer says that it is on its way.
+NOTICE_SECONDS = 1.0
+NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
+
+
+class _CutShort(BaseException):
+    """Leaves a retrieval that a signal came in."""
 
 
 class GracefulStop(Callback):
-    """Finish the current batch on SIGTERM, save a checkpoint, and exit with status 143 (128 + SIGTERM).
+    """Finish the current batch on SIGTERM or SIGINT, save a checkpoint, and exit with status 143 or 130 (128 + signal).
 
-    A run whose folder was removed also stops after its batch, with an error.
+    A retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run measures it first.
+    Before the first batch has ended there is nothing to save, and SIGINT ends the run at once. A second SIGINT always
+    does. A run whose folder was removed also stops after its batch, with an error.
 
-    Composer's launcher forwards the signal to its ranks, and kills the remaining ones after 30 seconds. The run's other
-    processes may receive it as well: see :mod:`d2v_composer.system.worker_lifetime`.
+    Composer's launcher forwards SIGTERM to its ranks, sends it after SIGINT, and kills the remaining ranks after 30
+    seconds. The run's other processes may receive the signals as well: see :mod:`d2v_composer.system.worker_lifetime`.
 
     Pass :attr:`save_interval` to the Trainer as its ``save_interval``: the CheckpointSaver itself then writes the
-    checkpoint, counts it and prunes it, and autoresume finds it.
+    checkpoint, counts it and prunes it, and autoresume finds it. Pass the callback before ZeroShotRetrieval.
 
     Args:
         save_interval: The regular interval of checkpoints, a Composer time string.
+        advice: The end of the line that says at which batch the run stopped.
     """
 
-    def __init__(self, save_interval: str) -> None:
+    def __init__(self, save_interval: str, advice: str = "") -> None:
         self.is_due = create_interval_scheduler(save_interval)
-        self.signalled = False
-        self.stopping = False
+        self.advice = advice
+        self.received: set[int] = set()
+        self.stopped_by: int | None = None  # the same on all ranks
+        self.has_trained = self.may_cut_short = self.is_measuring = self.retrieval_is_missing = False
         self.run_folder_lock: RunFolderLock | None = None
-        self.previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
+        self.retrieval: ZeroShotRetrieval | None = None
+        self.previous: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_signal)}
+        if not interrupts.is_ignored():
+            self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self.signalled = True
+        if signum == signal.SIGINT:
+            if not self.has_trained:
+                self.previous[signum](signum, frame)
+            interrupts.second_ends_at_once()
+            show_later(NOTICE)
+        self.received.add(signum)
+        if self.is_measuring:
+            self.is_measuring = False
+            raise _CutShort
 
     def init(self, state: State, logger: Logger) -> None:
         self.run_folder_lock = find_callback(state, RunFolderLock)
+        self.retrieval = find_callback(state, ZeroShotRetrieval)
+        if self.retrieval is not None:
+            self.retrieval.evaluate = partial(self.evaluate, self.retrieval.evaluate)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Measure what the run before could not, when it was stopped."""
+        if self.retrieval_is_missing and self.retrieval is not None:
+            self.retrieval.evaluate(state, logger)
+        self.retrieval_is_missing = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"retrieval_is_missing": self.retrieval_is_missing}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.retrieval_is_missing = state.get("retrieval_is_missing", False)  # earlier versions left out none
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree with the other ranks on whether to stop: the signal may reach them at different batches.
+        """Agree with the other ranks on whether to stop: a signal may reach them at different batches.
 
         Raises:
             InputError: The run's folder was removed, so that nothing can be saved.
         """
-        flags = [self.signalled, self.run_folder_lock is not None and self.run_folder_lock.is_removed()]
+        is_removed = self.run_folder_lock is not None and self.run_folder_lock.is_removed()
+        flags = [signal.SIGINT in self.received, signal.SIGTERM in self.received, is_removed]
         if dist.get_world_size() > 1:
             tensor = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.uint8))
             dist.all_reduce(tensor, reduce_operation="MAX")
             flags = [bool(flag) for flag in tensor.tolist()]
-        self.stopping, is_removed = flags
+        self.has_trained = True
+        interrupted, terminated, is_removed = flags
+        self.stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
+        # Not the last one: a finished run measures nothing when it starts again.
+        self.may_cut_short = state.max_duration is not None and state.timestamp < state.max_duration
         if is_removed and self.run_folder_lock is not None:
             raise InputError(
                 f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: "
                 f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
             )
 
+    def evaluate(self, evaluate: Callable[[State, Logger], None], state: State, logger: Logger) -> None:
+        """Evaluate, unless the run is to stop in this batch."""
+        if self.may_cut_short and self.stopped_by is not None:
+            self.retrieval_is_missing = True
+            return
+        self.is_measuring = self.may_cut_short and dist.get_world_size() == 1  # others would wait in a collective
+        try:
+            evaluate(state, logger)
+        except _CutShort:
+            self.stopped_by = max(self.received, key=lambda signum: signum == signal.SIGINT)
+            self.retrieval_is_missing = True
+        finally:
+            self.is_measuring = False
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.may_cut_short = False
+
     @property
     def save_interval(self) -> Callable[[State, Event], bool]:
         """The schedule of checkpoints: at the interval, and once more when stopping."""
 
         def is_due(state: State, event: Event) -> bool:
-            return self.is_due(state, event) or self.stopping
+            return self.is_due(state, event) or self.stopped_by is not None
 
         return is_due
 
@@ -83,19 +149,42 @@ class GracefulStop(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         self._exit_if_stopping(state, logger)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._restore(signal.SIGINT)  # all is saved
+
     def close(self, state: State, logger: Logger) -> None:
-        if not self.stopping:  # otherwise the process is about to exit with its own status
-            signal.signal(signal.SIGTERM, self.previous_handler)
+        if self.stopped_by is None:  # otherwise the process is about to exit with its own status
+            self._restore(signal.SIGTERM)
+            self._restore(signal.SIGINT)
+
+    def _restore(self, signum: int) -> None:
+        if signal.getsignal(signum) == self._on_signal:
+            signal.signal(signum, self.previous[signum])
 
     def _exit_if_stopping(self, state: State, logger: Logger) -> None:
         """Exit once the checkpoint, which is written last in its batch, is uploaded."""
-        if not self.stopping:
+        if self.stopped_by is None:
             return
         for callback in state.callbacks:
             if isinstance(callback, CheckpointRetention | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
                 callback.fit_end(state, logger)
         dist.barrier()  # once one rank exits, the launcher soon kills the others
-        if dist.get_global_rank() == 0:
-            with suppress(OSError):  # a killed launcher may have closed the terminal
-                print(f"SIGTERM: stopped at batch {int(state.timestamp.batch)}, its checkpoint is saved", flush=True)
-        raise SystemExit(EXIT_STATUS)
+        reason = "Interrupted" if self.stopped_by == signal.SIGINT else "SIGTERM"
+        is_saved = find_callback(state, CheckpointSaver) is not None
+        show(f"{reason}: {'saved' if is_saved else 'stopped'} at batch {int(state.timestamp.batch)}{self.advice}")
+        raise SystemExit(128 + self.stopped_by)
+
+
+def show(line: str) -> None:
+    """Print a line on rank 0, above a progress bar."""
+    if dist.get_global_rank() == 0:
+        with suppress(OSError):  # a killed launcher may have closed the terminal
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
+def show_later(line: str) -> None:
+    """Print a line if the process still runs after a while."""
+    timer = threading.Timer(NOTICE_SECONDS, show, [line])
+    timer.daemon = True
+    timer.start()

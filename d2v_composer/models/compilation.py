@@ -11,7 +11,7 @@ from torch._inductor import config as inductor
 
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import norm_mean, regression_loss
-from d2v_composer.system.worker_lifetime import block_sigterm
+from d2v_composer.system.worker_lifetime import block_stop_signals
 
 __all__ = ["compile_model"]
 
@@ -34,7 +34,7 @@ def compile_model(model: DistillationModel, packs_weights: bool = False) -> None
         packs_weights: Compile the frozen passes as whole graphs with their weights in the layout of a CPU's matrix
             products, which holds the weights twice.
     """
-    with block_sigterm():  # starts the compiling processes, which a run stopped by SIGTERM may still need
+    with block_stop_signals():  # starts the compiling processes, which a run that is stopped may still need
         importlib.import_module("torch._inductor.async_compile")
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     # Do not split graphs for DDP: blocks are small enough.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from d2v_composer.callbacks.graceful_stop import EXIT_STATUS
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.pointer import LATEST
@@ -98,9 +97,11 @@ class Rehearsal:
         self.logged = self.log.stat().st_size if self.log.is_file() else 0
         if status is None:
             raise failure(command, f"still running {STOP_SECONDS:.0f} s after SIGTERM")
-        if status != EXIT_STATUS or not self.batch:
+        if status != 128 + signal.SIGTERM or not self.batch:
             saved = f"a checkpoint of batch {self.batch}" if self.batch else "no checkpoint"
-            raise failure(command, f"SIGTERM to all processes: status {status} instead of {EXIT_STATUS}, {saved}")
+            raise failure(
+                command, f"SIGTERM to all processes: status {status} instead of {128 + signal.SIGTERM}, {saved}"
+            )
         return f"SIGTERM to all processes: status {status}, a checkpoint of batch {self.batch}"
 
     def resume(self, command: RunningCommand) -> str:

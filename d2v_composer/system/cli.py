@@ -1,9 +1,13 @@
-"""Exit status of a command: 0, 2 with a line for each bad input, 1 with a traceback for other failures."""
+"""Exit status of a command: 0, 2 with one line for bad input, 130 with one after Ctrl-C, 1 with a traceback otherwise."""
 
+import gc
+import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from d2v_composer.system import interrupts
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.temporary_folder import use_temporary_folder
@@ -14,19 +18,46 @@ __all__ = ["run"]
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # in a pipe too
+    interrupts.handle_interrupts()
     end_with_launcher()
+    status = 0
     try:
         use_temporary_folder()
         main(sys.argv[1:])
-    except InputError as error:
+    except BaseException as error:
+        status = explain(error)
+        if status is None:
+            raise
+    finally:
+        gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
+    sys.exit(status)
+
+
+def explain(error: BaseException) -> int | None:
+    """Print one line and return the exit status; ``None`` for an error that needs its traceback."""
+    if interrupts.was_interrupted():
+        end_workers()
+        return _print_and_return(interrupts.EXIT_STATUS, f"Interrupted{''.join(f': {each}' for each in error.args)}")
+    if isinstance(error, InputError):
+        # A data worker's error has a whole traceback as its message; our message is the last line.
+        line = hide_secrets(str(error).strip().splitlines()[-1])
         kind = type(error)
-        for problem in error.args:
-            # A data worker's error has a whole traceback as its message; our message is the last line.
-            line = hide_secrets(str(problem).strip().splitlines()[-1])
-            print(f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}", file=sys.stderr)
-        sys.exit(2)
-    except (IsADirectoryError, NotADirectoryError) as error:
+        return _print_and_return(2, f"error: {line.removeprefix(f'{kind.__module__}.{kind.__name__}: ')}")
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
         # A folder instead of a file, or a file instead of a folder.
-        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        return _print_and_return(2, f"error: {error.filename2 or error.filename}: {error.strerror}")
+    return None
+
+
+def end_workers() -> None:
+    """Kill the worker processes that an interrupted command left, instead of waiting for their work."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a data worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _print_and_return(status: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return status

@@ -1,9 +1,9 @@
 """Lifetimes of processes: a worker lives as long as its parent, a rank as long as its launcher.
 
-Schedulers such as SLURM and systemd send SIGTERM to every process of a run. Only the training process may react: it
-finishes the batch, saves and exits. Its workers must keep running until then, to deliver the batch and upload the
-checkpoint. Processes of the contexts :data:`FORK` and :data:`SPAWN` therefore block SIGTERM, and their parent ends them
-with another signal.
+Schedulers such as SLURM and systemd send SIGTERM to every process of a run, a terminal's Ctrl-C sends SIGINT. Only the
+training process may react: it finishes the batch, saves and exits. Its workers must keep running until then, to deliver
+the batch and upload the checkpoint. Processes of the contexts :data:`FORK` and :data:`SPAWN` therefore block both
+signals, and their parent ends them with another one.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ import psutil
 
 from d2v_composer.system.errors import InputError
 
-__all__ = ["FORK", "SPAWN", "allow_open_files", "block_sigterm", "end_with_launcher", "end_with_parent"]
+__all__ = ["FORK", "SPAWN", "allow_open_files", "block_stop_signals", "end_with_launcher", "end_with_parent"]
 
 POLL_SECONDS = 0.5
 # The signal with which a parent ends its workers; no scheduler sends it.
@@ -35,13 +35,13 @@ END_SECONDS = 5.0
 
 
 @contextmanager
-def block_sigterm() -> Iterator[None]:
-    """Block SIGTERM in processes started within the block, from their first instruction on.
+def block_stop_signals() -> Iterator[None]:
+    """Block SIGTERM and SIGINT in processes started within the block, from their first instruction on.
 
     A signal that arrives meanwhile reaches this process at the end of the block.
     """
-    resource_tracker.ensure_running()  # its start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, END})
+    resource_tracker.ensure_running()  # its start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, END})
     try:
         yield
     finally:
@@ -49,11 +49,11 @@ def block_sigterm() -> Iterator[None]:
 
 
 class _StartAndEnd:
-    """Mixin for multiprocessing's Popen classes: start with SIGTERM blocked, end with :data:`END`."""
+    """Mixin for multiprocessing's Popen classes: start with signals blocked, end with :data:`END`."""
 
     def _launch(self, process: Any) -> None:
         popen: Any = super()
-        with block_sigterm():
+        with block_stop_signals():
             popen._launch(process)
 
     def terminate(self) -> None:
@@ -72,7 +72,7 @@ class _SpawnPopen(_StartAndEnd, popen_spawn_posix.Popen):
 
 
 class Worker(BaseProcess):
-    """A process that outlives SIGTERM, but not its parent."""
+    """A process that outlives SIGTERM and Ctrl-C, but not its parent."""
 
     def run(self) -> None:
         end_with_parent()

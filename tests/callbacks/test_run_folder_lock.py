@@ -48,7 +48,9 @@ def test_a_run_stops_when_its_folder_is_removed(tmp_path: Path, removed: str) ->
     """Without it there is no lock, log or record."""
     folder = tmp_path / "run"
     run_folder_lock, graceful_stop = RunFolderLock(folder), GracefulStop("5ba")
-    state: Any = SimpleNamespace(callbacks=[run_folder_lock, graceful_stop], timestamp=SimpleNamespace(batch=3))
+    state: Any = SimpleNamespace(
+        callbacks=[run_folder_lock, graceful_stop], timestamp=SimpleNamespace(batch=3), max_duration=None
+    )
     logger: Any = None
     try:
         graceful_stop.init(state, logger)

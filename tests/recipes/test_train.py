@@ -78,7 +78,7 @@ def test_sigterm_saves_a_checkpoint_and_exits(uninterrupted: Path, small_data: P
     os.killpg(program.pid, signal.SIGTERM)
     assert program.wait(timeout=60) == 128 + signal.SIGTERM
     batch = batch_of(tmp_path / "latest-rank0.pt")
-    assert f"SIGTERM: stopped at batch {batch}, its checkpoint is saved" in program.stdout
+    assert f"SIGTERM: saved at batch {batch} in {tmp_path}; the same command resumes" in program.stdout
     assert batch == len(losses_of(tmp_path)) < 14
 
     again = run_command(*train_command(arguments))

@@ -1,5 +1,6 @@
 """Everything on a device that is not the host: ``python -m pytest -m device``, see tests/programs/second_device.py."""
 
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class StopsAt(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) == self.batch - 1:
-            next(each for each in state.callbacks if isinstance(each, GracefulStop)).signalled = True
+            next(each for each in state.callbacks if isinstance(each, GracefulStop)).received.add(signal.SIGTERM)
 
 
 EVERYTHING = (

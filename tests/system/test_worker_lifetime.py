@@ -15,7 +15,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.worker_lifetime import FORK, SPAWN, _is_launcher, allow_open_files, block_sigterm
+from d2v_composer.system.worker_lifetime import FORK, SPAWN, _is_launcher, allow_open_files, block_stop_signals
 
 
 class Numbers(Dataset[int]):
@@ -81,7 +81,7 @@ def test_a_blocked_sigterm_arrives_later() -> None:
     received: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        with block_sigterm():
+        with block_stop_signals():
             signal.raise_signal(signal.SIGTERM)
             assert received == []
         assert received == [signal.SIGTERM]
