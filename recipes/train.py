@@ -9,6 +9,7 @@ from composer import Callback, Trainer
 from composer.utils import dist, reproducibility
 
 from d2v_composer.builders.data import build_collective_timeout, count_open_files
+from d2v_composer.builders.header import describe_run
 from d2v_composer.builders.run import BuiltRun, build_run
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
@@ -46,7 +47,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
     if trainer.state.fsdp_config is not None:
         join_units(run.model, trainer.state.fsdp_config.device_mesh)
     try:
-        is_new = fit(trainer, config)
+        is_new = fit(trainer, config, run)
         # It takes seconds. The uploads may take minutes, which no collective would wait.
         if dist.get_global_rank() == 0:
             report(trainer, config, run, is_new)
@@ -60,9 +61,11 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
     return trainer
 
 
-def fit(trainer: Trainer, config: TrainConfig) -> bool:
+def fit(trainer: Trainer, config: TrainConfig, run: BuiltRun) -> bool:
     """Train to the end; return False if the run had finished before."""
     if trainer.state.timestamp < config.max_duration:
+        if dist.get_global_rank() == 0:
+            print(describe_run(config, run, trainer.state))
         trainer.fit()
         return True
     if dist.get_global_rank() == 0:  # Composer would raise an error

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from composer.utils import dist
 from streaming import MDSWriter
 
 from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there are as many processes as cores

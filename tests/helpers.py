@@ -173,9 +173,9 @@ def start_training(*overrides: str, data: Path, cwd: Path = ROOT, environment: d
 
 
 def has_trained(folder: Path) -> bool:
-    """Tell whether a run has logged its first loss."""
+    """Tell whether a run has finished a batch: it has logged the loss of the next one."""
     log = folder / "log.jsonl"
-    return log.exists() and "loss/train/total" in log.read_text()
+    return log.exists() and log.read_text().count("loss/train/total") > 1
 
 
 def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) -> None:

@@ -15,11 +15,14 @@ from d2v_composer.callbacks.trainer_state import due_every
 
 __all__ = ["ProgressLogger"]
 
-TOP_K = re.compile(r"metrics/([^/]+)/bank_train/top(\d+)")
+# metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the headline embedding.
+TOP_K = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
 
 
 class ProgressLogger(LoggerDestination):
     """Show loss, images/s, the share of waiting for data, the latest retrieval and the time left, on rank 0.
+
+    Each retrieval also has a line of its own.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -56,6 +59,11 @@ class ProgressLogger(LoggerDestination):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
+        found: dict[str, list[str]] = {}
+        for (dataset, reference), (k, accuracy) in accuracies(metrics).items():
+            found.setdefault(f"{dataset} top-{k}", []).append(f"{reference or 'student'} {100 * accuracy:.1f}%")
+        for measured, values in found.items():
+            self.write(f"retrieval{'' if step is None else f' at batch {step}'}: {measured}: {', '.join(values)}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
@@ -81,9 +89,13 @@ class ProgressLogger(LoggerDestination):
         self.last_line = batch
         left = (time.monotonic() - self.started_at) / (batch - self.first_batch) * (total - batch)
         place = f"batch {batch}/{total} ({100 * batch // total} %)"
-        # tqdm.write prints above the bar.
-        tqdm.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]), file=self.stream)
-        self.stream.flush()
+        self.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]))
+
+    def write(self, line: str) -> None:
+        """Print a line on rank 0, above the bar."""
+        if dist.get_global_rank() == 0:
+            tqdm.write(line, file=self.stream)
+            self.stream.flush()
 
     def status(self) -> list[str]:
         """Return the latest numbers that were logged."""
@@ -93,16 +105,18 @@ class ProgressLogger(LoggerDestination):
             "throughput/data_wait": "data wait {:.0%}",
         }
         known = [template.format(self.latest[key]) for key, template in templates.items() if key in self.latest]
-        return known + [f"{name} top-{k} {100 * self.latest[key]:.1f}%" for name, (k, key) in self.accuracies().items()]
+        latest = {name: value for (name, reference), value in accuracies(self.latest).items() if not reference}
+        return known + [f"{name} top-{k} {100 * accuracy:.1f}%" for name, (k, accuracy) in latest.items()]
 
-    def accuracies(self) -> dict[str, tuple[int, str]]:
-        """Return the smallest k of each data set, with the headline's key."""
-        found: dict[str, tuple[int, str]] = {}
-        for key in self.latest:
-            if (match := TOP_K.fullmatch(key)) is not None:
-                name, k = match[1], int(match[2])
-                found[name] = min(found.get(name, (k, key)), (k, key))
-        return found
+
+def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Map data set and reference ('' for the model) to the smallest k and its accuracy, with the headline embedding."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for key, accuracy in metrics.items():
+        if (match := TOP_K.fullmatch(key)) is not None:
+            name, k = (match[1], match[2] or ""), int(match[3])
+            found[name] = min(found.get(name, (k, accuracy)), (k, accuracy))
+    return found
 
 
 def num_batches(state: State) -> int:

@@ -35,7 +35,7 @@ from d2v_composer.data.mds_index import INDEX, SUMMARY
 from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
-from d2v_composer.system.worker_lifetime import end_with_parent
+from d2v_composer.system.worker_lifetime import FORK, end_with_parent, end_workers
 
 __all__ = ["Conversion", "convert_images"]
 
@@ -107,7 +107,7 @@ def convert_images(
             raise InputError(f"{destination.address}: another conversion is writing there")
         destination.open()
         resumed = _resume(destination, skip_unreadable, fingerprint=_fingerprint(source, encoding, seed, shard_bytes))
-        with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(workers, FORK, _start_worker) as pool:
             records = _convert(pool, jobs, resumed)
             _verify(pool, destination, records, expected=len(source.files))
         conversion = _result(source, destination, records, len(resumed))
@@ -179,6 +179,9 @@ def _run(
     try:
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except KeyboardInterrupt:
+        end_workers()  # in the middle of their shards, which take seconds
+        raise KeyboardInterrupt("finished shards are kept, the same command resumes") from None
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise

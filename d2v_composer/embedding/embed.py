@@ -23,7 +23,7 @@ from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableImageError
-from d2v_composer.system.worker_lifetime import end_with_parent
+from d2v_composer.system.worker_lifetime import FORK
 
 __all__ = ["DTYPES", "Embedding", "EmbeddingOptions", "embed_collection"]
 
@@ -99,8 +99,13 @@ def embed_collection(
         if file.skipped and not skip_unreadable:
             file.rewind(file.skipped[0][0] // options.part_size * options.part_size)
         resumed, start = file.num_images, time.monotonic()
-        for embeddings, skipped in _embed_parts(model, collection, resumed, options, device, workers, skip_unreadable):
-            file.append(embeddings, skipped)
+        parts = _embed_parts(model, collection, resumed, options, device, workers, skip_unreadable)
+        try:
+            for embeddings, skipped in parts:
+                file.append(embeddings, skipped)
+        except KeyboardInterrupt:
+            done = f"{file.num_images} of {len(collection)} images are done"
+            raise KeyboardInterrupt(f"{done}, the same command resumes") from None
         seconds = time.monotonic() - start
         if not file.num_rows:
             raise InputError(f"{file.out}: none of the {len(collection)} images can be read")
@@ -128,7 +133,7 @@ def _embed_parts(
         batch_size=None,  # they are batches already
         sampler=list(chain.from_iterable(batches)),
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        multiprocessing_context=FORK if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
     loaded = iter(loader)
@@ -162,10 +167,6 @@ class _Batches(Dataset[_Batch]):
                 unreadable.append((index, str(error)))
         pixels = torch.stack([*images.values()]) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         return _Batch([*images], pixels, unreadable)
-
-
-def _start_worker(_: int) -> None:
-    end_with_parent()
 
 
 def _readable(batches: Iterator[_Batch], skip_unreadable: bool, bar: tqdm) -> Iterator[_Batch]:

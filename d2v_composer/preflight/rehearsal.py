@@ -97,11 +97,10 @@ class Rehearsal:
         self.logged = self.log.stat().st_size if self.log.is_file() else 0
         if status is None:
             raise failure(command, f"still running {STOP_SECONDS:.0f} s after SIGTERM")
-        if status != 128 + signal.SIGTERM or not self.batch:
+        expected = 128 + signal.SIGTERM
+        if status != expected or not self.batch:
             saved = f"a checkpoint of batch {self.batch}" if self.batch else "no checkpoint"
-            raise failure(
-                command, f"SIGTERM to all processes: status {status} instead of {128 + signal.SIGTERM}, {saved}"
-            )
+            raise failure(command, f"SIGTERM to all processes: status {status} instead of {expected}, {saved}")
         return f"SIGTERM to all processes: status {status}, a checkpoint of batch {self.batch}"
 
     def resume(self, command: RunningCommand) -> str:

@@ -1,8 +1,7 @@
-"""Exit status of a command: 0, 2 with one line for bad input, 130 with one after Ctrl-C, 1 with a traceback otherwise."""
+"""Exit status of a command: 0, 2 with one line for bad input, 130 with one after Ctrl-C, 1 with a traceback."""
 
 import gc
-import multiprocessing
-import signal
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ from d2v_composer.system import interrupts
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.temporary_folder import use_temporary_folder
-from d2v_composer.system.worker_lifetime import end_with_launcher
+from d2v_composer.system.worker_lifetime import end_with_launcher, end_workers
 
 __all__ = ["run"]
 
@@ -19,7 +18,8 @@ __all__ = ["run"]
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # in a pipe too
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # in a pipe too
     interrupts.handle_interrupts()
     end_with_launcher()
     status = 0
@@ -39,7 +39,8 @@ def explain(error: BaseException) -> int | None:
     """Print one line and return the exit status; ``None`` for an error that needs its traceback."""
     if interrupts.was_interrupted():
         end_workers()
-        return _print_and_return(interrupts.EXIT_STATUS, f"Interrupted{''.join(f': {each}' for each in error.args)}")
+        said = error.args if isinstance(error, KeyboardInterrupt) else ()
+        return _print_and_return(interrupts.EXIT_STATUS, ": ".join(["Interrupted", *said]))
     if isinstance(error, InputError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         line = hide_secrets(str(error).strip().splitlines()[-1])
@@ -49,13 +50,6 @@ def explain(error: BaseException) -> int | None:
         # A folder instead of a file, or a file instead of a folder.
         return _print_and_return(2, f"error: {error.filename2 or error.filename}: {error.strerror}")
     return None
-
-
-def end_workers() -> None:
-    """Kill the worker processes that an interrupted command left, instead of waiting for their work."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a data worker
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def _print_and_return(status: int, line: str) -> int:

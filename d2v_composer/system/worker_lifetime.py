@@ -25,7 +25,15 @@ import psutil
 
 from d2v_composer.system.errors import InputError
 
-__all__ = ["FORK", "SPAWN", "allow_open_files", "block_stop_signals", "end_with_launcher", "end_with_parent"]
+__all__ = [
+    "FORK",
+    "SPAWN",
+    "allow_open_files",
+    "block_stop_signals",
+    "end_with_launcher",
+    "end_with_parent",
+    "end_workers",
+]
 
 POLL_SECONDS = 0.5
 # The signal with which a parent ends its workers; no scheduler sends it.
@@ -111,6 +119,16 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=end_with_parent.__name__, daemon=True).start()
+
+
+def end_workers() -> None:
+    """Kill this process's workers, whose work is lost, and wait for their end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed data worker
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 def end_with_launcher() -> None:

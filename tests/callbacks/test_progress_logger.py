@@ -80,6 +80,12 @@ def train(**arguments: Any) -> dict[str, list[tuple[Any, Any]]]:
     return memory.data
 
 
+def partition(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Return the lines of retrievals, and the others."""
+    retrievals = [line for line in lines if line.startswith("retrieval ")]
+    return retrievals, [line for line in lines if line not in retrievals]
+
+
 def test_gradient_norm_is_logged_before_clipping() -> None:
     """The loss is w · mean(x), so its gradient is the batch's mean row."""
     logged = train(algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=0.5), GradientNorm(every=2)])
@@ -118,7 +124,9 @@ def test_plain_lines_show_the_logged_numbers() -> None:
     stream = io.StringIO()
     loggers = [ProgressLogger(bar=False, lines_interval="4ba", stream=stream)]
     train(loggers=loggers, callbacks=[Throughput(every=1), Retrieval()])
-    first, last = stream.getvalue().splitlines()
+    retrievals, (first, last) = partition(stream.getvalue().splitlines())
+    assert retrievals[0] == "retrieval at batch 1: some top-1: student 1.0%, teacher 80.0%"
+    assert len(retrievals) == 6
     assert re.search(r"  \d+ images/s  data wait \d+%  some top-1 4\.0%  left", first)
     assert "some top-1 6.0%" in last
 

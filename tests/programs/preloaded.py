@@ -155,6 +155,7 @@ def run(request: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(request["cwd"])
     tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     first, *rest = request["arguments"]
     if first == "-c":

@@ -70,16 +70,20 @@ def batch_of(checkpoint: Path) -> int:
     return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
 
 
-def test_sigterm_saves_a_checkpoint_and_exits(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
-    """SLURM and systemd send SIGTERM to every process of the run."""
+@pytest.mark.parametrize(("sent", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Interrupted")])
+def test_a_signal_saves_a_checkpoint_and_exits(
+    sent: signal.Signals, name: str, uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """SLURM and systemd send SIGTERM to every process of the run, Ctrl-C sends SIGINT."""
     arguments = small_run(tmp_path, small_data, "save_interval=1000ba", "train_loader.num_workers=2")
     program = start_python(*train_command(arguments)[1:])
     wait_until(lambda: has_trained(tmp_path), seconds=60)
-    os.killpg(program.pid, signal.SIGTERM)
-    assert program.wait(timeout=60) == 128 + signal.SIGTERM
+    os.killpg(program.pid, sent)
+    assert program.wait(timeout=60) == 128 + sent, program.stderr
     batch = batch_of(tmp_path / "latest-rank0.pt")
-    assert f"SIGTERM: saved at batch {batch} in {tmp_path}; the same command resumes" in program.stdout
+    assert f"{name}: saved at batch {batch} in {tmp_path}; the same command resumes" in program.stdout
     assert batch == len(losses_of(tmp_path)) < 14
+    assert program.stderr == ""
 
     again = run_command(*train_command(arguments))
     assert again.returncode == 0, again.stderr
@@ -90,6 +94,7 @@ def test_sigterm_saves_a_checkpoint_and_exits(uninterrupted: Path, small_data: P
     "sent",
     [
         signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
         pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
@@ -105,8 +110,9 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
     wait_until(lambda: has_trained(tmp_path), seconds=60)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
-    (os.killpg if sent == signal.SIGTERM else os.kill)(launcher.pid, sent)
-    assert launcher.wait(timeout=60) == (128 + sent if sent == signal.SIGTERM else -sent)
+    to_all = sent in (signal.SIGTERM, signal.SIGINT)
+    (os.killpg if to_all else os.kill)(launcher.pid, sent)
+    assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
     assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
 
