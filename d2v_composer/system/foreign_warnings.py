@@ -1,0 +1,12 @@
+"""Warnings of other packages that no user can act on: each with its source and the reason to hide it."""
+
+import sys
+
+__all__ = ["hide_foreign_warnings"]
+
+
+def hide_foreign_warnings() -> None:
+    """Hide them in this process and its children."""
+    # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
+    # left in shared memory, and counts it. The tracker takes over this process's options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
