@@ -164,7 +164,7 @@ class ImageEncoder(Frozen):
             (B, T, D), without gradient.
 
         Raises:
-            ValueError: Float images have another size, or images another number of channels.
+            ValueError: The images have another shape or dtype.
         """
         x_BTD = self.embed_patches(images)
         for block, bias in zip(self.block_list, self.layer_biases(x_BTD), strict=False):
@@ -172,19 +172,42 @@ class ImageEncoder(Frozen):
         return x_BTD
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise uint8 images; return float images unchanged."""
+        """Resize and normalise uint8 images; return float images unchanged.
+
+        Raises:
+            ValueError: The images have another shape or dtype.
+        """
+        self.check_images(images)
         if images.dtype != torch.uint8:
             return images
         size = self.config.image_size
         pixels = (images if images.shape[-2:] == (size, size) else resize(images, size)).float()
         return pixels.sub_(255 * self.image_mean).div_(255 * self.image_std)
 
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images that :meth:`forward` cannot encode.
+
+        Raises:
+            ValueError: Names the shape that is expected, and the one found.
+        """
+        channels, size, shape = self.config.in_chans, self.config.image_size, tuple(images.shape)
+        is_uint8 = images.dtype == torch.uint8
+        is_batch = len(shape) == 4 and shape[1] == channels
+        if is_batch and (is_uint8 or (images.is_floating_point() and shape[2:] == (size, size))):
+            return
+        hint = ""
+        if len(shape) == 3 and shape[0] == channels:
+            hint = "; for one image: images[None]"
+        elif len(shape) == 4 and shape[3] == channels and not is_batch:
+            hint = "; for channels last: images.permute(0, 3, 1, 2)"
+        raise ValueError(
+            f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size}, {size}) float and normalised; got "
+            f"{shape} {str(images.dtype).removeprefix('torch.')}{hint}"
+        )
+
     def embed_patches(self, images: Tensor) -> Tensor:
         """Return the first block's input, (B, T, D): patches, positions, extra tokens, LayerNorm."""
         images = self.prepare(images)
-        expected = (self.config.in_chans, self.config.image_size, self.config.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         x_BND = self.local_encoder["proj"](images).flatten(2).transpose(1, 2)
         x_BTD = x_BND + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:

@@ -5,6 +5,7 @@ Shapes: B images, T time steps, D channels, H heads.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -27,6 +28,21 @@ def poolings(x_BTD: Tensor, representation: Representation, num_extra_tokens: in
     pooled: dict[Pooling, Tensor] = {"cls": x_BTD[:, 0]} if num_extra_tokens else {}
     pooled |= {"mean": x_BTD.mean(dim=1), "mean_patches": x_BTD[:, num_extra_tokens:].mean(dim=1)}
     return {f"{representation}_{pooling}": embedding_BD for pooling, embedding_BD in pooled.items()}
+
+
+@contextmanager
+def frozen_use() -> Iterator[None]:
+    """Compute without gradient, also before a training step in one autocast region.
+
+    Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
+    """
+    caches_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(caches_casts and not torch.is_grad_enabled())
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caches_casts)
 
 
 class Transformer(nn.Module, ABC):
@@ -104,7 +120,7 @@ class Transformer(nn.Module, ABC):
             )
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute every embedding in one forward pass.
+        """Compute every embedding in one forward pass, without gradient; :meth:`forward_blocks` has one.
 
         Args:
             images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized and normalised here.
@@ -113,17 +129,21 @@ class Transformer(nn.Module, ABC):
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
             ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has extra tokens), ``mean``
             and ``mean_patches``.
+
+        Raises:
+            ValueError: The images have another shape or dtype.
         """
-        output, ffn_outputs = self.forward_blocks(self.encode(images))
-        return poolings(output, "output", self.num_extra_tokens) | poolings(
-            self.norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
-        )
+        with frozen_use():
+            output, ffn_outputs = self.forward_blocks(self.encode(images))
+            return poolings(output, "output", self.num_extra_tokens) | poolings(
+                self.norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
+            )
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:
         """Return one embedding of each image, (B, D) float32; see :meth:`embed_all`.
 
         Raises:
-            ValueError: The model has no such embedding.
+            ValueError: The model has no such embedding, or the images have another shape or dtype.
         """
         embeddings = self.embed_all(images)
         name = f"{representation}_{pooling}"

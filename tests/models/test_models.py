@@ -214,7 +214,7 @@ def test_uint8_images_are_normalised_as_float_ones(teacher: Data2Vec2) -> None:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalised))
-    with pytest.raises(ValueError, match=r"must be \(B, 3, 32, 32\), got \(2, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"float and normalised; got \(2, 3, 16, 16\) float32"):
         teacher.encode(normalised[..., :16, :16])
 
 
@@ -244,6 +244,34 @@ def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) ->
     assert len(teacher.embed_all(images)) == 6
     with pytest.raises(ValueError, match="no embedding 'output_max'; this model has: output_cls"):
         student.embed(images, pooling="max")  # pyright: ignore[reportArgumentType]
+
+
+def test_embeddings_take_no_gradient_and_training_beside_them_keeps_its_own(teacher: Data2Vec2) -> None:
+    images, student = images_for(teacher), teacher.build_student(depth=2)
+    assert student.embed(images).numpy().shape == (4, teacher.config.embed_dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        student.embed(images)  # autocast could keep the weights that it casts here, without gradient
+        student.forward_blocks(student.encode(images))[0].float().square().mean().backward()
+    gradients = [parameter.grad for parameter in student.blocks.parameters()]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "hint"),
+    [
+        ((3, 32, 32), torch.uint8, r"\(3, 32, 32\) uint8; for one image: images\[None\]"),
+        ((4, 40, 50, 3), torch.uint8, r"\(4, 40, 50, 3\) uint8; for channels last: images\.permute\(0, 3, 1, 2\)"),
+        ((4, 1, 32, 32), torch.uint8, r"\(4, 1, 32, 32\) uint8"),
+        ((4, 3, 40, 40), torch.float32, r"\(4, 3, 40, 40\) float32"),
+        ((4, 3, 32, 32), torch.int64, r"\(4, 3, 32, 32\) int64"),
+    ],
+)
+def test_images_of_another_layout_are_refused(
+    teacher: Data2Vec2, shape: tuple[int, ...], dtype: torch.dtype, hint: str
+) -> None:
+    expected = r"images must be \(B, 3, H, W\) uint8, or \(B, 3, 32, 32\) float and normalised; got "
+    with pytest.raises(ValueError, match=f"^{expected}{hint}$"):
+        teacher.embed(torch.zeros(shape, dtype=dtype))
 
 
 def test_a_checkpoint_without_a_student_tensor_is_refused(teacher: Data2Vec2) -> None:
