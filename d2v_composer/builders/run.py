@@ -16,7 +16,7 @@ from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.model import build_model
 from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
 from d2v_composer.builders.retrieval import build_retrieval
-from d2v_composer.builders.run_folder import build_load_path
+from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.callbacks import NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig
@@ -54,6 +54,8 @@ def build_run(config: TrainConfig) -> BuiltRun:
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     folder_callbacks = build_folder_callbacks(config)
     load_path = build_load_path(config)
+    if load_path is not None:
+        check_record(load_path, record)
     graceful_stop = build_graceful_stop(config)
     save_interval = graceful_stop.save_interval
     callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]

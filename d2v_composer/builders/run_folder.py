@@ -5,7 +5,8 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint
+from d2v_composer.callbacks import RunRecord
+from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.resume import (
     broadcast_checkpoint,
     download_checkpoint,
@@ -18,7 +19,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
 
-__all__ = ["build_load_path", "find_run_folder"]
+__all__ = ["build_load_path", "check_record", "find_run_folder"]
 
 
 def build_load_path(config: TrainConfig) -> str | None:
@@ -47,6 +48,17 @@ def build_load_path(config: TrainConfig) -> str | None:
                 download_checkpoint(config.load_path, path)
             check_checkpoint(path)
     return str(path)
+
+
+def check_record(load_path: str, record: RunRecord) -> None:
+    """Compare the run with the checkpoint's record before a model is built into which its tensors do not fit.
+
+    Raises:
+        InputError: Names the settings that differ.
+    """
+    callbacks = read_checkpoint(load_path, mmap=True)["state"].get("callbacks", {})
+    if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
+        record.load_state_dict(callbacks["RunRecord"])
 
 
 def _cached_checkpoint(address: str) -> Path:

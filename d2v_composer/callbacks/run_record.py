@@ -1,6 +1,6 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
 
 __all__ = ["RunRecord"]
+
+# The words of keys that are no field of a YAML.
+WORDS = {"teacher.sha256": "teacher.checkpoint (its sha256)"}
 
 
 class RunRecord(Callback):
@@ -50,19 +53,33 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with the checkpoint's record.
+        """Compare with the checkpoint's record, see :meth:`check`."""
+        self.check(state["record"])
+
+    def check(self, before: Mapping[str, Any]) -> None:
+        """Refuse to resume a run with another record.
+
+        Args:
+            before: The record in the checkpoint.
 
         Raises:
-            InputError: A fixed key has changed, or the data set.
+            InputError: A fixed key has changed, or the data set; names each change.
         """
-        check_data(state["record"], self.record)
-        for key in self.fixed:
-            before, now = lookup(state["record"], key), lookup(self.record, key)
-            if before != now:
-                raise InputError(
-                    f"{key.removeprefix('config.')}: is {now}, but the checkpoint to resume from was trained with "
-                    f"{before}: set it back, or start a new run in another save_folder"
-                )
+        check_data(before, self.record)
+        changes = [
+            change for key in self.fixed for change in find_changes(key, lookup(before, key), lookup(self.record, key))
+        ]
+        if changes:
+            raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
+
+
+def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
+    """Describe each field at or below a dotted key that has changed."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*now, *before]):
+            yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
+    elif before != now:
+        yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
 
 
 def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -78,7 +95,7 @@ def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     key = "remote" if lookup(now, "config.train_loader.remote") is not None else "local"
     raise InputError(
         f"train_loader.{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
-        f"{data_words(before)}: set it back, or start a new run in another save_folder"
+        f"{data_words(before)}: set it back; a new run needs another run_name or save_folder"
     )
 
 
