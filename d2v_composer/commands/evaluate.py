@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> Evaluation | None:
     check_ks(config.ks, datasets)
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
-    evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}")
+    class_names = {name: labelled.class_names for name, labelled in datasets.items()}
+    evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}", class_names)
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
         about = {"config": asdict(config), "machine": describe_machine(), "versions": versions}

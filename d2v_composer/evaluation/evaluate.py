@@ -68,6 +68,8 @@ class Evaluation(NamedTuple):
     ks: list[int]
     headline: str
     """The embedding that the tables show."""
+    class_names: Mapping[str, Sequence[str]]
+    """Data set → the name of each label; empty if the labels are only numbers."""
 
     @property
     def datasets(self) -> list[str]:
@@ -97,6 +99,11 @@ class Evaluation(NamedTuple):
             return None
         return share_interval(*(headlines[key].hits[k] for key in keys))
 
+    def class_name(self, dataset: str, label: int) -> str:
+        """Return a label's name; the number if it has none."""
+        names = self.class_names[dataset]
+        return names[label] if label < len(names) else str(label)
+
     def rows(self) -> list[dict[str, str | int | float]]:
         """Return one row for each candidate, data set, bank, embedding and k."""
         return [
@@ -116,6 +123,7 @@ class Evaluation(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         return {
             "headline": self.headline,
+            "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
             "results": self.rows(),
             "share_recovered": [
                 {"dataset": dataset, "bank": bank, "k": k, **share._asdict()}

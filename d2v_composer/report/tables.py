@@ -1,6 +1,6 @@
 """Format the results of a training and of an evaluation as text."""
 
-from collections.abc import Iterator
+from math import isnan
 from typing import TYPE_CHECKING
 
 from d2v_composer.evaluation.bootstrap import Interval, share_recovered
@@ -52,7 +52,7 @@ def evaluation_tables(evaluation: Evaluation) -> str:
     """Return accuracies with their intervals, the share recovered, the accuracy of each class, and costs."""
     parts = []
     for dataset in evaluation.datasets:
-        parts += [_accuracy_table(evaluation, dataset), "\n".join(_class_table(evaluation, dataset))]
+        parts += [_accuracy_table(evaluation, dataset), _class_table(evaluation, dataset)]
     images_per_second = {each.candidate: each.images_per_second for each in reversed(evaluation.retrievals)}
     costs = [
         [name, f"{num_parameters / 1e6:.2f}", f"{gflop:.2f}", f"{images_per_second[name]:.0f}"]
@@ -74,16 +74,20 @@ def _accuracy_table(evaluation: Evaluation, dataset: str) -> str:
     return f"{title}\n{format_table(_head(columns), rows)}"
 
 
-def _class_table(evaluation: Evaluation, dataset: str) -> Iterator[str]:
-    """Yield the student's (or teacher's) top-1 of each class, and the class it is most often confused with."""
+def _class_table(evaluation: Evaluation, dataset: str) -> str:
+    """Return the student's (or teacher's) top-1 of each class, and the class it is most often confused with."""
     headlines = evaluation.headlines
     name = "student" if ("student", dataset, "train") in headlines else "teacher"
     found = headlines[name, dataset, "train"]
-    yield f"{name}, bank train, top-1 in % of each class, and the class it is most often confused with"
+    rows = []
     for label, accuracy in enumerate(found.class_accuracy):
         others = found.confusion[label].copy()
         others[label] = 0
-        yield f"{label:5}  {100 * accuracy:5.1f}  {others.argmax():5}"
+        confused_with = evaluation.class_name(dataset, int(others.argmax())) if others.any() else "–"
+        percent = "–" if isnan(accuracy) else f"{100 * accuracy:.1f}"
+        rows.append([evaluation.class_name(dataset, label), percent, confused_with])
+    title = f"{name}, bank train, top-1 in % of each class, and the class it is most often confused with"
+    return f"{title}\n{format_table(['', 'top-1', 'confused with'], rows)}"
 
 
 def _head(columns: list[tuple[str, int]]) -> list[str]:

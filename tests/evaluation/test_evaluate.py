@@ -165,8 +165,9 @@ def test_confusion_matrix_and_class_accuracies() -> None:
     assert retrievals[0].confusion.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]]
     assert retrievals[0].class_accuracy.tolist() == [0.5, 0.5, 1.0]
     assert retrievals[0].accuracy(1).value == 0.6
-    table = evaluation_tables(Evaluation(candidates, retrievals, [1], "output_cls"))
-    assert "    0   50.0      2\n    1   50.0      0\n    2  100.0" in table
+    table = evaluation_tables(Evaluation(candidates, retrievals, [1], "output_cls", {"set": ["cat", "dog"]}))
+    rows = [line.split() for line in table.partition("confused with\n")[2].partition("confused with\n")[2].splitlines()]
+    assert rows[:3] == [["cat", "50.0", "2"], ["dog", "50.0", "cat"], ["2", "100.0", "–"]]  # a label without a name
     assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
 
 
