@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image
 from streaming import MDSWriter
-from torchvision.datasets import CIFAR10
 
+from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
@@ -98,13 +98,17 @@ def make_sample(images: Path) -> Path:
     for split, count in NUM_IMAGES.items():
         if (sample / split / "index.json").exists():
             continue
-        cifar10 = CIFAR10(str(images), train=split == "train", download=True)
+        try:
+            cifar10 = load_labelled_set("cifar10", images, image_size=32, download=True)
+        except InputError as error:
+            raise InputError(f"--images: {error}") from error
+        images_of_split, labels = getattr(cifar10, split)
         partial = sample / f".{split}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with MDSWriter(out=str(partial), columns={"image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
-            for pixels, label in zip(cifar10.data[:count], cifar10.targets[:count], strict=True):
+            for pixels, label in zip(images_of_split[:count], labels[:count].tolist(), strict=True):
                 buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
                 writer.write({"image": buffer.getvalue(), "label": label})
         partial.replace(sample / split)
     return sample

@@ -105,8 +105,11 @@ def load_labelled_set(
     if format in CIFAR_FOLDERS:
         return _load_cifar(format, root, download)
     if format == "folder":
-        class_names, _ = (list_subfolders(root / split) for split in ("train", "test"))
-        train, test = (_load_folder(root / split, class_names, image_size) for split in ("train", "test"))
+        for split in ("train", "test"):
+            if not (root / split).is_dir():
+                raise InputError(f"{root / split}: no such folder; {_layout(root)}")
+        class_names = list_subfolders(root / "train")
+        train, test = (_load_folder(root, split, class_names, image_size) for split in ("train", "test"))
         return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
         train, test = (_load_mds(root / split, image_size, column, label_column) for split in ("train", "test"))
@@ -125,7 +128,8 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
         with FileLock(root / ".download.lock") if download else nullcontext():
             splits = [dataset_class(str(root), train=train, download=download) for train in (True, False)]
     except Exception as error:
-        hint = "" if download else "; set download: true to fetch it"
+        unpacked = f"unpack {dataset_class.url} in {root}"
+        hint = f"; {unpacked}" if download else f"; set download: true to fetch it, or {unpacked}"
         raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}){hint}") from error
     train, test = (
         LabelledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
@@ -134,14 +138,19 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
     return LabelledSet(train, test, tuple(splits[0].classes))
 
 
-def _load_folder(folder: Path, class_names: list[str], image_size: int) -> LabelledImages:
+def _layout(root: Path) -> str:
+    return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+
+
+def _load_folder(root: Path, split: str, class_names: list[str], image_size: int) -> LabelledImages:
+    folder = root / split
     paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
     if not paths:
-        raise InputError(f"{folder}: no images in its class folders")
+        raise InputError(f"{folder}: no images in its class folders; {_layout(root)}")
     names = [path.split("/", 1)[0] for path in paths]
     unknown = sorted(set(names) - set(class_names))
     if unknown:
-        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks")
+        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(root)}")
     images = [to_pixels(read_image_file(folder / path), str(folder / path), image_size) for path in paths]
     return LabelledImages(torch.stack(images), torch.tensor([class_names.index(name) for name in names]))
 
