@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_composer.system.atomic_files import check_out_file, partial_file
+from d2v_composer.system.atomic_files import check_out_file, out_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
@@ -31,7 +31,12 @@ __all__ = [
 ]
 
 Kind = Literal["teacher", "student"]
-FORMAT_VERSION = 1
+# A student of version 2 names its headline in its tensor config_json, which readers of version 1 would refuse.
+FORMAT_VERSIONS: dict[Kind, int] = {"teacher": 1, "student": 2}
+READ_BY: dict[str, str] = {
+    "teacher": "a teacher, read by load_teacher",
+    "student": "an exported student, read by load_student",
+}
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 LARGEST_JSON = 4 << 20
 
@@ -52,13 +57,17 @@ def write_model_file(path: Path, kind: Kind, content: ModelFile) -> None:
     """
     metadata = {
         "format": f"d2v_composer.{kind}",
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FORMAT_VERSIONS[kind]),
         "config": json.dumps(content.config),
         "provenance": json.dumps(content.provenance),
     }
     check_out_file(path)
-    with partial_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in content.tensors.items()}, partial, metadata)
+    tensors = {name: tensor.contiguous() for name, tensor in content.tensors.items()}
+    with out_file(path) as partial:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # of the disk
+            raise OSError(reason(error)) from error
 
 
 def read_model_file(path: Path, kind: Kind) -> ModelFile:
@@ -101,10 +110,13 @@ def _open(path: Path) -> Iterator[Any]:
 def _check_metadata(path: Path, metadata: dict[str, str], kind: Kind) -> None:
     found = metadata.get("format", "none")
     if found != f"d2v_composer.{kind}":
-        raise InputError(f"{path}: its format is {_shown(found)}, expected d2v_composer.{kind}")
-    version = metadata.get("format_version", "none")
-    if version not in map(str, range(FORMAT_VERSION + 1)):
-        raise InputError(f"{path}: format version {_shown(version)}, this package reads up to {FORMAT_VERSION}")
+        other = READ_BY.get(found.removeprefix("d2v_composer."))
+        raise InputError(
+            f"{path}: {f'is {other}' if other else f'its format is {_shown(found)}'}; expected d2v_composer.{kind}"
+        )
+    version, newest = metadata.get("format_version", "none"), FORMAT_VERSIONS[kind]
+    if version not in map(str, range(newest + 1)):
+        raise InputError(f"{path}: format version {_shown(version)}, this package reads up to {newest}")
 
 
 def _shown(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.load import ConvertedTeacher, convert_teacher
+from d2v_composer.system.atomic_files import check_out_file
 
 
 def main(argv: Sequence[str]) -> ConvertedTeacher:
@@ -18,7 +19,9 @@ def main(argv: Sequence[str]) -> ConvertedTeacher:
     parser.add_argument("--weights", choices=("model", "ema"), default="model")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored dtype")
     parser.add_argument("--licence", help="a note on the weights' licence, stored in the file")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
+    check_out_file(arguments.out, overwrite=arguments.overwrite)
     dtype = getattr(torch, arguments.dtype)
     teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
     print_report(teacher, arguments.out)

@@ -28,6 +28,8 @@ from d2v_composer.system.worker_lifetime import FORK
 __all__ = ["DTYPES", "Embedding", "EmbeddingOptions", "embed_collection"]
 
 DTYPES = ("float32", "float16")
+# Beginnings of torch's RuntimeErrors if a worker was killed, or /dev/shm or the open files ran short.
+MACHINE_FAULTS = ("DataLoader worker (pid", "unable to write to file", "unable to open shared memory", "unable to mmap")
 
 
 class EmbeddingOptions(NamedTuple):
@@ -136,11 +138,25 @@ def _embed_parts(
         multiprocessing_context=FORK if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    loaded = iter(loader)
+    loaded = _one_line_errors(loader, workers)
     with tqdm(total=len(images), initial=first, desc="embedding", unit="img", disable=None, leave=False) as bar:
         for part in batches:
             of_part = _readable(islice(loaded, len(part)), skip_unreadable, bar)
             yield _embed_part(model, of_part, collection, options, device)
+
+
+def _one_line_errors(loader: DataLoader, workers: int) -> Iterator["_Batch"]:
+    """Yield the batches; faults of the machine that end a worker become one line."""
+    try:
+        yield from loader
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
+        if isinstance(error, RuntimeError) and not cause.startswith(MACHINE_FAULTS):
+            raise
+        raise InputError(
+            f"--workers {workers}: the images cannot be read further ({cause}): run the command again to resume, with "
+            "fewer workers if memory or /dev/shm is short"
+        ) from error
 
 
 class _Batch(NamedTuple):

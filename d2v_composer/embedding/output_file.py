@@ -40,31 +40,30 @@ class EmbeddingFile:
 
     Args:
         out: The path.
+        overwrite: Replace a file that exists, once the new one is complete.
 
     Raises:
         InputError: The suffix is unknown, the file exists, or it cannot be written.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
         if out.suffix not in (".npy", ".parquet"):
             raise InputError(f"{out}: must end in .npy or .parquet")
         if out.suffix == ".parquet" and find_spec("pyarrow") is None:
             raise InputError(f"{out}: .parquet needs pyarrow: pip install -e '.[parquet]'")
         self.out = out
+        self.overwrite = overwrite
         self.ids = out.with_name(f"{out.stem}.ids.npy")
         self.folder = out.with_name(f".{out.name}.partial")
         self.num_rows = 0
         self.skipped: list[Unreadable] = []
         self._refuse_existing()
-        check_out_file(out)
 
     def _refuse_existing(self) -> None:
-        if self.out.exists():
-            left = f"; remove {self.folder} too" if self.folder.exists() else ""
-            raise InputError(f"{self.out}: exists already: remove it, or choose another OUT{left}")
+        check_out_file(self.out, overwrite=self.overwrite)
         # With our folder next to it, the ids are ours: a run was killed between the two files.
-        if self.out.suffix == ".npy" and self.ids.exists() and not self.folder.exists():
-            raise InputError(f"{self.ids}: exists already: remove it, or choose another OUT")
+        if self.out.suffix == ".npy" and not self.folder.exists():
+            check_out_file(self.ids, overwrite=self.overwrite)
 
     @property
     def num_images(self) -> int:
@@ -115,7 +114,7 @@ class EmbeddingFile:
             self._record(num_images, [])
 
     def finish(self, ids: Ids) -> None:
-        """Move the complete file to OUT, and remove the folder.
+        """Move the complete file to OUT, replacing an old one, and remove the folder.
 
         Args:
             ids: Return the ids of images by index.
@@ -175,6 +174,7 @@ class EmbeddingFile:
             file.write(_npy_header((self.num_rows,), dtype))
             for chunk in chunks:
                 file.write(ids(chunk).astype(dtype, copy=False).tobytes())
+        self.out.unlink(missing_ok=True)  # new ids must not lie beside old embeddings
         partial.replace(self.ids)
 
     def _complete_npy(self) -> Path:

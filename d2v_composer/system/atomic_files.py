@@ -4,6 +4,8 @@ import glob
 import os
 import re
 import secrets
+import stat
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ __all__ = [
     "existing_folder",
     "find_partials",
     "find_unwritable",
+    "out_file",
     "partial_file",
     "write_atomically",
 ]
@@ -29,16 +32,24 @@ def existing_folder(folder: Path) -> Path:
     return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
-def check_out_file(path: Path) -> None:
+def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     """Check, before the work begins, that a file can be written; its folder may not exist yet.
 
+    Args:
+        path: The file.
+        overwrite: Accept one that exists.
+
     Raises:
-        InputError: The path is a folder or an object store's address, or its folder is not writable.
+        InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
     """
     if _is_address(path):
         raise InputError(f"{path}: must be a local file, not in an object store")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"{path}: exists already: choose another file, or append --overwrite")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise InputError(f"{path}: cannot be written: it is read-only")
     if (fault := find_unwritable(path.parent)) is not None:
         raise InputError(f"{path}: {fault}")
 
@@ -49,7 +60,11 @@ def find_unwritable(folder: Path) -> str | None:
     existing = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
     if not os.path.isdir(existing):
         return f"cannot be written: {existing} is not a folder"
-    return None if os.access(existing, os.W_OK | os.X_OK) else f"cannot be written: {existing} is not writable"
+    try:  # permissions do not tell of a read-only file system, nor what root may not do
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return f"cannot be written: {existing} is not writable ({error.strerror})"
+    return None
 
 
 def _is_address(path: Path) -> bool:
@@ -73,7 +88,12 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        partial.unlink()  # some writers take only a new path
         yield partial
+        if stat.S_IMODE(partial.stat().st_mode) != mode:  # safetensors writes files that only their owner may read
+            partial.chmod(mode)
         if sync:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -83,6 +103,20 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
             for left in path.parent.glob(f"{glob.escape(partial.name)}*"):  # downloaders write next to it
                 left.unlink()
         raise
+
+
+@contextmanager
+def out_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a command's result, see :func:`partial_file`.
+
+    Raises:
+        InputError: The disk is full or fails, or a permission is missing.
+    """
+    try:
+        with partial_file(path) as partial:
+            yield partial
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:

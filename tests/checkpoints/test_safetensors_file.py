@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_output_as_it_was(exists: bool, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_file, "save_file", fill_up)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=rf"^{out}: cannot be written \(No space left on device\)$"):
         convert_teacher(golden(), out)
     assert files_in(tmp_path) == ([out.name] if exists else [])
     assert not exists or out.read_bytes() == b"what was there before"
@@ -307,22 +307,24 @@ def test_unusable_provenance_is_refused(provenance: str, converted: Path) -> Non
     refused_by(load_teacher, rewrite(converted, provenance=provenance))
 
 
-@pytest.mark.parametrize("version", ["2", "10", "", "one", "-1"])
+@pytest.mark.parametrize("version", ["3", "10", "", "one", "-1"])
 def test_another_format_version_is_refused(version: str, converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
         assert "format version" in refused_by(load, rewrite(path, format_version=version))
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
-    assert "d2v_composer.student, expected d2v_composer.teacher" in refused_by(load_teacher, exported)
-    assert "d2v_composer.teacher, expected d2v_composer.student" in refused_by(load_student, converted)
+    assert "is an exported student, read by load_student; expected d2v_composer.teacher" in refused_by(
+        load_teacher, exported
+    )
+    assert "is a teacher, read by load_teacher; expected d2v_composer.student" in refused_by(load_student, converted)
 
 
 def test_other_programs_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for load in (load_teacher, load_student):
         assert "its format is none" in refused_by(load, tmp_path / "other.safetensors")
-    assert "not a safetensors file" in refused_by(load_student, golden())
+    assert "is a teacher's checkpoint, read by load_teacher" in refused_by(load_student, golden())
     assert "no such file" in refused_by(load_student, tmp_path / "nowhere.safetensors")
     assert "is a folder" in refused_by(load_student, tmp_path)
 
