@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.checkpoints.headline import Headline
 from d2v_composer.models.alibi import Alibi
-from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.system.atomic_files import partial_file
+from d2v_composer.system.atomic_files import out_file
 from d2v_composer.system.errors import InputError
 
 __all__ = ["OPSET", "Embedder", "export_onnx", "export_program"]
@@ -43,19 +43,23 @@ class FixedAlibi(Alibi):
 
 
 class Embedder(nn.Module):
-    """A copy of a student that maps normalised images, (B, 3, S, S) float, to embeddings, (B, D) float32."""
+    """A copy of a student that maps normalised images, (B, 3, S, S) float, to embeddings, (B, D) float32.
 
-    def __init__(self, student: Student, pooling: Pooling = "cls", representation: Representation = "output") -> None:
+    Args:
+        student: Copied.
+        headline: The embedding.
+    """
+
+    def __init__(self, student: Student, headline: Headline) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         num_steps = student.encoder.config.num_steps
         for part in (self.student, self.student.encoder):
             part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, num_steps)
-        self.pooling: Pooling = pooling
-        self.representation: Representation = representation
+        self.headline = headline
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.student.embed(images, self.pooling, self.representation)
+        return self.student.embed(images, self.headline.pooling, self.headline.representation)
 
     def example(self) -> Tensor:
         """Return a batch of two images; torch.export would treat a batch size of one as constant."""
@@ -63,18 +67,21 @@ class Embedder(nn.Module):
         return torch.zeros(2, config.in_chans, config.image_size, config.image_size)
 
 
-def preprocessing(student: Student) -> dict[str, Any]:
-    """Return the preprocessing of images that the program expects."""
-    config = student.encoder.config
-    wanted = ("image_size", "image_mean", "image_std")
-    return {name: value for name, value in asdict(config).items() if name in wanted} | {"interpolation": "bicubic"}
+def describe(embedder: Embedder) -> dict[str, str]:
+    """Return the preprocessing of images that the program expects, as JSON, and the name of the embedding."""
+    config = asdict(embedder.student.encoder.config)
+    preprocessing: dict[str, Any] = {name: config[name] for name in ("image_size", "image_mean", "image_std")}
+    preprocessing["interpolation"] = "bicubic"
+    return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.headline.name}
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
-    """Write ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D); preprocessing as metadata.
+    """Write ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D).
+
+    The metadata are ``preprocessing`` and ``embedding`` of :func:`describe`.
 
     Raises:
-        InputError: The packages ``onnx`` and ``onnxscript`` are not installed.
+        InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -88,16 +95,22 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         verbose=False,
     )
     assert program is not None  # without a file name, torch returns the program
-    program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(embedder.student))
-    with partial_file(path) as partial:
+    program.model.metadata_props.update(describe(embedder))
+    with out_file(path) as partial:
         program.save(partial)
 
 
 def export_program(embedder: Embedder, path: Path) -> None:
-    """Write a program for ``torch.export.load(path).module()``, with preprocessing.json in its extra files."""
-    extra = {"preprocessing.json": json.dumps(preprocessing(embedder.student))}
-    with partial_file(path) as partial, partial.open("wb") as file:  # torch warns of another suffix than .pt2
-        torch.export.save(trace(embedder), file, extra_files=extra)
+    """Write a program for ``torch.export.load(path).module()``; :func:`describe` as extra files.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    description = describe(embedder)
+    extra = {"preprocessing.json": description["preprocessing"], "embedding": description["embedding"]}
+    program = trace(embedder)
+    with out_file(path) as partial, partial.open("wb") as file:  # torch warns of another suffix than .pt2
+        torch.export.save(program, file, extra_files=extra)
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:

@@ -7,12 +7,13 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.check_tensors import check_num_blocks, check_tensors, shapes_of
+from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, Headline, parse_headline
 from d2v_composer.checkpoints.safetensors_file import LARGEST_JSON, parse_object
 from d2v_composer.models.data2vec2 import Data2Vec2Config
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -20,27 +21,38 @@ from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["CONFIG_TENSOR", "check_student", "config_tensor", "parse_config_tensor", "read_config"]
+__all__ = ["CONFIG_TENSOR", "StoredSizes", "check_student", "config_tensor", "parse_config_tensor", "read_config"]
 
 CONFIG_TENSOR = "config_json"
 ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig)
 
 
-def config_tensor(encoder: ImageEncoderConfig, student: StudentConfig) -> Tensor:
-    """Return a student's sizes as JSON bytes, uint8, for readers that only get a file's tensors."""
-    text = json.dumps({"encoder": asdict(encoder), "student": asdict(student)})
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+class StoredSizes(NamedTuple):
+    """The contents of a tensor of :func:`config_tensor`."""
+
+    sizes: dict[str, Any]
+    """Those of ``encoder`` and ``student``, not checked."""
+    headline: Headline
+    """The default in a file of version 0.1.0, which has none."""
 
 
-def parse_config_tensor(stored: Tensor) -> dict[str, Any]:
-    """Return the sizes in a tensor of :func:`config_tensor`, without checking them.
+def config_tensor(encoder: ImageEncoderConfig, student: StudentConfig, headline: Headline) -> Tensor:
+    """Return a student's sizes and headline as JSON bytes, uint8, for readers that only get a file's tensors."""
+    content = {"encoder": asdict(encoder), "student": asdict(student), "headline": headline._asdict()}
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def parse_config_tensor(stored: Tensor) -> StoredSizes:
+    """Return the contents of a tensor of :func:`config_tensor`.
 
     Raises:
-        ValueError: The tensor does not hold a JSON object.
+        ValueError: The tensor does not hold a JSON object, or its headline is unknown.
     """
     if stored.dtype != torch.uint8 or stored.ndim != 1 or len(stored) > LARGEST_JSON:
         raise ValueError(f"is {stored.dtype} {tuple(stored.shape)}, expected at most {LARGEST_JSON} bytes")
-    return parse_object(stored.cpu().numpy().tobytes())
+    sizes = parse_object(stored.cpu().numpy().tobytes())
+    headline = parse_headline(sizes.pop("headline")) if "headline" in sizes else DEFAULT_HEADLINE
+    return StoredSizes(sizes, headline)
 
 
 def check_student(

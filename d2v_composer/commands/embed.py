@@ -18,6 +18,7 @@ from typing import get_args
 import torch
 from streaming.base.util import bytes_to_int
 
+from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
 from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.embedding.collection import open_collection
@@ -36,8 +37,9 @@ def main(argv: Sequence[str]) -> Embedding:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
-    file = EmbeddingFile(arguments.out)
-    model = load_model(arguments).to(device)
+    file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
+    model, chosen = load_model(arguments)
+    arguments.representation, arguments.pooling = chosen.headline
     collection = open_collection(
         arguments.source,
         model.encoder.config.image_size,
@@ -45,8 +47,9 @@ def main(argv: Sequence[str]) -> Embedding:
         cache_limit=arguments.cache_limit,
         column=arguments.column,
     )
+    print(f"embedding: {chosen}")
     embedding = embed_collection(
-        model,
+        model.to(device),
         collection,
         file,
         EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
@@ -70,8 +73,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model"
     )
-    parser.add_argument("--pooling", choices=get_args(Pooling), default="cls", help="default: cls")
-    parser.add_argument("--representation", choices=get_args(Representation), default="output", help="default: output")
+    parser.add_argument("--pooling", choices=get_args(Pooling), help="default: the headline of the model's run")
+    parser.add_argument(
+        "--representation", choices=get_args(Representation), help="default: the headline of the model's run"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is faster")
     parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
     parser.add_argument(
@@ -93,6 +98,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip and list unreadable images")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete"
+    )
     arguments = parser.parse_args(argv)
     for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
         value = getattr(arguments, name)
@@ -101,14 +109,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_model(arguments: argparse.Namespace) -> Transformer:
-    """Load the student, or a teacher from its own file."""
+def load_model(arguments: argparse.Namespace) -> tuple[Transformer, ChosenEmbedding]:
+    """Load the student, or a teacher from its own file, and choose the embedding."""
     student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
     model = teacher if student is None else student
     assert model is not None  # load_any gives one of them
-    if arguments.pooling == "cls" and not model.num_extra_tokens:
-        raise InputError("--pooling: this model has no CLS token; allowed are mean, mean_patches")
-    return model.eval()
+    chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
+    return model.eval(), chosen
 
 
 def print_report(embedding: Embedding) -> None:

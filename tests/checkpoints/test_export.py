@@ -1,6 +1,9 @@
 """timm, ONNX, torch.export and a hub's folder embed as the student's checkpoint does."""
 
 import json
+import os
+import resource
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
+from d2v_composer.checkpoints.headline import Headline, choose_embedding, stored_headline
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -56,6 +60,11 @@ def embed(student: Student, images: Tensor, **options: str) -> Tensor:
         return student.embed(images, **options)  # pyright: ignore[reportArgumentType]
 
 
+def headline(student: Student, images: Tensor) -> Tensor:
+    """The embedding of the run's headline, see :func:`helpers.small_run`."""
+    return embed(student, images, representation="layer_mean", pooling="cls")
+
+
 def assert_close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
 
@@ -69,12 +78,17 @@ def create(name: str, **options: Any) -> TimmStudent:
 def test_timm(exported: Path, images: Tensor) -> None:
     model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
     with torch.inference_mode():
-        assert_close(model(images), student.embed(images))
+        assert_close(model(images), headline(student, images))
         features = model.forward_features(images)
-        assert_close(features, student.forward_blocks(student.encode(images))[0])
-        assert_close(model.forward_head(features, pre_logits=True), student.embed(images))
-        model.reset_classifier(0, "avg")
-        assert_close(model(images), student.embed(images, pooling="mean_patches"))
+        assert_close(model.forward_head(features, pre_logits=True), headline(student, images))
+        for pool, pooling in (("avg", "mean_patches"), ("mean", "mean")):
+            model.reset_classifier(0, pool)
+            assert_close(model(images), embed(student, images, representation="layer_mean", pooling=pooling))
+        output = create("d2v2_student", checkpoint_path=str(exported), representation="output", global_pool="avg")
+        assert_close(output.forward_features(images), student.forward_blocks(student.encode(images))[0])
+        assert_close(output(images), embed(student, images, pooling="mean_patches"))
+    assert all(parameter.requires_grad for parameter in output.blocks.parameters())
+    assert not any(parameter.requires_grad for parameter in model.block_list[-1].norm2.parameters())  # not used
     assert model.num_features == student.encoder.config.embed_dim
     data = resolve_data_config(model=model)
     assert data["input_size"] == tuple(images.shape[1:])
@@ -112,6 +126,28 @@ def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path:
         assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
+def test_files_of_version_0_1_0_keep_their_embedding(images: Tensor) -> None:
+    """timm sees the tensors alone, which named no headline then; the record of the run did."""
+    old = GOLDEN / "release-0.1.0" / "student.safetensors"
+    student = load_student(old)
+    assert_close(create("d2v2_student", checkpoint_path=str(old))(images).detach(), embed(student, images))
+    assert stored_headline(student.provenance) == Headline("layer_mean", "cls")
+
+
+def test_the_embedding_is_the_headline_unless_asked_otherwise(exported: Path) -> None:
+    student = load_student(exported)
+
+    def chosen(provenance: dict[str, Any], pooling: Any = None, representation: Any = None) -> str:
+        return str(choose_embedding(student, provenance, pooling, representation))
+
+    assert chosen(student.provenance) == "layer_mean_cls (the headline of the model's run)"
+    assert chosen(student.provenance, "mean").startswith("layer_mean_mean (the headline of the model's run, but --poo")
+    assert chosen(student.provenance, "mean", "output") == "output_mean (as asked)"
+    default = "output_cls (the default, since the file has no record of a run)"
+    for provenance in ({}, {"config": 3}, {"config": {"retrieval": {"representation": [], "pooling": "cls"}}}):
+        assert chosen(provenance) == default
+
+
 def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     tensors = load_file(exported)
     old = tmp_path / "old.safetensors"
@@ -122,11 +158,11 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     save_file(tensors, old)
     with pytest.raises(InputError, match="config_json: unusable sizes"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
-    with pytest.raises(ValueError, match="global_pool must be token or avg, got 'max'"):
+    with pytest.raises(ValueError, match="global_pool must be token, avg or mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "layer_mean"}])
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "output"}])
 def test_onnx(
     uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path, export: Export, options: dict[str, str]
 ) -> None:
@@ -137,22 +173,28 @@ def test_onnx(
     assert [each.name for each in [*session.get_inputs(), *session.get_outputs()]] == ["images", "embedding"]
     for batch in (images, images[:1]):
         [embedding] = session.run(None, {"images": batch.numpy()})
-        assert_close(torch.from_numpy(np.asarray(embedding)), embed(load_student(exported), batch, **options))
+        expected = embed(load_student(exported), batch, **({"representation": "layer_mean"} | options))
+        assert_close(torch.from_numpy(np.asarray(embedding)), expected)
+    name = session.get_modelmeta().custom_metadata_map["embedding"]
+    assert name == ("output_mean" if options else "layer_mean_cls")
 
 
 def test_torch_export(exported: Path, images: Tensor, tmp_path: Path, export: Export) -> None:
     path = tmp_path / "student.pt2"
     export(exported, path)
-    extra = {"preprocessing.json": ""}
+    extra = {"preprocessing.json": "", "embedding": ""}
     program = torch.export.load(path, extra_files=extra).module()
     for batch in (images, images[:1]):
-        assert_close(program(batch), embed(load_student(exported), batch))
+        assert_close(program(batch), headline(load_student(exported), batch))
+    assert extra["embedding"] == "layer_mean_cls"
     assert json.loads(extra["preprocessing.json"])["image_size"] == images.shape[-1]
 
 
 def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path, export: Export) -> None:
     with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
         export(exported, tmp_path / "student.txt")
+    with pytest.raises(InputError, match=r"student.safetensors: holds every embedding: --pooling and --representation"):
+        export(exported, tmp_path / "student.safetensors", "--pooling", "mean")
     with pytest.raises(InputError, match=r"tiny_base.pt: is a teacher; expected a training checkpoint"):
         export(GOLDEN / "tiny_base.pt", tmp_path / "student.onnx")
     without_cls = tmp_path / "without_cls.safetensors"
@@ -160,8 +202,10 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     save_student(
         Student(ImageEncoder(config).freeze(), StudentConfig(depth=1, num_heads=2, num_alibi_heads=2)), without_cls
     )
-    with pytest.raises(InputError, match="--pooling: this student has no CLS token"):
-        export(without_cls, tmp_path / "student.onnx")
+    with pytest.raises(InputError, match="--pooling: this model has no CLS token; allowed are mean, mean_patches"):
+        export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
+    student = load_student(without_cls)
+    assert choose_embedding(student, {}, None, None).headline == Headline("output", "mean_patches")
     assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
     cut = tmp_path / "truncated.safetensors"
     cut.write_bytes(exported.read_bytes()[:-100])
@@ -169,3 +213,39 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
         export(cut, tmp_path / "student.onnx")
     assert not list(tmp_path.glob("*.onnx"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
+def test_exported_files_have_the_permissions_of_any_file(
+    exported: Path, tmp_path: Path, export: Export, suffix: str
+) -> None:
+    before = os.umask(0o027)
+    try:
+        export(exported, tmp_path / f"student.{suffix}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / f"student.{suffix}").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
+def test_a_file_is_replaced_only_if_asked(exported: Path, tmp_path: Path, export: Export, suffix: str) -> None:
+    out = tmp_path / f"student.{suffix}"
+    out.write_text("mine")
+    with pytest.raises(InputError, match=rf"student\.{suffix}: exists already: choose another file, or append --overw"):
+        export(exported, out)
+    assert out.read_text() == "mine"
+    export(exported, out, "--overwrite")
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
+def test_a_full_disk_is_one_line(exported: Path, tmp_path: Path, export: Export, suffix: str) -> None:
+    out = tmp_path / f"student.{suffix}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(InputError, match=rf"^{out}: cannot be written \(.*File too large.*\)$"):
+            export(exported, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 import tracemalloc
@@ -34,6 +35,7 @@ from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.data.decode import decode_rgb, to_tensor
 from d2v_composer.embedding import output_file
+from d2v_composer.embedding.collection import FolderImages
 from d2v_composer.embedding.embed import Embedding
 from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -231,14 +233,46 @@ def test_embeds_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.Mo
         embed(TEACHER, tmp_path, tmp_path / "both.npy")
 
 
-def test_embeds_with_a_student(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
+def test_embeds_with_a_student(
+    teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     path = tmp_path / "student.safetensors"
-    save_student(teacher.build_student(depth=2), path)
+    student = teacher.build_student(depth=2)
+    student.provenance = {"config": {"retrieval": {"representation": "layer_mean", "pooling": "mean", "ks": [1]}}}
+    save_student(student, path)
     embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # not read
+    assert "embedding: layer_mean_mean (the headline of the model's run)\n" in capsys.readouterr().out
     ids, embeddings = loaded(tmp_path / "photos.npy")
-    want = expected(load_student(path), [(photos / path).read_bytes() for path in ids])
+    images = [(photos / path).read_bytes() for path in ids]
+    want = expected(load_student(path), images, representation="layer_mean", pooling="mean")
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
+
+
+def test_a_file_is_replaced_only_if_asked_and_when_the_new_one_is_complete(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "photos.npy"
+    embed(TEACHER, photos, out, *SMALL_PARTS)
+    old = out.read_bytes()
+    with pytest.raises(InputError, match=r"photos\.npy: exists already: choose another file, or append --overwrite"):
+        embed(TEACHER, photos, out, "--pooling", "mean")
+    again = ("--pooling", "mean", "--overwrite", *SMALL_PARTS)
+    run_and_kill([TEACHER, photos, out, *again], tmp_path / ".photos.npy.partial", monkeypatch)
+    assert out.read_bytes() == old
+    assert embed(TEACHER, photos, out, *again).resumed == 20
+    embed(TEACHER, photos, tmp_path / "new.npy", "--pooling", "mean", *SMALL_PARTS)
+    assert out.read_bytes() == (tmp_path / "new.npy").read_bytes() != old
+
+
+def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the kernel if memory runs short."""
+    monkeypatch.setattr(FolderImages, "load", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        InputError, match=r"--workers 1: the images cannot be read further \(DataLoader worker \(pid"
+    ) as e:
+        embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
+    assert "\n" not in str(e.value)
 
 
 def run_and_kill(arguments: list[str | Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,15 +564,27 @@ def test_parquet_without_pyarrow_is_refused(photos: Path, tmp_path: Path, monkey
     [
         ("nowhere.pt", "photos", "o.npy", [], "nowhere.pt: no such file"),
         ("photos/a.jpg", "photos", "o.npy", [], "a.jpg: truncated, or not a PyTorch checkpoint"),
-        ("no_cls", "photos", "o.npy", [], "--pooling: this model has no CLS token; allowed are mean, mean_patches"),
+        (
+            "no_cls",
+            "photos",
+            "o.npy",
+            ["--pooling", "cls"],
+            "--pooling: this model has no CLS token; allowed are mean, mean_patches",
+        ),
         ("teacher", "nowhere", "o.npy", [], "nowhere: no such folder"),
         ("teacher", "photos/a.jpg", "o.npy", [], "a.jpg: is not a folder"),
         ("teacher", "empty", "o.npy", [], "empty: no images; the suffixes read are .jpg, "),
         ("teacher", "s3://bucket/images", "o.npy", [], "s3://bucket/images: is remote: name a folder for its shards"),
         ("teacher", "photos", "o.npy", ["--local", "cache"], "photos: is local: --local and --cache-limit are for the"),
         ("teacher", "photos", "o.csv", [], "o.csv: must end in .npy or .parquet"),
-        ("teacher", "photos", "there.npy", [], "there.npy: exists already: remove it, or choose another OUT"),
-        ("teacher", "photos", "half.npy", [], "half.ids.npy: exists already: remove it, or choose another OUT"),
+        ("teacher", "photos", "there.npy", [], "there.npy: exists already: choose another file, or "),
+        (
+            "teacher",
+            "photos",
+            "half.npy",
+            [],
+            "half.ids.npy: exists already: choose another file, or ",
+        ),
         ("teacher", "photos", "photos/a.jpg/o.npy", [], "a.jpg/o.npy: cannot be written: "),
         ("teacher", "photos", "/proc/o.npy", [], "/proc/o.npy: cannot be written"),
         ("teacher", "photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
@@ -589,7 +635,7 @@ def test_an_unreadable_image_is_one_line(
     line = f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); --skip-unreadable skips such images"
     assert printed.err.splitlines()[-1] == line
     assert "Traceback" not in printed.err
-    assert printed.out == ""
+    assert printed.out.splitlines() == ["embedding: output_cls (the default, since the file has no record of a run)"]
 
 
 def test_near_duplicates_as_in_the_manual(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +651,8 @@ def test_near_duplicates_as_in_the_manual(photos: Path, tmp_path: Path, monkeypa
     centred = embeddings - embeddings.mean(axis=0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     cosines = centred @ centred.T - 2 * np.eye(len(ids))
-    want = {(ids[i], ids[row.argmax()]) for i, row in enumerate(cosines) if row.max() > 0.95}
-    assert set(found["duplicates"]) == want
+    want = {tuple(sorted([ids[i], ids[row.argmax()]])) for i, row in enumerate(cosines) if row.max() > 0.95}
+    assert found["duplicates"] == sorted(want)
+    assert {type(name) for pair in found["duplicates"] for name in pair} == {str}
     assert ("03.jpg", "b/copy.jpg") in want
     assert len(want) < len(ids)
