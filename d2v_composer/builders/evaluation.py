@@ -41,7 +41,7 @@ def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidat
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    student, teacher = load_any(config.model, config.weights, config.teacher)
+    student, teacher = load_any(config.model, config.weights, config.teacher, "teacher=PATH")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if student is not None:

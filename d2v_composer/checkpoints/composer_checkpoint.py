@@ -6,7 +6,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import LARGEST_FILE
 from d2v_composer.system.retry import reason
 
-__all__ = ["CorruptCheckpointError", "check_checkpoint", "read_checkpoint"]
+__all__ = ["CorruptCheckpointError", "check_checkpoint", "is_trained", "read_checkpoint"]
 
 RECONSTRUCT = np.array(0).__reduce__()[0]
 
@@ -39,6 +39,11 @@ OUR_ALGORITHMS = {"GradientClipping", "GradientNorm"}
 
 class CorruptCheckpointError(InputError):
     """A checkpoint that is truncated or corrupt."""
+
+
+def is_trained(contents: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether the contents of a file are those of a Composer checkpoint."""
+    return isinstance(contents, dict) and "state" in contents
 
 
 def read_checkpoint(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:

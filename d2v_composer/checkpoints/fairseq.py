@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_composer.checkpoints.check_tensors import check_teacher
+from d2v_composer.checkpoints.composer_checkpoint import is_trained
 from d2v_composer.checkpoints.safe_pickle import load_untrusted, plain
 from d2v_composer.models.data2vec2 import Data2Vec2Config
 from d2v_composer.models.names import Weights
@@ -53,6 +54,10 @@ def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCh
     """
     checkpoint = plain(load_untrusted(path))
     stored = _section(checkpoint, "model")
+    if is_trained(checkpoint):
+        raise InputError(
+            f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
+        )
     if stored is None:
         raise InputError(f"{path}: not a fairseq checkpoint: it has no dict 'model'")
     sizes = Sizes(_section(checkpoint, "cfg"))

@@ -1,6 +1,8 @@
 """Load teachers and students from files, and write them."""
 
 import datetime
+import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.check_tensors import check_teacher, check_tensors, shapes_of
+from d2v_composer.checkpoints.composer_checkpoint import is_trained
 from d2v_composer.checkpoints.fairseq import read_fairseq_checkpoint
-from d2v_composer.checkpoints.pointer import read_newest
+from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, stored_headline
+from d2v_composer.checkpoints.pointer import LATEST, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.checkpoints.safetensors_file import (
     ModelFile,
@@ -53,7 +57,7 @@ def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
     """
-    file = fetch(path)
+    file = _fetch_model(path)
     if not is_safetensors(file):
         config, tensors, _ = read_fairseq_checkpoint(file, weights)
         provenance = _provenance(path, file, weights) | {"licence": LICENCE_NOTE}
@@ -67,6 +71,15 @@ def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
     config = read_config(path, Data2Vec2Config, stored.config)
     check_teacher(path, config, stored.tensors)
     return _build_teacher(config, stored.tensors, stored.provenance)
+
+
+def _fetch_model(path: str | Path) -> Path:
+    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
+    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
+        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+    if str(path).endswith((".yaml", ".yml")):
+        raise InputError(f"{path}: is a YAML, expected the file of a model")
+    return fetch(path)
 
 
 def _provenance(source: str | Path, file: Path, weights: Weights) -> dict[str, Any]:
@@ -108,7 +121,7 @@ def convert_teacher(
         InputError: As :func:`load_teacher`; or ``out`` cannot be written.
     """
     check_out_file(out)
-    file = fetch(source)
+    file = _fetch_model(source)
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
     checkpoint = read_fairseq_checkpoint(file, weights)
@@ -125,7 +138,8 @@ def convert_teacher(
 def save_student(student: Student, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
     config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config)}
+    headline = stored_headline(student.provenance) or DEFAULT_HEADLINE
+    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config, headline)}
     write_model_file(out, "student", ModelFile(config, student.provenance, tensors))
 
 
@@ -135,12 +149,15 @@ def load_student(path: str | Path) -> Student:
     Raises:
         InputError: The file does not exist, or does not hold a student.
     """
-    stored = read_model_file(fetch(path), "student")
+    file = _fetch_model(path)
+    if not is_safetensors(file):
+        _refuse_checkpoint(path, file)
+    stored = read_model_file(file, "student")
     sizes_for_timm = stored.tensors.pop(CONFIG_TENSOR, None)
     encoder_config, student_config = check_student(path, stored.config, stored.tensors)
     if sizes_for_timm is not None:
         try:
-            agree = parse_config_tensor(sizes_for_timm) == stored.config
+            agree = parse_config_tensor(sizes_for_timm).sizes == stored.config
         except ValueError as error:
             raise InputError(f"{path}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
         if not agree:
@@ -150,8 +167,23 @@ def load_student(path: str | Path) -> Student:
     return student.eval()
 
 
+def _refuse_checkpoint(path: str | Path, file: Path) -> None:
+    """Refuse a training checkpoint, or a teacher's, in place of an exported student."""
+    contents: Any = None
+    with suppress(InputError):  # neither of them
+        contents = load_untrusted(file)
+    if is_trained(contents):
+        command = f"python recipes/export_student.py {shlex.quote(str(path))} student.safetensors"
+        raise InputError(f"{path}: is a training checkpoint: export its student first: {command}")
+    if isinstance(contents, dict) and "model" in contents:
+        raise InputError(f"{path}: is a teacher's checkpoint, read by load_teacher; expected an exported student")
+
+
 def load_any(
-    path: str | Path, weights: Weights = "model", teacher_path: str | None = None
+    path: str | Path,
+    weights: Weights = "model",
+    teacher_path: str | None = None,
+    teacher_option: str = "--teacher PATH",
 ) -> tuple[Student | None, Data2Vec2 | None]:
     """Load the student and the teacher of any supported file.
 
@@ -160,32 +192,35 @@ def load_any(
             ``teacher_path``. A training checkpoint: both.
         weights: Of a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
+        teacher_option: What the user sets ``teacher_path`` with, named if that path holds no teacher any more.
 
     Raises:
         InputError: The file is corrupt, or not supported.
     """
 
     def load(file: Path) -> tuple[Student | None, Data2Vec2 | None]:
-        return _load_file(path, fetch(file), weights, teacher_path)
+        return _load_file(path, _fetch_model(file), weights, teacher_path, teacher_option)
 
-    return load(fetch(path)) if is_remote(path) else read_newest(Path(path), load)
+    return load(_fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _load_file(
-    path: str | Path, file: Path, weights: Weights, teacher_path: str | None
+    path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str
 ) -> tuple[Student | None, Data2Vec2 | None]:
     """Load ``file``, the local copy of ``path``."""
     if is_safetensors(file) and read_kind(file) == "student":
         return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
-    if isinstance(contents, dict) and "state" in contents:
-        return _load_trained(file, contents, teacher_path)
+    if is_trained(contents):
+        return _load_trained(file, contents, teacher_path, teacher_option)
     if teacher_path is not None:
         raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     return None, load_teacher(path, weights)
 
 
-def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str | None) -> tuple[Student, Data2Vec2]:
+def _load_trained(
+    checkpoint: Path, contents: dict[str, Any], teacher_path: str | None, teacher_option: str
+) -> tuple[Student, Data2Vec2]:
     """Build a training checkpoint's student, with its run's record as provenance, and its teacher.
 
     The teacher is loaded for its frozen encoder, and must be the one of the training.
@@ -200,11 +235,16 @@ def _load_trained(checkpoint: Path, contents: dict[str, Any], teacher_path: str 
         history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error
-    teacher = load_teacher(teacher_file, weights)
-    if teacher.provenance["sha256"] != trained_with:
+    try:
+        teacher = load_teacher(teacher_file, weights)
+        if (found := teacher.provenance["sha256"]) != trained_with:
+            raise InputError(f"{teacher_file}: its sha256 is {found}, the student was trained with {trained_with}")
+    except InputError as error:
+        if teacher_path is not None:
+            raise
         raise InputError(
-            f"{teacher_file}: its sha256 is {teacher.provenance['sha256']}, the student was trained with {trained_with}"
-        )
+            f"{error}; if the teacher of {checkpoint} has moved, name its file: {teacher_option}"
+        ) from error
     blocks = {
         str(name).removeprefix("student."): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)
     }

@@ -4,7 +4,7 @@ Importing this module registers the model. Shapes: B images, S pixels a side, T 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -63,8 +63,12 @@ class TimmStudent(Student):
         """Compute a headline's embedding, except for what was asked for.
 
         Raises:
-            ValueError: The pooling asked for is unknown, or needs a CLS token that the model lacks.
+            ValueError: What was asked for is unknown, or needs a CLS token that the model lacks.
         """
+        if self.asked_representation not in (None, *get_args(Representation)):
+            raise ValueError(
+                f"representation must be {' or '.join(get_args(Representation))}, got {self.asked_representation!r}"
+            )
         self.representation: Representation = self.asked_representation or headline.representation
         pool = next(name for name, pooling in POOLINGS.items() if pooling == headline.pooling)
         pool = "avg" if pool == "token" and not self.num_extra_tokens else pool
@@ -126,7 +130,7 @@ class TimmStudent(Student):
 
         Raises:
             InputError: The file is too old to have sizes, or its tensors do not fit them.
-            ValueError: The pooling asked for needs a CLS token that the model lacks.
+            ValueError: The pooling asked for needs a CLS token that the file's model lacks.
         """
         tensors = dict(state_dict)
         stored = tensors.pop(CONFIG_TENSOR, None)

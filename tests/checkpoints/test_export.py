@@ -160,6 +160,8 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
         timm.create_model("d2v2_student", checkpoint_path=str(old))
     with pytest.raises(ValueError, match="global_pool must be token, avg or mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
+    with pytest.raises(ValueError, match="representation must be output or layer_mean, got 'max'"):
+        timm.create_model("d2v2_student", representation="max")
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "output"}])

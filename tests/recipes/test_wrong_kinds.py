@@ -136,7 +136,9 @@ def test_embed_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, t
     (folder / "a.npy").mkdir()
     assert "is a folder, not a file" in refused("embed", folder, folder, "out.npy")
     assert f"{file}: is not a folder" in refused("embed", TEACHER, file, "out.npy")
-    assert f"{folder / 'a.npy'}: exists already" in refused("embed", TEACHER, folder, folder / "a.npy")
+    assert f"{folder / 'a.npy'}: is a folder, expected a file to write" in refused(
+        "embed", TEACHER, folder, folder / "a.npy"
+    )
     assert f"{file} is not a folder" in refused("embed", TEACHER, folder, file / "a.npy")
     assert "must be a local file" in refused("embed", TEACHER, folder, "s3://bucket/a.npy")
 

@@ -1,0 +1,71 @@
+"""A file of another kind is refused by its name, with what reads it; a moved teacher with how to name it."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT, load_checkpoint
+from recipes import embed, evaluate, export_student
+
+TEACHER = GOLDEN / "tiny_base.pt"
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    save_student(load_teacher(TEACHER).build_student(depth=1), tmp_path / "student.safetensors")
+    return tmp_path / "student.safetensors"
+
+
+def refusal(load: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_load_student_names_the_kind_of_another_file(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = uninterrupted / "latest-rank0.pt"
+    export = f"export its student first: python recipes/export_student.py {checkpoint} student.safetensors"
+    assert refusal(load_student, checkpoint) == f"{checkpoint}: is a training checkpoint: {export}"
+    assert "is a teacher's checkpoint, read by load_teacher" in refusal(load_student, TEACHER)
+    converted = GOLDEN / "release-0.1.0" / "teacher.safetensors"
+    assert "is a teacher, read by load_teacher; expected d2v_composer.student" in refusal(load_student, converted)
+    assert "truncated, or not a safetensors file" in refusal(load_student, Path(__file__))
+
+
+def test_load_teacher_names_the_kind_of_another_file(uninterrupted: Path, student: Path) -> None:
+    checkpoint = uninterrupted / "latest-rank0.pt"
+    assert "is a training checkpoint, expected a teacher; " in refusal(load_teacher, checkpoint)
+    assert "is an exported student, read by load_student; expected d2v_comp" in refusal(load_teacher, student)
+
+
+@pytest.mark.parametrize("load", [load_student, load_teacher, load_any])
+def test_a_runs_folder_and_a_yaml_are_no_model(load: Callable[..., Any], uninterrupted: Path) -> None:
+    expected = f"{uninterrupted}: is the folder of a run, not a model's file; its newest checkpoint is "
+    assert refusal(load, uninterrupted) == f"{expected}{uninterrupted / 'latest-rank0.pt'}"
+    assert "evaluate.yaml: is a YAML, expected the file of a model" in refusal(load, ROOT / "yamls" / "evaluate.yaml")
+
+
+def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: Path, tmp_path: Path) -> None:
+    contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
+    contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["teacher"]["checkpoint"] = str(tmp_path / "gone.pt")
+    checkpoint = tmp_path / "moved.pt"
+    torch.save(contents, checkpoint)
+    expected = rf"^{tmp_path}/gone\.pt: no such file; if the teacher of \S*moved\.pt has moved, name its file: "
+    out = str(tmp_path / "out.safetensors")
+    for load in (lambda: load_any(checkpoint), lambda: export_student.main([str(checkpoint), out])):
+        assert re.search(f"{expected}--teacher PATH$", refusal(load))
+    arguments = [str(checkpoint), str(tmp_path), str(tmp_path / "out.npy")]
+    assert re.search(f"{expected}--teacher PATH$", refusal(embed.main, arguments))
+    arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={checkpoint}"]
+    assert re.search(f"{expected}teacher=PATH$", refusal(evaluate.main, arguments))
+    teacher = shutil.copy(TEACHER, tmp_path / "here.pt")
+    assert load_any(checkpoint, teacher_path=str(teacher))[0] is not None
