@@ -6,7 +6,8 @@ An exported student keeps it in its provenance, the run's record.
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from d2v_composer.models.transformer import Pooling, Representation, Transformer
+from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 
 __all__ = ["DEFAULT_HEADLINE", "ChosenEmbedding", "Headline", "choose_embedding", "parse_headline", "stored_headline"]

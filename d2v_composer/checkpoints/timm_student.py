@@ -14,8 +14,8 @@ from d2v_composer.checkpoints.check_tensors import check_tensors
 from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, Headline
 from d2v_composer.checkpoints.stored_config import CONFIG_TENSOR, check_student, config_tensor, parse_config_tensor
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.models.transformer import Pooling, Representation
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 

@@ -71,7 +71,9 @@ def find_missing_files(format: Format, root: Path, download: bool) -> str | None
         folder = root / CIFAR_FOLDERS[format]
         return None if os.path.isdir(folder) else f"{folder}: no such folder; download: true fetches it"
     for folder in (root / "train", root / "test"):
-        missing = find_missing_index(folder) if format == "mds" else None if os.path.isdir(folder) else "no such folder"
+        missing = find_missing_index(folder) if format == "mds" else None
+        if format == "folder" and not os.path.isdir(folder):
+            missing = f"no such folder; {_layout(root)}"
         if missing is not None:
             return f"{folder}: {missing}"
     return None
@@ -105,9 +107,8 @@ def load_labelled_set(
     if format in CIFAR_FOLDERS:
         return _load_cifar(format, root, download)
     if format == "folder":
-        for split in ("train", "test"):
-            if not (root / split).is_dir():
-                raise InputError(f"{root / split}: no such folder; {_layout(root)}")
+        if (missing := find_missing_files(format, root, download)) is not None:
+            raise InputError(missing)
         class_names = list_subfolders(root / "train")
         train, test = (_load_folder(root, split, class_names, image_size) for split in ("train", "test"))
         return LabelledSet(train, test, tuple(class_names))

@@ -74,11 +74,11 @@ def test_train_refuses_wrong_kinds(
 
     assert refused("train", folder) == f"error: {folder}: cannot be read (Is a directory)"
     assert refused("train", file / "a.yaml") == f"error: {file / 'a.yaml'}: cannot be read (Not a directory)"
-    assert line(f"teacher.checkpoint={folder}") == f"error: {folder}: is a folder, not a file"
+    assert line(f"teacher.checkpoint={folder}") == f"error: teacher.checkpoint: {folder}: is a folder, not a file"
     assert line(f"load_path={folder}") == f"error: load_path: {folder}: is a folder, not a file"
-    assert line(f"save_folder={file}").startswith(f"error: save_folder: {file}: cannot be written (")
-    assert line(f"save_folder={file}/run").startswith(f"error: save_folder: {file}/run: cannot be written (")
-    assert line(f"train_loader.local={file}") == f"error: train_loader.local: {file}: no such folder"
+    assert line(f"save_folder={file}") == f"error: save_folder: {file}: cannot be written: {file} is not a folder"
+    assert f"save_folder: {file}/run: cannot be written: {file} is not a folder" in line(f"save_folder={file}/run")
+    assert f"train_loader.local: {file}: no index.json: no such folder; " in line(f"train_loader.local={file}")
     assert str(file) in line(f"retrieval.datasets={{x: {{format: folder, root: {file}}}}}")
     assert str(file) in line(f"retrieval.datasets={{x: {{format: mds, root: {file}}}}}")
     assert str(file) in line(f"retrieval.datasets={{x: {{format: cifar10, root: {file}, download: true}}}}")
@@ -104,7 +104,8 @@ def test_evaluate_refuses_wrong_kinds(refused: Command, folder: Path, file: Path
     yaml = ROOT / "yamls" / "evaluate.yaml"
     assert refused("evaluate", folder) == f"error: {folder}: cannot be read (Is a directory)"
     assert refused("evaluate", yaml, f"model={folder}").endswith(f"{folder}: is a folder, not a file")
-    assert f"out: {file}: cannot be created" in refused("evaluate", yaml, f"model={TEACHER}", f"out={file}")
+    line = refused("evaluate", yaml, f"model={TEACHER}", f"out={file}")
+    assert line == f"error: out: {file}: cannot be written: {file} is not a folder"
     (folder / "evaluation.csv").mkdir()
     line = refused("evaluate", yaml, f"model={TEACHER}", f"out={folder}")
     assert line == f"error: {folder / 'evaluation.csv'}: is a folder, expected a file to write"
