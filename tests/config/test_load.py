@@ -1,5 +1,6 @@
 """A YAML's keys, types and values are accepted as written, or refused in one line."""
 
+import signal
 import sysconfig
 import time
 from pathlib import Path
@@ -186,14 +187,15 @@ def test_distill_without_gpu_and_data_says_both(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks wait for the launcher to end them."""
+    """The other ranks wait for the launcher's SIGTERM, and die of it."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(signal, "signal", lambda *handler: waited.extend(handler))
     problems_of(QUICKSTART_YAML, "seed=-1")
     assert not waited
     monkeypatch.setenv("LOCAL_RANK", "1")
     problems_of(QUICKSTART_YAML, "seed=-1")
-    assert waited == [REPORT_SECONDS]
+    assert waited == [signal.SIGTERM, signal.SIG_DFL, REPORT_SECONDS]
 
 
 def test_a_short_run_has_a_short_warmup() -> None:
