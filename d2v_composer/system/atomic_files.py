@@ -88,12 +88,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
     try:
-        partial.touch(exist_ok=False)
-        mode = stat.S_IMODE(partial.stat().st_mode)
-        partial.unlink()  # some writers take only a new path
         yield partial
-        if stat.S_IMODE(partial.stat().st_mode) != mode:  # safetensors writes files that only their owner may read
-            partial.chmod(mode)
         if sync:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -107,14 +102,18 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a command's result, see :func:`partial_file`.
+    """Yield a temporary path for a command's result, see :func:`partial_file`; give it a new file's usual permissions.
 
     Raises:
         InputError: The disk is full or fails, or a permission is missing.
     """
     try:
         with partial_file(path) as partial:
+            partial.touch()
+            mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
+            if stat.S_IMODE(partial.stat().st_mode) != mode:  # safetensors lets only the owner read its files
+                partial.chmod(mode)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 

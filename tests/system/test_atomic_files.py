@@ -32,11 +32,12 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_a_result_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     """Some writers give their files to the owner alone."""
     before = os.umask(0o022)
     try:
-        with partial_file(tmp_path / "file") as partial:
+        with out_file(tmp_path / "file") as partial:
+            partial.unlink()
             partial.touch(mode=0o600)
     finally:
         os.umask(before)
