@@ -1,7 +1,6 @@
 """Build the labelled sets of a retrieval, and the models that an evaluation compares."""
 
 from dataclasses import asdict
-from functools import partial
 
 import torch
 
@@ -9,7 +8,7 @@ from d2v_composer.checkpoints.load import load_any
 from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.evaluate import Candidate
-from d2v_composer.evaluation.references import embed_with_encoder, pixels
+from d2v_composer.evaluation.references import build_embeds
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
 
@@ -53,13 +52,10 @@ def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidat
     if config.pooling == "cls" and not untrained.num_extra_tokens:
         raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
-    candidates = [
-        Candidate("pixels", partial(pixels, encoder), 0, 0.0),
-        Candidate("encoder", partial(embed_with_encoder, encoder), num_weights, GFLOP_PER_MAC * macs),
-    ]
-    for name, model in {"untrained student": untrained, "student": student, "teacher": teacher}.items():
-        if model is not None:
-            num_weights = sum(map(torch.numel, model.parameters()))
-            gflop = GFLOP_PER_MAC * (macs + model.forward_macs())
-            candidates.append(Candidate(name, model.eval().to(device).embed_all, num_weights, gflop))
+    named = {"untrained student": untrained, "student": student, "teacher": teacher}
+    models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
+    costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
+    for name, model in models.items():
+        costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
+    candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
     return candidates, encoder.config.image_size

@@ -1,17 +1,15 @@
 """Build the retrieval callback."""
 
-from functools import partial
-
 from d2v_composer.builders.evaluation import build_labelled_sets
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.evaluation.metric_names import Embed
-from d2v_composer.evaluation.references import embed_with_encoder, pixels
+from d2v_composer.evaluation.references import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first
 
-__all__ = ["build_references", "build_retrieval"]
+__all__ = ["build_retrieval"]
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
@@ -27,13 +25,15 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         datasets = build_labelled_sets(retrieval.datasets, model.teacher.config.image_size)
     if retrieval.max_images is not None:
         datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
+    embeds = build_run_embeds(model)
     try:
         return ZeroShotRetrieval(
             datasets,
             retrieval.interval,
             retrieval.ks,
+            embed=embeds["student"],
             headline=f"{retrieval.representation}_{retrieval.pooling}",
-            references=build_references(retrieval.references, model),
+            references={name: embeds[name] for name in retrieval.references},
             at_start=retrieval.at_start,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
@@ -42,12 +42,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         raise InputError(f"retrieval: {error}") from error
 
 
-def build_references(names: list[str], model: DistillationModel) -> dict[str, Embed]:
-    """Return the embeddings that the student is compared with: raw pixels, the frozen encoder alone, the teacher."""
-    encoder = model.teacher.encoder
-    known: dict[str, Embed] = {
-        "pixels": partial(pixels, encoder),
-        "encoder": model.in_precision(partial(embed_with_encoder, encoder)),
-        **model.retrieval_references(),
-    }
-    return {name: known[name] for name in names}
+def build_run_embeds(model: DistillationModel) -> dict[str, Embed]:
+    """Return the embed functions of pixels, encoder, student and teacher, in the run's precision."""
+    embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
+    return {name: model.in_precision(embed) for name, embed in embeds.items()}

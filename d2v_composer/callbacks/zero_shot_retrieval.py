@@ -12,10 +12,13 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.evaluation.labelled_retrieval import Ranks, embed_set, look_up
+from d2v_composer.evaluation.labelled_retrieval import Found, Ranks, embed_set, look_up
 from d2v_composer.evaluation.metric_names import BANKS, Embed, find_headline, headline_fallbacks, metric_key
 
 __all__ = ["ZeroShotRetrieval"]
+
+Metrics = dict[str, float]
+"""Metric key → accuracy."""
 
 
 class ZeroShotRetrieval(Callback):
@@ -85,18 +88,21 @@ class ZeroShotRetrieval(Callback):
         self.neighbours: dict[str, dict[str, Tensor]] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        model = unwrapped(state)
         if self.references is None:
-            self.references = getattr(model, "retrieval_references", dict)()
-        if (
-            not self.expected_reference_keys() <= self.reference_metrics.keys()
-        ):  # not measured yet, or a resume adds some
-            self.reference_metrics = {}
-            for reference, embed in self.references.items():
-                self.reference_metrics |= self.measure(embed, state, logger, reference)
-        logger.log_metrics(self.reference_metrics)
+            self.references = getattr(unwrapped(state), "retrieval_references", dict)()
+        # Not measured yet, or a resume adds some.
+        is_missing = not self.expected_reference_keys() <= self.reference_metrics.keys()
+        embeds: dict[str | None, Embed] = {**self.references} if is_missing else {}
         if self.at_start and state.timestamp.batch == 0:
-            self.evaluate(state, logger)
+            embeds[None] = self.embed or embed_method(unwrapped(state))
+        if embeds:
+            metrics = self.measure(embeds, state, logger)
+            at_start = metrics.pop(None, None)
+            if is_missing:
+                self.reference_metrics = {key: value for each in metrics.values() for key, value in each.items()}
+            if at_start is not None:
+                self.record(at_start, state, logger)
+        logger.log_metrics(self.reference_metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.BATCH_END):
@@ -139,49 +145,60 @@ class ZeroShotRetrieval(Callback):
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure the model and log it, unless this was done for this batch."""
-        batch = int(state.timestamp.batch)
-        if self.history and self.history[-1]["batch"] == batch:
+        if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
-        metrics = self.measure(self.embed or embed_method(unwrapped(state)), state, logger)
-        self.history.append({"batch": batch, "metrics": metrics})
+        embed = self.embed or embed_method(unwrapped(state))
+        self.record(self.measure({None: embed}, state, logger)[None], state, logger)
+
+    def record(self, metrics: Metrics, state: State, logger: Logger) -> None:
+        self.history.append({"batch": int(state.timestamp.batch), "metrics": metrics})
         logger.log_metrics(metrics)
 
-    def measure(self, embed: Embed, state: State, logger: Logger, reference: str | None = None) -> dict[str, float]:
-        """Return the accuracies of one embed function, under their keys, and log the time it took."""
+    def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
+        """Return the accuracies of references and (under ``None``) the model, under their keys; log the time."""
         start = time.monotonic()
         model, was_training = state.model, state.model.training
-        metrics: dict[str, float] = {}
+        metrics: dict[str | None, Metrics] = {reference: {} for reference in embeds}
         model.eval()
         try:
             # Tensors that FSDP gathers in inference mode cannot be used in training.
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
             with without_gradient, get_precision_context(state.precision, state.precision_config):
                 for dataset in self.datasets:
-                    metrics |= self.measure_set(dataset, embed, state, reference)
+                    for reference, of_set in self.measure_set(dataset, embeds, state).items():
+                        metrics[reference] |= of_set
         finally:
             model.train(was_training)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         return metrics
 
-    def measure_set(self, dataset: str, embed: Embed, state: State, reference: str | None) -> dict[str, float]:
+    def measure_set(self, dataset: str, embeds: Mapping[str | None, Embed], state: State) -> dict[str | None, Metrics]:
         """Return the accuracies on one set, in both directions, for every embedding."""
         labelled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
         to_device = state.device.tensor_to_device
-        embedded = embed_set(embed, labelled, self.device_batch_size, to_device, ranks, progress)
-        headline = find_headline(self.headline, embedded["train"].keys(), fall_back=reference is not None)
-        metrics: dict[str, float] = {}
-        for found in look_up(embedded, labelled, self.ks, ranks):
-            is_headline = found.embedding == headline
-            if is_headline and reference is None:
-                self.neighbours.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
-            for k, hits in found.hits.items():
-                accuracy = hits.double().mean().item()
-                if is_headline:
-                    metrics[metric_key(dataset, found.bank, k, reference=reference)] = accuracy
-                if found.embedding:
-                    metrics[metric_key(dataset, found.bank, k, found.embedding, reference)] = accuracy
+        metrics: dict[str | None, Metrics] = {}
+        embedded = embed_set(embeds, labelled, self.device_batch_size, to_device, ranks, progress)
+        for reference, embeddings in embedded.items():
+            headline = find_headline(self.headline, embeddings["train"].keys(), fall_back=reference is not None)
+            found = list(look_up(embeddings, labelled, self.ks, to_device, ranks))
+            metrics[reference] = retrieval_metrics(dataset, found, headline, reference)
+            if reference is None:
+                self.neighbours[dataset] = {
+                    each.bank: each.nearest.int().cpu() for each in found if each.embedding == headline
+                }
         return metrics
+
+
+def retrieval_metrics(dataset: str, found: Sequence[Found], headline: str, reference: str | None) -> Metrics:
+    """Return the accuracies of all embeddings, the headline's under the short key as well."""
+    metrics: Metrics = {}
+    for each in found:
+        names = ([None] if each.embedding == headline else []) + ([each.embedding] if each.embedding else [])
+        for k, hits in each.hits.items():
+            accuracy = hits.double().mean().item()
+            metrics |= {metric_key(dataset, each.bank, k, name, reference): accuracy for name in names}
+    return metrics
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -3,8 +3,8 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels, W ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = ["EmbeddedSet", "Found", "Ranks", "embed_set", "look_up"]
 
+ModelT = TypeVar("ModelT", bound=Hashable)
+
 EmbeddedSet = dict[str, dict[str, Tensor]]
-"""Split ('train', 'test') → embedding → this rank's share, (share, D) float32 on the device."""
+"""Split ('train', 'test') → embedding → this rank's share, (share, D) float32 on the host."""
 
 
 class Ranks(NamedTuple):
@@ -73,52 +75,59 @@ class Found(NamedTuple):
 
 
 def embed_set(
-    embed: Embed,
+    embeds: Mapping[ModelT, Embed],
     labelled: LabelledSet,
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     progress: str | None = None,
-) -> EmbeddedSet:
-    """Embed this rank's share of both splits, each image once.
+) -> dict[ModelT, EmbeddedSet]:
+    """Embed this rank's share of both splits with every model, in one pass over the images.
 
     Args:
-        embed: The model.
+        embeds: Model → embed function.
         labelled: The images.
         batch_size: Images embedded at once on each rank.
         to_device: Moves a tensor to the model's device.
         ranks: The processes that share the images.
         progress: The label of the progress bar, shown on a terminal; ``None``: no bar.
     """
-    embedded: EmbeddedSet = {}
+    embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
     for split in BANKS:
         images = getattr(labelled, split).images
-        batches: list[dict[str, Tensor]] = []
+        batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
         hidden = True if progress is None else None  # None: hidden unless on a terminal
         parts = ranks.share(len(images)).split(batch_size)
         for indices in tqdm(parts, desc=f"{progress} {split}", disable=hidden, leave=False):
-            embeddings = embed(to_device(images[indices]))
-            embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-            # A user's own function may return them on the host.
-            batches.append({name: to_device(each).float() for name, each in embeddings.items()})
-        embedded[split] = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            batch = to_device(images[indices])
+            for model, embed in embeds.items():
+                embeddings = embed(batch)
+                embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
+                batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
+        for model, parts_of in batches.items():
+            embedded[model][split] = {name: torch.cat([part[name] for part in parts_of]) for name in parts_of[0]}
     return embedded
 
 
 def look_up(
-    embedded: EmbeddedSet, labelled: LabelledSet, ks: Sequence[int], ranks: Ranks = ONE_RANK
+    embedded: EmbeddedSet,
+    labelled: LabelledSet,
+    ks: Sequence[int],
+    to_device: Callable[[Tensor], Tensor],
+    ranks: Ranks = ONE_RANK,
 ) -> Iterator[Found]:
     """Look up each split among the other, one embedding after the other; each rank takes its share of the queries.
 
     Args:
-        embedded: Of :func:`embed_set`; emptied, since all images in all embeddings would take gigabytes.
+        embedded: Of :func:`embed_set`, of one model; emptied, since all images in all embeddings would take gigabytes.
         labelled: The labels.
         ks: The k to count hits for.
+        to_device: Moves a tensor to the device that searches.
         ranks: As given to :func:`embed_set`.
     """
     labels = {split: getattr(labelled, split).labels for split in BANKS}
     for name in list(embedded["train"]):
-        images = {split: ranks.gather(embedded[split].pop(name), len(labels[split])) for split in BANKS}
+        images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
         for bank, query in (BANKS, BANKS[::-1]):
             nearest = nearest_neighbours(images[bank], ranks.take_share(images[query]), max(ks))
             nearest = ranks.gather(nearest, len(labels[query]))

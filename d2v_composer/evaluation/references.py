@@ -1,15 +1,53 @@
-"""Baselines that a student is compared with besides its teacher: the frozen encoder alone, and raw pixels.
+"""Embed with models on one encoder and with the baselines that they are compared with, each image encoded once.
 
 Shapes: B images, D channels.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.weak import WeakIdKeyDictionary
 
+from d2v_composer.evaluation.metric_names import Embed
 from d2v_composer.models.image_encoder import ImageEncoder
-from d2v_composer.models.transformer import poolings
+from d2v_composer.models.transformer import Transformer, poolings
 
-__all__ = ["embed_with_encoder", "pixels"]
+__all__ = ["EncodeOnce", "build_embeds", "pixels"]
+
+
+class EncodeOnce:
+    """Encode images for several models: a tensor that is passed again is not encoded again.
+
+    A result lives as long as its images. Only for evaluations: autocast must be the same for all models.
+
+    Args:
+        encode: Images → the encoder's output.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+        self.encode = encode
+        self.encoded = WeakIdKeyDictionary()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images not in self.encoded:
+            self.encoded[images] = self.encode(images)
+        return self.encoded[images]
+
+
+def build_embeds(encoder: ImageEncoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
+    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it."""
+    encode = EncodeOnce(encoder)
+
+    def embed_with_encoder(images: Tensor) -> dict[str, Tensor]:
+        return poolings(encode(images), "output", encoder.config.num_extra_tokens)
+
+    def embed_with(model: Transformer, images: Tensor) -> dict[str, Tensor]:
+        return model.embed_encoded(encode(images))
+
+    embeds = {name: partial(embed_with, model) for name, model in models.items()}
+    return {"pixels": partial(pixels, encoder), "encoder": embed_with_encoder, **embeds}
 
 
 def pixels(encoder: ImageEncoder, images: Tensor) -> Tensor:
@@ -18,8 +56,3 @@ def pixels(encoder: ImageEncoder, images: Tensor) -> Tensor:
     At 224 px an image would have 150,528 channels.
     """
     return interpolate(encoder.prepare(images), min(32, encoder.config.image_size), mode="area").flatten(1)
-
-
-def embed_with_encoder(encoder: ImageEncoder, images: Tensor) -> dict[str, Tensor]:
-    """Return the encoder's output in every pooling, (B, D) each."""
-    return poolings(encoder(images), "output", encoder.config.num_extra_tokens)

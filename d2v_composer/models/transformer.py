@@ -133,8 +133,12 @@ class Transformer(nn.Module, ABC):
         Raises:
             ValueError: The images have another shape or dtype.
         """
+        return self.embed_encoded(self.encode(images))
+
+    def embed_encoded(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute every embedding from the encoder's output, (B, T, D); see :meth:`embed_all`."""
         with frozen_use():
-            output, ffn_outputs = self.forward_blocks(self.encode(images))
+            output, ffn_outputs = self.forward_blocks(x)
             return poolings(output, "output", self.num_extra_tokens) | poolings(
                 self.norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
             )
