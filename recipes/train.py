@@ -1,5 +1,8 @@
 """Distil a student: ``composer recipes/train.py FILE.yaml [dotted.key=value …]``."""
 
+import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)
+
+# isort: split
 import shlex
 import sys
 from collections.abc import Sequence

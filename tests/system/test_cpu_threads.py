@@ -1,0 +1,41 @@
+"""Processes share a machine's cores."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CORES = len(os.sched_getaffinity(0))
+# Of train.py, run only the first import: the others take seconds.
+IMPORTS = {
+    "a command": "import d2v_composer.commands",
+    "train.py": """import sys
+sys.path.insert(0, 'recipes')
+sys.modules['composer'] = None
+try:
+    import train
+except ImportError:
+    pass""",
+}
+
+
+def start(program: str, **variables: str) -> list[str]:
+    """Run a program in a process of its own, where torch is not imported yet; return the words of its output."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=kept | variables, check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize("command", IMPORTS)
+def test_commands_divide_the_cores_among_the_ranks_of_a_machine(command: str) -> None:
+    program = f"{IMPORTS[command]}\nimport os, torch; print(torch.get_num_threads(), os.environ['GOMP_SPINCOUNT'])"
+    threads, spin_count = start(program, LOCAL_WORLD_SIZE="2")
+    assert (int(threads), int(spin_count)) == (max(1, CORES // 2), 1000)
+
+
+def test_settings_of_the_user_are_kept() -> None:
+    program = "import os; before = {**os.environ}; import d2v_composer.system.cpu_threads; print(before == os.environ)"
+    assert start(program, LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3", GOMP_SPINCOUNT="7") == ["True"]
+    assert start(program, OMP_WAIT_POLICY="active") == ["True"]
+    assert start(program) == ["False"]
