@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import QUICKSTART
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import load_teacher
@@ -10,6 +9,7 @@ from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.evaluation.labelled_retrieval import embed_set
 from d2v_composer.evaluation.references import EncodeOnce, build_embeds
 from d2v_composer.models.data2vec2 import Data2Vec2
+from helpers import QUICKSTART
 
 
 @pytest.fixture(scope="module")
