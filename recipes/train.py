@@ -15,6 +15,7 @@ from d2v_composer.builders.data import build_collective_timeout, count_open_file
 from d2v_composer.builders.header import describe_run
 from d2v_composer.builders.run import BuiltRun, build_run
 from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.callbacks.pictures import log_picture_files
 from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -89,6 +90,7 @@ def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -
     neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
     try:
         written = write_report(Run(run.record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
+        log_picture_files(trainer.logger, written[1:])
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; later: python recipes/report.py {shlex.quote(str(folder))}", file=sys.stderr)

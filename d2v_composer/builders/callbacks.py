@@ -1,19 +1,17 @@
-"""Build callbacks, loggers and the run's record."""
+"""Build callbacks and the run's record."""
 
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from composer.core import Callback
-from composer.loggers import LoggerDestination
-from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
+from composer.utils import dist
 
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.callbacks import CheckpointRetention, GracefulStop, ProgressLogger, RunFolderLock, RunRecord
-from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
-from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
+from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderLock, RunRecord
+from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -22,9 +20,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.retry import reason
 
-__all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "build_loggers", "build_run_record"]
-
-BuiltT = TypeVar("BuiltT")
+__all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "build_run_record"]
 
 # A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_BY_A_CHECKPOINT = (
@@ -72,35 +68,7 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
         InputError: A callback refuses the value of an argument.
     """
     chosen = {name: arguments for name, arguments in config.callbacks.items() if arguments is not None}
-    return [_build("callbacks", name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
-
-
-def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
-    """Build the progress logger and the section ``loggers``.
-
-    JSON lines without a file name are written into the run's folder; without such a folder they are left out.
-
-    Raises:
-        InputError: A logger refuses the value of an argument.
-    """
-    loggers: list[LoggerDestination] = [_build_progress(config)]
-    folder = find_run_folder(config)
-    for name, arguments in config.loggers.items():
-        if arguments is None:
-            continue
-        if name == "jsonl" and "filename" not in arguments:
-            if folder is None:
-                continue
-            remote = None if folder.address is None else f"{folder.address}/log.jsonl"
-            arguments = {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
-        loggers.append(_build("loggers", name, LOGGERS[name], arguments))
-    if folder is not None and folder.address is not None:
-        uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
-        assert uploader is not None  # None only if the loggers had one already
-        if uploader.remote_backend_name == "s3":
-            uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
-        loggers.append(uploader)
-    return loggers
+    return [_build(name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
 
 
 def build_run_record(config: TrainConfig, teacher: Data2Vec2, shards: list[dict[str, Any]]) -> RunRecord:
@@ -125,19 +93,12 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2, shards: list[dict[
     return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT)
 
 
-def _build(section: str, name: str, chosen: Callable[..., BuiltT], arguments: dict[str, Any]) -> BuiltT:
-    """Build a callback or logger. The names of its arguments have been checked; their values only it can check."""
+def _build(name: str, chosen: Callable[..., Callback], arguments: dict[str, Any]) -> Callback:
+    """Build a callback. The names of its arguments have been checked; their values only it can check."""
     try:
         return chosen(**arguments)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{section}.{name}: {reason(error)}") from error
-
-
-def _build_progress(config: TrainConfig) -> ProgressLogger:
-    """Build a bar on a terminal, plain lines in a file or pipe, or both if the config asks for lines."""
-    on_terminal = sys.stderr.isatty()
-    prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)
-    return ProgressLogger(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
+        raise InputError(f"callbacks.{name}: {reason(error)}") from error
 
 
 def _without_secrets(value: Any) -> Any:

@@ -9,10 +9,10 @@ from d2v_composer.builders.callbacks import (
     build_callbacks,
     build_folder_callbacks,
     build_graceful_stop,
-    build_loggers,
     build_run_record,
 )
 from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, build_pictures
 from d2v_composer.builders.model import build_model
 from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
 from d2v_composer.builders.retrieval import build_retrieval
@@ -44,6 +44,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
     Raises:
         InputError: A file, data set or setting cannot be used.
     """
+    ask_logging_servers(config)
     model = build_model(config)
     shards = read_train_index(config)
     train_loader = build_train_loader(config, shards, model.teacher.config.image_size)
@@ -60,6 +61,8 @@ def build_run(config: TrainConfig) -> BuiltRun:
     save_interval = graceful_stop.save_interval
     callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]
     callbacks += [] if retrieval is None else [retrieval]
+    loggers = build_loggers(config)
+    callbacks += build_pictures(retrieval, loggers)
     arguments = {
         "model": model,
         "train_dataloader": train_loader,
@@ -68,7 +71,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "schedulers": scheduler,
         "algorithms": build_algorithms(config),
         "callbacks": callbacks + chosen_callbacks,
-        "loggers": build_loggers(config),
+        "loggers": loggers,
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,
         "device_train_microbatch_size": config.device_train_microbatch_size,

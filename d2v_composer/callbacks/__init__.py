@@ -6,6 +6,7 @@ from d2v_composer.callbacks.gradient_norm import GradientNorm
 from d2v_composer.callbacks.health import Health
 from d2v_composer.callbacks.jsonl_logger import JSONLLogger
 from d2v_composer.callbacks.nan_guard import NanGuard
+from d2v_composer.callbacks.pictures import RetrievalPictures
 from d2v_composer.callbacks.progress_logger import ProgressLogger
 from d2v_composer.callbacks.run_folder_lock import RunFolderLock
 from d2v_composer.callbacks.run_record import RunRecord
@@ -20,6 +21,7 @@ __all__ = [
     "JSONLLogger",
     "NanGuard",
     "ProgressLogger",
+    "RetrievalPictures",
     "RunFolderLock",
     "RunRecord",
     "Throughput",

@@ -1,10 +1,12 @@
 """Names of the callbacks and loggers that a YAML may choose."""
 
 from composer import callbacks as composer_callbacks
-from composer import loggers as composer_loggers
+from composer.loggers import WandBLogger
 
 from d2v_composer.callbacks.health import Health
 from d2v_composer.callbacks.jsonl_logger import JSONLLogger
+from d2v_composer.callbacks.mlflow_logger import RunMLFlowLogger
+from d2v_composer.callbacks.tensorboard_logger import RunTensorboardLogger
 
 __all__ = ["CALLBACKS", "LOGGERS"]
 
@@ -21,7 +23,7 @@ CALLBACKS = {
 
 LOGGERS = {
     "jsonl": JSONLLogger,
-    "mlflow": composer_loggers.MLFlowLogger,
-    "tensorboard": composer_loggers.TensorboardLogger,
-    "wandb": composer_loggers.WandBLogger,
+    "mlflow": RunMLFlowLogger,
+    "tensorboard": RunTensorboardLogger,
+    "wandb": WandBLogger,
 }

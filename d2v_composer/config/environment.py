@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.config.packages import needs_of_loggers
 from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, RunConfig, TrainConfig, TrainLoaderConfig
 from d2v_composer.data.labelled_sets import find_missing_files
 from d2v_composer.data.mds_index import find_missing_index
@@ -26,7 +26,7 @@ def find_unmet_needs(config: RunConfig) -> Iterator[str]:
         yield from needs_of_a_gpu(config)
     if isinstance(config, TrainConfig):
         yield from needs_of_training(config)
-        yield from needs_of_loggers(config)
+        yield from needs_of_loggers(config.loggers)
     elif isinstance(config, EvaluateConfig):
         yield from needs_of_an_evaluation(config)
 
@@ -77,15 +77,6 @@ def needs_of_labelled_sets(section: str, chosen: Mapping[str, LabelledSetConfig 
             missing = find_missing_files(labelled.format, Path(labelled.root), labelled.download)
             if missing is not None:
                 yield f"{section}.{name}.root: {missing}"
-
-
-def needs_of_loggers(config: TrainConfig) -> Iterator[str]:
-    """Yield a line for each logger whose package is missing."""
-    from d2v_composer.callbacks.yaml_names import LOGGERS  # Composer's, which takes seconds to import
-
-    for name, arguments in config.loggers.items():
-        if arguments is not None and name in LOGGERS and name != "jsonl" and find_spec(name) is None:
-            yield f"loggers.{name}: needs the package {name}: pip install {name}"
 
 
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:

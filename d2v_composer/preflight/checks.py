@@ -18,6 +18,7 @@ from streaming.base.format import reader_from_json
 
 from d2v_composer.builders.data import build_transform, count_samples, room_of_node, shared_memory_of_node
 from d2v_composer.builders.evaluation import build_labelled_sets
+from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import TrainConfig
@@ -205,6 +206,12 @@ class Checks:
                 raise InputError(f"retrieval.ks: {name} has {min(labelled.num_images)} images in its smaller split")
         found = [f"{name}: {' + '.join(map(str, labelled.num_images))} images" for name, labelled in self.sets.items()]
         return "; ".join(found) or "none"
+
+    def check_loggers(self) -> str:
+        """Ask the servers of W&B and MLflow on the first node, which logs."""
+        if self.nodes.rank == 0:
+            check_logging_servers(self.config)
+        return ", ".join(name for name, arguments in self.config.loggers.items() if arguments is not None) or "none"
 
     def _measure_decoding(self, reader: Any) -> float:
         column, transform = self.config.train_loader.column, build_transform(self.config.train_loader, self.image_size)

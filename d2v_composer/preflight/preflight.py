@@ -149,6 +149,7 @@ def check_before_training(checks: Checks, table: CheckTable) -> None:
         ("room", checks.check_room, room, ("data",)),
         ("save_folder", checks.check_save_folder, "grant the permission, or choose another save_folder", ()),
         ("labelled sets", checks.check_labelled_sets, "change retrieval.datasets", ("teacher",)),
+        ("loggers", checks.check_loggers, "log in, or WANDB_MODE=offline", ()),
     )
     for row in rows:
         table.check(*row)

@@ -8,13 +8,12 @@ from statistics import median
 from typing import NamedTuple
 
 import jinja2
-import torch
 import yaml
 from matplotlib.figure import Figure
 
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
-from d2v_composer.report.plots import QUERIES_A_FIGURE, confusion_plot, curves, gallery, retrieval_plot
+from d2v_composer.report.plots import confusion_plot, curves, galleries, retrieval_plot
 from d2v_composer.report.run import Run
 from d2v_composer.system.atomic_files import write_atomically
 
@@ -98,13 +97,7 @@ def _neighbour_pictures(run: Run, dataset: str) -> Iterator[Picture]:
     nearest = run.neighbours[dataset]["train"].long()
     confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
     yield _picture(f"confusion_{dataset}", f"confusion matrix of {dataset}", confusion)
-    # The same random queries in every run.
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(queries.labels), generator=generator)[: GALLERY_FIGURES * QUERIES_A_FIGURE]
-    for i, part in enumerate(chosen.split(QUERIES_A_FIGURE)):
-        shown = gallery(
-            queries.images[part], queries.labels[part], bank.images, bank.labels, nearest[part, :3], class_names
-        )
+    for i, shown in enumerate(galleries(run.datasets[dataset], nearest, GALLERY_FIGURES)):
         yield _picture(f"gallery_{dataset}_{i + 1}", f"queries of {dataset} and their nearest images", shown)
 
 

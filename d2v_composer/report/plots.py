@@ -9,17 +9,20 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.evaluate import confusion_matrix
 from d2v_composer.evaluation.metric_names import metric_key
 from d2v_composer.report.run import Run
 
-__all__ = ["confusion_plot", "curves", "gallery", "retrieval_plot"]
+__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "retrieval_plot"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
@@ -37,7 +40,7 @@ STYLE: dict[Any, Any] = {
 }
 
 REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
-QUERIES_A_FIGURE = 4
+QUERIES_A_FIGURE, NEIGHBOURS_SHOWN = 4, 3
 
 
 class Curve(NamedTuple):
@@ -210,6 +213,29 @@ def gallery(
         for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, num_shown + 1))]):
             grid[0][column].set_title(head, fontsize=10, fontweight="bold")
     return figure
+
+
+def galleries(labelled: LabelledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
+    """Yield galleries of a set: its test images as queries, the same random ones in every run, its train images found.
+
+    Args:
+        labelled: Its two splits.
+        nearest: (Q, K) bank indices of each query's nearest images, nearest first.
+        num_figures: The number of galleries, fewer for a small set.
+    """
+    bank, queries, class_names = labelled
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(queries.labels), generator=generator)[: num_figures * QUERIES_A_FIGURE]
+    for part in chosen.split(QUERIES_A_FIGURE):
+        shown = nearest[part, :NEIGHBOURS_SHOWN]
+        yield gallery(queries.images[part], queries.labels[part], bank.images, bank.labels, shown, class_names)
+
+
+def draw_gallery(labelled: LabelledSet, nearest: Tensor) -> NDArray[np.uint8]:
+    """Return the first of a set's :func:`galleries` as pixels, (height, width, 3)."""
+    canvas = FigureCanvasAgg(next(galleries(labelled, nearest, num_figures=1)))
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _name(class_names: Sequence[str], label: int | Tensor) -> str:

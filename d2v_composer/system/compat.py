@@ -28,6 +28,8 @@ Insides used only where they belong:
 - ``system/temporary_folder.py`` removes a folder that torch 2.7 makes at import.
 - ``system/s3_download.py`` reads botocore's ``_raw_stream``, because botocore's own reads block until full.
 - ``data/verified_dataset.py`` overrides ``_resume`` of Streaming's StreamingDataset, and uses its shared arrays.
+- ``callbacks/tensorboard_logger.py`` overrides ``_flush`` of Composer's TensorboardLogger, which uploads to a bucket's
+  root (Composer 0.32.1).
 - ``callbacks/checkpoint_retention.py`` shortens the pause between a CheckpointSaver's checks of an upload, and sets
   the connection options of its S3 client (Composer 0.32.1).
 """

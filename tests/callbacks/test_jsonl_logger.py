@@ -8,7 +8,7 @@ import pytest
 from composer.callbacks import CheckpointSaver
 from composer.loggers import Logger
 
-from d2v_composer.builders.callbacks import build_loggers
+from d2v_composer.builders.loggers import build_loggers
 from d2v_composer.callbacks import JSONLLogger
 from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.metrics_log import read_jsonl

@@ -65,7 +65,7 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
 def test_every_fault_before_training_is_named_at_once(
     tmp_path: Path, small_data: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Teacher, data, a save_folder that is not writable (not even for root), labelled sets."""
+    """Teacher, data, a save_folder that is not writable (not even for root), labelled sets, an MLflow server."""
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
@@ -80,7 +80,9 @@ def test_every_fault_before_training_is_named_at_once(
         (tmp_path / split).mkdir()
         (tmp_path / split / "index.json").write_text("{")
     sets = f"retrieval.datasets={{small: {{format: mds, root: {tmp_path}}}}}"
-    found = failures(capsys, *arguments, sets, "student.num_heads=7")
+    mlflow = f"loggers={{mlflow: {{tracking_uri: 'http://127.0.0.1:{free_port()}'}}}}"
+    found = failures(capsys, *arguments, sets, "student.num_heads=7", mlflow)
+    assert "refused" in found["loggers"]
     assert "train/index.json: corrupt" in found["labelled sets"]
     assert "must divide" in found["student"] or "7" in found["student"]
 

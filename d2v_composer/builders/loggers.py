@@ -1,0 +1,144 @@
+"""Build loggers, ask their servers whether they accept the run, and build the pictures that they show."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from composer.core import Callback
+from composer.loggers import LoggerDestination
+from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
+
+from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.callbacks import ProgressLogger, RetrievalPictures, ZeroShotRetrieval
+from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
+from d2v_composer.callbacks.pictures import shows_pictures
+from d2v_composer.callbacks.yaml_names import LOGGERS
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.multi_node import rank_zero_first
+from d2v_composer.system.retry import reason
+
+__all__ = ["ask_logging_servers", "build_loggers", "build_pictures", "check_logging_servers"]
+
+OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` uploads it later"
+# MLflow's own patience is for a server that goes away during a run: seven retries, 120 seconds each.
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
+
+def ask_logging_servers(config: TrainConfig) -> None:
+    """Let rank 0, the only one that logs in, ask the servers of the run's loggers. Call it on every rank.
+
+    Raises:
+        InputError: On every rank: a server does not accept the run.
+    """
+    with rank_zero_first("the loggers"):
+        if dist.get_global_rank() == 0:
+            check_logging_servers(config)
+
+
+def check_logging_servers(config: TrainConfig) -> None:
+    """Ask the servers of W&B and MLflow, of those that the run logs to, whether they accept it.
+
+    Raises:
+        InputError: A login is missing or refused, or a server does not answer.
+    """
+    for name, check in {"wandb": _check_wandb, "mlflow": _check_mlflow}.items():
+        if (arguments := config.loggers.get(name)) is not None:
+            with _errors_of(name):
+                check(arguments)
+
+
+def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+    """Build the progress logger and the section ``loggers``; the run's folder is the default place of what they write.
+
+    JSON lines without a file name are left out of a run without a folder.
+
+    Raises:
+        InputError: A logger refuses the value of an argument.
+    """
+    loggers: list[LoggerDestination] = [_build_progress(config)]
+    folder = find_run_folder(config)
+    with rank_zero_first("the loggers"):
+        for name, arguments in config.loggers.items():
+            if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
+                continue
+            with _errors_of(name):
+                loggers.append(LOGGERS[name](**_in_run_folder(name, arguments, folder)))
+    if folder is not None and folder.address is not None:
+        uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
+        assert uploader is not None  # None only if the loggers had one already
+        if uploader.remote_backend_name == "s3":
+            uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
+        loggers.append(uploader)
+    return loggers
+
+
+def build_pictures(retrieval: ZeroShotRetrieval | None, loggers: Sequence[LoggerDestination]) -> list[Callback]:
+    """Build the callback that logs what retrieval finds, if a logger shows pictures."""
+    if retrieval is None or not shows_pictures(loggers):
+        return []
+    from d2v_composer.report.plots import draw_gallery  # matplotlib, which other runs do not need
+
+    return [RetrievalPictures(retrieval, draw_gallery)]
+
+
+def _build_progress(config: TrainConfig) -> ProgressLogger:
+    """Build a bar on a terminal, plain lines in a file or pipe, or both if the config asks for lines."""
+    on_terminal = sys.stderr.isatty()
+    prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)
+    return ProgressLogger(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
+
+
+def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder | None) -> dict[str, Any]:
+    """Add the run's folder to a logger's arguments where neither they nor the environment name a place."""
+    if folder is None:
+        return arguments
+    local = folder.local.absolute()
+    if name == "jsonl":
+        remote = None if folder.address is None or "filename" in arguments else f"{folder.address}/log.jsonl"
+        return {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
+    if name == "tensorboard":
+        return {"log_dir": str(local / "tensorboard_logs"), "remote_folder": folder.prefix} | arguments
+    if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
+        return {"tracking_uri": (local / "mlruns").as_uri()} | arguments
+    if name == "wandb" and "WANDB_DIR" not in os.environ:
+        return arguments | {"init_kwargs": {"dir": str(local)} | (arguments.get("init_kwargs") or {})}
+    return arguments
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Turn the errors of a logger's package into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"loggers.{name}: {reason(error)}") from error
+
+
+def _check_wandb(arguments: dict[str, Any]) -> None:
+    import wandb
+
+    settings = wandb.setup().settings
+    mode = (arguments.get("init_kwargs") or {}).get("mode") or settings.mode
+    if mode != "online" or settings.identity_token_file is not None:
+        return
+    if wandb.api.api_key is None:  # wandb would ask for it, and wait
+        raise InputError(f"no login: run `wandb login` or set WANDB_API_KEY; {OFFLINE}")
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise InputError(f"{reason(error)} `wandb login --relogin` replaces a key; {OFFLINE}") from error
+
+
+def _check_mlflow(arguments: dict[str, Any]) -> None:
+    address = str(arguments.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI"))
+    if not address.startswith(("http://", "https://")):
+        return
+    import mlflow
+
+    with patch.dict(os.environ, {**IMPATIENT, **os.environ}):
+        mlflow.MlflowClient(address).search_experiments(max_results=1)

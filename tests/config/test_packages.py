@@ -1,0 +1,30 @@
+"""The packages of loggers are compared with the versions that Composer's loggers work with."""
+
+from importlib import metadata
+
+import pytest
+
+from d2v_composer.config.packages import needs_of_loggers
+
+CHOSEN = {"jsonl": {}, "wandb": {}, "mlflow": {}, "tensorboard": None, "unknown": {}}
+
+
+def test_the_development_extra_has_what_the_loggers_need() -> None:
+    assert list(needs_of_loggers({**CHOSEN, "tensorboard": {}})) == []
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", {"wandb": "0.31.0", "mlflow-skinny": "2.22.5"}.__getitem__)
+    assert list(needs_of_loggers(CHOSEN)) == [
+        "loggers.wandb: does not work with wandb 0.31.0: pip install 'wandb<0.24,>=0.18'"
+    ]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert list(needs_of_loggers({"mlflow": {}, "tensorboard": None})) == [
+        "loggers.mlflow: needs the package mlflow-skinny: pip install 'mlflow-skinny<3,>=2.19'"
+    ]
