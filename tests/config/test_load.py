@@ -158,8 +158,9 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_field_has_one_problem_at_a_time() -> None:
     """A value outside its limits is not looked for on the disk, and contradicts none."""
-    found = problems_of(QUICKSTART_YAML, "save_folder=ftp://x/y", "max_duration=0ba", "global_train_batch_size=0")
-    assert [line.split(":")[0] for line in found] == ["max_duration", "global_train_batch_size", "save_folder"]
+    wrong = ("save_folder=ftp://x/y", "max_duration=0ba", "global_train_batch_size=0", "train_loader.local=s3://b/x")
+    found = [line.split(":")[0] for line in problems_of(QUICKSTART_YAML, *wrong)]
+    assert found == ["max_duration", "global_train_batch_size", "train_loader.local", "save_folder"]
 
 
 def test_what_is_missing_is_listed_with_what_is_wrong() -> None:
