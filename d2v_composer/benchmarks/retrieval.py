@@ -83,11 +83,13 @@ def benchmark_retrieval(setting: Setting) -> Result:
     torch.manual_seed(0)
     neighbours, inputs = measure_neighbours(setting), measure_inputs(setting)
     rates = {row.name: row.rates for row in neighbours + inputs}
-    seconds = measure_evaluation(setting) if setting.evaluation_images else None
-    note = (
-        f"a whole evaluation, {setting.evaluation_images} images of {CIFAR_SIZE} px, both ways, six embeddings of "
-        f"{setting.size}'s student, {setting.precision}: {seconds:.1f} s"
-    )
+    seconds, notes = None, []
+    if setting.evaluation_images:
+        seconds = measure_evaluation(setting)
+        notes.append(
+            f"a whole evaluation, {setting.evaluation_images} images of {CIFAR_SIZE} px, both ways, six embeddings of "
+            f"{setting.size}'s student, {setting.precision}: {seconds:.1f} s"
+        )
     vectors = f"{setting.k} of {setting.num_bank} × {setting.dim}, {setting.device}"
     return Result(
         title=f"median and range of {setting.rounds} interleaved rounds; memory: the peak that torch allocates, of a "
@@ -99,7 +101,7 @@ def benchmark_retrieval(setting: Setting) -> Result:
             ("inputs", Table(f"CIFAR images for {setting.size}", "images/s", inputs, {})),
         ],
         targets=list(find_targets(rates)),
-        notes=[] if seconds is None else [note],
+        notes=notes,
     )
 
 

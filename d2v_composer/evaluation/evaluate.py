@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -181,6 +182,7 @@ def evaluate(
     """
     embeds = {candidate.name: candidate.embed for candidate in candidates}
     for dataset, labelled in datasets.items():
+        print(f"embedding {sum(labelled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
             to_device = partial(torch.Tensor.to, device=device)
             speeds = {name: measure_speed(embed, labelled, batch_size, device) for name, embed in embeds.items()}

@@ -1,5 +1,6 @@
 """Warnings of other packages that no user can act on: each with its source and the reason to hide it."""
 
+import os
 import sys
 
 __all__ = ["hide_foreign_warnings"]
@@ -10,3 +11,5 @@ def hide_foreign_warnings() -> None:
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # torch 2.7's profiler, which the benchmarks use, logs as an error that there is no GPU. 5: nothing.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,26 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
     assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
     assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
+
+
+def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
+    """In a fresh process, with the warnings of all imports and of the interpreter's end."""
+    folder = tmp_path / "run"
+    options = ("precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "console_log_interval=2ba")
+    options += ("retrieval.max_images=48", "callbacks.health=null", f"save_folder={folder}")
+    command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options])
+    result = run_command("env", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    header = dict(line.split(maxsplit=1) for line in result.stdout.partition("\n\n")[0].splitlines())
+    assert header["run"] == f"quickstart, saved in {folder}"
+    assert re.fullmatch(r"(cpu, \d+ threads|.+), fp32", header["device"])
+    assert header["images"] == f"4,480 in {ROOT}/yamls/quickstart/cifar10/train"
+    assert header["model"] == "encoder 0.9 M, teacher 6 blocks 2.7 M, student 5 blocks 1.9 M"
+    assert re.fullmatch(r"4 steps \(0\.\d epochs\) of \d+ images", header["training"])
+    assert re.fullmatch(r"cifar10 every \d+ba, headline layer_mean_cls", header["retrieval"])
+    assert len(header) == 6
+    expected = r"retrieval at batch [04]: cifar10 top-1: \w.*%|batch [24]/4 \(\d+ %\)  loss .*  left \d\d:\d\d"
+    assert [line for line in result.stderr.splitlines() if not re.fullmatch(expected, line)] == []
 
 
 def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:
