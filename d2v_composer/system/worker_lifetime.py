@@ -114,7 +114,9 @@ def end_with_parent() -> None:
     def watch() -> None:
         # After a fork, siblings hold the parent's sentinel too.
         while os.getppid() == started_by and parent.is_alive():
-            if signal.sigtimedwait({END}, POLL_SECONDS) is not None:
+            received = signal.sigtimedwait({END}, POLL_SECONDS)
+            # After SIGSTOP and SIGCONT, Python returns a signal that nobody sent.
+            if received is not None and (received.si_signo, received.si_pid) == (END, parent.pid):
                 os._exit(0)
         os._exit(1)
 

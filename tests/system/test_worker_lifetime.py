@@ -15,7 +15,14 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.worker_lifetime import FORK, SPAWN, _is_launcher, allow_open_files, block_stop_signals
+from d2v_composer.system.worker_lifetime import (
+    FORK,
+    POLL_SECONDS,
+    SPAWN,
+    _is_launcher,
+    allow_open_files,
+    block_stop_signals,
+)
 
 
 class Numbers(Dataset[int]):
@@ -37,6 +44,21 @@ def test_a_data_worker_outlives_sigterm() -> None:
     os.kill(worker, signal.SIGTERM)
     assert sum(1 for _ in batches) == 99
     assert psutil.pid_exists(worker) is False
+
+
+def test_a_worker_that_was_suspended_goes_on() -> None:
+    # As by Ctrl-Z and fg, or by a scheduler that suspends a job. Longer than the watching thread waits at a time.
+    worker = FORK.Process(target=time.sleep, args=(600,), daemon=True)
+    worker.start()
+    time.sleep(0.1)  # until the thread waits
+    os.kill(worker.pid, signal.SIGSTOP)
+    time.sleep(POLL_SECONDS + 0.1)
+    os.kill(worker.pid, signal.SIGCONT)
+    worker.join(0.2)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("kind", [FORK, pytest.param(SPAWN, marks=pytest.mark.slow)])
