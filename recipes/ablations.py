@@ -1,4 +1,8 @@
-"""Compare design choices: ``python recipes/ablations.py`` trains every row of yamls/ablations/rows.yaml.
+"""Compare design choices: train every row of yamls/ablations/rows.yaml, and print a table.
+
+    python recipes/ablations.py
+    python recipes/ablations.py --rows --jobs 1                        # the first row alone
+    python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
 Each row is a run of recipes/train.py in its own folder. If interrupted, the command resumes; at the end it prints a
 table.
@@ -18,9 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
-from streaming import MDSWriter
 
-from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
@@ -28,6 +30,7 @@ from d2v_composer.evaluation.text_table import format_table
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.next_step import d2v, print_next
 
 ROOT = Path(__file__).parent.parent
 YAMLS = ROOT / "yamls" / "ablations"
@@ -89,11 +92,16 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
         list(pool.map(lambda name: train(rows[name], folders[name], sample, threads), chosen))
     finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
     print(table(finished))
+    print_next(d2v("report", folders[first]))
     return finished
 
 
 def make_sample(images: Path) -> Path:
     """Write the first 10,000 training and 2,000 test images of CIFAR-10 as MDS, unless they exist."""
+    from streaming import MDSWriter  # takes seconds, as the next
+
+    from d2v_composer.data.labelled_sets import load_labelled_set
+
     sample = images / "cifar10_sample"
     for split, count in NUM_IMAGES.items():
         if (sample / split / "index.json").exists():

@@ -1,27 +1,42 @@
-"""Rehearse a run: ``composer recipes/preflight.py FILE.yaml [dotted.key=value …]``, with the run's own arguments.
+"""Rehearse a run, with the run's own arguments.
+
+usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
+
+    composer recipes/preflight.py yamls/quickstart.yaml
+    composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
+    composer recipes/preflight.py yamls/distill.yaml save_folder=s3://BUCKET/runs/distill precision=amp_bf16
 
 In minutes, it checks packages, GPUs, teacher, data set, disk space and permissions; starts the run with every callback
 at every batch, stops it by SIGTERM, resumes it and exports its student, all in folders of its own, which it removes.
 It prints a table of checks, and what the whole run will need. The status is 0 only if all checks passed.
+yamls/README.md describes every field.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from d2v_composer.system import cli
+
+if __name__ == "__main__":
+    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
 
 from composer.utils import dist
 
 from d2v_composer.config.load import load_config
 from d2v_composer.preflight import preflight
-from d2v_composer.system import cli
+from d2v_composer.system.next_step import print_next
 
 
 def main(argv: Sequence[str]) -> None:
     """Rehearse in one process of each node, which starts the other ranks."""
     if dist.get_local_rank() != 0:
         return
-    if not preflight(argv, load_config(argv), Path(__file__).with_name("train.py")):
+    train = Path(__file__).with_name("train.py")
+    if not preflight(argv, load_config(argv), train):
         sys.exit(1)
+    print_next(shlex.join(["composer", str(train), *argv]))
 
 
 if __name__ == "__main__":

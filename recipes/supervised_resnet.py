@@ -1,13 +1,21 @@
 """Use ZeroShotRetrieval with another model: torchvision's ResNet-18, trained with labels on CIFAR-10 images.
 
     python recipes/supervised_resnet.py
+    python recipes/supervised_resnet.py --epochs 1
+    composer recipes/supervised_resnet.py --epochs 20
 
-It uses nothing else of this repository but the quickstart's images.
+Options: --epochs N, default 5. It uses nothing else of this repository but the quickstart's images.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from d2v_composer.system import cli
+
+if __name__ == "__main__":
+    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
 
 import torch
 from composer import Trainer
@@ -18,7 +26,7 @@ from torchvision.models import resnet18
 
 from d2v_composer import ZeroShotRetrieval
 from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.system import cli
+from d2v_composer.system.next_step import print_next
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
 
@@ -53,6 +61,7 @@ def main(argv: Sequence[str]) -> ZeroShotRetrieval:
     trainer.close()
     for entry in retrieval.history:
         print(f"batch {entry['batch']}:", ", ".join(f"{key} {value:.1%}" for key, value in entry["metrics"].items()))
+    print_next("composer recipes/train.py yamls/quickstart.yaml")
     return retrieval
 
 

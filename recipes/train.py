@@ -1,13 +1,30 @@
-"""Distil a student: ``composer recipes/train.py FILE.yaml [dotted.key=value …]``."""
+"""Distil a student: train, save, retrieve, report.
+
+usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
+
+    composer recipes/train.py yamls/quickstart.yaml
+    composer recipes/train.py yamls/quickstart.yaml run_name=longer max_duration=10ep student.depth=2
+    composer recipes/train.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
+
+composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. The
+same command again resumes the run. recipes/preflight.py rehearses it in minutes.
+"""
 
 import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)
 
 # isort: split
-import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from d2v_composer.system import cli
+
+if __name__ == "__main__":
+    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
 
 import torch
+import yaml
 from composer import Callback, Trainer
 from composer.utils import dist, reproducibility
 
@@ -17,16 +34,17 @@ from d2v_composer.builders.run import BuiltRun, build_run
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks.pictures import log_picture_files
 from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
+from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.config.load import load_config
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import LabelledSetConfig, TrainConfig
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.models.sharding import join_units
 from d2v_composer.report.page import write_report
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
-from d2v_composer.system import cli
 from d2v_composer.system.compat import patched_composer
 from d2v_composer.system.multi_node import join_ranks, rank_zero_first
+from d2v_composer.system.next_step import d2v, print_next
 from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import allow_open_files
 
@@ -62,6 +80,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         trainer.engine.close()
         raise
     trainer.close()
+    name_next_steps(config)
     return trainer
 
 
@@ -93,12 +112,31 @@ def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -
         log_picture_files(trainer.logger, written[1:])
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
-        print(f"report: {problem}; later: python recipes/report.py {shlex.quote(str(folder))}", file=sys.stderr)
+        print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)
         return
     print(f"report: {written[0]}")
     for path in written:
         if (key := run_folder.key(str(path.relative_to(folder)))) is not None:
             trainer.logger.upload_file(key, path, overwrite=True)
+
+
+def name_next_steps(config: TrainConfig) -> None:
+    """Print how to evaluate and export the student."""
+    run_folder = find_run_folder(config)
+    if run_folder is None:
+        return
+    checkpoint = run_folder.local / LATEST
+    retrieval = config.retrieval
+    used = {name: differing(labelled) for name, labelled in retrieval.datasets.items() if labelled is not None}
+    headline = (f"pooling={retrieval.pooling}", f"representation={retrieval.representation}")
+    datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
+    evaluate = [d2v("evaluate", f"model={checkpoint}", *headline, datasets)] if used else []
+    print_next(*evaluate, d2v("export", checkpoint, run_folder.local / "student.safetensors"))
+
+
+def differing(section: LabelledSetConfig) -> dict[str, Any]:
+    """Return the fields of a section that are not the default."""
+    return {name: value for name, value in asdict(section).items() if value != getattr(LabelledSetConfig, name, None)}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.data.labelled_sets import LabelledSet
+from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.evaluation.labelled_retrieval import Found, Ranks, embed_set, look_up
-from d2v_composer.evaluation.metric_names import BANKS, Embed, find_headline, headline_fallbacks, metric_key
+from d2v_composer.evaluation.metric_names import BANKS, find_headline, headline_fallbacks, metric_key
 
 __all__ = ["ZeroShotRetrieval"]
 

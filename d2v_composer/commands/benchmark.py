@@ -1,10 +1,10 @@
-"""Measure speed on this machine, against others: ``python recipes/benchmark.py {data,step,retrieval}``.
+"""Measure speed on this machine, against others.
 
-    python recipes/benchmark.py data                                          # four minutes on two cores
-    python recipes/benchmark.py data --images /data/ILSVRC --workers 0 8 --json data.json
-    python recipes/benchmark.py step --precision amp_bf16
-    python recipes/benchmark.py step --device cuda --size large --json step.json
-    python recipes/benchmark.py retrieval
+    d2v benchmark data                                          # four minutes on two cores
+    d2v benchmark data --images /data/ILSVRC --workers 0 8 --json data.json
+    d2v benchmark step --precision amp_bf16
+    d2v benchmark step --device cuda --size large --json step.json
+    d2v benchmark retrieval
 
 ``data``: images/s of our training data, from original JPEGs and from 256-px shards, on disk and in an S3 server that it
 starts, against torchvision's ImageFolder, litdata and webdataset (``pip install -e '.[benchmark]'``).
@@ -22,21 +22,24 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-import torch
-
-from d2v_composer.benchmarks.data import CLOCKS, FEWEST_IMAGES, benchmark_data
-from d2v_composer.benchmarks.measure import Result
-from d2v_composer.benchmarks.retrieval import Setting, benchmark_retrieval
-from d2v_composer.benchmarks.step import SIZES, benchmark_step
+from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.compiler import find_missing
-from d2v_composer.models.precision import PRECISIONS
+from d2v_composer.models.names import PrecisionName
 from d2v_composer.system.errors import InputError
 
+if TYPE_CHECKING:
+    from d2v_composer.benchmarks.measure import Result
+
+__all__ = ["main"]
+
 CIFAR_IMAGES = 60_000
+SIZES = ("base", "large", "quickstart")
+PRECISIONS = get_args(PrecisionName)
 
 
-def main(argv: Sequence[str]) -> Result:
+def main(argv: Sequence[str]) -> "Result":
     """Run a benchmark, and print and write its result."""
     arguments = parse(argv)
     if arguments.json is not None and not arguments.json.parent.is_dir():
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> Result:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     data = benchmarks.add_parser("data", help="reading training images")
     data.add_argument(
@@ -60,7 +63,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data.add_argument("--num-images", type=int, default=1000, help="default: 1000")
     data.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of processes; default: 0 2")
     data.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: on a core shared with other programs; --workers 0 only"
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: on a core shared with other programs; --workers 0 only",
     )
     data.add_argument("--work", metavar="FOLDER", help="parent of the temporary folder; default: the system's")
     data.set_defaults(run=run_data)
@@ -82,7 +88,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     retrieval.set_defaults(run=run_retrieval)
 
     for benchmark in (step, retrieval):
-        benchmark.add_argument("--size", choices=SIZES, default="base", help="size of the teacher; default: base")
+        benchmark.add_argument(
+            "--size", choices=("base", "large", "quickstart"), default="base", help="size of the teacher; default: base"
+        )
         benchmark.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
         benchmark.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     for benchmark in (data, step, retrieval):
@@ -91,7 +99,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_data(arguments: argparse.Namespace) -> Result:
+def run_data(arguments: argparse.Namespace) -> "Result":
+    from d2v_composer.benchmarks.data import FEWEST_IMAGES, benchmark_data
+
     if arguments.num_images < FEWEST_IMAGES:
         raise InputError(f"--num-images: must be {FEWEST_IMAGES} or more, got {arguments.num_images}")
     workers = list(dict.fromkeys(arguments.workers))
@@ -107,7 +117,9 @@ def run_data(arguments: argparse.Namespace) -> Result:
         )
 
 
-def run_step(arguments: argparse.Namespace) -> Result:
+def run_step(arguments: argparse.Namespace) -> "Result":
+    from d2v_composer.benchmarks.step import benchmark_step
+
     device = choose_device(arguments)
     on_gpu = device == "cuda"
     batch_size = arguments.batch_size if arguments.batch_size is not None else 256 if on_gpu else 8
@@ -121,7 +133,9 @@ def run_step(arguments: argparse.Namespace) -> Result:
     )
 
 
-def run_retrieval(arguments: argparse.Namespace) -> Result:
+def run_retrieval(arguments: argparse.Namespace) -> "Result":
+    from d2v_composer.benchmarks.retrieval import Setting, benchmark_retrieval
+
     device = choose_device(arguments)
     evaluation_images = arguments.evaluation_images
     if evaluation_images is None:
@@ -152,6 +166,8 @@ def choose_device(arguments: argparse.Namespace) -> str:
     Raises:
         InputError: The device is not available, or does not support the precision.
     """
+    import torch
+
     has_gpu = torch.cuda.is_available()
     device = arguments.device or ("cuda" if has_gpu else "cpu")
     if device == "cuda" and not has_gpu:

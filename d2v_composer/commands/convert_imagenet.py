@@ -1,7 +1,8 @@
-"""Convert ImageNet, or any folder of images, to MDS shards: ``python recipes/convert_imagenet.py SOURCE OUT``.
+"""Convert ImageNet, or any folder of images, to MDS shards.
 
-    python recipes/convert_imagenet.py /data/ILSVRC s3://bucket/imagenet/train --resize 256
-    python recipes/convert_imagenet.py /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
+    d2v convert-imagenet /data/ILSVRC s3://bucket/imagenet/train --resize 256
+    d2v convert-imagenet /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
+    d2v convert-imagenet photos datasets/photos --labels none --workers 8
 
 Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
@@ -11,20 +12,30 @@ Layouts and labels files: see find_images in d2v_composer/conversion/image_sourc
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from streaming.base.util import bytes_to_int
-
-from d2v_composer.conversion.convert import Conversion, convert_images
-from d2v_composer.conversion.image_source import find_images
-from d2v_composer.conversion.shards import Encoding
+from d2v_composer.commands.arguments import make_parser, size
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.next_step import print_next
+
+if TYPE_CHECKING:
+    from d2v_composer.conversion.convert import Conversion
+
+__all__ = ["main"]
 
 
-def main(argv: Sequence[str]) -> Conversion:
+def main(argv: Sequence[str]) -> "Conversion":
     """Convert, verify, and print a report."""
     arguments = parse(argv)
+
+    from d2v_composer.conversion.convert import convert_images
+    from d2v_composer.conversion.image_source import find_images
+    from d2v_composer.conversion.shards import Encoding
+
     start = time.monotonic()
     conversion = convert_images(
         find_images(arguments.source, arguments.split, arguments.labels),
@@ -36,11 +47,18 @@ def main(argv: Sequence[str]) -> Conversion:
         skip_unreadable=arguments.skip_unreadable,
     )
     print_report(conversion, time.monotonic() - start)
+    print_next(f"composer recipes/train.py yamls/distill.yaml {train_overrides(arguments.out)}")
     return conversion
 
 
+def train_overrides(out: str) -> str:
+    """Return what a training needs to read the result."""
+    is_remote = "://" in out
+    return shlex.quote(f"train_loader.remote={out}" if is_remote else f"train_loader.local={Path(out).resolve()}")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of images")
     parser.add_argument("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     parser.add_argument("--split", default="train", help="the split's folder; default: train")
@@ -51,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order; default: 0")
-    parser.add_argument("--shard-size", type=bytes_to_int, default="64mb", help="approximate; default: 64mb")
+    parser.add_argument("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt"
     )
@@ -65,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def print_report(conversion: Conversion, seconds: float) -> None:
+def print_report(conversion: "Conversion", seconds: float) -> None:
     if conversion.resumed:
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
     classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"

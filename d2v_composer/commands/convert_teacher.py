@@ -1,34 +1,54 @@
-"""Convert a fairseq checkpoint to a safe file: ``python recipes/convert_teacher.py IN.pt OUT.safetensors``."""
+"""Convert a fairseq checkpoint of data2vec 2.0 to one safe file.
 
-import argparse
+    d2v convert-teacher base_imagenet.pt teacher.safetensors
+    d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
+    d2v convert-teacher base_imagenet.pt small.safetensors --weights ema --dtype float16
+
+Reading a checkpoint runs none of its code. A report names the tensors used and left.
+"""
+
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-import torch
-
-from d2v_composer.checkpoints.load import ConvertedTeacher, convert_teacher
+from d2v_composer.commands.arguments import make_parser
+from d2v_composer.models.names import Weights
 from d2v_composer.system.atomic_files import check_out_file
+from d2v_composer.system.next_step import print_next
+
+if TYPE_CHECKING:
+    from d2v_composer.checkpoints.load import ConvertedTeacher
+
+__all__ = ["main"]
 
 
-def main(argv: Sequence[str]) -> ConvertedTeacher:
+def main(argv: Sequence[str]) -> "ConvertedTeacher":
     """Convert, and print the file's used and unused tensors."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--weights", choices=("model", "ema"), default="model")
+    parser.add_argument("--weights", choices=get_args(Weights), default="model", help="default: model")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored dtype")
     parser.add_argument("--licence", help="a note on the weights' licence, stored in the file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)
+
+    import torch
+
+    from d2v_composer.checkpoints.load import convert_teacher
+
     dtype = getattr(torch, arguments.dtype)
     teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
     print_report(teacher, arguments.out)
+    checkpoint = shlex.quote(f"teacher.checkpoint={arguments.out.resolve()}")
+    print_next(f"composer recipes/train.py yamls/distill.yaml {checkpoint}")
     return teacher
 
 
-def print_report(teacher: ConvertedTeacher, out: Path) -> None:
+def print_report(teacher: "ConvertedTeacher", out: Path) -> None:
     config, provenance = teacher.config, teacher.provenance
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     print(

@@ -1,7 +1,8 @@
-"""Embed a collection of images: ``python recipes/embed.py MODEL SOURCE OUT``.
+"""Embed a collection of images.
 
-    python recipes/embed.py student.safetensors photos photos.npy
-    python recipes/embed.py base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
+    d2v embed student.safetensors photos photos.npy
+    d2v embed runs/quickstart/latest-rank0.pt photos photos.npy --normalize --dtype float16
+    d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
 
 NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns
 id and embedding. An id is the image's path relative to SOURCE, its number in an MDS data set, or train/00000, …,
@@ -13,27 +14,38 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import torch
-from streaming.base.util import bytes_to_int
-
-from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
-from d2v_composer.checkpoints.load import load_any
-from d2v_composer.checkpoints.safetensors_file import sha256
-from d2v_composer.embedding.collection import open_collection
-from d2v_composer.embedding.embed import DTYPES, Embedding, EmbeddingOptions, embed_collection
-from d2v_composer.embedding.output_file import EmbeddingFile
-from d2v_composer.models.names import Pooling, Representation, Weights
-from d2v_composer.models.precision import PRECISIONS
-from d2v_composer.models.transformer import Transformer
+from d2v_composer.commands.arguments import make_parser, size
+from d2v_composer.models.names import Pooling, PrecisionName, Representation, Weights
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import fetch
+from d2v_composer.system.next_step import print_next
+
+if TYPE_CHECKING:
+    from d2v_composer.checkpoints.headline import ChosenEmbedding
+    from d2v_composer.embedding.embed import Embedding
+    from d2v_composer.models.transformer import Transformer
+
+__all__ = ["main"]
+
+HOW_TO_READ = {
+    ".npy": "import numpy; embeddings = numpy.load({!r}, mmap_mode='r')",
+    ".parquet": "import pyarrow.parquet; table = pyarrow.parquet.read_table({!r})",
+}
 
 
-def main(argv: Sequence[str]) -> Embedding:
+def main(argv: Sequence[str]) -> "Embedding":
     """Embed, and print a report."""
     arguments = parse(argv)
+
+    import torch
+
+    from d2v_composer.checkpoints.safetensors_file import sha256
+    from d2v_composer.embedding.collection import open_collection
+    from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
+    from d2v_composer.embedding.output_file import EmbeddingFile
+    from d2v_composer.system.fetch import fetch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
@@ -59,11 +71,12 @@ def main(argv: Sequence[str]) -> Embedding:
         skip_unreadable=arguments.skip_unreadable,
     )
     print_report(embedding)
+    print_next(HOW_TO_READ[embedding.out.suffix].format(str(embedding.out)))
     return embedding
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint, an exported student, or a teacher: a path, s3://, …"
     )
@@ -77,10 +90,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--representation", choices=get_args(Representation), help="default: the headline of the model's run"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32; amp is faster")
+    parser.add_argument(
+        "--precision", choices=get_args(PrecisionName), default="fp32", help="default: fp32; amp is faster"
+    )
     parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="type of the stored numbers; default: float32"
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the stored numbers; default: float32",
     )
     parser.add_argument("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
     parser.add_argument(
@@ -92,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
     parser.add_argument(
         "--cache-limit",
-        type=bytes_to_int,
+        type=size,
         metavar="SIZE",
         help="most bytes of shards in --local, such as 60gb; default: no limit",
     )
@@ -109,8 +127,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Transformer, ChosenEmbedding]:
+def load_model(arguments: argparse.Namespace) -> "tuple[Transformer, ChosenEmbedding]":
     """Load the student, or a teacher from its own file, and choose the embedding."""
+    from d2v_composer.checkpoints.headline import choose_embedding
+    from d2v_composer.checkpoints.load import load_any
+
     student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
     model = teacher if student is None else student
     assert model is not None  # load_any gives one of them
@@ -118,7 +139,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Transformer, ChosenEmbedd
     return model.eval(), chosen
 
 
-def print_report(embedding: Embedding) -> None:
+def print_report(embedding: "Embedding") -> None:
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} images")

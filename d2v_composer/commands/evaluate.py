@@ -1,30 +1,55 @@
-"""Measure a model's embeddings: ``composer recipes/evaluate.py yamls/evaluate.yaml model=PATH [key=value …]``."""
+"""Measure a model's embeddings, and compare it with its teacher, the frozen encoder, an untrained student and pixels.
+
+usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
+
+    d2v evaluate yamls/evaluate.yaml model=runs/quickstart/latest-rank0.pt
+    d2v evaluate model=student.safetensors 'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'
+    d2v evaluate yamls/evaluate.yaml model=base_imagenet.pt weights=ema representation=output out=evaluation
+
+The model is a teacher's file, a training checkpoint or an exported student. It prints retrieval accuracies with their
+intervals; ``out`` receives all of them as JSON and CSV. yamls/README.md of the repository lists the fields: model,
+weights, teacher, datasets, pooling, representation, ks, precision, device_eval_batch_size, seed, out.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from composer.utils import dist
-
-from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
-from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
-from d2v_composer.models.precision import choose_precision
-from d2v_composer.report.tables import evaluation_tables
+from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
+from d2v_composer.system.launched_rank import global_rank
+from d2v_composer.system.next_step import d2v, print_next
+
+if TYPE_CHECKING:
+    from d2v_composer.data.labelled_sets import LabelledSet
+    from d2v_composer.evaluation.evaluate import Evaluation
+
+__all__ = ["main"]
+
+# Of the next step.
+OUT = "embeddings.npy"
 
 
-def main(argv: Sequence[str]) -> Evaluation | None:
+def main(argv: Sequence[str]) -> "Evaluation | None":
     """Print the tables, and write them to ``out``. Of several processes only the first one works."""
+    cli.show_help(argv, __doc__)
+
+    import torch
+
+    from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
+    from d2v_composer.config.load import load_evaluate_config
+    from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
+    from d2v_composer.models.precision import choose_precision
+    from d2v_composer.report.tables import evaluation_tables
+    from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
+
     config = load_evaluate_config(argv)
-    if dist.get_global_rank() != 0:
+    if global_rank() != 0:
         return None
     if config.out is not None:
-        check_out_folder(Path(config.out))
+        check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, image_size = build_candidates(config, device)
     datasets = build_labelled_sets(config.datasets, image_size)
@@ -38,20 +63,23 @@ def main(argv: Sequence[str]) -> Evaluation | None:
         about = {"config": asdict(config), "machine": describe_machine(), "versions": versions}
         evaluation.write(Path(config.out), about)
     print(evaluation_tables(evaluation))
+    is_checkpoint = config.model.endswith(".pt") and any(each.name == "student" for each in candidates)
+    step = ("export", config.model, "student.safetensors") if is_checkpoint else ("embed", config.model, "IMAGES", OUT)
+    print_next(d2v(*step))
     return evaluation
 
 
-def check_out_folder(folder: Path) -> None:
+def check_out_folder(folder: Path, names: Sequence[str]) -> None:
     """Make the folder, and refuse it if the files cannot be written: an evaluation takes minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: {folder}: cannot be created ({error.strerror})") from error
-    for name in OUT_FILES:
+    for name in names:
         check_out_file(folder / name)
 
 
-def check_ks(ks: Sequence[int], datasets: Mapping[str, LabelledSet]) -> None:
+def check_ks(ks: Sequence[int], datasets: "Mapping[str, LabelledSet]") -> None:
     """Refuse to look up more neighbours than a data set has."""
     for name, labelled in datasets.items():
         smallest = min(labelled.num_images)

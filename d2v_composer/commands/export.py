@@ -1,33 +1,42 @@
-"""Export a student as one self-contained file: ``python recipes/export_student.py CHECKPOINT OUT``.
+"""Export a student as one self-contained file.
 
-    python recipes/export_student.py runs/distill/latest-rank0.pt student.safetensors
-    python recipes/export_student.py student.safetensors student.onnx
-    python recipes/export_student.py student.safetensors student.pt2 --pooling mean
+    d2v export runs/distill/latest-rank0.pt student.safetensors
+    d2v export student.safetensors student.onnx
+    d2v export student.safetensors student.pt2 --pooling mean
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
 The last two hold a program that computes one embedding, by default the headline of the student's run, and no record of
 the run.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
-from d2v_composer.checkpoints.headline import choose_embedding
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.student import Student
 from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.next_step import d2v, print_next
 
-PROGRAMS = {".onnx": export_onnx, ".pt2": export_program}
+if TYPE_CHECKING:
+    from d2v_composer.models.student import Student
+
+__all__ = ["main"]
+
+# Of the next step.
+OUT = "embeddings.npy"
+
+# Suffix → how to load the file, in Python.
+PROGRAMS = {
+    ".onnx": "import onnxruntime; session = onnxruntime.InferenceSession({!r})",
+    ".pt2": "import torch; program = torch.export.load({!r}).module()",
+}
 
 
-def main(argv: Sequence[str]) -> Student:
+def main(argv: Sequence[str]) -> "Student":
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
@@ -43,6 +52,11 @@ def main(argv: Sequence[str]) -> Student:
     if out.suffix == ".safetensors" and (arguments.pooling or arguments.representation):
         raise InputError(f"{out}: holds every embedding: --pooling and --representation are for .onnx and .pt2")
     check_out_file(out, overwrite=arguments.overwrite)
+
+    from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
+    from d2v_composer.checkpoints.headline import choose_embedding
+    from d2v_composer.checkpoints.load import load_any, save_student
+
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if student is None:
         raise InputError(f"{arguments.source}: is a teacher; expected a training checkpoint or an exported student")
@@ -51,7 +65,9 @@ def main(argv: Sequence[str]) -> Student:
     if out.suffix == ".safetensors":
         save_student(student, out)
     else:
-        PROGRAMS[out.suffix](Embedder(student, embedding.headline), out)
+        write = export_onnx if out.suffix == ".onnx" else export_program
+        write(Embedder(student, embedding.headline), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+    print_next(PROGRAMS[out.suffix].format(str(out)) if out.suffix in PROGRAMS else d2v("embed", out, "IMAGES", OUT))
     return student

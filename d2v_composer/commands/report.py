@@ -1,22 +1,32 @@
-"""Draw a run: ``python recipes/report.py RUN_FOLDER`` writes report.html and report/*.png into its folder.
+"""Draw a run: write report.html and report/*.png into its folder.
+
+    d2v report runs/quickstart
+    d2v report /mnt/runs/distill
+    python recipes/report.py runs/distill    # the same, in a clone
 
 The page needs no other file and no network. Training writes it at its end; use this command for a run that is still
 running or was interrupted.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.report.page import write_report
-from d2v_composer.report.run import read_run
+from d2v_composer.commands.arguments import make_parser
+from d2v_composer.system.next_step import print_next
+
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> list[Path]:
     """Write the report of a run, and print its path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a run's save_folder, such as runs/quickstart")
     folder = parser.parse_args(argv).folder
+
+    from d2v_composer.report.page import write_report
+    from d2v_composer.report.run import read_run
+
     written = write_report(read_run(folder), folder)
     print(f"wrote {written[0]} and {len(written) - 1} plots in {folder / 'report'}")
+    print_next(f"open {written[0].resolve().as_uri()}")
     return written

@@ -23,6 +23,9 @@ __all__ = ["load_config", "load_evaluate_config"]
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
+# Stands for its path in errors.
+NO_YAML = "the command line"
+
 
 def load_config(argv: Sequence[str]) -> TrainConfig:
     """Read and check a YAML and its overrides.
@@ -39,7 +42,9 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
-    """Read and check a YAML of recipes/evaluate.py, as :func:`load_config` does."""
+    """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML may be left out."""
+    if argv and "=" in argv[0] and not Path(argv[0]).is_file():
+        argv = [NO_YAML, *argv]
     return load_checked(EvaluateConfig, argv)
 
 
@@ -59,7 +64,7 @@ def merge_config(schema: type, path: str, overrides: Sequence[str]) -> tuple[Dic
     """Merge schema, YAML and overrides; leave out each value with a wrong name or type, and list it."""
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     with errors_in_one_line(path):
-        from_file = OmegaConf.load(path)
+        from_file = OmegaConf.create() if path == NO_YAML else OmegaConf.load(path)
     if not isinstance(from_file, DictConfig):
         raise InputError(f"{path}: expected keys and values, as in yamls/")
     merged: DictConfig = OmegaConf.structured(schema)
@@ -129,7 +134,7 @@ def raise_all(problems: Iterable[str]) -> None:
 def check_arguments(argv: Sequence[str]) -> Sequence[str]:
     """Refuse arguments that are not a YAML's path and overrides."""
     if not argv:
-        raise InputError("no YAML given; usage: COMMAND FILE.yaml [dotted.key=value …]")
+        raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
     for override in argv[1:]:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):

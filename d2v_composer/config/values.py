@@ -19,7 +19,10 @@ DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every
 def find_contradictions(config: RunConfig) -> Iterator[str]:
     """Yield a line for each value that does not go with another one; each alone is within its limits."""
     if isinstance(config, EvaluateConfig) and not any(config.datasets.values()):
-        yield "datasets: must have at least one data set that is not null, as in yamls/evaluate.yaml"
+        yield (
+            "datasets: must have at least one data set that is not null, such as "
+            "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
+        )
     if isinstance(config, TrainConfig):
         yield from _batches(config)
         yield from _precision(config)

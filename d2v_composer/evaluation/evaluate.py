@@ -21,8 +21,9 @@ from torch import Tensor
 
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.bootstrap import Interval, accuracy_interval, share_interval
+from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.evaluation.labelled_retrieval import embed_set, look_up
-from d2v_composer.evaluation.metric_names import BANKS, Embed, find_headline
+from d2v_composer.evaluation.metric_names import BANKS, find_headline
 from d2v_composer.system.atomic_files import write_atomically
 
 __all__ = ["OUT_FILES", "Candidate", "Evaluation", "Retrieval", "confusion_matrix", "evaluate"]

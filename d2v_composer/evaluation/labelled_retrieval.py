@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.evaluation.metric_names import BANKS, Embed
+from d2v_composer.evaluation.embed_function import Embed
+from d2v_composer.evaluation.metric_names import BANKS
 from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
 
 __all__ = ["EmbeddedSet", "Found", "Ranks", "embed_set", "look_up"]

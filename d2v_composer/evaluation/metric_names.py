@@ -1,17 +1,12 @@
 """Names of metrics, and of the embeddings that retrieval measures."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
-from torch import Tensor
-
-__all__ = ["BANKS", "HEALTH_STATES", "Embed", "find_headline", "headline_fallbacks", "metric_key"]
+__all__ = ["BANKS", "HEALTH_STATES", "find_headline", "headline_fallbacks", "metric_key"]
 
 BANKS = ("train", "test")
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
-
-Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
-"""(B, 3, height, width) uint8 images on the model's device → (B, D), or several embeddings by name."""
 
 
 def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:

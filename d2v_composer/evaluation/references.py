@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.evaluation.metric_names import Embed
+from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.models.image_encoder import ImageEncoder
 from d2v_composer.models.transformer import Transformer, poolings
 

@@ -8,12 +8,13 @@ from typing import Any, NoReturn
 
 from d2v_composer.system import interrupts
 from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.closed_pipes import survive_closed_pipes
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.foreign_warnings import hide_foreign_warnings
 from d2v_composer.system.temporary_folder import use_temporary_folder
 from d2v_composer.system.worker_lifetime import end_with_launcher, end_workers
 
-__all__ = ["run"]
+__all__ = ["run", "show_help"]
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
@@ -22,6 +23,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # in a pipe too
     hide_foreign_warnings()
+    survive_closed_pipes()
     interrupts.handle_interrupts()
     end_with_launcher()
     status = 0
@@ -54,3 +56,10 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         # A folder instead of a file, or a file instead of a folder.
         return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
     return None, []
+
+
+def show_help(argv: Sequence[str], text: str | None) -> None:
+    """Print a command's help and exit, if ``--help`` asks for it; a command that takes a YAML has no parser."""
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(text)
+        sys.exit(0)

@@ -23,6 +23,7 @@ from d2v_composer.report.page import write_report
 from d2v_composer.report.plots import confusion_plot, gallery, running_mean
 from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.next_step import d2v
 from helpers import ROOT, load_checkpoint, small_run
 from recipes import report, train
 
@@ -270,6 +271,5 @@ def test_training_succeeds_even_if_its_report_fails(
         assert (folder / "report.html").is_file()
     else:
         assert capfd.readouterr().err.splitlines()[-1] == (
-            "report: cannot be made (OSError: [Errno 28] No space left on device); "
-            f"later: python recipes/report.py {folder}"
+            f"report: cannot be made (OSError: [Errno 28] No space left on device); later: {d2v('report', folder)}"
         )

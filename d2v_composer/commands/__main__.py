@@ -1,0 +1,59 @@
+"""Distil data2vec 2.0 image teachers into small students: the commands that need no checkout of the repository.
+
+A typical order: convert-teacher and convert-imagenet, then training by recipes/train.py of the repository, then
+evaluate, export and embed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import d2v_composer
+from d2v_composer.system import cli
+
+__all__ = ["main", "run"]
+
+COMMANDS = {
+    "convert-teacher": "write fairseq's checkpoint as one safe file",
+    "convert-imagenet": "write a folder of images as MDS shards, to a folder or a store",
+    "report": "draw a run: its curves, tables and pictures in one HTML page",
+    "evaluate": "compare a model with its teacher and baselines",
+    "export": "write a student as safetensors, ONNX or torch.export",
+    "embed": "embed a collection of images",
+    "benchmark": "measure the speed of training, data and retrieval against baselines",
+}
+
+
+def main(argv: Sequence[str]) -> Any:
+    """Call a command's main; only its module is imported."""
+    name, *rest = argv or [""]
+    if name not in COMMANDS:
+        parse(argv)
+    sys.argv = [f"d2v {name}", *rest]  # argparse names the program by it
+    return import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main(rest)
+
+
+def parse(argv: Sequence[str]) -> NoReturn:
+    """Answer --help and --version, or refuse the arguments."""
+    commands = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="d2v",
+        description=__doc__,
+        epilog=f"commands; d2v COMMAND --help describes each:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"d2v-composer {d2v_composer.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.parse_args(argv)
+    raise AssertionError  # it has exited
+
+
+def run() -> NoReturn:
+    """Run the console script."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,121 @@
+"""The console script: its commands, their next steps, and readers that leave."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import d2v_composer
+from d2v_composer.commands.__main__ import COMMANDS, main
+from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.system import next_step
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT, losses_of, run_command, small_run, start_python
+
+
+def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status, line in (
+        (["--version"], 0, f"d2v-composer {d2v_composer.__version__}"),
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["embedd"], 2, "invalid choice: 'embedd'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == status
+        assert line in "".join(capsys.readouterr())
+
+
+def test_each_command_shows_three_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["d2v"])
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert f"usage: d2v {name}" in shown
+        assert shown.count(f"    d2v {name} ") + shown.count(f"    python recipes/{name}") >= 3
+
+
+def test_an_evaluation_needs_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+    photos = "datasets={photos: {format: folder, root: photos}}"
+    config = load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}", photos, "pooling=mean"])
+    assert (config.pooling, config.ks, list(config.datasets)) == ("mean", [1, 3], ["photos"])
+    with pytest.raises(InputError, match=r"datasets: must have at least one .* such as 'datasets=\{cifar10: "):
+        load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}"])
+    with pytest.raises(InputError, match="model: is required, and the command line does not give it"):
+        load_evaluate_config([photos])
+
+
+def test_the_next_step_can_be_copied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, python = tmp_path / "bin" / "d2v", tmp_path / "bin" / "python"
+    script.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert next_step.d2v("embed", "a b") == f"{python} -m d2v_composer.commands embed 'a b'"
+    script.touch(mode=0o755)
+    assert next_step.d2v("embed") == "bin/d2v embed"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert next_step.d2v("embed") == "d2v embed"
+    next_step.print_next("one", "two")
+    monkeypatch.setenv("RANK", "1")
+    next_step.print_next("three")
+    assert capsys.readouterr().out == "next: one\nnext: two\n"
+
+
+def test_the_steps_after_a_training_work(uninterrupted: Path, labelled: Path, small_data: Path, tmp_path: Path) -> None:
+    """The run has finished, so that the command prints its steps at once."""
+    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labelled}}}}}"
+    folder = tmp_path / "run"
+    run = run_command(sys.executable, ROOT / "recipes" / "train.py", *small_run(folder, small_data, sets))
+    assert run.returncode == 0, run.stderr
+    steps = [shlex.split(line.removeprefix("next: ")) for line in run.stdout.splitlines() if line.startswith("next: ")]
+    (evaluate, export) = (step[step.index(name) :] for step, name in zip(steps, ("evaluate", "export"), strict=True))
+    assert load_evaluate_config(evaluate[1:]).datasets["squares"] is not None
+    main(export)
+    assert (folder / "student.safetensors").is_file()
+
+
+# A command whose reader leaves at once.
+DEAF = """
+import os, sys
+pipe = os.pipe()
+for descriptor in (1, 2):
+    os.dup2(pipe[1], descriptor)
+os.close(pipe[0])
+sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+from d2v_composer.system import cli
+"""
+
+
+@pytest.fixture
+def piped() -> Callable[..., int]:
+    def run(code: str, *arguments: str) -> int:
+        return start_python("-c", DEAF + code, *arguments).wait(60)
+
+    return run
+
+
+def test_a_training_outlives_its_reader(piped: Callable[..., int], small_data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path / "run", small_data, "console_log_interval=1ba")
+    assert piped("from recipes import train; cli.run(train.main)", *arguments) == 0
+    assert len(losses_of(tmp_path / "run")) == 14
+
+
+def test_a_command_ends_quietly_without_its_reader(tmp_path: Path) -> None:
+    code = "import sys; from d2v_composer.system import cli; cli.run(lambda _: print('line\\n' * 100_000))"
+    ended = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shlex.join([sys.executable, '-c', code])} | head -n 1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "line\n", "")

@@ -1,0 +1,115 @@
+"""Commands start without the heavy modules that they do not use; each test runs in interpreters of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+import d2v_composer
+from d2v_composer.commands.__main__ import COMMANDS
+from helpers import GOLDEN, ROOT
+
+HEAVY = ("composer", "matplotlib", "streaming", "timm", "torch", "torchvision")
+
+# Runs each command line of a JSON list, as its script would, and prints the heavy modules that are imported after it.
+RUN = """
+import json, runpy, sys
+HEAVY, commands = map(json.loads, sys.argv[1:])
+for program, *arguments in commands:
+    sys.argv = [program, *arguments]
+    try:
+        if program == "d2v":
+            runpy.run_module("d2v_composer.commands", run_name="__main__")
+        else:
+            runpy.run_path(program, run_name="__main__")
+    except SystemExit as ended:
+        print(json.dumps([ended.code, [name for name in HEAVY if name in sys.modules]]))
+"""
+
+
+def fresh_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def imported_after(commands: list[list[str]], cwd: Path) -> list[set[str]]:
+    """Run commands in one fresh interpreter; each must succeed. Return what is imported after each."""
+    arguments = [json.dumps(HEAVY), json.dumps(commands)]
+    environment = fresh_environment()
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+    answers = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
+    assert [status for status, _ in answers] == [0] * len(commands), ended.stderr
+    return [set(found) for _, found in answers]
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    recipes = [str(path) for path in sorted((ROOT / "recipes").glob("*.py"))]
+    commands = [["d2v", "--help"], *([program, "--help"] for program in recipes)]
+    commands += [["d2v", name, "--help"] for name in COMMANDS]
+    found = imported_after(commands, tmp_path)
+    assert len(found) == 1 + 11 + 7
+    assert not set().union(*found)
+
+
+def test_commands_import_what_they_use(uninterrupted: Path, tmp_path: Path) -> None:
+    """Each in turn, in another directory than the repository's, with paths relative to it."""
+    for split in ("train", "test"):
+        for number in range(4):
+            folder = tmp_path / "photos" / split / str(number % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            image = torch.randint(0, 256, (3, 32, 32), generator=torch.manual_seed(number), dtype=torch.uint8)
+            write_png(image, str(folder / f"{number}.png"))
+    (tmp_path / "run").symlink_to(uninterrupted)
+    photos = "datasets={photos: {format: folder, root: photos}}"
+    commands = [
+        ["d2v", "convert-teacher", str(GOLDEN / "tiny_base.pt"), "teacher.safetensors"],
+        ["d2v", "export", "run/latest-rank0.pt", "student.safetensors", "--teacher", "teacher.safetensors"],
+        ["d2v", "embed", "student.safetensors", "photos", "photos.npy", "--workers", "0"],
+        ["d2v", "evaluate", "model=student.safetensors", photos, "ks=[1]", "out=evaluation"],
+    ]
+    assert imported_after(commands, tmp_path) == [{"torch"}] * len(commands)
+    made = {"teacher.safetensors", "student.safetensors", "photos.npy", "photos.ids.npy", "evaluation"}
+    assert made <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_report_needs_no_composer(uninterrupted: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("log.jsonl", "run.yaml"):
+        (copy / name).write_bytes((uninterrupted / name).read_bytes())
+    assert imported_after([["d2v", "report", "run"]], tmp_path) == [{"torch", "matplotlib"}]
+    assert (copy / "report.html").is_file()
+
+
+def test_public_names_are_imported_when_used(tmp_path: Path) -> None:
+    code = """
+import sys, d2v_composer
+heavy = {"torch", "composer", "timm"}
+assert set(d2v_composer.__all__) <= set(dir(d2v_composer))
+assert d2v_composer.__version__ and not heavy & set(sys.modules)
+from d2v_composer import load_student
+assert heavy & set(sys.modules) == {"torch"}
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=fresh_environment(), check=True, timeout=60)
+
+
+def test_public_names_can_be_imported_all_at_once() -> None:
+    names: dict[str, object] = {}
+    exec("from d2v_composer import *", names)
+    assert {name: names[name] for name in d2v_composer.__all__} == {
+        name: getattr(d2v_composer, name) for name in d2v_composer.__all__
+    }
+    with pytest.raises(AttributeError, match="has no attribute 'load_studnet'"):
+        _ = d2v_composer.load_studnet
+
+
+def test_timm_knows_the_student() -> None:
+    """Without a name of ours, as a user of timm imports both."""
+    code = "import timm, d2v_composer; assert timm.is_model('d2v2_student')"
+    subprocess.run([sys.executable, "-c", code], env=fresh_environment(), check=True, timeout=60)
