@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import d2v_composer
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, encoded_image
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +84,17 @@ def test_a_student_loads(python: Path, tmp_path: Path) -> None:
     images = torch.arange(3 * 48 * 40).reshape(1, 3, 48, 40).to(torch.uint8)
     expected = load_student(path).embed(images).detach().numpy()
     np.testing.assert_allclose(np.load(tmp_path / "embedding.npy"), expected, atol=1e-6)
+
+
+def test_the_command_embeds_a_folder(python: Path, tmp_path: Path) -> None:
+    command = python.with_name("d2v")
+    assert "embed" in run(command, "--help", cwd=tmp_path)
+    assert run(command, "--version", cwd=tmp_path) == f"d2v-composer {d2v_composer.__version__}\n"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), tmp_path / "student.safetensors")
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(encoded_image(i))
+    run(command, "embed", "student.safetensors", "photos", "photos.npy", "--workers", "0", cwd=tmp_path)
+    embeddings = np.load(tmp_path / "photos.npy")
+    assert embeddings.shape == (3, 48)
+    assert len({tuple(row) for row in embeddings.tolist()}) == 3
