@@ -6,15 +6,16 @@ Shapes: B images, T time steps, D channels, H heads.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 
 from d2v_composer.models.alibi import autocast_dtype
-from d2v_composer.models.block import Attention, Block
+from d2v_composer.models.block import Attention, Block, FfnBlock
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.targets import NORM_EPS
 
 __all__ = ["NaiveDistillation"]
@@ -49,7 +50,7 @@ class NaiveDistillation(nn.Module):
 
 
 class NaiveTransformer(nn.Module):
-    def __init__(self, encoder: ImageEncoder, blocks: list[Block]) -> None:
+    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock]) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in blocks)
@@ -57,6 +58,7 @@ class NaiveTransformer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         x = self.encoder.embed_patches(images)
         for block in self.encoder.block_list:
+            assert isinstance(block, Block)
             x, _ = run_block(block, x)
         return x
 

@@ -31,12 +31,13 @@ from d2v_composer.benchmarks.measure import (
     peak_allocated,
     synchronise,
 )
-from d2v_composer.benchmarks.step import build_sized_model
+from d2v_composer.benchmarks.sized_models import build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.evaluation.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.precision import choose_precision
+from d2v_composer.models.sizes import height_and_width
 
 __all__ = ["Setting", "benchmark_retrieval"]
 
@@ -197,7 +198,7 @@ def measure_inputs(setting: Setting) -> list[Row]:
     return [Row(name, rates[name], {"peak_bytes": None}) for name in passes]
 
 
-def prepare_with_pil(images: Tensor, encoder: ImageEncoder) -> None:
+def prepare_with_pil(images: Tensor, encoder: Encoder) -> None:
     config = encoder.config
     resize = transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC)
     normalise = transforms.Normalize(config.image_mean, config.image_std)
@@ -206,7 +207,7 @@ def prepare_with_pil(images: Tensor, encoder: ImageEncoder) -> None:
         torch.stack([normalise(to_tensor(resize(picture))) for picture in pictures])
 
 
-def prepare_in_batches(images: Tensor, encoder: ImageEncoder, device: str) -> None:
+def prepare_in_batches(images: Tensor, encoder: Encoder, device: str) -> None:
     for batch in images.split(INPUT_BATCH):
         encoder.prepare(batch.to(device))
     synchronise(device)
@@ -223,8 +224,8 @@ def measure_evaluation(setting: Setting) -> float:
         LabelledImages(random_images(count), torch.arange(count) % 10)
         for count in (setting.evaluation_images - num_test, num_test)
     )
-    size = model.teacher.config.image_size
-    two_images = list(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+    shape = height_and_width(model.teacher.config.image_size)
+    two_images = list(torch.zeros(2, 3, *shape, dtype=torch.uint8))
     log = InMemoryLogger()
     trainer = Trainer(
         model=model,

@@ -14,7 +14,7 @@ from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderL
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import describe_data
-from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
@@ -26,16 +26,23 @@ __all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "
 FIXED_BY_A_CHECKPOINT = (
     "config.seed",
     "config.global_train_batch_size",
+    "config.teacher.model",
     "config.teacher.weights",
+    "config.teacher.first_blocks",
+    "config.teacher.image_size",
     "config.student",
     "config.prediction",
-    "config.targets",
+    "config.targets.extra_tokens",
+    "config.targets.average_top_k_layers",
+    "config.targets.source",
     "config.optimizer",
     "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
     "config.train_loader.shuffle_block_size",
     "teacher.sha256",
 )
+# What the checkpoints of 0.1.0, which had no such keys, were trained with.
+BEFORE_THESE_KEYS = {"config.teacher.model": "data2vec2", "config.targets.source": "ffn"}
 
 
 def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
@@ -71,7 +78,7 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     return [_build(name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
 
 
-def build_run_record(config: TrainConfig, teacher: Data2Vec2, shards: list[dict[str, Any]]) -> RunRecord:
+def build_run_record(config: TrainConfig, teacher: Teacher, shards: list[dict[str, Any]]) -> RunRecord:
     """Build the record of config, teacher, data and machine, which the run's folder and checkpoints keep.
 
     Args:
@@ -90,7 +97,7 @@ def build_run_record(config: TrainConfig, teacher: Data2Vec2, shards: list[dict[
     }
     folder = find_run_folder(config)
     local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
-    return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT)
+    return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT, BEFORE_THESE_KEYS)
 
 
 def _build(name: str, chosen: Callable[..., Callback], arguments: dict[str, Any]) -> Callback:

@@ -1,5 +1,6 @@
 """Build the loader of training images, and compute its needs of a node."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, rea
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.multi_node import COLLECTIVE_SECONDS, gather_objects, node_leaders_first, raise_on_all_ranks
 from d2v_composer.system.retry import reason
@@ -71,7 +73,9 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
     return shards
 
 
-def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_size: int) -> DataLoader:
+def build_train_loader(
+    config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize, interpolation: str = "bicubic"
+) -> DataLoader:
     """Build the section ``train_loader``: augmented uint8 images of this rank.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
@@ -89,7 +93,7 @@ def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_
             local=Path(loader.local),
             remote=loader.remote,
             batch_size=config.global_train_batch_size // dist.get_world_size(),
-            transform=build_transform(loader, image_size),
+            transform=build_transform(loader, image_size, interpolation),
             column=loader.column,
             seed=config.seed,
             shuffle=loader.shuffle,
@@ -115,10 +119,13 @@ def build_train_loader(config: TrainConfig, shards: list[dict[str, Any]], image_
     )
 
 
-def build_transform(loader: TrainLoaderConfig, image_size: int) -> RandomResizedCropFlip:
+def build_transform(
+    loader: TrainLoaderConfig, image_size: ImageSize, interpolation: str = "bicubic"
+) -> RandomResizedCropFlip:
     """Build the augmentation of the training images."""
     (smallest, largest), (narrowest, widest) = loader.crop_scale, loader.crop_ratio
-    return RandomResizedCropFlip(image_size, (smallest, largest), (narrowest, widest), loader.flip)
+    scale, ratio = (smallest, largest), (narrowest, widest)
+    return RandomResizedCropFlip(image_size, scale, ratio, loader.flip, interpolation)
 
 
 def count_samples(shards: list[dict[str, Any]]) -> int:
@@ -146,10 +153,10 @@ def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[
     return [need for local_rank, need in gather_objects((dist.get_local_rank(), need)) if local_rank == 0]
 
 
-def shared_memory_of_node(config: TrainConfig, shards: list[dict[str, Any]], image_size: int) -> int:
+def shared_memory_of_node(config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize) -> int:
     """Return the bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
-    batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * image_size**2
+    batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(image_size))
     return shared_memory_needed(
         len(shards), count_samples(shards), ranks, loader.num_workers, loader.prefetch_factor, batch_bytes
     )

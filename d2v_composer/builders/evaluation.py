@@ -9,6 +9,7 @@ from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.evaluate import Candidate
 from d2v_composer.evaluation.references import build_embeds
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
 
@@ -18,7 +19,7 @@ __all__ = ["build_candidates", "build_labelled_sets"]
 GFLOP_PER_MAC = 2e-9
 
 
-def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size: int) -> dict[str, LabelledSet]:
+def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size: ImageSize) -> dict[str, LabelledSet]:
     """Load the data sets of a section ``datasets``, except those that are off.
 
     Raises:
@@ -31,7 +32,7 @@ def build_labelled_sets(chosen: dict[str, LabelledSetConfig | None], image_size:
     }
 
 
-def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], int]:
+def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], ImageSize]:
     """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
 
     Returns:

@@ -47,7 +47,8 @@ def build_run(config: TrainConfig) -> BuiltRun:
     ask_logging_servers(config)
     model = build_model(config)
     shards = read_train_index(config)
-    train_loader = build_train_loader(config, shards, model.teacher.config.image_size)
+    sizes = model.teacher.config
+    train_loader = build_train_loader(config, shards, sizes.image_size, sizes.interpolation)
     scheduler = build_scheduler(config, len(train_loader))
     retrieval = build_retrieval(config, model)
     chosen_callbacks = build_callbacks(config)

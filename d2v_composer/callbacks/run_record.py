@@ -30,15 +30,22 @@ class RunRecord(Callback):
         folder: The folder of ``run.yaml``, or ``None``.
         remote_folder: A prefix in the checkpoints' object store to upload the file to, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
+        before_keys: Some of these keys → the value that a record without them stands for; default ``None``.
     """
 
     def __init__(
-        self, record: dict[str, Any], folder: Path | None, remote_folder: str | None, fixed: tuple[str, ...]
+        self,
+        record: dict[str, Any],
+        folder: Path | None,
+        remote_folder: str | None,
+        fixed: tuple[str, ...],
+        before_keys: Mapping[str, Any] | None = None,
     ) -> None:
         self.record = record
         self.folder = folder
         self.remote_folder = remote_folder
         self.fixed = fixed
+        self.before_keys = before_keys or {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
@@ -66,9 +73,10 @@ class RunRecord(Callback):
             InputError: A fixed key has changed, or the data set; names each change.
         """
         check_data(before, self.record)
-        changes = [
-            change for key in self.fixed for change in find_changes(key, lookup(before, key), lookup(self.record, key))
-        ]
+        changes = []
+        for key in self.fixed:
+            found, now = lookup(before, key), lookup(self.record, key)
+            changes += find_changes(key, self.before_keys.get(key) if found is None else found, now)
         if changes:
             raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
 

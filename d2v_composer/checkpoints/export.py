@@ -5,16 +5,15 @@ Shapes: B images, S pixels a side, D channels.
 
 import copy
 import json
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.headline import Headline
 from d2v_composer.models.alibi import Alibi
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.system.atomic_files import out_file
 from d2v_composer.system.errors import InputError
@@ -64,14 +63,14 @@ class Embedder(nn.Module):
     def example(self) -> Tensor:
         """Return a batch of two images; torch.export would treat a batch size of one as constant."""
         config = self.student.encoder.config
-        return torch.zeros(2, config.in_chans, config.image_size, config.image_size)
+        return torch.zeros(2, config.in_chans, *height_and_width(config.image_size))
 
 
 def describe(embedder: Embedder) -> dict[str, str]:
     """Return the preprocessing of images that the program expects, as JSON, and the name of the embedding."""
-    config = asdict(embedder.student.encoder.config)
-    preprocessing: dict[str, Any] = {name: config[name] for name in ("image_size", "image_mean", "image_std")}
-    preprocessing["interpolation"] = "bicubic"
+    config = embedder.student.encoder.config
+    names = ("image_size", "image_mean", "image_std", "interpolation")
+    preprocessing = {name: getattr(config, name) for name in names}
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.headline.name}
 
 

@@ -1,146 +1,105 @@
 """Load teachers and students from files, and write them."""
 
-import datetime
 import shlex
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, overload
 
-import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.check_tensors import check_teacher, check_tensors, shapes_of
+from d2v_composer.checkpoints.check_tensors import check_tensors, shapes_of
 from d2v_composer.checkpoints.composer_checkpoint import is_trained
-from d2v_composer.checkpoints.fairseq import read_fairseq_checkpoint
+from d2v_composer.checkpoints.data2vec2_file import load_data2vec2
 from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, stored_headline
-from d2v_composer.checkpoints.pointer import LATEST, read_newest
+from d2v_composer.checkpoints.pointer import fetch_model, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.checkpoints.safetensors_file import (
     ModelFile,
     is_safetensors,
     read_kind,
     read_model_file,
-    sha256,
     write_model_file,
 )
 from d2v_composer.checkpoints.stored_config import (
     CONFIG_TENSOR,
+    build_encoder,
     check_student,
     config_tensor,
     parse_config_tensor,
-    read_config,
+    sizes_of,
 )
-from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.student import Student
-from d2v_composer.system.addresses import file_name
-from d2v_composer.system.atomic_files import check_out_file
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import fetch, is_remote
+from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.retry import reason
 
-__all__ = ["ConvertedTeacher", "convert_teacher", "load_any", "load_student", "load_teacher", "save_student"]
+__all__ = ["load_any", "load_student", "load_teacher", "save_student"]
 
-LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
+DATA2VEC2 = "data2vec2"
 
 
-def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2:
+@overload
+def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2: ...
+
+
+@overload
+def load_teacher(
+    path: str | Path | None,
+    weights: Weights = "model",
+    *,
+    model: str,
+    first_blocks: int | None = None,
+    image_size: ImageSize | str | None = None,
+) -> Teacher: ...
+
+
+def load_teacher(
+    path: str | Path | None,
+    weights: Weights = "model",
+    *,
+    model: str = DATA2VEC2,
+    first_blocks: int | None = None,
+    image_size: ImageSize | str | None = None,
+) -> Teacher:
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
-        path: fairseq's .pt or a file of ``convert_teacher``: a local path, https://, or an object store's address
-            (fetched once and cached).
-        weights: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
+        path: A local path, https://, or an object store's address (fetched once and cached). Of data2vec 2.0, fairseq's
+            .pt or a file of ``convert_teacher``. Of timm, a .safetensors or PyTorch file; ``None``: timm's pretrained
+            weights, from the Hugging Face hub or its cache.
+        weights: Of data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
+        model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
+        first_blocks: Of timm: blocks in the shared encoder; default a sixth of all.
+        image_size: Of timm: pixels a side, or height and width: (112, 168) or '112x168'; default timm's for this model.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
     """
-    file = _fetch_model(path)
-    if not is_safetensors(file):
-        config, tensors, _ = read_fairseq_checkpoint(file, weights)
-        provenance = _provenance(path, file, weights) | {"licence": LICENCE_NOTE}
-        return _build_teacher(config, tensors, provenance)
-    stored = read_model_file(file, "teacher")
-    stored_weights, source_hash = (stored.provenance.get(name) for name in ("weights", "sha256"))
-    if stored_weights not in get_args(Weights) or not isinstance(source_hash, str):
-        raise InputError(f"{path}: unusable metadata: its provenance lacks weights or sha256 of its source")
-    if stored_weights != weights:
-        raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
-    config = read_config(path, Data2Vec2Config, stored.config)
-    check_teacher(path, config, stored.tensors)
-    return _build_teacher(config, stored.tensors, stored.provenance)
+    if model.startswith(PREFIX):
+        if weights != "model":
+            raise InputError(f"teacher.weights: {model} has no {weights} weights; allowed here: model")
+        from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
-
-def _fetch_model(path: str | Path) -> Path:
-    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
-    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
-        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
-    if str(path).endswith((".yaml", ".yml")):
-        raise InputError(f"{path}: is a YAML, expected the file of a model")
-    return fetch(path)
-
-
-def _provenance(source: str | Path, file: Path, weights: Weights) -> dict[str, Any]:
-    return {"source": file_name(source), "sha256": sha256(file), "weights": weights}
-
-
-def _build_teacher(config: Data2Vec2Config, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Data2Vec2:
-    teacher = Data2Vec2(config, provenance)
-    teacher.load_state_dict(tensors)
-    return teacher
-
-
-class ConvertedTeacher(NamedTuple):
-    """Report of :func:`convert_teacher`."""
-
-    config: Data2Vec2Config
-    provenance: dict[str, Any]
-    used: list[str]
-    left: list[str]
-
-
-def convert_teacher(
-    source: str | Path,
-    out: Path,
-    weights: Weights = "model",
-    dtype: torch.dtype = torch.float32,
-    licence: str | None = None,
-) -> ConvertedTeacher:
-    """Convert fairseq's checkpoint to a safetensors file.
-
-    Args:
-        source: As :func:`load_teacher`'s path.
-        out: The file to write.
-        weights: The weights to keep.
-        dtype: Stored dtype; a loaded teacher is float32 in any case.
-        licence: A note on the weights' licence for the metadata.
-
-    Raises:
-        InputError: As :func:`load_teacher`; or ``out`` cannot be written.
-    """
-    check_out_file(out)
-    file = _fetch_model(source)
-    if is_safetensors(file):
-        raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
-    checkpoint = read_fairseq_checkpoint(file, weights)
-    provenance = _provenance(source, file, weights) | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "licence": licence or LICENCE_NOTE,
-        "converted": datetime.date.today().isoformat(),
-    }
-    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
-    write_model_file(out, "teacher", ModelFile(asdict(checkpoint.config), provenance, tensors))
-    return ConvertedTeacher(checkpoint.config, provenance, list(tensors), checkpoint.left)
+        return load_timm_teacher(path, model, first_blocks, image_size)
+    if model != DATA2VEC2:
+        raise InputError(f"teacher.model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
+    if path is None:
+        raise InputError(f"teacher.checkpoint: {DATA2VEC2} needs a file")
+    if first_blocks is not None or image_size is not None:
+        raise InputError(f"teacher: first_blocks and image_size are fixed in the file of {DATA2VEC2}")
+    return load_data2vec2(path, weights)
 
 
 def save_student(student: Student, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
-    config = {"encoder": asdict(student.encoder.config), "student": asdict(student.config)}
     headline = stored_headline(student.provenance) or DEFAULT_HEADLINE
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student.encoder.config, student.config, headline)}
-    write_model_file(out, "student", ModelFile(config, student.provenance, tensors))
+    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student, headline)}
+    write_model_file(out, "student", ModelFile(sizes_of(student), student.provenance, tensors))
 
 
 def load_student(path: str | Path) -> Student:
@@ -149,7 +108,7 @@ def load_student(path: str | Path) -> Student:
     Raises:
         InputError: The file does not exist, or does not hold a student.
     """
-    file = _fetch_model(path)
+    file = fetch_model(path)
     if not is_safetensors(file):
         _refuse_checkpoint(path, file)
     stored = read_model_file(file, "student")
@@ -162,7 +121,7 @@ def load_student(path: str | Path) -> Student:
             raise InputError(f"{path}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
         if not agree:
             raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give different sizes")
-    student = Student(ImageEncoder(encoder_config).freeze(), student_config, stored.provenance)
+    student = Student(build_encoder(encoder_config), student_config, stored.provenance)
     student.load_state_dict(stored.tensors)
     return student.eval()
 
@@ -184,12 +143,12 @@ def load_any(
     weights: Weights = "model",
     teacher_path: str | None = None,
     teacher_option: str = "--teacher PATH",
-) -> tuple[Student | None, Data2Vec2 | None]:
+) -> tuple[Student | None, Teacher | None]:
     """Load the student and the teacher of any supported file.
 
     Args:
-        path: A teacher's file, as for :func:`load_teacher`: no student. An exported student's: a teacher only with
-            ``teacher_path``. A training checkpoint: both.
+        path: A teacher's file, as for :func:`load_teacher`, or ``timm/NAME`` for timm's pretrained weights: no student.
+            An exported student's: a teacher only with ``teacher_path``. A training checkpoint: both.
         weights: Of a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
         teacher_option: What the user sets ``teacher_path`` with, named if that path holds no teacher any more.
@@ -198,18 +157,21 @@ def load_any(
         InputError: The file is corrupt, or not supported.
     """
 
-    def load(file: Path) -> tuple[Student | None, Data2Vec2 | None]:
-        return _load_file(path, _fetch_model(file), weights, teacher_path, teacher_option)
+    def load(file: Path) -> tuple[Student | None, Teacher | None]:
+        return _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
 
-    return load(_fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
+    if str(path).startswith(PREFIX) and not Path(path).exists():
+        return None, load_teacher(None, weights, model=str(path))
+    return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _load_file(
     path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str
-) -> tuple[Student | None, Data2Vec2 | None]:
+) -> tuple[Student | None, Teacher | None]:
     """Load ``file``, the local copy of ``path``."""
     if is_safetensors(file) and read_kind(file) == "student":
-        return load_student(path), None if teacher_path is None else load_teacher(teacher_path, weights)
+        student = load_student(path)
+        return student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
     if is_trained(contents):
         return _load_trained(file, contents, teacher_path, teacher_option)
@@ -218,9 +180,18 @@ def _load_file(
     return None, load_teacher(path, weights)
 
 
+def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
+    """Load the teacher of an exported student; a timm model's name stands for its pretrained weights."""
+    sizes = student.encoder.config
+    if not isinstance(sizes, TimmEncoderConfig):
+        return load_teacher(path, weights)
+    file, size = None if path == sizes.model else path, sizes.image_size
+    return load_teacher(file, weights, model=sizes.model, first_blocks=sizes.first_blocks, image_size=size)
+
+
 def _load_trained(
     checkpoint: Path, contents: dict[str, Any], teacher_path: str | None, teacher_option: str
-) -> tuple[Student, Data2Vec2]:
+) -> tuple[Student, Teacher]:
     """Build a training checkpoint's student, with its run's record as provenance, and its teacher.
 
     The teacher is loaded for its frozen encoder, and must be the one of the training.
@@ -229,16 +200,20 @@ def _load_trained(
     try:
         tensors, callbacks = dict(contents["state"]["model"]), dict(contents["state"]["callbacks"])
         record = dict(callbacks["RunRecord"]["record"])
-        teacher_file: str = teacher_path or str(record["config"]["teacher"]["checkpoint"])
-        weights, trained_with = record["config"]["teacher"]["weights"], record["teacher"]["sha256"]
+        settings, trained_with = dict(record["config"]["teacher"]), record["teacher"]["sha256"]
+        teacher_file, weights = settings["checkpoint"], settings["weights"]
+        options = {name: settings.get(name) for name in ("first_blocks", "image_size")}  # 0.1.0 has none of them
+        model = str(settings.get("model", DATA2VEC2))
         sizes: dict[str, Any] = dict(record["config"]["student"]) | {"init": "random"}
         history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error
+    teacher_file = teacher_path or (None if teacher_file is None else str(teacher_file))
     try:
-        teacher = load_teacher(teacher_file, weights)
+        teacher = load_teacher(teacher_file, weights, model=model, **options)
         if (found := teacher.provenance["sha256"]) != trained_with:
-            raise InputError(f"{teacher_file}: its sha256 is {found}, the student was trained with {trained_with}")
+            name = teacher_file or model
+            raise InputError(f"{name}: its sha256 is {found}, the student was trained with {trained_with}")
     except InputError as error:
         if teacher_path is not None:
             raise

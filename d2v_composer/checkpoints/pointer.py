@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import fetch, is_remote
 
-__all__ = ["LATEST", "read_newest"]
+__all__ = ["LATEST", "fetch_model", "read_newest"]
 
 LATEST = "latest-rank0.pt"
 
@@ -46,3 +47,12 @@ def _target(path: Path) -> Path:
             return path.resolve(strict=True)
         time.sleep(POINTER_PAUSE)
     return path
+
+
+def fetch_model(path: str | Path) -> Path:
+    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
+    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
+        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+    if str(path).endswith((".yaml", ".yml")):
+        raise InputError(f"{path}: is a YAML, expected the file of a model")
+    return fetch(path)

@@ -26,6 +26,7 @@ __all__ = [
     "parse_object",
     "read_kind",
     "read_model_file",
+    "read_tensors",
     "sha256",
     "write_model_file",
 ]
@@ -86,6 +87,16 @@ def read_model_file(path: Path, kind: Kind) -> ModelFile:
         raise
     except (ValueError, KeyError) as error:
         raise InputError(f"{path}: unusable metadata ({reason(error)})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of any file.
+
+    Raises:
+        InputError: It is corrupt.
+    """
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def read_kind(path: Path) -> str:

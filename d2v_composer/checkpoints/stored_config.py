@@ -16,15 +16,28 @@ from d2v_composer.checkpoints.check_tensors import check_num_blocks, check_tenso
 from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, Headline, parse_headline
 from d2v_composer.checkpoints.safetensors_file import LARGEST_JSON, parse_object
 from d2v_composer.models.data2vec2 import Data2Vec2Config
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["CONFIG_TENSOR", "StoredSizes", "check_student", "config_tensor", "parse_config_tensor", "read_config"]
+__all__ = [
+    "CONFIG_TENSOR",
+    "StoredEncoderConfig",
+    "StoredSizes",
+    "build_encoder",
+    "check_student",
+    "config_tensor",
+    "parse_config_tensor",
+    "read_config",
+    "sizes_of",
+]
 
 CONFIG_TENSOR = "config_json"
-ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig)
+ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig, TimmEncoderConfig)
+StoredEncoderConfig = ImageEncoderConfig | TimmEncoderConfig
 
 
 class StoredSizes(NamedTuple):
@@ -36,9 +49,24 @@ class StoredSizes(NamedTuple):
     """The default in a file of version 0.1.0, which has none."""
 
 
-def config_tensor(encoder: ImageEncoderConfig, student: StudentConfig, headline: Headline) -> Tensor:
+def build_encoder(config: StoredEncoderConfig) -> Encoder:
+    """Build an encoder of any kind, frozen, to load a state dict into."""
+    if isinstance(config, ImageEncoderConfig):
+        return ImageEncoder(config).freeze()
+    from d2v_composer.models.timm_encoder import TimmEncoder  # timm takes seconds to import
+
+    return TimmEncoder(config).freeze()
+
+
+def sizes_of(student: Student) -> dict[str, Any]:
+    """Return a student's sizes and its encoder's, as a file holds them."""
+    encoder: Any = student.encoder.config
+    return {"encoder": asdict(encoder), "student": asdict(student.config)}
+
+
+def config_tensor(student: Student, headline: Headline) -> Tensor:
     """Return a student's sizes and headline as JSON bytes, uint8, for readers that only get a file's tensors."""
-    content = {"encoder": asdict(encoder), "student": asdict(student), "headline": headline._asdict()}
+    content = sizes_of(student) | {"headline": headline._asdict()}
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
@@ -57,7 +85,7 @@ def parse_config_tensor(stored: Tensor) -> StoredSizes:
 
 def check_student(
     source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[ImageEncoderConfig, StudentConfig]:
+) -> tuple[StoredEncoderConfig, StudentConfig]:
     """Check an exported student's sizes and tensors. Every reader of such a file calls this first.
 
     Args:
@@ -69,11 +97,13 @@ def check_student(
         InputError: A size is unusable, or a tensor is missing, unknown, misshapen or not finite.
     """
     _check_names(source, sizes, ("encoder", "student"))
-    encoder_config = read_config(source, ImageEncoderConfig, sizes["encoder"])
+    is_timm = isinstance(sizes["encoder"], dict) and "model" in sizes["encoder"]
+    config_class: type[Any] = TimmEncoderConfig if is_timm else ImageEncoderConfig
+    encoder_config = read_config(source, config_class, sizes["encoder"])
     student_config = read_config(source, StudentConfig, sizes["student"])
     check_num_blocks(source, encoder_config.prenet_depth + student_config.depth, tensors)
     try:
-        shapes = shapes_of(lambda: Student(ImageEncoder(encoder_config), student_config))
+        shapes = shapes_of(lambda: Student(build_encoder(encoder_config), student_config))
     except ValueError as error:
         raise InputError(f"{source}: unusable sizes in its metadata: {error}") from error
     check_tensors(source, shapes, tensors)

@@ -12,9 +12,17 @@ from typing_extensions import Self
 
 from d2v_composer.checkpoints.check_tensors import check_tensors
 from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, Headline
-from d2v_composer.checkpoints.stored_config import CONFIG_TENSOR, check_student, config_tensor, parse_config_tensor
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.checkpoints.stored_config import (
+    CONFIG_TENSOR,
+    StoredEncoderConfig,
+    build_encoder,
+    check_student,
+    config_tensor,
+    parse_config_tensor,
+)
+from d2v_composer.models.image_encoder import ImageEncoderConfig
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
@@ -44,13 +52,13 @@ class TimmStudent(Student):
 
     def __init__(
         self,
-        encoder_config: ImageEncoderConfig = PAPER_ENCODER,
+        encoder_config: StoredEncoderConfig = PAPER_ENCODER,
         student_config: StudentConfig | None = None,
         num_classes: int = 0,
         global_pool: str | None = None,
         representation: Representation | None = None,
     ) -> None:
-        super().__init__(ImageEncoder(encoder_config).freeze(), student_config or StudentConfig())
+        super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
         self.num_features = self.head_hidden_size = encoder_config.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
         self.asked_pool = global_pool
@@ -87,7 +95,7 @@ class TimmStudent(Student):
             raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
         self.global_pool = global_pool
         headline = Headline(self.representation, POOLINGS[global_pool])
-        stored = config_tensor(self.encoder.config, self.config, headline)
+        stored = config_tensor(self, headline)
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -152,7 +160,7 @@ class TimmStudent(Student):
         tensors[CONFIG_TENSOR] = getattr(self, CONFIG_TENSOR)
         return super().load_state_dict(tensors, strict, assign)
 
-    def _become(self, encoder_config: ImageEncoderConfig, student_config: StudentConfig) -> Self:
+    def _become(self, encoder_config: StoredEncoderConfig, student_config: StudentConfig) -> Self:
         """Change to other sizes."""
         if (encoder_config, student_config) != (self.encoder.config, self.config):
             asked = self.asked_pool, self.asked_representation
@@ -160,18 +168,18 @@ class TimmStudent(Student):
         return self
 
 
-def pretrained_cfg(config: ImageEncoderConfig) -> dict[str, Any]:
+def pretrained_cfg(config: StoredEncoderConfig) -> dict[str, Any]:
     """Return the preprocessing for timm's ``resolve_data_config``."""
     return {
         "architecture": "d2v2_student",
-        "input_size": (config.in_chans, config.image_size, config.image_size),
+        "input_size": (config.in_chans, *height_and_width(config.image_size)),
         "fixed_input_size": True,
-        "interpolation": "bicubic",
+        "interpolation": config.interpolation,
         "crop_pct": 1.0,
         "mean": config.image_mean,
         "std": config.image_std,
         "num_classes": 0,
-        "first_conv": "encoder.local_encoder.proj",
+        "first_conv": "encoder.local_encoder.proj" if isinstance(config, ImageEncoderConfig) else None,
         "classifier": "head",
     }
 

@@ -4,6 +4,7 @@
     d2v benchmark data --images /data/ILSVRC --workers 0 8 --json data.json
     d2v benchmark step --precision amp_bf16
     d2v benchmark step --device cuda --size large --json step.json
+    d2v benchmark step --teacher timm/vit_base_patch14_reg4_dinov2
     d2v benchmark retrieval
 
 ``data``: images/s of our training data, from original JPEGs and from 256-px shards, on disk and in an S3 server that it
@@ -74,6 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     step = benchmarks.add_parser("step", help="a training step")
     step.add_argument("--batch-size", type=int, help="images a step; default: 8, on a GPU 256")
     step.add_argument("--steps", type=int, help="steps per measurement; default: 1, on a GPU 10")
+    step.add_argument("--teacher", metavar="timm/NAME", help="a model of timm's instead of --size, random weights")
     step.add_argument("--no-compile", action="store_true", help="without torch.compile")
     step.set_defaults(run=run_step)
 
@@ -128,9 +130,10 @@ def run_step(arguments: argparse.Namespace) -> "Result":
     compiles = not arguments.no_compile
     if compiles and (missing := find_missing()) is not None:
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
-    return benchmark_step(
-        arguments.size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles
-    )
+    size = arguments.teacher or arguments.size
+    if size not in SIZES and not size.startswith("timm/"):
+        raise InputError(f"--teacher: must be timm/NAME, got {size!r}")
+    return benchmark_step(size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles)
 
 
 def run_retrieval(arguments: argparse.Namespace) -> "Result":

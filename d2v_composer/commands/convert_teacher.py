@@ -19,7 +19,7 @@ from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.next_step import print_next
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.load import ConvertedTeacher
+    from d2v_composer.checkpoints.data2vec2_file import ConvertedTeacher
 
 __all__ = ["main"]
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> "ConvertedTeacher":
 
     import torch
 
-    from d2v_composer.checkpoints.load import convert_teacher
+    from d2v_composer.checkpoints.data2vec2_file import convert_teacher
 
     dtype = getattr(torch, arguments.dtype)
     teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)

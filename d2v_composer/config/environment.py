@@ -12,6 +12,7 @@ from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, RunCon
 from d2v_composer.data.labelled_sets import find_missing_files
 from d2v_composer.data.mds_index import find_missing_index
 from d2v_composer.models.compiler import find_missing
+from d2v_composer.models.timm_config import PREFIX
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.fetch import find_missing_file
@@ -49,7 +50,8 @@ def needs_of_training(config: TrainConfig) -> Iterator[str]:
         yield f"compile: {missing}; install it, or compile=false"
     if config.global_train_batch_size % (ranks := num_ranks()):
         yield f"global_train_batch_size: must divide by the {ranks} ranks, got {config.global_train_batch_size}"
-    if (missing := find_missing_file(config.teacher.checkpoint)) is not None:
+    checkpoint = config.teacher.checkpoint
+    if checkpoint is not None and (missing := find_missing_file(checkpoint)) is not None:
         yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
     yield from needs_of_training_images(config.train_loader)
     yield from needs_of_labelled_sets("retrieval.datasets", config.retrieval.datasets)
@@ -79,12 +81,18 @@ def needs_of_labelled_sets(section: str, chosen: Mapping[str, LabelledSetConfig 
                 yield f"{section}.{name}.root: {missing}"
 
 
+def find_missing_model(name: str) -> str | None:
+    """Return why a model is not there, or ``None``; timm's pretrained ones are on the hub."""
+    return None if name.startswith(PREFIX) else find_missing_file(name)
+
+
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
     # A run that saves a checkpoint removes its pointer for a moment.
-    if Path(config.model).name != LATEST and (missing := find_missing_file(config.model)) is not None:
+    is_latest = Path(config.model).name == LATEST
+    if not is_latest and (missing := find_missing_model(config.model)) is not None:
         yield f"model: {config.model}: {missing}"
-    if config.teacher is not None and (missing := find_missing_file(config.teacher)) is not None:
+    if config.teacher is not None and (missing := find_missing_model(config.teacher)) is not None:
         yield f"teacher: {config.teacher}: {missing}"
     yield from needs_of_labelled_sets("datasets", config.datasets)
     if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:

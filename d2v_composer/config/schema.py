@@ -4,6 +4,7 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,11 +13,15 @@ from omegaconf import MISSING
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
-__all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TrainConfig"]
+__all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TeacherConfig", "TrainConfig"]
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
 REFERENCES = ("pixels", "encoder", "teacher")
 
+is_teacher = must("be data2vec2 or timm/NAME", lambda name: name == "data2vec2" or name.startswith("timm/"))
+is_image_size = must(
+    "be a number of pixels or HEIGHTxWIDTH", lambda size: bool(re.fullmatch(r"\d{1,5}(x\d{1,5})?", str(size)))
+)
 is_here = must("be a folder of this machine", lambda folder: "://" not in folder)
 is_pair = must("be two numbers, 0 < smallest <= largest", lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1])
 are_betas = must("be two numbers from 0 to below 1", lambda pair: len(pair) == 2 and min(pair) >= 0 and max(pair) < 1)
@@ -50,9 +55,17 @@ def check_references(names: list[str]) -> None:
 
 @dataclass
 class TeacherConfig:
-    checkpoint: str = limited(MISSING, check=Address.parse)
-    """fairseq's .pt or a converted .safetensors: a path, https://, s3://, gs://, …"""
+    model: str = limited("data2vec2", check=is_teacher)
+    """data2vec2, or timm/NAME, NAME as timm.create_model takes it."""
+    checkpoint: str | None = limited(MISSING, check=Address.parse)
+    """A path, https://, s3://, gs://, …: of data2vec2 fairseq's .pt or a converted .safetensors, of timm a .safetensors
+    or PyTorch file; null: timm's pretrained weights, from the Hugging Face hub."""
     weights: Literal["model", "ema"] = "model"
+    """Of data2vec2."""
+    first_blocks: int | None = limited(None, least=0)
+    """Of timm: blocks in the shared encoder; default: a sixth of all."""
+    image_size: int | str | None = limited(None, least=1, check=is_image_size)
+    """Of timm: pixels a side, or HEIGHTxWIDTH; default: timm's for this model."""
 
 
 @dataclass
@@ -72,6 +85,8 @@ class TargetsConfig:
     extra_tokens: Literal["regress", "drop"] = "regress"
     average_top_k_layers: int | None = limited(None, least=1)
     """Default: the teacher's."""
+    source: Literal["ffn", "block"] = "ffn"
+    """The teacher's FFN outputs, or its blocks' outputs: the residual stream of a pre-norm ViT."""
 
 
 @dataclass
@@ -230,7 +245,8 @@ class EvaluateConfig(RunConfig, LookupConfig):
     """Fields of recipes/evaluate.py."""
 
     model: str = MISSING
-    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …"""
+    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or timm/NAME, a
+    pretrained teacher of timm's."""
     weights: Literal["model", "ema"] = "model"
     """Weights of a teacher's file."""
     teacher: str | None = None

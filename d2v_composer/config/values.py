@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from d2v_composer.config.limits import suggest
-from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.addresses import Address
 
@@ -24,6 +24,7 @@ def find_contradictions(config: RunConfig) -> Iterator[str]:
             "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
         )
     if isinstance(config, TrainConfig):
+        yield from _teacher(config.teacher)
         yield from _batches(config)
         yield from _precision(config)
         yield from _log_address(config)
@@ -36,6 +37,17 @@ def find_wrong_arguments(config: RunConfig) -> Iterator[str]:
 
         yield from _arguments("callbacks", CALLBACKS, config.callbacks)
         yield from _arguments("loggers", LOGGERS, config.loggers)
+
+
+def _teacher(teacher: TeacherConfig) -> Iterator[str]:
+    if teacher.model == "data2vec2":
+        if teacher.checkpoint is None:
+            yield "teacher.checkpoint: must not be null for data2vec2; only timm has pretrained weights to fetch"
+        for name in ("first_blocks", "image_size"):
+            if getattr(teacher, name) is not None:
+                yield f"teacher.{name}: must be null for data2vec2, whose file fixes it, got {getattr(teacher, name)}"
+    elif teacher.weights != "model":
+        yield f"teacher.weights: must be model for {teacher.model}, got {teacher.weights}"
 
 
 def _batches(config: TrainConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2v_composer.data.decode import Box, CuttableJpeg, rgb_of, to_tensor
+from d2v_composer.models.sizes import ImageSize, height_and_width
 
 __all__ = ["CROP_ATTEMPTS", "RandomResizedCropFlip", "random_crop_box", "sample_rng"]
 
@@ -57,10 +58,11 @@ def random_crop_box(
 class RandomResizedCropFlip(NamedTuple):
     """The training augmentation of one image."""
 
-    image_size: int
+    image_size: ImageSize
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    interpolation: str = "bicubic"
 
     def __call__(self, image: bytes | Image.Image, rng: np.random.Generator, source: str = "image") -> Tensor:
         """Augment one image.
@@ -71,7 +73,7 @@ class RandomResizedCropFlip(NamedTuple):
             source: The image's name for errors.
 
         Returns:
-            (3, image_size, image_size) uint8.
+            (3, height, width) uint8.
 
         Raises:
             UnreadableImageError: The image cannot be decoded.
@@ -81,7 +83,6 @@ class RandomResizedCropFlip(NamedTuple):
         box = random_crop_box(*whole.size, rng, self.scale, self.ratio)
         # Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ,
         # by one. Cropping comes first, because the filter must not see pixels outside of the crop.
-        size = (self.image_size, self.image_size)
-        crop = to_tensor(whole.crop(box))[None]
-        pixels = functional.interpolate(crop, size, mode="bicubic", antialias=True)[0]
+        crop, size = to_tensor(whole.crop(box))[None], height_and_width(self.image_size)
+        pixels = functional.interpolate(crop, size, mode=self.interpolation, antialias=True)[0]
         return pixels.flip(-1) if rng.random() < self.flip else pixels

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import UnreadableImageError
 
 __all__ = [
@@ -21,8 +22,8 @@ __all__ = [
     "decode_rgb",
     "is_of_machine",
     "open_image",
+    "resized",
     "rgb_of",
-    "square",
     "to_rgb",
     "to_tensor",
 ]
@@ -175,9 +176,10 @@ class CuttableJpeg(NamedTuple):
         return pixels[box.top : box.bottom, box.left : box.right]
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Resize the whole image to ``size`` by ``size`` pixels with Pillow's bicubic filter, ignoring its aspect ratio."""
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+def resized(image: Image.Image, image_size: ImageSize) -> Image.Image:
+    """Resize the whole image with Pillow's bicubic filter, ignoring its aspect ratio."""
+    height, width = height_and_width(image_size)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:

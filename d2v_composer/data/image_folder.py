@@ -9,7 +9,8 @@ from typing import NamedTuple, NoReturn
 from PIL import Image
 from torch import Tensor
 
-from d2v_composer.data.decode import rgb_of, square, to_tensor
+from d2v_composer.data.decode import resized, rgb_of, to_tensor
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, UnreadableImageError
 
 __all__ = ["SUFFIXES", "ImageFile", "list_images", "list_subfolders", "read_image_file", "to_pixels"]
@@ -87,18 +88,18 @@ def read_image_file(path: Path) -> bytes:
         raise
 
 
-def to_pixels(stored: bytes | Image.Image, source: str, image_size: int) -> Tensor:
-    """Decode a file's bytes, or the value of an image column, to (3, image_size, image_size) uint8.
+def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize) -> Tensor:
+    """Decode a file's bytes, or the value of an image column, to (3, height, width) uint8.
 
     Args:
         stored: The encoded or decoded image.
         source: The name of the image for the error.
-        image_size: Pixels a side; the aspect ratio is not kept.
+        image_size: Pixels a side, or (height, width); the aspect ratio is not kept.
 
     Raises:
         UnreadableImageError: It is truncated, corrupt or not an image.
     """
-    return to_tensor(square(rgb_of(stored, source), image_size))
+    return to_tensor(resized(rgb_of(stored, source), image_size))
 
 
 def _cannot_list(error: OSError) -> NoReturn:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2v_composer.data.image_folder import list_images, list_subfolders, read_image_file, to_pixels
 from d2v_composer.data.mds_index import SUMMARY, find_missing_index, keep_encoded, read_image_index
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
@@ -83,7 +84,7 @@ def load_labelled_set(
     format: Format,
     root: str | Path,
     *,
-    image_size: int,
+    image_size: ImageSize,
     download: bool = False,
     column: str = "image",
     label_column: str = "label",
@@ -143,7 +144,7 @@ def _layout(root: Path) -> str:
     return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
 
 
-def _load_folder(root: Path, split: str, class_names: list[str], image_size: int) -> LabelledImages:
+def _load_folder(root: Path, split: str, class_names: list[str], image_size: ImageSize) -> LabelledImages:
     folder = root / split
     paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
     if not paths:
@@ -156,7 +157,7 @@ def _load_folder(root: Path, split: str, class_names: list[str], image_size: int
     return LabelledImages(torch.stack(images), torch.tensor([class_names.index(name) for name in names]))
 
 
-def _load_mds(folder: Path, image_size: int, column: str, label_column: str) -> LabelledImages:
+def _load_mds(folder: Path, image_size: ImageSize, column: str, label_column: str) -> LabelledImages:
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     samples = [sample for shard in shards for sample in _read_samples(folder, shard, column)]
     try:

@@ -20,6 +20,7 @@ from d2v_composer.data.mds_index import (
     read_image_index,
     room_needed,
 )
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.fetch import is_remote
 
@@ -57,7 +58,7 @@ class ImageCollection(ABC):
 class FolderImages(ImageCollection):
     """The images of a folder and its subfolders in the order of their paths, which are their ids."""
 
-    def __init__(self, root: Path, image_size: int) -> None:
+    def __init__(self, root: Path, image_size: ImageSize) -> None:
         self.root = root
         self.image_size = image_size
         files, _ = list_images(root)
@@ -99,7 +100,7 @@ class MdsImages(ImageCollection):
     """
 
     def __init__(
-        self, local: Path, image_size: int, column: str, remote: str | None = None, cache_limit: int | None = None
+        self, local: Path, image_size: ImageSize, column: str, remote: str | None = None, cache_limit: int | None = None
     ) -> None:
         from d2v_composer.data.verified_dataset import VerifiedDataset  # Streaming and Composer: seconds
 
@@ -167,7 +168,7 @@ class CifarImages(ImageCollection):
 
 def open_collection(
     source: str,
-    image_size: int,
+    image_size: ImageSize,
     *,
     local: Path | None = None,
     cache_limit: int | None = None,

@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 
 __all__ = ["EncodeOnce", "build_embeds", "pixels"]
@@ -36,7 +37,7 @@ class EncodeOnce:
         return self.encoded[images]
 
 
-def build_embeds(encoder: ImageEncoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
+def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
     """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it."""
     encode = EncodeOnce(encoder)
 
@@ -50,9 +51,10 @@ def build_embeds(encoder: ImageEncoder, models: Mapping[str, Transformer]) -> di
     return {"pixels": partial(pixels, encoder), "encoder": embed_with_encoder, **embeds}
 
 
-def pixels(encoder: ImageEncoder, images: Tensor) -> Tensor:
+def pixels(encoder: Encoder, images: Tensor) -> Tensor:
     """Return the encoder's input, shrunk to CIFAR's size, as an embedding, (B, D).
 
     At 224 px an image would have 150,528 channels.
     """
-    return interpolate(encoder.prepare(images), min(32, encoder.config.image_size), mode="area").flatten(1)
+    height, width = height_and_width(encoder.config.image_size)
+    return interpolate(encoder.prepare(images), (min(32, height), min(32, width)), mode="area").flatten(1)

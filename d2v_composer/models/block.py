@@ -1,14 +1,37 @@
-"""The post-norm transformer block of data2vec 2.0 (fairseq's ``AltBlock`` with ``layer_norm_first=False``).
+"""Blocks that return their FFN outputs, and the post-norm one of data2vec 2.0.
 
-Parameter names are fairseq's, so that weights load from a plain dict.
+:class:`Block` is fairseq's ``AltBlock`` with ``layer_norm_first=False``; parameter names are fairseq's, so that weights
+load from a plain dict.
 Shapes: B images, T time steps, D channels, H heads, K = D/H channels of a head.
 """
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Attention", "Block", "Mlp", "init_linear_layers"]
+__all__ = ["Attention", "Block", "EntranceBlock", "FfnBlock", "Mlp", "init_linear_layers"]
+
+
+class FfnBlock(nn.Module, ABC):
+    """A block of any kind that returns its FFN output."""
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the block's output and its FFN output, (B, T, D) each.
+
+        Args:
+            x_BTD: The block's input.
+            context: The kind's own extra: an attention bias, or a table of rotary positions.
+            needs_output: If false, the output is ``None``: of the last block, often only the FFN output is needed.
+        """
+
+    @abstractmethod
+    def forward_macs(self, num_steps: int) -> int:
+        """Return the multiply-accumulates for one image of T time steps, in linear layers and attention."""
 
 
 class Attention(nn.Module):
@@ -49,7 +72,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x_BTD)))
 
 
-class Block(nn.Module):
+class Block(FfnBlock):
     """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float) -> None:
@@ -67,16 +90,28 @@ class Block(nn.Module):
         Args:
             x_BTD: The block's input.
             bias: Added to the attention scores; (1 or B, 1 or H, 1 or T, T) in the projections' dtype.
-            needs_output: If false, ``x'`` is ``None``: of the last block, often only the FFN output is needed.
+            needs_output: If false, ``x'`` is ``None``.
         """
         attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, bias))
         ffn_output_BTD = self.mlp(attended_BTD)
         return self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None, ffn_output_BTD
 
     def forward_macs(self, num_steps: int) -> int:
-        """Return the multiply-accumulates for one image of T time steps, in linear layers and attention."""
         linear = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         return num_steps * linear + 2 * num_steps**2 * self.attn.qkv.in_features
+
+
+class EntranceBlock(Block):
+    """A block behind a LayerNorm of its own, for an input whose scale has no bound: a pre-norm residual stream."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float) -> None:
+        super().__init__(embed_dim, num_heads, mlp_hidden_dim, norm_eps)
+        self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, bias: Tensor | None = None, needs_output: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        return super().forward(self.norm0(x_BTD), bias, needs_output)
 
 
 def init_linear_layers(module: nn.Module) -> None:

@@ -12,9 +12,9 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from d2v_composer.models.data2vec2 import Data2Vec2, ExtraTokens
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, instance_norm, regression_loss
+from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
 __all__ = ["DistillationModel", "Prediction"]
@@ -44,6 +44,7 @@ class DistillationModel(ComposerModel):
             tokens from InstanceNorm and the loss, and regress CLS to the mean target with weight 0.01.
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
+        target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
 
     Attributes:
         regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
@@ -57,12 +58,13 @@ class DistillationModel(ComposerModel):
 
     def __init__(
         self,
-        teacher: Data2Vec2,
+        teacher: Teacher,
         student: Student,
         prediction: Prediction = "layer_mean",
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
         cpu_bf16: bool = False,
+        target_source: TargetSource = "ffn",
     ) -> None:
         super().__init__()
         if student.encoder is not teacher.encoder:
@@ -71,12 +73,15 @@ class DistillationModel(ComposerModel):
             raise ValueError(f"prediction must be layer_mean or last_block, got {prediction!r}")
         if extra_tokens not in ("regress", "drop"):
             raise ValueError(f"extra_tokens must be regress or drop, got {extra_tokens!r}")
+        if target_source not in ("ffn", "block"):
+            raise ValueError(f"target_source must be ffn or block, got {target_source!r}")
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
         self.extra_tokens: ExtraTokens = extra_tokens
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
+        self.target_source: TargetSource = target_source
         self.regression_loss = regression_loss
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
@@ -93,7 +98,7 @@ class DistillationModel(ComposerModel):
     def compare(self, images: Tensor) -> Regression:
         """Compute prediction and target of images, in the current precision."""
         x_BTD = self.teacher.encode(images)
-        target = self.teacher.targets(x_BTD, self.extra_tokens, self.average_top_k_layers)
+        target = self.teacher.targets(x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source)
         prediction = self.predict(x_BTD)
         if not self.ignored_tokens:
             return Regression(prediction, target)
@@ -115,7 +120,7 @@ class DistillationModel(ComposerModel):
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
         """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
 
-        Each FFN output is instance-normalised as in the target. The mean is over images and time steps.
+        Each layer is instance-normalised as in the target. The mean is over images and time steps.
 
         Args:
             batch: As for :meth:`forward`.
@@ -126,7 +131,7 @@ class DistillationModel(ComposerModel):
             prediction_BTD = self.predict(x_BTD)
             cosines = [
                 cosine_similarity(prediction_BTD, instance_norm(layer_BTD, self.ignored_tokens), dim=2)
-                for layer_BTD in self.teacher.ffn_outputs(x_BTD)
+                for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
             ]
         return torch.stack([cosine_BT[:, self.ignored_tokens :].mean() for cosine_BT in cosines])
 

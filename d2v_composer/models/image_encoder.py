@@ -1,6 +1,6 @@
-"""The frozen modality encoder for images: pixels to time steps.
+"""The modality encoder of data2vec 2.0 for images.
 
-Teacher and student share it. Attribute names are fairseq's below ``modality_encoders.IMAGE``, so that weights load
+Attribute names are fairseq's below ``modality_encoders.IMAGE``, so that weights load
 from a plain dict.
 Shapes: B images, S pixels a side, N patches, E extra tokens, T = E + N time steps, D channels, L layers.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``modalities/images.py``.
@@ -13,11 +13,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from d2v_composer.models.alibi import Alibi, autocast_dtype, manhattan_distance
-from d2v_composer.models.block import Block
-from d2v_composer.models.frozen import Frozen
+from d2v_composer.models.alibi import autocast_dtype
+from d2v_composer.models.block import Block, FfnBlock
+from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_PATCHES, MAX_WIDTH, check_mlp_ratio, check_whole, is_number
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageEncoder", "ImageEncoderConfig"]
@@ -103,6 +102,19 @@ class ImageEncoderConfig:
             raise ValueError(f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), got {shape!r}")
 
     @property
+    def interpolation(self) -> str:
+        return "bicubic"
+
+    @property
+    def is_normalised(self) -> bool:
+        return True
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
@@ -110,27 +122,14 @@ class ImageEncoderConfig:
     def num_steps(self) -> int:
         return self.num_extra_tokens + self.num_patches
 
-    def build_alibi(self, num_heads: int, num_alibi_heads: int) -> Alibi | None:
-        """Build 2-D ALiBi for blocks on this encoder; ``None`` for 0 ALiBi heads."""
-        if not num_alibi_heads:
-            return None
-        return Alibi(
-            manhattan_distance,
-            num_heads=num_heads,
-            num_alibi_heads=num_alibi_heads,
-            num_extra_tokens=self.num_extra_tokens,
-        )
 
-
-class ImageEncoder(Frozen):
+class ImageEncoder(Encoder):
     """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
 
-    image_mean: Tensor
-    image_std: Tensor
+    config: ImageEncoderConfig
 
     def __init__(self, config: ImageEncoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim, patch = config.embed_dim, config.patch_size
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
         self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
@@ -142,79 +141,21 @@ class ImageEncoder(Frozen):
         self.context_encoder = nn.ModuleDict(
             {"norm": nn.LayerNorm(dim, eps=config.norm_eps), "blocks": nn.ModuleList(blocks)}
         )
-        self.alibi = config.build_alibi(config.num_heads, config.num_alibi_heads)
+        self.alibi = build_alibi(config, config.num_heads, config.num_alibi_heads)
         self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
-        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
     @property
-    def block_list(self) -> list[Block]:
-        """The blocks, typed."""
-        return cast("list[Block]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized (bicubic, antialias) and
-                normalised here.
-
-        Returns:
-            (B, T, D), without gradient.
-
-        Raises:
-            ValueError: The images have another shape or dtype.
-        """
-        x_BTD = self.embed_patches(images)
-        for block, bias in zip(self.block_list, self.layer_biases(x_BTD), strict=False):
-            x_BTD, _ = block(x_BTD, bias)
-        return x_BTD
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise uint8 images; return float images unchanged.
-
-        Raises:
-            ValueError: The images have another shape or dtype.
-        """
-        self.check_images(images)
-        if images.dtype != torch.uint8:
-            return images
-        size = self.config.image_size
-        pixels = (images if images.shape[-2:] == (size, size) else resize(images, size)).float()
-        return pixels.sub_(255 * self.image_mean).div_(255 * self.image_std)
-
-    def check_images(self, images: Tensor) -> None:
-        """Refuse images that :meth:`forward` cannot encode.
-
-        Raises:
-            ValueError: Names the shape that is expected, and the one found.
-        """
-        channels, size, shape = self.config.in_chans, self.config.image_size, tuple(images.shape)
-        is_uint8 = images.dtype == torch.uint8
-        is_batch = len(shape) == 4 and shape[1] == channels
-        if is_batch and (is_uint8 or (images.is_floating_point() and shape[2:] == (size, size))):
-            return
-        hint = ""
-        if len(shape) == 3 and shape[0] == channels:
-            hint = "; for one image: images[None]"
-        elif len(shape) == 4 and shape[3] == channels and not is_batch:
-            hint = "; for channels last: images.permute(0, 3, 1, 2)"
-        raise ValueError(
-            f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size}, {size}) float and normalised; got "
-            f"{shape} {str(images.dtype).removeprefix('torch.')}{hint}"
-        )
+    def block_list(self) -> list[FfnBlock]:
+        return cast("list[FfnBlock]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """Return the first block's input, (B, T, D): patches, positions, extra tokens, LayerNorm."""
-        images = self.prepare(images)
-        x_BND = self.local_encoder["proj"](images).flatten(2).transpose(1, 2)
+        x_BND = self.local_encoder["proj"](self.prepare(images)).flatten(2).transpose(1, 2)
         x_BTD = x_BND + self.fixed_positional_encoder["positions"]
         if self.extra_tokens is not None:
             x_BTD = torch.cat([self.extra_tokens.expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
         return self.context_encoder["norm"](x_BTD)
 
-    def layer_biases(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
+    def block_contexts(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
         """Return the attention biases of this encoder's blocks and of the teacher's blocks after them.
 
         Args:
@@ -229,25 +170,3 @@ class ImageEncoder(Frozen):
             scale = None if self.alibi_scale is None else self.alibi_scale[0]
             return [self.alibi(*shape, scale)] * num_layers
         return [self.alibi(*shape, layer_scale) for layer_scale in self.alibi_scale]
-
-    def forward_macs(self) -> int:
-        """Return the multiply-accumulates for one image."""
-        config = self.config
-        patch_embedding = config.num_patches * config.embed_dim * config.in_chans * config.patch_size**2
-        return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.block_list)
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize uint8 images to (B, 3, size, size), bicubic with antialiasing; whole numbers from 0 to 255."""
-    if images.device.type == "cpu":
-        # The kernel is fastest on channels last, all that follows on contiguous images.
-        return interpolate(images, size, mode="bicubic", antialias=True).contiguous()
-    return resize_in_float(images, size)
-
-
-def resize_in_float(images: Tensor, size: int) -> Tensor:
-    """Resize like :func:`resize` without its uint8 kernel: rows, then columns, each time clamping the overshoot."""
-    pixels = images.float()
-    for shape in ((images.shape[-2], size), (size, size)):
-        pixels = interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
-    return pixels

@@ -2,7 +2,19 @@
 
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "MAX_PATCHES", "MAX_WIDTH", "check_mlp_ratio", "check_whole", "is_number"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_PATCHES",
+    "MAX_WIDTH",
+    "ImageSize",
+    "check_mlp_ratio",
+    "check_whole",
+    "height_and_width",
+    "is_number",
+]
+
+ImageSize = int | tuple[int, int]
+"""Pixels a side of a square, or (height, width)."""
 
 # Far above any vision transformer's. Larger ones mean a corrupt file, or one that would exhaust the memory.
 MAX_WIDTH = 1 << 16
@@ -35,3 +47,8 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
 def is_number(value: Any, minimum: float, maximum: float) -> bool:
     """Return whether a value is a number within a range; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return (height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -3,15 +3,16 @@
 Shapes: B images, T time steps, D channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.alibi import autocast_dtype
-from d2v_composer.models.block import Block, init_linear_layers
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.block import Block, EntranceBlock, init_linear_layers
+from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_mlp_ratio, check_whole
 from d2v_composer.models.transformer import Transformer
 
@@ -52,49 +53,51 @@ class Student(Transformer):
         ValueError: The sizes do not fit the encoder's.
     """
 
-    def __init__(self, encoder: ImageEncoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
         dim, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
         check_mlp_ratio(config.mlp_ratio, dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if dim % config.num_heads:
             raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
-        super().__init__(encoder, [Block(dim, config.num_heads, hidden_dim, norm_eps) for _ in range(config.depth)])
+        kinds = [Block if encoder.config.is_normalised else EntranceBlock] + [Block] * (config.depth - 1)
+        super().__init__(encoder, [kind(dim, config.num_heads, hidden_dim, norm_eps) for kind in kinds])
         self.config = config
         self.provenance = provenance or {}
-        self.alibi = encoder.config.build_alibi(config.num_heads, config.num_alibi_heads)
+        self.alibi = build_alibi(encoder.config, config.num_heads, config.num_alibi_heads)
         init_linear_layers(self.blocks)
 
-    def block_biases(self, x_BTD: Tensor) -> list[Tensor | None]:
+    @property
+    def block_list(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         bias = None if self.alibi is None else self.alibi(x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
         return [bias] * len(self.blocks)
 
     def backward_macs(self) -> int:
         """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
-        first_qkv = self.block_list[0].attn.qkv.weight.numel()
+        first = self.block_list[0]
+        first_qkv = 0 if isinstance(first, EntranceBlock) else first.attn.qkv.weight.numel()
         return 2 * self.forward_macs() - self.encoder.config.num_steps * first_qkv
 
 
 @torch.no_grad()
-def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> None:
-    """Copy the teacher's first blocks into the student's.
+def init_from_teacher(student: Student, sources: Sequence[nn.Module], init: Init) -> None:
+    """Copy a teacher's first blocks into the student's.
 
     Args:
         student: Changed in place.
-        teacher: On the same encoder.
-        init: ``teacher_attention`` copies each block's attention, ``teacher_blocks`` whole blocks.
+        sources: For ``teacher_attention`` each block's attention, for ``teacher_blocks`` the blocks; of the student's
+            kind.
+        init: One of these two.
 
     Raises:
         ValueError: The teacher has too few blocks, or blocks of other sizes.
     """
-    if init not in get_args(Init):
-        raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
-    if len(student.blocks) > len(teacher.blocks):
-        raise ValueError(
-            f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
-        )
-    for block, source_block in zip(student.block_list, teacher.block_list, strict=False):
+    if len(student.blocks) > len(sources):
+        raise ValueError(f"init {init}: the student has {len(student.blocks)} blocks, the teacher {len(sources)}")
+    for block, source in zip(student.block_list, sources, strict=False):
         target: nn.Module = block.attn if init == "teacher_attention" else block
-        source: nn.Module = source_block.attn if init == "teacher_attention" else source_block
         for name, tensor in target.named_parameters():
             shape, source_shape = tuple(tensor.shape), tuple(source.get_parameter(name).shape)
             if shape != source_shape:
@@ -102,6 +105,3 @@ def init_from_teacher(student: Student, teacher: Transformer, init: Init) -> Non
                     f"init {init} needs the teacher's sizes: {name} {shape} against the teacher's {source_shape}"
                 )
         target.load_state_dict(source.state_dict())
-    num_heads = teacher.block_list[0].attn.num_heads
-    if student.config.num_heads != num_heads:
-        raise ValueError(f"init {init} needs the teacher's {num_heads} heads")

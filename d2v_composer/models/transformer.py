@@ -4,7 +4,7 @@ Shapes: B images, T time steps, D channels, H heads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.alibi import autocast_dtype, mask_padding
-from d2v_composer.models.block import Block
-from d2v_composer.models.image_encoder import ImageEncoder
+from d2v_composer.models.block import FfnBlock
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.targets import norm_mean
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module, ABC):
         norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or its compiled version.
     """
 
-    def __init__(self, encoder: ImageEncoder, blocks: list[Block]) -> None:
+    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock]) -> None:
         super().__init__()
         self.encoder = encoder
         self.blocks = nn.ModuleList(blocks)
@@ -67,20 +67,20 @@ class Transformer(nn.Module, ABC):
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Return whether FSDP makes a module a unit: gathers its weights for a call and frees them after it."""
-        return isinstance(module, ImageEncoder | Block)
+        return isinstance(module, Encoder | FfnBlock)
 
     @property
-    def block_list(self) -> list[Block]:
+    def block_list(self) -> Sequence[FfnBlock]:
         """:attr:`blocks`, typed."""
-        return cast("list[Block]", list(self.blocks))
+        return cast("list[FfnBlock]", list(self.blocks))
 
     @property
     def num_extra_tokens(self) -> int:
         return self.encoder.config.num_extra_tokens
 
     @abstractmethod
-    def block_biases(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's attention bias for an input, (1, H, T, T) or ``None``."""
+    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
+        """Return each block's context for an input: an attention bias, (1, H, T, T), unless its kind needs another."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Run the shared encoder: images as in :meth:`embed_all` → (B, T, D), without gradient."""
@@ -103,13 +103,20 @@ class Transformer(nn.Module, ABC):
     def _iterate_blocks(
         self, x_BTD: Tensor, padding_mask_BT: Tensor | None, needs_last_output: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        biases = self.block_biases(x_BTD)
+        contexts = self.block_contexts(x_BTD)
         if padding_mask_BT is not None:
-            biases = _mask_padding(biases, padding_mask_BT, autocast_dtype(x_BTD))
+            contexts = self.mask_padding(contexts, padding_mask_BT, autocast_dtype(x_BTD))
         last = self.block_list[-1]
-        for block, bias in zip(self.block_list, biases, strict=True):
-            x_BTD, ffn_output_BTD = block(x_BTD, bias, needs_last_output or block is not last)
+        for block, context in zip(self.block_list, contexts, strict=True):
+            x_BTD, ffn_output_BTD = block(x_BTD, context, needs_last_output or block is not last)
             yield x_BTD, ffn_output_BTD
+
+    def mask_padding(
+        self, contexts: list[Tensor | None], padding_mask_BT: Tensor, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Mask padding in each block's bias; blocks that share a bias share the result."""
+        masked = {id(bias): mask_padding(bias, padding_mask_BT, dtype) for bias in contexts}
+        return [masked[id(bias)] for bias in contexts]
 
     def checkpoint_activations(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -123,7 +130,7 @@ class Transformer(nn.Module, ABC):
         """Compute every embedding in one forward pass, without gradient; :meth:`forward_blocks` has one.
 
         Args:
-            images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized and normalised here.
+            images: As for the encoder: float, already normalised; or uint8 of any size.
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
@@ -158,9 +165,3 @@ class Transformer(nn.Module, ABC):
     def forward_macs(self) -> int:
         """Return the multiply-accumulates for one image in the blocks, without the encoder."""
         return sum(block.forward_macs(self.encoder.config.num_steps) for block in self.block_list)
-
-
-def _mask_padding(biases: list[Tensor | None], padding_mask_BT: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
-    """Mask padding in each block's bias; blocks that share a bias share the result."""
-    masked = {id(bias): mask_padding(bias, padding_mask_BT, dtype) for bias in biases}
-    return [masked[id(bias)] for bias in biases]

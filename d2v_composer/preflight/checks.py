@@ -19,8 +19,8 @@ from streaming.base.format import reader_from_json
 from d2v_composer.builders.data import build_transform, count_samples, room_of_node, shared_memory_of_node
 from d2v_composer.builders.evaluation import build_labelled_sets
 from d2v_composer.builders.loggers import check_logging_servers
+from d2v_composer.builders.model import build_teacher
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.augmentation import sample_rng
 from d2v_composer.data.decode import rgb_of
@@ -28,7 +28,8 @@ from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.data.mds_index import check_room, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.shared_memory import check_shared_memory
 from d2v_composer.data.verified_stream import VerifiedStream
-from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.sizes import ImageSize
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.preflight.permissions import check_permissions
 from d2v_composer.system.atomic_files import existing_folder
@@ -76,8 +77,8 @@ class Checks:
 
     config: TrainConfig
     nodes: Nodes
-    teacher: Data2Vec2 = field(init=False)
-    image_size: int = 224
+    teacher: Teacher = field(init=False)
+    image_size: ImageSize = 224
     num_trained: int = 0
     """Trained parameters."""
     shards: list[dict[str, Any]] = field(init=False)
@@ -104,7 +105,7 @@ class Checks:
 
     def check_teacher(self) -> str:
         """Load the teacher."""
-        self.teacher = load_teacher(self.config.teacher.checkpoint, self.config.teacher.weights)
+        self.teacher = build_teacher(self.config.teacher)
         millions = sum(parameter.numel() for parameter in self.teacher.parameters()) / 1e6
         sizes = self.teacher.config
         self.image_size = sizes.image_size

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.load import convert_teacher, save_student
+from d2v_composer.checkpoints.data2vec2_file import convert_teacher
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoderConfig
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import StudentConfig
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
@@ -118,7 +120,7 @@ def sizes_of(path: Path) -> Sizes:
 
 def embeddings(model: Transformer) -> Tensor:
     """Return all embeddings of the same images, as uint8 and as normalised floats."""
-    size = model.encoder.config.image_size
+    size, _ = height_and_width(model.encoder.config.image_size)
     images = torch.randint(
         0, 256, (2, 3, size + 8, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )

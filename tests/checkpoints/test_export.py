@@ -23,6 +23,7 @@ from d2v_composer.checkpoints.headline import Headline, choose_embedding, stored
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import TimmStudent
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -52,7 +53,8 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory, expo
 def images(exported: Path) -> Tensor:
     """Five images, normalised."""
     config = load_student(exported).encoder.config
-    return torch.randn(5, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    shape = height_and_width(config.image_size)
+    return torch.randn(5, 3, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def embed(student: Student, images: Tensor, **options: str) -> Tensor:

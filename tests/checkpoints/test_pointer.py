@@ -29,7 +29,7 @@ def test_a_pointer_that_is_being_replaced_is_waited_for(uninterrupted: Path, tmp
         load_any(tmp_path / "none.pt")
 
 
-@pytest.mark.parametrize("step", ["fetch", "is_safetensors", "load_untrusted"])
+@pytest.mark.parametrize("step", ["fetch_model", "is_safetensors", "load_untrusted"])
 def test_reads_the_next_checkpoint_if_one_is_removed_while_being_read(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

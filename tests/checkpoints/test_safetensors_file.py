@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import safetensors_file
-from d2v_composer.checkpoints.load import convert_teacher, save_student
+from d2v_composer.checkpoints.data2vec2_file import convert_teacher
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
 from d2v_composer.system import cli

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.alibi import MAX_KEPT, Alibi, absolute_distance, alibi_slopes, manhattan_distance, mask_padding
 from d2v_composer.models.block import Attention, Block
+from d2v_composer.models.encoder import build_alibi
 from d2v_composer.models.image_encoder import ImageEncoderConfig
 from helpers import GOLDEN
 
@@ -34,6 +35,9 @@ def test_slopes_are_geometric_series() -> None:
 def test_bias_of_images() -> None:
     distance = manhattan_distance(9)
     assert distance[0, 8] == 4  # corner to corner of a 3 × 3 grid
+    assert manhattan_distance(6, num_columns=3)[0].tolist() == [0, 1, 2, 1, 2, 3]
+    with pytest.raises(ValueError, match="full rows of 4 patches, got 6"):
+        manhattan_distance(6, num_columns=4)
     alibi = Alibi(manhattan_distance, num_heads=6, num_alibi_heads=4, num_extra_tokens=2)
     bias = alibi(11, torch.float32, CPU)[0]
     assert bias.shape == (6, 11, 11)
@@ -167,4 +171,4 @@ def test_learned_scales_are_clamped_at_0() -> None:
 
 
 def test_images_have_no_alibi_of_no_heads() -> None:
-    assert ImageEncoderConfig().build_alibi(num_heads=12, num_alibi_heads=0) is None
+    assert build_alibi(ImageEncoderConfig(), num_heads=12, num_alibi_heads=0) is None

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.models.block import Block
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.distillation import DistillationModel
 from helpers import QUICKSTART
@@ -75,8 +76,10 @@ def test_losses_in_bfloat16_are_close(model: DistillationModel, batches: Tensor,
 def test_frozen_weights_in_bfloat16_give_equal_targets(model: DistillationModel, batches: Tensor) -> None:
     plain, cast = copy.deepcopy(model), copy.deepcopy(model)
     cast.teacher.cast_weights(torch.bfloat16)
-    block = cast.teacher.block_list[0]
-    assert block.mlp.fc1.weight.dtype == cast.teacher.encoder.block_list[0].attn.qkv.bias.dtype == torch.bfloat16
+    block, first = cast.teacher.block_list[0], cast.teacher.encoder.block_list[0]
+    assert isinstance(block, Block)
+    assert isinstance(first, Block)
+    assert block.mlp.fc1.weight.dtype == first.attn.qkv.bias.dtype == torch.bfloat16
     assert block.norm1.weight.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in cast.student.blocks.parameters())
     plain.cpu_bf16 = cast.cpu_bf16 = True

@@ -19,7 +19,7 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import OptimizerConfig
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.image_encoder import resize, resize_in_float
+from d2v_composer.models.encoder import resize, resize_in_float
 from d2v_composer.models.targets import Regression, norm_mean, regression_loss
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -221,10 +221,10 @@ def test_uint8_images_are_normalised_as_float_ones(teacher: Data2Vec2) -> None:
 @pytest.mark.parametrize("size", [32, 20, 100])
 @pytest.mark.parametrize("resize_images", [resize, resize_in_float])
 def test_images_of_another_size_are_resized_as_pillow_does(
-    resize_images: Callable[[Tensor, int], Tensor], size: int
+    resize_images: Callable[[Tensor, tuple[int, int]], Tensor], size: int
 ) -> None:
     images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    resized = resize_images(images, 48)
+    resized = resize_images(images, (48, 48))
     assert resized.shape == (3, 3, 48, 48)
     for ours, image in zip(resized, images, strict=True):
         pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((48, 48), Image.Resampling.BICUBIC)

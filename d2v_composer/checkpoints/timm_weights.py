@@ -1,0 +1,193 @@
+"""Load a teacher from timm: its model's weights from a local file or the Hugging Face hub, without running their code.
+
+Files are those of timm, or of a model's authors if timm converts them. timm's own filters rename the tensors, and
+resample positions to another image size.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import Beit, Eva, beit, eva, vision_transformer
+from torch import Tensor, nn
+
+from d2v_composer.checkpoints.check_tensors import check_tensors
+from d2v_composer.checkpoints.pointer import fetch_model
+from d2v_composer.checkpoints.safe_pickle import Stub, load_untrusted
+from d2v_composer.checkpoints.safetensors_file import is_safetensors, read_tensors, sha256
+from d2v_composer.models.sizes import ImageSize
+from d2v_composer.models.timm_encoder import build_timm_model, materialize
+from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.system.addresses import file_name
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.retry import reason
+
+__all__ = ["load_timm_teacher"]
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# Training programs nest the weights below these names.
+NESTED = ("model_ema", "model", "module", "state_dict", "teacher")
+# Parts of timm's models after the final norm: no teacher needs them.
+HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
+# Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
+TRUNK = ("blocks.", "patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.", "rel_pos_bias.")
+
+
+def load_timm_teacher(
+    path: str | Path | None, model: str, first_blocks: int | None = None, image_size: ImageSize | str | None = None
+) -> TimmTeacher:
+    """Load a frozen teacher, in eval mode and float32.
+
+    Args:
+        path: A .safetensors or PyTorch file: a local path, https://, or an object store's address. ``None``: timm's
+            pretrained weights, from the hub or its cache.
+        model: ``timm/NAME``.
+        first_blocks: Blocks in the shared encoder; default a sixth of all.
+        image_size: Pixels a side, or (height, width); default timm's for this model.
+
+    Raises:
+        InputError: The model cannot be a teacher, or the file is not one of its weights.
+    """
+    try:
+        built = build_timm_model(model, image_size)
+        config = teacher_config(model, built, first_blocks)
+    except ValueError as error:
+        raise InputError(f"teacher: {error}") from error
+    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
+    file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
+    source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
+    stored = {name: tensor.float() for name, tensor in read_state_dict(file).items()}
+    tensors = to_timm(file, built, model, stored)
+    expected = {name: tuple(each.shape) for name, each in built.state_dict().items() if not name.startswith(HEADS)}
+    foreign = [name for name in tensors if name not in expected and name.startswith(TRUNK)]
+    if foreign:
+        raise InputError(f"{file}: not weights of {model}: it has no tensor {foreign[0]}")
+    used = {name: tensor for name, tensor in tensors.items() if name in expected}
+    check_tensors(file, expected, used)
+    materialize(built).load_state_dict(used, strict=False)
+    provenance = {
+        "model": model,
+        "tag": pretrained.get("tag") if path is None else None,
+        "source": source,
+        "sha256": sha256(file),
+        "licence": licence_of(pretrained, is_pretrained=path is None),
+        "left": unused_names(stored, used),
+    }
+    return TimmTeacher(built, config, provenance)
+
+
+def licence_of(pretrained: Mapping[str, Any], is_pretrained: bool) -> str:
+    """Return the licence that timm states for its pretrained weights; another file may have another one."""
+    stated = pretrained.get("license") or "not stated by timm"
+    return stated if is_pretrained else f"of the file; timm states for its own weights of this model: {stated}"
+
+
+def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
+    """Return timm's pretrained weights in the hub's cache, after fetching them.
+
+    The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Raises:
+        InputError: There are none, or they are neither in the cache nor reachable.
+    """
+    repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
+    if not repository:
+        raise InputError(f"{model}: timm has no pretrained weights on the hub: give teacher.checkpoint, a file")
+    names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
+    problem = "it has none of " + ", ".join(names)
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision or None))
+        except LocalEntryNotFoundError as error:
+            problem = f"not in the cache, and the hub cannot be reached ({reason(error)[:200]})"
+            break
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            problem = reason(error)[:200]
+            break
+    raise InputError(
+        f"{model}: no pretrained weights of {repository} on the Hugging Face hub: {problem}; fetch them once with "
+        "network access, or give teacher.checkpoint, a file"
+    )
+
+
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file of weights.
+
+    Raises:
+        InputError: It is truncated, or holds anything that would be code.
+    """
+    if is_safetensors(file):
+        return read_tensors(file)
+    contents = load_untrusted(file)
+    while isinstance(contents, dict):
+        refuse_calls(file, contents)
+        nested = next((name for name in NESTED if isinstance(contents.get(name), dict)), None)
+        if nested is None:
+            break
+        contents = contents[nested]
+    found = contents.items() if isinstance(contents, dict) else ()
+    tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
+    if not tensors:
+        raise InputError(f"{file}: not a file of weights: it has no dict of tensors")
+    return tensors
+
+
+def refuse_calls(file: Path, contents: Mapping[Any, Any]) -> None:
+    """Refuse a file in which a value comes from calling a function, though it was not called.
+
+    An object with attributes, such as a program's arguments, is left alone.
+
+    Raises:
+        InputError: It names the value.
+    """
+    for name, value in contents.items():
+        if isinstance(value, Stub) and not (value.args == () and isinstance(value.state, dict) and value.state):
+            raise InputError(f"{file}: {name} would run code when loaded, so the file is refused: use a .safetensors")
+
+
+def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Apply timm's filter: the model's names, and positions resampled to its grid.
+
+    Raises:
+        InputError: These are not weights of such a model.
+    """
+    patch: Any = built.get_submodule("patch_embed")
+    projection = stored.get("patch_embed.proj.weight")
+    if projection is not None and projection.ndim == 4 and hasattr(patch, "proj"):
+        found, expected = tuple(projection.shape[2:]), tuple(patch.proj.weight.shape[2:])
+        if found != expected:  # timm would resample it
+            raise InputError(f"{file}: not weights of {model}: its patches have {found} pixels, not {expected}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the speed of timm's resampling
+            return checkpoint_filter(built, model)(dict(stored), built)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not weights of {model} ({reason(error)[:200]})") from error
+
+
+def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, Tensor]]:
+    """Return the filter that timm's factory uses for a model."""
+    if isinstance(built, Eva):
+        return eva.checkpoint_filter_fn
+    if isinstance(built, Beit):
+        return beit.checkpoint_filter_fn
+    options: dict[str, Any] = {}
+    if "flexi" in model or "radio" in model:
+        options = {"interpolation": "bilinear", "antialias": False, "align_corners": "radio_v3" in model or None}
+    return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True, **options)
+
+
+def unused_names(stored: Mapping[str, Tensor], used: Mapping[str, Tensor]) -> list[str]:
+    """Return the file's names of tensors that the teacher does not use."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in used.values()}
+    return [
+        name
+        for name, tensor in stored.items()
+        if name not in used and tensor.untyped_storage().data_ptr() not in addresses
+    ]

@@ -1,0 +1,140 @@
+"""What every teacher is: frozen blocks on an encoder, regression targets, students on the same encoder.
+
+Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from d2v_composer.models.block import FfnBlock
+from d2v_composer.models.encoder import Encoder, EncoderConfig
+from d2v_composer.models.frozen import Frozen
+from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
+from d2v_composer.models.transformer import Transformer
+
+__all__ = ["ExtraTokens", "TargetSource", "Teacher", "TeacherConfig"]
+
+ExtraTokens = Literal["regress", "drop"]
+TargetSource = Literal["ffn", "block"]
+
+
+class TeacherConfig(EncoderConfig, Protocol):
+    """Sizes of a teacher."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks after the encoder."""
+        ...
+
+    @property
+    def average_top_k_layers(self) -> int:
+        """Number of last blocks in the target, unless another is asked for."""
+        ...
+
+
+class Teacher(Transformer, Frozen):
+    """A teacher, in eval mode. Call :meth:`freeze` once the parameters exist.
+
+    Args:
+        encoder: Shared with the students.
+        blocks: The blocks after it.
+        config: The sizes.
+        provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
+            ``licence``.
+    """
+
+    def __init__(
+        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: TeacherConfig, provenance: dict[str, Any] | None
+    ) -> None:
+        super().__init__(encoder, blocks)
+        self.config = config
+        self.provenance = provenance or {}
+
+    @abstractmethod
+    def init_sources(self, init: Init) -> Sequence[nn.Module]:
+        """Return the attentions or the blocks that a student's may start from.
+
+        Raises:
+            ValueError: They are of another kind than the student's.
+        """
+
+    def target_layers(self, x: Tensor, source: TargetSource) -> Iterator[Tensor]:
+        """Yield what the target is made of, (B, T, D) for each block: its FFN output, or its output."""
+        if source == "ffn":
+            return self.ffn_outputs(x)
+        return (output for output, _ in self._iterate_blocks(x, None, needs_last_output=True))
+
+    @torch.no_grad()
+    def targets(
+        self,
+        x: Tensor,
+        extra_tokens: ExtraTokens = "regress",
+        average_top_k_layers: int | None = None,
+        source: TargetSource = "ffn",
+    ) -> Tensor:
+        """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
+
+        Args:
+            x: (B, T, D), from :meth:`encode`.
+            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
+                pre-training does.
+            average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
+                checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
+            source: ``ffn``, or ``block`` for the blocks' outputs.
+
+        Returns:
+            (B, T, D) float32, or (B, N, D) without the extra tokens.
+
+        Raises:
+            ValueError: There are fewer blocks.
+        """
+        depth = self.config.depth
+        top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
+        if not 1 <= top_k <= depth:
+            raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
+        layers = islice(self.target_layers(x, source), depth - top_k, None)
+        if extra_tokens == "regress":
+            return self.norm_mean(layers)
+        return self.norm_mean(layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
+
+    def build_student(
+        self,
+        depth: int = 5,
+        mlp_ratio: float = 3.0,
+        alibi: bool = True,
+        init: Init = "random",
+        num_heads: int | None = None,
+        num_alibi_heads: int | None = None,
+    ) -> Student:
+        """Build a trainable student that shares this teacher's encoder.
+
+        Args:
+            depth: Number of blocks.
+            mlp_ratio: Hidden width of their MLPs over D.
+            alibi: Add the 2-D ALiBi bias to the attention, as in the paper, though the teacher has none.
+            init: ``random`` (the paper), or copy the teacher's first blocks: ``teacher_attention``, or
+                ``teacher_blocks`` if the MLP ratios agree.
+            num_heads: Default: the teacher's.
+            num_alibi_heads: Default: all heads.
+
+        Raises:
+            ValueError: A size is out of range or, for a copy, differs from the teacher's.
+        """
+        if init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
+        num_heads = self.config.num_heads if num_heads is None else num_heads
+        num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads
+        config = StudentConfig(
+            depth=depth, mlp_ratio=mlp_ratio, num_heads=num_heads, num_alibi_heads=num_alibi_heads if alibi else 0
+        )
+        student = Student(self.encoder, config, provenance={"teacher": self.provenance})
+        if init != "random":
+            init_from_teacher(student, self.init_sources(init), init)
+            if num_heads != self.config.num_heads:
+                raise ValueError(f"init {init} needs the teacher's {self.config.num_heads} heads")
+        return student

@@ -1,0 +1,100 @@
+"""Sizes of timm's ViTs as encoders and teachers; this module does not import timm, which takes seconds."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, ImageSize, check_whole, height_and_width
+
+__all__ = ["PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "check_image_size"]
+
+PREFIX = "timm/"
+# Of the students.
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmEncoderConfig:
+    """Sizes of a timm ViT's encoder. The model's name gives all others.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    first_blocks: int
+    """Number of blocks in the encoder."""
+    embed_dim: int
+    num_heads: int
+    num_extra_tokens: int
+    image_size: ImageSize
+    grid_size: tuple[int, int]
+    in_chans: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    interpolation: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be timm/NAME, got {self.model!r}")
+        check_whole("first_blocks", self.first_blocks, 0, MAX_DEPTH)
+        check_image_size(self.image_size)
+
+    @property
+    def is_normalised(self) -> bool:
+        return False
+
+    @property
+    def norm_eps(self) -> float:
+        return NORM_EPS
+
+    @property
+    def patch_size(self) -> int:
+        return height_and_width(self.image_size)[0] // self.grid_size[0]
+
+    @property
+    def prenet_depth(self) -> int:
+        """:attr:`first_blocks`, under data2vec's name."""
+        return self.first_blocks
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_extra_tokens + self.num_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmTeacherConfig(TimmEncoderConfig):
+    """Sizes of a timm ViT."""
+
+    depth: int
+    """Number of blocks after the encoder."""
+
+    @property
+    def average_top_k_layers(self) -> int:
+        """All blocks."""
+        return self.depth
+
+    def encoder_config(self) -> TimmEncoderConfig:
+        """Return the sizes of the encoder alone."""
+        return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
+
+
+def check_image_size(image_size: Any) -> tuple[int, int]:
+    """Return (height, width) of an image size from any source.
+
+    Raises:
+        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
+    """
+    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
+        image_size = tuple(map(int, image_size.split("x")))
+    shape: Any = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")
+    for size in shape:
+        check_whole("image_size", size, 1, MAX_WIDTH)
+    return shape[0], shape[-1]

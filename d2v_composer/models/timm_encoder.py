@@ -1,0 +1,217 @@
+"""The frozen encoder of a timm ViT: what comes before its blocks, and the first of them.
+
+Shapes: B images, T time steps, D channels, L blocks, H heads.
+"""
+
+import math
+from typing import Any, NamedTuple, TypeVar, cast
+
+import timm
+import torch
+from timm.data.config import resolve_data_config
+from timm.models import Beit, Eva, VisionTransformer
+from torch import Tensor, nn
+
+from d2v_composer.models.block import FfnBlock
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.sizes import MAX_PATCHES, ImageSize, check_whole
+from d2v_composer.models.timm_block import TimmBlock, check_block
+from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig, check_image_size
+
+__all__ = [
+    "FixedContexts",
+    "TimmEncoder",
+    "TimmParts",
+    "build_timm_model",
+    "encoder_config",
+    "materialize",
+]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+CLASSES = (VisionTransformer, Eva, Beit)
+
+
+def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
+    """Build one of timm's models on the meta device, without a classifier; :func:`materialize` gives it memory.
+
+    Args:
+        model: ``timm/NAME``.
+        image_size: Default: that of timm's data config.
+
+    Raises:
+        ValueError: There is no such model, or it cannot be a teacher, or not at this size.
+    """
+    name = model.removeprefix(PREFIX)
+    if name == model or not timm.is_model(name):
+        raise ValueError(f"no model {model!r}; allowed are timm/NAME, NAME as timm.list_models() shows it")
+    built = create_on_meta(name)
+    if not isinstance(built, CLASSES):
+        allowed = ", ".join(kind.__name__ for kind in CLASSES)
+        raise ValueError(f"{model} is a {type(built).__name__}; only timm's classes {allowed} can be teachers")
+    for block in built.blocks:
+        check_block(block)
+    data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
+    shape = data["input_size"][1:] if image_size is None else check_image_size(image_size)
+    parts: Any = built
+    check_patches(shape, parts.patch_embed.patch_size)
+    return create_on_meta(name, num_classes=0, img_size=shape).eval()
+
+
+def create_on_meta(name: str, **options: Any) -> Any:
+    """Call timm's factory on the meta device.
+
+    Raises:
+        ValueError: The name's tag is unknown.
+    """
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **options)
+    except RuntimeError as error:
+        raise ValueError(f"timm/{name}: {error}") from error
+
+
+def check_patches(shape: tuple[int, int], patch_shape: tuple[int, int]) -> None:
+    """Check the size of images against a patch's.
+
+    Raises:
+        ValueError: The patch does not divide it, or there would be too many patches.
+    """
+    if any(size % patch for size, patch in zip(shape, patch_shape, strict=True)):
+        patch, found = (" x ".join(map(str, each)) for each in (patch_shape, shape))
+        raise ValueError(f"image_size must be a multiple of the patch, {patch} pixels, got {found}")
+    num_patches = math.prod(shape) // math.prod(patch_shape)
+    if num_patches > MAX_PATCHES:
+        raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {num_patches}")
+
+
+def encoder_config(model: str, built: Any, first_blocks: int) -> TimmEncoderConfig:
+    """Return the sizes of a built model.
+
+    Raises:
+        ValueError: ``first_blocks`` leaves no block to the teacher.
+    """
+    check_whole("first_blocks", first_blocks, 0, len(built.blocks) - 1)
+    data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
+    height, width = built.patch_embed.img_size
+    return TimmEncoderConfig(
+        model=model,
+        first_blocks=first_blocks,
+        embed_dim=built.embed_dim,
+        num_heads=built.blocks[0].attn.num_heads,
+        num_extra_tokens=built.num_prefix_tokens,
+        image_size=height if height == width else (height, width),
+        grid_size=tuple(built.patch_embed.grid_size),
+        in_chans=built.in_chans,
+        image_mean=tuple(data["mean"]),
+        image_std=tuple(data["std"]),
+        interpolation=data["interpolation"],
+    )
+
+
+class TimmParts(NamedTuple):
+    """A timm model, taken apart."""
+
+    stem: nn.Module
+    """The model without the other parts: its ``forward_features`` is what comes before the blocks."""
+    blocks: list[TimmBlock]
+    contexts: Tensor | None
+    """(1 or L, …): the table of rotary positions or the relative bias of all blocks, or of each."""
+    norm: nn.Module
+    """The final norm; an Identity in some models."""
+
+    @classmethod
+    def of(cls, model: Any) -> "TimmParts":
+        """Take a model apart, which is changed. timm's code before the blocks thus stays timm's."""
+        blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
+        contexts = shared_contexts(model)
+        model.blocks = nn.Sequential()
+        model.rope = model.rel_pos_bias = model.attn_pool = None
+        model.norm = model.fc_norm = model.head = nn.Identity()
+        return cls(model, blocks, contexts, norm)
+
+
+@torch.no_grad()
+def shared_contexts(model: nn.Module) -> Tensor | None:
+    """Compute the contexts that a whole model shares. They are constants of a frozen model at one image size."""
+    parts: Any = model
+    if isinstance(model, Beit) and model.rel_pos_bias is not None:
+        return parts.rel_pos_bias()[None]
+    if isinstance(model, Eva) and model.rope is not None:
+        table = parts.rope.get_embed(shape=parts.patch_embed.grid_size)
+        return table if parts.rope_mixed else table[None]
+    return None
+
+
+class FixedContexts(nn.Module):
+    """The contexts of some blocks, as a buffer that moves with the model and is stored in exported files.
+
+    Args:
+        table: (1 or L, …), see :class:`TimmParts`.
+        start: The first of the blocks.
+        stop: The block after the last.
+    """
+
+    table: Tensor | None
+
+    def __init__(self, table: Tensor | None, start: int, stop: int) -> None:
+        super().__init__()
+        self.num_blocks = stop - start
+        if table is not None:
+            table = table.clone() if len(table) == 1 else table[start:stop].clone()
+        self.register_buffer("table", table if self.num_blocks else None)
+
+    def forward(self) -> list[Tensor | None]:
+        if self.table is None or len(self.table) == 1:
+            return [None if self.table is None else self.table[0]] * self.num_blocks
+        return list(self.table)
+
+
+def materialize(module: ModuleT) -> ModuleT:
+    """Give a module from the meta device memory, unless meta is the current device; its parameters are not set."""
+    device = torch.get_default_device()
+    if device.type != "meta":
+        module.to_empty(device=device)
+        for part in module.modules():
+            if hasattr(part, "init_non_persistent_buffers"):
+                cast("Any", part).init_non_persistent_buffers()
+    return module
+
+
+class TimmEncoder(Encoder):
+    """The encoder.
+
+    Args:
+        config: The sizes.
+        parts: The parts of a model of these sizes; default: new ones, into which a state dict must be loaded.
+
+    Raises:
+        ValueError: There is no such model, or it has other sizes.
+    """
+
+    config: TimmEncoderConfig
+
+    def __init__(self, config: TimmEncoderConfig, parts: TimmParts | None = None) -> None:
+        super().__init__(config)
+        is_new = parts is None
+        if parts is None:
+            model = build_timm_model(config.model, config.image_size)
+            found = encoder_config(config.model, model, config.first_blocks)
+            if config != found:
+                raise ValueError(f"{config.model} has other sizes in timm {timm.__version__}: {found}, not {config}")
+            parts = TimmParts.of(model)
+        self.stem: Any = parts.stem
+        self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
+        self.contexts = FixedContexts(parts.contexts, 0, config.first_blocks)
+        if is_new:
+            for part in (self.stem, self.blocks, self.contexts):
+                materialize(part)
+
+    @property
+    def block_list(self) -> list[FfnBlock]:
+        return cast("list[FfnBlock]", list(self.blocks))
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        return self.stem.forward_features(self.prepare(images))
+
+    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
+        return self.contexts()

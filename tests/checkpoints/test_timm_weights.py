@@ -1,0 +1,332 @@
+"""Weights of timm's models: every tensor of a file is used or named, and what does not fit is refused in one line."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import Beit, Eva, register_model
+from timm.models.beit import _create_beit
+from timm.models.eva import _create_eva
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.timm_student import TimmStudent
+from d2v_composer.system.errors import InputError
+from helpers import refused_by, run_command
+
+NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
+MODEL = f"timm/{NAME}"
+
+
+@register_model
+def small_beit(pretrained: bool = False, **options: Any) -> Beit:
+    """A BEiT whose blocks share one relative bias, and have one of their own."""
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}
+    return _create_beit("small_beit", pretrained, **(sizes | options))
+
+
+@register_model
+def small_mixed_rope(pretrained: bool = False, **options: Any) -> Eva:
+    """A ViT with learned rotary positions for each block, and registers."""
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_reg_tokens": 2, "global_pool": "token"}
+    rope = {"use_rot_pos_emb": True, "rope_type": "mixed", "qkv_bias": True, "init_values": 1.0}
+    return _create_eva("small_mixed_rope", pretrained, **(sizes | rope | options))
+
+
+def random_model(name: str = NAME, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, **{"num_classes": 0, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save(model: nn.Module, path: Path, **more: Tensor) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in (model.state_dict() | more).items()}, path)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return save(random_model(), tmp_path / "weights.safetensors")
+
+
+@torch.no_grad()
+def features(teacher: Any, images: Tensor) -> Tensor:
+    return teacher.forward_blocks(teacher.encode(images))[0]
+
+
+def images_of(*shape: int) -> Tensor:
+    return torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [NAME, "test_vit3", "small_beit", "small_mixed_rope"])
+def test_every_tensor_is_used_or_named(name: str, tmp_path: Path) -> None:
+    model = random_model(name, num_classes=5)
+    path, (height, width) = save(model, tmp_path / "weights.safetensors"), model.patch_embed.img_size
+    teacher = load_teacher(path, model=f"timm/{name}")
+    images = images_of(height, width)
+    with torch.no_grad():
+        expected = model.forward_features(images)
+    assert_close(features(teacher, images), expected, rtol=1e-5, atol=1e-5)
+    heads = {each for each in model.state_dict() if each.startswith(("head.", "fc_norm.", "attn_pool."))}
+    assert set(teacher.provenance["left"]) == heads
+
+
+FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
+    "a state dict": torch.save,
+    "nested": lambda tensors, path: torch.save({"state_dict": {"model": tensors}, "epoch": 3}, path),
+    "with a program's arguments": lambda tensors, path: torch.save(
+        {"model": tensors, "args": argparse.Namespace(lr=0.1)}, path
+    ),
+    "legacy": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "half": lambda tensors, path: torch.save({name: tensor.half() for name, tensor in tensors.items()}, path),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_pytorch_files(what: str, tmp_path: Path) -> None:
+    model = random_model()
+    FILES[what](model.state_dict(), tmp_path / "weights.pth")
+    teacher = load_teacher(tmp_path / "weights.pth", model=MODEL)
+    assert all(tensor.dtype == torch.float32 for tensor in teacher.state_dict().values())
+    tolerance = 0.05 if what == "half" else 1e-5
+    expected = model.forward_features(images_of(160, 160))
+    assert_close(features(teacher, images_of(160, 160)), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm's resampling of relative positions
+@pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope"])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
+def test_positions_are_resampled_as_timm_does(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    model: Any = random_model(name)
+    path = save(model, tmp_path / "weights.safetensors")
+    model.set_input_size(shape)
+    teacher = load_teacher(path, model=f"timm/{name}", image_size=shape)
+    assert teacher.config.grid_size == (shape[0] // 16, shape[1] // 16)
+    images = images_of(*shape)
+    assert_close(features(teacher, images), model.forward_features(images), rtol=1e-5, atol=1e-5)
+    same = load_teacher(path, model=f"timm/{name}", image_size=f"{shape[0]}x{shape[1]}")
+    assert torch.equal(features(same, images), features(teacher, images))
+
+
+def test_files_of_a_models_authors(tmp_path: Path) -> None:
+    """DINOv2 with registers has other names, and CLS has a position of its own."""
+    model = random_model("vit_small_patch14_reg4_dinov2", depth=12, img_size=28)
+    theirs = model.state_dict()
+    theirs["register_tokens"] = theirs.pop("reg_token")
+    theirs["pos_embed"] = torch.cat([torch.full((1, 1, 384), 0.25), theirs["pos_embed"]], dim=1)
+    theirs["cls_token"] = theirs["cls_token"] - 0.25
+    torch.save(theirs | {"mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2.pth")
+    teacher = load_teacher(tmp_path / "dinov2.pth", model="timm/vit_small_patch14_reg4_dinov2", image_size=28)
+    expected = model.forward_features(images_of(28, 28))
+    assert_close(features(teacher, images_of(28, 28)), expected, rtol=1e-4, atol=1e-4)
+    assert teacher.provenance["left"] == ["mask_token"]
+
+
+def test_provenance(file: Path) -> None:
+    teacher = load_teacher(file, model=MODEL, first_blocks=2)
+    sha256 = teacher.provenance.pop("sha256")
+    assert len(sha256) == 64
+    assert teacher.provenance == {
+        "model": MODEL,
+        "tag": None,
+        "source": "weights.safetensors",
+        "licence": "of the file; timm states for its own weights of this model: apache-2.0",
+        "left": [],
+    }
+    sizes = teacher.config
+    assert (sizes.embed_dim, sizes.num_heads, sizes.depth, sizes.num_extra_tokens, sizes.image_size) == (
+        64,
+        2,
+        4,
+        1,
+        160,
+    )
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def write_code(path: Path, *place: str, alone: bool = False) -> None:
+    contents: Any = Code(path.with_name("canary"))
+    for name in place:
+        contents = {name: contents}
+    torch.save(contents if alone else random_model().state_dict() | contents, path)
+
+
+def changed(path: Path, **tensors: Tensor | None) -> None:
+    state = random_model().state_dict() | tensors
+    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+
+
+def write_other(path: Path, name: str = NAME, **options: Any) -> None:
+    save(random_model(name, **options), path)
+
+
+Write = Callable[[Path], object]
+# What a file is → how to write it, and the error.
+REFUSED: dict[str, tuple[Write, str]] = {
+    "wide": (lambda path: write_other(path, "deit_tiny_patch16_224", depth=6), r"tensor \S+ has shape \(.*192.*64"),
+    "deep": (lambda path: write_other(path, depth=7), "it has no tensor blocks.6.attn"),
+    "shallow": (lambda path: write_other(path, depth=5), r"tensor blocks.5.\S+ \(64,\) is missing"),
+    "patch": (lambda path: write_other(path, patch_size=8), r"patches have \(8, 8\) pixels, not \(16, 16\)"),
+    "CNN": (lambda path: write_other(path, "test_resnet"), r"tensor cls_token \(1, 1, 64\) is missing"),
+    "registers": (lambda path: changed(path, reg_token=torch.zeros(1, 4, 64)), "it has no tensor reg_token"),
+    "no positions": (lambda path: changed(path, pos_embed=None), r"tensor pos_embed \(1, 101, 64\) is missing"),
+    "not finite": (lambda path: changed(path, cls_token=torch.full((1, 1, 64), np.nan)), "cls_token has values that"),
+    "odd positions": (lambda path: changed(path, pos_embed=torch.zeros(7)), f"not weights of {MODEL}"),
+    "no tensors": (lambda path: torch.save({"model": {"a": 1}}, path), "it has no dict of tensors"),
+    "a list": (lambda path: torch.save([torch.zeros(3)], path), "it has no dict of tensors"),
+    "text": (lambda path: path.write_text("weights"), "truncated, or not a PyTorch checkpoint"),
+    "truncated": (lambda path: path.write_bytes(b"\0" * 100), "truncated, or not a PyTorch checkpoint"),
+    "code": (lambda path: write_code(path, alone=True), "it has no dict of tensors"),
+    "code in place of weights": (lambda path: write_code(path, "model", alone=True), "model would run code"),
+    "code beside weights": (lambda path: write_code(path, "extra"), "extra would run code when loaded"),
+    "code as a weight": (lambda path: write_code(path, "cls_token"), "cls_token would run code when loaded"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_files_are_refused_in_one_line(what: str, tmp_path: Path) -> None:
+    write, message = REFUSED[what]
+    write(tmp_path / "weights.pth")
+    line = refused_by(lambda path: load_teacher(path, model=MODEL), tmp_path / "weights.pth")
+    assert re.search(message, line), line
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "timm/resnet18"}, "teacher: timm/resnet18 is a ResNet; only"),
+        ({"model": MODEL, "first_blocks": 6}, "teacher: first_blocks must be a whole number from 0 to 5, got 6"),
+        ({"model": MODEL, "image_size": 100}, "teacher: image_size must be a multiple of the patch"),
+        ({"model": MODEL, "weights": "ema"}, f"teacher.weights: {MODEL} has no ema weights"),
+        ({"model": "dinov2"}, "teacher.model: must be data2vec2 or timm/NAME, got 'dinov2'"),
+        ({"model": "data2vec2", "image_size": 112}, "first_blocks and image_size are fixed in the file of data2vec2"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_teacher(file, **options)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of the hub, without network: its folder."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path) -> None:
+    folder = offline / "models--timm--test_vit.r160_in1k"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc" / "model.safetensors").write_bytes(file.read_bytes())
+    teacher = load_teacher(None, model=MODEL)
+    assert torch.equal(
+        features(teacher, images_of(160, 160)), features(load_teacher(file, model=MODEL), images_of(160, 160))
+    )
+    found = {name: teacher.provenance[name] for name in ("tag", "source", "licence")}
+    assert found == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "licence": "apache-2.0"}
+    _, same = load_any(MODEL)
+    assert same is not None
+    assert same.provenance == teacher.provenance
+
+
+def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
+    with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights of timm/{NAME}") as caught:
+        load_teacher(None, model=MODEL)
+    assert "give teacher.checkpoint, a file" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+EMBED = """
+import sys, numpy as np, torch
+from d2v_composer import load_student
+student = load_student(sys.argv[1])
+images = torch.from_numpy(np.load(sys.argv[2]))
+with torch.inference_mode():
+    np.save(sys.argv[3], student.embed(images, "mean", "layer_mean").numpy())
+"""
+
+
+@pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope"])
+def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None:
+    path = save(random_model(name), tmp_path / "weights.safetensors")
+    teacher = load_teacher(path, model=f"timm/{name}", image_size=(64, 96))
+    student = teacher.build_student(depth=2).eval()
+    save_student(student, tmp_path / "student.safetensors")
+    images = images_of(64, 96)
+    with torch.inference_mode():
+        expected = student.embed_all(images)
+    path.unlink()
+    again = load_student(tmp_path / "student.safetensors")
+    assert again.encoder.config == student.encoder.config
+    assert not any(parameter.requires_grad for parameter in again.encoder.parameters())
+    with torch.inference_mode():
+        for each, embedding in again.embed_all(images).items():
+            assert torch.equal(embedding, expected[each])
+    model = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors")).eval()
+    assert isinstance(model, TimmStudent)
+    with torch.inference_mode():
+        assert_close(model(images), expected["output_cls"])
+    if name != NAME:  # another process does not know these models
+        return
+    np.save(tmp_path / "images.npy", images.numpy())
+    arguments = [tmp_path / each for each in ("student.safetensors", "images.npy", "embeddings.npy")]
+    done = run_command(sys.executable, "-c", EMBED, *arguments, environment={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert_close(
+        torch.from_numpy(np.load(tmp_path / "embeddings.npy")), expected["layer_mean_mean"], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("model", value) for value in ("timm/resnet18", "timm/test_vit2", 3)],
+        *[("first_blocks", value) for value in (2, "a")],
+        *[("image_size", value) for value in (32, None)],
+        ("grid_size", [1, 1]),
+        ("image_std", [0, 0, 0]),
+        ("embed_dim", 32),
+    ],
+)
+def test_an_exported_students_sizes_are_timms(name: str, value: Any, tmp_path: Path) -> None:
+    teacher = load_teacher(save(random_model(), tmp_path / "weights.safetensors"), model=MODEL)
+    path = tmp_path / "student.safetensors"
+    save_student(teacher.build_student(depth=1), path)
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+    sizes = json.loads(metadata["config"])
+    sizes["encoder"][name] = value
+    tensors = load_file(path)
+    del tensors["config_json"]
+    save_file(tensors, path, metadata | {"config": json.dumps(sizes)})
+    refused_by(load_student, path)

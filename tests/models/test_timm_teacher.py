@@ -1,0 +1,266 @@
+"""Teachers from timm compute what timm computes: features, FFN outputs, positions at other sizes."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.timm_config import TimmTeacherConfig
+from d2v_composer.models.timm_encoder import build_timm_model
+from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+
+SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}
+SMALL_14 = SMALL | {"img_size": 56}
+WIDE = SMALL | {"img_size": (32, 64)}
+
+# Name → options and blocks of the encoder. Together they have every kind of block, token and position.
+MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "test_vit": ({}, None),
+    "vit_small_patch14_dinov2": (SMALL_14, None),
+    "vit_small_patch14_reg4_dinov2": (SMALL_14 | {"img_size": (28, 56)}, 2),  # registers, dynamic size
+    "vit_giant_patch14_dinov2": (SMALL_14, 1),  # SwiGLU
+    "vit_base_patch16_clip_224": (WIDE, 1),  # norm_pre
+    "vit_base_patch16_siglip_224": (WIDE, 0),  # no CLS, attention pooling
+    "vit_base_patch16_siglip_gap_224": (SMALL, 1),
+    "vit_base_patch16_rpn_224": (SMALL, 1),  # post-norm branches
+    "vit_dlittle_patch16_reg1_gap_256": (SMALL, 1),  # differential attention, q/k norm
+    "aimv2_large_patch14_224": (SMALL_14, 1),  # RMS norms
+    "deit3_small_patch16_224": (SMALL, 3),
+    "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
+    "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
+    "eva02_tiny_patch14_224": (SMALL_14, 1),
+    "eva02_base_patch16_clip_224": (WIDE, 0),
+    "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches
+    "vit_small_patch16_dinov3": (WIDE, 2),
+    "vit_small_plus_patch16_dinov3_qkvb": (SMALL, None),
+    "vit_small_patch16_rope_mixed_ape_224": (WIDE, 2),  # rotary positions of each block
+    "vit_small_patch16_rope_224": (SMALL, 0),
+    "vit_pe_core_tiny_patch16_384": (SMALL, 1),
+    "beit_base_patch16_224": (WIDE, 1),  # relative bias of each block
+    "beitv2_base_patch16_224": (SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, 2),
+}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Set every parameter, LayerScale and positions too, to values that keep the scale of the activations."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_matrix = parameter.ndim >= 2 and parameter.shape[0] > 1 and not name.endswith("table")
+        scale, shift = (parameter[0].numel() ** -0.5, 0) if is_matrix else (0.5, 0.5 * ("norm" in name))
+        parameter.copy_(scale * noise + shift)
+    return model.eval()
+
+
+def build(name: str) -> tuple[nn.Module, TimmTeacherConfig]:
+    options, first_blocks = MODELS[name]
+    model = randomise(timm.create_model(name, num_classes=0, **options))
+    return model, teacher_config(f"timm/{name}", model, first_blocks)
+
+
+def images_for(config: TimmTeacherConfig, count: int = 2) -> Tensor:
+    size = config.image_size
+    shape = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, 3, *shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def features_and_ffn_outputs(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run timm's own forward pass; what passes drop_path2 is added to the residual stream."""
+    added: list[Tensor] = []
+    hooks = [block.drop_path2.register_forward_hook(lambda *args: added.append(args[2])) for block in model.blocks]
+    features = model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return features, added
+
+
+def assert_equal_to_1e_5(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.std() > 1e-3
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_teacher_computes_what_timm_does(name: str) -> None:
+    model, config = build(name)
+    images = images_for(config)
+    features, added = features_and_ffn_outputs(model, images)
+    teacher = TimmTeacher(model, config)
+    with torch.no_grad():
+        output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+    assert_equal_to_1e_5(output, features)
+    assert len(ffn_outputs) == config.depth == len(added) - config.first_blocks
+    for ours, theirs in zip(ffn_outputs, added[config.first_blocks :], strict=True):
+        assert_equal_to_1e_5(ours, theirs)
+
+
+SOME = (
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_siglip_224",
+    "vit_small_patch16_dinov3",
+    "beit_base_patch16_224",
+)
+
+
+def build_teacher(name: str) -> TimmTeacher:
+    return TimmTeacher(*build(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_parts_compile_without_a_break(name: str) -> None:
+    teacher = build_teacher(name)
+    images = images_for(teacher.config)
+    with torch.no_grad():
+        expected = teacher.forward_blocks(teacher.encode(images))[0]
+        torch._dynamo.reset()  # each model counts as a recompilation
+        encoder = teacher.encoder
+        encoder.embed_patches = torch.compile(encoder.embed_patches, fullgraph=True, backend="eager")
+        for block in [*encoder.block_list, *teacher.block_list]:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+        assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_close(name: str) -> None:
+    teacher = build_teacher(name)
+    images = images_for(teacher.config)
+    with torch.no_grad():
+        expected = teacher.forward_blocks(teacher.encode(images))[0]
+        teacher.cast_weights(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = teacher.forward_blocks(teacher.encode(images))[0]
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("source", ["ffn", "block"])
+@pytest.mark.parametrize("name", SOME)
+def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
+    torch.manual_seed(0)
+    teacher = build_teacher(name)
+    student = teacher.build_student(depth=2)
+    model = DistillationModel(teacher, student, target_source=source)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "student.blocks.0.norm0.weight" in trained
+    assert set(model.state_dict()) == {
+        name for name in student.state_dict(prefix="student.") if ".blocks." in name[:15]
+    }
+    images = images_for(teacher.config, 4)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model.loss(model(images), images)
+        loss.backward()
+        assert all(each.grad is not None for name, each in model.named_parameters() if name in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert model.layer_cosines(images, 2).shape == (teacher.config.depth,)
+
+
+def test_the_scale_of_the_residual_stream_does_not_reach_the_student() -> None:
+    teacher = build_teacher("vit_small_patch14_dinov2")
+    student = teacher.build_student(depth=2)
+    with torch.no_grad():
+        x = teacher.encode(images_for(teacher.config))
+        assert_close(student.forward_blocks(1000 * x)[0], student.forward_blocks(x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_students_alibi_is_the_distance_on_the_encoders_grid() -> None:
+    student = build_teacher("vit_base_patch16_clip_224").build_student(depth=1)  # CLS and 2 × 4 patches
+    assert student.alibi is not None
+    bias = student.alibi(9, torch.float32, torch.device("cpu"))[0, 0]
+    assert not bias[0].any()
+    assert torch.equal(bias[1, 1:] / bias[1, 2], torch.tensor([0, 1, 2, 3, 1, 2, 3, 4.0]))
+
+
+def test_targets_may_be_the_blocks_outputs() -> None:
+    model, config = build("vit_small_patch14_dinov2")
+    images = images_for(config)
+    with torch.no_grad():
+        last = [model.get_submodule("norm")(x) for x in features_of_blocks(model, images)]
+    teacher = TimmTeacher(model, config)
+    with torch.no_grad():
+        layers = [teacher.norm(layer) for layer in teacher.target_layers(teacher.encode(images), "block")]
+    assert_close(torch.stack(layers), torch.stack(last[config.first_blocks :]))
+    x = teacher.encode(images)
+    assert_close(
+        teacher.targets(x, average_top_k_layers=1, source="block").mean(-1), torch.zeros(2, 17), atol=1e-4, rtol=0
+    )
+    assert not torch.allclose(teacher.targets(x, source="block"), teacher.targets(x))
+
+
+def features_of_blocks(model: Any, images: Tensor) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *args: outputs.append(args[2])) for block in model.blocks]
+    model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def test_a_student_starts_from_an_attention_of_its_kind() -> None:
+    teacher = build_teacher("vit_small_patch14_dinov2")
+    student = teacher.build_student(depth=2, init="teacher_attention")
+    assert_close(student.block_list[1].attn.qkv.weight, teacher.block_list[1].block.attn.qkv.weight)
+    with pytest.raises(ValueError, match=r"init teacher_blocks needs data2vec 2.0's post-norm blocks, .* has Block$"):
+        teacher.build_student(depth=2, init="teacher_blocks")
+    with pytest.raises(ValueError, match="rotary positions or relative bias, timm/vit_small_patch16_dinov3 has EvaAtt"):
+        build_teacher("vit_small_patch16_dinov3").build_student(init="teacher_attention")
+
+
+def test_images_have_no_padding() -> None:
+    teacher = build_teacher("test_vit")
+    x = teacher.encode(images_for(teacher.config))
+    with pytest.raises(ValueError, match="takes no padding mask"):
+        teacher.forward_blocks(x, torch.zeros(x.shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("model", "image_size", "message"),
+    [
+        ("vit_small_patch14_dinov2", None, "no model 'vit_small_patch14_dinov2'; allowed are timm/NAME"),
+        ("timm/vit_smal", None, "no model 'timm/vit_smal'"),
+        ("timm/hf-hub:timm/vit_small_patch14_dinov2", None, "no model 'timm/hf-hub"),
+        ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
+        ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
+        ("timm/swin_tiny_patch4_window7_224", None, "is a SwinTransformer; only timm's classes"),
+        ("timm/vit_base_patch16_xp_224", None, "kind ParallelScalingBlock are not supported; supported are Block, Eva"),
+        ("timm/vit_small_patch14_dinov2", 112.0, "image_size must be a whole number from 1 to 65536, got 112.0"),
+        ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch, 14 x 14 pixels, got 100 x 100"),
+        ("timm/vit_small_patch14_dinov2", "112x15", "must be a multiple of the patch, 14 x 14 pixels, got 112 x 15"),
+        ("timm/vit_small_patch14_dinov2", (1, 2, 3), "must be a whole number, or height and width"),
+        ("timm/vit_small_patch14_dinov2", 14 * 1000, "at most 16384 patches, got 1000000"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused(model: str, image_size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_timm_model(model, image_size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first_blocks", [-1, 12, 1.5, True])
+def test_the_encoder_leaves_a_block_to_the_teacher(first_blocks: Any) -> None:
+    built = build_timm_model("timm/vit_small_patch14_dinov2")
+    with pytest.raises(ValueError, match=f"first_blocks must be a whole number from 0 to 11, got {first_blocks}"):
+        teacher_config("timm/vit_small_patch14_dinov2", built, first_blocks)
+
+
+def test_a_sixth_of_the_blocks_is_the_encoders() -> None:
+    built = build_timm_model("timm/vit_small_patch14_dinov2", "112x168")
+    config = teacher_config("timm/vit_small_patch14_dinov2", built)
+    assert (config.first_blocks, config.depth, config.average_top_k_layers) == (2, 10, 10)
+    assert (config.image_size, config.grid_size, config.num_steps) == ((112, 168), (8, 12), 97)
+    assert config.prenet_depth == 2
+
+
+def test_flops_are_those_of_the_blocks() -> None:
+    teacher = build_teacher("vit_small_patch14_dinov2")
+    dim, steps = 48, 17
+    assert teacher.block_list[0].forward_macs(steps) == steps * 12 * dim**2 + 2 * steps**2 * dim
+    assert teacher.encoder.forward_macs() == 16 * dim * 3 * 14**2 + teacher.block_list[0].forward_macs(steps)

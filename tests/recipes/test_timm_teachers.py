@@ -1,0 +1,189 @@
+"""Every command works with a teacher from timm, and refuses one that does not fit in one line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from d2v_composer import load_student
+from d2v_composer.system import cli
+from d2v_composer.system.errors import InputError
+from helpers import ROOT, losses_of, run_command, small_run, started_ranks
+from recipes import embed, evaluate, export_student, train
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of timm's test_vit: 6 blocks of width 64, patches of 16 pixels."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("timm") / "test_vit.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def timm_run(folder: Path, data: Path, teacher: Path, *overrides: str) -> list[str]:
+    """Return the arguments of a tiny run: images of 48 x 64 pixels, 3 x 4 patches."""
+    options = ["teacher.model=timm/test_vit", f"teacher.checkpoint={teacher}", "teacher.image_size=48x64"]
+    return small_run(folder, data, *options, "max_duration=4ba", *overrides)
+
+
+@pytest.fixture(scope="session")
+def trained(teacher: Path, small_data: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with retrieval and health, in one process."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    datasets = f"retrieval.datasets={{four: {{format: mds, root: {labelled}}}}}"
+    references = "retrieval.references=[pixels,encoder,teacher]"
+    options = [datasets, references, "retrieval.interval=4ba", "callbacks={health: {interval: 2ba}}"]
+    done = run_command(sys.executable, ROOT / "recipes" / "train.py", *timm_run(folder, small_data, teacher, *options))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_train(trained: Path) -> None:
+    losses = losses_of(trained)
+    assert list(losses) == [0, 1, 2, 3]
+    logged = (trained / "log.jsonl").read_text()
+    for key in ("metrics/four/teacher/bank_train/top1", "health/cosine/layer_4", "four/bank_test/top1/layer_mean_cls"):
+        assert key in logged, key
+    assert "health/cosine/layer_5" not in logged  # 6 blocks, the first in the encoder
+
+
+def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
+    with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
+        train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
+
+
+def test_export_evaluate_and_embed(
+    trained: Path, labelled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "student.safetensors"
+    export_student.main([str(trained / "latest-rank0.pt"), str(student)])
+    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", f"teacher={teacher}", datasets]
+    evaluation = evaluate.main([*arguments, "precision=fp32"])
+    assert evaluation is not None
+    names = [candidate.name for candidate in evaluation.candidates]
+    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
+    embed.main([str(student), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+    assert np.load(tmp_path / "embeddings.npy").shape == (48, 64)
+    assert "48 embeddings of 64 channels" in capsys.readouterr().out
+
+
+def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("student.safetensors", "student.onnx", "student.pt2")]
+    for path in paths:
+        export_student.main([str(trained / "latest-rank0.pt"), str(path)])
+    images = torch.randn(3, 3, 48, 64)
+    with torch.inference_mode():
+        expected = load_student(paths[0]).embed(images, representation="layer_mean")  # the run's headline
+        program = torch.export.load(paths[2], extra_files=(extra := {"preprocessing.json": ""}))
+        assert_close(program.module()(images), expected, rtol=0, atol=1e-5)
+    assert json.loads(extra["preprocessing.json"])["image_size"] == [48, 64]
+    session = onnxruntime.InferenceSession(paths[1])
+    found: Any = session.run(None, {"images": images.numpy()})[0]
+    assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+
+
+def test_two_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_data: Path, tmp_path: Path) -> None:
+    options = ["parallelism_config.fsdp={}", "activation_checkpointing=true"]
+    arguments = timm_run(tmp_path, small_data, teacher, *options)
+    with started_ranks(PROGRAMS / "fsdp_on_cpu.py", *arguments, ranks=2) as programs:
+        for program in programs:
+            assert program.wait(120) == 0, program.stderr
+    assert losses_of(tmp_path) == pytest.approx(losses_of(trained), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_in_bfloat16_is_close(trained: Path, teacher: Path, small_data: Path, tmp_path: Path) -> None:
+    train.main(timm_run(tmp_path, small_data, teacher, "compile=true", "precision=amp_bf16"))
+    assert losses_of(tmp_path) == pytest.approx(losses_of(trained), rel=0.02)
+
+
+@pytest.fixture
+def refused(
+    small_data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that runs the training command with wrong overrides and returns the line of its error."""
+
+    def run(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *timm_run(tmp_path / "run", small_data, teacher, *overrides)])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(train.main)
+        assert caught.value.code == 2
+        lines = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("{")]
+        assert not (tmp_path / "run").exists()
+        assert lines[-1].startswith("error: ")
+        return lines[-1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "teacher.model=timm/resnet18",
+            "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers",
+        ),
+        ("teacher.model=timm/swin_tiny_patch4_window7_224", "is a SwinTransformer; only timm's classes"),
+        ("teacher.model=timm/vit_tyni", "no model 'timm/vit_tyni'; allowed are timm/NAME"),
+        ("teacher.model=dinov2", "teacher.model: must be data2vec2 or timm/NAME, got 'dinov2'"),
+        ("teacher.model=timm/vit_small_patch16_224", "has shape (1, 1, 64), the sizes ask for (1, 1, 384)"),
+        ("teacher.first_blocks=6", "first_blocks must be a whole number from 0 to 5, got 6"),
+        ("teacher.first_blocks=-1", "teacher.first_blocks: must be at least 0, got -1"),
+        ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
+        ("teacher.image_size=big", "teacher.image_size: must be a number of pixels or HEIGHTxWIDTH, got 'big'"),
+        ("teacher.weights=ema", "teacher.weights: must be model for timm/test_vit, got ema"),
+        ("targets.source=blocks", "targets.source: Invalid value 'blocks', expected one of ['ffn', 'block']"),
+        ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),
+        ("student.init=teacher_blocks", "init teacher_blocks needs data2vec 2.0's post-norm blocks"),
+        ("teacher.model=data2vec2", "teacher.image_size: must be null for data2vec2, whose file fixes it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str, message: str) -> None:
+    assert message in refused(override)
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_a_file_that_runs_code_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    torch.save({"model": Code(tmp_path / "canary")}, tmp_path / "teacher.pth")
+    assert "model would run code when loaded" in refused(f"teacher.checkpoint={tmp_path / 'teacher.pth'}")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_network_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    line = refused("teacher.checkpoint=null")
+    assert line.startswith("error: timm/test_vit: no pretrained weights of timm/test_vit.r160_in1k on the Hugging Face")
+    assert line.endswith("fetch them once with network access, or give teacher.checkpoint, a file")
