@@ -3,9 +3,10 @@
 A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 """
 
-import sys
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
+
+from d2v_composer.system.when_imported import when_imported
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks import ZeroShotRetrieval
@@ -47,5 +48,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "timm" in sys.modules:
-    import_module("d2v_composer.checkpoints.timm_student")  # registers the model
+when_imported("timm", lambda: import_module("d2v_composer.checkpoints.timm_student"))  # registers the model

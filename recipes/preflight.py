@@ -20,7 +20,7 @@ from pathlib import Path
 from d2v_composer.system import cli
 
 if __name__ == "__main__":
-    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
+    cli.begin(__doc__)
 
 from composer.utils import dist
 

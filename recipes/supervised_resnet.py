@@ -8,14 +8,13 @@ Options: --epochs N, default 5. It uses nothing else of this repository but the 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_composer.system import cli
 
 if __name__ == "__main__":
-    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
+    cli.begin(__doc__)
 
 import torch
 from composer import Trainer

@@ -21,7 +21,7 @@ from typing import Any
 from d2v_composer.system import cli
 
 if __name__ == "__main__":
-    cli.show_help(sys.argv[1:], __doc__)  # the imports take seconds
+    cli.begin(__doc__)
 
 import torch
 import yaml

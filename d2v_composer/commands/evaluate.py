@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
     class_names = {name: labelled.class_names for name, labelled in datasets.items()}
     evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}", class_names)
+    print(evaluation_tables(evaluation))
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
         about = {"config": asdict(config), "machine": describe_machine(), "versions": versions}
         evaluation.write(Path(config.out), about)
-    print(evaluation_tables(evaluation))
     is_checkpoint = config.model.endswith(".pt") and any(each.name == "student" for each in candidates)
     step = ("export", config.model, "student.safetensors") if is_checkpoint else ("embed", config.model, "IMAGES", OUT)
     print_next(d2v(*step))

@@ -14,7 +14,7 @@ from d2v_composer.system.foreign_warnings import hide_foreign_warnings
 from d2v_composer.system.temporary_folder import use_temporary_folder
 from d2v_composer.system.worker_lifetime import end_with_launcher, end_workers
 
-__all__ = ["run", "show_help"]
+__all__ = ["begin", "run", "show_help"]
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
@@ -56,6 +56,12 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         # A folder instead of a file, or a file instead of a folder.
         return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
     return None, []
+
+
+def begin(text: str | None) -> None:
+    """Begin a recipe whose imports take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    show_help(sys.argv[1:], text)
+    interrupts.end_at_interrupt()
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:

@@ -7,7 +7,14 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-__all__ = ["EXIT_STATUS", "handle_interrupts", "is_ignored", "second_ends_at_once", "was_interrupted"]
+__all__ = [
+    "EXIT_STATUS",
+    "end_at_interrupt",
+    "handle_interrupts",
+    "is_ignored",
+    "second_ends_at_once",
+    "was_interrupted",
+]
 
 EXIT_STATUS = 128 + signal.SIGINT
 
@@ -24,6 +31,12 @@ def handle_interrupts() -> None:
     _is_ignored = _is_ignored or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if not _was_interrupted:
         signal.signal(signal.SIGINT, signal.SIG_IGN if _is_ignored else _interrupt)
+
+
+def end_at_interrupt() -> None:
+    """End this process at SIGINT, as long as it has begun nothing."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end_before_start)
 
 
 def is_ignored() -> bool:
@@ -47,6 +60,12 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     second_ends_at_once()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Composer's launcher sends it right after Ctrl-C
     raise KeyboardInterrupt
+
+
+def _end_before_start(signum: int, frame: Any) -> None:
+    with suppress(OSError):
+        os.write(2, b"Interrupted\n")
+    os._exit(EXIT_STATUS)
 
 
 def _end_at_once(signum: int, frame: Any) -> None:

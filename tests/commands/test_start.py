@@ -109,7 +109,8 @@ def test_public_names_can_be_imported_all_at_once() -> None:
         _ = d2v_composer.load_studnet
 
 
-def test_timm_knows_the_student() -> None:
+@pytest.mark.parametrize("imports", ["import timm, d2v_composer", "import d2v_composer, timm"])
+def test_timm_knows_the_student(imports: str) -> None:
     """Without a name of ours, as a user of timm imports both."""
-    code = "import timm, d2v_composer; assert timm.is_model('d2v2_student')"
+    code = f"{imports}; assert timm.is_model('d2v2_student')"
     subprocess.run([sys.executable, "-c", code], env=fresh_environment(), check=True, timeout=60)

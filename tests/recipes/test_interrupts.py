@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def interrupt(program: Program) -> list[psutil.Process]:
 
 def assert_gone(workers: list[psutil.Process]) -> None:
     assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("recipe", ["preflight", "supervised_resnet", "train"])
+def test_ctrl_c_ends_the_imports(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+    (tmp_path / "composer.py").write_text("import torch")
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", ROOT / "yamls" / "quickstart.yaml"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (STATUS, "", "Interrupted\n")
 
 
 def test_before_the_first_batch_a_run_ends_at_once(small_data: Path, tmp_path: Path) -> None:
