@@ -127,8 +127,9 @@ def test_embeds_a_folder(
     want = expected(teacher, [(photos / path).read_bytes() for path in ids])
     np.testing.assert_allclose(embeddings, want.numpy(), **TOLERANCE)
     assert (result.images, result.channels, result.skipped, result.resumed) == (*want.shape, [], 0)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", last)
+    *_, wrote, following = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", wrote)
+    assert following.startswith("next: ")
     # There are no other files.
     assert names(out.parent) == {out.name} | ({"photos.ids.npy"} if suffix == "npy" else set())
 
