@@ -29,10 +29,11 @@ __all__ = ["GracefulStop"]
 # A stop that takes longer says that it is on its way.
 NOTICE_SECONDS = 1.0
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
+TOO_LATE = "Interrupted: finishing, since all batches are trained; a second Ctrl-C ends the run at once"
 
 
 class _CutShort(BaseException):
-    """Leaves a retrieval that a signal came in."""
+    """Leaves a measurement that a signal came in."""
 
 
 class GracefulStop(Callback):
@@ -40,7 +41,9 @@ class GracefulStop(Callback):
 
     A retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run measures it first.
     Before the first batch has ended there is nothing to save, and SIGINT ends the run at once. A second SIGINT always
-    does. A run whose folder was removed also stops after its batch, with an error.
+    does. After the last batch, the run finishes.
+
+    A run whose folder was removed also stops after its batch, with an error.
 
     Composer's launcher forwards SIGTERM to its ranks, sends it after SIGINT, and kills the remaining ranks after 30
     seconds. The run's other processes may receive the signals as well: see :mod:`d2v_composer.system.worker_lifetime`.
@@ -58,7 +61,8 @@ class GracefulStop(Callback):
         self.advice = advice
         self.received: set[int] = set()
         self.stopped_by: int | None = None  # the same on all ranks
-        self.has_trained = self.may_cut_short = self.is_measuring = self.retrieval_is_missing = False
+        self.has_trained = self.has_trained_all = False
+        self.may_cut_short = self.is_measuring = self.retrieval_is_missing = False
         self.run_folder_lock: RunFolderLock | None = None
         self.retrieval: ZeroShotRetrieval | None = None
         self.previous: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_signal)}
@@ -70,7 +74,7 @@ class GracefulStop(Callback):
             if not self.has_trained:
                 self.previous[signum](signum, frame)
             interrupts.second_ends_at_once()
-            show_later(NOTICE)
+            show_later(lambda: TOO_LATE if self.has_trained_all else NOTICE)
         self.received.add(signum)
         if self.is_measuring:
             self.is_measuring = False
@@ -81,6 +85,7 @@ class GracefulStop(Callback):
         self.retrieval = find_callback(state, ZeroShotRetrieval)
         if self.retrieval is not None:
             self.retrieval.evaluate = partial(self.evaluate, self.retrieval.evaluate)
+            self.retrieval.measure_set = partial(self.measure_set, self.retrieval.measure_set)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Measure what the run before could not, when it was stopped."""
@@ -109,8 +114,8 @@ class GracefulStop(Callback):
         self.has_trained = True
         interrupted, terminated, is_removed = flags
         self.stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
-        # Not the last one: a finished run measures nothing when it starts again.
-        self.may_cut_short = state.max_duration is not None and state.timestamp < state.max_duration
+        self.has_trained_all = state.max_duration is not None and state.timestamp >= state.max_duration
+        self.may_cut_short = not self.has_trained_all  # a finished run measures nothing when it starts again
         if is_removed and self.run_folder_lock is not None:
             raise InputError(
                 f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: "
@@ -118,16 +123,24 @@ class GracefulStop(Callback):
             )
 
     def evaluate(self, evaluate: Callable[[State, Logger], None], state: State, logger: Logger) -> None:
-        """Evaluate, unless the run is to stop in this batch."""
+        """Evaluate, unless the run is to stop in this batch; what was measured is recorded in any case."""
         if self.may_cut_short and self.stopped_by is not None:
             self.retrieval_is_missing = True
             return
-        self.is_measuring = self.may_cut_short and dist.get_world_size() == 1  # others would wait in a collective
         try:
             evaluate(state, logger)
         except _CutShort:
             self.stopped_by = max(self.received, key=lambda signum: signum == signal.SIGINT)
             self.retrieval_is_missing = True
+
+    def measure_set(self, measure_set: Callable[..., Any], dataset: str, embeds: Any, state: State) -> dict[Any, Any]:
+        """Measure one set, until a signal comes."""
+        can_be_cut = self.may_cut_short and dist.get_world_size() == 1  # others would wait in a collective
+        try:
+            self.is_measuring = can_be_cut
+            if can_be_cut and self.received:  # between two sets
+                raise _CutShort
+            return measure_set(dataset, embeds, state)
         finally:
             self.is_measuring = False
 
@@ -150,7 +163,10 @@ class GracefulStop(Callback):
         self._exit_if_stopping(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self._restore(signal.SIGINT)  # all is saved
+        """Let SIGINT raise again, also after a first one: all is saved, and what follows can be left any time."""
+        self._restore(signal.SIGINT)
+        if signal.SIGINT in self.received:
+            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def close(self, state: State, logger: Logger) -> None:
         if self.stopped_by is None:  # otherwise the process is about to exit with its own status
@@ -183,8 +199,8 @@ def show(line: str) -> None:
             sys.stdout.flush()
 
 
-def show_later(line: str) -> None:
-    """Print a line if the process still runs after a while."""
-    timer = threading.Timer(NOTICE_SECONDS, show, [line])
+def show_later(line: Callable[[], str]) -> None:
+    """Print the line of that time if the process still runs after a while."""
+    timer = threading.Timer(NOTICE_SECONDS, lambda: show(line()))
     timer.daemon = True
     timer.start()

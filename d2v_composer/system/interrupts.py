@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
+
+from d2v_composer.system.when_imported import when_imported
 
 __all__ = [
     "EXIT_STATUS",
@@ -18,25 +21,23 @@ __all__ = [
 
 EXIT_STATUS = 128 + signal.SIGINT
 
+Handler = Callable[[int, FrameType | None], Any]
+
 _is_ignored = _was_interrupted = False
+_handler: Handler | None = None
 
 
 def handle_interrupts() -> None:
     """Raise KeyboardInterrupt at the first SIGINT.
 
-    Call it again after imports: Composer installs handlers when it is imported. A shell lets jobs in the background
-    ignore SIGINT; they go on ignoring it.
+    A shell lets jobs in the background ignore SIGINT; they go on ignoring it.
     """
-    global _is_ignored
-    _is_ignored = _is_ignored or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if not _was_interrupted:
-        signal.signal(signal.SIGINT, signal.SIG_IGN if _is_ignored else _interrupt)
+    _handle_by(_interrupt)
 
 
 def end_at_interrupt() -> None:
     """End this process at SIGINT, as long as it has begun nothing."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end_before_start)
+    _handle_by(_end_before_start)
 
 
 def is_ignored() -> bool:
@@ -51,7 +52,19 @@ def was_interrupted() -> bool:
 
 def second_ends_at_once() -> None:
     """End this process and its workers at the next SIGINT, without clean-up."""
-    signal.signal(signal.SIGINT, _end_at_once)
+    _handle_by(_end_at_once)
+
+
+def _handle_by(handler: Handler) -> None:
+    global _is_ignored, _handler
+    _is_ignored, _handler = is_ignored(), handler
+    _install()
+
+
+def _install() -> None:
+    if _handler is not None:
+        with suppress(ValueError):  # in another thread, where Composer installs none either
+            signal.signal(signal.SIGINT, signal.SIG_IGN if _is_ignored else _handler)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -74,3 +87,6 @@ def _end_at_once(signum: int, frame: Any) -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(EXIT_STATUS)
+
+
+when_imported("composer.core.engine", _install)  # its import installs a handler of Composer's

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 __all__ = ["when_imported"]
@@ -19,7 +18,7 @@ def when_imported(package: str, then: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Find one package as usual, and follow its import."""
+    """Find one package as usual, and follow its import; a look-up alone, such as transformers', is not an import."""
 
     def __init__(self, package: str, then: Callable[[], object]) -> None:
         self.package = package
@@ -30,19 +29,26 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.package:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.then)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def has_imported(self) -> None:
+        """Call the function, once."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.then()
 
 
 class _Loader(Loader):
-    """Another loader, and a function to call after it."""
+    """Another loader, and the finder to tell when it is done."""
 
-    def __init__(self, loader: Loader, then: Callable[[], object]) -> None:
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader = loader
-        self.then = then
+        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -52,4 +58,4 @@ class _Loader(Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.then()
+        self.finder.has_imported()

@@ -97,10 +97,24 @@ def assert_gone(workers: list[psutil.Process]) -> None:
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
+def pretend_composer(folder: Path) -> None:
+    """Write a package that handles signals as Composer does, once its engine is imported."""
+    core = folder / "composer" / "core"
+    core.mkdir(parents=True)
+    for package in (core, core.parent):
+        (package / "__init__.py").touch()
+    handler = "lambda signum, frame: sys.exit(128 + signum)"
+    (core / "engine.py").write_text(f"import signal, sys\nsignal.signal(signal.SIGINT, {handler})\n")
+
+
 @pytest.mark.parametrize("recipe", ["preflight", "supervised_resnet", "train"])
 def test_ctrl_c_ends_the_imports(recipe: str, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
-    (tmp_path / "composer.py").write_text("import torch")
+    """Also those after Composer's engine, which installs a handler of its own."""
+    pretend_composer(tmp_path)
+    (tmp_path / "composer" / "__init__.py").write_text("import torch")
+    (tmp_path / "torch.py").write_text(
+        "import composer.core.engine, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
     command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", ROOT / "yamls" / "quickstart.yaml"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -207,6 +221,35 @@ SIGINT = "os.kill(os.getpid(), signal.SIGINT)"
 def test_a_job_in_the_background_ignores_ctrl_c() -> None:
     code = SIGNALLED.format(before="signal.signal(signal.SIGINT, signal.SIG_IGN)", main=SIGINT)
     assert run_command(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "main", "status", "stderr"),
+    [
+        pytest.param(
+            "signal.signal(signal.SIGINT, signal.SIG_IGN); cli.begin(None); import composer.core.engine; " + SIGINT,
+            SIGINT,
+            0,
+            "",
+            id="in the background",
+        ),
+        pytest.param(
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",
+            f"(__import__('composer.core.engine'), {SIGINT})",
+            STATUS,
+            "Interrupted\n",
+            id="imported by the command",
+        ),
+    ],
+)
+def test_composers_handler_does_not_replace_ours(
+    before: str, main: str, status: int, stderr: str, tmp_path: Path
+) -> None:
+    pretend_composer(tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", SIGNALLED.format(before=before, main=main)]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (status, stderr)
 
 
 def test_a_failure_after_ctrl_c_is_its_consequence() -> None:

@@ -1,0 +1,105 @@
+"""A signal cuts a measurement short, and nothing else of a retrieval; after the last batch the run finishes."""
+
+import signal
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Precision
+
+from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval, graceful_stop
+
+LAST_BATCH = 5
+
+
+class Run:
+    """A run of one rank with one retrieval, which does something while it measures and while it logs the accuracy."""
+
+    def __init__(self) -> None:
+        self.stop, self.retrieval = GracefulStop("1000ba"), ZeroShotRetrieval({}, embed=lambda images: images)
+        self.while_measuring: Callable[[], object] = int
+        self.while_logging: Callable[[], object] = int
+        self.logged: list[dict[str, float]] = []
+        self.retrieval.datasets = {"small": None}  # type: ignore[dict-item]
+        self.retrieval.measure_set = self.measure_set
+        self.state: Any = SimpleNamespace(
+            callbacks=[self.stop, self.retrieval],
+            model=torch.nn.Identity(),
+            fsdp_enabled=False,
+            precision=Precision.FP32,
+            precision_config=None,
+            max_duration=LAST_BATCH,
+        )
+        self.stop.init(self.state, self.logger)
+
+    @property
+    def logger(self) -> Any:
+        return SimpleNamespace(log_metrics=self.log_metrics)
+
+    def measure_set(self, dataset: str, embeds: Any, state: Any) -> dict[str | None, dict[str, float]]:
+        self.while_measuring()
+        return {None: {"accuracy": 0.5}}
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        self.while_logging()
+        self.logged.append(metrics)
+
+    def end_batch(self, batch: int) -> None:
+        self.state.timestamp = Timestamp(batch)
+        self.stop.batch_end(self.state, self.logger)
+        self.retrieval.evaluate(self.state, self.logger)
+
+
+class Timestamp(int):
+    """The number of a batch, as Composer gives it."""
+
+    @property
+    def batch(self) -> int:
+        return int(self)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.setattr(graceful_stop, "NOTICE_SECONDS", 1000.0)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield Run()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_measurement_is_cut_short(run: Run) -> None:
+    run.while_measuring = ctrl_c
+    run.end_batch(3)
+    assert run.stop.retrieval_is_missing
+    assert run.stop.stopped_by == signal.SIGINT
+    assert run.retrieval.history == run.logged == []
+
+
+def test_what_was_measured_is_recorded(run: Run) -> None:
+    run.while_logging = lambda: signal.raise_signal(signal.SIGTERM)
+    run.end_batch(3)
+    assert not run.stop.retrieval_is_missing
+    assert [entry["batch"] for entry in run.retrieval.history] == [3]
+    assert [list(metrics) for metrics in run.logged] == [["time/zero_shot_retrieval"], ["accuracy"]]
+    run.end_batch(4)
+    assert run.stop.stopped_by == signal.SIGTERM
+    assert run.stop.retrieval_is_missing
+
+
+def test_after_the_last_batch_a_run_finishes_and_ctrl_c_raises_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Callable[[], str]] = []
+    monkeypatch.setattr(graceful_stop, "show_later", lines.append)
+    before = run.stop.previous[signal.SIGINT]
+    run.while_measuring = ctrl_c
+    run.end_batch(LAST_BATCH)
+    assert [line() for line in lines] == [graceful_stop.TOO_LATE]
+    assert [entry["batch"] for entry in run.retrieval.history] == [LAST_BATCH]
+    assert signal.getsignal(signal.SIGINT) != before
+    run.stop.fit_end(run.state, run.logger)
+    assert signal.getsignal(signal.SIGINT) == before
