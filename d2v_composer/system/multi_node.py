@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,8 @@ __all__ = [
 COLLECTIVE_SECONDS = 300.0
 # A rank that others wait for sends a heartbeat; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 300.0, 0.2
+# Rank 0 holds the store: after a failure it stays so long at most, until the others have read the reason.
+FAREWELL_SECONDS = 10.0
 
 
 ObjectT = TypeVar("ObjectT")
@@ -94,14 +96,30 @@ def _leaders_first(what: str, of_each_node: bool) -> Iterator[None]:
     leaders = _node_leaders() if of_each_node else (0,)
     store: Any = torch.distributed.distributed_c10d._get_default_store()
     turn, rank = f"d2v_composer/{next(_turns)}", dist.get_global_rank()
-    if rank in leaders:
-        with _heartbeat(store, f"{turn}/{rank}"):
-            yield
-    # Leaders wait too, or their next collective would wait for the other nodes and time out.
-    for leader in leaders:
-        _wait(store, f"{turn}/{leader}", f"{what}: rank {leader}")
+    with _farewell(store, f"{turn}/left"):
+        if rank in leaders:
+            with _heartbeat(store, f"{turn}/{rank}"):
+                yield
+        # Leaders wait too, or their next collective would wait for the other nodes and time out.
+        for leader in leaders:
+            _wait(store, f"{turn}/{leader}", f"{what}: rank {leader}")
     if rank not in leaders:
         yield
+
+
+@contextmanager
+def _farewell(store: Any, key: str) -> Iterator[None]:
+    """Count the ranks that leave with an error; rank 0 leaves last, for a while."""
+    try:
+        yield
+    except Exception:  # not after Ctrl-C or SIGTERM, which the other ranks get too
+        with suppress(RuntimeError):  # rank 0 has left already
+            left = store.add(key, 1)
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while dist.get_global_rank() == 0 and left < dist.get_world_size() and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                left = store.add(key, 0)
+        raise
 
 
 @contextmanager

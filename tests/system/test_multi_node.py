@@ -16,23 +16,25 @@ from d2v_composer.system import multi_node
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
 from d2v_composer.system.worker_lifetime import FORK
+from helpers import free_port
 
 COLLECTIVE_SECONDS = 2.0
 
 
-def run_ranks(folder: Path, rank_of: Callable[[], None]) -> Sequence[BaseProcess]:
-    """Start two ranks of one node, with a short collective timeout."""
-    ranks = [FORK.Process(target=_run_rank, args=(folder, number, rank_of)) for number in (0, 1)]
+def run_ranks(folder: Path, rank_of: Callable[[], None], store: str = "") -> Sequence[BaseProcess]:
+    """Start two ranks of one node, with a short collective timeout and a store in a file, or at an address."""
+    arguments = (folder, store or f"file://{folder}/store", rank_of)
+    ranks = [FORK.Process(target=_run_rank, args=(number, *arguments)) for number in (0, 1)]
     for rank in ranks:
         rank.start()
     return ranks
 
 
-def _run_rank(folder: Path, number: int, rank_of: Callable[[], None]) -> None:
+def _run_rank(number: int, folder: Path, store: str, rank_of: Callable[[], None]) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.distributed.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=store,
         rank=number,
         world_size=2,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
@@ -86,6 +88,19 @@ def _fail() -> None:
 def test_waiting_ranks_stop_when_a_leader_fails(tmp_path: Path, rank_of: Callable[[], None], message: str) -> None:
     assert ended(run_ranks(tmp_path, rank_of)) == [3, 3]
     assert (tmp_path / "1.txt").read_text() == message
+
+
+def _refuse_before_the_other_looks() -> None:
+    if dist.get_local_rank() == 1:
+        time.sleep(0.5)
+    with rank_zero_first("the loggers"):
+        raise InputError("loggers.wandb: no login")
+
+
+def test_rank_zero_keeps_its_store_until_the_reason_was_read(tmp_path: Path) -> None:
+    ranks = run_ranks(tmp_path, _refuse_before_the_other_looks, f"tcp://127.0.0.1:{free_port()}")
+    assert ended(ranks) == [3, 3]
+    assert (tmp_path / "1.txt").read_text() == (tmp_path / "0.txt").read_text() == "InputError: loggers.wandb: no login"
 
 
 def _be_killed() -> None:
