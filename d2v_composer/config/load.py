@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from os.path import isfile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,16 +44,19 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
     """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML may be left out."""
-    if argv and "=" in argv[0] and not Path(argv[0]).is_file():
+    if argv and "=" in argv[0] and not isfile(argv[0]):  # Path.is_file raises for a long text
         argv = [NO_YAML, *argv]
     return load_checked(EvaluateConfig, argv)
 
 
 def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    path, *overrides = check_arguments(argv)
-    merged, problems = merge_config(schema, path, overrides)
+    problems: list[str] = []
     with collected(problems):
-        config: Any = build_config(merged, path)
+        path, *overrides = check_arguments(argv)
+        merged = merge_config(schema, path, overrides, problems)
+        with errors_in_one_line(path):
+            problems += fill_missing(merged, path, {field_of(problem) for problem in problems})
+            config: Any = OmegaConf.to_object(merged)
         problems += find_problems(config, {field_of(problem) for problem in problems})
         if not problems:
             return config
@@ -60,15 +64,14 @@ def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     raise InputError(*dict.fromkeys(problems))
 
 
-def merge_config(schema: type, path: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """Merge schema, YAML and overrides; leave out each value with a wrong name or type, and list it."""
+def merge_config(schema: type, path: str, overrides: Sequence[str], problems: list[str]) -> DictConfig:
+    """Merge schema, YAML and overrides; leave out each value with a wrong name or type, and add it to ``problems``."""
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     with errors_in_one_line(path):
         from_file = OmegaConf.create() if path == NO_YAML else OmegaConf.load(path)
     if not isinstance(from_file, DictConfig):
         raise InputError(f"{path}: expected keys and values, as in yamls/")
     merged: DictConfig = OmegaConf.structured(schema)
-    problems: list[str] = []
     for layer in split(OmegaConf.to_container(from_file)):
         with collected(problems), errors_in_one_line(path):
             raise_all(find_wrong_keys(schema, layer))
@@ -77,7 +80,7 @@ def merge_config(schema: type, path: str, overrides: Sequence[str]) -> tuple[Dic
         with collected(problems), errors_in_one_line(path):
             raise_all(find_wrong_keys(schema, OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
             apply_override(merged, override)
-    return merged, problems
+    return merged
 
 
 def split(section: Any) -> Iterator[dict[Any, Any]]:
@@ -89,15 +92,23 @@ def split(section: Any) -> Iterator[dict[Any, Any]]:
             yield {name: value}
 
 
-def build_config(merged: DictConfig, path: str) -> Any:
-    """Build an instance of the schema.
+def fill_missing(merged: DictConfig, path: str, wrong_fields: Collection[str]) -> list[str]:
+    """Give each required value that is missing a stand-in, so that the other values can be checked.
 
-    Raises:
-        InputError: A required value is missing, or one refers to a key that does not exist.
+    Args:
+        merged: Changed in place: a text is empty, and a labelled set without format or root is off.
+        path: The YAML's.
+        wrong_fields: Those whose value was left out because it is wrong.
+
+    Returns:
+        A line for each missing value, except those of ``wrong_fields``.
     """
-    with errors_in_one_line(path):
-        raise_all(f"{key}: is required, and {path} does not give it" for key in sorted(OmegaConf.missing_keys(merged)))
-        return OmegaConf.to_object(merged)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    for key in missing:
+        section = key.rpartition(".")[0]
+        in_a_set = section.rpartition(".")[0].endswith("datasets")
+        OmegaConf.update(merged, section if in_a_set else key, None if in_a_set else "")
+    return [f"{key}: is required, and {path} does not give it" for key in missing if key not in wrong_fields]
 
 
 def find_problems(config: RunConfig, wrong_fields: Collection[str]) -> Iterator[str]:

@@ -190,6 +190,23 @@ def test_what_is_missing_is_listed_with_what_is_wrong() -> None:
     ]
 
 
+def test_a_required_value_of_a_wrong_type_is_not_missing_too(tmp_path: Path) -> None:
+    own_yaml = tmp_path / "own.yaml"
+    own_yaml.write_text(
+        "seed: -1\nprecision: fp32\nload_path: gone.pt\nretrieval: {datasets: {x: {format: y, root: z}}}\n"
+    )
+    found = problems_of(str(own_yaml), "teacher.checkpoint=[1]", "train_loader.local={a: 1}")
+    assert [line.split(":")[0] for line in found] == [
+        *("retrieval.datasets.x.format", "teacher.checkpoint", "train_loader.local", "seed", "load_path")
+    ], found
+
+
+def test_an_override_longer_than_a_files_name_is_read() -> None:
+    with pytest.raises(InputError, match=r"^sead: no such key") as caught:
+        load_evaluate_config([f"sead={'x' * 300}"])
+    assert "model: is required, and the command line does not give it" in caught.value.args
+
+
 def test_distill_without_gpu_and_data_says_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert problems_of(DISTILL_YAML) == [
@@ -200,15 +217,16 @@ def test_distill_without_gpu_and_data_says_both(monkeypatch: pytest.MonkeyPatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arguments", [(QUICKSTART_YAML, "seed=-1"), ("missing.yaml",), (QUICKSTART_YAML, "seed")])
+def test_the_first_rank_reports_for_all(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks wait for the launcher's SIGTERM, and die of it."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(signal, "signal", lambda *handler: waited.extend(handler))
-    problems_of(QUICKSTART_YAML, "seed=-1")
+    problems_of(*arguments)
     assert not waited
     monkeypatch.setenv("LOCAL_RANK", "1")
-    problems_of(QUICKSTART_YAML, "seed=-1")
+    problems_of(*arguments)
     assert waited == [signal.SIGTERM, signal.SIG_DFL, REPORT_SECONDS]
 
 
