@@ -9,7 +9,7 @@ from d2v_composer.callbacks.progress_logger import num_batches
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.addresses import hide_secrets
 
-__all__ = ["describe_run"]
+__all__ = ["describe_batch", "describe_folder", "describe_run"]
 
 
 def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
@@ -22,16 +22,14 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     """
     data = run.record.record["data"]
     teacher, student = run.model.teacher, run.model.student
-    micro = config.device_train_microbatch_size or config.global_train_batch_size // dist.get_world_size()
     lines = {
-        "run": f"{config.run_name}, saved in {hide_secrets(str(config.save_folder))}",
+        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
         "device": f"{_describe_device(state)}, {config.precision}",
         "images": f"{data['samples']:,} in {hide_secrets(str(data['location']))}",
         "model": f"encoder {_millions(teacher.encoder)}, "
         f"teacher {len(teacher.block_list)} blocks {_millions(teacher.blocks)}, "
         f"student {len(student.block_list)} blocks {_millions(student.blocks)}",
-        "training": f"{_describe_length(state)} of {config.global_train_batch_size} images"
-        + (f", microbatches of {micro} a device" if micro != config.global_train_batch_size else ""),
+        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
     }
     if run.retrieval is not None:
         sets = ", ".join(run.retrieval.datasets)
@@ -49,6 +47,20 @@ def _describe_device(state: State) -> str:
     if state.device.name == "gpu":
         return f"{on}{torch.cuda.get_device_name()}"
     return f"{on}{state.device.name}, {torch.get_num_threads()} threads{' each' if ranks > 1 else ''}"
+
+
+def describe_folder(save_folder: str | None) -> str:
+    """Name the place of the run's files."""
+    return "not saved" if save_folder is None else f"saved in {hide_secrets(save_folder)}"
+
+
+def describe_batch(config: TrainConfig, ranks: int) -> str:
+    """Describe the images of one step, and the parts in which they are processed if there are several."""
+    micro, on_each = config.device_train_microbatch_size, config.global_train_batch_size // ranks
+    text = f"{config.global_train_batch_size} images" + (f", {on_each} a device" if ranks > 1 else "")
+    if micro == "auto":
+        return f"{text}, microbatches found automatically"
+    return text if micro in (None, on_each) else f"{text}, microbatches of {micro}"
 
 
 def _describe_length(state: State) -> str:

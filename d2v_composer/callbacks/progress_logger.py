@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import due_every
 
-__all__ = ["ProgressLogger"]
+__all__ = ["ProgressLogger", "num_batches"]
 
 # metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the headline embedding.
 TOP_K = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")

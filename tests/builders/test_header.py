@@ -1,0 +1,30 @@
+"""The lines that open a run's log say what is true of any number of ranks."""
+
+import pytest
+
+from d2v_composer.builders.header import describe_batch, describe_folder
+from d2v_composer.config.load import load_config
+from helpers import ROOT
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "text"),
+    [
+        (1, None, "256 images"),
+        (1, 256, "256 images"),
+        (1, 64, "256 images, microbatches of 64"),
+        (8, None, "256 images, 32 a device"),
+        (8, 32, "256 images, 32 a device"),
+        (8, 16, "256 images, 32 a device, microbatches of 16"),
+        (8, "auto", "256 images, 32 a device, microbatches found automatically"),
+    ],
+)
+def test_the_batch_of_each_device(ranks: int, micro: int | str | None, text: str) -> None:
+    config = load_config([str(ROOT / "yamls" / "quickstart.yaml"), "global_train_batch_size=256"])
+    config.device_train_microbatch_size = micro
+    assert describe_batch(config, ranks) == text
+
+
+def test_a_run_without_a_folder() -> None:
+    assert describe_folder(None) == "not saved"
+    assert describe_folder("s3://bucket/run") == "saved in s3://bucket/run"
