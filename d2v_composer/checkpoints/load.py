@@ -1,6 +1,5 @@
 """Load teachers and students from files, and write them."""
 
-import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
@@ -36,6 +35,7 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
+from d2v_composer.system.next_step import d2v
 from d2v_composer.system.retry import reason
 
 __all__ = ["load_any", "load_student", "load_teacher", "save_student"]
@@ -132,7 +132,7 @@ def _refuse_checkpoint(path: str | Path, file: Path) -> None:
     with suppress(InputError):  # neither of them
         contents = load_untrusted(file)
     if is_trained(contents):
-        command = f"python recipes/export_student.py {shlex.quote(str(path))} student.safetensors"
+        command = d2v("export", path, "student.safetensors")
         raise InputError(f"{path}: is a training checkpoint: export its student first: {command}")
     if isinstance(contents, dict) and "model" in contents:
         raise InputError(f"{path}: is a teacher's checkpoint, read by load_teacher; expected an exported student")

@@ -12,6 +12,7 @@ import torch
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.next_step import d2v
 from helpers import GOLDEN, ROOT, load_checkpoint
 from recipes import embed, evaluate, export_student
 
@@ -33,7 +34,7 @@ def refusal(load: Callable[..., Any], *arguments: Any) -> str:
 
 def test_load_student_names_the_kind_of_another_file(uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = uninterrupted / "latest-rank0.pt"
-    export = f"export its student first: python recipes/export_student.py {checkpoint} student.safetensors"
+    export = f"export its student first: {d2v('export', checkpoint, 'student.safetensors')}"
     assert refusal(load_student, checkpoint) == f"{checkpoint}: is a training checkpoint: {export}"
     assert "is a teacher's checkpoint, read by load_teacher" in refusal(load_student, TEACHER)
     converted = GOLDEN / "release-0.1.0" / "teacher.safetensors"
