@@ -36,7 +36,11 @@ def main(argv: Sequence[str]) -> None:
     train = Path(__file__).with_name("train.py")
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)
-    print_next(shlex.join(["composer", str(train), *argv]))
+    ranks = dist.get_local_world_size()
+    if ranks < dist.get_world_size():
+        print_next("on each node, the same command with train.py")
+    else:
+        print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))
 
 
 if __name__ == "__main__":

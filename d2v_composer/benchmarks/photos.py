@@ -10,6 +10,7 @@ from PIL import Image
 from d2v_composer.conversion.image_source import find_images
 from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.packages import install_command
 
 __all__ = ["PhotoSet", "make_photos", "take_photos"]
 
@@ -65,7 +66,8 @@ def _packaged_photos() -> dict[str, Image.Image]:
         from skimage import data
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise InputError(f"no photographs: pip install '.[benchmark]', or give --images FOLDER ({error})") from error
+        install = install_command("benchmark", "scikit-image", "scikit-learn")
+        raise InputError(f"no photographs: {install}, or give --images FOLDER ({error})") from error
     readers: dict[str, Callable[[], np.ndarray]] = {
         "astronaut": data.astronaut,
         "cat": data.chelsea,

@@ -17,6 +17,7 @@ from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.system.atomic_files import out_file
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.packages import install_command
 
 __all__ = ["OPSET", "Embedder", "export_onnx", "export_program"]
 
@@ -84,7 +85,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install 'd2v-composer[onnx]'")
+        raise InputError(f"{path}: needs {' and '.join(missing)}: {install_command('onnx', *missing)}")
     program = torch.onnx.export(
         trace(embedder),
         input_names=["images"],

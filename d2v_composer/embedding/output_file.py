@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from d2v_composer.system.atomic_files import check_out_file, write_atomically
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.packages import install_command
 from d2v_composer.system.retry import reason
 
 __all__ = ["EmbeddingFile", "Unreadable"]
@@ -50,7 +51,7 @@ class EmbeddingFile:
         if out.suffix not in (".npy", ".parquet"):
             raise InputError(f"{out}: must end in .npy or .parquet")
         if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-            raise InputError(f"{out}: .parquet needs pyarrow: pip install -e '.[parquet]'")
+            raise InputError(f"{out}: .parquet needs pyarrow: {install_command('parquet', 'pyarrow')}")
         self.out = out
         self.overwrite = overwrite
         self.ids = out.with_name(f"{out.stem}.ids.npy")

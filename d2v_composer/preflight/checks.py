@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from composer.utils.file_helpers import list_remote_objects
-from packaging.requirements import Requirement
 from PIL import Image
 from streaming.base.format import reader_from_json
 
@@ -35,6 +34,7 @@ from d2v_composer.preflight.permissions import check_permissions
 from d2v_composer.system.atomic_files import existing_folder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import describe_machine
+from d2v_composer.system.packages import find_wrong_packages
 from d2v_composer.system.retry import reason
 
 __all__ = ["Checks", "check_versions"]
@@ -51,19 +51,7 @@ def check_versions() -> str:
     Raises:
         InputError: A package is missing or has another version.
     """
-    wrong = []
-    for line in metadata.requires("d2v-composer") or []:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{requirement} is missing")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} is {version}, required {requirement.specifier}")
-    if wrong:
+    if wrong := list(find_wrong_packages()):
         raise InputError("; ".join(wrong))
     return f"torch {metadata.version('torch')}, Composer {metadata.version('mosaicml')}, and the rest as required"
 

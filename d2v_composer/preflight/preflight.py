@@ -136,6 +136,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
 
 def check_before_training(checks: Checks, table: CheckTable) -> None:
     """Make all checks that need no training."""
+    logging_remedy = "log in or start the server, or turn the logger off: loggers.NAME=null"
     room = "free disk space, or set train_loader.cache_limit or save_num_checkpoints_to_keep"
     rows = (
         ("versions", check_versions, "pip install -e . in a fresh environment", ()),
@@ -149,7 +150,7 @@ def check_before_training(checks: Checks, table: CheckTable) -> None:
         ("room", checks.check_room, room, ("data",)),
         ("save_folder", checks.check_save_folder, "grant the permission, or choose another save_folder", ()),
         ("labelled sets", checks.check_labelled_sets, "change retrieval.datasets", ("teacher",)),
-        ("loggers", checks.check_loggers, "log in, or WANDB_MODE=offline", ()),
+        ("loggers", checks.check_loggers, logging_remedy, ()),
     )
     for row in rows:
         table.check(*row)

@@ -5,6 +5,7 @@ from importlib import metadata
 import pytest
 
 from d2v_composer.config.packages import needs_of_loggers
+from d2v_composer.system.packages import find_wrong_packages, install_command
 
 CHOSEN = {"jsonl": {}, "wandb": {}, "mlflow": {}, "tensorboard": None, "unknown": {}}
 
@@ -28,3 +29,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(needs_of_loggers({"mlflow": {}, "tensorboard": None})) == [
         "loggers.mlflow: needs the package mlflow-skinny: pip install 'mlflow-skinny<3,>=2.19'"
     ]
+
+
+def test_an_extra_is_apart_from_the_package_itself() -> None:
+    assert list(find_wrong_packages()) == []
+    assert install_command("", "timm", "pyarrow").startswith("pip install 'timm>=")
+    assert install_command("onnx", "onnx", "onnxscript") == "pip install 'onnx>=1.17' 'onnxscript>=0.4'"
