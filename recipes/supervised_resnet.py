@@ -2,7 +2,7 @@
 
     python recipes/supervised_resnet.py
     python recipes/supervised_resnet.py --epochs 1
-    composer recipes/supervised_resnet.py --epochs 20
+    python recipes/supervised_resnet.py --epochs 20
 
 Options: --epochs N, default 5. It uses nothing else of this repository but the quickstart's images.
 """

@@ -15,7 +15,7 @@ from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.retry import reason
@@ -88,7 +88,7 @@ def build_run_record(config: TrainConfig, teacher: Teacher, shards: list[dict[st
     """
     loader = config.train_loader
     record = {
-        "config": _without_secrets(asdict(config)),
+        "config": hide_all_secrets(asdict(config)),
         "command": shlex.join(map(hide_secrets, sys.argv)),
         "teacher": teacher.provenance,
         "data": {"location": loader.remote or loader.local, **describe_data(shards)},
@@ -106,11 +106,3 @@ def _build(name: str, chosen: Callable[..., Callback], arguments: dict[str, Any]
         return chosen(**arguments)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"callbacks.{name}: {reason(error)}") from error
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_secrets(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(each) for each in value]
-    return hide_secrets(value) if isinstance(value, str) else value

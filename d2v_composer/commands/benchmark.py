@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, get_args
 from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.compiler import find_missing
 from d2v_composer.models.names import PrecisionName
+from d2v_composer.system.atomic_files import check_out_file, write_atomically
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ PRECISIONS = get_args(PrecisionName)
 def main(argv: Sequence[str]) -> "Result":
     """Run a benchmark, and print and write its result."""
     arguments = parse(argv)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise InputError(f"--json: no such folder: {arguments.json.parent}")
+    if arguments.json is not None:
+        check_out_file(arguments.json)
     check_positive({"repeats": arguments.repeats})
-    command = f"python {shlex.join(['recipes/benchmark.py', *argv])}"
+    command = shlex.join(["d2v", "benchmark", *argv])
     result: Result = arguments.run(arguments)
     print(f"{command}\n{result.as_text()}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"command": command} | result.as_json(), indent=1) + "\n")
+        write_atomically(arguments.json, json.dumps({"command": command} | result.as_json(), indent=1) + "\n")
     return result
 
 
@@ -90,9 +91,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     retrieval.set_defaults(run=run_retrieval)
 
     for benchmark in (step, retrieval):
-        benchmark.add_argument(
-            "--size", choices=("base", "large", "quickstart"), default="base", help="size of the teacher; default: base"
-        )
+        benchmark.add_argument("--size", choices=SIZES, default="base", help="size of the teacher; default: base")
         benchmark.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
         benchmark.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     for benchmark in (data, step, retrieval):

@@ -40,11 +40,9 @@ def main(argv: Sequence[str]) -> "Embedding":
 
     import torch
 
-    from d2v_composer.checkpoints.safetensors_file import sha256
     from d2v_composer.embedding.collection import open_collection
     from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
     from d2v_composer.embedding.output_file import EmbeddingFile
-    from d2v_composer.system.fetch import fetch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.precision == "amp_fp16" and device == "cpu":
@@ -65,7 +63,6 @@ def main(argv: Sequence[str]) -> "Embedding":
         collection,
         file,
         EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
-        model_hash=f"{sha256(fetch(arguments.model))} {arguments.weights}",
         device=device,
         workers=arguments.workers,
         skip_unreadable=arguments.skip_unreadable,

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import cli
+from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.launched_rank import global_rank
-from d2v_composer.system.next_step import d2v, print_next
+from d2v_composer.system.next_step import EMBEDDINGS, d2v, print_next
 
 if TYPE_CHECKING:
+    from d2v_composer.config.schema import EvaluateConfig
     from d2v_composer.data.labelled_sets import LabelledSet
     from d2v_composer.evaluation.evaluate import Evaluation
 
 __all__ = ["main"]
-
-# Of the next step.
-OUT = "embeddings.npy"
 
 
 def main(argv: Sequence[str]) -> "Evaluation | None":
@@ -61,12 +60,19 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     print(evaluation_tables(evaluation))
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
-        about = {"config": asdict(config), "machine": describe_machine(), "versions": versions}
+        about = {"config": hide_all_secrets(asdict(config)), "machine": describe_machine(), "versions": versions}
         evaluation.write(Path(config.out), about)
-    is_checkpoint = config.model.endswith(".pt") and any(each.name == "student" for each in candidates)
-    step = ("export", config.model, "student.safetensors") if is_checkpoint else ("embed", config.model, "IMAGES", OUT)
-    print_next(d2v(*step))
+    print_next(hide_secrets(next_step(config, has_student=any(each.name == "student" for each in candidates))))
     return evaluation
+
+
+def next_step(config: "EvaluateConfig", has_student: bool) -> str:
+    """Return the command that follows: export a checkpoint's student, or embed with another model."""
+    if has_student and config.model.endswith(".pt"):
+        moved = [] if config.teacher is None else ["--teacher", config.teacher]
+        return d2v("export", config.model, "student.safetensors", *moved)
+    weights = [] if config.weights == "model" else ["--weights", config.weights]
+    return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *weights)
 
 
 def check_out_folder(folder: Path, names: Sequence[str]) -> None:

@@ -17,15 +17,12 @@ from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.atomic_files import check_out_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import d2v, print_next
+from d2v_composer.system.next_step import EMBEDDINGS, d2v, print_next
 
 if TYPE_CHECKING:
     from d2v_composer.models.student import Student
 
 __all__ = ["main"]
-
-# Of the next step.
-OUT = "embeddings.npy"
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -69,5 +66,7 @@ def main(argv: Sequence[str]) -> "Student":
         write(Embedder(student, embedding.headline), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-    print_next(PROGRAMS[out.suffix].format(str(out)) if out.suffix in PROGRAMS else d2v("embed", out, "IMAGES", OUT))
+    print_next(
+        PROGRAMS[out.suffix].format(str(out)) if out.suffix in PROGRAMS else d2v("embed", out, "IMAGES", EMBEDDINGS)
+    )
     return student

@@ -4,6 +4,7 @@ A batch never has images of two parts, so a part does not depend on what was com
 Shapes: N images, B images of a batch, D channels.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -25,9 +26,8 @@ from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableImageError
 from d2v_composer.system.worker_lifetime import FORK
 
-__all__ = ["DTYPES", "Embedding", "EmbeddingOptions", "embed_collection"]
+__all__ = ["Embedding", "EmbeddingOptions", "embed_collection"]
 
-DTYPES = ("float32", "float16")
 # Beginnings of torch's RuntimeErrors if a worker was killed, or /dev/shm or the open files ran short.
 MACHINE_FAULTS = ("DataLoader worker (pid", "unable to write to file", "unable to open shared memory", "unable to mmap")
 
@@ -68,7 +68,6 @@ def embed_collection(
     file: EmbeddingFile,
     options: EmbeddingOptions,
     *,
-    model_hash: str,
     device: str = "cpu",
     workers: int = 0,
     skip_unreadable: bool = False,
@@ -80,7 +79,6 @@ def embed_collection(
         collection: The images.
         file: The file for embeddings and ids, in the collection's order.
         options: The settings.
-        model_hash: A hash of the weights.
         device: cpu or cuda.
         workers: Processes that decode images.
         skip_unreadable: Skip and list unreadable images instead of stopping.
@@ -90,7 +88,7 @@ def embed_collection(
             belongs to an interrupted run with other settings.
     """
     plan = {
-        "model": model_hash,
+        "model": hash_weights(model),
         "source": collection.fingerprint,
         "images": len(collection),
         "device": device,
@@ -113,6 +111,15 @@ def embed_collection(
             raise InputError(f"{file.out}: none of the {len(collection)} images can be read")
         file.finish(collection.ids)
     return Embedding(file.out, file.num_rows, channels, [reason for _, reason in file.skipped], resumed, seconds)
+
+
+def hash_weights(model: Transformer) -> str:
+    """Return a hash of a model's weights; its file may be another one by now, that of a run in progress."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _embed_parts(

@@ -6,7 +6,7 @@ Addresses that they would read differently are refused.
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from typing_extensions import Self
@@ -18,6 +18,7 @@ __all__ = [
     "check_path",
     "check_run_name",
     "file_name",
+    "hide_all_secrets",
     "hide_secrets",
     "identity",
     "is_address",
@@ -207,6 +208,15 @@ def hide_secrets(text: str) -> str:
         return _rewrite(match[0], [(name, value) for name, value in shown if not _signs(name)])
 
     return URL.sub(hide, text)
+
+
+def hide_all_secrets(value: Any) -> Any:
+    """Hide the secrets in every text of nested dicts and lists."""
+    if isinstance(value, dict):
+        return {name: hide_all_secrets(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [hide_all_secrets(each) for each in value]
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def _query(address: str) -> list[tuple[str, str]]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from d2v_composer.system.launched_rank import global_rank
 
-__all__ = ["d2v", "print_next"]
+__all__ = ["EMBEDDINGS", "d2v", "print_next"]
+
+# The file of embeddings that a step proposes.
+EMBEDDINGS = "embeddings.npy"
 
 
 def print_next(*steps: str) -> None:

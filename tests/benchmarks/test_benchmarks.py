@@ -84,7 +84,7 @@ def test_data_rows_and_targets(tmp_path: Path) -> None:
     ]
     assert found["photos"]["images"] == FEWEST_IMAGES
     assert found["versions"]["torch"] == "2.7.0"
-    assert found["command"].startswith("python recipes/benchmark.py data --num-images")
+    assert found["command"].startswith("d2v benchmark data --num-images")
     assert found["command"] in ended.stdout
     assert not any(work.iterdir())
 

@@ -173,7 +173,7 @@ def test_a_run_leaves_checkpoints_log_and_record(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert names == [".in_use", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
-    assert record["config"]["optimizer"]["lr"] == 0.002
+    assert record["config"]["optimizer"]["lr"] == 0.003
     assert record["versions"]["mosaicml"] == "0.32.1"
     assert record["teacher"]["source"] == "tiny_base.pt"
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]

@@ -26,7 +26,7 @@ SIGNED = (
     "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIASECRET%2F20260101%2Fus-east-1%2Fs3%2Faws4_request"
     "&X-Amz-Date=20260101T000000Z&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Security-Token=" + "S" * 900
 )
-SECRETS = ("AKIASECRET", "SSSS", "hunter2", "topsecret", "X-Amz", "first", "second")
+SECRETS = ("AKIASECRET", "SSSS", "hunter2", "topsecret", "X-Amz", "first-signature", "second-signature")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -67,27 +67,29 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_a_presigned_teacher_is_cached_without_its_query(server: Server, small_data: Path) -> None:
-    teacher = load_teacher(server.address("first"))
+    teacher = load_teacher(server.address("first-signature"))
     assert teacher.provenance["source"] == "base.pt"
-    assert fetch(server.address("second")) == fetch(server.address("first"))  # with a new signature
+    assert fetch(server.address("second-signature")) == fetch(server.address("first-signature"))  # with a new signature
     assert server.num_requests == 1
     names = [path.name for path in cache_folder().iterdir()]
     assert sorted(name[17:] for name in names) == ["base.pt", "base.pt.lock"]
 
-    config = load_config(small_run(small_data, small_data, f"teacher.checkpoint={server.address('second')}"))
+    config = load_config(small_run(small_data, small_data, f"teacher.checkpoint={server.address('second-signature')}"))
     record = build_run_record(config, teacher, read_train_index(config)).record
     assert record["config"]["teacher"]["checkpoint"] == server.address("").partition("?")[0]
     assert not [secret for secret in SECRETS if secret in str(record)]
-    assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(server.address("first"))  # like an evaluation
+    assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(
+        server.address("first-signature")
+    )  # like an evaluation
 
 
 def test_the_command_line_is_recorded_without_secrets(
     server: Server, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    override = f"teacher.checkpoint={server.address('first')}"
+    override = f"teacher.checkpoint={server.address('first-signature')}"
     monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
     config = load_config(small_run(small_data, small_data, override))
-    teacher = load_teacher(server.address("first"))
+    teacher = load_teacher(server.address("first-signature"))
     command = build_run_record(config, teacher, read_train_index(config)).record["command"]
     assert command.startswith("recipes/train.py yamls/quickstart.yaml teacher.checkpoint=http://127.0.0.1:")
     assert command.endswith("/models/base.pt seed=3")
@@ -104,7 +106,7 @@ def test_an_expired_signature_is_not_shown(server: Server, capsys: pytest.Captur
 
 
 def test_another_version_is_another_file(server: Server) -> None:
-    one, other = (fetch(server.address("first", f"versionId={version}&")) for version in ("1", "2"))
+    one, other = (fetch(server.address("first-signature", f"versionId={version}&")) for version in ("1", "2"))
     assert one != other
     assert server.num_requests == 2
 
