@@ -199,7 +199,7 @@ def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:
     def loss_of(images: Tensor) -> Tensor:
         outputs = model(images)
         with torch.no_grad():
-            numbers = health.compare(outputs, model.student.num_extra_tokens)
+            numbers = health.compare(outputs, model.student.num_extra_tokens, model.student.has_cls_token)
             torch.cat([torch.stack(list(numbers.values())), model.layer_cosines(images, len(images))]).tolist()
         return model.loss(outputs, images)
 

@@ -50,7 +50,7 @@ def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidat
             assert teacher is not None  # load_any returns at least one of them
             untrained = teacher.build_student()
     encoder = untrained.encoder
-    if config.pooling == "cls" and not untrained.num_extra_tokens:
+    if config.pooling == "cls" and not untrained.has_cls_token:
         raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     named = {"untrained student": untrained, "student": student, "teacher": teacher}

@@ -120,7 +120,8 @@ class Health(Callback):
         """Measure, log, and warn of each state that was absent at the last measurement."""
         outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
         assert isinstance(outputs, Regression)
-        metrics = self.compare(outputs, self.extra_tokens(state))
+        student = getattr(unwrapped(state), "student", None)
+        metrics = self.compare(outputs, self.extra_tokens(state), getattr(student, "has_cls_token", True))
         metrics |= self.compare_layers(state, len(outputs.target))
         # Waits for the device only once.
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
@@ -140,11 +141,18 @@ class Health(Callback):
     def extra_tokens(self, state: State) -> int:
         if self.num_extra_tokens is not None:
             return self.num_extra_tokens
-        student = getattr(unwrapped(state), "student", None)
-        return getattr(student, "num_extra_tokens", 0)
+        model = unwrapped(state)
+        student = getattr(model, "student", None)
+        return getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
 
-    def compare(self, outputs: Regression, num_extra_tokens: int) -> dict[str, Tensor]:
-        """Compare prediction and target; (B, D) counts as one patch."""
+    def compare(self, outputs: Regression, num_extra_tokens: int, has_cls_token: bool = True) -> dict[str, Tensor]:
+        """Compare prediction and target; (B, D) counts as one patch.
+
+        Args:
+            outputs: Of the model.
+            num_extra_tokens: Leading time steps in them that are not patches.
+            has_cls_token: The first of these is CLS.
+        """
         prediction, target = (
             tensor.float() if tensor.ndim == 3 else tensor.float()[:, None]
             for tensor in (outputs.prediction, outputs.target)
@@ -152,7 +160,7 @@ class Health(Callback):
         cosine_BT = cosine_similarity(prediction, target, dim=2)
         num_extra_tokens = 0 if outputs.cls_prediction is not None else num_extra_tokens  # dropped there
         metrics = {"cosine/patch": cosine_BT[:, num_extra_tokens:].mean()}
-        if num_extra_tokens:
+        if num_extra_tokens and has_cls_token:
             metrics["cosine/cls"] = cosine_BT[:, 0].mean()
         metrics["effective_rank"] = effective_rank(prediction.mean(dim=1))
         if len(target) > 1:  # one image has no variance

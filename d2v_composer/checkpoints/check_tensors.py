@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.system.errors import InputError
 
-__all__ = ["check_num_blocks", "check_teacher", "check_tensors", "shapes_of"]
+__all__ = ["FLOATS", "check_num_blocks", "check_teacher", "check_tensors", "shapes_of"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -181,12 +181,17 @@ def _load_file(
 
 
 def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
-    """Load the teacher of an exported student; a timm model's name stands for its pretrained weights."""
+    """Load the teacher of an exported student."""
     sizes = student.encoder.config
     if not isinstance(sizes, TimmEncoderConfig):
         return load_teacher(path, weights)
-    file, size = None if path == sizes.model else path, sizes.image_size
-    return load_teacher(file, weights, model=sizes.model, first_blocks=sizes.first_blocks, image_size=size)
+    options: dict[str, Any] = {"first_blocks": sizes.first_blocks, "image_size": sizes.image_size}
+    return load_teacher(_file_of(path, sizes.model), weights, model=sizes.model, **options)
+
+
+def _file_of(path: str, model: str) -> str | None:
+    """Return the file of a teacher of a student; a timm model's name stands for its pretrained weights."""
+    return None if path == model and model.startswith(PREFIX) else path
 
 
 def _load_trained(
@@ -208,7 +213,7 @@ def _load_trained(
         history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error
-    teacher_file = teacher_path or (None if teacher_file is None else str(teacher_file))
+    teacher_file = _file_of(teacher_path, model) if teacher_path else teacher_file and str(teacher_file)
     try:
         teacher = load_teacher(teacher_file, weights, model=model, **options)
         if (found := teacher.provenance["sha256"]) != trained_with:

@@ -79,7 +79,7 @@ class TimmStudent(Student):
             )
         self.representation: Representation = self.asked_representation or headline.representation
         pool = next(name for name, pooling in POOLINGS.items() if pooling == headline.pooling)
-        pool = "avg" if pool == "token" and not self.num_extra_tokens else pool
+        pool = "avg" if pool == "token" and not self.has_cls_token else pool
         self.set_pool(self.asked_pool or pool)
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         self.block_list[-1].norm2.requires_grad_(self.representation == "output")
@@ -90,8 +90,8 @@ class TimmStudent(Student):
         Raises:
             ValueError: It is unknown, or needs a CLS token that the model lacks.
         """
-        if global_pool not in POOLINGS or (global_pool == "token" and not self.num_extra_tokens):
-            allowed = "token, avg or mean" if self.num_extra_tokens else "avg or mean, since there is no CLS token"
+        if global_pool not in POOLINGS or (global_pool == "token" and not self.has_cls_token):
+            allowed = "token, avg or mean" if self.has_cls_token else "avg or mean, since there is no CLS token"
             raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
         self.global_pool = global_pool
         headline = Headline(self.representation, POOLINGS[global_pool])

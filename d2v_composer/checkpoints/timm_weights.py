@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.check_tensors import check_tensors
+from d2v_composer.checkpoints.check_tensors import FLOATS, check_tensors
 from d2v_composer.checkpoints.pointer import fetch_model
 from d2v_composer.checkpoints.safe_pickle import Stub, load_untrusted
 from d2v_composer.checkpoints.safetensors_file import is_safetensors, read_tensors, sha256
@@ -24,17 +25,20 @@ from d2v_composer.models.timm_encoder import build_timm_model, materialize
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.retry import reason
+from d2v_composer.system.retry import is_lasting, reason
 
 __all__ = ["load_timm_teacher"]
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names.
-NESTED = ("model_ema", "model", "module", "state_dict", "teacher")
+NESTED = ("model", "state_dict", "module", "teacher", "model_ema")
 # Parts of timm's models after the final norm: no teacher needs them.
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
-TRUNK = ("blocks.", "patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.", "rel_pos_bias.")
+TOKENS = ("patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
+TRUNK = (*TOKENS, "blocks.", "rel_pos_bias.", "rope.")
+# Of the models' authors too, whose names timm's filters change.
+PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "patchifier.proj.weight", "vision_embed.proj.weight")
 
 
 def load_timm_teacher(
@@ -60,7 +64,7 @@ def load_timm_teacher(
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
     source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
-    stored = {name: tensor.float() for name, tensor in read_state_dict(file).items()}
+    stored = {name: in_float32(name, tensor) for name, tensor in read_state_dict(file).items()}
     tensors = to_timm(file, built, model, stored)
     expected = {name: tuple(each.shape) for name, each in built.state_dict().items() if not name.startswith(HEADS)}
     foreign = [name for name in tensors if name not in expected and name.startswith(TRUNK)]
@@ -72,6 +76,7 @@ def load_timm_teacher(
     provenance = {
         "model": model,
         "tag": pretrained.get("tag") if path is None else None,
+        "timm": timm.__version__,
         "source": source,
         "sha256": sha256(file),
         "licence": licence_of(pretrained, is_pretrained=path is None),
@@ -104,7 +109,8 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
             return Path(hf_hub_download(repository, name, revision=revision or None))
         except LocalEntryNotFoundError as error:
             problem = f"not in the cache, and the hub cannot be reached ({reason(error)[:200]})"
-            break
+            if not is_lasting(error):  # each attempt takes half a minute; offline, the cache may have the next name
+                break
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -157,18 +163,33 @@ def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor])
     Raises:
         InputError: These are not weights of such a model.
     """
-    patch: Any = built.get_submodule("patch_embed")
-    projection = stored.get("patch_embed.proj.weight")
-    if projection is not None and projection.ndim == 4 and hasattr(patch, "proj"):
-        found, expected = tuple(projection.shape[2:]), tuple(patch.proj.weight.shape[2:])
-        if found != expected:  # timm would resample it
-            raise InputError(f"{file}: not weights of {model}: its patches have {found} pixels, not {expected}")
+    check_patches(file, built, model, stored)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the speed of timm's resampling
             return checkpoint_filter(built, model)(dict(stored), built)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not weights of {model} ({reason(error)[:200]})") from error
+
+
+def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tensor]) -> None:
+    """Refuse weights of patches of another size, which timm would resample.
+
+    Raises:
+        InputError: It names both sizes.
+    """
+    if not isinstance(built.patch_embed.proj, nn.Conv2d):
+        return
+    expected = built.patch_embed.proj.kernel_size
+    for name, tensor in stored.items():
+        if (name.endswith(PATCHES) or name == "conv1.weight") and tensor.ndim == 4 and tensor.shape[2:] != expected:
+            found = tuple(tensor.shape[2:])
+            raise InputError(f"{file}: not weights of {model}: its patches have {found} pixels, not {expected}")
+
+
+def in_float32(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, unless it holds other numbers, such as quantised weights."""
+    return tensor.float() if tensor.dtype in FLOATS or name.endswith("num_batches_tracked") else tensor
 
 
 def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, Tensor]]:
@@ -179,7 +200,9 @@ def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, T
         return beit.checkpoint_filter_fn
     options: dict[str, Any] = {}
     if "flexi" in model or "radio" in model:
-        options = {"interpolation": "bilinear", "antialias": False, "align_corners": "radio_v3" in model or None}
+        aligned = getattr(vision_transformer, "_RADIO_ALIGN_CORNERS", ())
+        is_aligned = any(name in model for name in aligned) or None
+        options = {"interpolation": "bilinear", "antialias": False, "align_corners": is_aligned}
     return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True, **options)
 
 

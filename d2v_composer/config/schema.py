@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
+from d2v_composer.models.timm_config import PREFIX
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
 __all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TeacherConfig", "TrainConfig"]
@@ -18,7 +19,7 @@ __all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig"
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
 REFERENCES = ("pixels", "encoder", "teacher")
 
-is_teacher = must("be data2vec2 or timm/NAME", lambda name: name == "data2vec2" or name.startswith("timm/"))
+is_teacher = must("be data2vec2 or timm/NAME", lambda name: name == "data2vec2" or name.startswith(PREFIX))
 is_image_size = must(
     "be a number of pixels or HEIGHTxWIDTH", lambda size: bool(re.fullmatch(r"\d{1,5}(x\d{1,5})?", str(size)))
 )

@@ -42,7 +42,7 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
     encode = EncodeOnce(encoder)
 
     def embed_with_encoder(images: Tensor) -> dict[str, Tensor]:
-        return poolings(encode(images), "output", encoder.config.num_extra_tokens)
+        return poolings(encode(images), "output", encoder.config)
 
     def embed_with(model: Transformer, images: Tensor) -> dict[str, Tensor]:
         return model.embed_encoded(encode(images))

@@ -32,20 +32,16 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(geometric(lower_power) + geometric(2 * lower_power)[::2][:missing])
 
 
-def manhattan_distance(num_patches: int, num_columns: int | None = None) -> Tensor:
+def manhattan_distance(num_patches: int, num_columns: int) -> Tensor:
     """Return the Manhattan distances between patches on an image's grid, (N, N).
 
     Args:
         num_patches: N.
-        num_columns: Patches in a row; default √N.
+        num_columns: Patches in a row.
 
     Raises:
         ValueError: N patches do not fill such a grid.
     """
-    if num_columns is None:
-        num_columns = math.isqrt(num_patches)
-        if num_columns**2 != num_patches:
-            raise ValueError(f"2-D ALiBi needs a square grid of patches, got {num_patches} patches")
     if num_patches % num_columns:
         raise ValueError(f"2-D ALiBi needs full rows of {num_columns} patches, got {num_patches} patches")
     index_N = torch.arange(num_patches)

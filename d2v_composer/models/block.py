@@ -29,9 +29,15 @@ class FfnBlock(nn.Module, ABC):
             needs_output: If false, the output is ``None``: of the last block, often only the FFN output is needed.
         """
 
+    @property
     @abstractmethod
+    def attention_width(self) -> int:
+        """Channels of all heads together."""
+
     def forward_macs(self, num_steps: int) -> int:
         """Return the multiply-accumulates for one image of T time steps, in linear layers and attention."""
+        linear = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return num_steps * linear + 2 * num_steps**2 * self.attention_width
 
 
 class Attention(nn.Module):
@@ -96,9 +102,9 @@ class Block(FfnBlock):
         ffn_output_BTD = self.mlp(attended_BTD)
         return self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None, ffn_output_BTD
 
-    def forward_macs(self, num_steps: int) -> int:
-        linear = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return num_steps * linear + 2 * num_steps**2 * self.attn.qkv.in_features
+    @property
+    def attention_width(self) -> int:
+        return self.attn.qkv.in_features
 
 
 class EntranceBlock(Block):

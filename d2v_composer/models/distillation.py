@@ -41,7 +41,8 @@ class DistillationModel(ComposerModel):
         prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
             block's output, not normalised.
         extra_tokens: ``regress`` all time steps alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
-            tokens from InstanceNorm and the loss, and regress CLS to the mean target with weight 0.01.
+            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
+            target with weight 0.01.
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
@@ -102,7 +103,8 @@ class DistillationModel(ComposerModel):
         prediction = self.predict(x_BTD)
         if not self.ignored_tokens:
             return Regression(prediction, target)
-        return Regression(prediction[:, self.ignored_tokens :], target, cls_prediction=prediction[:, 0])
+        cls_prediction = prediction[:, 0] if self.student.has_cls_token else None
+        return Regression(prediction[:, self.ignored_tokens :], target, cls_prediction)
 
     @property
     def ignored_tokens(self) -> int:

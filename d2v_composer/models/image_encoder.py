@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from d2v_composer.models.alibi import autocast_dtype
 from d2v_composer.models.block import Block, FfnBlock
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_DEPTH, MAX_PATCHES, MAX_WIDTH, check_mlp_ratio, check_whole, is_number
+from d2v_composer.models.sizes import (
+    MAX_DEPTH,
+    MAX_PATCHES,
+    MAX_WIDTH,
+    MEAN_RANGE,
+    STD_RANGE,
+    check_channels,
+    check_mlp_ratio,
+    check_whole,
+    is_number,
+)
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageEncoder", "ImageEncoderConfig"]
 
@@ -25,8 +35,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_NORM_EPS = 1e-2
-# Allowed means and standard deviations of pixels from 0 to 1.
-MEAN_RANGE, STD_RANGE = (0.0, 1.0), (1e-3, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +78,9 @@ class ImageEncoderConfig:
             raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
         if self.num_alibi_heads > self.num_heads:
             raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
-        self._check_channels("image_mean", *MEAN_RANGE)
-        self._check_channels("image_std", *STD_RANGE)
+        check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
+        check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
         self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
-
-    def _check_channels(self, name: str, minimum: float, maximum: float) -> None:
-        values = getattr(self, name)
-        if not isinstance(values, tuple) or len(values) != self.in_chans:
-            raise ValueError(f"{name} must be a number for each of in_chans {self.in_chans}, got {values!r}")
-        if not all(is_number(value, minimum, maximum) for value in values):
-            raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
 
     def check_alibi_scale(self, num_layers: Container[int]) -> None:
         """Check the shape of ALiBi's scale.
@@ -100,6 +101,11 @@ class ImageEncoderConfig:
         layers, *others = shape
         if (layers != 1 and layers not in num_layers) or others not in [[1, 1, 1, 1], [1, heads, 1, 1]]:
             raise ValueError(f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), got {shape!r}")
+
+    @property
+    def has_cls_token(self) -> bool:
+        """True if there are extra tokens: the first is CLS."""
+        return self.num_extra_tokens > 0
 
     @property
     def interpolation(self) -> str:

@@ -6,7 +6,10 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_PATCHES",
     "MAX_WIDTH",
+    "MEAN_RANGE",
+    "STD_RANGE",
     "ImageSize",
+    "check_channels",
     "check_mlp_ratio",
     "check_whole",
     "height_and_width",
@@ -20,6 +23,8 @@ ImageSize = int | tuple[int, int]
 MAX_WIDTH = 1 << 16
 MAX_DEPTH = 1000
 MAX_PATCHES = 1 << 14
+# Allowed means and standard deviations of pixels from 0 to 1.
+MEAN_RANGE, STD_RANGE = (0.0, 1.0), (1e-3, 1.0)
 
 
 def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
@@ -42,6 +47,19 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
         raise ValueError(
             f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
         )
+
+
+def check_channels(name: str, values: Any, in_chans: int, limits: tuple[float, float]) -> None:
+    """Check that a size is a number within a range for each channel of an image.
+
+    Raises:
+        ValueError: It is not; the message names the size.
+    """
+    minimum, maximum = limits
+    if not isinstance(values, tuple) or len(values) != in_chans:
+        raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {values!r}")
+    if not all(is_number(value, minimum, maximum) for value in values):
+        raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
 
 
 def is_number(value: Any, minimum: float, maximum: float) -> bool:

@@ -64,7 +64,13 @@ class Teacher(Transformer, Frozen):
         """
 
     def target_layers(self, x: Tensor, source: TargetSource) -> Iterator[Tensor]:
-        """Yield what the target is made of, (B, T, D) for each block: its FFN output, or its output."""
+        """Return what the target is made of, (B, T, D) for each block: its FFN output, or its output.
+
+        Raises:
+            ValueError: ``source`` is unknown.
+        """
+        if source not in get_args(TargetSource):
+            raise ValueError(f"source must be {' or '.join(get_args(TargetSource))}, got {source!r}")
         if source == "ffn":
             return self.ffn_outputs(x)
         return (output for output, _ in self._iterate_blocks(x, None, needs_last_output=True))
@@ -91,7 +97,7 @@ class Teacher(Transformer, Frozen):
             (B, T, D) float32, or (B, N, D) without the extra tokens.
 
         Raises:
-            ValueError: There are fewer blocks.
+            ValueError: There are fewer blocks, or ``source`` is unknown.
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers

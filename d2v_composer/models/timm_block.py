@@ -16,8 +16,8 @@ __all__ = ["TimmBlock", "check_block"]
 class Kind(NamedTuple):
     """How a class of blocks is computed."""
 
-    context: str
-    """The argument of its attention that takes the context."""
+    context: str = ""
+    """The argument of its attention that takes the context; empty: there is none."""
     is_post_norm: bool = False
     """Each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
@@ -25,8 +25,8 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[type[nn.Module], Kind] = {
-    vision_transformer.Block: Kind("attn_mask", scale="ls{}"),
-    vision_transformer.ResPostBlock: Kind("attn_mask", is_post_norm=True),
+    vision_transformer.Block: Kind(scale="ls{}"),
+    vision_transformer.ResPostBlock: Kind(is_post_norm=True),
     eva.EvaBlock: Kind("rope"),
     eva.EvaBlockPostNorm: Kind("rope", is_post_norm=True),
     beit.Block: Kind("shared_rel_pos_bias"),
@@ -79,6 +79,6 @@ class TimmBlock(FfnBlock):
             return x_BTD
         return scale(x_BTD) if isinstance(scale, nn.Module) else scale * x_BTD
 
-    def forward_macs(self, num_steps: int) -> int:
-        linear = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return num_steps * linear + 2 * num_steps**2 * self.block.attn.proj.in_features
+    @property
+    def attention_width(self) -> int:
+        return self.block.attn.proj.in_features

@@ -4,11 +4,21 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, ImageSize, check_whole, height_and_width
+from d2v_composer.models.sizes import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    MEAN_RANGE,
+    STD_RANGE,
+    ImageSize,
+    check_channels,
+    check_whole,
+    height_and_width,
+)
 
 __all__ = ["PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "check_image_size"]
 
 PREFIX = "timm/"
+INTERPOLATIONS = ("bicubic", "bilinear")
 # Of the students.
 NORM_EPS = 1e-6
 
@@ -28,6 +38,7 @@ class TimmEncoderConfig:
     embed_dim: int
     num_heads: int
     num_extra_tokens: int
+    has_cls_token: bool
     image_size: ImageSize
     grid_size: tuple[int, int]
     in_chans: int
@@ -40,6 +51,11 @@ class TimmEncoderConfig:
             raise ValueError(f"model must be timm/NAME, got {self.model!r}")
         check_whole("first_blocks", self.first_blocks, 0, MAX_DEPTH)
         check_image_size(self.image_size)
+        check_whole("in_chans", self.in_chans, 1, MAX_WIDTH)
+        check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
+        check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
 
     @property
     def is_normalised(self) -> bool:

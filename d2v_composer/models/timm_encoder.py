@@ -4,11 +4,14 @@ Shapes: B images, T time steps, D channels, L blocks, H heads.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
@@ -29,6 +32,8 @@ __all__ = [
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 CLASSES = (VisionTransformer, Eva, Beit)
+STEMS = (PatchEmbed, HybridEmbed)
+PREPROCESSING = ("image_mean", "image_std", "interpolation")
 
 
 def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
@@ -52,21 +57,33 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
         check_block(block)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
     shape = data["input_size"][1:] if image_size is None else check_image_size(image_size)
-    parts: Any = built
-    check_patches(shape, parts.patch_embed.patch_size)
+    check_patches(shape, patch_shape(model, built.patch_embed))
     return create_on_meta(name, num_classes=0, img_size=shape).eval()
+
+
+def patch_shape(model: str, stem: Any) -> tuple[int, int]:
+    """Return the pixels of a time step: of a patch, times the stride of the convolutions before it.
+
+    Raises:
+        ValueError: The stem's kind is not supported.
+    """
+    if type(stem) not in STEMS:
+        allowed = ", ".join(kind.__name__ for kind in STEMS)
+        raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; supported are {allowed}")
+    (height, width), (rows, columns) = stem.img_size, stem.grid_size
+    return height // rows, width // columns
 
 
 def create_on_meta(name: str, **options: Any) -> Any:
     """Call timm's factory on the meta device.
 
     Raises:
-        ValueError: The name's tag is unknown.
+        ValueError: The name's tag is unknown, or an option does not fit the model.
     """
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(f"timm/{name}: {error}") from error
 
 
@@ -99,6 +116,7 @@ def encoder_config(model: str, built: Any, first_blocks: int) -> TimmEncoderConf
         embed_dim=built.embed_dim,
         num_heads=built.blocks[0].attn.num_heads,
         num_extra_tokens=built.num_prefix_tokens,
+        has_cls_token=built.cls_token is not None,
         image_size=height if height == width else (height, width),
         grid_size=tuple(built.patch_embed.grid_size),
         in_chans=built.in_chans,
@@ -196,6 +214,8 @@ class TimmEncoder(Encoder):
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
             found = encoder_config(config.model, model, config.first_blocks)
+            # Weights of another tag may have another preprocessing: the file's counts.
+            found = replace(found, **{name: getattr(config, name) for name in PREPROCESSING})
             if config != found:
                 raise ValueError(f"{config.model} has other sizes in timm {timm.__version__}: {found}, not {config}")
             parts = TimmParts.of(model)

@@ -15,18 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.alibi import autocast_dtype, mask_padding
 from d2v_composer.models.block import FfnBlock
-from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.encoder import Encoder, EncoderConfig
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.targets import norm_mean
 
 __all__ = ["Transformer", "poolings"]
 
 
-def poolings(x_BTD: Tensor, representation: Representation, num_extra_tokens: int) -> dict[str, Tensor]:
+def poolings(x_BTD: Tensor, representation: Representation, config: EncoderConfig) -> dict[str, Tensor]:
     """Return every pooling of a representation as ``{representation}_{pooling}`` → (B, D) float32."""
     x_BTD = x_BTD.float()
-    pooled: dict[Pooling, Tensor] = {"cls": x_BTD[:, 0]} if num_extra_tokens else {}
-    pooled |= {"mean": x_BTD.mean(dim=1), "mean_patches": x_BTD[:, num_extra_tokens:].mean(dim=1)}
+    pooled: dict[Pooling, Tensor] = {"cls": x_BTD[:, 0]} if config.has_cls_token else {}
+    pooled |= {"mean": x_BTD.mean(dim=1), "mean_patches": x_BTD[:, config.num_extra_tokens :].mean(dim=1)}
     return {f"{representation}_{pooling}": embedding_BD for pooling, embedding_BD in pooled.items()}
 
 
@@ -77,6 +77,10 @@ class Transformer(nn.Module, ABC):
     @property
     def num_extra_tokens(self) -> int:
         return self.encoder.config.num_extra_tokens
+
+    @property
+    def has_cls_token(self) -> bool:
+        return self.encoder.config.has_cls_token
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
@@ -134,7 +138,7 @@ class Transformer(nn.Module, ABC):
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
-            ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has extra tokens), ``mean``
+            ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
             and ``mean_patches``.
 
         Raises:
@@ -146,9 +150,9 @@ class Transformer(nn.Module, ABC):
         """Compute every embedding from the encoder's output, (B, T, D); see :meth:`embed_all`."""
         with frozen_use():
             output, ffn_outputs = self.forward_blocks(x)
-            return poolings(output, "output", self.num_extra_tokens) | poolings(
-                self.norm_mean(ffn_outputs), "layer_mean", self.num_extra_tokens
-            )
+            config = self.encoder.config
+            layer_mean = self.norm_mean(ffn_outputs)
+            return poolings(output, "output", config) | poolings(layer_mean, "layer_mean", config)
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:
         """Return one embedding of each image, (B, D) float32; see :meth:`embed_all`.

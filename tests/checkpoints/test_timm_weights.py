@@ -5,7 +5,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import configure_http_backend, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import Beit, Eva, register_model
@@ -25,6 +27,9 @@ from torch.testing import assert_close
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.timm_student import TimmStudent
+from d2v_composer.checkpoints.timm_weights import checkpoint_filter, read_state_dict
+from d2v_composer.models.student import Student
+from d2v_composer.models.timm_encoder import TimmEncoder
 from d2v_composer.system.errors import InputError
 from helpers import refused_by, run_command
 
@@ -146,6 +151,7 @@ def test_provenance(file: Path) -> None:
     assert teacher.provenance == {
         "model": MODEL,
         "tag": None,
+        "timm": timm.__version__,
         "source": "weights.safetensors",
         "licence": "of the file; timm states for its own weights of this model: apache-2.0",
         "left": [],
@@ -198,6 +204,18 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "no positions": (lambda path: changed(path, pos_embed=None), r"tensor pos_embed \(1, 101, 64\) is missing"),
     "not finite": (lambda path: changed(path, cls_token=torch.full((1, 1, 64), np.nan)), "cls_token has values that"),
     "odd positions": (lambda path: changed(path, pos_embed=torch.zeros(7)), f"not weights of {MODEL}"),
+    "learned rotary positions": (
+        lambda path: changed(path, **{"rope.freqs": torch.ones(2, 6, 8)}),
+        "no tensor rope.freqs",
+    ),
+    "quantised": (
+        lambda path: changed(path, **{"blocks.0.attn.qkv.weight": torch.ones(192, 64, dtype=torch.int8)}),
+        "tensor blocks.0.attn.qkv.weight is not a dense floating-point tensor",
+    ),
+    "patches of authors": (
+        lambda path: torch.save({"visual.conv1.weight": torch.ones(64, 3, 8, 8)}, path),
+        r"patches have \(8, 8\) pixels, not \(16, 16\)",
+    ),
     "no tensors": (lambda path: torch.save({"model": {"a": 1}}, path), "it has no dict of tensors"),
     "a list": (lambda path: torch.save([torch.zeros(3)], path), "it has no dict of tensors"),
     "text": (lambda path: path.write_text("weights"), "truncated, or not a PyTorch checkpoint"),
@@ -235,19 +253,22 @@ def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any]
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache of the hub, without network: its folder."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
+    configure_http_backend()
+    yield tmp_path / "hub"
+    configure_http_backend()  # those made meanwhile stay offline
 
 
-def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, name: str) -> None:
     folder = offline / "models--timm--test_vit.r160_in1k"
     (folder / "snapshots" / "abc").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc" / "model.safetensors").write_bytes(file.read_bytes())
+    (folder / "snapshots" / "abc" / name).write_bytes(file.read_bytes())
     teacher = load_teacher(None, model=MODEL)
     assert torch.equal(
         features(teacher, images_of(160, 160)), features(load_teacher(file, model=MODEL), images_of(160, 160))
@@ -257,6 +278,32 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path) 
     _, same = load_any(MODEL)
     assert same is not None
     assert same.provenance == teacher.provenance
+
+
+@pytest.mark.parametrize("variant", ["base_patch16_radio_v3", "large_patch16_radio_v3", "base_patch16_radio_v4"])
+def test_positions_are_aligned_as_in_timm(variant: str) -> None:
+    found = checkpoint_filter(nn.Identity(), f"timm/vit_{variant}.c_radio")
+    assert isinstance(found, partial)
+    assert found.keywords["align_corners"] is (True if variant == "base_patch16_radio_v3" else None)
+
+
+def test_weights_come_before_their_average(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model_ema": {"x": torch.zeros(1)}, "model": {"x": torch.ones(1)}}, path)
+    assert read_state_dict(path)["x"] == 1
+
+
+def test_an_exported_student_keeps_its_preprocessing(file: Path, tmp_path: Path) -> None:
+    """Another tag of the same model may have another one."""
+    teacher = load_teacher(file, model=MODEL)
+    assert isinstance(teacher.encoder, TimmEncoder)
+    config = replace(teacher.encoder.config, image_mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+    encoder = TimmEncoder(config)
+    encoder.load_state_dict(teacher.encoder.state_dict())
+    save_student(Student(encoder, teacher.build_student(depth=1).config), tmp_path / "student.safetensors")
+    found = load_student(tmp_path / "student.safetensors").encoder
+    assert found.config == config
+    assert found.image_mean.flatten().tolist() == pytest.approx(config.image_mean)
 
 
 def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
@@ -315,6 +362,9 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
         *[("image_size", value) for value in (32, None)],
         ("grid_size", [1, 1]),
         ("image_std", [0, 0, 0]),
+        *[("image_mean", value) for value in (None, [None], "abc", [0.5])],
+        ("interpolation", "nearest"),
+        ("has_cls_token", False),
         ("embed_dim", 32),
     ],
 )

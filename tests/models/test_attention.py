@@ -1,6 +1,7 @@
 """Attention: the ALiBi bias, its shapes and kernels, padding."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -33,19 +34,19 @@ def test_slopes_are_geometric_series() -> None:
 
 
 def test_bias_of_images() -> None:
-    distance = manhattan_distance(9)
+    distance = manhattan_distance(9, num_columns=3)
     assert distance[0, 8] == 4  # corner to corner of a 3 × 3 grid
     assert manhattan_distance(6, num_columns=3)[0].tolist() == [0, 1, 2, 1, 2, 3]
     with pytest.raises(ValueError, match="full rows of 4 patches, got 6"):
         manhattan_distance(6, num_columns=4)
-    alibi = Alibi(manhattan_distance, num_heads=6, num_alibi_heads=4, num_extra_tokens=2)
+    alibi = Alibi(partial(manhattan_distance, num_columns=3), num_heads=6, num_alibi_heads=4, num_extra_tokens=2)
     bias = alibi(11, torch.float32, CPU)[0]
     assert bias.shape == (6, 11, 11)
     assert not bias[:, :2].any()
     assert not bias[:, :, :2].any()
     assert not bias[4:].any()
     assert bias[1, 2, 10] == -4 * 2.0**-4
-    with pytest.raises(ValueError, match="square grid"):
+    with pytest.raises(ValueError, match="full rows of 3 patches"):
         alibi(10, torch.float32, CPU)
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from d2v_composer.checkpoints.headline import choose_embedding
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.timm_config import TimmTeacherConfig
 from d2v_composer.models.timm_encoder import build_timm_model
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.system.errors import InputError
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}
 SMALL_14 = SMALL | {"img_size": 56}
@@ -32,6 +34,7 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
     "deit3_small_patch16_224": (SMALL, 3),
     "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
     "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
+    "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one step of the stem
     "eva02_tiny_patch14_224": (SMALL_14, 1),
     "eva02_base_patch16_clip_224": (WIDE, 0),
     "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches
@@ -161,6 +164,35 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert model.layer_cosines(images, 2).shape == (teacher.config.depth,)
+
+
+def test_registers_are_not_cls() -> None:
+    teacher = build_teacher("vit_dlittle_patch16_reg1_gap_256")
+    assert (teacher.num_extra_tokens, teacher.has_cls_token) == (1, False)
+    student = teacher.build_student(depth=1)
+    images = images_for(teacher.config)
+    names = {f"{name}_{pooling}" for name in ("output", "layer_mean") for pooling in ("mean", "mean_patches")}
+    assert set(student.embed_all(images)) == names
+    assert choose_embedding(student, {}, None, None).headline.name == "output_mean_patches"
+    with pytest.raises(InputError, match="this model has no CLS token"):
+        choose_embedding(student, {}, "cls", None)
+    outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
+    assert outputs.cls_prediction is None
+    assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("vit_base_r50_s16_224", "patch, 16 x 16 pixels"), ("vit_base_mci_224", "patch, 16 x 16")]
+)
+def test_patches_behind_convolutions(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_timm_model(f"timm/{name}", 100)
+
+
+def test_an_unknown_source_is_refused() -> None:
+    teacher = build_teacher("test_vit")
+    with pytest.raises(ValueError, match="source must be ffn or block, got 'attention'"):
+        teacher.targets(torch.zeros(1, 101, 64), source="attention")  # pyright: ignore[reportArgumentType]: a typo
 
 
 def test_the_scale_of_the_residual_stream_does_not_reach_the_student() -> None:

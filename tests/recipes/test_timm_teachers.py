@@ -12,11 +12,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import configure_http_backend, constants
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from d2v_composer import load_student
+from d2v_composer.checkpoints.load import load_any
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
@@ -68,6 +69,19 @@ def test_train(trained: Path) -> None:
 def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
         train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
+
+
+def test_a_checkpoints_teacher_may_be_timms_pretrained_model(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    configure_http_backend()
+    try:
+        with pytest.raises(InputError, match=r"^timm/test_vit: no pretrained weights of timm/test_vit.r160_in1k"):
+            load_any(trained / "latest-rank0.pt", teacher_path="timm/test_vit")
+    finally:
+        configure_http_backend()  # one made offline stays offline
 
 
 def test_export_evaluate_and_embed(
@@ -177,13 +191,13 @@ def test_a_file_that_runs_code_is_refused(refused: Callable[..., str], tmp_path:
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_no_network_is_refused(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
-) -> None:
+def test_no_network_is_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    line = refused("teacher.checkpoint=null")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    configure_http_backend()
+    try:
+        line = refused("teacher.checkpoint=null")
+    finally:
+        configure_http_backend()  # one made offline stays offline
     assert line.startswith("error: timm/test_vit: no pretrained weights of timm/test_vit.r160_in1k on the Hugging Face")
     assert line.endswith("fetch them once with network access, or give teacher.checkpoint, a file")
