@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> "Result":
     """Run a benchmark, and print and write its result."""
     arguments = parse(argv)
     if arguments.json is not None:
+        if not arguments.json.parent.is_dir():
+            raise InputError(f"--json: no such folder: {arguments.json.parent}")
         check_out_file(arguments.json)
     check_positive({"repeats": arguments.repeats})
     command = shlex.join(["d2v", "benchmark", *argv])
@@ -120,6 +122,7 @@ def run_data(arguments: argparse.Namespace) -> "Result":
 
 def run_step(arguments: argparse.Namespace) -> "Result":
     from d2v_composer.benchmarks.step import benchmark_step
+    from d2v_composer.models.timm_config import PREFIX
 
     device = choose_device(arguments)
     on_gpu = device == "cuda"
@@ -130,7 +133,7 @@ def run_step(arguments: argparse.Namespace) -> "Result":
     if compiles and (missing := find_missing()) is not None:
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
     size = arguments.teacher or arguments.size
-    if size not in SIZES and not size.startswith("timm/"):
+    if size not in SIZES and not size.startswith(PREFIX):
         raise InputError(f"--teacher: must be timm/NAME, got {size!r}")
     return benchmark_step(size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles)
 

@@ -19,7 +19,7 @@ from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, start_python
 
 # distill.yaml has all keys; the others are read alike.
-NUM = {"quickstart": 60, "distill": 240, "ablations": 60, "evaluate": 60}
+NUM = {"quickstart": 60, "distill": 120, "ablations": 60, "evaluate": 60}
 
 
 class Recipe(NamedTuple):
@@ -159,7 +159,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, is_long: bool) -> 
 
 
 @pytest.mark.parametrize("name", ["quickstart", "distill", "evaluate"])
-@pytest.mark.parametrize("num", [6, pytest.param(None, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("num", [4, pytest.param(None, marks=pytest.mark.campaign)])
 def test_an_accepted_slip_runs_or_is_refused(name: str, num: int | None, labelled: Path, tmp_path: Path) -> None:
     """An error that only teacher or data can show is one line as well, and leaves nothing behind."""
     recipe = RECIPES[name]

@@ -123,7 +123,7 @@ def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert versions["torch"] in checks.check_versions()
     installed = checks.metadata.version
     monkeypatch.setattr(checks.metadata, "version", lambda name: "1.0" if name == "timm" else installed(name))
-    with pytest.raises(ValueError, match=r"^does not work with timm 1\.0: pip install 'timm>=[\d.]+'$"):
+    with pytest.raises(ValueError, match=r"^does not work with timm 1\.0: pip install 'timm[^']+'$"):
         checks.check_versions()
 
 
