@@ -150,7 +150,7 @@ def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path
     ("overrides", "message"),
     [
         pytest.param(
-            ["optimizer.lr=0.001"], "optimizer.lr: 0.002 in the checkpoint, 0.001 asked", marks=pytest.mark.slow
+            ["optimizer.lr=0.001"], "optimizer.lr: 0.003 in the checkpoint, 0.001 asked", marks=pytest.mark.slow
         ),
         (
             ["seed=18", "student.depth=2", "student.alibi=false"],
