@@ -16,7 +16,7 @@ from d2v_composer.models.timm_config import PREFIX
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.fetch import find_missing_file
-from d2v_composer.system.launched_rank import num_ranks
+from d2v_composer.system.launched_rank import is_one_node, num_ranks
 
 __all__ = ["find_unmet_needs"]
 
@@ -27,6 +27,9 @@ def find_unmet_needs(config: RunConfig) -> Iterator[str]:
         yield from needs_of_a_gpu(config)
     if isinstance(config, TrainConfig):
         yield from needs_of_training(config)
+        # Of several nodes, one may lack a file: the builders tell all, once they have joined. Here, others would wait.
+        if is_one_node():
+            yield from needs_of_files(config)
         yield from needs_of_loggers(config.loggers)
     elif isinstance(config, EvaluateConfig):
         yield from needs_of_an_evaluation(config)
@@ -45,11 +48,15 @@ def needs_of_a_gpu(config: RunConfig) -> Iterator[str]:
 
 
 def needs_of_training(config: TrainConfig) -> Iterator[str]:
-    """Yield a line for each field whose compiler, ranks or files are missing."""
+    """Yield a line for each field whose compiler or ranks are missing."""
     if config.compile and (missing := find_missing()) is not None:
         yield f"compile: {missing}; install it, or compile=false"
     if config.global_train_batch_size % (ranks := num_ranks()):
         yield f"global_train_batch_size: must divide by the {ranks} ranks, got {config.global_train_batch_size}"
+
+
+def needs_of_files(config: TrainConfig) -> Iterator[str]:
+    """Yield a line for each field whose files are missing or cannot be written."""
     checkpoint = config.teacher.checkpoint
     if checkpoint is not None and (missing := find_missing_file(checkpoint)) is not None:
         yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"

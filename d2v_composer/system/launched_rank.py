@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-__all__ = ["REPORT_SECONDS", "global_rank", "let_first_rank_report", "num_ranks"]
+__all__ = ["REPORT_SECONDS", "global_rank", "is_one_node", "let_first_rank_report", "num_ranks"]
 
 # The first rank of a node may start so much later than the others.
 REPORT_SECONDS = 30.0
@@ -16,6 +16,10 @@ def global_rank() -> int:
 
 def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_one_node() -> bool:
+    return num_ranks() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def let_first_rank_report() -> None:

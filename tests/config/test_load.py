@@ -322,3 +322,12 @@ def test_a_missing_file_is_refused() -> None:
         load_config(["missing.yaml"])
     with pytest.raises(InputError, match="no YAML given"):
         load_config([])
+
+
+def test_files_of_several_nodes_are_checked_once_they_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [str(ROOT / "yamls" / "quickstart.yaml"), "teacher.checkpoint=missing.pt"]
+    with pytest.raises(InputError, match="missing.pt: no such file"):
+        load_config(arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert load_config(arguments).teacher.checkpoint == "missing.pt"
