@@ -326,7 +326,7 @@ def test_a_missing_file_is_refused() -> None:
 
 def test_files_of_several_nodes_are_checked_once_they_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [str(ROOT / "yamls" / "quickstart.yaml"), "teacher.checkpoint=missing.pt"]
-    with pytest.raises(InputError, match="missing.pt: no such file"):
+    with pytest.raises(InputError, match=r"missing\.pt: no such file"):
         load_config(arguments)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
