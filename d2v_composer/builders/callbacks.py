@@ -14,6 +14,7 @@ from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderL
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import describe_data
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
@@ -42,7 +43,7 @@ FIXED_BY_A_CHECKPOINT = (
     "teacher.sha256",
 )
 # What the checkpoints of 0.1.0, which had no such keys, were trained with.
-BEFORE_THESE_KEYS = {"config.teacher.model": "data2vec2", "config.targets.source": "ffn"}
+BEFORE_THESE_KEYS = {"config.teacher.model": DATA2VEC2, "config.targets.source": "ffn"}
 
 
 def build_folder_callbacks(config: TrainConfig) -> list[Callback]:

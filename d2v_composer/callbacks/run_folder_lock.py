@@ -8,6 +8,7 @@ from pathlib import Path
 from composer.core import Callback
 from composer.utils import dist
 
+from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import acquire
 
@@ -17,7 +18,7 @@ __all__ = ["RunFolderLock"]
 LOCK_WAIT_SECONDS = 10.0
 LONGEST_NOTE = 4096
 # Files that a run writes beside its checkpoints.
-FILES = (".in_use", "latest-rank0.pt", "log.jsonl", "report.html", "run.yaml")
+FILES = (".in_use", LATEST, "log.jsonl", "report.html", "run.yaml")
 
 
 class RunFolderLock(Callback):

@@ -28,7 +28,7 @@ from d2v_composer.checkpoints.stored_config import (
     sizes_of,
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.names import Weights
+from d2v_composer.models.names import DATA2VEC2, Weights
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
@@ -39,8 +39,6 @@ from d2v_composer.system.next_step import d2v
 from d2v_composer.system.retry import reason
 
 __all__ = ["load_any", "load_student", "load_teacher", "save_student"]
-
-DATA2VEC2 = "data2vec2"
 
 
 @overload

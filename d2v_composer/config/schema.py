@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.timm_config import PREFIX
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
@@ -19,7 +20,7 @@ __all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig"
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
 REFERENCES = ("pixels", "encoder", "teacher")
 
-is_teacher = must("be data2vec2 or timm/NAME", lambda name: name == "data2vec2" or name.startswith(PREFIX))
+is_teacher = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 is_image_size = must(
     "be a number of pixels or HEIGHTxWIDTH", lambda size: bool(re.fullmatch(r"\d{1,5}(x\d{1,5})?", str(size)))
 )
@@ -56,7 +57,7 @@ def check_references(names: list[str]) -> None:
 
 @dataclass
 class TeacherConfig:
-    model: str = limited("data2vec2", check=is_teacher)
+    model: str = limited(DATA2VEC2, check=is_teacher)
     """data2vec2, or timm/NAME, NAME as timm.create_model takes it."""
     checkpoint: str | None = limited(MISSING, check=Address.parse)
     """A path, https://, s3://, gs://, …: of data2vec2 fairseq's .pt or a converted .safetensors, of timm a .safetensors

@@ -7,6 +7,7 @@ from typing import Any
 
 from d2v_composer.config.limits import suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.addresses import Address
 
@@ -40,7 +41,7 @@ def find_wrong_arguments(config: RunConfig) -> Iterator[str]:
 
 
 def _teacher(teacher: TeacherConfig) -> Iterator[str]:
-    if teacher.model == "data2vec2":
+    if teacher.model == DATA2VEC2:
         if teacher.checkpoint is None:
             yield "teacher.checkpoint: must not be null for data2vec2; only timm has pretrained weights to fetch"
         for name in ("first_blocks", "image_size"):

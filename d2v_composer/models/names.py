@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-__all__ = ["Pooling", "PrecisionName", "Representation", "Weights"]
+__all__ = ["DATA2VEC2", "Pooling", "PrecisionName", "Representation", "Weights"]
 
+DATA2VEC2 = "data2vec2"
+"""The default of ``teacher.model``; others are timm's."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]

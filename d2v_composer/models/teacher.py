@@ -1,4 +1,4 @@
-"""What every teacher is: frozen blocks on an encoder, regression targets, students on the same encoder.
+"""The base of teachers: frozen blocks on an encoder, regression targets, students on the same encoder.
 
 Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
 """

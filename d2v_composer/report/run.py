@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.pointer import read_newest
+from d2v_composer.checkpoints.pointer import LATEST, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.metric_names import metric_key
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
         chosen = {section: record[section] for section in SECTIONS}["config"]["retrieval"]["datasets"]
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
-    return Run(record, read_jsonl(log_file), _neighbours(folder / "latest-rank0.pt"), dict(_datasets(chosen)))
+    return Run(record, read_jsonl(log_file), _neighbours(folder / LATEST), dict(_datasets(chosen)))
 
 
 def _neighbours(checkpoint: Path) -> Neighbours:
