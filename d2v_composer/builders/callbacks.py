@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from composer.core import Callback
@@ -12,7 +12,7 @@ from composer.utils import dist
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderLock, RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import OptimizerConfig, TrainConfig
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
@@ -36,14 +36,18 @@ FIXED_BY_A_CHECKPOINT = (
     "config.targets.extra_tokens",
     "config.targets.average_top_k_layers",
     "config.targets.source",
-    "config.optimizer",
+    *(f"config.optimizer.{field.name}" for field in fields(OptimizerConfig)),
     "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
     "config.train_loader.shuffle_block_size",
     "teacher.sha256",
 )
-# What the checkpoints of 0.1.0, which had no such keys, were trained with.
-BEFORE_THESE_KEYS = {"config.teacher.model": DATA2VEC2, "config.targets.source": "ffn"}
+# What checkpoints from before these keys were trained with.
+BEFORE_THESE_KEYS = {
+    "config.teacher.model": DATA2VEC2,
+    "config.targets.source": "ffn",
+    "config.optimizer.decay_norms_and_biases": False,
+}
 
 
 def build_folder_callbacks(config: TrainConfig) -> list[Callback]:

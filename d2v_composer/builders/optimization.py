@@ -17,11 +17,15 @@ __all__ = ["build_algorithms", "build_optimizer", "build_parallelism", "build_sc
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
-    """Build torch's AdamW of the trained parameters, without weight decay on biases and norms."""
+    """Build torch's AdamW of the trained parameters; norms and biases have a group of their own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = config.weight_decay
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [each for each in trained if each.ndim > 1], "weight_decay": decay},
+        {
+            "params": [each for each in trained if each.ndim <= 1],
+            "weight_decay": decay if config.decay_norms_and_biases else 0.0,
+        },
     ]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

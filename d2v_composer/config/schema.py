@@ -116,12 +116,14 @@ class TrainLoaderConfig:
 
 @dataclass
 class OptimizerConfig:
-    """torch.optim.AdamW; no weight decay on 1-D parameters."""
+    """torch.optim.AdamW."""
 
     lr: float = limited(5e-4, least=SMALLEST_FLOAT)
     betas: list[float] = limited([0.9, 0.98], check=are_betas)
     eps: float = limited(1e-6, least=SMALLEST_FLOAT)
     weight_decay: float = limited(0.01, least=0)
+    decay_norms_and_biases: bool = False
+    """Decay 1-D parameters too, norms and biases."""
 
 
 @dataclass

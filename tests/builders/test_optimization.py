@@ -1,16 +1,29 @@
-"""The schedule that the Trainer follows."""
+"""The optimizer's parameter groups, and the schedule that the Trainer follows."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from composer.core import Time, Timestamp
 
-from d2v_composer.builders.optimization import build_scheduler
-from d2v_composer.config.schema import SchedulerConfig, TrainConfig
+from d2v_composer.builders.optimization import build_optimizer, build_scheduler
+from d2v_composer.config.schema import OptimizerConfig, SchedulerConfig, TrainConfig
 from d2v_composer.system.errors import InputError
 
 BATCHES_PER_EPOCH = 6
+
+
+@pytest.mark.parametrize(("decay_norms_and_biases", "of_vectors"), [(False, 0.0), (True, 0.1)])
+def test_weight_decay_spares_norms_and_biases_unless_asked(decay_norms_and_biases: bool, of_vectors: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    config = OptimizerConfig(weight_decay=0.1, decay_norms_and_biases=decay_norms_and_biases)
+    groups = build_optimizer(config, model).param_groups
+    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    expected = {"0.weight": 0.1, "0.bias": of_vectors, "1.weight": of_vectors, "1.bias": of_vectors}
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert {names[weight]: value for weight, value in decay.items()} == expected
 
 
 def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:

@@ -3,6 +3,7 @@
 import signal
 import sysconfig
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,33 @@ def test_other_teachers_have_the_papers_budget(name: str) -> None:
     assert (other.teacher.checkpoint, other.teacher.first_blocks, other.teacher.image_size) == (None, 2, 224)
     other.teacher = paper.teacher
     assert other == paper
+
+
+def load_paper_like(name: str) -> TrainConfig:
+    yaml = DISTILL_YAML.replace("distill", name)
+    return load_config([yaml, "precision=fp32", "compile=false", REMOTE, "run_name=distill"])
+
+
+def test_the_authors_code_differs_from_the_chapter_in_alibi_and_decay() -> None:
+    paper, code = load_paper_like("distill"), load_paper_like("thesis_code")
+    assert (code.student.alibi, code.optimizer.decay_norms_and_biases) == (False, True)
+    code.student.alibi, code.optimizer.decay_norms_and_biases = True, False
+    assert code == paper
+
+
+def test_the_authors_later_student_copies_six_blocks_for_ten_epochs() -> None:
+    paper, later = load_paper_like("distill"), load_paper_like("thesis_six_blocks")
+    assert asdict(later.student) == asdict(paper.student) | {
+        "depth": 6,
+        "mlp_ratio": 4.0,
+        "alibi": False,
+        "init": "teacher_blocks",
+    }
+    assert (later.max_duration, later.scheduler.t_warmup) == ("50040ba", "0.1dur")
+    assert later.algorithms.gradient_clipping is None
+    for name in ("student", "max_duration", "scheduler", "algorithms"):
+        setattr(later, name, getattr(paper, name))
+    assert later == paper
 
 
 def test_overrides_change_single_keys() -> None:
