@@ -1,11 +1,12 @@
-"""Compare design choices: train every row of yamls/ablations/rows.yaml, and print a table.
+"""Compare design choices: train every row of a study, and print a table.
 
     python recipes/ablations.py
+    python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
     python recipes/ablations.py --rows --jobs 1                        # the first row alone
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-Each row is a run of recipes/train.py in its own folder. If interrupted, the command resumes; at the end it prints a
-table.
+A study is a folder with base.yaml, a run, and rows.yaml, the changes of each row. Each row is a run of recipes/train.py
+in its own folder. If interrupted, the command resumes; at the end it prints a table.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import d2v, print_next
 
 ROOT = Path(__file__).parent.parent
-YAMLS = ROOT / "yamls" / "ablations"
+STUDIES = ROOT / "yamls" / "ablations"
 NUM_IMAGES = {"train": 10_000, "test": 2_000}
 DATASET = "cifar10"
 EMBEDDINGS = [
@@ -41,6 +42,41 @@ EMBEDDINGS = [
     for representation in ("output", "layer_mean")
     for pooling in ("cls", "mean", "mean_patches")
 ]
+
+
+class Study(NamedTuple):
+    """Runs to compare."""
+
+    base: Path
+    """The YAML that all rows share."""
+    rows: Mapping[str, Mapping[str, Any]]
+    """Name → changes of ``base``. The first row measures the untrained student and the teacher as well."""
+    changes: Sequence[str]
+    """``key=value`` of all rows."""
+
+    @classmethod
+    def read(cls, folder: Path, changes: Sequence[str]) -> "Study":
+        """Read a folder.
+
+        Raises:
+            InputError: It is not a study, or a change is not ``key=value``.
+        """
+        for change in changes:
+            if "=" not in change:
+                raise InputError(f"{change}: must be key=value")
+        try:
+            rows = yaml.safe_load((folder / "rows.yaml").read_text())
+        except OSError as error:
+            raise InputError(f"{folder}: no study, which has base.yaml and rows.yaml ({error.strerror})") from error
+        return cls(folder / "base.yaml", rows, changes)
+
+    def choose(self, names: Sequence[str] | None) -> list[str]:
+        """Return the first row and those of ``names``; of ``None``, all rows."""
+        for name in names or []:
+            if name not in self.rows:
+                raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(self.rows)})")
+        first, *others = self.rows
+        return [first, *(name for name in others if names is None or name in names)]
 
 
 class FinishedRun(NamedTuple):
@@ -70,29 +106,28 @@ class FinishedRun(NamedTuple):
 def main(argv: Sequence[str]) -> list[FinishedRun]:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; default: runs/ablations"
+        "study", type=Path, nargs="?", default=STUDIES / "data2vec2", help="folder of the YAMLs; default: %(default)s"
     )
+    parser.add_argument("changes", nargs="*", help="key=value: changes of all rows")
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; default: 2")
     parser.add_argument("--rows", nargs="*", help="names in rows.yaml, besides the first; default: all")
     arguments = parser.parse_args(argv)
-    rows: dict[str, dict[str, Any]] = yaml.safe_load((YAMLS / "rows.yaml").read_text())
-    for name in arguments.rows or []:
-        if name not in rows:
-            raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(rows)})")
-    first, *others = rows  # the first is the baseline
-    chosen = [first, *(name for name in others if arguments.rows is None or name in arguments.rows)]
     if arguments.jobs < 1:
         raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    study = Study.read(arguments.study, arguments.changes)
+    chosen = study.choose(arguments.rows)
+    out = arguments.out or Path("runs/ablations") / study.base.parent.name
     sample = make_sample(arguments.images)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        folders = {name: arguments.out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
+        folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-        list(pool.map(lambda name: train(rows[name], folders[name], sample, threads), chosen))
+        list(pool.map(lambda name: train(study, name, folders[name], sample, threads), chosen))
     finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
     print(table(finished))
-    print_next(d2v("report", folders[first]))
+    print_next(d2v("report", folders[chosen[0]]))
     return finished
 
 
@@ -122,21 +157,22 @@ def make_sample(images: Path) -> Path:
     return sample
 
 
-def train(changes: Mapping[str, Any], folder: Path, sample: Path, threads: int) -> None:
+def train(study: Study, row: str, folder: Path, sample: Path, threads: int) -> None:
     """Train one row in a subprocess."""
     overrides = {
         "run_name": folder.name,
         "save_folder": folder,
         "train_loader.local": sample / "train",
         f"retrieval.datasets.{DATASET}.root": sample,
-        **changes,
+        **study.rows[row],
     }
-    command = [sys.executable, ROOT / "recipes" / "train.py", YAMLS / "base.yaml"]
+    arguments = [*(f"{key}={value}" for key, value in overrides.items()), *study.changes]
+    command = [sys.executable, ROOT / "recipes" / "train.py", study.base]
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_changed(folder / "settings.txt", (YAMLS / "base.yaml").read_text() + repr(dict(changes)))
+    refuse_changed(folder / "settings.txt", study.base.read_text() + repr((study.rows[row], study.changes)))
     with (folder / "output.txt").open("a") as output:
         ended = subprocess.run(
-            [*map(str, command), *(f"{key}={value}" for key, value in overrides.items())],
+            [*map(str, command), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},

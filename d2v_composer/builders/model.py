@@ -34,7 +34,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(getattr(torch, config.frozen_dtype) if config.frozen_dtype else precision.dtype)
     targets, cpu_bf16 = config.targets, precision.cpu_bf16
-    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source)
+    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source, targets.normalisation)
     model = DistillationModel(teacher, student, config.prediction, *options)
     if config.compile:
         compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)

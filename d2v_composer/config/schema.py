@@ -89,6 +89,8 @@ class TargetsConfig:
     """Default: the teacher's."""
     source: Literal["ffn", "block"] = "ffn"
     """The teacher's FFN outputs, or its blocks' outputs: the residual stream of a pre-norm ViT."""
+    normalisation: Literal["instance", "layer"] = "instance"
+    """Of each layer, of target and prediction: over time, as the paper, or over channels."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.targets import norm_mean, regression_loss
+from d2v_composer.models.targets import Normalisation, norm_mean, regression_loss
 from d2v_composer.system.worker_lifetime import block_stop_signals
 
 __all__ = ["compile_model"]
@@ -72,6 +72,8 @@ def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
 _norm_mean_of_list = compiled(norm_mean)
 
 
-def compiled_norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
+def compiled_norm_mean(
+    layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance"
+) -> Tensor:
     """Compute norm_mean in one pass over all layers, which are all in memory at once."""
-    return _norm_mean_of_list(list(layers), num_extra_tokens)
+    return _norm_mean_of_list(list(layers), num_extra_tokens, normalisation)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression, instance_norm, regression_loss
+from d2v_composer.models.targets import Normalisation, Regression, normalise, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
@@ -46,6 +46,7 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
+        normalisation: Of each layer of target and prediction: ``instance`` over time, or ``layer`` over channels.
 
     Attributes:
         regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
@@ -66,6 +67,7 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: int | None = None,
         cpu_bf16: bool = False,
         target_source: TargetSource = "ffn",
+        normalisation: Normalisation = "instance",
     ) -> None:
         super().__init__()
         if student.encoder is not teacher.encoder:
@@ -76,6 +78,8 @@ class DistillationModel(ComposerModel):
             raise ValueError(f"extra_tokens must be regress or drop, got {extra_tokens!r}")
         if target_source not in ("ffn", "block"):
             raise ValueError(f"target_source must be ffn or block, got {target_source!r}")
+        if normalisation not in ("instance", "layer"):
+            raise ValueError(f"normalisation must be instance or layer, got {normalisation!r}")
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
@@ -83,6 +87,7 @@ class DistillationModel(ComposerModel):
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
         self.target_source: TargetSource = target_source
+        self.normalisation: Normalisation = normalisation
         self.regression_loss = regression_loss
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
@@ -99,7 +104,9 @@ class DistillationModel(ComposerModel):
     def compare(self, images: Tensor) -> Regression:
         """Compute prediction and target of images, in the current precision."""
         x_BTD = self.teacher.encode(images)
-        target = self.teacher.targets(x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source)
+        target = self.teacher.targets(
+            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.normalisation
+        )
         prediction = self.predict(x_BTD)
         if not self.ignored_tokens:
             return Regression(prediction, target)
@@ -116,13 +123,13 @@ class DistillationModel(ComposerModel):
         if self.prediction == "last_block":
             return self.student.forward_blocks(x_BTD)[0]
         # The same statistics as the target's: of the patches alone if extra tokens are dropped.
-        return self.student.norm_mean(self.student.ffn_outputs(x_BTD), self.ignored_tokens)
+        return self.student.norm_mean(self.student.ffn_outputs(x_BTD), self.ignored_tokens, self.normalisation)
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
         """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
 
-        Each layer is instance-normalised as in the target. The mean is over images and time steps.
+        Each layer is normalised as in the target. The mean is over images and time steps.
 
         Args:
             batch: As for :meth:`forward`.
@@ -132,7 +139,7 @@ class DistillationModel(ComposerModel):
             x_BTD = self.teacher.encode(images_of(batch)[-num_images:])
             prediction_BTD = self.predict(x_BTD)
             cosines = [
-                cosine_similarity(prediction_BTD, instance_norm(layer_BTD, self.ignored_tokens), dim=2)
+                cosine_similarity(prediction_BTD, normalise(layer_BTD, self.ignored_tokens, self.normalisation), dim=2)
                 for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
             ]
         return torch.stack([cosine_BT[:, self.ignored_tokens :].mean() for cosine_BT in cosines])

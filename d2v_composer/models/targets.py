@@ -5,16 +5,21 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, mse_loss
 
-__all__ = ["CLS_LOSS_WEIGHT", "NORM_EPS", "Regression", "instance_norm", "norm_mean", "regression_loss"]
+__all__ = ["CLS_LOSS_WEIGHT", "NORM_EPS", "Normalisation", "Regression", "norm_mean", "normalise", "regression_loss"]
 
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
+
+Normalisation = Literal["instance", "layer"]
+"""Of each layer, before the average: over time (fairseq's ``instance_norm_target_layer``, the image models'), or over
+channels (``layer_norm_target_layer``), which keeps each channel's mean over time, and with it what a mean pooling sees.
+"""
 
 
 class Regression(NamedTuple):
@@ -40,12 +45,20 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
     return centred_BTD * torch.rsqrt(variance_B1D + NORM_EPS)
 
 
-def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
+def normalise(layer_BTD: Tensor, num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
+    """Normalise one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``."""
+    if normalisation == "layer":
+        return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
+    return instance_norm(layer_BTD, num_extra_tokens)
+
+
+def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
     """Apply InstanceNorm over time to each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
+        normalisation: ``layer`` applies LayerNorm to each layer instead.
 
     Raises:
         ValueError: There are no layers.
@@ -53,7 +66,7 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0) -> Tensor:
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
-        normalised_BTD = instance_norm(layer_BTD, num_extra_tokens)
+        normalised_BTD = normalise(layer_BTD, num_extra_tokens, normalisation)
         sum_BTD = normalised_BTD if sum_BTD is None else sum_BTD + normalised_BTD
         num_layers += 1
     if sum_BTD is None:

@@ -15,6 +15,7 @@ from d2v_composer.models.block import FfnBlock
 from d2v_composer.models.encoder import Encoder, EncoderConfig
 from d2v_composer.models.frozen import Frozen
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
+from d2v_composer.models.targets import Normalisation
 from d2v_composer.models.transformer import Transformer
 
 __all__ = ["ExtraTokens", "TargetSource", "Teacher", "TeacherConfig"]
@@ -82,6 +83,7 @@ class Teacher(Transformer, Frozen):
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
         source: TargetSource = "ffn",
+        normalisation: Normalisation = "instance",
     ) -> Tensor:
         """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 
@@ -92,6 +94,7 @@ class Teacher(Transformer, Frozen):
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
+            normalisation: Of each layer: ``instance`` over time, or ``layer`` over channels.
 
         Returns:
             (B, T, D) float32, or (B, N, D) without the extra tokens.
@@ -105,8 +108,9 @@ class Teacher(Transformer, Frozen):
             raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
         layers = islice(self.target_layers(x, source), depth - top_k, None)
         if extra_tokens == "regress":
-            return self.norm_mean(layers)
-        return self.norm_mean(layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
+            return self.norm_mean(layers, normalisation=normalisation)
+        patches = (layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
+        return self.norm_mean(patches, normalisation=normalisation)
 
     def build_student(
         self,

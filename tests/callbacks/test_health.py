@@ -22,7 +22,7 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.evaluation.metric_names import HEALTH_STATES
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.targets import Regression, instance_norm, regression_loss
+from d2v_composer.models.targets import Regression, normalise, regression_loss
 from helpers import GOLDEN, LabelledDevice, OnDevice, small_run
 from recipes import train as train_recipe
 
@@ -227,7 +227,7 @@ def test_layer_cosines_compare_with_each_layer(extra_tokens: str) -> None:
     regression = model(images[2:])
     skipped = teacher.num_extra_tokens if extra_tokens == "drop" else 0
     layer = list(teacher.ffn_outputs(teacher.encode(images[2:])))[1]
-    layer = instance_norm(layer, skipped)[:, skipped:]
+    layer = normalise(layer, skipped)[:, skipped:]
     expected = torch.cosine_similarity(regression.prediction, layer, dim=2).mean()
     torch.testing.assert_close(cosines[1], expected)
 

@@ -49,7 +49,7 @@ TRAIN = {
 RECIPES = {
     "quickstart": Recipe("quickstart.yaml", load_config, "train.py", TRAIN),
     "distill": Recipe("distill.yaml", load_config, "train.py", TRAIN),
-    "ablations": Recipe("ablations/base.yaml", load_config, "train.py", TRAIN),
+    "ablations": Recipe("ablations/data2vec2/base.yaml", load_config, "train.py", TRAIN),
     "evaluate": Recipe(
         "evaluate.yaml", load_evaluate_config, "evaluate.py", {"model": str(GOLDEN / "tiny_base.pt"), "ks": [1, 3]}
     ),

@@ -176,8 +176,24 @@ def test_norm_mean_equals_torchs_norms() -> None:
     layers = [torch.randn(3, 7, 16) * 5 + 2 for _ in range(3)]
     normed = [nn.functional.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in layers]
     torch.testing.assert_close(norm_mean(layers), nn.functional.layer_norm(torch.stack(normed).mean(0), (16,)))
+    layer_normed = nn.functional.layer_norm(torch.stack(layers), (16,)).mean(0)
+    found = norm_mean(layers, 1, normalisation="layer")
+    torch.testing.assert_close(found, nn.functional.layer_norm(layer_normed, (16,)))
     with pytest.raises(ValueError, match="at least one layer"):
         norm_mean([])
+
+
+def test_layer_norm_alone_keeps_the_mean_over_time(teacher: Data2Vec2) -> None:
+    images = images_for(teacher)
+    model = DistillationModel(teacher, teacher.build_student(depth=1), normalisation="layer")
+    found = model(images)
+    x = teacher.encode(images)
+    torch.testing.assert_close(found.target, norm_mean(teacher.ffn_outputs(x), normalisation="layer"))
+    torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalisation="layer"))
+    spread = [target.mean(dim=1).std() for target in (found.target, teacher.targets(x))]
+    assert spread[0] > 3 * spread[1]
+    with pytest.raises(ValueError, match="normalisation must be instance or layer, got 'batch'"):
+        DistillationModel(teacher, model.student, normalisation="batch")  # pyright: ignore[reportArgumentType]
 
 
 def test_loss_is_a_plain_mean() -> None:
