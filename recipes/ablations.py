@@ -10,9 +10,7 @@ in its own folder. If interrupted, the command resumes; at the end it prints a t
 """
 
 import argparse
-import io
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,8 +20,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image
 
+from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
@@ -35,7 +33,6 @@ from d2v_composer.system.next_step import d2v, print_next
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
-NUM_IMAGES = {"train": 10_000, "test": 2_000}
 DATASET = "cifar10"
 EMBEDDINGS = [
     f"{representation}_{pooling}"
@@ -120,7 +117,8 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     study = Study.read(arguments.study, arguments.changes)
     chosen = study.choose(arguments.rows)
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
-    sample = make_sample(arguments.images)
+    sample = arguments.images / "cifar10_sample"
+    convert_cifar10(arguments.images, sample, 10_000, 2_000)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
@@ -129,32 +127,6 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     print(table(finished))
     print_next(d2v("report", folders[chosen[0]]))
     return finished
-
-
-def make_sample(images: Path) -> Path:
-    """Write the first 10,000 training and 2,000 test images of CIFAR-10 as MDS, unless they exist."""
-    from streaming import MDSWriter  # takes seconds, as the next
-
-    from d2v_composer.data.labelled_sets import load_labelled_set
-
-    sample = images / "cifar10_sample"
-    for split, count in NUM_IMAGES.items():
-        if (sample / split / "index.json").exists():
-            continue
-        try:
-            cifar10 = load_labelled_set("cifar10", images, image_size=32, download=True)
-        except InputError as error:
-            raise InputError(f"--images: {error}") from error
-        images_of_split, labels = getattr(cifar10, split)
-        partial = sample / f".{split}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with MDSWriter(out=str(partial), columns={"image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
-            for pixels, label in zip(images_of_split[:count], labels[:count].tolist(), strict=True):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-                writer.write({"image": buffer.getvalue(), "label": label})
-        partial.replace(sample / split)
-    return sample
 
 
 def train(study: Study, row: str, folder: Path, sample: Path, threads: int) -> None:

@@ -1,0 +1,32 @@
+"""Write CIFAR-10 as MDS, for training and for retrieval.
+
+    python recipes/convert_cifar10.py datasets/cifar10
+    python recipes/convert_cifar10.py datasets/cifar10 --images /data/cifar
+
+writes OUT/train and OUT/test, unless they exist.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_composer.conversion.cifar10 import convert_cifar10
+from d2v_composer.system import cli
+from d2v_composer.system.next_step import print_next
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert both splits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder")
+    parser.add_argument(
+        "--images", type=Path, default=Path("datasets"), help="folder of torchvision's CIFAR-10; default: %(default)s"
+    )
+    arguments = parser.parse_args(argv)
+    convert_cifar10(arguments.images, arguments.out)
+    print(f"{arguments.out}: 50,000 training and 10,000 test images")
+    print_next("composer recipes/train.py yamls/cifar10.yaml")
+
+
+if __name__ == "__main__":
+    cli.run(main)
