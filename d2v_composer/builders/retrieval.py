@@ -22,7 +22,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     if not any(retrieval.datasets.values()):
         return None
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labelled_sets(retrieval.datasets, model.teacher.config.image_size)
+        sizes = model.teacher.config
+        datasets = build_labelled_sets(retrieval.datasets, sizes.image_size, sizes.interpolation)
     if retrieval.max_images is not None:
         datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
     embeds = build_run_embeds(model)

@@ -1,8 +1,9 @@
 """Load teachers and students from files, and write them."""
 
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from d2v_composer.checkpoints.safetensors_file import (
 )
 from d2v_composer.checkpoints.stored_config import (
     CONFIG_TENSOR,
+    add_outputs,
     build_encoder,
+    check_outputs,
     check_student,
     config_tensor,
     parse_config_tensor,
@@ -38,7 +41,21 @@ from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.next_step import d2v
 from d2v_composer.system.retry import reason
 
-__all__ = ["load_any", "load_student", "load_teacher", "save_student"]
+__all__ = ["TimmWeights", "load_any", "load_student", "load_teacher", "save_student"]
+
+
+NO_STUDENT = "{}: is not a student, so a teacher ({}) is not allowed"
+
+
+class TimmWeights(NamedTuple):
+    """The weights and sizes of a model timm/NAME, as for :func:`load_teacher`."""
+
+    checkpoint: str | Path | None = None
+    first_blocks: int | None = None
+    image_size: ImageSize | str | None = None
+
+
+PRETRAINED = TimmWeights()
 
 
 @overload
@@ -96,8 +113,10 @@ def load_teacher(
 def save_student(student: Student, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
     headline = stored_headline(student.provenance) or DEFAULT_HEADLINE
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(student, headline)}
-    write_model_file(out, "student", ModelFile(sizes_of(student), student.provenance, tensors))
+    encoder: Any = student.encoder.config
+    sizes = sizes_of(student) | {"encoder": asdict(add_outputs(encoder, student.encoder.state_dict()))}
+    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, headline)}
+    write_model_file(out, "student", ModelFile(sizes, student.provenance, tensors))
 
 
 def load_student(path: str | Path) -> Student:
@@ -121,6 +140,7 @@ def load_student(path: str | Path) -> Student:
             raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give different sizes")
     student = Student(build_encoder(encoder_config), student_config, stored.provenance)
     student.load_state_dict(stored.tensors)
+    check_outputs(path, student.encoder)
     return student.eval()
 
 
@@ -141,15 +161,17 @@ def load_any(
     weights: Weights = "model",
     teacher_path: str | None = None,
     teacher_option: str = "--teacher PATH",
+    timm_weights: TimmWeights = PRETRAINED,
 ) -> tuple[Student | None, Teacher | None]:
     """Load the student and the teacher of any supported file.
 
     Args:
-        path: A teacher's file, as for :func:`load_teacher`, or ``timm/NAME`` for timm's pretrained weights: no student.
-            An exported student's: a teacher only with ``teacher_path``. A training checkpoint: both.
+        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``: no student. An exported
+            student's: a teacher only with ``teacher_path``. A training checkpoint: both.
         weights: Of a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
         teacher_option: What the user sets ``teacher_path`` with, named if that path holds no teacher any more.
+        timm_weights: Of ``timm/NAME``; default: timm's pretrained ones.
 
     Raises:
         InputError: The file is corrupt, or not supported.
@@ -159,7 +181,12 @@ def load_any(
         return _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
 
     if str(path).startswith(PREFIX) and not Path(path).exists():
-        return None, load_teacher(None, weights, model=str(path))
+        if teacher_path is not None:
+            raise InputError(NO_STUDENT.format(path, teacher_path))
+        file, first_blocks, image_size = timm_weights
+        return None, load_teacher(file, weights, model=str(path), first_blocks=first_blocks, image_size=image_size)
+    if any(each is not None for each in timm_weights):
+        raise InputError(f"{path}: checkpoint, first_blocks and image_size belong to a model timm/NAME")
     return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
@@ -174,8 +201,19 @@ def _load_file(
     if is_trained(contents):
         return _load_trained(file, contents, teacher_path, teacher_option)
     if teacher_path is not None:
-        raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+        raise InputError(NO_STUDENT.format(path, teacher_path))
+    _refuse_bare_weights(path, file, contents)
     return None, load_teacher(path, weights)
+
+
+def _refuse_bare_weights(path: str | Path, file: Path, contents: Any) -> None:
+    """Refuse weights without sizes, such as timm's: the model must be named."""
+    is_bare = read_kind(file) == "none" if contents is None else isinstance(contents, dict) and "cfg" not in contents
+    if is_bare:
+        raise InputError(
+            f"{path}: does not name its model; if it has the weights of one of timm's, give timm/NAME as the model and "
+            "this file as its checkpoint"
+        )
 
 
 def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:

@@ -3,6 +3,7 @@
     d2v embed student.safetensors photos photos.npy
     d2v embed runs/quickstart/latest-rank0.pt photos photos.npy --normalize --dtype float16
     d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
+    d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
 NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns
 id and embedding. An id is the image's path relative to SOURCE, its number in an MDS data set, or train/00000, …,
@@ -50,9 +51,11 @@ def main(argv: Sequence[str]) -> "Embedding":
     file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
     model, chosen = load_model(arguments)
     arguments.representation, arguments.pooling = chosen.headline
+    sizes = model.encoder.config
     collection = open_collection(
         arguments.source,
-        model.encoder.config.image_size,
+        sizes.image_size,
+        sizes.interpolation,
         local=arguments.local,
         cache_limit=arguments.cache_limit,
         column=arguments.column,
@@ -75,7 +78,9 @@ def main(argv: Sequence[str]) -> "Embedding":
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint, an exported student, or a teacher: a path, s3://, …"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint, an exported student, or a teacher: a path, s3://, …; or timm/NAME, a ViT of timm's",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
@@ -83,6 +88,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model"
     )
+    timm = parser.add_argument_group("of a model timm/NAME")
+    timm.add_argument("--checkpoint", metavar="FILE", help="its weights; default: timm's pretrained ones")
+    timm.add_argument(
+        "--first-blocks", type=int, metavar="N", help="blocks without a part in layer_mean; default: a sixth of all"
+    )
+    timm.add_argument("--image-size", metavar="SIZE", help="pixels a side, or HEIGHTxWIDTH; default: timm's")
     parser.add_argument("--pooling", choices=get_args(Pooling), help="default: the headline of the model's run")
     parser.add_argument(
         "--representation", choices=get_args(Representation), help="default: the headline of the model's run"
@@ -127,9 +138,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def load_model(arguments: argparse.Namespace) -> "tuple[Transformer, ChosenEmbedding]":
     """Load the student, or a teacher from its own file, and choose the embedding."""
     from d2v_composer.checkpoints.headline import choose_embedding
-    from d2v_composer.checkpoints.load import load_any
+    from d2v_composer.checkpoints.load import TimmWeights, load_any
 
-    student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher)
+    timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
+    student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights)
     model = teacher if student is None else student
     assert model is not None  # load_any gives one of them
     chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)

@@ -5,10 +5,12 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=runs/quickstart/latest-rank0.pt
     d2v evaluate model=student.safetensors 'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'
     d2v evaluate yamls/evaluate.yaml model=base_imagenet.pt weights=ema representation=output out=evaluation
+    d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
-The model is a teacher's file, a training checkpoint or an exported student. It prints retrieval accuracies with their
-intervals; ``out`` receives all of them as JSON and CSV. yamls/README.md of the repository lists the fields: model,
-weights, teacher, datasets, pooling, representation, ks, precision, device_eval_batch_size, seed, out.
+The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints retrieval
+accuracies with their intervals; ``out`` receives all of them as JSON and CSV. yamls/README.md of the repository lists
+the fields: model, checkpoint, first_blocks, image_size, weights, teacher, datasets, pooling, representation, ks,
+precision, device_eval_batch_size, seed, out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,8 +52,8 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     if config.out is not None:
         check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates, image_size = build_candidates(config, device)
-    datasets = build_labelled_sets(config.datasets, image_size)
+    candidates, sizes = build_candidates(config, device)
+    datasets = build_labelled_sets(config.datasets, sizes.image_size, sizes.interpolation)
     check_ks(config.ks, datasets)
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
@@ -71,8 +73,14 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
     if has_student and config.model.endswith(".pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
-    weights = [] if config.weights == "model" else ["--weights", config.weights]
-    return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *weights)
+    options = {
+        "--weights": None if config.weights == "model" else config.weights,
+        "--checkpoint": config.checkpoint,
+        "--first-blocks": config.first_blocks,
+        "--image-size": config.image_size,
+    }
+    given = [str(part) for option in options.items() if option[1] is not None for part in option]
+    return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)
 
 
 def check_out_folder(folder: Path, names: Sequence[str]) -> None:

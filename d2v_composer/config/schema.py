@@ -4,7 +4,7 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 """
 
 import math
-import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from omegaconf import MISSING
 
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.models.timm_config import PREFIX
+from d2v_composer.models.sizes import MAX_WIDTH
+from d2v_composer.models.timm_config import PREFIX, parse_image_size
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
 __all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TeacherConfig", "TrainConfig"]
@@ -21,9 +22,6 @@ SECONDS_OF_A_WEEK = 7 * 24 * 3600
 REFERENCES = ("pixels", "encoder", "teacher")
 
 is_teacher = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
-is_image_size = must(
-    "be a number of pixels or HEIGHTxWIDTH", lambda size: bool(re.fullmatch(r"\d{1,5}(x\d{1,5})?", str(size)))
-)
 is_here = must("be a folder of this machine", lambda folder: "://" not in folder)
 is_pair = must("be two numbers, 0 < smallest <= largest", lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1])
 are_betas = must("be two numbers from 0 to below 1", lambda pair: len(pair) == 2 and min(pair) >= 0 and max(pair) < 1)
@@ -49,6 +47,15 @@ def check_load_path(text: str) -> None:
         check_path(text)
 
 
+def check_image_size(size: int | str) -> None:
+    try:
+        parse_image_size(size)
+    except ValueError:
+        raise ValueError(
+            f"must be a number of pixels or HEIGHTxWIDTH, each from 1 to {MAX_WIDTH}, got {size!r}"
+        ) from None
+
+
 def check_references(names: list[str]) -> None:
     for name in names:
         if name not in REFERENCES:
@@ -56,7 +63,23 @@ def check_references(names: list[str]) -> None:
 
 
 @dataclass
-class TeacherConfig:
+class TimmSizes:
+    """Of a model timm/NAME."""
+
+    first_blocks: int | None = limited(None, least=0)
+    """Blocks in the shared encoder; default: a sixth of all."""
+    image_size: int | str | None = limited(None, check=check_image_size)
+    """Pixels a side, or HEIGHTxWIDTH; default: timm's for this model."""
+
+    def __post_init__(self) -> None:
+        """Write each size in one way only: a resume compares them. A wrong one is found with the other wrong values."""
+        with suppress(ValueError):
+            size = None if self.image_size is None else parse_image_size(self.image_size)
+            self.image_size = size if isinstance(size, int | None) else "x".join(map(str, size))
+
+
+@dataclass
+class TeacherConfig(TimmSizes):
     model: str = limited(DATA2VEC2, check=is_teacher)
     """data2vec2, or timm/NAME, NAME as timm.create_model takes it."""
     checkpoint: str | None = limited(MISSING, check=Address.parse)
@@ -64,10 +87,6 @@ class TeacherConfig:
     or PyTorch file; null: timm's pretrained weights, from the Hugging Face hub."""
     weights: Literal["model", "ema"] = "model"
     """Of data2vec2."""
-    first_blocks: int | None = limited(None, least=0)
-    """Of timm: blocks in the shared encoder; default: a sixth of all."""
-    image_size: int | str | None = limited(None, least=1, check=is_image_size)
-    """Of timm: pixels a side, or HEIGHTxWIDTH; default: timm's for this model."""
 
 
 @dataclass
@@ -247,12 +266,15 @@ class TrainConfig(RunConfig):
 
 
 @dataclass
-class EvaluateConfig(RunConfig, LookupConfig):
+class EvaluateConfig(RunConfig, LookupConfig, TimmSizes):
     """Fields of recipes/evaluate.py."""
 
     model: str = MISSING
-    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or timm/NAME, a
-    pretrained teacher of timm's."""
+    """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
+    timm/NAME."""
+    checkpoint: str | None = limited(None, check=Address.parse)
+    """Of a model timm/NAME: a .safetensors or PyTorch file; default: timm's pretrained weights, from the Hugging Face
+    hub."""
     weights: Literal["model", "ema"] = "model"
     """Weights of a teacher's file."""
     teacher: str | None = None

@@ -176,10 +176,12 @@ class CuttableJpeg(NamedTuple):
         return pixels[box.top : box.bottom, box.left : box.right]
 
 
-def resized(image: Image.Image, image_size: ImageSize) -> Image.Image:
-    """Resize the whole image with Pillow's bicubic filter, ignoring its aspect ratio."""
+def resized(image: Image.Image, image_size: ImageSize, interpolation: str) -> Image.Image:
+    """Resize the whole image, ignoring its aspect ratio, with Pillow's filter bicubic or bilinear."""
     height, width = height_and_width(image_size)
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling[interpolation.upper()])
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:

@@ -88,18 +88,19 @@ def read_image_file(path: Path) -> bytes:
         raise
 
 
-def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize) -> Tensor:
+def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize, interpolation: str) -> Tensor:
     """Decode a file's bytes, or the value of an image column, to (3, height, width) uint8.
 
     Args:
         stored: The encoded or decoded image.
         source: The name of the image for the error.
         image_size: Pixels a side, or (height, width); the aspect ratio is not kept.
+        interpolation: bicubic or bilinear.
 
     Raises:
         UnreadableImageError: It is truncated, corrupt or not an image.
     """
-    return to_tensor(resized(rgb_of(stored, source), image_size))
+    return to_tensor(resized(rgb_of(stored, source), image_size, interpolation))
 
 
 def _cannot_list(error: OSError) -> NoReturn:

@@ -85,6 +85,7 @@ def load_labelled_set(
     root: str | Path,
     *,
     image_size: ImageSize,
+    interpolation: str = "bicubic",
     download: bool = False,
     column: str = "image",
     label_column: str = "label",
@@ -97,6 +98,7 @@ def load_labelled_set(
         root: The folder.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
+        interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
         column: The column of an MDS data set that holds the images.
         label_column: The column of an MDS data set that holds the labels.
@@ -111,10 +113,13 @@ def load_labelled_set(
         if (missing := find_missing_files(format, root, download)) is not None:
             raise InputError(missing)
         class_names = list_subfolders(root / "train")
-        train, test = (_load_folder(root, split, class_names, image_size) for split in ("train", "test"))
+        train, test = (
+            _load_folder(root / split, class_names, image_size, interpolation) for split in ("train", "test")
+        )
         return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
-        train, test = (_load_mds(root / split, image_size, column, label_column) for split in ("train", "test"))
+        pixels, columns = (image_size, interpolation), (column, label_column)
+        train, test = (_load_mds(root / split, *pixels, *columns) for split in ("train", "test"))
         return LabelledSet(train, test, _mds_class_names(root / "train"))
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
@@ -144,27 +149,33 @@ def _layout(root: Path) -> str:
     return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
 
 
-def _load_folder(root: Path, split: str, class_names: list[str], image_size: ImageSize) -> LabelledImages:
-    folder = root / split
+def _load_folder(folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str) -> LabelledImages:
     paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
     if not paths:
-        raise InputError(f"{folder}: no images in its class folders; {_layout(root)}")
+        raise InputError(f"{folder}: no images in its class folders; {_layout(folder.parent)}")
     names = [path.split("/", 1)[0] for path in paths]
     unknown = sorted(set(names) - set(class_names))
     if unknown:
-        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(root)}")
-    images = [to_pixels(read_image_file(folder / path), str(folder / path), image_size) for path in paths]
+        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(folder.parent)}")
+    images = [
+        to_pixels(read_image_file(folder / path), str(folder / path), image_size, interpolation) for path in paths
+    ]
     return LabelledImages(torch.stack(images), torch.tensor([class_names.index(name) for name in names]))
 
 
-def _load_mds(folder: Path, image_size: ImageSize, column: str, label_column: str) -> LabelledImages:
+def _load_mds(
+    folder: Path, image_size: ImageSize, interpolation: str, column: str, label_column: str
+) -> LabelledImages:
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     samples = [sample for shard in shards for sample in _read_samples(folder, shard, column)]
     try:
         labels = [int(sample[label_column]) for sample in samples]
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
-    images = [to_pixels(sample[column], f"sample {i} of {folder}", image_size) for i, sample in enumerate(samples)]
+    images = [
+        to_pixels(sample[column], f"sample {i} of {folder}", image_size, interpolation)
+        for i, sample in enumerate(samples)
+    ]
     return LabelledImages(torch.stack(images), torch.tensor(labels))
 
 

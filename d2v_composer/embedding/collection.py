@@ -58,9 +58,10 @@ class ImageCollection(ABC):
 class FolderImages(ImageCollection):
     """The images of a folder and its subfolders in the order of their paths, which are their ids."""
 
-    def __init__(self, root: Path, image_size: ImageSize) -> None:
+    def __init__(self, root: Path, image_size: ImageSize, interpolation: str) -> None:
         self.root = root
         self.image_size = image_size
+        self.interpolation = interpolation
         files, _ = list_images(root)
         digest = hashlib.sha256(repr(str(root.resolve())).encode())
         for file in files:
@@ -82,7 +83,7 @@ class FolderImages(ImageCollection):
     @override
     def load(self, index: int) -> Tensor:
         path = self.root / self.paths[index].decode()
-        return to_pixels(read_image_file(path), str(path), self.image_size)
+        return to_pixels(read_image_file(path), str(path), self.image_size, self.interpolation)
 
 
 class MdsImages(ImageCollection):
@@ -91,6 +92,7 @@ class MdsImages(ImageCollection):
     Args:
         local: The data set, or the folder for the shards of a remote one.
         image_size: Images are resized to this many pixels a side.
+        interpolation: bicubic or bilinear.
         column: The column that holds the images.
         remote: The address in an object store.
         cache_limit: The most bytes of shards in ``local``; ``None``: no limit.
@@ -100,12 +102,19 @@ class MdsImages(ImageCollection):
     """
 
     def __init__(
-        self, local: Path, image_size: ImageSize, column: str, remote: str | None = None, cache_limit: int | None = None
+        self,
+        local: Path,
+        image_size: ImageSize,
+        interpolation: str,
+        column: str,
+        remote: str | None = None,
+        cache_limit: int | None = None,
     ) -> None:
         from d2v_composer.data.verified_dataset import VerifiedDataset  # Streaming and Composer: seconds
 
         self.name = remote or str(local)
         self.image_size = image_size
+        self.interpolation = interpolation
         self.column = column
         if remote is not None:
             fetch_index(remote, local)
@@ -140,7 +149,7 @@ class MdsImages(ImageCollection):
             stored = self.dataset[index][self.column]
         except ShardError as error:
             raise InputError(str(error)) from error
-        return to_pixels(stored, f"sample {index} of {self.name}", self.image_size)
+        return to_pixels(stored, f"sample {index} of {self.name}", self.image_size, self.interpolation)
 
 
 class CifarImages(ImageCollection):
@@ -169,6 +178,7 @@ class CifarImages(ImageCollection):
 def open_collection(
     source: str,
     image_size: ImageSize,
+    interpolation: str,
     *,
     local: Path | None = None,
     cache_limit: int | None = None,
@@ -180,6 +190,7 @@ def open_collection(
         source: A folder with an ``index.json`` or an object store's address: an MDS data set. A folder that holds, or
             is, ``cifar-10-batches-py`` or ``cifar-100-python``: CIFAR. Another folder: the images in it.
         image_size: Images are resized to this many pixels a side; CIFAR's keep their size.
+        interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
         local: The folder for the shards of a remote data set.
         cache_limit: The most bytes of shards in ``local``; default no limit.
         column: The column of an MDS data set that holds the images; default ``image``.
@@ -193,16 +204,18 @@ def open_collection(
     if not remote and (local is not None or cache_limit is not None):
         raise InputError(f"{source}: is local: --local and --cache-limit are for the shards of an object store")
     if local is not None:
-        return MdsImages(local, image_size, column or "image", source, cache_limit)
+        return MdsImages(local, image_size, interpolation, column or "image", source, cache_limit)
     root = Path(source)
     if not root.is_dir():
         raise InputError(f"{source}: {'is not a folder' if root.exists() else 'no such folder'}")
     if (root / INDEX).is_file():
-        return MdsImages(root, image_size, column or "image")
+        return MdsImages(root, image_size, interpolation, column or "image")
     if column is not None:
         raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
     cifar = [root.resolve()] if root.resolve().name in CIFAR_FORMATS else []
     cifar = cifar or [root / name for name in CIFAR_FORMATS if (root / name).is_dir()]
     if len(cifar) > 1:
         raise InputError(f"{source}: holds both CIFARs: give {cifar[0]} or {cifar[1]}")
-    return CifarImages(cifar[0].parent, CIFAR_FORMATS[cifar[0].name]) if cifar else FolderImages(root, image_size)
+    if cifar:
+        return CifarImages(cifar[0].parent, CIFAR_FORMATS[cifar[0].name])
+    return FolderImages(root, image_size, interpolation)

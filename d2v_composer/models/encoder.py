@@ -179,7 +179,7 @@ def build_alibi(config: EncoderConfig, num_heads: int, num_alibi_heads: int) -> 
     )
 
 
-def resize(images: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
+def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
     """Resize uint8 images to (B, 3, *shape) with antialiasing; whole numbers from 0 to 255."""
     if images.device.type == "cpu":
         # The kernel is fastest on channels last, all that follows on contiguous images.
@@ -187,7 +187,7 @@ def resize(images: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Ten
     return resize_in_float(images, shape, mode)
 
 
-def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
+def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
     """Resize like :func:`resize` without its uint8 kernel: rows, then columns, each time clamping the overshoot."""
     pixels = images.float()
     for each_shape in ((images.shape[-2], shape[1]), shape):

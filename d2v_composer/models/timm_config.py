@@ -13,9 +13,10 @@ from d2v_composer.models.sizes import (
     check_channels,
     check_whole,
     height_and_width,
+    is_number,
 )
 
-__all__ = ["PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "check_image_size"]
+__all__ = ["PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "parse_image_size"]
 
 PREFIX = "timm/"
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -45,17 +46,27 @@ class TimmEncoderConfig:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     interpolation: str
+    timm: str
+    """The version of timm that built it."""
+    outputs: tuple[float, ...] = ()
+    """A few numbers of what it computes of a fixed image, in an exported file: another version of timm may build
+    something else under the same name."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str):
             raise ValueError(f"model must be timm/NAME, got {self.model!r}")
         check_whole("first_blocks", self.first_blocks, 0, MAX_DEPTH)
-        check_image_size(self.image_size)
+        if parse_image_size(self.image_size) != self.image_size:
+            raise ValueError(f"image_size must be one number for a square, else two, got {self.image_size!r}")
         check_whole("in_chans", self.in_chans, 1, MAX_WIDTH)
         check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
         check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
+        if not isinstance(self.timm, str) or not re.fullmatch(r"[\w.+-]{1,50}", self.timm):
+            raise ValueError(f"timm must be a version, got {self.timm!r}")
+        if not isinstance(self.outputs, tuple) or not all(is_number(each, -1e30, 1e30) for each in self.outputs):
+            raise ValueError("outputs must be numbers")
 
     @property
     def is_normalised(self) -> bool:
@@ -100,8 +111,8 @@ class TimmTeacherConfig(TimmEncoderConfig):
         return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
 
 
-def check_image_size(image_size: Any) -> tuple[int, int]:
-    """Return (height, width) of an image size from any source.
+def parse_image_size(image_size: Any) -> ImageSize:
+    """Return an image size from any source: pixels a side, or (height, width) if they differ.
 
     Raises:
         ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
@@ -113,4 +124,4 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
         raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")
     for size in shape:
         check_whole("image_size", size, 1, MAX_WIDTH)
-    return shape[0], shape[-1]
+    return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])

@@ -67,6 +67,7 @@ class Checks:
     nodes: Nodes
     teacher: Teacher = field(init=False)
     image_size: ImageSize = 224
+    interpolation: str = "bicubic"
     num_trained: int = 0
     """Trained parameters."""
     shards: list[dict[str, Any]] = field(init=False)
@@ -96,7 +97,7 @@ class Checks:
         self.teacher = build_teacher(self.config.teacher)
         millions = sum(parameter.numel() for parameter in self.teacher.parameters()) / 1e6
         sizes = self.teacher.config
-        self.image_size = sizes.image_size
+        self.image_size, self.interpolation = sizes.image_size, sizes.interpolation
         return f"{millions:.1f} M parameters, {sizes.depth} blocks of {sizes.embed_dim}, {sizes.image_size} px"
 
     def check_student(self) -> str:
@@ -189,7 +190,7 @@ class Checks:
 
     def check_labelled_sets(self) -> str:
         """Load the labelled sets of the retrieval; fetch CIFAR if the run would."""
-        self.sets = build_labelled_sets(self.config.retrieval.datasets, self.image_size)
+        self.sets = build_labelled_sets(self.config.retrieval.datasets, self.image_size, self.interpolation)
         for name, labelled in self.sets.items():
             if max(self.config.retrieval.ks) > min(labelled.num_images):
                 raise InputError(f"retrieval.ks: {name} has {min(labelled.num_images)} images in its smaller split")

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
 from d2v_composer.data.augmentation import RandomResizedCropFlip, random_crop_box, sample_rng
-from d2v_composer.data.decode import Box, CuttableJpeg
+from d2v_composer.data.decode import Box, CuttableJpeg, to_tensor
 from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.data.mds_index import read_index
 from d2v_composer.system.errors import InputError
@@ -326,6 +326,10 @@ def test_reads_a_labelled_folder(tmp_path: Path) -> None:
     assert labelled.train.images.shape == (6, 3, 32, 32)
     assert labelled.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert labelled.test.labels.tolist() == [0, 0, 1, 1]
+    first = Image.open(tmp_path / "train" / "cat" / "0.png")
+    for interpolation, resampling in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        labelled = load_labelled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
+        assert torch.equal(labelled.train.images[0], to_tensor(first.resize((32, 32), resampling)))
 
     (tmp_path / "test" / "dog" / "0.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"0.png: not an image that can be read"):

@@ -84,18 +84,18 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
     for split in ("train", "test"):
         write_as_streaming(tmp_path / split, files, encoding)
     expected = decode_rgb(files[3].read_bytes(), "file").getdata()
-    collection = open_collection(str(tmp_path / "train"), 32, column="x")
+    collection = open_collection(str(tmp_path / "train"), 32, "bicubic", column="x")
     labelled = load_labelled_set("mds", tmp_path, image_size=32, column="x", label_column="y")
     for pixels in (collection.load(3), labelled.train.images[3]):
         assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
     assert labelled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
-    as_integers = open_collection(str(tmp_path / "test"), 32, column="x")
+    as_integers = open_collection(str(tmp_path / "test"), 32, "bicubic", column="x")
     assert as_integers.fingerprint != collection.fingerprint
 
 
 READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
-    "embedding": (lambda folder: open_collection(str(folder / "train"), 32), "--column"),
+    "embedding": (lambda folder: open_collection(str(folder / "train"), 32, "bicubic"), "--column"),
     "retrieval": (lambda folder: load_labelled_set("mds", folder, image_size=32), "column and label_column"),
 }
 
@@ -114,7 +114,7 @@ def test_refuses_a_column_without_images(files: list[Path], tmp_path: Path) -> N
         train_loader(data, "train_loader.column=y")
     folder = files[0].parent
     with pytest.raises(InputError, match=r"has no index\.json: --column is for an MDS data set"):
-        open_collection(str(folder), 32, column="x")
+        open_collection(str(folder), 32, "bicubic", column="x")
 
 
 def test_names_a_label_that_is_not_a_number(files: list[Path], tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_every_decoder_is_loaded_at_import() -> None:
 def test_embedding_does_not_skip_an_image_that_the_machine_cannot_read(
     photos: Path, many_shards: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    collection = open_collection(str(photos if kind == "folder" else many_shards), 24)
+    collection = open_collection(str(photos if kind == "folder" else many_shards), 24, "bicubic")
     if kind == "folder":
         fail_to_read(monkeypatch, "17.jpg", errno.EMFILE)
     else:

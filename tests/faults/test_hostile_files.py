@@ -471,7 +471,7 @@ def train_on(folder: Path) -> None:
 
 DOORS: dict[str, Callable[[Path], Any]] = {
     "training": lambda folder: train_on(folder / "train"),
-    "embedding": lambda folder: open_collection(str(folder / "train"), 32).load(0),
+    "embedding": lambda folder: open_collection(str(folder / "train"), 32, "bicubic").load(0),
     "retrieval": labels_of,
 }
 

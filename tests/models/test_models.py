@@ -236,17 +236,20 @@ def test_uint8_images_are_normalised_as_float_ones(teacher: Data2Vec2) -> None:
 
 @pytest.mark.parametrize("size", [32, 20, 100])
 @pytest.mark.parametrize("resize_images", [resize, resize_in_float])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_images_of_another_size_are_resized_as_pillow_does(
-    resize_images: Callable[[Tensor, tuple[int, int]], Tensor], size: int
+    interpolation: str, resize_images: Callable[[Tensor, tuple[int, int], str], Tensor], size: int
 ) -> None:
     images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    resized = resize_images(images, (48, 48))
+    resized = resize_images(images, (48, 48), interpolation)
     assert resized.shape == (3, 3, 48, 48)
     for ours, image in zip(resized, images, strict=True):
-        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((48, 48), Image.Resampling.BICUBIC)
+        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
+        pillow = whole.resize((48, 48), Image.Resampling[interpolation.upper()])
         difference = (ours.float() - torch.from_numpy(np.array(pillow)).permute(2, 0, 1)).abs()
         assert difference.max() <= 2
-        assert difference.mean() < 0.025
+        # Bilinear weights of these sizes often give a half, which floats round otherwise than Pillow.
+        assert difference.mean() < (0.025 if interpolation == "bicubic" else 0.3)
 
 
 def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 import timm
 import torch
 from huggingface_hub import configure_http_backend, constants
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_data_config
 from torch.testing import assert_close
 
-from d2v_composer import load_student
+from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.embedding.collection import open_collection
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
@@ -100,6 +105,64 @@ def test_export_evaluate_and_embed(
     assert "48 embeddings of 64 channels" in capsys.readouterr().out
 
 
+def test_evaluate_and_embed_a_teacher(
+    labelled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["model=timm/test_vit", f"checkpoint={teacher}", "first_blocks=2", "image_size=48x64"]
+    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    evaluation = evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), *options, datasets])
+    assert evaluation is not None
+    names = [candidate.name for candidate in evaluation.candidates]
+    assert names == ["pixels", "encoder", "untrained student", "teacher"]
+    same = ["--checkpoint", str(teacher), "--first-blocks", "2", "--image-size", "48x64"]
+    assert capsys.readouterr().out.strip().endswith(shlex.join(["timm/test_vit", "IMAGES", "embeddings.npy", *same]))
+    out, images = tmp_path / "embeddings.npy", labelled / "test"
+    embed.main(["timm/test_vit", str(images), str(out), *same, "--representation", "layer_mean"])
+    model = load_teacher(teacher, model="timm/test_vit", first_blocks=2, image_size=(48, 64))
+    collection = open_collection(str(images), (48, 64), "bicubic")
+    pixels = torch.stack([collection.load(i) for i in range(len(collection))])
+    with torch.inference_mode():
+        expected = model.embed(pixels, representation="layer_mean")
+    assert_close(torch.from_numpy(np.load(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_resized_as_the_teachers_were(
+    teacher: Path, small_data: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of timm's with bilinear interpolation: every command resizes bilinearly."""
+    used: list[str] = []
+    shrink, draw = Image.Image.resize, RandomResizedCropFlip.__call__
+
+    def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        used.append(resample.name.lower())
+        return shrink(image, size, resample)
+
+    def augment(self: RandomResizedCropFlip, *args: Any) -> torch.Tensor:
+        used.append(self.interpolation)
+        return draw(self, *args)
+
+    def resolve(**options: Any) -> dict[str, Any]:
+        return resolve_data_config(**options) | {"interpolation": "bilinear"}
+
+    monkeypatch.setattr("d2v_composer.models.timm_encoder.resolve_data_config", resolve)
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    monkeypatch.setattr(RandomResizedCropFlip, "__call__", augment)
+    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    options = ["teacher.image_size=48", "retrieval.interval=4ba", f"retrieval.{datasets}"]
+    train.main(timm_run(tmp_path / "run", small_data, teacher, *options))
+    assert set(used) == {"bilinear"}
+    assert len(used) >= 144 + 4 * 16  # of the retrieval, and of four batches
+    used.clear()
+    model = [f"checkpoint={teacher}", "image_size=48"]
+    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), "model=timm/test_vit", *model, datasets])
+    assert used == ["bilinear"] * 144
+    used.clear()
+    student = tmp_path / "student.safetensors"
+    export_student.main([str(tmp_path / "run" / "latest-rank0.pt"), str(student)])
+    embed.main([str(student), str(labelled / "test"), str(tmp_path / "embeddings.npy"), "--workers", "0"])
+    assert used == ["bilinear"] * 48
+
+
 def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("student.safetensors", "student.onnx", "student.pt2")]
     for path in paths:
@@ -163,7 +226,10 @@ def refused(
         ("teacher.first_blocks=6", "first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.first_blocks=-1", "teacher.first_blocks: must be at least 0, got -1"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
-        ("teacher.image_size=big", "teacher.image_size: must be a number of pixels or HEIGHTxWIDTH, got 'big'"),
+        (
+            "teacher.image_size=big",
+            "teacher.image_size: must be a number of pixels or HEIGHTxWIDTH, each from 1 to 65536, got 'b",
+        ),
         ("teacher.weights=ema", "teacher.weights: must be model for timm/test_vit, got ema"),
         ("targets.source=blocks", "targets.source: Invalid value 'blocks', expected one of ['ffn', 'block']"),
         ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),
@@ -173,6 +239,35 @@ def refused(
 )
 def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str, message: str) -> None:
     assert message in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model={}"], "does not name its model; if it has the weights of one of timm's, give timm/NAME as the model"),
+        (["model={}", "image_size=48"], "checkpoint, first_blocks and image_size belong to a model timm/NAME"),
+        (["model=timm/test_vit", "checkpoint={}", "teacher={}"], "timm/test_vit: is not a student, so a teacher"),
+        (["model=timm/test_vit", "checkpoint={}", "image_size=0"], "image_size: must be a number of pixels or HEIGHTx"),
+        (["model=timm/test_vit", "checkpoint={}", "image_size=40"], "image_size must be a multiple of the patch"),
+        (["model=timm/test_vit", "checkpoint={}", "first_blocks=6"], "first_blocks must be a whole number from 0 to 5"),
+        (["model=timm/test_vit", "checkpoint={}", "weights=ema"], "timm/test_vit has no ema weights"),
+    ],
+)
+def test_what_evaluate_refuses(teacher: Path, labelled: Path, arguments: list[str], message: str) -> None:
+    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate.main([*(argument.format(teacher) for argument in arguments), datasets])
+    assert "\n" not in str(caught.value)
+
+
+def test_embed_refuses_another_models_options(teacher: Path, labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not name its model"):
+        embed.main([str(teacher), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+    torch.save(load_file(teacher), tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="does not name its model"):
+        embed.main([str(tmp_path / "weights.pth"), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+    with pytest.raises(InputError, match="belong to a model timm/NAME"):
+        embed.main([str(teacher), str(labelled), str(tmp_path / "embeddings.npy"), "--image-size", "48"])
 
 
 class Code:

@@ -142,7 +142,7 @@ def test_an_exported_student_embeds_as_on_the_host(here: Path, labelled: Path, t
     for device in ("xla", "cpu"):
         out = EmbeddingFile(tmp_path / f"{device}.npy")
         options = EmbeddingOptions(batch_size=40)
-        collection = open_collection(str(labelled / "test"), student.encoder.config.image_size)
+        collection = open_collection(str(labelled / "test"), student.encoder.config.image_size, "bicubic")
         embed_collection(student.to(device), collection, out, options, device=device, workers=0)
         embedded.append(np.load(tmp_path / f"{device}.npy"))
     np.testing.assert_allclose(*embedded, atol=1e-4)
