@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ __all__ = [
     "CONFIG_TENSOR",
     "StoredEncoderConfig",
     "StoredSizes",
+    "add_outputs",
     "build_encoder",
+    "check_outputs",
     "check_student",
     "config_tensor",
     "parse_config_tensor",
@@ -36,6 +38,8 @@ __all__ = [
 ]
 
 CONFIG_TENSOR = "config_json"
+# Of the norm: above the rounding of another machine, below that of bfloat16, in which students train.
+OUTPUT_TOLERANCE = 1e-3
 ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig, TimmEncoderConfig)
 StoredEncoderConfig = ImageEncoderConfig | TimmEncoderConfig
 
@@ -58,15 +62,50 @@ def build_encoder(config: StoredEncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
+def add_outputs(config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> StoredEncoderConfig:
+    """Return the config of a timm encoder with what it computes, for :func:`check_outputs`; others as they are.
+
+    Args:
+        config: The encoder's.
+        tensors: Its state dict.
+    """
+    if not isinstance(config, TimmEncoderConfig) or config.outputs:
+        return config
+    encoder: Any = build_encoder(config)
+    encoder.load_state_dict(tensors)
+    return dataclasses.replace(config, outputs=encoder.sample_outputs())
+
+
+def check_outputs(source: Any, encoder: Encoder) -> None:
+    """Check that a timm encoder, once loaded, computes what it did at its export with another version of timm.
+
+    Raises:
+        InputError: It computes something else.
+    """
+    config, model = encoder.config, cast("Any", encoder)
+    if not isinstance(config, TimmEncoderConfig):
+        return
+    from timm import __version__ as now
+
+    if config.timm == now or not config.outputs:
+        return
+    expected, found = torch.tensor(config.outputs), torch.tensor(model.sample_outputs()[: len(config.outputs)])
+    if (found - expected).norm() > OUTPUT_TOLERANCE * expected.norm():
+        raise InputError(
+            f"{source}: timm {now} computes something else for {config.model} than timm {config.timm}, with which it "
+            f"was exported: pip install timm=={config.timm}"
+        )
+
+
 def sizes_of(student: Student) -> dict[str, Any]:
-    """Return a student's sizes and its encoder's, as a file holds them."""
+    """Return a student's sizes and its encoder's."""
     encoder: Any = student.encoder.config
     return {"encoder": asdict(encoder), "student": asdict(student.config)}
 
 
-def config_tensor(student: Student, headline: Headline) -> Tensor:
+def config_tensor(sizes: dict[str, Any], headline: Headline) -> Tensor:
     """Return a student's sizes and headline as JSON bytes, uint8, for readers that only get a file's tensors."""
-    content = sizes_of(student) | {"headline": headline._asdict()}
+    content = sizes | {"headline": headline._asdict()}
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 

@@ -16,9 +16,11 @@ from d2v_composer.checkpoints.stored_config import (
     CONFIG_TENSOR,
     StoredEncoderConfig,
     build_encoder,
+    check_outputs,
     check_student,
     config_tensor,
     parse_config_tensor,
+    sizes_of,
 )
 from d2v_composer.models.image_encoder import ImageEncoderConfig
 from d2v_composer.models.names import Pooling, Representation
@@ -95,7 +97,7 @@ class TimmStudent(Student):
             raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
         self.global_pool = global_pool
         headline = Headline(self.representation, POOLINGS[global_pool])
-        stored = config_tensor(self, headline)
+        stored = config_tensor(sizes_of(self), headline)
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -158,7 +160,9 @@ class TimmStudent(Student):
         check_tensors(CONFIG_TENSOR, {name: tuple(tensor.shape) for name, tensor in own_head.items()}, head)
         tensors |= head
         tensors[CONFIG_TENSOR] = getattr(self, CONFIG_TENSOR)
-        return super().load_state_dict(tensors, strict, assign)
+        found = super().load_state_dict(tensors, strict, assign)
+        check_outputs(CONFIG_TENSOR, self.encoder)
+        return found
 
     def _become(self, encoder_config: StoredEncoderConfig, student_config: StudentConfig) -> Self:
         """Change to other sizes."""

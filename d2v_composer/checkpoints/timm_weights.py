@@ -5,12 +5,15 @@ resample positions to another image size.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import Beit, Eva, beit, eva, vision_transformer
@@ -28,6 +31,8 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import is_lasting, reason
 
 __all__ = ["load_timm_teacher"]
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names.
@@ -80,7 +85,7 @@ def load_timm_teacher(
         "source": source,
         "sha256": sha256(file),
         "licence": licence_of(pretrained, is_pretrained=path is None),
-        "left": unused_names(stored, used),
+        "left": unused_names(stored, used, partial(to_timm, file, built, model)),
     }
     return TimmTeacher(built, config, provenance)
 
@@ -165,7 +170,7 @@ def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor])
     """
     check_patches(file, built, model, stored)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
             warnings.simplefilter("ignore")  # of the speed of timm's resampling
             return checkpoint_filter(built, model)(dict(stored), built)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -206,11 +211,27 @@ def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, T
     return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True, **options)
 
 
-def unused_names(stored: Mapping[str, Tensor], used: Mapping[str, Tensor]) -> list[str]:
-    """Return the file's names of tensors that the teacher does not use."""
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in used.values()}
-    return [
-        name
-        for name, tensor in stored.items()
-        if name not in used and tensor.untyped_storage().data_ptr() not in addresses
-    ]
+def unused_names(stored: dict[str, Tensor], used: Mapping[str, Tensor], convert: Convert) -> list[str]:
+    """Return the file's names of tensors that the teacher does not use.
+
+    timm's filters rename, join and resample tensors: one is used if a teacher's tensor has its memory or depends on it.
+    """
+    memory = {address(tensor) for tensor in used.values()}
+    suspects = [name for name, tensor in stored.items() if name not in used and address(tensor) not in memory]
+    return [name for name in suspects if not is_read(name, stored, used, convert)]
+
+
+def is_read(name: str, stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> bool:
+    """Return whether a tensor's values reach the teacher: NaN in their place would."""
+    unchanged = {address(tensor) for tensor in stored.values()}
+    try:
+        converted = convert(stored | {name: torch.full((), torch.nan).expand(stored[name].shape)})
+    except InputError:  # of a computation with NaN
+        return True
+    computed = [converted[each] for each in used if address(converted[each]) not in unchanged]
+    return any(tensor.isnan().any() for tensor in computed)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins; views share it."""
+    return tensor.untyped_storage().data_ptr()

@@ -9,7 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Alibi", "absolute_distance", "alibi_slopes", "autocast_dtype", "manhattan_distance", "mask_padding"]
+__all__ = [
+    "Alibi",
+    "absolute_distance",
+    "alibi_slopes",
+    "autocast_dtype",
+    "manhattan_distance",
+    "mask_padding",
+    "pad_rows",
+]
 
 # The memory-efficient attention kernels need row strides that divide by eight, and otherwise pad at every call.
 ROW_ALIGNMENT = 8
@@ -133,9 +141,12 @@ def mask_padding(bias: Tensor | None, padding_mask_BT: Tensor, dtype: torch.dtyp
 
 def aligned(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the bias in ``dtype`` with rows aligned for the attention kernels."""
-    num_steps = bias.shape[-1]
-    padding = -num_steps % ROW_ALIGNMENT
-    return nn.functional.pad(bias.to(dtype), (0, padding))[..., :num_steps]
+    return pad_rows(bias.to(dtype))[..., : bias.shape[-1]]
+
+
+def pad_rows(bias: Tensor) -> Tensor:
+    """Append zeros to the rows until the attention kernels' alignment divides their length."""
+    return nn.functional.pad(bias, (0, -bias.shape[-1] % ROW_ALIGNMENT))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

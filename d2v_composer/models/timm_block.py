@@ -5,6 +5,7 @@ Shapes: B images, T time steps, D channels.
 
 from typing import Any, NamedTuple
 
+import torch
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
@@ -44,6 +45,15 @@ def check_block(block: nn.Module) -> None:
         raise ValueError(f"blocks of kind {type(block).__name__} are not supported; supported are {allowed}")
 
 
+@torch.no_grad()
+def fuse_biases(attention: Any) -> None:
+    """Give the projection one bias instead of those of queries, keys and values, which are joined at every call."""
+    if getattr(attention, "q_bias", None) is not None:
+        joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
+        attention.q_bias = attention.k_bias = attention.v_bias = None
+
+
 class TimmBlock(FfnBlock):
     """One of timm's blocks: attention branch, then MLP branch, each added to the residual stream.
 
@@ -59,6 +69,7 @@ class TimmBlock(FfnBlock):
         check_block(block)
         self.block: Any = block
         self.kind = KINDS[type(block)]
+        fuse_biases(self.block.attn)
 
     def forward(
         self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /

@@ -17,23 +17,20 @@ from torch import Tensor, nn
 
 from d2v_composer.models.block import FfnBlock
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.sizes import MAX_PATCHES, ImageSize, check_whole
+from d2v_composer.models.sizes import MAX_PATCHES, ImageSize, check_whole, height_and_width
 from d2v_composer.models.timm_block import TimmBlock, check_block
-from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig, check_image_size
+from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig, parse_image_size
+from d2v_composer.models.timm_contexts import FixedContexts, take_contexts
 
-__all__ = [
-    "FixedContexts",
-    "TimmEncoder",
-    "TimmParts",
-    "build_timm_model",
-    "encoder_config",
-    "materialize",
-]
+__all__ = ["TimmEncoder", "TimmParts", "build_timm_model", "encoder_config", "materialize"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 CLASSES = (VisionTransformer, Eva, Beit)
 STEMS = (PatchEmbed, HybridEmbed)
-PREPROCESSING = ("image_mean", "image_std", "interpolation")
+# What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
+OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
+# Of a few outputs, spread over time steps and channels by a step that is prime.
+NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
 
 
 def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
@@ -56,7 +53,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
     for block in built.blocks:
         check_block(block)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    shape = data["input_size"][1:] if image_size is None else check_image_size(image_size)
+    shape = data["input_size"][1:] if image_size is None else height_and_width(parse_image_size(image_size))
     check_patches(shape, patch_shape(model, built.patch_embed))
     return create_on_meta(name, num_classes=0, img_size=shape).eval()
 
@@ -109,7 +106,6 @@ def encoder_config(model: str, built: Any, first_blocks: int) -> TimmEncoderConf
     """
     check_whole("first_blocks", first_blocks, 0, len(built.blocks) - 1)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    height, width = built.patch_embed.img_size
     return TimmEncoderConfig(
         model=model,
         first_blocks=first_blocks,
@@ -117,12 +113,13 @@ def encoder_config(model: str, built: Any, first_blocks: int) -> TimmEncoderConf
         num_heads=built.blocks[0].attn.num_heads,
         num_extra_tokens=built.num_prefix_tokens,
         has_cls_token=built.cls_token is not None,
-        image_size=height if height == width else (height, width),
+        image_size=parse_image_size(tuple(built.patch_embed.img_size)),
         grid_size=tuple(built.patch_embed.grid_size),
         in_chans=built.in_chans,
         image_mean=tuple(data["mean"]),
         image_std=tuple(data["std"]),
         interpolation=data["interpolation"],
+        timm=timm.__version__,
     )
 
 
@@ -132,56 +129,20 @@ class TimmParts(NamedTuple):
     stem: nn.Module
     """The model without the other parts: its ``forward_features`` is what comes before the blocks."""
     blocks: list[TimmBlock]
-    contexts: Tensor | None
-    """(1 or L, …): the table of rotary positions or the relative bias of all blocks, or of each."""
+    contexts: FixedContexts
+    """Of all blocks."""
     norm: nn.Module
     """The final norm; an Identity in some models."""
 
     @classmethod
     def of(cls, model: Any) -> "TimmParts":
         """Take a model apart, which is changed. timm's code before the blocks thus stays timm's."""
+        contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
-        contexts = shared_contexts(model)
         model.blocks = nn.Sequential()
-        model.rope = model.rel_pos_bias = model.attn_pool = None
+        model.attn_pool = None
         model.norm = model.fc_norm = model.head = nn.Identity()
         return cls(model, blocks, contexts, norm)
-
-
-@torch.no_grad()
-def shared_contexts(model: nn.Module) -> Tensor | None:
-    """Compute the contexts that a whole model shares. They are constants of a frozen model at one image size."""
-    parts: Any = model
-    if isinstance(model, Beit) and model.rel_pos_bias is not None:
-        return parts.rel_pos_bias()[None]
-    if isinstance(model, Eva) and model.rope is not None:
-        table = parts.rope.get_embed(shape=parts.patch_embed.grid_size)
-        return table if parts.rope_mixed else table[None]
-    return None
-
-
-class FixedContexts(nn.Module):
-    """The contexts of some blocks, as a buffer that moves with the model and is stored in exported files.
-
-    Args:
-        table: (1 or L, …), see :class:`TimmParts`.
-        start: The first of the blocks.
-        stop: The block after the last.
-    """
-
-    table: Tensor | None
-
-    def __init__(self, table: Tensor | None, start: int, stop: int) -> None:
-        super().__init__()
-        self.num_blocks = stop - start
-        if table is not None:
-            table = table.clone() if len(table) == 1 else table[start:stop].clone()
-        self.register_buffer("table", table if self.num_blocks else None)
-
-    def forward(self) -> list[Tensor | None]:
-        if self.table is None or len(self.table) == 1:
-            return [None if self.table is None else self.table[0]] * self.num_blocks
-        return list(self.table)
 
 
 def materialize(module: ModuleT) -> ModuleT:
@@ -214,14 +175,17 @@ class TimmEncoder(Encoder):
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
             found = encoder_config(config.model, model, config.first_blocks)
-            # Weights of another tag may have another preprocessing: the file's counts.
-            found = replace(found, **{name: getattr(config, name) for name in PREPROCESSING})
+            found = replace(found, **{name: getattr(config, name) for name in OF_A_FILE})
             if config != found:
-                raise ValueError(f"{config.model} has other sizes in timm {timm.__version__}: {found}, not {config}")
+                name = next(name for name, value in vars(found).items() if value != getattr(config, name))
+                raise ValueError(
+                    f"{config.model} has {name} {getattr(found, name)} in timm {timm.__version__}, not "
+                    f"{getattr(config, name)}"
+                )
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
-        self.contexts = FixedContexts(parts.contexts, 0, config.first_blocks)
+        self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
             for part in (self.stem, self.blocks, self.contexts):
                 materialize(part)
@@ -234,4 +198,12 @@ class TimmEncoder(Encoder):
         return self.stem.forward_features(self.prepare(images))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        return self.contexts()
+        return self.contexts(x_BTD)
+
+    def sample_outputs(self) -> tuple[float, ...]:
+        """Return a few numbers of what this encoder computes of a fixed image, on a CPU in float32."""
+        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
+        image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
+        with torch.autocast("cpu", enabled=False):
+            output = self(image).flatten()
+        return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())

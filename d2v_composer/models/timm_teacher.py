@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_block import TimmBlock
 from d2v_composer.models.timm_config import TimmTeacherConfig
-from d2v_composer.models.timm_encoder import FixedContexts, TimmEncoder, TimmParts, encoder_config
+from d2v_composer.models.timm_contexts import RelativeBias
+from d2v_composer.models.timm_encoder import TimmEncoder, TimmParts, encoder_config
 
 __all__ = ["TimmTeacher", "teacher_config"]
 
@@ -53,9 +55,16 @@ class TimmTeacher(Teacher):
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
         super().__init__(TimmEncoder(config.encoder_config(), parts), parts.blocks[first:], config, provenance)
-        self.contexts = FixedContexts(parts.contexts, first, num_blocks)
+        self.contexts = parts.contexts.of_blocks(first, num_blocks)
         self.norm = parts.norm
         self.freeze()
+
+    def cast_weights(self, dtype: torch.dtype) -> Self:
+        """Cast relative biases too: the attention computes in this dtype."""
+        for part in self.modules():
+            if isinstance(part, RelativeBias):
+                part.to(dtype)
+        return super().cast_weights(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Make the final norm a unit too; a root stays gathered."""
@@ -66,7 +75,7 @@ class TimmTeacher(Teacher):
         return cast("list[TimmBlock]", list(self.blocks))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        return self.contexts()
+        return self.contexts(x_BTD)
 
     def mask_padding(
         self, contexts: list[Tensor | None], padding_mask_BT: Tensor, dtype: torch.dtype

@@ -18,9 +18,10 @@ import torch
 from huggingface_hub import configure_http_backend, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import Beit, Eva, register_model
+from timm.models import Beit, Eva, VisionTransformer, register_model
 from timm.models.beit import _create_beit
 from timm.models.eva import _create_eva
+from timm.models.vision_transformer import _create_vision_transformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -50,6 +51,27 @@ def small_mixed_rope(pretrained: bool = False, **options: Any) -> Eva:
     sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_reg_tokens": 2, "global_pool": "token"}
     rope = {"use_rot_pos_emb": True, "rope_type": "mixed", "qkv_bias": True, "init_values": 1.0}
     return _create_eva("small_mixed_rope", pretrained, **(sizes | rope | options))
+
+
+@register_model
+def small_clip(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    return _create_vision_transformer("small_clip", pretrained, **(SMALL | {"pre_norm": True} | options))
+
+
+@register_model
+def small_beit3(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    scales: dict[str, Any] = {"scale_attn_norm": True, "scale_mlp_norm": True}
+    return _create_vision_transformer("small_beit3", pretrained, **(SMALL | scales | options))
+
+
+@register_model
+def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
+    rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
+    others = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
+    return _create_eva("small_dinov3", pretrained, **(SMALL | rope | others | options))
+
+
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
 
 
 def random_model(name: str = NAME, **options: Any) -> Any:
@@ -142,6 +164,80 @@ def test_files_of_a_models_authors(tmp_path: Path) -> None:
     expected = model.forward_features(images_of(28, 28))
     assert_close(features(teacher, images_of(28, 28)), expected, rtol=1e-4, atol=1e-4)
     assert teacher.provenance["left"] == ["mask_token"]
+
+
+def renamed(tensors: dict[str, Tensor], **names: str) -> dict[str, Tensor]:
+    """Replace parts of names, in this order; a double underscore stands for a dot."""
+    for old, new in names.items():
+        old, new = old.replace("__", "."), new.replace("__", ".")
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def clip_of_its_authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other names, tokens without a batch dimension, and a text tower."""
+    tensors = tensors | {"cls_token": tensors["cls_token"][0, 0], "pos_embed": tensors["pos_embed"][0]}
+    names = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed__proj": "conv1"}
+    names |= {"blocks__": "transformer.resblocks.", "norm_pre": "ln_pre", "attn__qkv__": "attn.in_proj_"}
+    names |= {"attn__proj": "attn.out_proj", "mlp__fc1": "mlp.c_fc", "mlp__fc2": "mlp.c_proj"}
+    names |= {"norm1": "ln_1", "norm2": "ln_2", "norm__": "ln_post."}
+    return {f"visual.{name}": each for name, each in renamed(tensors, **names).items() if each is not None}
+
+
+def beit3_of_its_authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other names, separate queries, keys and values, and a second branch for text."""
+    tensors = tensors | {"pos_embed.weight": torch.cat([torch.zeros(2, 32), tensors["pos_embed"][0]])}
+    del tensors["pos_embed"]
+    for name in [name for name in tensors if ".qkv." in name]:
+        for part, values in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+            tensors[name.replace("qkv", f"{part}_proj")] = values
+    names = {"attn__norm": "self_attn.inner_attn_ln", "mlp__norm": "ffn.ffn_layernorm", "mlp": "ffn"}
+    names |= {"norm1": "self_attn_layer_norm.A", "norm2": "final_layer_norm.A", "__attn": ".self_attn"}
+    names |= {
+        "self_attn__proj": "self_attn.out_proj",
+        "blocks": "encoder.layers",
+        "pos_embed": "encoder.embed_positions",
+    }
+    names |= {"cls_token": "vision_embed.cls_token", "patch_embed": "vision_embed"}
+    return renamed({f"beit3.{name}": tensor for name, tensor in renamed(tensors, **names).items()}, beit3__norm="norm")
+
+
+def dinov3_of_its_authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other names, one bias whose part for keys is zero, and the rotary periods."""
+    for block in range(2):
+        queries, values = (tensors.pop(f"blocks.{block}.attn.{part}_bias") for part in "qv")
+        tensors[f"blocks.{block}.attn.qkv.bias"] = torch.cat([queries, torch.zeros(32), values])
+    return renamed(tensors, gamma_1="ls1.gamma", gamma_2="ls2.gamma", reg_token="storage_tokens")
+
+
+# A model → the file of its authors, and what it has besides.
+AUTHORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, tuple[int, ...]]]] = {
+    "small_clip": (
+        clip_of_its_authors,
+        {"visual.proj": (32, 16), "logit_scale": (), "transformer.resblocks.0.ln_1.weight": (16,)},
+    ),
+    "small_beit3": (
+        beit3_of_its_authors,
+        {"beit3.text_embed.weight": (9, 32), "beit3.encoder.layers.0.final_layer_norm.B.weight": (32,)},
+    ),
+    "small_dinov3": (dinov3_of_its_authors, {"mask_token": (1, 32), "rope_embed.periods": (8,)}),
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+@pytest.mark.parametrize("image_size", [64, 32])
+def test_of_an_authors_file_every_tensor_is_used_or_named(name: str, image_size: int, tmp_path: Path) -> None:
+    """timm's filters rename and join tensors, and resample positions to another size: all of these are used."""
+    model: Any = random_model(name)
+    rename, others = AUTHORS[name]
+    theirs = rename(dict(model.state_dict())) | {each: torch.ones(shape) for each, shape in others.items()}
+    torch.save(theirs, tmp_path / "weights.pth")
+    teacher = load_teacher(tmp_path / "weights.pth", model=f"timm/{name}", image_size=image_size)
+    model.set_input_size((image_size, image_size))
+    images = images_of(image_size, image_size)
+    with torch.no_grad():
+        assert_close(features(teacher, images), model.forward_features(images), rtol=1e-4, atol=1e-4)
+    assert set(teacher.provenance["left"]) == set(others)
 
 
 def test_provenance(file: Path) -> None:
@@ -302,7 +398,8 @@ def test_an_exported_student_keeps_its_preprocessing(file: Path, tmp_path: Path)
     encoder.load_state_dict(teacher.encoder.state_dict())
     save_student(Student(encoder, teacher.build_student(depth=1).config), tmp_path / "student.safetensors")
     found = load_student(tmp_path / "student.safetensors").encoder
-    assert found.config == config
+    assert isinstance(found, TimmEncoder)
+    assert replace(found.config, outputs=()) == config
     assert found.image_mean.flatten().tolist() == pytest.approx(config.image_mean)
 
 
@@ -334,7 +431,8 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
         expected = student.embed_all(images)
     path.unlink()
     again = load_student(tmp_path / "student.safetensors")
-    assert again.encoder.config == student.encoder.config
+    config: Any = again.encoder.config
+    assert replace(config, outputs=()) == student.encoder.config
     assert not any(parameter.requires_grad for parameter in again.encoder.parameters())
     with torch.inference_mode():
         for each, embedding in again.embed_all(images).items():
@@ -352,6 +450,32 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
     assert_close(
         torch.from_numpy(np.load(tmp_path / "embeddings.npy")), expected["layer_mean_mean"], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope"])
+def test_another_version_of_timm_must_compute_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, path = save(random_model(name), tmp_path / "weights.safetensors"), tmp_path / "student.safetensors"
+    teacher = load_teacher(weights, model=f"timm/{name}", first_blocks=1)
+    save_student(teacher.build_student(depth=1), path)
+    before, create = timm.__version__, timm.create_model
+    monkeypatch.setattr(timm, "__version__", "1.0.99")
+    student = load_student(path)
+    save_student(student, tmp_path / "again.safetensors")
+    assert load_student(tmp_path / "again.safetensors").encoder.config == student.encoder.config
+
+    def create_other(name: str, **options: Any) -> Any:
+        model: Any = create(name, **options)
+        for block in getattr(model, "blocks", ()):
+            block.mlp.act = nn.ReLU()
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_other)
+    problem = f"timm 1.0.99 computes something else for timm/{name} than timm {before}, with which it was exported"
+    assert refused_by(load_student, path).endswith(f"{problem}: pip install timm=={before}")
+    with pytest.raises(InputError, match=problem):
+        create("d2v2_student", checkpoint_path=str(path))
 
 
 @pytest.mark.parametrize(

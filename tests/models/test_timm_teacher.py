@@ -166,6 +166,22 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     assert model.layer_cosines(images, 2).shape == (teacher.config.depth,)
 
 
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "beitv2_base_patch16_224"])
+def test_relative_biases_are_gathered_once_and_aligned(name: str) -> None:
+    """In the attention's dtype: no step gathers, casts or pads them."""
+    teacher = build_teacher(name).cast_weights(torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        x = teacher.encode(images_for(teacher.config))
+        first, again = ([bias for bias in teacher.block_contexts(x.bfloat16()) if bias is not None] for _ in range(2))
+    assert len(first) == teacher.config.depth
+    num_steps = teacher.config.num_steps
+    for bias, same in zip(first, again, strict=True):
+        assert bias.shape == (1, 4, num_steps, num_steps)
+        assert (bias.dtype, bias.stride(-2) % 8) == (torch.bfloat16, 0)
+        assert bias.data_ptr() == same.data_ptr()
+    assert not [each for each in teacher.state_dict() if "relative_position" in each or "q_bias" in each]
+
+
 def test_registers_are_not_cls() -> None:
     teacher = build_teacher("vit_dlittle_patch16_reg1_gap_256")
     assert (teacher.num_extra_tokens, teacher.has_cls_token) == (1, False)
