@@ -35,6 +35,7 @@ from d2v_composer.data.mds_index import INDEX, SUMMARY
 from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.worker_lifetime import FORK, end_with_parent, end_workers
 
 __all__ = ["Conversion", "convert_images"]
@@ -145,7 +146,7 @@ def _convert(pool: ProcessPoolExecutor, jobs: list[ShardJob], resumed: list[Shar
     missing = [job for job in jobs if job.number not in done]
     total = sum(len(job.files) for job in jobs)
     initial = total - sum(len(job.files) for job in missing)
-    with tqdm(total=total, initial=initial, desc="converting", unit="img") as bar:
+    with progress_bar(total=total, initial=initial, desc="converting", unit="images") as bar:
         for job, record in _run(pool, convert_shard, missing):
             records.append(record)
             bar.update(len(job.files))
@@ -155,7 +156,8 @@ def _convert(pool: ProcessPoolExecutor, jobs: list[ShardJob], resumed: list[Shar
 def _verify(pool: ProcessPoolExecutor, destination: Destination, records: list[ShardRecord], expected: int) -> None:
     jobs = [(destination, record) for record in records if record.entry is not None]
     faults = []
-    for (_, record), fault in tqdm(_run(pool, verify_shard, jobs), total=len(jobs), desc="verifying", unit="shard"):
+    verified = _run(pool, verify_shard, jobs)
+    for (_, record), fault in progress_bar(verified, total=len(jobs), desc="verifying", unit="shards"):
         if fault is not None:
             faults.append(fault)
             record_path(destination, record.number).unlink()

@@ -24,6 +24,7 @@ from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableImageError
+from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.worker_lifetime import FORK
 
 __all__ = ["Embedding", "EmbeddingOptions", "embed_collection"]
@@ -146,7 +147,7 @@ def _embed_parts(
         pin_memory=torch.cuda.is_available(),
     )
     loaded = _one_line_errors(loader, workers)
-    with tqdm(total=len(images), initial=first, desc="embedding", unit="img", disable=None, leave=False) as bar:
+    with progress_bar(total=len(images), initial=first, desc="embedding", unit="images") as bar:
         for part in batches:
             of_part = _readable(islice(loaded, len(part)), skip_unreadable, bar)
             yield _embed_part(model, of_part, collection, options, device)

@@ -8,12 +8,12 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.evaluation.metric_names import BANKS
 from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
+from d2v_composer.system.progress import progress_bar
 
 __all__ = ["EmbeddedSet", "Found", "Ranks", "embed_set", "look_up"]
 
@@ -91,15 +91,14 @@ def embed_set(
         batch_size: Images embedded at once on each rank.
         to_device: Moves a tensor to the model's device.
         ranks: The processes that share the images.
-        progress: The label of the progress bar, shown on a terminal; ``None``: no bar.
+        progress: The label of the progress bar; ``None``: no bar.
     """
     embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
     for split in BANKS:
         images = getattr(labelled, split).images
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
-        hidden = True if progress is None else None  # None: hidden unless on a terminal
         parts = ranks.share(len(images)).split(batch_size)
-        for indices in tqdm(parts, desc=f"{progress} {split}", disable=hidden, leave=False):
+        for indices in progress_bar(parts, desc=f"{progress} {split}", unit="batches", disable=progress is None):
             batch = to_device(images[indices])
             for model, embed in embeds.items():
                 embeddings = embed(batch)

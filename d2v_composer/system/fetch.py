@@ -7,12 +7,12 @@ from pathlib import Path
 import requests
 import torch
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from d2v_composer.system import retry
 from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity, is_address
 from d2v_composer.system.atomic_files import find_partials, partial_file
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import reason
 from d2v_composer.system.s3_download import S3_SCHEME, S3Downloader
 
@@ -115,14 +115,8 @@ def _download_from_web(address: str, path: Path, timeout: float) -> None:
     with requests.get(address, stream=True, timeout=limits) as response:
         response.raise_for_status()
         length = response.headers.get("Content-Length")
-        bar = tqdm(
-            desc=hide_secrets(address),
-            total=int(length) if length else None,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            leave=False,
-        )
+        size = int(length) if length else None
+        bar = progress_bar(desc=hide_secrets(address), unit="B", total=size, unit_scale=True)
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):
                 if file.tell() > LARGEST_FILE:

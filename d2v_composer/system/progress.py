@@ -1,0 +1,39 @@
+"""Show the progress of long work: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.std import tqdm as plain_tqdm
+
+__all__ = ["LINE_SECONDS", "progress_bar"]
+
+LINE_SECONDS = 10.0
+"""Time between two lines; shorter work prints none."""
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, left {remaining}"
+
+
+def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
+    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines.
+
+    Args:
+        iterable: As tqdm's, at most one.
+        desc: What is done, and to what.
+        unit: What is counted.
+        options: Other arguments of tqdm.
+    """
+    if sys.stderr.isatty():
+        return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
+    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "bar_format": LINE, "leave": False}
+    return _Lines(*iterable, desc=desc, unit=unit, **quiet, **options)
+
+
+class _Lines(plain_tqdm):
+    """A bar that prints lines instead of overwriting one."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:
+            print(self, file=self.fp, flush=True)
+
+    def clear(self, *_: Any, **__: Any) -> None:
+        """Leave what is printed."""

@@ -1,0 +1,22 @@
+"""A pipe gets a line now and then, and nothing of short work."""
+
+import pytest
+
+from d2v_composer.system import progress
+
+
+def test_a_pipe_gets_lines_instead_of_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with progress.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
+        bar.update()
+        bar.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [f"photos: {count} of 4 images" for count in (1, 2, 4)]
+    assert all("\r" not in line and "left" in line for line in lines)
+
+
+def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress.progress_bar(range(3), desc="photos", unit="images")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
