@@ -1,9 +1,11 @@
 """Build the labelled sets of a retrieval, and the models that an evaluation compares."""
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 
+from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
 from d2v_composer.checkpoints.load import TimmWeights, load_any
 from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
@@ -12,12 +14,21 @@ from d2v_composer.evaluation.references import build_embeds
 from d2v_composer.models.encoder import EncoderConfig
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.student import Student
-from d2v_composer.system.errors import InputError
 
-__all__ = ["build_candidates", "build_labelled_sets"]
-
+__all__ = ["Comparison", "build_candidates", "build_labelled_sets"]
 
 GFLOP_PER_MAC = 2e-9
+
+
+class Comparison(NamedTuple):
+    """What an evaluation compares."""
+
+    candidates: list[Candidate]
+    """On the device, in eval mode."""
+    sizes: EncoderConfig
+    """Of their encoder."""
+    embedding: ChosenEmbedding
+    """The headline."""
 
 
 def build_labelled_sets(
@@ -40,11 +51,8 @@ def build_labelled_sets(
     }
 
 
-def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidate], EncoderConfig]:
+def build_candidates(config: EvaluateConfig, device: str) -> Comparison:
     """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
-
-    Returns:
-        The candidates on the device, in eval mode, and the sizes of their encoder.
 
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
@@ -54,13 +62,12 @@ def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidat
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if student is not None:
-            untrained = Student(student.encoder, student.config)
+            model, untrained = student, Student(student.encoder, student.config)
         else:
             assert teacher is not None  # load_any returns at least one of them
-            untrained = teacher.build_student()
+            model, untrained = teacher, teacher.build_student()
+    embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
     encoder = untrained.encoder
-    if config.pooling == "cls" and not untrained.has_cls_token:
-        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
@@ -68,4 +75,4 @@ def build_candidates(config: EvaluateConfig, device: str) -> tuple[list[Candidat
     for name, model in models.items():
         costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
-    return candidates, encoder.config
+    return Comparison(candidates, encoder.config, embedding)

@@ -54,12 +54,12 @@ def choose_embedding(
         InputError: ``pooling`` is cls, and the model has no CLS token.
     """
     if pooling == "cls" and not model.has_cls_token:
-        raise InputError("--pooling: this model has no CLS token; allowed are mean, mean_patches")
+        raise InputError("pooling: this model has no CLS token; allowed are mean, mean_patches")
     stored = stored_headline(provenance)
     headline = stored or DEFAULT_HEADLINE
     if headline.pooling == "cls" and not model.has_cls_token:
         headline = headline._replace(pooling="mean_patches")
-    asked = {"--pooling": pooling, "--representation": representation}
+    asked = {"pooling": pooling, "representation": representation}
     if all(asked.values()):
         origin = "as asked"
     elif stored is None:

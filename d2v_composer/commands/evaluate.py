@@ -8,9 +8,10 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
 The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints retrieval
-accuracies with their intervals; ``out`` receives all of them as JSON and CSV. yamls/README.md of the repository lists
-the fields: model, checkpoint, first_blocks, image_size, weights, teacher, datasets, pooling, representation, ks,
-precision, device_eval_batch_size, seed, out.
+accuracies with their intervals, of the headline of the model's run unless pooling and representation choose another
+embedding; ``out`` receives those of all embeddings as JSON and CSV. yamls/README.md of the repository lists the fields:
+model, checkpoint, first_blocks, image_size, weights, teacher, datasets, pooling, representation, ks, precision,
+device_eval_batch_size, seed, out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,13 +53,14 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     if config.out is not None:
         check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates, sizes = build_candidates(config, device)
+    candidates, sizes, embedding = build_candidates(config, device)
     datasets = build_labelled_sets(config.datasets, sizes.image_size, sizes.interpolation)
     check_ks(config.ks, datasets)
+    print(f"embedding: {embedding}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
     class_names = {name: labelled.class_names for name, labelled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, config.ks, f"{config.representation}_{config.pooling}", class_names)
+    evaluation = Evaluation(candidates, retrievals, config.ks, embedding.headline.name, class_names)
     print(evaluation_tables(evaluation))
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)

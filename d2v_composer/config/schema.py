@@ -11,7 +11,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
-from d2v_composer.models.names import DATA2VEC2
+from d2v_composer.models.names import DATA2VEC2, Pooling, Representation
 from d2v_composer.models.sizes import MAX_WIDTH
 from d2v_composer.models.timm_config import PREFIX, parse_image_size
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
@@ -198,14 +198,14 @@ class LookupConfig:
     """Retrieval by nearest neighbours, during training or in an evaluation."""
 
     ks: list[int] = limited([1, 3], check=are_ks)
-    pooling: Literal["cls", "mean", "mean_patches"] = "cls"
-    representation: Literal["output", "layer_mean"] = "output"
     datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
     """Name → location; null: off."""
 
 
 @dataclass
 class RetrievalConfig(LookupConfig):
+    pooling: Pooling = "cls"
+    representation: Representation = "output"
     interval: str = limited("5000ba", check=duration("ba", "ep", "dur"))
     at_start: bool = False
     references: list[str] = limited(["teacher"], check=check_references)
@@ -279,5 +279,9 @@ class EvaluateConfig(RunConfig, LookupConfig, TimmSizes):
     """Weights of a teacher's file."""
     teacher: str | None = None
     """The student's teacher; default: a checkpoint's own, if it is still there; none for an exported student."""
+    pooling: Pooling | None = None
+    """Default: as in the model's run; without one, cls."""
+    representation: Representation | None = None
+    """Default: as in the model's run; without one, output."""
     out: str | None = limited(None, check=is_here)
     """Folder for evaluation.json and evaluation.csv."""

@@ -143,7 +143,7 @@ def test_the_embedding_is_the_headline_unless_asked_otherwise(exported: Path) ->
         return str(choose_embedding(student, provenance, pooling, representation))
 
     assert chosen(student.provenance) == "layer_mean_cls (the headline of the model's run)"
-    assert chosen(student.provenance, "mean").startswith("layer_mean_mean (the headline of the model's run, but --poo")
+    assert chosen(student.provenance, "mean").startswith("layer_mean_mean (the headline of the model's run, but poo")
     assert chosen(student.provenance, "mean", "output") == "output_mean (as asked)"
     default = "output_cls (the default, since the file has no record of a run)"
     for provenance in ({}, {"config": 3}, {"config": {"retrieval": {"representation": [], "pooling": "cls"}}}):
@@ -206,7 +206,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     save_student(
         Student(ImageEncoder(config).freeze(), StudentConfig(depth=1, num_heads=2, num_alibi_heads=2)), without_cls
     )
-    with pytest.raises(InputError, match="--pooling: this model has no CLS token; allowed are mean, mean_patches"):
+    with pytest.raises(InputError, match="pooling: this model has no CLS token; allowed are mean, mean_patches"):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
     assert choose_embedding(student, {}, None, None).headline == Headline("output", "mean_patches")

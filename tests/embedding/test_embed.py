@@ -570,7 +570,7 @@ def test_parquet_without_pyarrow_is_refused(photos: Path, tmp_path: Path, monkey
             "photos",
             "o.npy",
             ["--pooling", "cls"],
-            "--pooling: this model has no CLS token; allowed are mean, mean_patches",
+            "pooling: this model has no CLS token; allowed are mean, mean_patches",
         ),
         ("teacher", "nowhere", "o.npy", [], "nowhere: no such folder"),
         ("teacher", "photos/a.jpg", "o.npy", [], "a.jpg: is not a folder"),

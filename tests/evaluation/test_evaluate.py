@@ -59,7 +59,9 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     export_student.main([str(checkpoint), str(student)])
     from_checkpoint, from_student = tmp_path / "checkpoint", tmp_path / "student"
     printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}")
-    run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}")
+    chosen = run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}", "pooling=mean")
+    assert printed.startswith("embedding: layer_mean_cls (the headline of the model's run)\nZero-shot retrieval on ")
+    assert chosen.startswith("embedding: layer_mean_mean (the headline of the model's run, but pooling as asked)\n")
 
     found = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (from_checkpoint, from_student)}
     names = [candidate["name"] for candidate in found[from_checkpoint]["candidates"]]
@@ -74,6 +76,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         }
 
     assert accuracies(from_checkpoint) == accuracies(from_student)
+    assert [each["headline"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
     assert found[from_student]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found[from_student]["machine"]["cores"] >= 1
 
@@ -105,8 +108,9 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
 
 def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "precision=amp_bf16")
-    lines = printed.splitlines()
-    assert lines[0] == "Zero-shot retrieval on small, layer_mean_cls, accuracy in % [95 % interval]"
+    first, *lines = printed.splitlines()
+    assert first == "embedding: output_cls (the default, since the file has no record of a run)"
+    assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
     assert "share recovered" not in printed

@@ -126,8 +126,7 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> No
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
     accuracies = []
     for device in ("xla", "cpu"):
-        candidates, _ = build_candidates(config, device)
-        found = evaluate(candidates, datasets, (1, 3), device, 40)
+        found = evaluate(build_candidates(config, device).candidates, datasets, (1, 3), device, 40)
         accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
