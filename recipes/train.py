@@ -46,7 +46,7 @@ from d2v_composer.system.compat import patched_composer
 from d2v_composer.system.multi_node import join_ranks, rank_zero_first
 from d2v_composer.system.next_step import d2v, print_next
 from d2v_composer.system.retry import reason
-from d2v_composer.system.worker_lifetime import allow_open_files
+from d2v_composer.system.worker_lifetime import allow_open_files, end_workers
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -75,7 +75,9 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
             report(trainer, config, run, is_new)
         with rank_zero_first("uploads"):
             trainer.engine.close()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            end_workers()  # their uploads may take minutes
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
         raise
@@ -90,6 +92,7 @@ def fit(trainer: Trainer, config: TrainConfig, run: BuiltRun) -> bool:
         if dist.get_global_rank() == 0:
             print(describe_run(config, run, trainer.state))
         trainer.fit()
+        run.graceful_stop.end_training(trainer.state, trainer.logger)
         return True
     if dist.get_global_rank() == 0:  # Composer would raise an error
         print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
@@ -110,6 +113,8 @@ def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -
     try:
         written = write_report(Run(run.record.record, read_jsonl(folder / "log.jsonl"), neighbours, datasets), folder)
         log_picture_files(trainer.logger, written[1:])
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"the student is saved, not its report; later: {d2v('report', folder)}") from error
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)
@@ -128,9 +133,8 @@ def name_next_steps(config: TrainConfig) -> None:
     checkpoint = run_folder.local / LATEST
     retrieval = config.retrieval
     used = {name: differing(labelled) for name, labelled in retrieval.datasets.items() if labelled is not None}
-    headline = (f"pooling={retrieval.pooling}", f"representation={retrieval.representation}")
     datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
-    evaluate = [d2v("evaluate", f"model={checkpoint}", *headline, datasets)] if used else []
+    evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
     print_next(*evaluate, d2v("export", checkpoint, run_folder.local / "student.safetensors"))
 
 

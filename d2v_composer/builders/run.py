@@ -17,7 +17,7 @@ from d2v_composer.builders.model import build_model
 from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
 from d2v_composer.builders.retrieval import build_retrieval
 from d2v_composer.builders.run_folder import build_load_path, check_record
-from d2v_composer.callbacks import NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.distillation import DistillationModel
@@ -33,6 +33,7 @@ class BuiltRun(NamedTuple):
     """Arguments of Composer's Trainer."""
     model: DistillationModel
     record: RunRecord
+    graceful_stop: GracefulStop
     retrieval: ZeroShotRetrieval | None
 
 
@@ -86,4 +87,4 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "load_path": load_path,  # instead of Composer's autoresume
         "load_ignore_keys": partial(drop_unused_scaler, precision=config.precision),
     }
-    return BuiltRun(arguments, model, record, retrieval)
+    return BuiltRun(arguments, model, record, graceful_stop, retrieval)

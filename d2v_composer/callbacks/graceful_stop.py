@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum, auto
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -29,19 +30,31 @@ __all__ = ["GracefulStop"]
 # A stop that takes longer says that it is on its way.
 NOTICE_SECONDS = 1.0
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
-TOO_LATE = "Interrupted: finishing, since all batches are trained; a second Ctrl-C ends the run at once"
 
 
 class _CutShort(BaseException):
     """Leaves a measurement that a signal came in."""
 
 
+class Phase(Enum):
+    """What a signal waits for."""
+
+    STARTING = auto()
+    """Nothing: no batch has been trained."""
+    BATCH = auto()
+    """The end of the batch and its checkpoint."""
+    RETRIEVAL = auto()
+    """The checkpoint of a batch; a retrieval before it can be left out."""
+    MEASURING = auto()
+    """The same; the retrieval that is under way is cut short."""
+
+
 class GracefulStop(Callback):
     """Finish the current batch on SIGTERM or SIGINT, save a checkpoint, and exit with status 143 or 130 (128 + signal).
 
     A retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run measures it first.
-    Before the first batch has ended there is nothing to save, and SIGINT ends the run at once. A second SIGINT always
-    does. After the last batch, the run finishes.
+    The last batch of a run is the exception: its retrieval is finished. Before the first batch has ended there is
+    nothing to save, and a signal ends the run at once; so does a second SIGINT at any time.
 
     A run whose folder was removed also stops after its batch, with an error.
 
@@ -49,7 +62,8 @@ class GracefulStop(Callback):
     seconds. The run's other processes may receive the signals as well: see :mod:`d2v_composer.system.worker_lifetime`.
 
     Pass :attr:`save_interval` to the Trainer as its ``save_interval``: the CheckpointSaver itself then writes the
-    checkpoint, counts it and prunes it, and autoresume finds it. Pass the callback before ZeroShotRetrieval.
+    checkpoint, counts it and prunes it, and autoresume finds it. Pass the callback before ZeroShotRetrieval. Call
+    :meth:`end_training` after the Trainer's ``fit``.
 
     Args:
         save_interval: The regular interval of checkpoints, a Composer time string.
@@ -59,25 +73,24 @@ class GracefulStop(Callback):
     def __init__(self, save_interval: str, advice: str = "") -> None:
         self.is_due = create_interval_scheduler(save_interval)
         self.advice = advice
-        self.received: set[int] = set()
-        self.stopped_by: int | None = None  # the same on all ranks
-        self.has_trained = self.has_trained_all = False
-        self.may_cut_short = self.is_measuring = self.retrieval_is_missing = False
+        self.phase = Phase.STARTING
+        self.received: set[signal.Signals] = set()
+        self.stopped_by: signal.Signals | None = None  # the same on all ranks
+        self.retrieval_is_missing = False
         self.run_folder_lock: RunFolderLock | None = None
         self.retrieval: ZeroShotRetrieval | None = None
-        self.previous: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_signal)}
-        if not interrupts.is_ignored():
-            self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
+        handled = [signal.SIGTERM] if interrupts.is_ignored() else [signal.SIGTERM, signal.SIGINT]
+        self.previous: dict[int, Any] = {signum: signal.signal(signum, self._on_signal) for signum in handled}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.phase is Phase.STARTING:
+            self.previous[signum](signum, frame)
         if signum == signal.SIGINT:
-            if not self.has_trained:
-                self.previous[signum](signum, frame)
             interrupts.second_ends_at_once()
-            show_later(lambda: TOO_LATE if self.has_trained_all else NOTICE)
-        self.received.add(signum)
-        if self.is_measuring:
-            self.is_measuring = False
+            show_later(NOTICE)
+        self.received.add(signal.Signals(signum))
+        if self.phase is Phase.MEASURING:
+            self.phase = Phase.RETRIEVAL
             raise _CutShort
 
     def init(self, state: State, logger: Logger) -> None:
@@ -105,17 +118,9 @@ class GracefulStop(Callback):
         Raises:
             InputError: The run's folder was removed, so that nothing can be saved.
         """
-        is_removed = self.run_folder_lock is not None and self.run_folder_lock.is_removed()
-        flags = [signal.SIGINT in self.received, signal.SIGTERM in self.received, is_removed]
-        if dist.get_world_size() > 1:
-            tensor = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.uint8))
-            dist.all_reduce(tensor, reduce_operation="MAX")
-            flags = [bool(flag) for flag in tensor.tolist()]
-        self.has_trained = True
-        interrupted, terminated, is_removed = flags
-        self.stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
-        self.has_trained_all = state.max_duration is not None and state.timestamp >= state.max_duration
-        self.may_cut_short = not self.has_trained_all  # a finished run measures nothing when it starts again
+        is_removed = self._agree(state, self.run_folder_lock is not None and self.run_folder_lock.is_removed())
+        is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+        self.phase = Phase.BATCH if is_last else Phase.RETRIEVAL  # a finished run measures nothing when it starts again
         if is_removed and self.run_folder_lock is not None:
             raise InputError(
                 f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: "
@@ -124,28 +129,28 @@ class GracefulStop(Callback):
 
     def evaluate(self, evaluate: Callable[[State, Logger], None], state: State, logger: Logger) -> None:
         """Evaluate, unless the run is to stop in this batch; what was measured is recorded in any case."""
-        if self.may_cut_short and self.stopped_by is not None:
-            self.retrieval_is_missing = True
-            return
         try:
+            if self.phase is Phase.RETRIEVAL and self.stopped_by is not None:
+                raise _CutShort
             evaluate(state, logger)
         except _CutShort:
-            self.stopped_by = max(self.received, key=lambda signum: signum == signal.SIGINT)
+            self._agree(state)
             self.retrieval_is_missing = True
 
     def measure_set(self, measure_set: Callable[..., Any], dataset: str, embeds: Any, state: State) -> dict[Any, Any]:
         """Measure one set, until a signal comes."""
-        can_be_cut = self.may_cut_short and dist.get_world_size() == 1  # others would wait in a collective
+        if self.phase is not Phase.RETRIEVAL or dist.get_world_size() > 1:  # others would wait in a collective
+            return measure_set(dataset, embeds, state)
+        self.phase = Phase.MEASURING
         try:
-            self.is_measuring = can_be_cut
-            if can_be_cut and self.received:  # between two sets
+            if self.received:  # between two sets
                 raise _CutShort
             return measure_set(dataset, embeds, state)
         finally:
-            self.is_measuring = False
+            self.phase = Phase.RETRIEVAL
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.may_cut_short = False
+        self.phase = Phase.BATCH
 
     @property
     def save_interval(self) -> Callable[[State, Event], bool]:
@@ -162,20 +167,35 @@ class GracefulStop(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         self._exit_if_stopping(state, logger)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Let SIGINT raise again, also after a first one: all is saved, and what follows can be left any time."""
-        self._restore(signal.SIGINT)
-        if signal.SIGINT in self.received:
-            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+    def end_training(self, state: State, logger: Logger) -> None:
+        """Exit if a signal came since the last batch; all is saved, and from now on a signal ends the process at once.
+
+        Call it on every rank.
+        """
+        self._restore()
+        self._agree(state)
+        self._exit_if_stopping(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.stopped_by is None:  # otherwise the process is about to exit with its own status
-            self._restore(signal.SIGTERM)
-            self._restore(signal.SIGINT)
+            self._restore()
 
-    def _restore(self, signum: int) -> None:
-        if signal.getsignal(signum) == self._on_signal:
-            signal.signal(signum, self.previous[signum])
+    def _restore(self) -> None:
+        for signum, previous in self.previous.items():
+            if signal.getsignal(signum) == self._on_signal:
+                signal.signal(signum, previous)
+
+    def _agree(self, state: State, flag: bool = False) -> bool:
+        """Set ``stopped_by`` to the signal that reached any rank; return whether the flag is set on any."""
+        flags = [flag, *(signum in self.received for signum in interrupts.NAMES)]
+        if dist.get_world_size() > 1:
+            tensor = state.device.tensor_to_device(torch.tensor(flags, dtype=torch.uint8))
+            dist.all_reduce(tensor, reduce_operation="MAX")
+            flags = [bool(each) for each in tensor.tolist()]
+        flag, *came = flags
+        agreed = [signum for signum, has_come in zip(interrupts.NAMES, came, strict=True) if has_come]
+        self.stopped_by = agreed[0] if agreed else None
+        return flag
 
     def _exit_if_stopping(self, state: State, logger: Logger) -> None:
         """Exit once the checkpoint, which is written last in its batch, is uploaded."""
@@ -185,10 +205,10 @@ class GracefulStop(Callback):
             if isinstance(callback, CheckpointRetention | CheckpointSaver | JSONLLogger | RemoteUploaderDownloader):
                 callback.fit_end(state, logger)
         dist.barrier()  # once one rank exits, the launcher soon kills the others
-        reason = "Interrupted" if self.stopped_by == signal.SIGINT else "SIGTERM"
         is_saved = find_callback(state, CheckpointSaver) is not None
-        show(f"{reason}: {'saved' if is_saved else 'stopped'} at batch {int(state.timestamp.batch)}{self.advice}")
-        raise SystemExit(128 + self.stopped_by)
+        said = f"{'saved' if is_saved else 'stopped'} at batch {int(state.timestamp.batch)}{self.advice}"
+        show(f"{interrupts.NAMES[self.stopped_by]}: {said}")
+        raise SystemExit(interrupts.status(self.stopped_by))
 
 
 def show(line: str) -> None:
@@ -199,8 +219,8 @@ def show(line: str) -> None:
             sys.stdout.flush()
 
 
-def show_later(line: Callable[[], str]) -> None:
-    """Print the line of that time if the process still runs after a while."""
-    timer = threading.Timer(NOTICE_SECONDS, lambda: show(line()))
+def show_later(line: str) -> None:
+    """Print a line if the process still runs after a while."""
+    timer = threading.Timer(NOTICE_SECONDS, show, [line])
     timer.daemon = True
     timer.start()

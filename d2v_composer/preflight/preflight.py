@@ -3,9 +3,7 @@
 import json
 import logging
 import shutil
-import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -113,7 +111,6 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     Returns:
         Whether all checks passed on all nodes.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends and removes the rehearsal
     nodes = Nodes.from_environment()
     try:
         checks, table = Checks(config, nodes), CheckTable()

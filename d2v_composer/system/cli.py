@@ -1,4 +1,4 @@
-"""Exit status of a command: 0, 2 with a line for each bad input, 130 with a line after Ctrl-C, 1 with a traceback."""
+"""Exit status of a command: 0; 2 with a line for each bad input; 130 or 143 after a signal; 1 with a traceback."""
 
 import gc
 import io
@@ -43,10 +43,10 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
     """Return the exit status and the lines to print; the status ``None`` for an error that needs its traceback."""
-    if interrupts.was_interrupted():
+    if (signum := interrupts.received()) is not None:
         end_workers()
         said = error.args if isinstance(error, KeyboardInterrupt) else ()
-        return interrupts.EXIT_STATUS, [": ".join(["Interrupted", *said])]
+        return interrupts.status(signum), [": ".join([interrupts.NAMES[signum], *said])]
     if isinstance(error, InputError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]

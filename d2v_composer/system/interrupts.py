@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) ends a command: the first one by an exception, so that files are closed; a second one at once."""
+"""Ctrl-C (SIGINT) and SIGTERM end a command by an exception, so that files are closed; a second Ctrl-C does at once."""
 
 import multiprocessing
 import os
@@ -10,34 +10,30 @@ from typing import Any
 
 from d2v_composer.system.when_imported import when_imported
 
-__all__ = [
-    "EXIT_STATUS",
-    "end_at_interrupt",
-    "handle_interrupts",
-    "is_ignored",
-    "second_ends_at_once",
-    "was_interrupted",
-]
+__all__ = ["NAMES", "end_at_interrupt", "handle_interrupts", "is_ignored", "received", "second_ends_at_once", "status"]
 
-EXIT_STATUS = 128 + signal.SIGINT
+NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 
 Handler = Callable[[int, FrameType | None], Any]
 
-_is_ignored = _was_interrupted = False
-_handler: Handler | None = None
+_is_ignored = False
+_pid = 0
+_handlers: dict[signal.Signals, Handler] = {}
+_received: signal.Signals | None = None
 
 
 def handle_interrupts() -> None:
-    """Raise KeyboardInterrupt at the first SIGINT.
+    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM.
 
     A shell lets jobs in the background ignore SIGINT; they go on ignoring it.
     """
-    _handle_by(_interrupt)
+    for signum in NAMES:
+        _handle(signum, _interrupt)
 
 
 def end_at_interrupt() -> None:
     """End this process at SIGINT, as long as it has begun nothing."""
-    _handle_by(_end_before_start)
+    _handle(signal.SIGINT, _end_before_start)
 
 
 def is_ignored() -> bool:
@@ -45,31 +41,44 @@ def is_ignored() -> bool:
     return _is_ignored or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def was_interrupted() -> bool:
-    """Tell whether KeyboardInterrupt was raised: an exception after it is its consequence, such as a lost rank."""
-    return _was_interrupted
+def received() -> signal.Signals | None:
+    """Return the signal that raised KeyboardInterrupt; a later exception is its consequence, such as a lost rank."""
+    return _received
+
+
+def status(signum: int) -> int:
+    """Return the exit status of a process that a signal ends, as shells give it."""
+    return 128 + signum
 
 
 def second_ends_at_once() -> None:
     """End this process and its workers at the next SIGINT, without clean-up."""
-    _handle_by(_end_at_once)
+    _handle(signal.SIGINT, _end_at_once)
 
 
-def _handle_by(handler: Handler) -> None:
-    global _is_ignored, _handler
-    _is_ignored, _handler = is_ignored(), handler
-    _install()
+def _handle(signum: signal.Signals, handler: Handler) -> None:
+    global _is_ignored, _pid
+    _is_ignored, _pid = is_ignored(), os.getpid()
+    _handlers[signum] = handler
+    _install(signum)
 
 
-def _install() -> None:
-    if _handler is not None:
-        with suppress(ValueError):  # in another thread, where Composer installs none either
-            signal.signal(signal.SIGINT, signal.SIG_IGN if _is_ignored else _handler)
+def _install(signum: signal.Signals) -> None:
+    ignores = signum == signal.SIGINT and _is_ignored
+    with suppress(ValueError):  # in another thread, where Composer installs none either
+        signal.signal(signum, signal.SIG_IGN if ignores else _handlers[signum])
+
+
+def _install_all() -> None:
+    for signum in _handlers:
+        _install(signum)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    global _was_interrupted
-    _was_interrupted = True
+    global _received
+    if os.getpid() != _pid:  # a worker of another package, which inherited this handler
+        os._exit(status(signum))
+    _received = signal.Signals(signum)
     second_ends_at_once()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Composer's launcher sends it right after Ctrl-C
     raise KeyboardInterrupt
@@ -78,7 +87,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _end_before_start(signum: int, frame: Any) -> None:
     with suppress(OSError):
         os.write(2, b"Interrupted\n")
-    os._exit(EXIT_STATUS)
+    os._exit(status(signum))
 
 
 def _end_at_once(signum: int, frame: Any) -> None:
@@ -86,7 +95,7 @@ def _end_at_once(signum: int, frame: Any) -> None:
         os.write(2, b"Interrupted twice: ended at once\n")
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(EXIT_STATUS)
+    os._exit(status(signum))
 
 
-when_imported("composer.core.engine", _install)  # its import installs a handler of Composer's
+when_imported("composer.core.engine", _install_all)  # its import installs handlers of Composer's

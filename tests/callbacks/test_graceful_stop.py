@@ -1,4 +1,4 @@
-"""A signal cuts a measurement short, and nothing else of a retrieval; after the last batch the run finishes."""
+"""A signal cuts a measurement short, and nothing else of a retrieval; the last batch is finished."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -92,14 +92,28 @@ def test_what_was_measured_is_recorded(run: Run) -> None:
     assert run.stop.retrieval_is_missing
 
 
-def test_after_the_last_batch_a_run_finishes_and_ctrl_c_raises_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[Callable[[], str]] = []
-    monkeypatch.setattr(graceful_stop, "show_later", lines.append)
-    before = run.stop.previous[signal.SIGINT]
-    run.while_measuring = ctrl_c
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_in_the_last_batch_the_retrieval_is_finished_and_the_run_exits(run: Run, signum: signal.Signals) -> None:
+    run.while_measuring = lambda: signal.raise_signal(signum)
     run.end_batch(LAST_BATCH)
-    assert [line() for line in lines] == [graceful_stop.TOO_LATE]
     assert [entry["batch"] for entry in run.retrieval.history] == [LAST_BATCH]
-    assert signal.getsignal(signal.SIGINT) != before
-    run.stop.fit_end(run.state, run.logger)
-    assert signal.getsignal(signal.SIGINT) == before
+    assert not run.stop.retrieval_is_missing
+    with pytest.raises(SystemExit) as ended:
+        run.stop.end_training(run.state, run.logger)
+    assert ended.value.code == 128 + signum
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_first_batch_and_after_the_last_a_signal_ends_the_run_at_once(
+    run: Run, signum: signal.Signals
+) -> None:
+    def end_at_once(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run.stop.previous[signum] = end_at_once
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signum)
+    run.end_batch(LAST_BATCH)
+    run.stop.end_training(run.state, run.logger)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signum)

@@ -67,6 +67,20 @@ zero_shot_retrieval.look_up = interrupted
 cli.run(lambda argv: train.main(argv[1:]))
 """
 
+# A training whose report takes for ever.
+IN_REPORT = """
+import sys, time
+from d2v_composer.system import cli
+from recipes import train
+
+def stay(*arguments):
+    print("is stuck", flush=True)
+    time.sleep(600)
+
+train.write_report = stay
+cli.run(train.main)
+"""
+
 # A command that reads an image for ever, in its workers.
 STUCK_WORKERS = """
 import runpy, sys, time
@@ -184,6 +198,24 @@ def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
     assert list(ours) == [0, 5, 10, 14]
 
 
+@pytest.mark.parametrize(("sent", "name"), [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "SIGTERM")])
+def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
+    sent: signal.Signals, name: str, small_data: Path, tmp_path: Path
+) -> None:
+    arguments = small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true")
+    program = start_python("-c", IN_REPORT, *arguments)
+    wait_until(lambda: "is stuck" in program.stdout, seconds=60)
+    program.send_signal(sent)
+    assert program.wait(timeout=20) == 128 + sent
+    _, line = program.stderr.splitlines()  # the first one is the progress
+    assert line.startswith(f"{name}: the student is saved, not its report; later: ")
+    assert line.endswith(f" report {tmp_path}")
+    assert len(checkpoints_of(tmp_path)) == 1
+    if sent == signal.SIGTERM:
+        again = run_command(*train_command(arguments))
+        assert (again.returncode, (tmp_path / "report.html").is_file()) == (0, True), again.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [
@@ -266,6 +298,33 @@ def main():
     )
     ended = run_command(sys.executable, "-c", code)
     assert (ended.returncode, ended.stderr) == (STATUS, "Interrupted\n")
+
+
+def test_sigterm_ends_a_command_and_foreign_workers_silently() -> None:
+    code = SIGNALLED.format(
+        before="""
+import multiprocessing, time
+
+def stay(started):
+    started.set()
+    time.sleep(600)
+
+def main():
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    worker = context.Process(target=stay, args=[started])
+    worker.start()
+    started.wait()
+    worker.terminate()
+    worker.join()
+    print(worker.exitcode)
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("went on")
+""",
+        main="main()",
+    )
+    ended = run_command(sys.executable, "-c", code)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "143\n", "SIGTERM\n")
 
 
 def test_lines_arrive_at_once_in_a_pipe() -> None:
