@@ -1,9 +1,10 @@
 """Run the tests on every supported Python: ``nox``, or ``nox -s tests-3.12``, ``nox -s tests-3.12 -- tests/data``.
 
-Each Python gets an environment of 7 GB in ``.nox``, which is used again.
+Each Python gets an environment of its own in ``.nox``, of 7 GB, which later calls use again.
 """
 
 import sys
+from importlib.util import find_spec
 
 import nox
 
@@ -23,7 +24,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Run ruff and pyright of the environment that runs nox."""
+    """Run ruff and pyright of the environment that runs nox: ``.venv/bin/nox -s lint``."""
+    if find_spec("ruff") is None or find_spec("pyright") is None:
+        session.error("ruff and pyright are not installed beside nox; CONTRIBUTING.md sets up .venv/bin/nox")
     for arguments in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         session.run(sys.executable, "-m", *arguments)
     session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable)
