@@ -2,13 +2,13 @@
 
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
 from composer.core import Callback
 from composer.utils import dist
 
+from d2v_composer.builders.errors import errors_of
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderLock, RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
@@ -17,9 +17,7 @@ from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
-from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
-from d2v_composer.system.retry import reason
 
 __all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "build_run_record"]
 
@@ -79,8 +77,12 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     Raises:
         InputError: A callback refuses the value of an argument.
     """
-    chosen = {name: arguments for name, arguments in config.callbacks.items() if arguments is not None}
-    return [_build(name, CALLBACKS[name], arguments) for name, arguments in chosen.items()]
+    callbacks: list[Callback] = []
+    for name, arguments in config.callbacks.items():
+        if arguments is not None:
+            with errors_of(f"callbacks.{name}"):
+                callbacks.append(CALLBACKS[name](**arguments))
+    return callbacks
 
 
 def build_run_record(config: TrainConfig, teacher: Teacher, shards: list[dict[str, Any]]) -> RunRecord:
@@ -103,11 +105,3 @@ def build_run_record(config: TrainConfig, teacher: Teacher, shards: list[dict[st
     folder = find_run_folder(config)
     local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
     return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT, BEFORE_THESE_KEYS)
-
-
-def _build(name: str, chosen: Callable[..., Callback], arguments: dict[str, Any]) -> Callback:
-    """Build a callback. The names of its arguments have been checked; their values only it can check."""
-    try:
-        return chosen(**arguments)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"callbacks.{name}: {reason(error)}") from error

@@ -74,7 +74,7 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def build_train_loader(
-    config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize, interpolation: str = "bicubic"
+    config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize, interpolation: str
 ) -> DataLoader:
     """Build the section ``train_loader``: augmented uint8 images of this rank.
 
@@ -119,9 +119,7 @@ def build_train_loader(
     )
 
 
-def build_transform(
-    loader: TrainLoaderConfig, image_size: ImageSize, interpolation: str = "bicubic"
-) -> RandomResizedCropFlip:
+def build_transform(loader: TrainLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
     """Build the augmentation of the training images."""
     (smallest, largest), (narrowest, widest) = loader.crop_scale, loader.crop_ratio
     scale, ratio = (smallest, largest), (narrowest, widest)

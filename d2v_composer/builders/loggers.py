@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +10,7 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
 
+from d2v_composer.builders.errors import errors_of
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks import ProgressLogger, RetrievalPictures, ZeroShotRetrieval
 from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
@@ -48,7 +48,7 @@ def check_logging_servers(config: TrainConfig) -> None:
     """
     for name, check in {"wandb": _check_wandb, "mlflow": _check_mlflow}.items():
         if (arguments := config.loggers.get(name)) is not None:
-            with _errors_of(name):
+            with errors_of(f"loggers.{name}"):
                 check(arguments)
 
 
@@ -66,7 +66,7 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
         for name, arguments in config.loggers.items():
             if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
                 continue
-            with _errors_of(name):
+            with errors_of(f"loggers.{name}"):
                 loggers.append(LOGGERS[name](**_in_run_folder(name, arguments, folder)))
     if folder is not None and folder.address is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
@@ -108,15 +108,6 @@ def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder | Non
     if name == "wandb" and "WANDB_DIR" not in os.environ:
         return arguments | {"init_kwargs": {"dir": str(local)} | (arguments.get("init_kwargs") or {})}
     return arguments
-
-
-@contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """Turn the errors of a logger's package into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(f"loggers.{name}: {reason(error)}") from error
 
 
 def _check_wandb(arguments: dict[str, Any]) -> None:

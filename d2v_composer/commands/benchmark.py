@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from d2v_composer.benchmarks.sizes import SIZES
 from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.compiler import find_missing
 from d2v_composer.models.names import PrecisionName
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 CIFAR_IMAGES = 60_000
-SIZES = ("base", "large", "quickstart")
 PRECISIONS = get_args(PrecisionName)
 
 
@@ -132,9 +132,9 @@ def run_step(arguments: argparse.Namespace) -> "Result":
     compiles = not arguments.no_compile
     if compiles and (missing := find_missing()) is not None:
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
+    if arguments.teacher is not None and not arguments.teacher.startswith(PREFIX):
+        raise InputError(f"--teacher: must be timm/NAME, got {arguments.teacher!r}")
     size = arguments.teacher or arguments.size
-    if size not in SIZES and not size.startswith(PREFIX):
-        raise InputError(f"--teacher: must be timm/NAME, got {size!r}")
     return benchmark_step(size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles)
 
 

@@ -67,10 +67,12 @@ def find_missing_files(format: Format, root: Path, download: bool) -> str | None
         download: Missing files of CIFAR are fetched.
     """
     if format in CIFAR_FOLDERS:
-        if download:
-            return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
         folder = root / CIFAR_FOLDERS[format]
-        return None if os.path.isdir(folder) else f"{folder}: no such folder; download: true fetches it"
+        if os.path.isdir(folder):
+            return None
+        if not download:
+            return f"{folder}: no such folder; download: true fetches it"
+        return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
     for folder in (root / "train", root / "test"):
         missing = find_missing_index(folder) if format == "mds" else None
         if format == "folder" and not os.path.isdir(folder):

@@ -204,14 +204,15 @@ class Checks:
         return ", ".join(name for name, arguments in self.config.loggers.items() if arguments is not None) or "none"
 
     def _measure_decoding(self, reader: Any) -> float:
-        column, transform = self.config.train_loader.column, build_transform(self.config.train_loader, self.image_size)
+        loader = self.config.train_loader
+        transform = build_transform(loader, self.image_size, self.interpolation)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a data worker
         try:
             start, done = time.perf_counter(), 0
             while time.perf_counter() - start < DECODING_SECONDS:
                 i = done % reader.samples
-                stored, source = reader[i][column], f"sample {i}"
+                stored, source = reader[i][loader.column], f"sample {i}"
                 image = rgb_of(stored, source) if isinstance(stored, Image.Image) else stored
                 transform(image, sample_rng(self.config.seed, 0, i), source)
                 done += 1

@@ -52,11 +52,6 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         raise InputError(f"{path}: cannot be written: it is read-only")
     if (fault := find_unwritable(path.parent)) is not None:
         raise InputError(f"{path}: {fault}")
-    existing = existing_folder(path.parent)
-    try:  # permissions do not tell of a read-only file system, nor what root may not do
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {existing} is not writable ({error.strerror})") from error
 
 
 def find_unwritable(folder: Path) -> str | None:
@@ -65,7 +60,11 @@ def find_unwritable(folder: Path) -> str | None:
     existing = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
     if not os.path.isdir(existing):
         return f"cannot be written: {existing} is not a folder"
-    return None if os.access(existing, os.W_OK | os.X_OK) else f"cannot be written: {existing} is not writable"
+    try:  # permissions do not tell of a read-only file system, nor what root may not do
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return f"cannot be written: {existing} is not writable ({error.strerror})"
+    return None
 
 
 def _is_address(path: Path) -> bool:

@@ -193,6 +193,7 @@ def is_installed(name: str) -> bool:
         (["--json", "absent/report.json"], "--json: no such folder: absent"),
         (["step", "--batch-size", "0"], "--batch-size: must be 1 or more, got 0"),
         (["step", "--steps", "0"], "--steps: must be 1 or more, got 0"),
+        (["step", "--no-compile", "--teacher", "base"], "--teacher: must be timm/NAME, got 'base'"),
         (["step", "--device", "cuda"], "--device cuda: torch finds no GPU on this machine"),
         (["step", "--precision", "amp_fp16"], "--precision amp_fp16: needs a GPU; allowed on a CPU: fp32, amp_bf16"),
         (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),

@@ -115,7 +115,7 @@ def test_names_a_corrupt_shard_that_cannot_be_deleted(many_shards: Path, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         forbid_removal(patch, cache)
         with pytest.raises(InputError, match=r"shard\.00004\.mds: is not .*cannot be deleted \(Operation not"):
-            build_train_loader(config, read_train_index(config), 24)
+            build_train_loader(config, read_train_index(config), 24, "bicubic")
 
 
 def test_names_a_folder_in_the_place_of_a_shard_at_once(many_shards: Path, tmp_path: Path) -> None:

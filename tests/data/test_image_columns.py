@@ -42,7 +42,7 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 def train_loader(data: Path, *overrides: str) -> Any:
     config = load_config(small_run(data.parent / "run", data, *overrides))
-    return build_train_loader(config, read_train_index(config), 24)
+    return build_train_loader(config, read_train_index(config), 24, "bicubic")
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])

@@ -106,7 +106,7 @@ def test_a_disk_needs_room_only_for_the_nodes_share(
 
     monkeypatch.setattr(builders_data, "StreamingImages", reached)
     with pytest.raises(ReachedError if has_room else InputError):
-        build_train_loader(config, read_train_index(config), 24)
+        build_train_loader(config, read_train_index(config), 24, "bicubic")
 
 
 def test_adds_up_the_nodes_that_share_a_disk() -> None:

@@ -201,9 +201,9 @@ def test_refuses_to_start_with_too_little_shared_memory_for_the_workers(
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
     config = load_config(small_run(tmp_path, small_data, *options))
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
-    build_train_loader(config, read_train_index(config), 24)
+    build_train_loader(config, read_train_index(config), 24, "bicubic")
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9"):
-        build_train_loader(config, read_train_index(config), 224)  # 16 x 3 x 224 x 224 bytes, 14 times
+        build_train_loader(config, read_train_index(config), 224, "bicubic")  # 16 x 3 x 224 x 224 bytes, 14 times
 
 
 def test_counts_the_shared_memory_of_the_papers_run() -> None:
