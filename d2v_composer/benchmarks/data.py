@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -22,7 +23,6 @@ from unittest.mock import patch
 
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from d2v_composer.benchmarks.measure import Rates, Result, Row, Table, Target, interleave, one_core
 from d2v_composer.benchmarks.object_store import ObjectStore, find_server
@@ -45,6 +45,7 @@ from d2v_composer.conversion.image_source import find_images
 from d2v_composer.conversion.shards import Encoding
 from d2v_composer.data.mds_index import read_index
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.progress import progress_bar
 
 __all__ = ["CLOCKS", "FEWEST_IMAGES", "benchmark_data"]
 
@@ -195,11 +196,13 @@ def _measure_mid_epoch(
 ) -> list[Row]:
     """Read an epoch with nothing cached and one with everything cached, in turns; the first of each does not count."""
     rates: Mapping[str, list[float]] = {COLD_MID: [], WARM_MID: []}
-    for _ in tqdm(range(0 if remote is None else rounds + 1), desc=f"{setting}, mid-epoch"):
-        # Almost shard after shard, so that shards are downloaded throughout the epoch.
+    for _ in progress_bar(range(0 if remote is None else rounds + 1), desc=f"{setting}, mid-epoch", unit="passes"):
+        # Almost shard after shard, so that shards are downloaded throughout the epoch. Streaming warns of it.
         loader = our_loader(cache, remote, workers, shuffle_block_size=1)
-        for each in rates.values():
-            each.append(_rate_mid_epoch(loader, clock))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Shuffle block size was smaller than shard size")
+            for each in rates.values():
+                each.append(_rate_mid_epoch(loader, clock))
         del loader
         shutil.rmtree(cache)
     return [_row(name, ORIGINALS, UINT8, workers, Rates(each[1:]) if each else None) for name, each in rates.items()]

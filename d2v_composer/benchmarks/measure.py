@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from PIL import features
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from d2v_composer.evaluation.text_table import format_table
 from d2v_composer.system.machine_info import describe_machine, package_versions
+from d2v_composer.system.progress import progress_bar
 
 __all__ = [
     "Pass",
@@ -176,7 +176,7 @@ def interleave(
     """
     rates: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
-    with tqdm(total=len(names) * (rounds + 1), desc=description, unit="pass") as bar:
+    with progress_bar(total=len(names) * (rounds + 1), desc=description, unit="passes") as bar:
         for round_number in range(-1, rounds):
             first = max(0, round_number) % len(names)  # so that no pass always follows the same one
             for name in names[first:] + names[:first]:

@@ -35,5 +35,8 @@ class _Lines(plain_tqdm):
         if msg is None:
             print(self, file=self.fp, flush=True)
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Print nothing between two lines."""
+
     def clear(self, *_: Any, **__: Any) -> None:
         """Leave what is printed."""
