@@ -55,11 +55,16 @@ class StoredSizes(NamedTuple):
 
 def build_encoder(config: StoredEncoderConfig) -> Encoder:
     """Build an encoder of any kind, frozen, to load a state dict into."""
+    return encoder_class(config)(config).freeze()
+
+
+def encoder_class(config: StoredEncoderConfig) -> type[Any]:
+    """Return the class of an encoder."""
     if isinstance(config, ImageEncoderConfig):
-        return ImageEncoder(config).freeze()
+        return ImageEncoder
     from d2v_composer.models.timm_encoder import TimmEncoder  # timm takes seconds to import
 
-    return TimmEncoder(config).freeze()
+    return TimmEncoder
 
 
 def add_outputs(config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> StoredEncoderConfig:
@@ -141,8 +146,9 @@ def check_student(
     encoder_config = read_config(source, config_class, sizes["encoder"])
     student_config = read_config(source, StudentConfig, sizes["student"])
     check_num_blocks(source, encoder_config.prenet_depth + student_config.depth, tensors)
+    kind = encoder_class(encoder_config)  # imports torch._dynamo, which fails on shapes_of's device
     try:
-        shapes = shapes_of(lambda: Student(build_encoder(encoder_config), student_config))
+        shapes = shapes_of(lambda: Student(kind(encoder_config), student_config))
     except ValueError as error:
         raise InputError(f"{source}: unusable sizes in its metadata: {error}") from error
     check_tensors(source, shapes, tensors)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ from d2v_composer.checkpoints.timm_weights import checkpoint_filter, read_state_
 from d2v_composer.models.student import Student
 from d2v_composer.models.timm_encoder import TimmEncoder
 from d2v_composer.system.errors import InputError
-from helpers import refused_by, run_command
+from helpers import ROOT, command_environment, refused_by
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
@@ -445,7 +446,10 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
         return
     np.save(tmp_path / "images.npy", images.numpy())
     arguments = [tmp_path / each for each in ("student.safetensors", "images.npy", "embeddings.npy")]
-    done = run_command(sys.executable, "-c", EMBED, *arguments, environment={"HF_HUB_OFFLINE": "1"})
+    # A new process, without the modules that programs of other tests start with.
+    command = [sys.executable, "-c", EMBED, *map(str, arguments)]
+    environment = command_environment() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_close(
         torch.from_numpy(np.load(tmp_path / "embeddings.npy")), expected["layer_mean_mean"], rtol=1e-4, atol=1e-4

@@ -128,6 +128,19 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_its_frozen_passes_are_whole_graphs(name: str) -> None:
+    """As compile_model makes them on a CPU, contexts included."""
+    teacher = build_teacher(name).cast_weights(torch.bfloat16)
+    images, encoder = images_for(teacher.config), teacher.encoder
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = teacher.targets(teacher.encode(images))
+        torch._dynamo.reset()
+        encoder.forward = torch.compile(encoder.forward, fullgraph=True, backend="eager")
+        targets = torch.compile(teacher.targets, fullgraph=True, backend="eager")
+        assert_close(targets(teacher.encode(images)), expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_close(name: str) -> None:
     teacher = build_teacher(name)
