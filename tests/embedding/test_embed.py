@@ -31,7 +31,6 @@ from torch.nn.functional import normalize
 from torchvision.datasets import cifar
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.data.decode import decode_rgb, to_tensor
 from d2v_composer.embedding import output_file
@@ -45,6 +44,7 @@ from d2v_composer.models.transformer import Transformer
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.file_locks import sole_user
+from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
 from recipes import embed as embed_recipe
 
@@ -189,24 +189,25 @@ def test_a_corrupt_shard_is_named(many_shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_embeds_from_an_object_store(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeds_from_an_object_store(
+    object_store: GatedStore, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_PARTS)
-    with ObjectStore() as store:
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
-        store.create_bucket("bucket")
-        client = store.client()
-        for file in many_shards.iterdir():
-            client.upload_file(str(file), "bucket", f"images/{file.name}")
-        (tmp_path / "cache").mkdir()
-        shutil.copyfile(many_shards / "shard.00003.mds", tmp_path / "cache" / "shard.00003.mds")
-        with (tmp_path / "cache" / "shard.00003.mds").open("r+b") as file:
-            file.write(b"damaged")  # shards of an earlier run are verified too
-        options = ("--local", tmp_path / "cache", "--cache-limit", "30kb")
-        embed(TEACHER, "s3://bucket/images", tmp_path / "remote.npy", *options, *SMALL_PARTS, workers=2)
-        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 30_000
-        with pytest.raises(InputError, match=r"s3://bucket/nothing/index\.json: cannot be fetched"):
-            embed(TEACHER, "s3://bucket/nothing", tmp_path / "nothing.npy", "--local", tmp_path / "other")
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    object_store.create_bucket("embedding")
+    client = object_store.client()
+    for file in many_shards.iterdir():
+        client.upload_file(str(file), "embedding", f"images/{file.name}")
+    (tmp_path / "cache").mkdir()
+    shutil.copyfile(many_shards / "shard.00003.mds", tmp_path / "cache" / "shard.00003.mds")
+    with (tmp_path / "cache" / "shard.00003.mds").open("r+b") as file:
+        file.write(b"damaged")  # shards of an earlier run are verified too
+    options = ("--local", tmp_path / "cache", "--cache-limit", "30kb")
+    embed(TEACHER, "s3://embedding/images", tmp_path / "remote.npy", *options, *SMALL_PARTS, workers=2)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 30_000
+    with pytest.raises(InputError, match=r"s3://embedding/nothing/index\.json: cannot be fetched"):
+        embed(TEACHER, "s3://embedding/nothing", tmp_path / "nothing.npy", "--local", tmp_path / "other")
     assert (tmp_path / "remote.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
 
 

@@ -6,15 +6,15 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.data.mds_index import fetch_index
 from d2v_composer.system.errors import InputError, ShardError
+from gated_store import GatedStore
 from helpers import ROOT, open_images, read_epoch, small_run, started_ranks, time_limit, wait_until
 from programs.preloaded import Program
 
@@ -35,13 +35,13 @@ def images(many_shards: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(images: Path) -> Iterator[ObjectStore]:
-    """A store that holds the images. A test that changes it restores it."""
-    with ObjectStore() as store:
-        store.create_bucket("cloud")
-        for file in images.iterdir():
-            store.client().upload_file(str(file), "cloud", f"images/{file.name}")
-        yield store
+def store(object_store: GatedStore, images: Path) -> GatedStore:
+    """The store with the images. A test that changes it restores it."""
+    object_store.create_bucket("cloud")
+    client = object_store.client()
+    for file in images.iterdir():
+        client.upload_file(str(file), "cloud", f"images/{file.name}")
+    return object_store
 
 
 def recorded_run(
@@ -98,7 +98,7 @@ def assert_succeed(programs: list[Program]) -> None:
     [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
-    store: ObjectStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
+    store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:
     """The run is killed at any batch of the second epoch, and resumed on 3 - ranks."""
     overrides = cached_remote(f"train_loader.num_workers={workers}")
@@ -126,18 +126,15 @@ def retries(programs: list[Program]) -> list[int]:
     ("ranks", "workers", "num_retries"), [(1, 0, 3), pytest.param(2, 3, 6, marks=pytest.mark.slow)]
 )
 def test_epochs_are_whole_though_the_store_is_unreachable_for_a_while(
-    store: ObjectStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int, num_retries: int
+    store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int, num_retries: int
 ) -> None:
     overrides = cached_remote(f"train_loader.num_workers={workers}")
     with recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides, environment=store.environment) as programs:
         wait_for_batch(tmp_path, 2)
-        store.kill()
-        try:
+        with store.unreachable():
             wait_until(lambda: max(retries(programs)) >= num_retries, seconds=60)
             assert [program.poll() for program in programs] == [None] * ranks
             assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
-        finally:
-            store.start()
         assert_succeed(programs)
     assert_whole(read_record(tmp_path))
     assert read_record(tmp_path) == undisturbed
@@ -147,17 +144,12 @@ def test_epochs_are_whole_though_the_store_is_unreachable_for_a_while(
     ("ranks", "workers"),
     [(2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
 )
-def test_a_run_ends_if_the_store_stays_unreachable(
-    store: ObjectStore, tmp_path: Path, ranks: int, workers: int
-) -> None:
+def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: Path, ranks: int, workers: int) -> None:
     overrides = cached_remote(f"train_loader.num_workers={workers}", "train_loader.timeout=3")
     with recorded_run(tmp_path, tmp_path / "cache", ranks, *overrides, environment=store.environment) as programs:
         wait_for_batch(tmp_path, 2)
-        store.kill()
-        try:
+        with store.unreachable():
             statuses = [program.wait(60) for program in programs]
-        finally:
-            store.start()
         said = "".join(program.stdout + program.stderr for program in programs)
     assert 0 not in statuses
     assert "ShardError: s3://cloud/images/shard.000" in said
@@ -179,7 +171,7 @@ def flip_bit(content: bytes) -> bytes:
     [(None, "Not Found|not found"), (truncated, "bytes, the index says"), (flip_bit, "its content has changed")],
 )
 def test_an_epoch_ends_at_a_shard_that_is_damaged_in_the_store(
-    store: ObjectStore,
+    store: GatedStore,
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,13 +197,13 @@ def test_an_epoch_ends_at_a_shard_that_is_damaged_in_the_store(
     assert read_epoch(open_images(cache, REMOTE)) == list(range(NUM_SAMPLES))
 
 
-def use(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def use(store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
 
 
 def test_refuses_a_truncated_changed_or_missing_index(
-    store: ObjectStore, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: GatedStore, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(store, monkeypatch)
     key = {"Bucket": "cloud", "Key": "images/index.json"}
@@ -251,7 +243,7 @@ def test_refuses_a_truncated_changed_or_missing_index(
     ],
 )
 def test_says_why_the_store_refuses_access(
-    store: ObjectStore,
+    store: GatedStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, str | None],

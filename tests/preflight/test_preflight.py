@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.builders import data as builders_data
 from d2v_composer.config.load import load_config
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
@@ -23,6 +21,7 @@ from d2v_composer.preflight.needs import Measured, in_batches, needs
 from d2v_composer.preflight.nodes import Nodes
 from d2v_composer.preflight.preflight import CheckTable, check_before_training, free_port
 from d2v_composer.system.errors import InputError
+from gated_store import GatedStore
 from helpers import ROOT, command_environment, run_command, small_run
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
@@ -167,13 +166,13 @@ def test_few_images_are_evenly_spaced() -> None:
 
 
 @pytest.fixture(scope="module")
-def object_store(small_data: Path) -> Iterator[ObjectStore]:
-    """A server with the small data set in it."""
-    with ObjectStore() as store:
-        store.create_bucket(BUCKET)
-        for path in small_data.iterdir():
-            store.client().upload_file(str(path), BUCKET, f"images/{path.name}")
-        yield store
+def store(object_store: GatedStore, small_data: Path) -> GatedStore:
+    """The store with the small data set."""
+    object_store.create_bucket(BUCKET)
+    client = object_store.client()
+    for path in small_data.iterdir():
+        client.upload_file(str(path), BUCKET, f"images/{path.name}")
+    return object_store
 
 
 def remote_preflight(tmp_path: Path, labelled: Path) -> list[str]:
@@ -183,7 +182,7 @@ def remote_preflight(tmp_path: Path, labelled: Path) -> list[str]:
 
 
 def test_faults_of_a_store_are_named(
-    object_store: ObjectStore,
+    store: GatedStore,
     small_data: Path,
     tmp_path: Path,
     labelled: Path,
@@ -192,14 +191,14 @@ def test_faults_of_a_store_are_named(
 ) -> None:
     """A denied write, a missing shard and a full disk."""
     arguments = remote_preflight(tmp_path, labelled)
-    for variable, value in object_store.environment.items():
+    for variable, value in store.environment.items():
         monkeypatch.setenv(variable, value)
     assert failures(capsys, *arguments) == {}
-    assert not object_store.objects(BUCKET, "runs/")
+    assert not store.objects(BUCKET, "runs/")
 
     shard = sorted(small_data.glob("*.mds"))[1].name
-    object_store.client().delete_object(Bucket=BUCKET, Key=f"images/{shard}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.reader_environment["AWS_ACCESS_KEY_ID"])
+    store.client().delete_object(Bucket=BUCKET, Key=f"images/{shard}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.reader_environment["AWS_ACCESS_KEY_ID"])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     try:
         found = failures(capsys, *arguments)
@@ -208,19 +207,19 @@ def test_faults_of_a_store_are_named(
         assert "s3://preflight/runs/small: no permission to write (" in found["save_folder"]
         assert "are still to come, 0.0 GB of the disk are free" in found["room"]
     finally:
-        object_store.client().upload_file(str(small_data / shard), BUCKET, f"images/{shard}")
+        store.client().upload_file(str(small_data / shard), BUCKET, f"images/{shard}")
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_passes_and_nothing_is_left(object_store: ObjectStore, tmp_path: Path, labelled: Path) -> None:
-    before = object_store.objects(BUCKET).keys()
+def test_a_run_in_a_store_passes_and_nothing_is_left(store: GatedStore, tmp_path: Path, labelled: Path) -> None:
+    before = store.objects(BUCKET).keys()
     arguments = remote_preflight(tmp_path, labelled)
     result = run_command(
-        sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=object_store.environment
+        sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=store.environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
     composers_own = {".credentials_validated_successfully"}  # at a bucket's root
-    assert object_store.objects(BUCKET).keys() - composers_own == before
+    assert store.objects(BUCKET).keys() - composers_own == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

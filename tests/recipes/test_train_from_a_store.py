@@ -2,51 +2,49 @@
 
 import shutil
 import sys
-import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from d2v_composer.benchmarks.object_store import ObjectStore
 from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
 from d2v_composer.data.mds_index import fetch_index
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
+from gated_store import GatedStore
 from helpers import (
+    FORKED_UPLOADS,
     GOLDEN,
-    ROOT,
     assert_same_losses,
     encoded_image,
     losses_of,
     run_command,
     small_run,
     train_command,
+    wait_until,
     write_mds,
 )
 
-BUCKET = "cloud"
-FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
+BUCKET = "training"
 
 
 @pytest.fixture(scope="module")
-def object_store(small_data: Path) -> Iterator[ObjectStore]:
-    """Return a store with the small data set and a teacher."""
-    with ObjectStore() as store:
-        store.create_bucket(BUCKET)
-        client = store.client()
-        for file in small_data.iterdir():
-            client.upload_file(str(file), BUCKET, f"images/{file.name}")
-        client.upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
-        yield store
+def store(object_store: GatedStore, small_data: Path) -> GatedStore:
+    """The store with the small data set and a teacher."""
+    object_store.create_bucket(BUCKET)
+    client = object_store.client()
+    for file in small_data.iterdir():
+        client.upload_file(str(file), BUCKET, f"images/{file.name}")
+    client.upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
+    return object_store
 
 
 @pytest.fixture
-def environment(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def environment(store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The variables with which this process and its runs reach the store; this process retries after short pauses."""
     monkeypatch.setattr("d2v_composer.system.retry.FIRST_PAUSE", 0.05)
-    variables = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    variables = store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
@@ -54,7 +52,7 @@ def environment(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_trains_from_and_to_a_store(
-    object_store: ObjectStore, environment: dict[str, str], uninterrupted: Path, tmp_path: Path, ranks: int
+    store: GatedStore, environment: dict[str, str], uninterrupted: Path, tmp_path: Path, ranks: int
 ) -> None:
     name = f"run{ranks}"
     arguments = small_run(
@@ -72,7 +70,7 @@ def test_trains_from_and_to_a_store(
     assert remote.returncode == 0, remote.stderr
     assert_same_losses(losses_of(tmp_path / "runs" / name), losses_of(uninterrupted), num_steps=14)
 
-    stored = object_store.objects(BUCKET, f"runs/{name}/")
+    stored = store.objects(BUCKET, f"runs/{name}/")
     pointer = "latest-rank0.pt.symlink"
     assert {"ep2-ba14-rank0.pt", pointer, "log.jsonl", "report.html", "report/loss.png", "run.yaml"} <= stored.keys()
     assert stored["log.jsonl"] == (tmp_path / "runs" / name / "log.jsonl").read_bytes()
@@ -88,20 +86,24 @@ def test_trains_from_and_to_a_store(
 
 @pytest.mark.usefixtures("environment")
 def test_fetches_the_newest_checkpoint_of_a_store(
-    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: GatedStore,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An unreachable store is retried. That there is no checkpoint yet is no error, that access is denied is one."""
     remote, name = f"s3://{BUCKET}/runs/by_hand", "ep2-ba14-rank0.pt"
     assert find_newest_checkpoint(RunFolder(tmp_path / "first", address=remote)) is None
-    client = object_store.client()
+    client = store.client()
     client.upload_file(str(uninterrupted / name), BUCKET, f"runs/by_hand/{name}")
     client.put_object(Bucket=BUCKET, Key="runs/by_hand/latest-rank0.pt.symlink", Body=f"runs/by_hand/{name}".encode())
 
-    object_store.kill()
-    starter = threading.Timer(1, object_store.start)
-    starter.start()
-    found = find_newest_checkpoint(RunFolder(tmp_path / "second", address=remote))
-    starter.join()
+    with ThreadPoolExecutor() as pool:
+        with store.unreachable():
+            finding = pool.submit(find_newest_checkpoint, RunFolder(tmp_path / "second", address=remote))
+            wait_until(lambda: "retrying" in caplog.text)
+        found = finding.result()
     assert found is not None
     assert found == tmp_path / "second" / name
     assert found.read_bytes() == (uninterrupted / name).read_bytes()
@@ -125,9 +127,9 @@ def test_fetches_the_newest_checkpoint_of_a_store(
 
 @pytest.mark.usefixtures("environment")
 def test_skips_a_truncated_newest_checkpoint_of_a_store(
-    object_store: ObjectStore, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: GatedStore, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    remote, client = f"s3://{BUCKET}/runs/damaged", object_store.client()
+    remote, client = f"s3://{BUCKET}/runs/damaged", store.client()
     before, newest, abandoned = "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "ep2-ba16-rank0.pt"
     whole = (uninterrupted / before).read_bytes()
 

@@ -1,0 +1,88 @@
+"""Fixtures of several tests: small data sets, and a run that was never interrupted."""
+
+import functools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import botocore.session
+import pytest
+import torch
+from composer.utils import dist
+from streaming import MDSWriter
+
+from gated_store import GatedStore
+from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there are as many processes as cores
+
+# Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch, as in the programs that tests start, so that runs in this process give the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Initialize a process group of one rank."""
+    if torch.distributed.is_initialized():  # by a test before, in this process
+        yield
+        return
+    for name, value in {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    dist.initialize_dist("cpu")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 images of 32 px without labels in some thirty hashed shards; read-only."""
+    folder = tmp_path_factory.mktemp("many") / "images"
+    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=4096, hashes=["sha1", "xxh64"]) as writer:
+        for i in range(NUM_IMAGES):
+            writer.write({"image": encoded_image(i)})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 images of 32 px with labels; read-only."""
+    folder = tmp_path_factory.mktemp("small") / "train"
+    return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """144 images of 32 px with labels, in two splits; read-only."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, num in {"train": 96, "test": 48}.items():
+        write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[GatedStore]:
+    """An S3 server; each file of tests has buckets of its own, and restores what it changes in them."""
+    with GatedStore() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = run_command(*train_command(small_run(folder, small_data)))
+    assert result.returncode == 0, result.stderr
+    return folder
