@@ -1,9 +1,6 @@
 """A run killed at any moment and started again ends like an undisturbed one."""
 
-import os
 import random
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +14,18 @@ from helpers import (
     ROOT,
     assert_same_losses,
     checkpoints_of,
-    command_environment,
+    has_trained,
     inode_of,
     losses_of,
-    run_command,
     shared_memory_of,
     small_run,
+    start_python,
+    started_ranks,
     student_of,
     train_command,
+    wait_until,
 )
+from programs.preloaded import Program
 
 NUM_BATCHES = 24
 NUM_KILLS = 50
@@ -50,30 +50,33 @@ def quickstart(folder: Path, labelled: Path) -> list[str]:
 
 
 @contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command in a new session, and kill all its processes at the end."""
-    process = subprocess.Popen(
-        command,
-        env=command_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        kill_all(process)
+def started(arguments: list[str], ranks: int = 1) -> Iterator[list[Program]]:
+    """Start a run, and kill all its processes at the end."""
+    with started_ranks(*train_command(arguments)[1:], ranks=ranks) as programs:
+        try:
+            yield programs
+        finally:
+            kill_all(programs)
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kill launcher, ranks and workers at once, as a power failure does."""
-    if process.poll() is not None:
-        return
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+def kill_all(programs: list[Program]) -> None:
+    """Kill ranks and workers at once, as a power failure does."""
+    family = []
+    for program in programs:
+        if program.poll() is None:
+            rank = psutil.Process(program.pid)
+            family += [rank, *rank.children(recursive=True)]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for program in programs:
+        program.wait(timeout=30)
+
+
+def run_to_the_end(arguments: list[str], ranks: int = 1) -> None:
+    with started_ranks(*train_command(arguments)[1:], ranks=ranks) as programs:
+        for program in programs:
+            assert program.wait(timeout=300) == 0, program.stderr
 
 
 def log_of(folder: Path) -> str:
@@ -86,7 +89,7 @@ Moment = Callable[[Path, float], bool]
 
 
 def in_start_up(dice: random.Random) -> Moment:
-    moment = dice.uniform(0, 10)
+    moment = dice.uniform(0, 3)
     return lambda folder, seconds: seconds >= moment or "loss" in log_of(folder)
 
 
@@ -139,33 +142,32 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Cal
     def run(ranks: int) -> Path:
         if ranks not in folders:
             folders[ranks] = tmp_path_factory.mktemp("undisturbed")
-            ended = run_command(*train_command(quickstart(folders[ranks], labelled), ranks), timeout=300)
-            assert ended.returncode == 0, ended.stderr
+            run_to_the_end(quickstart(folders[ranks], labelled), ranks)
         return folders[ranks]
 
     return run
 
 
 CASES = [(number, ranks) for number in range(NUM_KILLS // 2) for ranks in (1, 2)]
-FAST = [(2, 1)]
+SLOW = [(2, 1)]
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign) for case in CASES]
+    ("number", "ranks"),
+    [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else pytest.mark.campaign) for case in CASES],
 )
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(
     number: int, ranks: int, undisturbed: Callable[[int], Path], labelled: Path, tmp_path: Path
 ) -> None:
     expected = undisturbed(ranks)
-    command = train_command(quickstart(tmp_path, labelled), ranks)
+    arguments = quickstart(tmp_path, labelled)
     moment = MOMENTS[number % len(MOMENTS)](random.Random(number))
     start = time.monotonic()
-    with started(command) as process:
+    with started(arguments, ranks) as programs:
         while not moment(tmp_path, time.monotonic() - start):
-            assert process.poll() is None, "the run ended before it was killed"
+            assert [program.poll() for program in programs] == [None] * ranks, "the run ended before it was killed"
             time.sleep(POLL_SECONDS)
-    again = run_command(*command, timeout=300)
-    assert again.returncode == 0, again.stderr
+    run_to_the_end(arguments, ranks)
     ours, theirs = student_of(tmp_path), student_of(expected)
     assert ours.keys() == theirs.keys()
     if ranks == 1:
@@ -183,21 +185,18 @@ def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tm
     """A running run keeps its own."""
 
     def endless(name: str) -> list[str]:
-        return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))
+        return small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba")
 
-    with started(endless("beside")) as beside, started(endless("killed")) as killed:
-        for process, name in ((beside, "beside"), (killed, "killed")):
-            while '"step": 2,' not in log_of(tmp_path / name):
-                assert process.poll() is None
-                time.sleep(0.1)
+    with started(endless("beside")) as [beside], started(endless("killed")) as [killed]:
+        for name in ("beside", "killed"):
+            wait_until(lambda name=name: has_trained(tmp_path / name), seconds=90)
         kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
         assert kept
         assert left
         assert kept.isdisjoint(left)
-        kill_all(killed)
+        kill_all([killed])
         assert all(inode_of(path) == inode for path, inode in left)  # not removed yet
-        ended = run_command(*train_command(small_run(tmp_path / "next", small_data)))
-        assert ended.returncode == 0, ended.stderr
+        run_to_the_end(small_run(tmp_path / "next", small_data))
         assert [path for path, inode in left if inode_of(path) == inode] == []
         assert all(inode_of(path) == inode for path, inode in kept)
         assert beside.poll() is None
@@ -207,21 +206,11 @@ def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tm
 def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
     """The other rank does not wait, and the launcher names the killed one."""
     arguments = small_run(tmp_path, small_data, "max_duration=100000ba", "save_interval=20ba")
-    launcher = subprocess.Popen(
-        train_command(arguments, ranks=2),
-        env=command_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 90
-    while '"step": 50,' not in log_of(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    launcher = start_python(*train_command(arguments, ranks=2))
+    wait_until(lambda: has_trained(tmp_path), seconds=90)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
     ranks[victim].kill()
-    output, _ = launcher.communicate(timeout=45)
-    assert psutil.wait_procs(ranks, timeout=1)[1] == []
-    assert launcher.returncode != 0
-    assert f"Rank {victim} crashed with exit code -9" in output
+    assert launcher.wait(timeout=60) != 0
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert f"Rank {victim} crashed with exit code -9" in launcher.stdout + launcher.stderr

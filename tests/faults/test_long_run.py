@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from helpers import command_environment, inode_of, losses_of, shared_memory_of, small_run, train_command
+from helpers import inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
+from programs.preloaded import Program
 
 
 class Usage(NamedTuple):
@@ -40,15 +40,14 @@ def temporary() -> Iterator[Path]:
 
 
 @contextmanager
-def started(command: list[str], temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(arguments: list[str], temporary: Path) -> Iterator[Program]:
     """Start a run with its own folder for temporary files."""
-    environment = command_environment() | {"TMPDIR": str(temporary)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = start_python(*train_command(arguments)[1:], environment={"TMPDIR": str(temporary)})
     try:
-        yield process
+        yield program
     finally:
-        process.kill()
-        process.wait()
+        program.kill()
+        program.wait(timeout=30)
 
 
 def anonymous_megabytes(pid: int) -> float:
@@ -57,15 +56,15 @@ def anonymous_megabytes(pid: int) -> float:
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
-def usage_of(process: subprocess.Popen[bytes], temporary: Path) -> Usage:
-    main = psutil.Process(process.pid)
+def usage_of(program: Program, temporary: Path) -> Usage:
+    main = psutil.Process(program.pid)
     family = [main, *main.children(recursive=True)]
     return Usage(
-        anonymous_megabytes(process.pid),
+        anonymous_megabytes(program.pid),
         main.num_fds(),  # workers live for an epoch, with copies of these
         main.num_threads(),
         len(family),
-        len(shared_memory_of(process.pid)),
+        len(shared_memory_of(program.pid)),
         len(list(temporary.rglob("*"))),
     )
 
@@ -83,7 +82,7 @@ def step_of(folder: Path) -> int:
 
 
 def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> list[str]:
-    arguments = small_run(
+    return small_run(
         folder,
         labelled / "train",
         f"max_duration={num_steps}ba",
@@ -97,7 +96,6 @@ def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> lis
         "train_loader.num_workers=1",
         "callbacks.health.interval=100ba",
     )
-    return train_command(arguments)
 
 
 @pytest.mark.parametrize(
@@ -109,24 +107,24 @@ def test_a_long_run_does_not_leak(
 ) -> None:
     folder = tmp_path / "run"
     shared_memory: set[tuple[str, int]] = set()
-    command = long_run(folder, labelled, num_steps, interval)
+    arguments = long_run(folder, labelled, num_steps, interval)
 
     # Kill it in its first third, and restart it.
-    with started(command, temporary) as process:
+    with started(arguments, temporary) as program:
         while step_of(folder) < interval:
-            assert process.poll() is None
+            assert program.poll() is None
             time.sleep(0.1)
-        shared_memory |= shared_memory_of(process.pid)
+        shared_memory |= shared_memory_of(program.pid)
     usages: dict[int, list[Usage]] = defaultdict(list)
-    with started(command, temporary) as process:
-        while process.poll() is None:
+    with started(arguments, temporary) as program:
+        while program.poll() is None:
             step = step_of(folder)
             if warm_up < step < num_steps - 1:  # after the last step the run shuts down
                 with contextlib.suppress(psutil.Error, OSError, IndexError):  # it has just ended
-                    usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(process, temporary))
-                    shared_memory |= shared_memory_of(process.pid)
+                    usages[(step - warm_up) * 4 // (num_steps - warm_up)].append(usage_of(program, temporary))
+                    shared_memory |= shared_memory_of(program.pid)
             time.sleep(0.25)
-        assert process.returncode == 0
+        assert program.poll() == 0
     assert len(losses_of(folder)) == num_steps
 
     first, last = usages[0] + usages[1], usages[2] + usages[3]

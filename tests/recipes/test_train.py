@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from helpers import (
     GOLDEN,
     ROOT,
     assert_same_losses,
-    command_environment,
     has_trained,
     load_checkpoint,
     losses_of,
@@ -106,8 +104,7 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
 ) -> None:
     """All processes get SIGTERM, and the launcher passes it on once more; or the launcher alone is killed."""
     arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
-    command = train_command(arguments, ranks=2)
-    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
+    launcher = start_python(*train_command(arguments, ranks=2))
     wait_until(lambda: has_trained(tmp_path), seconds=60)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
@@ -215,6 +212,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, small_data: Path) ->
     result = run_command(*train_command(small_run(folder, small_data, "optimizer.lrr=1")))
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "error: optimizer.lrr: no such key; did you mean lr? (allowed: lr, betas, eps, weight_decay)"
+        "error: optimizer.lrr: no such key; did you mean lr? "
+        "(allowed: lr, betas, eps, weight_decay, decay_norms_and_biases)"
     ]
     assert not folder.exists()
