@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -46,13 +47,29 @@ class Mutation(NamedTuple):
     what: str
     path: Path
     """The keys down to the changed one."""
-    text: str
-    value: Any = None
-    """The new value, if the slip changed one."""
+    config: Mapping[str, Any]
+    """The YAML's keys and values without the slip."""
+    in_section: Mapping[str, Any] = MappingProxyType({})
+    """What the changed key's section gets in its place, or beside it if it has the key itself."""
+    at_top: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def value(self) -> Any:
+        """The new value, if the slip changed one."""
+        return self.in_section.get(self.path[-1])
 
     @property
     def is_value(self) -> bool:
         return self.what in VALUES
+
+    @property
+    def text(self) -> str:
+        changed = copy.deepcopy(dict(self.config))
+        section = _get(changed, self.path[:-1])
+        if self.path[-1] not in self.in_section:
+            del section[self.path[-1]]
+        section.update(self.in_section)
+        return _dump({**changed, **self.at_top}).replace(TWIN, "")
 
 
 def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) -> list[Mutation]:
@@ -64,27 +81,16 @@ def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) 
 def _every(config: Mapping[str, Any]) -> Iterator[Mutation]:
     for path in _paths(config):
         *parents, name = path
-
-        def changed(*without: str, path: Path = path, **added: Any) -> str:
-            """Return the YAML without some keys of the section, and with others."""
-            copied = copy.deepcopy(dict(config))
-            section = _get(copied, path[:-1])
-            for key in without:
-                del section[key]
-            section.update(added)
-            return _dump(copied)
-
         value = _get(config, path)
-        yield Mutation("dropped", path, changed(name))
+        yield Mutation("dropped", path, config)
         for misspelt in dict.fromkeys((name[:-1], name[0] + name[2:] + name[1:2], name.upper(), f"{name}s")):
             if misspelt not in ("", name):
-                yield Mutation("misspelt", path, changed(name, **{misspelt: value}))
-        yield Mutation("doubled", path, changed(**{name + TWIN: value}).replace(name + TWIN, name))
+                yield Mutation("misspelt", path, config, {misspelt: value})
+        yield Mutation("doubled", path, config, {name: value, name + TWIN: copy.deepcopy(value)})
         if parents:
-            moved = yaml.safe_load(changed(name))
-            yield Mutation("moved", path, _dump({**moved, name: value}))
+            yield Mutation("moved", path, config, at_top={name: value})
         for what, other in VALUES.items():
-            yield Mutation(what, path, changed(**{name: other}), other)
+            yield Mutation(what, path, config, {name: other})
 
 
 def _paths(config: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:

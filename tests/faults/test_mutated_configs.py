@@ -19,7 +19,7 @@ from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, start_python
 
 # distill.yaml has all keys; the others are read alike.
-NUM = {"quickstart": 60, "distill": 120, "ablations": 60, "evaluate": 60}
+NUM = {"quickstart": 30, "distill": 120, "ablations": 30, "evaluate": 30}
 
 
 class Recipe(NamedTuple):
