@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,14 @@ def check(
     load: Callable[[Path], Transformer],
     source: Path,
     alter: Callable[[str], Path],
+    step: int,
     prefix: str | None = None,
 ) -> None:
-    """Check the answer to each alteration; report all faults at once."""
-    expected, sizes, wrong = embeddings(load(source)), sizes_of(source), []
+    """Check the answer to each alteration, or to one in ``step``; report all faults at once."""
+    expected, wrong = embeddings(load(source)), []
+    every = list(islice(alterations(sizes_of(source)), 0, None, step))
     num_refused = 0
-    for path, what, text in alterations(sizes):
+    for path, what, text in every:
         altered = alter(text)
         try:
             found = embeddings(load(altered))
@@ -168,24 +171,31 @@ def check(
         if not torch.allclose(found, expected, atol=1e-4) and (*path, what) not in MAY_DIFFER:
             wrong.append((path, what, "other embeddings"))
     assert not wrong, "\n".join(map(str, wrong))
-    assert num_refused > 100
+    assert num_refused > len(every) / 2
 
 
-def test_load_student_refuses_altered_sizes(exported: Path, tmp_path: Path) -> None:
-    check(load_student, exported, lambda text: with_sizes(exported, tmp_path / "altered.safetensors", text, text))
+# Of some 34 alterations of each size, so that one in four has all of them, and all sizes.
+with_steps = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 
 
-def test_timm_refuses_altered_sizes(exported: Path, tmp_path: Path) -> None:
+@with_steps
+def test_load_student_refuses_altered_sizes(exported: Path, tmp_path: Path, step: int) -> None:
+    check(load_student, exported, lambda text: with_sizes(exported, tmp_path / "altered.safetensors", text, text), step)
+
+
+@with_steps
+def test_timm_refuses_altered_sizes(exported: Path, tmp_path: Path, step: int) -> None:
     def alter(text: str) -> Path:
         return with_sizes(exported, tmp_path / "altered.safetensors", "", text)
 
-    check(timm_model, exported, alter, prefix="config_json: ")
+    check(timm_model, exported, alter, step, prefix="config_json: ")
 
 
-def test_load_teacher_refuses_altered_sizes(tmp_path: Path) -> None:
+@with_steps
+def test_load_teacher_refuses_altered_sizes(tmp_path: Path, step: int) -> None:
     converted = tmp_path / "teacher.safetensors"
     convert_teacher(TEACHER, converted)
-    check(load_teacher, converted, lambda text: with_sizes(converted, tmp_path / "altered.safetensors", text))
+    check(load_teacher, converted, lambda text: with_sizes(converted, tmp_path / "altered.safetensors", text), step)
 
 
 def test_metadata_and_tensor_must_agree(exported: Path, tmp_path: Path) -> None:

@@ -166,12 +166,14 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
         timm.create_model("d2v2_student", representation="max")
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "representation": "output"}])
+@pytest.mark.parametrize(
+    "options", [{"pooling": "mean", "representation": "output"}, pytest.param({}, marks=pytest.mark.slow)]
+)
 def test_onnx(
     uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path, export: Export, options: dict[str, str]
 ) -> None:
-    """From an exported student, and from a checkpoint without one."""
-    path, source = tmp_path / "student.onnx", exported if options else uninterrupted / "latest-rank0.pt"
+    """From a checkpoint, and from an exported student without options."""
+    path, source = tmp_path / "student.onnx", uninterrupted / "latest-rank0.pt" if options else exported
     export(source, path, *(part for name, value in options.items() for part in (f"--{name}", value)))
     session = onnxruntime.InferenceSession(path)
     assert [each.name for each in [*session.get_inputs(), *session.get_outputs()]] == ["images", "embedding"]
