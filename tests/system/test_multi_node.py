@@ -5,6 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from d2v_composer.system.worker_lifetime import FORK
 from helpers import free_port
 
 COLLECTIVE_SECONDS = 2.0
+
+LeadersFirst = Callable[[str], AbstractContextManager[None]]
 
 
 def run_ranks(folder: Path, rank_of: Callable[[], None], store: str = "") -> Sequence[BaseProcess]:
@@ -54,16 +58,20 @@ def ended(ranks: Sequence[BaseProcess], seconds: float = 60) -> list[int | None]
     return [rank.exitcode for rank in ranks]
 
 
-def _download_longer_than_the_timeout_of_a_collective() -> None:
-    for wait in (node_leaders_first, rank_zero_first):
-        with wait("the teacher"):
-            if dist.get_local_rank() == 0:
-                time.sleep(1.5 * COLLECTIVE_SECONDS)
-        dist.barrier()
+def _download_longer_than_the_timeout_of_a_collective(leaders_first: LeadersFirst) -> None:
+    with leaders_first("the teacher"):
+        if dist.get_local_rank() == 0:
+            time.sleep(1.5 * COLLECTIVE_SECONDS)
+    dist.barrier()
 
 
 def test_ranks_wait_longer_for_a_download_than_for_a_collective(tmp_path: Path) -> None:
-    assert ended(run_ranks(tmp_path, _download_longer_than_the_timeout_of_a_collective)) == [0, 0]
+    runs = []
+    for leaders_first in (node_leaders_first, rank_zero_first):
+        folder = tmp_path / leaders_first.__name__
+        folder.mkdir()
+        runs.append(run_ranks(folder, partial(_download_longer_than_the_timeout_of_a_collective, leaders_first)))
+    assert [ended(run) for run in runs] == [[0, 0], [0, 0]]
 
 
 def _refuse_the_input() -> None:

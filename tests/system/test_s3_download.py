@@ -99,7 +99,7 @@ def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Serve
 
 def test_a_stalled_download_times_out(server: Server, tmp_path: Path) -> None:
     server.files["a"], server.sendings["a"] = FILE, DRIPPING
-    with pytest.raises(TimeoutError, match=r"too slow: \d bytes in 0 s"), time_limit(5):
+    with pytest.raises(TimeoutError, match=r"too slow: \d bytes in 0 s"), time_limit(20):
         S3Downloader(patience=0.3).download("s3://bucket/a", tmp_path / "file")
 
 
@@ -107,7 +107,7 @@ def test_an_event_stops_a_download(server: Server, tmp_path: Path) -> None:
     server.files["a"], server.sendings["a"] = FILE, DRIPPING
     stop = threading.Event()
     stop.set()
-    with pytest.raises(InterruptedError), time_limit(5):
+    with pytest.raises(InterruptedError), time_limit(20):
         S3Downloader(patience=60).download("s3://bucket/a", tmp_path / "file", stop)
 
 
@@ -159,7 +159,7 @@ def test_a_stalled_shard_ends_the_epoch_with_an_error(
         pytest.raises(
             ShardError, match=r"s3://bucket/images/shard\.00007\.mds: the shard cannot be fetched: too slow: \d+ bytes"
         ),
-        time_limit(10),
+        time_limit(30),
     ):
         list(batches)
     if workers:
