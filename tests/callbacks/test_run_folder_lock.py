@@ -102,7 +102,7 @@ def test_runs_share_a_data_set_but_no_folder(
         f"save_folder: {shared} is in use by another run: choose another run_name or save_folder, "
         f"or stop process {process.pid} of {platform.node()}"
     )
-    for _ in range(60):
+    for _ in range(25):
         student, teacher = load_any(shared / LATEST)
         assert student is not None
         assert teacher is not None
