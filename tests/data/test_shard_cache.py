@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def test_a_newer_data_set_waits_for_fetches_of_the_older_one(
 def test_waiting_threads_learn_that_a_shard_was_given_up(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three that want the same shard of an unreachable store, one tries to fetch it."""
+    """Of three that want the same shard of an unreachable store, one retries; the others try at most once."""
     dataset = open_images(tmp_path / "cache", original, timeout=1)
     started, attempts = [], []
 
@@ -224,8 +225,9 @@ def test_waiting_threads_learn_that_a_shard_was_given_up(
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
-    assert len(attempts) > 4
-    assert len(set(attempts)) == 1
+    *others, most = sorted(Counter(attempts).values())
+    assert most > 2
+    assert set(others) <= {1}
     assert len(failures) == 3
     assert all("shard.00007.mds: the shard cannot be fetched: connection refused" in failure for failure in failures)
 

@@ -202,7 +202,9 @@ def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tm
         assert beside.poll() is None
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.campaign)]
+)
 def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
     """The other rank does not wait, and the launcher names the killed one."""
     arguments = small_run(tmp_path, small_data, "max_duration=100000ba", "save_interval=20ba")
