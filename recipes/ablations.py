@@ -142,6 +142,7 @@ def train(study: Study, row: str, folder: Path, sample: Path, threads: int) -> N
     command = [sys.executable, ROOT / "recipes" / "train.py", study.base]
     folder.mkdir(parents=True, exist_ok=True)
     refuse_changed(folder / "settings.txt", study.base.read_text() + repr((study.rows[row], study.changes)))
+    print(f"{row}: training, its lines go to {folder / 'output.txt'}")
     with (folder / "output.txt").open("a") as output:
         ended = subprocess.run(
             [*map(str, command), *arguments],
@@ -151,6 +152,7 @@ def train(study: Study, row: str, folder: Path, sample: Path, threads: int) -> N
         )
     if ended.returncode:
         raise InputError(f"{folder.name}: failed with status {ended.returncode}, see {folder / 'output.txt'}")
+    print(f"{row}: finished")
 
 
 def refuse_changed(path: Path, settings: str) -> None:

@@ -1,5 +1,6 @@
 """torch.compile of a distillation model, block by block."""
 
+import atexit
 import functools
 import importlib
 from collections.abc import Callable, Iterable
@@ -35,7 +36,9 @@ def compile_model(model: DistillationModel, packs_weights: bool = False) -> None
             products, which holds the weights twice.
     """
     with block_stop_signals():  # starts the compiling processes, which a run that is stopped may still need
-        importlib.import_module("torch._inductor.async_compile")
+        compiling = importlib.import_module("torch._inductor.async_compile")
+    # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
+    atexit.unregister(compiling.shutdown_compile_workers)
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False

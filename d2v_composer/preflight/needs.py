@@ -56,7 +56,7 @@ def needs(checks: Checks, measured: Measured) -> Iterator[str]:
     per_epoch = count_samples(checks.shards) // batch_size
     batches = in_batches(config.max_duration, 0, per_epoch)
     pace = measured.images_per_second
-    yield f"pace          {pace:,.0f} images/s on {num_ranks} ranks, {measured.data_wait:.0%} of it waiting for data"
+    yield f"pace          {pace:,.0f} images/s on {num_ranks} rank(s), {measured.data_wait:.0%} of it waiting for data"
 
     evaluations = batches // in_batches(config.retrieval.interval, batches, per_epoch) if sets else 0
     larger = sum(sum(each.num_images) for each in sets.values()) / (2 * IMAGES_PER_SET * len(sets)) if sets else 0.0
@@ -84,7 +84,7 @@ def needs(checks: Checks, measured: Measured) -> Iterator[str]:
     needed = pace / (1 - min(measured.data_wait, 0.99)) / nodes.num_nodes
     yield (
         f"data workers  {needed / checks.decoded_per_core:.1f} cores per node decode the {needed:,.0f} images/s that "
-        f"its ranks could train on; configured: {config.train_loader.num_workers * nodes.ranks_per_node} workers"
+        f"its ranks could train on; configured: {config.train_loader.num_workers * nodes.ranks_per_node} worker(s)"
     )
 
 

@@ -21,7 +21,7 @@ Insides used only where they belong:
 
 - ``models/transformer.py`` sets ``_fsdp_wrap`` and ``fsdp_wrap_fn`` (Composer 0.32.1): FSDP units are the encoder and
   the blocks.
-- ``models/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
+- ``models/compilation.py`` sets options of torch 2.7's Dynamo and Inductor, and removes Inductor's wait at exit.
 - ``checkpoints/safe_pickle.py`` subclasses Python's ``pickle._Unpickler``; ``checkpoints/torch_archive.py`` reads
   archives with torch 2.7's ``PyTorchFileReader``.
 - ``system/multi_node.py`` uses the default store of torch 2.7's process group.

@@ -146,7 +146,7 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: 
     run.decoded_per_core, run.sets = 400.0, {"a": LabelledSet(images, images)}
     run.shards = [{"samples": 1_281_167, "raw_data": {"bytes": 10**11}}]
     text = "\n".join(needs(run, Measured(1280.0, 0.2, 8.0, 0.0, 2 * 10**9, 354_500_000)))
-    assert "1,280 images/s on 8 ranks, 20% of it" in text
+    assert "1,280 images/s on 8 rank(s), 20% of it" in text
     assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals (at most): 13.5 rank-hours" in text
     assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
     assert "2.0 cores per node decode the 800 images/s" in text
