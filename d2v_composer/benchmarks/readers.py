@@ -9,12 +9,14 @@ import io
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -164,7 +166,8 @@ def litdata_chunks(
             inputs = [(str(path), i) for i, path in enumerate(files)]
             chunks = {"chunk_size": images_per_chunk, "num_workers": 1, "start_method": "fork", "verbose": False}
             to_sample = _litdata_bytes if by_pil else _litdata_jpeg
-            optimize(to_sample, inputs, output_dir=str(out), optimize_dns=False, **chunks)
+            with patch.object(signal, "signal"):  # it would end this process at SIGINT, with status 0
+                optimize(to_sample, inputs, output_dir=str(out), optimize_dns=False, **chunks)
         augment = _augment_pil(delivers) if by_pil else _augment_tensor(delivers)
         transform = partial(_transform_litdata, augment, by_pil)
         dataset = StreamingDataset(str(out), shuffle=True, seed=SEED, transform=transform)
