@@ -8,6 +8,7 @@ Options: --epochs N, default 5. It uses nothing else of this repository but the 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,12 +50,15 @@ def main(argv: Sequence[str]) -> ZeroShotRetrieval:
     embed = nn.Sequential(Scale(), features)
     module = nn.Sequential(embed, nn.Linear(512, 10))
     retrieval = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep", embed=embed, at_start=True)
+    on_terminal = sys.stderr.isatty()
     trainer = Trainer(
         model=ComposerClassifier(module, num_classes=10),
         train_dataloader=DataLoader(TensorDataset(*cifar10.train), batch_size=64, shuffle=True),
         optimizers=torch.optim.AdamW(module.parameters(), lr=1e-3),
         max_duration=f"{arguments.epochs}ep",
         callbacks=[retrieval],
+        progress_bar=on_terminal,
+        log_to_console=not on_terminal,
     )
     trainer.fit()
     trainer.close()
