@@ -87,6 +87,26 @@ def test_data_rows_and_targets(tmp_path: Path) -> None:
     assert found["command"].startswith("d2v benchmark data --num-images")
     assert found["command"] in ended.stdout
     assert not any(work.iterdir())
+    progress = r"[\w ,-]+: \d+ of \d+ (passes|images|shards), .*"
+    assert [line for line in ended.stderr.splitlines() if not re.fullmatch(progress, line)] == []
+
+
+@pytest.mark.slow
+def test_litdata_leaves_ctrl_c_to_the_command(tmp_path: Path) -> None:
+    """It ends a process at SIGINT with status 0, and our server would run on."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(encoded_image(0))
+    code = f"""
+import signal
+from pathlib import Path
+from d2v_composer.benchmarks.readers import UINT8, litdata_chunks
+
+before = signal.getsignal(signal.SIGINT)
+litdata_chunks([Path({str(photo)!r})], Path({str(tmp_path / "out")!r}), 1, UINT8).start(0)
+assert signal.getsignal(signal.SIGINT) is before
+"""
+    ended = run_command(sys.executable, "-c", code)
+    assert ended.returncode == 0, ended.stderr
 
 
 STEP = ["step", "--size", "quickstart", "--batch-size", "2", "--repeats", "1"]
