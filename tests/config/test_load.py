@@ -133,6 +133,7 @@ REFUSED = {
     "teacher.checkpoint=nowhere.pt": "teacher.checkpoint: nowhere.pt: no such file",
     "load_path=yamls": "load_path: yamls: is a folder, not a file",
     "save_folder=pyproject.toml/run": "pyproject.toml is not a folder",
+    "save_folder=/proc/run": "save_folder: /proc/run: cannot be written: /proc is not writable (",  # not even by root
     "retrieval.datasets={x: {format: cifar100, root: nowhere}}": "x.root: nowhere/cifar-100-python: no such folder;",
     "retrieval.datasets={x: {format: cifar10, root: LICENSE/x, download: true}}": "LICENSE is not a folder",
     "retrieval.datasets={x: {format: mds, root: yamls}}": "datasets.x.root: yamls/train: no index.json: no such folder",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from d2v_composer.builders import data as builders_data
+from d2v_composer.config import environment
 from d2v_composer.config.load import load_config
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
 from d2v_composer.data.mds_index import read_index
@@ -63,9 +64,14 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
 
 
 def test_every_fault_before_training_is_named_at_once(
-    tmp_path: Path, small_data: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small_data: Path,
+    labelled: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Teacher, data, a save_folder that is not writable (not even for root), labelled sets, an MLflow server."""
+    """Teacher, data, a save_folder that is not writable any more, labelled sets, an MLflow server."""
+    monkeypatch.setattr(environment, "find_unwritable", lambda folder: None)  # when the YAML was read
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
@@ -150,7 +156,7 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: 
     assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals (at most): 13.5 rank-hours" in text
     assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
     assert "2.0 cores per node decode the 800 images/s" in text
-    assert "configured: 16 workers" in text
+    assert "configured: 16 worker(s)" in text
 
 
 @pytest.mark.parametrize(("text", "batches"), [("5000ba", 5000), ("2ep", 20), ("0.1dur", 100), ("0ba", 1)])
