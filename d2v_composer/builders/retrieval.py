@@ -4,7 +4,7 @@ from d2v_composer.builders.evaluation import build_labelled_sets
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.evaluation.references import build_embeds
+from d2v_composer.evaluation.references import WITHOUT_MODEL, build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first
@@ -35,6 +35,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             embed=embeds["student"],
             headline=f"{retrieval.representation}_{retrieval.pooling}",
             references={name: embeds[name] for name in retrieval.references},
+            measured_first=WITHOUT_MODEL,
             at_start=retrieval.at_start,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,

@@ -1,7 +1,7 @@
 """Measure zero-shot retrieval during training: the quality of the representations."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class ZeroShotRetrieval(Callback):
         headline: The embedding that the short key reports, for a model with several.
         references: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_references()``, if it has that method.
+        measured_first: The references that take no time. They have a pass over the images of their own, before the
+            other references and the model have theirs, so that a first accuracy appears soon.
         at_start: Evaluate the untrained model as well.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
@@ -67,6 +69,7 @@ class ZeroShotRetrieval(Callback):
         embed: Embed | None = None,
         headline: str = "output_cls",
         references: Mapping[str, Embed] | None = None,
+        measured_first: Collection[str] = (),
         at_start: bool = False,
         device_batch_size: int = 256,
         progress_bar: bool = True,
@@ -80,6 +83,7 @@ class ZeroShotRetrieval(Callback):
         self.embed = embed
         self.headline = headline
         self.references = references
+        self.measured_first = frozenset(measured_first)
         self.at_start = at_start
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
@@ -91,19 +95,18 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.references is None:
             self.references = getattr(unwrapped(state), "retrieval_references", dict)()
-        # Not measured yet, or a resume adds some.
-        is_missing = not self.expected_reference_keys() <= self.reference_metrics.keys()
-        embeds: dict[str | None, Embed] = {**self.references} if is_missing else {}
+        embeds: dict[str | None, Embed] = {}
+        if self.expected_reference_keys() <= self.reference_metrics.keys():
+            logger.log_metrics(self.reference_metrics)
+        else:  # not measured yet, or a resume adds some
+            self.reference_metrics = {}
+            embeds = {**self.references}
         if self.at_start and state.timestamp.batch == 0:
             embeds[None] = self.embed or embed_method(unwrapped(state))
-        if embeds:
-            metrics = self.measure(embeds, state, logger)
-            at_start = metrics.pop(None, None)
-            if is_missing:
-                self.reference_metrics = {key: value for each in metrics.values() for key, value in each.items()}
-            if at_start is not None:
-                self.record(at_start, state, logger)
-        logger.log_metrics(self.reference_metrics)
+        for is_first in (True, False):
+            together = {name: embed for name, embed in embeds.items() if (name in self.measured_first) == is_first}
+            if together:
+                self.record(self.measure(together, state, logger), state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.BATCH_END):
@@ -149,11 +152,16 @@ class ZeroShotRetrieval(Callback):
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         embed = self.embed or embed_method(unwrapped(state))
-        self.record(self.measure({None: embed}, state, logger)[None], state, logger)
+        self.record(self.measure({None: embed}, state, logger), state, logger)
 
-    def record(self, metrics: Metrics, state: State, logger: Logger) -> None:
-        self.history.append({"batch": int(state.timestamp.batch), "metrics": metrics})
-        logger.log_metrics(metrics)
+    def record(self, measured: Mapping[str | None, Metrics], state: State, logger: Logger) -> None:
+        """Keep and log the accuracies of references and (under ``None``) the model."""
+        for reference, metrics in measured.items():
+            if reference is None:
+                self.history.append({"batch": int(state.timestamp.batch), "metrics": metrics})
+            else:
+                self.reference_metrics |= metrics
+        logger.log_metrics({key: accuracy for metrics in measured.values() for key, accuracy in metrics.items()})
 
     def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
         """Return the accuracies of references and (under ``None``) the model, under their keys; log the time."""

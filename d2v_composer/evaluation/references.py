@@ -15,7 +15,10 @@ from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 
-__all__ = ["EncodeOnce", "build_embeds", "pixels"]
+__all__ = ["WITHOUT_MODEL", "EncodeOnce", "build_embeds", "pixels"]
+
+WITHOUT_MODEL = ("pixels",)
+"""Names of the embed functions of :func:`build_embeds` that run no model."""
 
 
 class EncodeOnce:

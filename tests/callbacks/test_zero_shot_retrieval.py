@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 import torch
 from composer import Callback, Logger, State, Trainer
 from composer.devices import Device
+from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from composer.utils import dist
 from torch import Tensor, nn
@@ -70,6 +72,7 @@ def train(
     max_duration: str,
     device: Device | None = None,
     *others: Callback,
+    logger: LoggerDestination | None = None,
 ) -> None:
     samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
     sampler = dist.get_sampler(samples)
@@ -80,6 +83,7 @@ def train(
         max_duration=max_duration,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
         callbacks=[*others, callback],
+        loggers=logger,
         progress_bar=False,
         device=device,
         device_train_microbatch_size=4,
@@ -165,6 +169,43 @@ def test_a_resume_may_change_headline_and_k() -> None:
     assert "student after" not in retrieval_table(more)  # its top-5 was not measured
     train(Classifier(), more, "10ba")
     assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
+
+
+def test_quick_references_are_logged_before_the_model_embeds() -> None:
+    """A first accuracy appears at once; the others come from one pass over the images."""
+    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    events: list[str] = []
+
+    def embed_as(name: str, images: Tensor) -> Tensor:
+        events.append(name)
+        return pixels(images)
+
+    class Log(LoggerDestination):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            events.extend(key for key in metrics if key.endswith("bank_train/top1"))
+
+    callback = ZeroShotRetrieval(
+        {"set": labelled},
+        "10ba",
+        embed=partial(embed_as, "student"),
+        references={name: partial(embed_as, name) for name in ("teacher", "pixels")},
+        measured_first=["pixels"],
+        at_start=True,
+        device_batch_size=9,
+    )
+    train(Classifier(), callback, "1ba", logger=Log())
+    assert events[:3] == ["pixels", "pixels", "metrics/set/pixels/bank_train/top1"]  # embedded: train and test images
+    assert events[3:7] == ["teacher", "student", "teacher", "student"]
+    assert sorted(events[7:9]) == ["metrics/set/bank_train/top1", "metrics/set/teacher/bank_train/top1"]
+    assert callback.expected_reference_keys() == callback.reference_metrics.keys()
+    assert [entry["batch"] for entry in callback.history] == [0, 1]
+
+    restored = ZeroShotRetrieval({"set": labelled}, "10ba", references=callback.references, measured_first=["pixels"])
+    restored.load_state_dict(callback.state_dict())
+    events.clear()
+    train(Classifier(), restored, "1ba", logger=Log())
+    assert {"metrics/set/teacher/bank_train/top1", "metrics/set/pixels/bank_train/top1"} == set(events[:2])
+    assert "teacher" not in events  # not measured again
 
 
 def test_a_reference_without_layer_mean_falls_back_to_its_output() -> None:
