@@ -1,5 +1,6 @@
 """Attention: the ALiBi bias, its shapes and kernels, padding."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.alibi import MAX_KEPT, Alibi, absolute_distance, alibi_slopes, manhattan_distance, mask_padding
-from d2v_composer.models.block import Attention, Block
+from d2v_composer.models.block import SHORT_SEQUENCE, Attention, Block
 from d2v_composer.models.encoder import build_alibi
 from d2v_composer.models.image_encoder import ImageEncoderConfig
 from helpers import GOLDEN
@@ -109,6 +111,21 @@ def test_attention_equals_its_formula(biased: bool, num_steps: int) -> None:
     x = torch.randn(3, num_steps, 24)
     bias = text_alibi()(num_steps, x.dtype, CPU) if biased else None
     torch.testing.assert_close(attention(x, bias), reference_attention(attention, x, bias))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("num_steps", [SHORT_SEQUENCE, SHORT_SEQUENCE + 1])
+def test_short_sequences_in_bfloat16_need_no_fused_kernel(biased: bool, num_steps: int) -> None:
+    attention = Attention(24, 6).bfloat16().requires_grad_(False)
+    x = torch.randn(2, num_steps, 24, dtype=torch.bfloat16)
+    bias = text_alibi()(num_steps, x.dtype, CPU) if biased else None
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        found = attention(x, bias)
+    is_fused = any("scaled_dot_product" in event.key for event in profiler.key_averages())
+    assert is_fused == (num_steps > SHORT_SEQUENCE)
+    exact = copy.deepcopy(attention).float()
+    expected = reference_attention(exact, x.float(), None if bias is None else bias.float())
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("biased", [False, True])
