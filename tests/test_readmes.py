@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
+from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, TrainConfig
 from helpers import ROOT
 
@@ -63,16 +64,23 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
+def listed(title: str) -> list[str]:
+    """The keys in the table of a section of yamls/README.md."""
+    section = (ROOT / "yamls" / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE)
+    return sorted(key for row in rows for key in re.findall("`(.*?)`", row))
+
+
 @pytest.mark.parametrize(
     ("schema", "title"),
     [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabelledSetConfig, "Labelled sets")],
 )
 def test_every_field_is_listed_once_and_no_other(schema: type, title: str) -> None:
-    section = (ROOT / "yamls" / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    listed = [
-        key for row in re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE) for key in re.findall("`(.*?)`", row)
-    ]
-    assert sorted(listed) == sorted(keys(schema))
+    assert listed(title) == sorted(keys(schema))
+
+
+def test_the_fields_of_a_finetuning_alone_are_listed_once() -> None:
+    assert listed("Fine-tuning") == sorted({*keys(FinetuneConfig)} - {*keys(TrainConfig)})
 
 
 def test_the_tree_is_the_real_one() -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -12,14 +13,21 @@ from d2v_composer.builders.errors import errors_of
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderLock, RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
-from d2v_composer.config.schema import OptimizerConfig, TrainConfig
+from d2v_composer.config.finetune import FinetuneConfig, LayerwiseOptimizerConfig
+from d2v_composer.config.schema import OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
 
-__all__ = ["build_callbacks", "build_folder_callbacks", "build_graceful_stop", "build_run_record"]
+__all__ = [
+    "build_callbacks",
+    "build_finetuning_record",
+    "build_folder_callbacks",
+    "build_graceful_stop",
+    "build_run_record",
+]
 
 # A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_BY_A_CHECKPOINT = (
@@ -40,6 +48,17 @@ FIXED_BY_A_CHECKPOINT = (
     "config.train_loader.shuffle_block_size",
     "teacher.sha256",
 )
+FIXED_IN_A_FINETUNING = (
+    "config.seed",
+    "config.global_train_batch_size",
+    "config.train_encoder",
+    "config.from_scratch",
+    "config.algorithms.ema",
+    *(f"config.optimizer.{field.name}" for field in fields(LayerwiseOptimizerConfig)),
+    "model.representation",
+    "model.pooling",
+    "model.sha256",
+)
 # What checkpoints from before these keys were trained with.
 BEFORE_THESE_KEYS = {
     "config.teacher.model": DATA2VEC2,
@@ -48,7 +67,7 @@ BEFORE_THESE_KEYS = {
 }
 
 
-def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
+def build_folder_callbacks(config: TrainerConfig) -> list[Callback]:
     """Lock ``save_folder`` for this run, and build the callbacks that manage it.
 
     Raises:
@@ -63,7 +82,7 @@ def build_folder_callbacks(config: TrainConfig) -> list[Callback]:
     ]
 
 
-def build_graceful_stop(config: TrainConfig) -> GracefulStop:
+def build_graceful_stop(config: TrainerConfig) -> GracefulStop:
     """Build the callback that stops the run on a signal."""
     if config.save_folder is None:
         return GracefulStop(config.save_interval, "; nothing is saved, for save_folder is null")
@@ -71,7 +90,7 @@ def build_graceful_stop(config: TrainConfig) -> GracefulStop:
     return GracefulStop(config.save_interval, f" in {hide_secrets(config.save_folder)}{advice}")
 
 
-def build_callbacks(config: TrainConfig) -> list[Callback]:
+def build_callbacks(config: TrainerConfig) -> list[Callback]:
     """Build the section ``callbacks``.
 
     Raises:
@@ -94,14 +113,29 @@ def build_run_record(config: TrainConfig, teacher: Teacher, shards: list[dict[st
         shards: Those of the training images, as the index lists them.
     """
     loader = config.train_loader
+    data = {"location": loader.remote or loader.local, **describe_data(shards)}
+    return _build_record(config, {"teacher": teacher.provenance, "data": data}, FIXED_BY_A_CHECKPOINT)
+
+
+def build_finetuning_record(config: FinetuneConfig, model: Mapping[str, Any], data: Mapping[str, Any]) -> RunRecord:
+    """Build the record of a fine-tuning.
+
+    Args:
+        config: The run's.
+        model: What is fine-tuned; ``sha256`` identifies its weights.
+        data: What it is trained on; ``sha256`` identifies the images and their labels.
+    """
+    return _build_record(config, {"model": model, "data": data}, FIXED_IN_A_FINETUNING)
+
+
+def _build_record(config: TrainerConfig, contents: Mapping[str, Any], fixed: tuple[str, ...]) -> RunRecord:
     record = {
         "config": hide_all_secrets(asdict(config)),
         "command": shlex.join(map(hide_secrets, sys.argv)),
-        "teacher": teacher.provenance,
-        "data": {"location": loader.remote or loader.local, **describe_data(shards)},
+        **contents,
         "versions": package_versions(*OUR_PACKAGES),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
     folder = find_run_folder(config)
     local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
-    return RunRecord(record, local, prefix, FIXED_BY_A_CHECKPOINT, BEFORE_THESE_KEYS)
+    return RunRecord(record, local, prefix, fixed, BEFORE_THESE_KEYS)

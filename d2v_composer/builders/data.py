@@ -10,7 +10,7 @@ from composer.utils import dist
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import TrainConfig, TrainLoaderConfig
+from d2v_composer.config.schema import LoaderConfig, TrainConfig
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, read_image_index, room_needed
 from d2v_composer.data.sample_order import Share, shards_of_node
@@ -47,9 +47,9 @@ def build_collective_timeout(config: TrainConfig) -> float:
     return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
 
 
-def count_open_files(config: TrainConfig) -> int:
+def count_open_files(loader: LoaderConfig) -> int:
     """Return the number of files that a training process may have open."""
-    return OPEN_FILES + OPEN_FILES_PER_WORKER * config.train_loader.num_workers
+    return OPEN_FILES + OPEN_FILES_PER_WORKER * loader.num_workers
 
 
 def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ def build_train_loader(
     )
 
 
-def build_transform(loader: TrainLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
+def build_transform(loader: LoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
     """Build the augmentation of the training images."""
     (smallest, largest), (narrowest, widest) = loader.crop_scale, loader.crop_ratio
     scale, ratio = (smallest, largest), (narrowest, widest)

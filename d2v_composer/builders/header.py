@@ -4,12 +4,14 @@ import torch
 from composer.core import State
 from composer.utils import dist
 
+from d2v_composer.builders.finetune import BuiltFinetuning
 from d2v_composer.builders.run import BuiltRun
 from d2v_composer.callbacks.progress_logger import num_batches
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.finetune import FinetuneConfig
+from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.system.addresses import hide_secrets
 
-__all__ = ["describe_batch", "describe_folder", "describe_run"]
+__all__ = ["describe_batch", "describe_finetuning", "describe_folder", "describe_run"]
 
 
 def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
@@ -41,6 +43,26 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
 
 
+def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: State) -> str:
+    """Return the lines that open a fine-tuning's log; see :func:`describe_run`."""
+    backbone, about = built.model.backbone, built.record.record["model"]
+    num_train, num_test = built.labelled.num_images
+    trained = sum(each.numel() for each in built.model.parameters() if each.requires_grad)
+    start = "random weights" if config.from_scratch else hide_secrets(config.model)
+    lines = {
+        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
+        "device": f"{_describe_device(state)}, {config.precision}",
+        "images": f"{num_train:,} to train, {num_test:,} to evaluate, {built.model.head.out_features} classes",
+        "model": f"{about['kind']} from {start}: encoder {_millions(backbone.encoder)}, "
+        f"{len(backbone.block_list)} blocks {_millions(backbone.blocks)}, head on {built.model.embedding}",
+        "trained": f"{trained / 1e6:.1f} M parameters, encoder {'trained' if config.train_encoder else 'frozen'}",
+        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
+    }
+    if state.timestamp.batch > 0:
+        lines["resumed"] = f"from {built.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
 def _describe_device(state: State) -> str:
     ranks = dist.get_world_size()
     on = "" if ranks == 1 else f"{ranks} ranks, "
@@ -54,7 +76,7 @@ def describe_folder(save_folder: str | None) -> str:
     return "not saved" if save_folder is None else f"saved in {hide_secrets(save_folder)}"
 
 
-def describe_batch(config: TrainConfig, ranks: int) -> str:
+def describe_batch(config: TrainerConfig, ranks: int) -> str:
     """Describe the images of one step, and the parts in which they are processed if there are several."""
     micro, on_each = config.device_train_microbatch_size, config.global_train_batch_size // ranks
     text = f"{config.global_train_batch_size} images" + (f", {on_each} a device" if ranks > 1 else "")

@@ -16,7 +16,7 @@ from d2v_composer.callbacks import ProgressLogger, RetrievalPictures, ZeroShotRe
 from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
 from d2v_composer.callbacks.pictures import shows_pictures
 from d2v_composer.callbacks.yaml_names import LOGGERS
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import rank_zero_first
@@ -29,7 +29,7 @@ OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
-def ask_logging_servers(config: TrainConfig) -> None:
+def ask_logging_servers(config: TrainerConfig) -> None:
     """Let rank 0, the only one that logs in, ask the servers of the run's loggers. Call it on every rank.
 
     Raises:
@@ -40,7 +40,7 @@ def ask_logging_servers(config: TrainConfig) -> None:
             check_logging_servers(config)
 
 
-def check_logging_servers(config: TrainConfig) -> None:
+def check_logging_servers(config: TrainerConfig) -> None:
     """Ask the servers of W&B and MLflow, of those that the run logs to, whether they accept it.
 
     Raises:
@@ -52,7 +52,7 @@ def check_logging_servers(config: TrainConfig) -> None:
                 check(arguments)
 
 
-def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
     """Build the progress logger and the section ``loggers``; the run's folder is the default place of what they write.
 
     JSON lines without a file name are left out of a run without a folder.
@@ -86,7 +86,7 @@ def build_pictures(retrieval: ZeroShotRetrieval | None, loggers: Sequence[Logger
     return [RetrievalPictures(retrieval, draw_gallery)]
 
 
-def _build_progress(config: TrainConfig) -> ProgressLogger:
+def _build_progress(config: TrainerConfig) -> ProgressLogger:
     """Build a bar on a terminal, plain lines in a file or pipe, or both if the config asks for lines."""
     on_terminal = sys.stderr.isatty()
     prints_lines = config.log_to_console or (config.progress_bar and not on_terminal)

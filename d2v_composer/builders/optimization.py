@@ -1,19 +1,29 @@
 """Build optimizer, schedule, gradient clipping and sharding."""
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
-from composer.algorithms import GradientClipping
+from composer.algorithms import EMA, CutMix, GradientClipping, LabelSmoothing, MixUp
 from composer.core import Algorithm, Time, TimeUnit
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig
 
 from d2v_composer.callbacks.gradient_norm import GradientNorm
-from d2v_composer.config.schema import OptimizerConfig, TrainConfig
+from d2v_composer.config.finetune import ClassifierAlgorithmsConfig, LayerwiseOptimizerConfig
+from d2v_composer.config.schema import AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.config.values import describe_long_warmup
+from d2v_composer.models.classification import Classifier
 from d2v_composer.system.errors import InputError
 
-__all__ = ["build_algorithms", "build_optimizer", "build_parallelism", "build_scheduler"]
+__all__ = [
+    "build_algorithms",
+    "build_classifier_algorithms",
+    "build_layerwise_optimizer",
+    "build_optimizer",
+    "build_parallelism",
+    "build_scheduler",
+]
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
@@ -27,11 +37,34 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
             "weight_decay": decay if config.decay_norms_and_biases else 0.0,
         },
     ]
+    return _adamw(config, groups)
+
+
+def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: Classifier) -> torch.optim.AdamW:
+    """Build torch's AdamW with a learning rate for each depth; the head's group, with ``lr``, comes first."""
+    head, weights = max(model.depth_of_trained.values()), dict(model.named_parameters())
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, depth in model.depth_of_trained.items():
+        groups.setdefault((head - depth, weights[name].ndim <= 1), []).append(weights[name])
+    return _adamw(
+        config,
+        [
+            {
+                "params": groups[distance, is_vector],
+                "lr": config.lr * config.layer_decay**distance,
+                "weight_decay": 0.0 if is_vector and not config.decay_norms_and_biases else config.weight_decay,
+            }
+            for distance, is_vector in sorted(groups)
+        ],
+    )
+
+
+def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> ComposerScheduler:
+def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
     """Build a linear warm-up, then a cosine that ends at ``alpha_f`` of the learning rate.
 
     Raises:
@@ -49,12 +82,26 @@ def build_scheduler(config: TrainConfig, batches_per_epoch: int) -> ComposerSche
     return CosineAnnealingWithWarmupScheduler(t_warmup=Time(num_warmup, TimeUnit.BATCH), alpha_f=alpha_f)
 
 
-def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
     """Build the section ``algorithms``, and the logger of the gradient's norm."""
-    clipping = config.algorithms.gradient_clipping
+    clipping = config.gradient_clipping
     if clipping is None:
         return [GradientNorm()]
     return [GradientClipping(clipping_type="norm", clipping_threshold=clipping.clipping_threshold), GradientNorm()]
+
+
+def build_classifier_algorithms(config: ClassifierAlgorithmsConfig) -> list[Algorithm]:
+    """Build the section ``algorithms`` of a fine-tuning; labels are mixed before they are smoothed."""
+    algorithms = build_algorithms(config)
+    if config.mixup is not None:
+        algorithms.append(MixUp(**asdict(config.mixup)))
+    if config.cutmix is not None:
+        algorithms.append(CutMix(**asdict(config.cutmix)))
+    if config.label_smoothing is not None:
+        algorithms.append(LabelSmoothing(**asdict(config.label_smoothing)))
+    if config.ema is not None:
+        algorithms.append(EMA(**asdict(config.ema)))
+    return algorithms
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:

@@ -1,5 +1,6 @@
-"""Build a whole training run from its config: the one entry of this package."""
+"""Build a whole training run from its config: the entry of this package for recipes/train.py."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ from d2v_composer.builders.model import build_model
 from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
 from d2v_composer.builders.retrieval import build_retrieval
 from d2v_composer.builders.run_folder import build_load_path, check_record
-from d2v_composer.callbacks import GracefulStop, NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.callbacks import NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import choose_precision
 
-__all__ = ["BuiltRun", "build_run"]
+__all__ = ["BuiltRun", "build_run", "build_trainer_arguments"]
 
 
 class BuiltRun(NamedTuple):
@@ -33,7 +34,6 @@ class BuiltRun(NamedTuple):
     """Arguments of Composer's Trainer."""
     model: DistillationModel
     record: RunRecord
-    graceful_stop: GracefulStop
     retrieval: ZeroShotRetrieval | None
 
 
@@ -52,8 +52,32 @@ def build_run(config: TrainConfig) -> BuiltRun:
     train_loader = build_train_loader(config, shards, sizes.image_size, sizes.interpolation)
     scheduler = build_scheduler(config, len(train_loader))
     retrieval = build_retrieval(config, model)
-    chosen_callbacks = build_callbacks(config)
     record = build_run_record(config, model.teacher, shards)
+    arguments = {
+        "model": model,
+        "train_dataloader": train_loader,
+        "optimizers": build_optimizer(config.optimizer, model),
+        "schedulers": scheduler,
+        "algorithms": build_algorithms(config.algorithms),
+        "parallelism_config": build_parallelism(config),
+        **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
+    }
+    arguments["callbacks"] += build_pictures(retrieval, arguments["loggers"])
+    return BuiltRun(arguments, model, record, retrieval)
+
+
+def build_trainer_arguments(config: TrainerConfig, record: RunRecord, measures: Sequence[Callback]) -> dict[str, Any]:
+    """Build the Trainer's arguments that do not depend on the model and its data, and lock the run's folder.
+
+    Args:
+        config: The run's.
+        record: Its record.
+        measures: Callbacks that evaluate the model.
+
+    Raises:
+        InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
+    """
+    chosen_callbacks = build_callbacks(config)
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     folder_callbacks = build_folder_callbacks(config)
     load_path = build_load_path(config)
@@ -62,22 +86,13 @@ def build_run(config: TrainConfig) -> BuiltRun:
     graceful_stop = build_graceful_stop(config)
     save_interval = graceful_stop.save_interval
     callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]
-    callbacks += [] if retrieval is None else [retrieval]
-    loggers = build_loggers(config)
-    callbacks += build_pictures(retrieval, loggers)
-    arguments = {
-        "model": model,
-        "train_dataloader": train_loader,
+    return {
         "max_duration": config.max_duration,
-        "optimizers": build_optimizer(config.optimizer, model),
-        "schedulers": scheduler,
-        "algorithms": build_algorithms(config),
-        "callbacks": callbacks + chosen_callbacks,
-        "loggers": loggers,
+        "callbacks": [*callbacks, *measures, *chosen_callbacks],
+        "loggers": build_loggers(config),
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,
         "device_train_microbatch_size": config.device_train_microbatch_size,
-        "parallelism_config": build_parallelism(config),
         "seed": config.seed,
         "run_name": config.run_name,
         "save_folder": config.save_folder,
@@ -87,4 +102,3 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "load_path": load_path,  # instead of Composer's autoresume
         "load_ignore_keys": partial(drop_unused_scaler, precision=config.precision),
     }
-    return BuiltRun(arguments, model, record, graceful_stop, retrieval)

@@ -13,7 +13,7 @@ from d2v_composer.checkpoints.resume import (
     fetch_checkpoint,
     find_newest_checkpoint,
 )
-from d2v_composer.config.schema import TrainConfig
+from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder, check_path
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
@@ -22,7 +22,7 @@ from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
 __all__ = ["build_load_path", "check_record", "find_run_folder"]
 
 
-def build_load_path(config: TrainConfig) -> str | None:
+def build_load_path(config: TrainerConfig) -> str | None:
     """Return the run's newest checkpoint or, for a new run, that of ``load_path``; verified, the same on every rank.
 
     Raises:
@@ -70,6 +70,6 @@ def _cached_checkpoint(address: str) -> Path:
     return path
 
 
-def find_run_folder(config: TrainConfig) -> RunFolder | None:
+def find_run_folder(config: TrainerConfig) -> RunFolder | None:
     """Return the run's folder; ``None`` if the run saves nothing."""
     return None if config.save_folder is None else RunFolder.parse(config.save_folder)

@@ -18,11 +18,14 @@ __all__ = ["ProgressLogger", "num_batches"]
 # metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the headline embedding.
 TOP_K = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
 
+# Of a fine-tuned classifier.
+CLASSIFIED = re.compile(r"metrics/test/top(\d+)")
+
 
 class ProgressLogger(LoggerDestination):
     """Show loss, images/s, the share of waiting for data, the latest retrieval and the time left, on rank 0.
 
-    Each retrieval also has a line of its own.
+    Each retrieval, and each evaluation of a classifier, also has a line of its own.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -62,6 +65,8 @@ class ProgressLogger(LoggerDestination):
         found: dict[str, list[str]] = {}
         for (dataset, reference), (k, accuracy) in accuracies(metrics).items():
             found.setdefault(f"{dataset} top-{k}", []).append(f"{reference or 'student'} {100 * accuracy:.1f}%")
+        if top_k := [f"top-{match[1]} {100 * value:.1f}%" for match, value in classified(metrics)]:
+            self.write(f"evaluation{'' if step is None else f' at batch {step}'}: {', '.join(top_k)}")
         for measured, values in found.items():
             self.write(f"retrieval{'' if step is None else f' at batch {step}'}: {measured}: {', '.join(values)}")
 
@@ -106,6 +111,7 @@ class ProgressLogger(LoggerDestination):
         }
         known = [template.format(self.latest[key]) for key, template in templates.items() if key in self.latest]
         latest = {name: value for (name, reference), value in accuracies(self.latest).items() if not reference}
+        known += [f"top-{match[1]} {100 * value:.1f}%" for match, value in classified(self.latest)[:1]]
         return known + [f"{name} top-{k} {100 * accuracy:.1f}%" for name, (k, accuracy) in latest.items()]
 
 
@@ -117,6 +123,11 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, f
             name, k = (match[1], match[2] or ""), int(match[3])
             found[name] = min(found.get(name, (k, accuracy)), (k, accuracy))
     return found
+
+
+def classified(metrics: Mapping[str, Any]) -> list[tuple[re.Match[str], float]]:
+    """Return the accuracies of a classifier, each with the match of its key, by k."""
+    return [(match, metrics[key]) for key in sorted(metrics) if (match := CLASSIFIED.fullmatch(key)) is not None]
 
 
 def num_batches(state: State) -> int:

@@ -15,7 +15,12 @@ from d2v_composer.system.errors import InputError
 __all__ = ["RunRecord"]
 
 # The words of keys that are no field of a YAML.
-WORDS = {"teacher.sha256": "teacher.checkpoint (its sha256)"}
+WORDS = {
+    "teacher.sha256": "teacher.checkpoint (its sha256)",
+    "model.sha256": "model (its sha256)",
+    "model.representation": "representation",
+    "model.pooling": "pooling",
+}
 
 
 class RunRecord(Callback):
@@ -25,8 +30,8 @@ class RunRecord(Callback):
     continue with another teacher, seed or data set. This callback raises an error instead.
 
     Args:
-        record: The sections ``config`` (resolved), ``versions``, ``teacher`` (provenance) and ``data`` (identity and
-            location); plain containers.
+        record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
+            (identity and location); plain containers.
         folder: The folder of ``run.yaml``, or ``None``.
         remote_folder: A prefix in the checkpoints' object store to upload the file to, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
@@ -100,9 +105,12 @@ def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     if lookup(before, "data.sha256") in (None, lookup(now, "data.sha256")):
         return
-    key = "remote" if lookup(now, "config.train_loader.remote") is not None else "local"
+    if lookup(now, "config.dataset") is not None:
+        key = "dataset.root"
+    else:
+        key = f"train_loader.{'local' if lookup(now, 'config.train_loader.remote') is None else 'remote'}"
     raise InputError(
-        f"train_loader.{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
+        f"{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
         f"{data_words(before)}: set it back; a new run needs another run_name or save_folder"
     )
 
@@ -112,7 +120,8 @@ def data_words(record: Mapping[str, Any]) -> str:
     location, samples, shards, digest = (
         lookup(record, f"data.{name}") for name in ("location", "samples", "shards", "sha256")
     )
-    return f"{location} ({samples} samples in {shards} shards, {str(digest)[:8]})"
+    in_shards = "" if shards is None else f" in {shards} shards"
+    return f"{location} ({samples} samples{in_shards}, {str(digest)[:8]})"
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:

@@ -34,7 +34,7 @@ OUR_GLOBALS = [
 ]
 
 # Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"GradientClipping", "GradientNorm"}
+OUR_ALGORITHMS = {"CutMix", "EMA", "GradientClipping", "GradientNorm", "LabelSmoothing", "MixUp"}
 
 
 class CorruptCheckpointError(InputError):

@@ -74,13 +74,14 @@ def choose_embedding(
 
 def stored_headline(provenance: Mapping[str, Any]) -> Headline | None:
     """Return the headline in the record of a model's run; ``None`` without a record that names one."""
-    fields: Any = provenance
-    for section in ("config", "retrieval"):
-        fields = fields.get(section) if isinstance(fields, Mapping) else None
-    try:
-        return parse_headline(fields)
-    except ValueError:  # a record of another program
-        return None
+    config = provenance.get("config")
+    retrieval = config.get("retrieval") if isinstance(config, Mapping) else None
+    for fields in (retrieval, provenance.get("model")):  # of a distillation, of a fine-tuning
+        try:
+            return parse_headline(fields)
+        except ValueError:  # a record of another program
+            continue
+    return None
 
 
 def parse_headline(fields: Any) -> Headline:

@@ -10,6 +10,7 @@ from torch import Tensor
 from d2v_composer.checkpoints.check_tensors import check_tensors, shapes_of
 from d2v_composer.checkpoints.composer_checkpoint import is_trained
 from d2v_composer.checkpoints.data2vec2_file import load_data2vec2
+from d2v_composer.checkpoints.finetuned import is_finetuned, load_finetuned
 from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, stored_headline
 from d2v_composer.checkpoints.pointer import fetch_model, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
@@ -111,12 +112,16 @@ def load_teacher(
 
 
 def save_student(student: Student, out: Path) -> None:
-    """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance."""
+    """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
+
+    One with a head is written as a classifier, for timm.
+    """
     headline = stored_headline(student.provenance) or DEFAULT_HEADLINE
     encoder: Any = student.encoder.config
     sizes = sizes_of(student) | {"encoder": asdict(add_outputs(encoder, student.encoder.state_dict()))}
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, headline)}
-    write_model_file(out, "student", ModelFile(sizes, student.provenance, tensors))
+    kind = "classifier" if "head.weight" in tensors else "student"
+    write_model_file(out, kind, ModelFile(sizes, student.provenance, tensors))
 
 
 def load_student(path: str | Path) -> Student:
@@ -198,6 +203,8 @@ def _load_file(
         student = load_student(path)
         return student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
+    if is_trained(contents) and is_finetuned(contents):
+        return load_finetuned(file, contents), None
     if is_trained(contents):
         return _load_trained(file, contents, teacher_path, teacher_option)
     if teacher_path is not None:

@@ -31,12 +31,13 @@ __all__ = [
     "write_model_file",
 ]
 
-Kind = Literal["teacher", "student"]
+Kind = Literal["teacher", "student", "classifier"]
 # A student of version 2 names its headline in its tensor config_json, which readers of version 1 would refuse.
-FORMAT_VERSIONS: dict[Kind, int] = {"teacher": 1, "student": 2}
+FORMAT_VERSIONS: dict[Kind, int] = {"teacher": 1, "student": 2, "classifier": 1}
 READ_BY: dict[str, str] = {
     "teacher": "a teacher, read by load_teacher",
     "student": "an exported student, read by load_student",
+    "classifier": "a fine-tuned classifier, read by timm as d2v2_student",
 }
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 LARGEST_JSON = 4 << 20

@@ -29,7 +29,7 @@ from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["TimmStudent", "d2v2_student"]
+__all__ = ["POOLINGS", "TimmStudent", "d2v2_student"]
 
 # The paper's sizes; loading a file replaces them.
 PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)

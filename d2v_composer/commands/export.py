@@ -29,6 +29,8 @@ PROGRAMS = {
     ".onnx": "import onnxruntime; session = onnxruntime.InferenceSession({!r})",
     ".pt2": "import torch; program = torch.export.load({!r}).module()",
 }
+# How to load a fine-tuned student.
+TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 
 
 def main(argv: Sequence[str]) -> "Student":
@@ -66,6 +68,9 @@ def main(argv: Sequence[str]) -> "Student":
         write(Embedder(student, embedding.headline), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+    if "head.weight" in student.state_dict() and out.suffix == ".safetensors":
+        print_next(TIMM.format(str(out), student.state_dict()["head.weight"].shape[0]))
+        return student
     print_next(
         PROGRAMS[out.suffix].format(str(out)) if out.suffix in PROGRAMS else d2v("embed", out, "IMAGES", EMBEDDINGS)
     )

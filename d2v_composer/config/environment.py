@@ -7,8 +7,16 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.packages import needs_of_loggers
-from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig, RunConfig, TrainConfig, TrainLoaderConfig
+from d2v_composer.config.schema import (
+    EvaluateConfig,
+    LabelledSetConfig,
+    RunConfig,
+    TrainConfig,
+    TrainerConfig,
+    TrainLoaderConfig,
+)
 from d2v_composer.data.labelled_sets import find_missing_files
 from d2v_composer.data.mds_index import find_missing_index
 from d2v_composer.models.compiler import find_missing
@@ -25,7 +33,7 @@ def find_unmet_needs(config: RunConfig) -> Iterator[str]:
     """Yield a line for each field that this machine cannot fulfil. Values may be outside their limits."""
     if not torch.cuda.is_available():
         yield from needs_of_a_gpu(config)
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainerConfig):
         yield from needs_of_training(config)
         # Of several nodes, one may lack a file: the builders tell all, once they have joined. Here, others would wait.
         if is_one_node():
@@ -39,29 +47,31 @@ def needs_of_a_gpu(config: RunConfig) -> Iterator[str]:
     """Yield a line for each field that needs a GPU."""
     if config.precision == "amp_fp16":
         yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
-    if not isinstance(config, TrainConfig):
-        return
-    if config.device_train_microbatch_size == "auto":
+    if isinstance(config, TrainerConfig) and config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
-    if config.parallelism_config.fsdp is not None:
+    if isinstance(config, TrainConfig) and config.parallelism_config.fsdp is not None:
         yield "parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 
 
-def needs_of_training(config: TrainConfig) -> Iterator[str]:
+def needs_of_training(config: TrainerConfig) -> Iterator[str]:
     """Yield a line for each field whose compiler or ranks are missing."""
-    if config.compile and (missing := find_missing()) is not None:
+    if isinstance(config, TrainConfig) and config.compile and (missing := find_missing()) is not None:
         yield f"compile: {missing}; install it, or compile=false"
     if config.global_train_batch_size % (ranks := num_ranks()):
         yield f"global_train_batch_size: must divide by the {ranks} ranks, got {config.global_train_batch_size}"
 
 
-def needs_of_files(config: TrainConfig) -> Iterator[str]:
+def needs_of_files(config: TrainerConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
-    checkpoint = config.teacher.checkpoint
-    if checkpoint is not None and (missing := find_missing_file(checkpoint)) is not None:
-        yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
-    yield from needs_of_training_images(config.train_loader)
-    yield from needs_of_labelled_sets("retrieval.datasets", config.retrieval.datasets)
+    if isinstance(config, TrainConfig):
+        checkpoint = config.teacher.checkpoint
+        if checkpoint is not None and (missing := find_missing_file(checkpoint)) is not None:
+            yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
+        yield from needs_of_training_images(config.train_loader)
+        yield from needs_of_labelled_sets("retrieval.datasets.", config.retrieval.datasets)
+    if isinstance(config, FinetuneConfig):
+        yield from needs_of_model(config.model, config.teacher)
+        yield from needs_of_labelled_sets("", {"dataset": config.dataset})
     with suppress(ValueError):  # a malformed save_folder, which find_wrong_values names
         local = config.save_folder and RunFolder.parse(config.save_folder).local
         if local and (fault := find_unwritable(local)) is not None:
@@ -79,13 +89,13 @@ def needs_of_training_images(loader: TrainLoaderConfig) -> Iterator[str]:
         yield f"train_loader.local: {loader.local}: {missing}; or set train_loader.remote to an address"
 
 
-def needs_of_labelled_sets(section: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:
+def needs_of_labelled_sets(prefix: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:
     """Yield a line for each labelled set that is not there, and will not be downloaded."""
     for name, labelled in chosen.items():
         if labelled is not None:
             missing = find_missing_files(labelled.format, Path(labelled.root), labelled.download)
             if missing is not None:
-                yield f"{section}.{name}.root: {missing}"
+                yield f"{prefix}{name}.root: {missing}"
 
 
 def find_missing_model(name: str) -> str | None:
@@ -93,14 +103,19 @@ def find_missing_model(name: str) -> str | None:
     return None if name.startswith(PREFIX) else find_missing_file(name)
 
 
+def needs_of_model(model: str, teacher: str | None) -> Iterator[str]:
+    """Yield a line for each file of a model and its teacher that is missing."""
+    # A run that saves a checkpoint removes its pointer for a moment.
+    is_latest = Path(model).name == LATEST
+    if not is_latest and (missing := find_missing_model(model)) is not None:
+        yield f"model: {model}: {missing}"
+    if teacher is not None and (missing := find_missing_model(teacher)) is not None:
+        yield f"teacher: {teacher}: {missing}"
+
+
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
-    # A run that saves a checkpoint removes its pointer for a moment.
-    is_latest = Path(config.model).name == LATEST
-    if not is_latest and (missing := find_missing_model(config.model)) is not None:
-        yield f"model: {config.model}: {missing}"
-    if config.teacher is not None and (missing := find_missing_model(config.teacher)) is not None:
-        yield f"teacher: {config.teacher}: {missing}"
-    yield from needs_of_labelled_sets("datasets", config.datasets)
+    yield from needs_of_model(config.model, config.teacher)
+    yield from needs_of_labelled_sets("datasets.", config.datasets)
     if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:
         yield f"out: {config.out}: {fault}"

@@ -14,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from d2v_composer.config.environment import find_unmet_needs
+from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import find_wrong_values, suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.config.values import find_contradictions, find_wrong_arguments
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.launched_rank import let_first_rank_report
 
-__all__ = ["load_config", "load_evaluate_config"]
+__all__ = ["load_config", "load_evaluate_config", "load_finetune_config"]
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -40,6 +41,11 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
         InputError: It names each wrong key and what is allowed, in a line for each.
     """
     return load_checked(TrainConfig, argv)
+
+
+def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
+    """Read and check the arguments of a fine-tuning, as :func:`load_config` does."""
+    return load_checked(FinetuneConfig, argv)
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
@@ -106,7 +112,7 @@ def fill_missing(merged: DictConfig, path: str, wrong_fields: Collection[str]) -
     missing = sorted(OmegaConf.missing_keys(merged))
     for key in missing:
         section = key.rpartition(".")[0]
-        in_a_set = section.rpartition(".")[0].endswith("datasets")
+        in_a_set = section == "dataset" or section.rpartition(".")[0].endswith("datasets")
         OmegaConf.update(merged, section if in_a_set else key, None if in_a_set else "")
     return [f"{key}: is required, and {path} does not give it" for key in missing if key not in wrong_fields]
 
@@ -118,7 +124,9 @@ def find_problems(config: RunConfig, wrong_fields: Collection[str]) -> Iterator[
     yield from find_wrong_arguments(config)
     wrong_fields = {*wrong_fields, *map(field_of, wrong)}
     if not wrong_fields:  # right values only can contradict each other
-        yield from find_contradictions(config)
+        for line in find_contradictions(config):
+            if not any(field.startswith(f"{field_of(line)}.") for field in wrong_fields):
+                yield line
     yield from (line for line in find_unmet_needs(config) if field_of(line) not in wrong_fields)
 
 

@@ -16,7 +16,18 @@ from d2v_composer.models.sizes import MAX_WIDTH
 from d2v_composer.models.timm_config import PREFIX, parse_image_size
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
-__all__ = ["EvaluateConfig", "LabelledSetConfig", "OptimizerConfig", "RunConfig", "TeacherConfig", "TrainConfig"]
+__all__ = [
+    "AlgorithmsConfig",
+    "EvaluateConfig",
+    "LabelledSetConfig",
+    "LoaderConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "TrainLoaderConfig",
+    "TrainerConfig",
+]
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
 REFERENCES = ("pixels", "encoder", "teacher")
@@ -113,15 +124,24 @@ class TargetsConfig:
 
 
 @dataclass
-class TrainLoaderConfig:
+class LoaderConfig:
+    """Workers and augmentation of a training's images."""
+
+    num_workers: int = limited(8, least=0, most=1000)
+    prefetch_factor: int = limited(2, least=1, most=1000)
+    crop_scale: list[float] = limited([0.08, 1.0], most=1, check=is_pair)
+    crop_ratio: list[float] = limited([3 / 4, 4 / 3], check=is_pair)
+    flip: float = limited(0.5, least=0, most=1)
+
+
+@dataclass
+class TrainLoaderConfig(LoaderConfig):
     local: str = limited(MISSING, check=is_here)
     """An MDS folder, or the cache of ``remote``."""
     remote: str | None = limited(None, check=Address.parse)
     """s3://, gs://, …; default: ``local`` is the data set."""
     column: str = "image"
     """The column of images; Streaming's own converters call it x."""
-    num_workers: int = limited(8, least=0, most=1000)
-    prefetch_factor: int = limited(2, least=1, most=1000)
     timeout: float = limited(600.0, least=1, most=SECONDS_OF_A_WEEK)
     """Seconds for which an unreachable store is retried before the run ends."""
     shuffle: bool = True
@@ -130,9 +150,6 @@ class TrainLoaderConfig:
     num_canonical_nodes: int = limited(1, least=1)
     cache_limit: int | str | None = limited(None, most=math.inf, check=check_cache_limit)
     """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
-    crop_scale: list[float] = limited([0.08, 1.0], most=1, check=is_pair)
-    crop_ratio: list[float] = limited([3 / 4, 4 / 3], check=is_pair)
-    flip: float = limited(0.5, least=0, most=1)
 
 
 @dataclass
@@ -223,7 +240,9 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig):
+class TrainerConfig(RunConfig):
+    """Fields of every run of Composer's Trainer."""
+
     run_name: str = limited("distill", check=check_run_name)
     precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "amp_fp16"
     allow_tf32: bool = True
@@ -232,21 +251,7 @@ class TrainConfig(RunConfig):
     global_train_batch_size: int = limited(256, least=1)
     device_train_microbatch_size: int | str | None = limited(None, check=is_microbatch)
     """Default: the whole batch of a device; 'auto' on a GPU."""
-    compile: bool = False
-    frozen_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Storage of the frozen linear and convolution weights; default: the compute dtype of ``precision``."""
-    activation_checkpointing: bool = False
-    """Recompute the student's blocks in the backward pass instead of keeping their activations."""
-    parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentOptions = field(default_factory=StudentOptions)
-    prediction: Literal["layer_mean", "last_block"] = "layer_mean"
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Name of Composer's callback → its arguments; null: off."""
     loggers: dict[str, Any] = field(default_factory=dict)
@@ -263,6 +268,26 @@ class TrainConfig(RunConfig):
     save_num_checkpoints_to_keep: int = limited(3, check=is_kept)
     autoresume: bool = True
     load_path: str | None = limited(None, check=check_load_path)
+
+
+@dataclass
+class TrainConfig(TrainerConfig):
+    """Fields of recipes/train.py."""
+
+    compile: bool = False
+    frozen_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Storage of the frozen linear and convolution weights; default: the compute dtype of ``precision``."""
+    activation_checkpointing: bool = False
+    """Recompute the student's blocks in the backward pass instead of keeping their activations."""
+    parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentOptions = field(default_factory=StudentOptions)
+    prediction: Literal["layer_mean", "last_block"] = "layer_mean"
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
 
 @dataclass

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import suggest
-from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig, TrainerConfig
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.system.addresses import Address
@@ -24,16 +25,20 @@ def find_contradictions(config: RunConfig) -> Iterator[str]:
             "datasets: must have at least one data set that is not null, such as "
             "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
         )
+    if isinstance(config, TrainerConfig):
+        yield from _warmup(config)
+        yield from _log_address(config)
     if isinstance(config, TrainConfig):
         yield from _teacher(config.teacher)
         yield from _batches(config)
         yield from _precision(config)
-        yield from _log_address(config)
+    if isinstance(config, FinetuneConfig):
+        yield from _finetuning(config)
 
 
 def find_wrong_arguments(config: RunConfig) -> Iterator[str]:
     """Yield a line for each callback or logger that does not exist, and for each of their arguments that is wrong."""
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainerConfig):
         from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS  # Composer's, which takes seconds to import
 
         yield from _arguments("callbacks", CALLBACKS, config.callbacks)
@@ -51,18 +56,30 @@ def _teacher(teacher: TeacherConfig) -> Iterator[str]:
         yield f"teacher.weights: must be model for {teacher.model}, got {teacher.weights}"
 
 
-def _batches(config: TrainConfig) -> Iterator[str]:
-    from composer.core import Time  # takes seconds
+def _finetuning(config: FinetuneConfig) -> Iterator[str]:
+    if config.dataset is None:
+        yield "dataset: is required, such as 'dataset={format: cifar10, root: datasets, download: true}'"
+    if config.from_scratch and not config.train_encoder:
+        yield "from_scratch: needs train_encoder=true: a frozen encoder would keep its random weights"
+    if config.algorithms.mixup is not None and config.algorithms.cutmix is not None:
+        yield "algorithms.cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 
+
+def _batches(config: TrainConfig) -> Iterator[str]:
     batch_size, parts = config.global_train_batch_size, config.train_loader.num_canonical_nodes
     if batch_size % parts:
         yield f"train_loader.num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
+
+
+def _warmup(config: TrainerConfig) -> Iterator[str]:
+    from composer.core import Time  # takes seconds
+
     warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     if warmup.unit == duration.unit and warmup > duration:
         yield describe_long_warmup(config)
 
 
-def describe_long_warmup(config: TrainConfig, why: str = "") -> str:
+def describe_long_warmup(config: TrainerConfig, why: str = "") -> str:
     """Return the line for a warm-up that is longer than the run.
 
     Args:
@@ -112,7 +129,7 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _log_address(config: TrainConfig) -> Iterator[str]:
+def _log_address(config: TrainerConfig) -> Iterator[str]:
     """Check that the log is uploaded to the bucket of the checkpoints: the run has no other uploader."""
     arguments = config.loggers.get("jsonl")
     remote = arguments.get("remote") if isinstance(arguments, dict) else None

@@ -117,6 +117,10 @@ class Encoder(Frozen):
         Raises:
             ValueError: The images have another shape or dtype.
         """
+        return self.encode_with_gradient(images)
+
+    def encode_with_gradient(self, images: Tensor) -> Tensor:
+        """Encode images as :meth:`forward` does, with the gradient of what is trained here."""
         x_BTD = self.embed_patches(images)
         for block, context in zip(self.block_list, self.block_contexts(x_BTD), strict=False):
             x_BTD, _ = block(x_BTD, context)

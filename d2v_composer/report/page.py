@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
 from d2v_composer.report.plots import confusion_plot, curves, galleries, retrieval_plot
-from d2v_composer.report.run import Run
+from d2v_composer.report.run import Run, weights_section
 from d2v_composer.system.atomic_files import write_atomically
 
 __all__ = ["write_report"]
@@ -61,7 +61,8 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("page.html")
-    details = {section.title(): _as_yaml(record[section]) for section in ("config", "versions", "hardware", "teacher")}
+    sections_shown = ("config", "versions", "hardware", weights_section(record))
+    details = {section.title(): _as_yaml(record[section]) for section in sections_shown}
     html = page.render(
         run_name=record["config"]["run_name"],
         progress=_progress(run),
@@ -115,8 +116,11 @@ def _progress(run: Run) -> str:
 
 
 def _tiles(run: Run) -> Iterator[Tile]:
-    k = run.smallest_k
+    for k in (1, 5):
+        if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
+            yield Tile(f"top-{k} of the test images", f"{100 * accuracy:.1f} %")
     for name in run.dataset_names:
+        k = run.smallest_k
         key = metric_key(name, "train", k)
         before, after = run.log[key].get(0), run.last(key)
         teacher = run.last(metric_key(name, "train", k, reference="teacher"))

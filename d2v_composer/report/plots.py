@@ -55,7 +55,8 @@ class Curve(NamedTuple):
 
 # File name → plot.
 CURVES = {
-    "loss": Curve("Training loss", "mean squared error", {"loss/train/total": "loss"}, scale="log"),
+    "accuracy": Curve("Accuracy on the test images", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
+    "loss": Curve("Loss", "", {"loss/train/total": "training", "metrics/test/loss": "test images"}, scale="log"),
     "learning_rate": Curve("Learning rate", "", {"lr-AdamW/group0": "learning rate"}),
     "gradient_norm": Curve("Gradient norm before clipping", "", {"l2_norm/grad/global": "gradient norm"}, scale="log"),
     "throughput": Curve("Throughput", "images/s", {"throughput/images_per_sec": "images/s"}),

@@ -14,11 +14,11 @@ from d2v_composer.evaluation.metric_names import metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
 
-__all__ = ["Run", "read_run"]
+__all__ = ["Run", "read_run", "weights_section"]
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
-SECTIONS = ("config", "command", "teacher", "versions", "hardware")
+SECTIONS = ("config", "command", "versions", "hardware")
 
 Neighbours = Mapping[str, Mapping[str, Tensor]]
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     """The contents of a report."""
 
     record: Mapping[str, Any]
-    """The sections of run.yaml: config, command, teacher, versions, hardware."""
+    """The sections of run.yaml: config, command, versions, hardware, and teacher, or model of a fine-tuning."""
     log: Mapping[str, Mapping[int, float]]
     """key → step → value."""
     neighbours: Neighbours
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     @property
     def dataset_names(self) -> list[str]:
         """The data sets with a retrieval in the log."""
-        chosen = self.record["config"]["retrieval"]["datasets"]
+        chosen = sets_of(self.record)
         return [name for name in chosen if metric_key(name, "train", self.smallest_k) in self.log]
 
     @property
@@ -60,8 +60,19 @@ class Run(NamedTuple):
         return self.log[key][max(self.log[key])] if self.log.get(key) else None
 
 
+def weights_section(record: Mapping[str, Any]) -> str:
+    """Return the section of a record that tells the origin of the weights: a fine-tuning's is ``model``."""
+    return "model" if "model" in record else "teacher"
+
+
+def sets_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the data sets of a run's retrieval; a fine-tuning has none."""
+    config = record["config"]
+    return {} if "dataset" in config else config["retrieval"]["datasets"]
+
+
 def read_run(folder: Path) -> Run:
-    """Read the folder of a finished or unfinished run of ``recipes/train.py``.
+    """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
     The neighbours are those of the newest checkpoint.
 
@@ -76,7 +87,7 @@ def read_run(folder: Path) -> Run:
             raise InputError(f"{file}: no such file; a report needs a run's run.yaml and log.jsonl")
     try:
         record = yaml.safe_load(record_file.read_text())
-        chosen = {section: record[section] for section in SECTIONS}["config"]["retrieval"]["datasets"]
+        chosen = sets_of({section: record[section] for section in (*SECTIONS, weights_section(record))})
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
     return Run(record, read_jsonl(log_file), _neighbours(folder / LATEST), dict(_datasets(chosen)))

@@ -202,7 +202,7 @@ def test_a_field_has_one_problem_at_a_time() -> None:
     """A value outside its limits is not looked for on the disk, and contradicts none."""
     wrong = ("save_folder=ftp://x/y", "max_duration=0ba", "global_train_batch_size=0", "train_loader.local=s3://b/x")
     found = [line.split(":")[0] for line in problems_of(QUICKSTART_YAML, *wrong)]
-    assert found == ["max_duration", "global_train_batch_size", "train_loader.local", "save_folder"]
+    assert found == ["max_duration", "global_train_batch_size", "save_folder", "train_loader.local"]
 
 
 def test_what_is_missing_is_listed_with_what_is_wrong() -> None:

@@ -13,21 +13,21 @@ import pytest
 import yaml
 from mutations import Mutation, mutations
 
-from d2v_composer.config.load import load_config, load_evaluate_config
-from d2v_composer.config.schema import EvaluateConfig, TrainConfig
+from d2v_composer.config.load import load_config, load_evaluate_config, load_finetune_config
+from d2v_composer.config.schema import RunConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, start_python
 
 # distill.yaml has all keys; the others are read alike.
-NUM = {"quickstart": 30, "distill": 120, "ablations": 30, "evaluate": 30}
-NUM_RUNS = {"quickstart": 2, "distill": 4, "evaluate": 2}
+NUM = {"quickstart": 30, "distill": 120, "ablations": 30, "evaluate": 30, "finetune": 30}
+NUM_RUNS = {"quickstart": 2, "distill": 4, "evaluate": 2, "finetune": 1}
 
 
 class Recipe(NamedTuple):
     """A YAML and its reader."""
 
     yaml: str
-    load: Callable[[list[str]], TrainConfig | EvaluateConfig]
+    load: Callable[[list[str]], RunConfig]
     script: str
     changes: Mapping[str, Any]
     """Dotted keys that make it run on a CPU."""
@@ -47,6 +47,16 @@ TRAIN = {
     "train_loader.num_workers": 0,
     "report": False,
 }
+FINETUNE = {
+    "model": str(GOLDEN / "tiny_base.pt"),
+    "precision": "fp32",
+    "max_duration": "3ba",
+    "global_train_batch_size": 16,
+    "save_interval": "2ba",
+    "eval_interval": "2ba",
+    "train_loader.num_workers": 0,
+    "report": False,
+}
 RECIPES = {
     "quickstart": Recipe("quickstart.yaml", load_config, "train.py", TRAIN),
     "distill": Recipe("distill.yaml", load_config, "train.py", TRAIN),
@@ -54,6 +64,7 @@ RECIPES = {
     "evaluate": Recipe(
         "evaluate.yaml", load_evaluate_config, "evaluate.py", {"model": str(GOLDEN / "tiny_base.pt"), "ks": [1, 3]}
     ),
+    "finetune": Recipe("finetune.yaml", load_finetune_config, "finetune.py", FINETUNE),
 }
 
 
@@ -62,17 +73,22 @@ def small_config(recipe: Recipe, labelled: Path, save_folder: Path) -> dict[str,
     path = ROOT / "yamls" / recipe.yaml
     text = re.sub(r"\$\{here:([^}]*)\}", lambda match: str(path.parent / match[1]), path.read_text())
     config: dict[str, Any] = yaml.safe_load(text)
-    places = {}
+    places = {} if recipe.script == "evaluate.py" else {"save_folder": str(save_folder)}
     if recipe.script == "train.py":
-        places = {"train_loader.local": str(labelled / "train"), "save_folder": str(save_folder)}
+        places["train_loader.local"] = str(labelled / "train")
     for key, value in {**recipe.changes, **places}.items():
         *sections, name = key.split(".")
         section = config
         for each in sections:
             section = section.setdefault(each, {})
         section[name] = value
-    datasets = config["retrieval"]["datasets"] if recipe.script == "train.py" else config["datasets"]
-    for name in datasets:
+    if recipe.script == "finetune.py":
+        datasets = config
+        names = ["dataset"]
+    else:
+        datasets = config["retrieval"]["datasets"] if recipe.script == "train.py" else config["datasets"]
+        names = list(datasets)
+    for name in names:
         datasets[name] = {"format": "mds", "root": str(labelled), "download": False}
     return config
 

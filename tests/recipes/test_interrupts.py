@@ -208,7 +208,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
     program.send_signal(sent)
     assert program.wait(timeout=20) == 128 + sent
     _, line = program.stderr.splitlines()  # the first one is the progress
-    assert line.startswith(f"{name}: the student is saved, not its report; later: ")
+    assert line.startswith(f"{name}: the model is saved, not its report; later: ")
     assert line.endswith(f" report {tmp_path}")
     assert len(checkpoints_of(tmp_path)) == 1
     if sent == signal.SIGTERM:

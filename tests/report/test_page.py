@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
+from d2v_composer.builders import finish
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.report.page import write_report
@@ -264,7 +265,7 @@ def test_training_succeeds_even_if_its_report_fails(
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(train, "write_report", fail)
+        monkeypatch.setattr(finish, "write_report", fail)
     trainer = train.main(small_run(folder, small_data, *short))
     assert trainer.state.timestamp.batch == 2
     if log:

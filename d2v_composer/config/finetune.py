@@ -1,0 +1,72 @@
+"""Every field of a YAML for recipes/finetune.py, beside those of any training."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from d2v_composer.config.limits import duration, limited
+from d2v_composer.config.schema import AlgorithmsConfig, LabelledSetConfig, LoaderConfig, OptimizerConfig, TrainerConfig
+
+__all__ = ["ClassifierAlgorithmsConfig", "FinetuneConfig", "LayerwiseOptimizerConfig"]
+
+
+@dataclass
+class LayerwiseOptimizerConfig(OptimizerConfig):
+    layer_decay: float = limited(1.0, least=0.01, most=1)
+    """The learning rate of a block over that of the block after it; the head's is ``lr``."""
+
+
+@dataclass
+class LabelSmoothingConfig:
+    smoothing: float = limited(0.1, least=0, most=1)
+
+
+@dataclass
+class MixUpConfig:
+    alpha: float = limited(0.2, least=0, most=1000)
+
+
+@dataclass
+class CutMixConfig:
+    alpha: float = limited(1.0, least=0, most=1000)
+
+
+@dataclass
+class EMAConfig:
+    half_life: str = limited("1000ba", check=duration("ba"))
+
+
+@dataclass
+class ClassifierAlgorithmsConfig(AlgorithmsConfig):
+    """Composer's algorithms; null: off."""
+
+    label_smoothing: LabelSmoothingConfig | None = None
+    mixup: MixUpConfig | None = None
+    cutmix: CutMixConfig | None = None
+    ema: EMAConfig | None = None
+    """Evaluate and save a moving average of the weights."""
+
+
+@dataclass
+class FinetuneConfig(TrainerConfig):
+    """Fields of recipes/finetune.py."""
+
+    model: str = MISSING
+    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or timm/NAME."""
+    weights: Literal["model", "ema"] = "model"
+    """Weights of a teacher's file."""
+    teacher: str | None = None
+    """The teacher of a checkpoint's student; default: where it was in training."""
+    representation: Literal["output", "layer_mean"] | None = None
+    """Default: the headline of the model's run, likewise ``pooling``."""
+    pooling: Literal["cls", "mean", "mean_patches"] | None = None
+    train_encoder: bool = False
+    from_scratch: bool = False
+    """Forget the weights: the same network, with random ones."""
+    dataset: LabelledSetConfig | None = None
+    """Required. Its train images train, its test images are the evaluation's."""
+    train_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    eval_interval: str = limited("1ep", check=duration("ba", "ep"))
+    optimizer: LayerwiseOptimizerConfig = field(default_factory=LayerwiseOptimizerConfig)
+    algorithms: ClassifierAlgorithmsConfig = field(default_factory=ClassifierAlgorithmsConfig)

@@ -1,0 +1,164 @@
+"""A classifier: a linear head on an embedding of a student or a teacher, which Composer trains.
+
+Shapes: B images, S pixels a side, T time steps, D channels, C classes.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from d2v_composer.models.block import init_linear_layers
+from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import height_and_width
+from d2v_composer.models.transformer import Transformer, poolings
+from d2v_composer.system.errors import InputError
+
+__all__ = ["Classifier", "randomize"]
+
+Batch = Sequence[Tensor]
+# data2vec's positions are a fixed table of sines, not weights.
+FIXED = "fixed_positional_encoder."
+
+
+class Classifier(ComposerModel):
+    """Train the blocks, the head and, if asked, the encoder of a student or teacher with labels.
+
+    A batch is images, (B, 3, S, S), as for the encoder, and labels: (B,) int64, or (B, C) float of mixed ones.
+    :meth:`prepare` normalises the images of a batch on the device, before Composer's algorithms mix them.
+
+    Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen: DDP
+    refuses those without gradient.
+
+    Args:
+        backbone: Changed: what trains takes a gradient.
+        num_classes: C.
+        representation: Of the embedding.
+        pooling: Of the embedding.
+        train_encoder: Train the encoder too, except fixed positions.
+        cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
+
+    Attributes:
+        head: Linear, (D) → (C), initially zeros.
+        depth_of_trained: Name of each trained parameter → its depth: 0 before the blocks, then the number of its
+            block, the encoder's first; the head's is the number of blocks + 1.
+    """
+
+    def __init__(
+        self,
+        backbone: Transformer,
+        num_classes: int,
+        representation: Representation = "output",
+        pooling: Pooling = "cls",
+        train_encoder: bool = False,
+        cpu_bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.representation: Representation = representation
+        self.embedding = f"{representation}_{pooling}"
+        self.train_encoder = train_encoder
+        self.cpu_bf16 = cpu_bf16
+        self.head = nn.Linear(backbone.encoder.config.embed_dim, num_classes)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+        backbone.requires_grad_(True)
+        for name, parameter in backbone.encoder.named_parameters():
+            parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
+        self._freeze_unused()
+        self.depth_of_trained = {
+            name: self._depth(name) for name, parameter in self.named_parameters() if parameter.requires_grad
+        }
+        self.metrics: dict[str, Metric] = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k < num_classes
+        }
+        self.metrics["loss"] = MeanMetric()
+        self.register_load_state_dict_post_hook(check_complete)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the logits of a batch, (B, C) float32."""
+        with self.cpu_autocast():
+            return self.head(self.embed(batch[0])).float()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the embeddings of images, (B, D), with gradient."""
+        backbone, encoder = self.backbone, self.backbone.encoder
+        x_BTD = encoder.encode_with_gradient(images) if self.train_encoder else encoder(images)
+        if self.representation == "output":
+            x_BTD, _ = backbone.forward_blocks(x_BTD)
+        else:
+            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD))
+        return poolings(x_BTD, self.representation, encoder.config)[self.embedding]
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Resize and normalise the images of a batch, on their device."""
+        images, labels = batch
+        return self.backbone.encoder.prepare(images), labels
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the cross entropy, a scalar."""
+        return cross_entropy(outputs, batch[1])
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """Return top-1, top-5 if there are more classes, and the loss of an evaluation."""
+        return {} if is_train else self.metrics
+
+    def update_metric(self, batch: Batch, outputs: Tensor, metric: Metric) -> None:
+        if isinstance(metric, MeanMetric):
+            metric.update(self.loss(outputs, batch), weight=len(outputs))
+        else:
+            metric.update(outputs, batch[1])
+
+    def cpu_autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
+
+    def _freeze_unused(self) -> None:
+        """Freeze what gets no gradient from a batch of one image."""
+        config = self.backbone.encoder.config
+        images = torch.zeros(1, config.in_chans, *height_and_width(config.image_size))
+        self.embed(images).sum().backward()
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+
+    def _depth(self, name: str) -> int:
+        blocks = [*self.backbone.encoder.block_list, *self.backbone.block_list]
+        weight = self.get_parameter(name)
+        for number, block in enumerate(blocks, 1):
+            if any(weight is each for each in block.parameters()):
+                return number
+        return 0 if name.startswith("backbone.encoder.") else len(blocks) + 1
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Draw all weights anew: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1."""
+    init_linear_layers(model)
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if FIXED in f"{name}.{own}" or isinstance(module, nn.Linear):
+                continue
+            if own.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim > 1 and own != "alibi_scale":
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.ones_(parameter)
+
+
+def check_complete(module: nn.Module, incompatible_keys: Any) -> None:
+    """Check that a loaded state dict had exactly the model's tensors; Composer would accept others.
+
+    Raises:
+        InputError: A tensor is missing or unknown.
+    """
+    for what, names in (("lacks", incompatible_keys.missing_keys), ("has unknown", incompatible_keys.unexpected_keys)):
+        if names:
+            raise InputError(f"the checkpoint {what} {len(names)} of the classifier's tensors, first {names[0]}")

@@ -1,0 +1,93 @@
+"""Fine-tune a classifier from a student, a teacher or a checkpoint: train, evaluate, save, report.
+
+usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
+
+    composer recipes/finetune.py yamls/finetune.yaml model=runs/quickstart/latest-rank0.pt
+    composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors \\
+        'dataset={format: folder, root: photos}' run_name=photos
+    composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors from_scratch=true run_name=scratch
+
+composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. The
+same command again resumes the run.
+"""
+
+import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)
+
+# isort: split
+from collections.abc import Sequence
+
+from d2v_composer.system import cli
+
+if __name__ == "__main__":
+    cli.begin(__doc__)
+
+import torch
+from composer import Callback, Trainer
+from composer.utils import reproducibility
+
+from d2v_composer.builders.data import count_open_files
+from d2v_composer.builders.finetune import EVALUATOR, BuiltFinetuning, build_finetuning
+from d2v_composer.builders.finish import fit_and_close, write_run_report
+from d2v_composer.builders.header import describe_finetuning
+from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
+from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.config.finetune import FinetuneConfig
+from d2v_composer.config.load import load_finetune_config
+from d2v_composer.evaluation.text_table import format_table
+from d2v_composer.report.run import Run
+from d2v_composer.system.compat import patched_composer
+from d2v_composer.system.multi_node import join_ranks
+from d2v_composer.system.next_step import d2v, print_next
+from d2v_composer.system.worker_lifetime import allow_open_files
+
+
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Fine-tune a classifier, from the run's last checkpoint if there is one.
+
+    Args:
+        argv: A YAML and its overrides.
+        callbacks: Callbacks beside those of the YAML.
+    """
+    config = load_finetune_config(argv)
+    allow_open_files(count_open_files(config.train_loader))
+    join_ranks()
+    reproducibility.seed_all(config.seed)
+    with patched_composer(read_checkpoint):
+        built = build_finetuning(config)
+        built.trainer_arguments["callbacks"].extend(callbacks)
+        trainer = Trainer(**built.trainer_arguments)
+    # Only now: each DeviceGPU that Composer constructs allows TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    fit_and_close(
+        trainer,
+        config,
+        header=lambda: describe_finetuning(config, built, trainer.state),
+        report=lambda is_new: report(trainer, config, built, is_new),
+    )
+    name_next_step(config, built)
+    return trainer
+
+
+def report(trainer: Trainer, config: FinetuneConfig, built: BuiltFinetuning, is_new: bool) -> None:
+    """Print the accuracy of the last evaluation, and write the report into the run's folder."""
+    metrics = trainer.state.eval_metric_values
+    found = {name: float(metrics[name]) for name in built.model.metrics if name in metrics}
+    if found:
+        title = f"{built.labelled.num_images[1]:,} {EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}"
+        loss = f"{found.pop('loss'):.4f}"
+        row = [config.run_name, *(f"{100 * value:.2f}" for value in found.values()), loss]
+        table = format_table(["", *(name.replace("top", "top-") for name in found), "loss"], [row])
+        print(f"\n{title}, accuracy in %\n{table}")
+    write_run_report(trainer, config, lambda log: Run(built.record.record, log, {}, {}), is_new)
+
+
+def name_next_step(config: FinetuneConfig, built: BuiltFinetuning) -> None:
+    """Print how to export the classifier."""
+    run_folder = find_run_folder(config)
+    if run_folder is not None and built.record.record["model"]["kind"] == "student":
+        print_next(d2v("export", run_folder.local / LATEST, run_folder.local / "classifier.safetensors"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,54 @@
+"""Batches of labelled images in memory: the same for any number of workers and ranks."""
+
+from unittest.mock import patch
+
+import torch
+from composer.utils import dist
+
+from d2v_composer.data.augmentation import RandomResizedCropFlip
+from d2v_composer.data.labelled_batches import AugmentedImages, EpochSampler, train_batches
+from d2v_composer.data.labelled_sets import LabelledImages
+from helpers import time_limit
+
+NUM_IMAGES, BATCH_SIZE = 23, 4
+
+
+def augmented() -> AugmentedImages:
+    images = torch.randint(0, 256, (NUM_IMAGES, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(1))
+    return AugmentedImages(LabelledImages(images, torch.arange(NUM_IMAGES)), RandomResizedCropFlip(8), seed=5)
+
+
+def epoch_of(workers: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    loader = train_batches(augmented(), BATCH_SIZE, workers, prefetch_factor=2)
+    sampler = loader.sampler
+    assert isinstance(sampler, EpochSampler)
+    sampler.set_epoch(epoch)
+    with time_limit(30):
+        images, labels = map(torch.cat, zip(*loader, strict=True))
+    return images, labels
+
+
+def test_an_epoch_is_the_same_with_workers_and_differs_from_the_next() -> None:
+    images, labels = epoch_of(workers=0, epoch=1)
+    assert len(set(labels.tolist())) == len(labels) == 20
+    again, labels_again = epoch_of(workers=2, epoch=1)
+    assert torch.equal(images, again)
+    assert torch.equal(labels, labels_again)
+    assert not torch.equal(labels, epoch_of(workers=0, epoch=2)[1])
+
+
+def test_a_batch_of_all_ranks_has_the_same_images() -> None:
+    def batches(ranks: int) -> list[set[tuple[int, int]]]:
+        of_ranks = []
+        for rank in range(ranks):
+            with (
+                patch.object(dist, "get_world_size", lambda: ranks),
+                patch.object(dist, "get_global_rank", lambda rank=rank: rank),
+            ):
+                sampler = EpochSampler(augmented(), BATCH_SIZE, seed=5)
+            sampler.set_epoch(3)
+            of_ranks.append(list(sampler))
+        size = BATCH_SIZE // ranks
+        return [{each for rank in of_ranks for each in rank[i * size : (i + 1) * size]} for i in range(5)]
+
+    assert batches(1) == batches(2) == batches(4)

@@ -1,0 +1,64 @@
+"""The classifier: what trains, how deep it is, and the same network with random weights."""
+
+from typing import get_args
+
+import torch
+
+from d2v_composer import load_teacher
+from d2v_composer.builders.optimization import build_layerwise_optimizer
+from d2v_composer.config.finetune import LayerwiseOptimizerConfig
+from d2v_composer.models.classification import Classifier, randomize
+from d2v_composer.models.names import Representation
+from helpers import GOLDEN
+
+
+def build_classifier(representation: Representation = "output", *, train_encoder: bool) -> Classifier:
+    student = load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=2)
+    return Classifier(student, 3, representation, train_encoder=train_encoder)
+
+
+def names_of_trained(model: Classifier) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_every_trained_parameter_has_a_gradient() -> None:
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for representation in get_args(Representation):
+        for train_encoder in (False, True):
+            model = build_classifier(representation, train_encoder=train_encoder)
+            batch = model.prepare((images, torch.tensor([0, 2])))
+            torch.nn.init.normal_(model.head.weight)
+            model.loss(model(batch), batch).backward()
+            trained = names_of_trained(model)
+            assert {name for name, weight in model.named_parameters() if weight.grad is not None} == trained
+            assert any("encoder" in name for name in trained) == train_encoder
+            assert not any("positions" in name for name in trained)
+
+
+def test_the_learning_rate_decays_from_the_head_to_the_patches() -> None:
+    model = build_classifier(train_encoder=True)
+    config = LayerwiseOptimizerConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1)
+    groups = build_layerwise_optimizer(config, model).param_groups
+    of_weight = {id(weight): group for group in groups for weight in group["params"]}
+    found = {name: of_weight[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert groups[0]["lr"] == found["head.weight"]["lr"] == 1
+    assert found["backbone.blocks.1.mlp.fc1.weight"]["lr"] == 1 / 2
+    assert found["backbone.blocks.0.mlp.fc1.weight"]["lr"] == 1 / 4
+    first = len(model.backbone.encoder.block_list)
+    assert found["backbone.encoder.context_encoder.blocks.0.attn.qkv.weight"]["lr"] == 0.5 ** (2 + first)
+    assert found["backbone.encoder.local_encoder.proj.weight"]["lr"] == 0.5 ** (3 + first)
+    assert {group["weight_decay"] for group in groups if group["params"][0].ndim == 1} == {0.0}
+    assert {group["weight_decay"] for group in groups if group["params"][0].ndim > 1} == {0.1}
+
+
+def test_from_scratch_keeps_no_weight_but_the_fixed_positions() -> None:
+    trained, model = load_teacher(GOLDEN / "tiny_base.pt"), load_teacher(GOLDEN / "tiny_base.pt")
+    scale = model.block_list[0].norm1.weight
+    torch.nn.init.constant_(scale, 3.0)
+    randomize(model)
+    assert torch.equal(scale, torch.ones_like(scale))
+    before = dict(trained.named_parameters())
+    for name, weight in model.named_parameters():
+        is_fixed = name.endswith("positions")
+        if weight.ndim > 1:
+            assert torch.equal(weight, before[name]) == is_fixed, name

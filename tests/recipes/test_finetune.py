@@ -1,0 +1,252 @@
+"""The fine-tuning command as a user runs it: it learns, resumes, refuses bad input; timm loads its classifier."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2v_composer import load_teacher
+from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.safetensors_file import read_tensors
+from d2v_composer.config.load import load_finetune_config
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.system.errors import InputError
+from helpers import (
+    GOLDEN,
+    QUICKSTART,
+    ROOT,
+    has_trained,
+    load_checkpoint,
+    losses_of,
+    run_command,
+    start_python,
+    started_ranks,
+    wait_until,
+    write_mds,
+)
+
+SCRIPT = ROOT / "recipes" / "finetune.py"
+
+# Fine-tune, and kill the process without warning when the given batch starts.
+KILLED_AT = """
+import os, signal, sys
+from composer import Callback
+from recipes import finetune
+
+class Kill(Callback):
+    def batch_start(self, state, logger):
+        if int(state.timestamp.batch) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+finetune.main(sys.argv[2:], [Kill()])
+"""
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported student of the tiny teacher."""
+    torch.manual_seed(3)
+    file = tmp_path_factory.mktemp("student") / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=2), file)
+    return file
+
+
+def small_finetuning(folder: Path, model: Path, data: Path, *overrides: str) -> list[str]:
+    """The arguments of a tiny fine-tuning: 12 batches, 6 an epoch, 6 checkpoints."""
+    return [
+        str(ROOT / "yamls" / "finetune.yaml"),
+        f"model={model}",
+        f"dataset={{format: mds, root: {data}}}",
+        f"save_folder={folder}",
+        "precision=fp32",
+        "max_duration=12ba",
+        "global_train_batch_size=16",
+        "scheduler.t_warmup=2ba",
+        "save_interval=2ba",
+        "train_loader.num_workers=0",
+        "report=false",  # seconds
+        *overrides,
+    ]
+
+
+def finetune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_command(sys.executable, SCRIPT, *arguments)
+
+
+def model_of(folder: Path) -> dict[str, Tensor]:
+    return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: Path) -> Path:
+    """The folder of a fine-tuning that was never interrupted."""
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    result = finetune(*small_finetuning(folder, student, labelled))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: Path, student: Path) -> None:
+    before, after = read_tensors(student), model_of(finetuned)
+    encoder = [name for name in before if name.startswith("encoder.")]
+    blocks = [name for name in before if name.startswith("blocks.")]
+    assert encoder
+    assert all(torch.equal(before[name], after[f"backbone.{name}"]) for name in encoder)
+    assert not any(torch.equal(before[name], after[f"backbone.{name}"]) for name in blocks)
+    assert after["head.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("batch", [5, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels_and_averaged_weights(
+    student: Path, labelled: Path, tmp_path: Path, batch: int
+) -> None:
+    options = ("algorithms.mixup={}", "algorithms.ema={half_life: 4ba}")
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
+    assert whole.returncode == 0, whole.stderr
+    arguments = small_finetuning(tmp_path / "killed", student, labelled, *options)
+    assert run_command(sys.executable, "-c", KILLED_AT, str(batch), *arguments).returncode == -9
+    again = finetune(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    ours, expected = model_of(tmp_path / "killed"), model_of(tmp_path / "whole")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_resumes(student: Path, labelled: Path, tmp_path: Path) -> None:
+    arguments = small_finetuning(tmp_path, student, labelled, "save_interval=1000ba", "max_duration=200ba")
+    program = start_python(SCRIPT, *arguments)
+    wait_until(lambda: has_trained(tmp_path) or program.poll() is not None, seconds=60)
+    os.kill(program.pid, signal.SIGTERM)
+    assert program.wait(60) == 128 + signal.SIGTERM, program.stderr
+    assert "SIGTERM: saved at batch" in program.stdout
+    again = finetune(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "resumed   from" in again.stdout
+    assert sorted(losses_of(tmp_path)) == list(range(200))
+
+
+def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, labelled: Path, tmp_path: Path) -> None:
+    arguments = small_finetuning(tmp_path, student, labelled)
+    with started_ranks(SCRIPT, *arguments, ranks=2) as programs:
+        for program in programs:
+            assert program.wait(120) == 0, program.stderr
+    ours, expected = (read_jsonl(folder / "log.jsonl") for folder in (tmp_path, finetuned))
+    for key in ("loss/train/total", "metrics/test/top1", "metrics/test/loss"):
+        assert ours[key].keys() == expected[key].keys()
+        np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
+
+
+def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_path: Path) -> None:
+    """MixUp and EMA run in the test of a kill."""
+    result = finetune(*small_finetuning(tmp_path, student, labelled, "algorithms.cutmix={}", "max_duration=3ba"))
+    assert result.returncode == 0, result.stderr
+    assert np.isfinite(list(losses_of(tmp_path).values())).all()
+
+
+@pytest.fixture
+def shipped_images(tmp_path: Path) -> Path:
+    """Some of the quickstart's CIFAR-10 images."""
+    shipped = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    for split, images, labels in (("train", *shipped.train.at_most(512)), ("test", *shipped.test.at_most(160))):
+        write_mds(tmp_path / split, [to_png(each) for each in images], labels.tolist())
+    return tmp_path
+
+
+def to_png(image: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_teacher_learns_to_classify_real_images(shipped_images: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "run", QUICKSTART / "teacher.safetensors"
+    options = ("max_duration=16ba", "global_train_batch_size=32", "eval_interval=16ba", "report=true")
+    result = finetune(*small_finetuning(folder, model, shipped_images, *options))
+    assert result.returncode == 0, result.stderr
+    assert read_jsonl(folder / "log.jsonl")["metrics/test/top1"][16] > 0.2  # chance is 0.1
+    assert "evaluation at batch 16: top-1 " in result.stderr
+    assert "160 test images, batch 16, accuracy in %" in result.stdout
+    assert "top-1 of the test images" in (folder / "report.html").read_text()
+    assert (folder / "report" / "accuracy.png").is_file()
+
+
+def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "classifier.safetensors"
+    exported = run_command(sys.executable, ROOT / "recipes" / "export_student.py", finetuned / "latest-rank0.pt", out)
+    assert exported.returncode == 0, exported.stderr
+    assert "num_classes=4)" in exported.stdout
+    model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
+    test = load_labelled_set("mds", labelled, image_size=32).test
+    with torch.no_grad():
+        logits = model(model.encoder.prepare(test.images))
+        student, teacher = load_any(finetuned / "latest-rank0.pt")
+    assert student is not None
+    assert teacher is None
+    pooled = model.forward_head(model.forward_features(model.encoder.prepare(test.images)), pre_logits=True)
+    torch.testing.assert_close(student.embed(test.images), pooled.detach())
+    accuracy = (logits.argmax(1) == test.labels).float().mean()
+    assert read_jsonl(finetuned / "log.jsonl")["metrics/test/top1"][12] == pytest.approx(float(accuracy))
+    with pytest.raises(ValueError, match="is a fine-tuned classifier, read by timm"):
+        load_any(out)
+
+
+REFUSED = {
+    "mixup and cutmix": (
+        ["algorithms.mixup={}", "algorithms.cutmix={}"],
+        "algorithms.cutmix: Composer cannot mix labels twice",
+    ),
+    "a frozen encoder from scratch": (["from_scratch=true"], "from_scratch: needs train_encoder=true"),
+    "no data set": (["dataset=null"], "dataset: is required, such as 'dataset={format: cifar10, "),
+    "a missing data set": (["dataset={format: folder, root: nowhere}"], "dataset.root: nowhere/train: no such folder"),
+    "a missing model": (["model=nowhere.pt"], "model: nowhere.pt: no such file"),
+    "an unknown key": (["optimizer.layer_decai=1"], "optimizer.layer_decai: no such key; did you mean layer_decay?"),
+    "a long warm-up": (["scheduler.t_warmup=13ba"], "scheduler.t_warmup: must not be longer than max_duration 12ba"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_value_is_refused_in_one_line(
+    overrides: list[str], message: str, student: Path, labelled: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_finetune_config(small_finetuning(tmp_path, student, labelled, *overrides))
+    assert len(caught.value.args) == 1
+    assert str(caught.value).startswith(message)
+
+
+def test_what_a_yaml_lacks_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("precision: fp32\ndataset: {root: photos}\n")
+    with pytest.raises(InputError) as caught:
+        load_finetune_config([str(tmp_path / "short.yaml")])
+    assert [line.partition(", and")[0] for line in caught.value.args] == [
+        "dataset.format: is required",
+        "model: is required",
+    ]
+
+
+def test_too_few_images_are_refused_before_anything_is_written(student: Path, labelled: Path, tmp_path: Path) -> None:
+    result = finetune(*small_finetuning(tmp_path / "run", student, labelled, "global_train_batch_size=97"))
+    assert result.returncode == 2
+    assert result.stderr == "error: global_train_batch_size: must be at most the 96 train images, got 97\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_with_other_features_is_refused(
+    finetuned: Path, student: Path, labelled: Path, tmp_path: Path
+) -> None:
+    changed = ["pooling=mean", f"load_path={finetuned / 'latest-rank0.pt'}"]
+    result = finetune(*small_finetuning(tmp_path, student, labelled, *changed))
+    assert result.returncode == 2
+    assert "pooling: cls in the checkpoint, mean asked" in result.stderr
