@@ -165,7 +165,12 @@ def describe_model(
         "class_names": list(class_names),
         "provenance": backbone.provenance,
     }
-    return about | ({"sizes": json.loads(json.dumps(sizes_of(backbone)))} if isinstance(backbone, Student) else {})
+    if not isinstance(backbone, Student):
+        return about
+    sizes = sizes_of(backbone)
+    if config.train_encoder and "outputs" in sizes["encoder"]:
+        sizes["encoder"]["outputs"] = ()  # those of the encoder before
+    return about | {"sizes": json.loads(json.dumps(sizes))}
 
 
 def describe_images(config: FinetuneConfig, labelled: LabelledSet) -> dict[str, Any]:
