@@ -70,6 +70,7 @@ cli.run(lambda argv: train.main(argv[1:]))
 # A training whose report takes for ever.
 IN_REPORT = """
 import sys, time
+from d2v_composer.builders import finish
 from d2v_composer.system import cli
 from recipes import train
 
@@ -77,7 +78,7 @@ def stay(*arguments):
     print("is stuck", flush=True)
     time.sleep(600)
 
-train.write_report = stay
+finish.write_report = stay
 cli.run(train.main)
 """
 
