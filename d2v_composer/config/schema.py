@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must, suggest
+from d2v_composer.config.field_checks import (
+    check_cache_limit,
+    check_image_size,
+    check_load_path,
+    check_references,
+)
+from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must
 from d2v_composer.models.names import DATA2VEC2, Pooling, Representation
-from d2v_composer.models.sizes import MAX_WIDTH
 from d2v_composer.models.timm_config import PREFIX, parse_image_size
-from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
+from d2v_composer.system.addresses import Address, RunFolder, check_run_name
 
 __all__ = [
     "AlgorithmsConfig",
@@ -30,7 +35,6 @@ __all__ = [
 ]
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
-REFERENCES = ("pixels", "encoder", "teacher")
 
 is_teacher = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 is_here = must("be a folder of this machine", lambda folder: "://" not in folder)
@@ -41,36 +45,6 @@ is_kept = must("be at least 1, or -1 for all", lambda number: number == -1 or nu
 is_microbatch = must(
     "be at least 1, 'auto' or null", lambda size: size >= 1 if isinstance(size, int) else size == "auto"
 )
-
-
-def check_cache_limit(limit: int | str) -> None:
-    from streaming.base.util import bytes_to_int  # takes seconds
-
-    try:
-        bytes_to_int(limit)
-    except ValueError:
-        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}") from None
-
-
-def check_load_path(text: str) -> None:
-    """Refuse an address or path that Composer would look up elsewhere."""
-    if not Address.parse(text).is_remote:
-        check_path(text)
-
-
-def check_image_size(size: int | str) -> None:
-    try:
-        parse_image_size(size)
-    except ValueError:
-        raise ValueError(
-            f"must be a number of pixels or HEIGHTxWIDTH, each from 1 to {MAX_WIDTH}, got {size!r}"
-        ) from None
-
-
-def check_references(names: list[str]) -> None:
-    for name in names:
-        if name not in REFERENCES:
-            raise ValueError(f"no such reference {name!r}{suggest(name, REFERENCES)}")
 
 
 @dataclass
