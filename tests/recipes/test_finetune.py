@@ -170,6 +170,7 @@ def to_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_a_teacher_learns_to_classify_real_images(shipped_images: Path, tmp_path: Path) -> None:
     folder, model = tmp_path / "run", QUICKSTART / "teacher.safetensors"
     options = ("max_duration=16ba", "global_train_batch_size=32", "eval_interval=16ba", "report=true")
