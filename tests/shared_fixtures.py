@@ -74,7 +74,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[GatedStore]:
-    """An S3 server; each file of tests has buckets of its own, and restores what it changes in them."""
+    """An S3 server; each file of tests has buckets of its own, made once a process, and restores what it changes."""
     with GatedStore() as store:
         yield store
 

@@ -32,7 +32,7 @@ from recipes import train
 BUCKET = "saved"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(object_store: GatedStore) -> GatedStore:
     object_store.create_bucket(BUCKET)
     return object_store

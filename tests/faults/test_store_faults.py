@@ -29,12 +29,12 @@ Record = dict[int, dict[int, str]]
 """Batch → sample id → the pixels' checksum."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def images(many_shards: Path) -> Path:
     return many_shards
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(object_store: GatedStore, images: Path) -> GatedStore:
     """The store with the images. A test that changes it restores it."""
     object_store.create_bucket("cloud")

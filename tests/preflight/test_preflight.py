@@ -171,7 +171,7 @@ def test_few_images_are_evenly_spaced() -> None:
     assert images.at_most(11) is images
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(object_store: GatedStore, small_data: Path) -> GatedStore:
     """The store with the small data set."""
     object_store.create_bucket(BUCKET)

@@ -29,7 +29,7 @@ from helpers import (
 BUCKET = "training"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(object_store: GatedStore, small_data: Path) -> GatedStore:
     """The store with the small data set and a teacher."""
     object_store.create_bucket(BUCKET)
