@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from d2v_composer.callbacks import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.checkpoints.timm_student import d2v2_student
+    from d2v_composer.evaluation.knn import knn_accuracy
+    from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.retrieval import retrieval_accuracy
     from d2v_composer.models.distillation import DistillationModel
 
@@ -19,6 +21,8 @@ __all__ = [
     "DistillationModel",
     "ZeroShotRetrieval",
     "d2v2_student",
+    "knn_accuracy",
+    "linear_probe_accuracy",
     "load_student",
     "load_teacher",
     "retrieval_accuracy",
@@ -30,6 +34,8 @@ MODULES = {
     "DistillationModel": "models.distillation",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "d2v2_student": "checkpoints.timm_student",
+    "knn_accuracy": "evaluation.knn",
+    "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
     "retrieval_accuracy": "evaluation.retrieval",

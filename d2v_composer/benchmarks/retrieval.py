@@ -142,7 +142,7 @@ def build_searches(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[str,
     """Yield every installed search for the neighbours, (Q, k)."""
 
     def ours() -> np.ndarray:
-        return nearest_neighbours(bank, queries, k).cpu().numpy()
+        return nearest_neighbours(bank, queries, k).indices.cpu().numpy()
 
     def whole() -> np.ndarray:
         with full_float32(bank.device.type):

@@ -37,6 +37,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             references={name: embeds[name] for name in retrieval.references},
             measured_first=WITHOUT_MODEL,
             at_start=retrieval.at_start,
+            probes=retrieval.probes,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )

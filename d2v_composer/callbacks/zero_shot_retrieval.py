@@ -1,5 +1,6 @@
 """Measure zero-shot retrieval during training: the quality of the representations."""
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.evaluation.labelled_retrieval import Found, Ranks, embed_set, look_up
-from d2v_composer.evaluation.metric_names import BANKS, find_headline, headline_fallbacks, metric_key
+from d2v_composer.evaluation.labelled_retrieval import Found, embed_set, look_up
+from d2v_composer.evaluation.metric_names import BANKS, PROBES, Measure, find_headline, headline_fallbacks, metric_key
+from d2v_composer.evaluation.ranks import Ranks
 
 __all__ = ["ZeroShotRetrieval"]
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 """Metric key → accuracy."""
@@ -35,7 +39,8 @@ class ZeroShotRetrieval(Callback):
 
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
-    ``metrics/{dataset}/{reference}/`` for each reference, and ``time/zero_shot_retrieval`` in seconds.
+    ``metrics/{dataset}/{reference}/`` for each reference, and ``time/zero_shot_retrieval`` in seconds. Probes have
+    ``{knn|knn_majority|linear}/top1`` in place of ``bank_{train|test}/top{k}``.
 
     Args:
         datasets: Name → labelled images; each split is the bank for the other's queries.
@@ -48,6 +53,8 @@ class ZeroShotRetrieval(Callback):
         measured_first: The references that take no time. They have a pass over the images of their own, before the
             other references and the model have theirs, so that a first accuracy appears soon.
         at_start: Evaluate the untrained model as well.
+        probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
+            and the majority), ``linear``, by a logistic regression (seconds for each embedding).
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 
@@ -71,6 +78,7 @@ class ZeroShotRetrieval(Callback):
         references: Mapping[str, Embed] | None = None,
         measured_first: Collection[str] = (),
         at_start: bool = False,
+        probes: Collection[str] = (),
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
@@ -78,6 +86,8 @@ class ZeroShotRetrieval(Callback):
             smallest = min(labelled.num_images)
             if not 1 <= min(ks) <= max(ks) <= smallest:
                 raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
+        if unknown := set(probes) - set(PROBES):
+            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(sorted(unknown))}")
         self.datasets = dict(datasets)
         self.ks = tuple(ks)
         self.embed = embed
@@ -85,6 +95,7 @@ class ZeroShotRetrieval(Callback):
         self.references = references
         self.measured_first = frozenset(measured_first)
         self.at_start = at_start
+        self.probes = tuple(probes)
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
@@ -137,13 +148,20 @@ class ZeroShotRetrieval(Callback):
             metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
         return metrics
 
+    @property
+    def measures(self) -> list[tuple[str, Measure]]:
+        """All pairs of bank and k, then those of 'train' and what a probe measures."""
+        probed = [
+            ("train", measure) for probe, measures in PROBES.items() if probe in self.probes for measure in measures
+        ]
+        return [*((bank, k) for bank in BANKS for k in self.ks), *probed]
+
     def expected_reference_keys(self) -> set[str]:
         """Return the short keys of every reference."""
         return {
-            metric_key(dataset, bank, k, reference=reference)
+            metric_key(dataset, bank, measure, reference=reference)
             for dataset in self.datasets
-            for bank in BANKS
-            for k in self.ks
+            for bank, measure in self.measures
             for reference in self.references or {}
         }
 
@@ -190,7 +208,7 @@ class ZeroShotRetrieval(Callback):
         embedded = embed_set(embeds, labelled, self.device_batch_size, to_device, ranks, progress)
         for reference, embeddings in embedded.items():
             headline = find_headline(self.headline, embeddings["train"].keys(), fall_back=reference is not None)
-            found = list(look_up(embeddings, labelled, self.ks, to_device, ranks))
+            found = list(look_up(embeddings, labelled, self.ks, to_device, ranks, self.probes))
             metrics[reference] = retrieval_metrics(dataset, found, headline, reference)
             if reference is None:
                 self.neighbours[dataset] = {
@@ -204,9 +222,12 @@ def retrieval_metrics(dataset: str, found: Sequence[Found], headline: str, refer
     metrics: Metrics = {}
     for each in found:
         names = ([None] if each.embedding == headline else []) + ([each.embedding] if each.embedding else [])
-        for k, hits in each.hits.items():
+        for measure, hits in each.hits.items():
             accuracy = hits.double().mean().item()
-            metrics |= {metric_key(dataset, each.bank, k, name, reference): accuracy for name in names}
+            metrics |= {metric_key(dataset, each.bank, measure, name, reference): accuracy for name in names}
+        doubt = None if each.linear is None else each.linear.doubt
+        if doubt is not None and each.embedding == headline and dist.get_global_rank() == 0:
+            log.warning("linear probe of %s on %s, %s: %s", reference or "the model", dataset, headline, doubt)
     return metrics
 
 

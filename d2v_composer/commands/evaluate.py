@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     check_ks(config.ks, datasets)
     print(f"embedding: {embedding}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
-    retrievals = list(evaluate(candidates, datasets, config.ks, device, config.device_eval_batch_size, autocast_dtype))
+    batch_size = config.device_eval_batch_size
+    retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, autocast_dtype, config.probes))
     class_names = {name: labelled.class_names for name, labelled in datasets.items()}
     evaluation = Evaluation(candidates, retrievals, config.ks, embedding.headline.name, class_names)
     print(evaluation_tables(evaluation))

@@ -1,11 +1,12 @@
 """Checks of single fields that need more than a comparison; each raises ValueError."""
 
 from d2v_composer.config.limits import suggest
+from d2v_composer.evaluation.metric_names import PROBES
 from d2v_composer.models.sizes import MAX_WIDTH
 from d2v_composer.models.timm_config import parse_image_size
 from d2v_composer.system.addresses import Address, check_path
 
-__all__ = ["check_cache_limit", "check_image_size", "check_load_path", "check_references"]
+__all__ = ["check_cache_limit", "check_image_size", "check_load_path", "check_probes", "check_references"]
 
 REFERENCES = ("pixels", "encoder", "teacher")
 
@@ -32,6 +33,12 @@ def check_image_size(size: int | str) -> None:
         raise ValueError(
             f"must be a number of pixels or HEIGHTxWIDTH, each from 1 to {MAX_WIDTH}, got {size!r}"
         ) from None
+
+
+def check_probes(names: list[str]) -> None:
+    for name in names:
+        if name not in PROBES:
+            raise ValueError(f"no such probe {name!r}{suggest(name, list(PROBES))}")
 
 
 def check_references(names: list[str]) -> None:

@@ -14,6 +14,7 @@ from d2v_composer.config.field_checks import (
     check_cache_limit,
     check_image_size,
     check_load_path,
+    check_probes,
     check_references,
 )
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must
@@ -189,6 +190,8 @@ class LookupConfig:
     """Retrieval by nearest neighbours, during training or in an evaluation."""
 
     ks: list[int] = limited([1, 3], check=are_ks)
+    probes: list[str] = limited([], check=check_probes)
+    """Of knn, linear: classify the test images, too."""
     datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
     """Name → location; null: off."""
 

@@ -1,4 +1,4 @@
-"""Evaluate embeddings: retrieval with its uncertainty, class by class, and the cost of embedding.
+"""Evaluate embeddings: retrieval and probes with their uncertainty, class by class, and the cost of embedding.
 
 Shapes: Q queries, C classes.
 """
@@ -6,10 +6,11 @@ Shapes: Q queries, C classes.
 import csv
 import io
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +23,17 @@ from torch import Tensor
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.bootstrap import Interval, accuracy_interval, share_interval
 from d2v_composer.evaluation.embed_function import Embed
+from d2v_composer.evaluation.knn import NUM_NEIGHBOURS
 from d2v_composer.evaluation.labelled_retrieval import embed_set, look_up
-from d2v_composer.evaluation.metric_names import BANKS, find_headline
+from d2v_composer.evaluation.metric_names import Measure, find_headline
 from d2v_composer.system.atomic_files import write_atomically
 
 __all__ = ["OUT_FILES", "Candidate", "Evaluation", "Retrieval", "confusion_matrix", "evaluate"]
 
 OUT_FILES = ("evaluation.json", "evaluation.csv")
 SPEED_BATCHES = 3  # the first one also warms up
+
+log = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
@@ -49,14 +53,16 @@ class Retrieval(NamedTuple):
     bank: str
     embedding: str
     """'' for a candidate with only one."""
-    hits: dict[int, NDArray[np.bool_]]
-    """k → (Q,): whether any of the k nearest has the query's label."""
+    hits: dict[Measure, NDArray[np.bool_]]
+    """k → (Q,): whether any of the k nearest has the query's label; with bank 'train', also what a probe measures."""
     confusion: NDArray[np.int64]
     """(C, C): queries of class i whose nearest bank image is of class j."""
     images_per_second: float
+    strength: float | None = None
+    """Of the linear probe's L2 penalty, if there is a linear probe."""
 
-    def accuracy(self, k: int) -> Interval:
-        return accuracy_interval(self.hits[k])
+    def accuracy(self, measure: Measure) -> Interval:
+        return accuracy_interval(self.hits[measure])
 
     @property
     def class_accuracy(self) -> NDArray[np.float64]:
@@ -81,6 +87,11 @@ class Evaluation(NamedTuple):
         return list(dict.fromkeys(each.dataset for each in self.retrievals))
 
     @property
+    def measures(self) -> list[tuple[str, Measure]]:
+        """All pairs of bank and what was measured with it."""
+        return list(dict.fromkeys((each.bank, measure) for each in self.retrievals for measure in each.hits))
+
+    @property
     def headlines(self) -> dict[tuple[str, str, str], Retrieval]:
         """Candidate, data set and bank → its result with the headline embedding, or with the fallback for it."""
         names: dict[str, set[str]] = {}
@@ -93,7 +104,7 @@ class Evaluation(NamedTuple):
             if each.embedding == shown[each.candidate]
         }
 
-    def share_recovered(self, dataset: str, bank: str, k: int) -> Interval | None:
+    def share_recovered(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
         """Return the part of the teacher's advantage over the untrained student that the student has.
 
         ``None``: the teacher has no advantage, or one of the three was not evaluated.
@@ -102,27 +113,28 @@ class Evaluation(NamedTuple):
         keys = [(name, dataset, bank) for name in ("untrained student", "student", "teacher")]
         if not all(key in headlines for key in keys):
             return None
-        return share_interval(*(headlines[key].hits[k] for key in keys))
+        return share_interval(*(headlines[key].hits[measure] for key in keys))
 
     def class_name(self, dataset: str, label: int) -> str:
         """Return a label's name; the number if it has none."""
         names = self.class_names[dataset]
         return names[label] if label < len(names) else str(label)
 
-    def rows(self) -> list[dict[str, str | int | float]]:
-        """Return one row for each candidate, data set, bank, embedding and k."""
+    def rows(self) -> list[dict[str, str | int | float | None]]:
+        """Return one row for each candidate, data set, bank, embedding and k, or probe."""
         return [
             {
                 "candidate": each.candidate,
                 "dataset": each.dataset,
                 "bank": each.bank,
                 "embedding": each.embedding,
-                "k": k,
-                **each.accuracy(k)._asdict(),
+                **describe_measure(measure),
+                **each.accuracy(measure)._asdict(),
                 "images_per_second": each.images_per_second,
+                "strength": each.strength if measure == "linear" else None,
             }
             for each in self.retrievals
-            for k in self.ks
+            for measure in each.hits
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -131,11 +143,10 @@ class Evaluation(NamedTuple):
             "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
             "results": self.rows(),
             "share_recovered": [
-                {"dataset": dataset, "bank": bank, "k": k, **share._asdict()}
+                {"dataset": dataset, "bank": bank, **describe_measure(measure), **share._asdict()}
                 for dataset in self.datasets
-                for bank in BANKS
-                for k in self.ks
-                if (share := self.share_recovered(dataset, bank, k)) is not None
+                for bank, measure in self.measures
+                if (share := self.share_recovered(dataset, bank, measure)) is not None
             ],
             "confusion": [
                 {"candidate": candidate, "dataset": dataset, "bank": bank, "matrix": each.confusion.tolist()}
@@ -163,6 +174,13 @@ class Evaluation(NamedTuple):
             write_atomically(folder / name, text)
 
 
+def describe_measure(measure: Measure) -> dict[str, str | int | None]:
+    """Return the cells of a measure: 'retrieval' among the k nearest, or the probe and the number of its voters."""
+    if isinstance(measure, int):
+        return {"measure": "retrieval", "k": measure}
+    return {"measure": measure, "k": None if measure == "linear" else NUM_NEIGHBOURS}
+
+
 def evaluate(
     candidates: Sequence[Candidate],
     datasets: Mapping[str, LabelledSet],
@@ -170,8 +188,9 @@ def evaluate(
     device: str,
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
+    probes: Collection[str] = (),
 ) -> Iterator[Retrieval]:
-    """Embed every image once, with all candidates, and look up each split's images among the other split's.
+    """Embed every image once, with all candidates, look up each split's images among the other's, and probe them.
 
     Args:
         candidates: On ``device``, in eval mode.
@@ -180,6 +199,7 @@ def evaluate(
         device: cpu or cuda.
         batch_size: Images embedded at once.
         autocast_dtype: Enables autocast with this dtype.
+        probes: Names of ``PROBES``.
     """
     embeds = {candidate.name: candidate.embed for candidate in candidates}
     for dataset, labelled in datasets.items():
@@ -189,7 +209,9 @@ def evaluate(
             speeds = {name: measure_speed(embed, labelled, batch_size, device) for name, embed in embeds.items()}
             embedded = embed_set(embeds, labelled, batch_size, to_device, progress=dataset)
         for name, of_candidate in embedded.items():
-            for found in look_up(of_candidate, labelled, ks, to_device):
+            for found in look_up(of_candidate, labelled, ks, to_device, probes=probes):
+                if found.linear is not None and found.linear.doubt is not None:
+                    log.warning("linear probe of %s on %s, %s: %s", name, dataset, found.embedding, found.linear.doubt)
                 query = "test" if found.bank == "train" else "train"
                 labels, bank_labels = (getattr(labelled, split).labels for split in (query, found.bank))
                 yield Retrieval(
@@ -197,9 +219,10 @@ def evaluate(
                     dataset=dataset,
                     bank=found.bank,
                     embedding=found.embedding,
-                    hits={k: hits.cpu().numpy() for k, hits in found.hits.items()},
+                    hits={measure: hits.cpu().numpy() for measure, hits in found.hits.items()},
                     confusion=confusion_matrix(labels, bank_labels[found.nearest[:, 0].cpu()]),
                     images_per_second=speeds[name],
+                    strength=None if found.linear is None else found.linear.strength,
                 )
 
 

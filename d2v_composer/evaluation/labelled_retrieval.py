@@ -1,9 +1,9 @@
-"""Embed a labelled set, and look up each split's images among the other split's.
+"""Embed a labelled set, look up each split's images among the other split's, and probe the embeddings.
 
-Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels, W ranks.
+Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,55 +11,19 @@ from torch import Tensor
 
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.evaluation.metric_names import BANKS
-from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_hits
+from d2v_composer.evaluation.knn import NUM_NEIGHBOURS, majority_vote, weighted_vote
+from d2v_composer.evaluation.linear_probe import LinearProbe, fit_linear_probe
+from d2v_composer.evaluation.metric_names import BANKS, Measure
+from d2v_composer.evaluation.ranks import ONE_RANK, Ranks
+from d2v_composer.evaluation.retrieval import TopK, nearest_neighbours, retrieval_hits
 from d2v_composer.system.progress import progress_bar
 
-__all__ = ["EmbeddedSet", "Found", "Ranks", "embed_set", "look_up"]
+__all__ = ["EmbeddedSet", "Found", "embed_set", "look_up"]
 
 ModelT = TypeVar("ModelT", bound=Hashable)
 
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Split ('train', 'test') → embedding → this rank's share, (share, D) float32 on the host."""
-
-
-class Ranks(NamedTuple):
-    """This process among those that share an evaluation."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def share(self, num_images: int) -> Tensor:
-        """Return the indices of this rank: every W-th, padded so that all ranks have equally many."""
-        mine = torch.arange(self.rank, num_images, self.world_size)
-        missing = -(-num_images // self.world_size) - len(mine)
-        return torch.cat([mine, mine.new_zeros(missing)])
-
-    def take_share(self, images: Tensor) -> Tensor:
-        """Return the rows of this rank's images."""
-        return images if self.world_size == 1 else images[self.share(len(images)).to(images.device)]
-
-    def gather(self, share: Tensor, num_images: int) -> Tensor:
-        """Return the shares of all ranks in the order of the images, (N, …)."""
-        if self.world_size == 1:
-            return share[:num_images]
-        return self._all_gather(share).transpose(0, 1).flatten(0, 1)[:num_images]
-
-    def _all_gather(self, share: Tensor) -> Tensor:
-        """Return all shares, which have one shape: (W, …)."""
-        shares = share.new_empty(self.world_size, *share.shape)
-        if not share.is_cpu:
-            torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
-            return shares
-        # gloo's all_gather copies in its own threads, each of which starts a pool of OpenMP threads. Once there are
-        # more of them than cores, they sleep at every barrier, and every later operation takes longer.
-        shares[self.rank] = share
-        for rank, received in enumerate(shares):
-            torch.distributed.broadcast(received, src=rank)
-        return shares
-
-
-ONE_RANK = Ranks()
 
 
 class Found(NamedTuple):
@@ -71,8 +35,11 @@ class Found(NamedTuple):
     """The split that was searched: 'train' or 'test'."""
     nearest: Tensor
     """(Q, K) int64: bank indices, nearest first."""
-    hits: dict[int, Tensor]
-    """k → (Q,) bool: whether any of the k nearest has the query's label."""
+    hits: dict[Measure, Tensor]
+    """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
+    → (Q,) bool: whether it gives the query its label."""
+    linear: LinearProbe | None = None
+    """Of bank 'train', if it was asked for."""
 
 
 def embed_set(
@@ -115,6 +82,7 @@ def look_up(
     ks: Sequence[int],
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
+    probes: Collection[str] = (),
 ) -> Iterator[Found]:
     """Look up each split among the other, one embedding after the other; each rank takes its share of the queries.
 
@@ -124,12 +92,24 @@ def look_up(
         ks: The k to count hits for.
         to_device: Moves a tensor to the device that searches.
         ranks: As given to :func:`embed_set`.
+        probes: Names of ``PROBES``: classify the test images, too.
     """
     labels = {split: getattr(labelled, split).labels for split in BANKS}
     for name in list(embedded["train"]):
         images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
         for bank, query in (BANKS, BANKS[::-1]):
-            nearest = nearest_neighbours(images[bank], ranks.take_share(images[query]), max(ks))
-            nearest = ranks.gather(nearest, len(labels[query]))
+            votes = bank == "train" and "knn" in probes
+            k = max(*ks, min(NUM_NEIGHBOURS, len(labels[bank]))) if votes else max(ks)
+            neighbours = nearest_neighbours(images[bank], ranks.take_share(images[query]), k)
+            nearest = ranks.gather(neighbours.indices[:, : max(ks)], len(labels[query]))
             bank_labels, query_labels = (labels[split].to(nearest.device) for split in (bank, query))
-            yield Found(name, bank, nearest, retrieval_hits(nearest, bank_labels, query_labels, ks))
+            hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, bank_labels, query_labels, ks)}
+            if votes:
+                voters = TopK(*(each[:, :NUM_NEIGHBOURS] for each in neighbours))
+                for measure, vote in {"knn": weighted_vote, "knn_majority": majority_vote}.items():
+                    hits[measure] = ranks.gather(vote(voters, bank_labels), len(query_labels)) == query_labels
+            linear = None
+            if bank == "train" and "linear" in probes:
+                linear = fit_linear_probe(images[bank], bank_labels, ranks=ranks)
+                hits["linear"] = linear.predict(images[query]) == query_labels
+            yield Found(name, bank, nearest, hits, linear)

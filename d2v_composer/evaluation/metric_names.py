@@ -1,17 +1,24 @@
 """Names of metrics, and of the embeddings that retrieval measures."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["BANKS", "HEALTH_STATES", "find_headline", "headline_fallbacks", "metric_key"]
+__all__ = ["BANKS", "HEALTH_STATES", "PROBES", "Measure", "find_headline", "headline_fallbacks", "metric_key"]
 
 BANKS = ("train", "test")
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbours and their majority; a classifier.
+PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
+Measure = int | str
+"""The k of a retrieval, or what a probe measures: fitted to the train split, judged on the test split."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 
 
-def metric_key(dataset: str, bank: str, k: int, embedding: str | None = None, reference: str | None = None) -> str:
+def metric_key(
+    dataset: str, bank: str, measure: Measure, embedding: str | None = None, reference: str | None = None
+) -> str:
     """Return the name under which an accuracy is logged; without ``embedding``, the headline's."""
-    parts = ["metrics", dataset, reference, f"bank_{bank}", f"top{k}", embedding]
+    measured = [measure, "top1"] if isinstance(measure, str) else [f"bank_{bank}", f"top{measure}"]
+    parts = ["metrics", dataset, reference, *measured, embedding]
     return "/".join(part for part in parts if part is not None)
 
 

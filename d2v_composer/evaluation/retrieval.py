@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-__all__ = ["nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
+__all__ = ["TopK", "nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
 
 MEMORY_BUDGET = 256 * 2**20
 # Bank images compared at once: larger matrix products are no faster.
 BANK_PART = 1 << 13
+# A vector that is shorter counts as this long, as in normalize.
+SHORTEST = 1e-12
 # Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
 
@@ -29,8 +32,8 @@ class TopK(NamedTuple):
     """(Q, K) int64."""
 
 
-def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> Tensor:
-    """Return the bank indices of each query's k nearest by cosine, nearest first: (Q, k) int64.
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> TopK:
+    """Return each query's k nearest by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
     Exact in float32; ties come in any order.
 
@@ -57,7 +60,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
     nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts]
     with full_float32(bank.device.type):
         for first in range(0, len(bank), bank_part):
-            # Queries need no normalisation: their length does not change the order.
+            # The length of a query does not change the order: its cosines are divided by it at the end.
             unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
             for i, part in enumerate(query_parts):
                 similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
@@ -65,7 +68,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
                 more = top_k(similarities_QN, k)
                 nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
             del unit_ND  # or it would be held while the next part is normalised
-    return torch.cat([part.indices for part in nearest])
+    for part, found in zip(query_parts, nearest, strict=True):
+        found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
+    return TopK(torch.cat([part.similarities for part in nearest]), torch.cat([part.indices for part in nearest]))
 
 
 def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
@@ -123,7 +128,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
     """Tell whether any of a query's k nearest bank images has its label.
 
     Args:
-        nearest: (Q, K) from :func:`nearest_neighbours`.
+        nearest: (Q, K) indices from :func:`nearest_neighbours`.
         bank_labels: (N,) int.
         query_labels: (Q,) int.
         ks: Each from 1 to K.
@@ -160,5 +165,5 @@ def retrieval_accuracy(
         )
     if not len(queries):
         raise ValueError("there is no query")
-    hits = retrieval_hits(nearest_neighbours(bank, queries, max(ks)), bank_labels, query_labels, ks)
+    hits = retrieval_hits(nearest_neighbours(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}

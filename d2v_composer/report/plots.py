@@ -4,6 +4,7 @@ Shapes: N bank images, Q queries, K neighbours, C classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.evaluate import confusion_matrix
 from d2v_composer.evaluation.metric_names import metric_key
 from d2v_composer.report.run import Run
+from d2v_composer.report.tables import PROBE_HEADS
 
-__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "retrieval_plot"]
+__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "probe_plot", "retrieval_plot"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
@@ -137,19 +139,30 @@ def _label(axes: Axes, title: str, unit: str) -> None:
 
 def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
     """Plot accuracy over the steps, with the references as horizontal lines: a colour per model, a line style per k."""
-    ks = [k for k in sorted(run.record["config"]["retrieval"]["ks"]) if metric_key(dataset, bank, k) in run.log]
+    ks = sorted(run.record["config"]["retrieval"]["ks"])
+    return _accuracy_plot(run, dataset, bank, {k: f"top-{k}" for k in ks}, f"{dataset}, bank {bank}")
+
+
+def probe_plot(run: Run, dataset: str) -> Figure:
+    """Plot the accuracy of each probe over the steps, as :func:`retrieval_plot` does."""
+    return _accuracy_plot(run, dataset, "train", PROBE_HEADS, f"{dataset}, probes fitted to train, judged on test")
+
+
+def _accuracy_plot(run: Run, dataset: str, bank: str, measures: Mapping[Any, str], title: str) -> Figure:
+    keys = {label: partial(metric_key, dataset, bank, measure) for measure, label in measures.items()}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
         axes = figure.subplots()
-        for k, style in zip(ks, cycle(["-", "--", ":", "-."])):
-            steps, numbers = _arrays(run.log[metric_key(dataset, bank, k)])
-            axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, top-{k}")
+        logged = {label: key for label, key in keys.items() if key() in run.log}
+        for (label, key), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
+            steps, numbers = _arrays(run.log[key()])
+            axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, {label}")
             for reference, colour in REFERENCE_COLOURS.items():
-                value = run.last(metric_key(dataset, bank, k, reference=reference))
+                value = run.last(key(reference=reference))
                 if value is not None:
-                    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{reference}, top-{k}")
+                    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{reference}, {label}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _label(axes, f"{dataset}, bank {bank}", "")
+        _label(axes, title, "")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from d2v_composer.checkpoints.pointer import LATEST, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.metric_names import metric_key
+from d2v_composer.evaluation.metric_names import PROBES, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
 
@@ -40,6 +40,14 @@ class Run(NamedTuple):
         """The data sets with a retrieval in the log."""
         chosen = sets_of(self.record)
         return [name for name in chosen if metric_key(name, "train", self.smallest_k) in self.log]
+
+    @property
+    def probed(self) -> list[str]:
+        """The data sets with a probe in the log."""
+        measures = [measure for measures in PROBES.values() for measure in measures]
+        return [
+            name for name in self.dataset_names if any(metric_key(name, "train", each) in self.log for each in measures)
+        ]
 
     @property
     def looked_up(self) -> list[str]:

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 
 from d2v_composer.evaluation.bootstrap import Interval, share_recovered
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.metric_names import BANKS, metric_key
+from d2v_composer.evaluation.metric_names import Measure, metric_key
 from d2v_composer.evaluation.text_table import format_table
 
 if TYPE_CHECKING:  # an evaluation prints tables without Composer, which takes seconds to import
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
-__all__ = ["evaluation_tables", "retrieval_table"]
+__all__ = ["PROBE_HEADS", "evaluation_tables", "retrieval_table"]
+
+PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
@@ -23,7 +25,7 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
 
 def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
-    columns = [(bank, k) for bank in BANKS for k in retrieval.ks]
+    columns = retrieval.measures
     first, last, references = retrieval.history[0], retrieval.history[-1], retrieval.reference_metrics
     measured = {
         **{name: (references, name) for name in retrieval.references or {} if name != "teacher"},
@@ -33,8 +35,8 @@ def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
     }
     rows: dict[str, list[float]] = {}
     for name, (metrics, reference) in measured.items():
-        keys = [metric_key(dataset, bank, k, reference=reference) for bank, k in columns]
-        if all(key in metrics for key in keys):  # a resume may ask for another set or k
+        keys = [metric_key(dataset, bank, measure, reference=reference) for bank, measure in columns]
+        if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
             rows[name] = [metrics[key] for key in keys]
 
     head = _head(columns)
@@ -51,8 +53,13 @@ def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
 def evaluation_tables(evaluation: Evaluation) -> str:
     """Return accuracies with their intervals, the share recovered, the accuracy of each class, and costs."""
     parts = []
+    looked_up = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, int)]
+    probed = [column for column in evaluation.measures if column not in looked_up]
     for dataset in evaluation.datasets:
-        parts += [_accuracy_table(evaluation, dataset), _class_table(evaluation, dataset)]
+        parts.append(_accuracy_table(evaluation, dataset, "Zero-shot retrieval", looked_up))
+        if probed:
+            parts.append(_accuracy_table(evaluation, dataset, "Probes fitted to train, judged on test", probed))
+        parts.append(_class_table(evaluation, dataset))
     images_per_second = {each.candidate: each.images_per_second for each in reversed(evaluation.retrievals)}
     costs = [
         [name, f"{num_parameters / 1e6:.2f}", f"{gflop:.2f}", f"{images_per_second[name]:.0f}"]
@@ -61,17 +68,21 @@ def evaluation_tables(evaluation: Evaluation) -> str:
     return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image", "images/s"], costs)])
 
 
-def _accuracy_table(evaluation: Evaluation, dataset: str) -> str:
-    columns, headlines = [(bank, k) for bank in BANKS for k in evaluation.ks], evaluation.headlines
+def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: list[tuple[str, Measure]]) -> str:
+    headlines, head = evaluation.headlines, _head(columns)
     rows = [
-        [name, *(_percent(headlines[name, dataset, bank].accuracy(k)) for bank, k in columns)]
+        [name, *(_percent(headlines[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
         for name in (candidate.name for candidate in evaluation.candidates)
     ]
-    shares = [evaluation.share_recovered(dataset, bank, k) for bank, k in columns]
+    if ("train", "linear") in columns:
+        head.append("L2 strength")
+        for row in rows:
+            row.append(f"{headlines[row[0], dataset, 'train'].strength:g}")
+    shares = [evaluation.share_recovered(dataset, bank, measure) for bank, measure in columns]
     if any(shares):
         rows.append(["share recovered", *("–" if share is None else _percent(share) for share in shares)])
-    title = f"Zero-shot retrieval on {dataset}, {evaluation.headline}, accuracy in % [95 % interval]"
-    return f"{title}\n{format_table(_head(columns), rows)}"
+    title = f"{what} on {dataset}, {evaluation.headline}, accuracy in % [95 % interval]"
+    return f"{title}\n{format_table(head, rows)}"
 
 
 def _class_table(evaluation: Evaluation, dataset: str) -> str:
@@ -90,8 +101,9 @@ def _class_table(evaluation: Evaluation, dataset: str) -> str:
     return f"{title}\n{format_table(['', 'top-1', 'confused with'], rows)}"
 
 
-def _head(columns: list[tuple[str, int]]) -> list[str]:
-    return ["", *(f"bank {bank} top-{k}" for bank, k in columns)]
+def _head(columns: list[tuple[str, Measure]]) -> list[str]:
+    names = [PROBE_HEADS[each] if isinstance(each, str) else f"bank {bank} top-{each}" for bank, each in columns]
+    return ["", *names]
 
 
 def _percent(interval: Interval) -> str:

@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
 from d2v_composer.callbacks.trainer_state import unwrapped
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.labelled_retrieval import Ranks
+from d2v_composer.evaluation.ranks import Ranks
 from d2v_composer.evaluation.retrieval import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
@@ -137,6 +138,32 @@ def test_logs_student_and_references_and_restores_them() -> None:
 
 def two_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
+
+
+def test_a_resume_may_add_probes() -> None:
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    options: dict[str, Any] = {"embed": two_embeddings, "headline": "whole", "references": {"teacher": two_embeddings}}
+    first = ZeroShotRetrieval({"set": labelled}, "10ba", **options)
+    train(Classifier(), first, "10ba")
+    more = ZeroShotRetrieval({"set": labelled}, "10ba", probes=["linear", "knn"], **options)
+    more.load_state_dict(first.state_dict())
+    train(Classifier(), more, "20ba")
+
+    metrics, key = more.history[-1]["metrics"], "metrics/set/knn/top1"
+    bank, queries = (pixels(images.images) for images in labelled[:2])
+    accuracy = knn_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
+    assert metrics[key] == metrics[f"{key}/whole"] == more.reference_metrics["metrics/set/teacher/knn/top1"] == accuracy
+    assert f"{key}/corner" in metrics
+    probed = {"metrics/set/linear/top1", "metrics/set/knn_majority/top1", key}
+    assert probed <= metrics.keys()
+    assert {name.replace("/set/", "/set/teacher/") for name in probed} <= more.reference_metrics.keys()
+    assert first.history[-1]["metrics"].items() <= metrics.items()  # the retrieval is the same
+    assert more.neighbours["set"]["train"].shape == (50, 3)
+    head, *rows = retrieval_table(more).splitlines()[1:]
+    assert head.endswith("20-NN weighted    20-NN majority    linear probe")
+    assert all(f"{100 * accuracy:.1f}" in row for row in rows)
+    with pytest.raises(ValueError, match="probes must be of knn, linear, got knm"):
+        ZeroShotRetrieval({"set": labelled}, probes=["knm"])
 
 
 def test_a_resume_may_change_headline_and_k() -> None:
@@ -310,10 +337,14 @@ def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
     train_set, test_set, _ = odd_set(load_cifar())
     for bank, bank_set, query_set in (("train", train_set, test_set), ("test", test_set, train_set)):
         expected = retrieval_accuracy(
-            pixels(bank_set.images), bank_set.labels, pixels(query_set.images), query_set.labels
+            small(bank_set.images), bank_set.labels, small(query_set.images), query_set.labels
         )
         for k in (1, 3):
             assert metrics[f"metrics/odd/bank_{bank}/top{k}"] == pytest.approx(expected[k], abs=1e-9)
+    sets = small(train_set.images), train_set.labels, small(test_set.images), test_set.labels
+    assert metrics["metrics/odd/knn/top1"] == knn_accuracy(*sets)
+    assert metrics["metrics/odd/knn_majority/top1"] == knn_accuracy(*sets, temperature=None)
+    assert metrics["metrics/odd/linear/top1"] == linear_probe_accuracy(*sets)
 
 
 def odd_set(full: LabelledSet) -> LabelledSet:
@@ -321,6 +352,10 @@ def odd_set(full: LabelledSet) -> LabelledSet:
     parts = (full.train, 1199), (full.test, 601)
     train_set, test_set = (LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts)
     return LabelledSet(train_set, test_set)
+
+
+def small(images: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(images.float(), 4).flatten(1) - 127
 
 
 class CountingThreads(ZeroShotRetrieval):
@@ -339,7 +374,7 @@ def measure_odd_set(out: str) -> None:
     """Measure on each of two ranks; rank 0 saves the accuracies."""
     torch.set_num_threads(2)  # shared_fixtures.py sets one under pytest-xdist
     labelled = odd_set(load_cifar())
-    callback = CountingThreads({"odd": labelled}, "1ba", embed=pixels)
+    callback = CountingThreads({"odd": labelled}, "1ba", embed=small, probes=["knn", "linear"])
     train(Classifier(), callback, "1ba")
     if dist.get_global_rank() == 0:
         torch.save(callback.history[-1]["metrics"], out)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torchvision.io import write_png
 
-from d2v_composer import load_student, load_teacher, retrieval_accuracy
+from d2v_composer import (
+    knn_accuracy,
+    linear_probe_accuracy,
+    load_student,
+    load_teacher,
+    retrieval_accuracy,
+)
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.evaluation.bootstrap import accuracy_interval, share_interval
 from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
@@ -48,6 +54,10 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def name_of(row: dict[str, str]) -> tuple[str, ...]:
+    return row["candidate"], row["embedding"], row["measure"]
+
+
 def datasets(root: Path) -> str:
     return f"datasets={{small: {{format: folder, root: {root}}}}}"
 
@@ -58,7 +68,8 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export_student.main([str(checkpoint), str(student)])
     from_checkpoint, from_student = tmp_path / "checkpoint", tmp_path / "student"
-    printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}")
+    probes = "probes=[knn, linear]"
+    printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}", probes)
     chosen = run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}", "pooling=mean")
     assert printed.startswith("embedding: layer_mean_cls (the headline of the model's run)\nZero-shot retrieval on ")
     assert chosen.startswith("embedding: layer_mean_mean (the headline of the model's run, but pooling as asked)\n")
@@ -72,7 +83,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         return {
             tuple(row[key] for key in ("candidate", "dataset", "bank", "embedding", "k")): (row["value"], row["low"])
             for row in found[folder]["results"]
-            if row["candidate"] != "teacher"
+            if row["candidate"] != "teacher" and row["measure"] == "retrieval"
         }
 
     assert accuracies(from_checkpoint) == accuracies(from_student)
@@ -95,15 +106,29 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
 
     with (from_checkpoint / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[from_checkpoint]["results"]) == 2 * 2 * (1 + 3 + 6 + 6 + 6)
+    assert len(rows) == len(found[from_checkpoint]["results"]) == (2 * 2 + 3) * (1 + 3 + 6 + 6 + 6)
     for row in rows:
         assert 0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1
+    [by_vote] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "knn")]
+    sets = bank, labelled.train.labels, queries, labelled.test.labels
+    assert (by_vote["bank"], by_vote["k"], by_vote["strength"]) == ("train", "20", "")
+    assert float(by_vote["value"]) == knn_accuracy(*sets)
+    [by_line] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "linear")]
+    assert float(by_line["value"]) == linear_probe_accuracy(*sets, strength=float(by_line["strength"]))
+    [table] = [
+        part for part in printed.split("\n\n") if part.startswith("Probes fitted to train, judged on test on small")
+    ]
+    head, *lines = table.splitlines()[1:]
+    assert re.split(r"  +", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe", "L2 strength"]
+    assert [re.match(r"\D+?(?= +\d)", line) is not None for line in lines[:5]] == [True] * 5
+    assert f"{100 * float(by_line['value']):.1f} [" in lines[3]
+    assert lines[3].endswith(f" {float(by_line['strength']):g}")
     for entry in found[from_checkpoint]["confusion"]:
         matrix = np.array(entry["matrix"])
         assert matrix.sum() == (40 if entry["bank"] == "train" else 60)
-    assert {(share["bank"], share["k"]) for share in found[from_checkpoint]["share_recovered"]} <= {
-        (bank, k) for bank in ("train", "test") for k in (1, 3)
-    }
+    probed = {("train", "knn"), ("train", "knn_majority"), ("train", "linear")}
+    for share in found[from_checkpoint]["share_recovered"]:
+        assert (share["bank"], share["measure"]) in {*probed, ("train", "retrieval"), ("test", "retrieval")}
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
@@ -134,6 +159,11 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
             [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
             "README.md is not a folder",
         ),
+        (
+            [f"model={GOLDEN / 'tiny_base.pt'}", "probes=[knn, liner]"],
+            "probes: no such probe 'liner'; did you mean linear? (allowed: knn, linear)",
+        ),
+        ([f"model={GOLDEN / 'tiny_base.pt'}", "probes=knn"], "probes: must be a list, got 'knn'"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "ks=[]"], "ks: must be one or more numbers from 1, got []"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: must have at least one data set"),
         ([f"model={GOLDEN / 'tiny_base.pt'}", "precision=amp_fp16"], "precision: amp_fp16 needs a GPU"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v_composer.benchmarks.measure import peak_allocated
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.retrieval import nearest_neighbours, retrieval_accuracy, top_k
+from d2v_composer.evaluation.retrieval import TopK, nearest_neighbours, retrieval_accuracy, top_k
 from helpers import QUICKSTART
 
 
@@ -31,7 +31,7 @@ def sklearn_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[np.ndarra
 def assert_same_neighbours(bank: Tensor, queries: Tensor, k: int) -> None:
     """Index for index, except where scikit-learn's own distances tie to float32's last digits."""
     distances, expected = sklearn_neighbours(bank, queries, k + 1)
-    ours = nearest_neighbours(bank, queries, k).numpy()
+    ours = nearest_neighbours(bank, queries, k).indices.numpy()
     gaps = np.diff(distances, axis=1)
     clear = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=1)[:, :k]) > 1e-6
     assert clear.mean() > 0.99
@@ -64,21 +64,21 @@ def test_top_k_in_two_levels_is_topk(num_columns: int, k: int) -> None:
 def test_the_memory_budget_is_kept(megabytes: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     bank, queries = (torch.randn(count, 64, generator=generator).to(dtype) for count in (9_000, 500))
-    found: list[Tensor] = []
+    found: list[TopK] = []
     budget = megabytes << 20
     held = peak_allocated(lambda: found.append(nearest_neighbours(bank, queries, 5, budget)), "cpu")
-    assert held - found[0].nbytes <= budget
+    assert held - found[0].indices.nbytes - found[0].similarities.nbytes <= budget
     if budget > 4 * len(bank) * len(queries):  # all at once would fit
         assert held > 4 * len(bank) * len(queries) / 2
-    assert torch.equal(found[0], nearest_neighbours(bank, queries, 5))
+    assert torch.equal(found[0].indices, nearest_neighbours(bank, queries, 5).indices)
 
 
 def test_any_k_works_with_any_budget() -> None:
     bank, queries = torch.randn(300, 16), torch.randn(7, 16)
-    everything = nearest_neighbours(bank, queries, 300, memory_budget=1)
+    everything = nearest_neighbours(bank, queries, 300, memory_budget=1).indices
     assert torch.equal(everything.sort(dim=1).values, torch.arange(300).expand(7, -1))
-    assert torch.equal(everything[:, :9], nearest_neighbours(bank, queries, 9, memory_budget=1))
-    assert nearest_neighbours(bank, queries[:0], 3).shape == (0, 3)
+    assert torch.equal(everything[:, :9], nearest_neighbours(bank, queries, 9, memory_budget=1).indices)
+    assert nearest_neighbours(bank, queries[:0], 3).indices.shape == (0, 3)
 
 
 def test_accuracy_by_hand() -> None:
@@ -92,7 +92,11 @@ def test_accuracy_by_hand() -> None:
 def test_the_length_of_vectors_does_not_matter() -> None:
     bank, queries = torch.randn(50, 8), torch.randn(20, 8)
     scaled = nearest_neighbours(bank * torch.rand(50, 1).add(0.1), queries * 1000, 5)
-    assert torch.equal(scaled, nearest_neighbours(bank, queries, 5))
+    found = nearest_neighbours(bank, queries, 5)
+    assert torch.equal(scaled.indices, found.indices)
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], bank[found.indices], dim=2)
+    torch.testing.assert_close(found.similarities, cosines)
+    torch.testing.assert_close(scaled.similarities, cosines)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
         small_data,
         f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
         "retrieval.interval=6ba",
+        "retrieval.probes=[knn]",
         "callbacks.health={interval: 2ba}",
         "run_name=<b>mine",
         "report=true",
@@ -81,7 +82,7 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
     assert pictures == {
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
         *("cosines", "layers", "variance", "effective_rank"),
-        *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "confusion_squares"),
+        *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
     }
     for path in (run_folder / "report").glob("*.png"):
@@ -131,7 +132,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     assert page.title() == "<b>mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
     shown = page.eval_on_selector_all("img", "all => all.map(img => [img.complete && img.naturalWidth, img.width])")
-    assert len(shown) == 15
+    assert len(shown) == 16
     assert all(natural > 0 and 0.7 * min(width, 500) < displayed <= width for natural, displayed in shown)
     columns = page.eval_on_selector_all("figure", "all => new Set(all.map(f => Math.round(f.offsetLeft))).size")
     assert columns == (2 if width > 1000 else 1)

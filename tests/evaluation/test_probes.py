@@ -1,0 +1,197 @@
+"""Probes of frozen embeddings: the vote of neighbours equals a brute force, the linear probe is scikit-learn's."""
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher
+from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.evaluation import linear_probe
+from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
+from d2v_composer.evaluation.ranks import Ranks
+from helpers import QUICKSTART
+
+
+class Embedded(NamedTuple):
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+@pytest.fixture(scope="module")
+def real() -> Embedded:
+    """The quickstart's teacher's embeddings of shipped CIFAR images."""
+    labelled = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32).at_most(600)
+    teacher = load_teacher(QUICKSTART / "teacher.safetensors")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        train, test = (
+            torch.cat([teacher.embed(part, representation="layer_mean").float() for part in split.images.split(64)])
+            for split in labelled[:2]
+        )
+    return Embedded(train, labelled.train.labels, test, labelled.test.labels)
+
+
+def brute_force(data: Embedded, k: int, temperature: float | None) -> Iterator[int]:
+    """Yield each test image's label by a vote, computed one image after the other in float64."""
+    unit = [(each / each.norm(dim=1, keepdim=True)).numpy() for each in (data.train.double(), data.test.double())]
+    for similarities in unit[1] @ unit[0].T:
+        votes = np.zeros(int(data.train_labels.max()) + 1)
+        for neighbour in np.argsort(-similarities, kind="stable")[:k]:
+            weight = 1 if temperature is None else np.exp(similarities[neighbour] / temperature)
+            votes[data.train_labels[neighbour]] += weight
+        yield int(votes.argmax())
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (20, None), (5, 0.5), (1, None)])
+def test_votes_are_those_of_a_brute_force(real: Embedded, k: int, temperature: float | None) -> None:
+    expected = np.mean(np.fromiter(brute_force(real, k, temperature), int) == real.test_labels.numpy())
+    assert knn_accuracy(*real, k=k, temperature=temperature) == expected
+    assert 0.3 < expected < 0.7
+
+
+def test_the_majority_is_scikit_learns(real: Embedded) -> None:
+    """Ties included."""
+    classifier = KNeighborsClassifier(20, metric="cosine").fit(real.train, real.train_labels)
+    assert knn_accuracy(*real, temperature=None) == classifier.score(real.test, real.test_labels)
+
+
+def test_the_smallest_label_wins_a_tie() -> None:
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [-1.0, 0.0]])
+    labels = torch.tensor([7, 3, 3, 7, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_accuracy(bank, labels, query, torch.tensor([3]), k=4, temperature=None) == 1
+    assert knn_accuracy(bank, labels, query, torch.tensor([7]), k=4, temperature=0.001) == 1  # the nearest counts most
+
+
+def sklearn_accuracy(data: Embedded, strength: float) -> float:
+    C = 1 / (strength * len(data.train))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=2000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model.fit(data.train.double().numpy(), data.train_labels.numpy())
+    return float(model.score(data.test.double().numpy(), data.test_labels.numpy()))
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-2, 1e-4])
+def test_a_linear_probe_of_real_embeddings_is_scikit_learns(real: Embedded, strength: float) -> None:
+    probe = fit_linear_probe(real.train, real.train_labels, strength)
+    assert probe.has_converged
+    assert abs(linear_probe_accuracy(*real, strength=strength) - sklearn_accuracy(real, strength)) <= 0.003
+
+
+def test_the_chosen_strength_is_good_and_the_choice_repeats(real: Embedded) -> None:
+    probe, again = (fit_linear_probe(real.train, real.train_labels) for _ in range(2))
+    assert probe.doubt is None
+    assert probe.strength in STRENGTHS[1:-1]
+    assert torch.equal(probe.weight, again.weight)
+    best = max(linear_probe_accuracy(*real, strength=strength) for strength in STRENGTHS[:6])
+    assert linear_probe_accuracy(*real) > best - 0.03
+
+
+def blobs(num_train: int, dim: int, num_classes: int = 4) -> Embedded:
+    """Overlapping clouds of points, one a class."""
+    generator = torch.Generator().manual_seed(1)
+    centres = 1.5 * torch.randn(num_classes, dim, generator=generator) / dim**0.5 * 3
+    parts = []
+    for count in (num_train, 1000):
+        labels = torch.arange(count) % num_classes
+        parts += [centres[labels] + torch.randn(count, dim, generator=generator), labels]
+    return Embedded(*parts)
+
+
+def hard_case(name: str) -> Embedded:
+    data = blobs(60, 200) if name == "more channels than images" else blobs(400, 10)
+    if name == "collinear channels":
+        mix = torch.randn(10, 30, generator=torch.Generator().manual_seed(2))
+        return data._replace(train=data.train @ mix, test=data.test @ mix)
+    if name == "constant channels":
+        train, test = (torch.cat([x, x.new_tensor([0.0, 0.1, 1e6]).expand(len(x), 3)], 1) for x in (data[0], data[2]))
+        return data._replace(train=train, test=test)
+    if name == "a class of one image":  # it may be held out, or not
+        labels = data.train_labels.clone()
+        labels[0] = 9
+        return data._replace(train_labels=labels)
+    if name == "channels of all scales":
+        scale = 10.0 ** torch.arange(-8, 2)
+        return data._replace(train=data.train * scale, test=data.test * scale)
+    return data
+
+
+HARD_CASES = [
+    "more channels than images",
+    "collinear channels",
+    "constant channels",
+    "a class of one image",
+    "channels of all scales",
+]
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_hard_cases_are_scikit_learns(case: str) -> None:
+    data = hard_case(case)
+    probe = fit_linear_probe(data.train, data.train_labels)
+    assert probe.has_converged
+    ours = (probe.predict(data.test) == data.test_labels).double().mean().item()
+    assert ours > 0.5
+    assert abs(ours - sklearn_accuracy(data, probe.strength)) <= 0.003
+
+
+def test_degenerate_embeddings_are_classified_all_the_same() -> None:
+    """Overflowed values, one class, one image, all alike: no error ends the training that measures them."""
+    data = blobs(40, 6)
+    broken = data.train.clone()
+    broken[3, 2], broken[5, 1] = float("nan"), float("inf")
+    assert linear_probe_accuracy(broken, *data[1:]) > 0.3
+    assert linear_probe_accuracy(torch.ones(40, 6), *data[1:]) == 0.25
+    assert linear_probe_accuracy(data.train, torch.zeros(40).long(), *data[2:]) == 0.25
+    assert linear_probe_accuracy(data.train[:1], data.train_labels[:1], *data[2:]) == 0.25
+
+
+def test_tells_why_an_accuracy_may_be_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = blobs(400, 10)
+    monkeypatch.setattr(linear_probe, "STRENGTHS", (10.0, 1.0, 0.1))
+    labels = (data.train[:, 0] > 1.5).long()  # needs large weights
+    assert fit_linear_probe(data.train, labels).doubt == "the best L2 strength, 0.1, is the grid's last on that side"
+    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 2)
+    assert fit_linear_probe(data.train, data.train_labels, 1e-3).doubt == "not converged after 2 iterations"
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_the_number_of_ranks_does_not_change_the_choice(
+    real: Embedded, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank in turn, with the results of the others recorded from one rank."""
+    recorded: list[float] = []
+    held_out_accuracy = linear_probe.Problem.held_out_accuracy
+
+    def record(problem: linear_probe.Problem, strength: float) -> float:
+        recorded.append(held_out_accuracy(problem, strength))
+        return recorded[-1]
+
+    monkeypatch.setattr(linear_probe.Problem, "held_out_accuracy", record)
+    alone = fit_linear_probe(real.train, real.train_labels)
+    worse = min(recorded) - 0.01
+    expected = [*recorded, *[worse] * (len(STRENGTHS) - len(recorded))]
+    gathered: list[float] = []
+
+    def gather(ranks: Ranks, share: Tensor, num_images: int) -> Tensor:
+        assert len(share) == 1
+        first = len(gathered)
+        gathered.extend(expected[first : first + num_images])
+        return torch.tensor(gathered[first:])
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    one_of_several = fit_linear_probe(real.train, real.train_labels, ranks=Ranks(world_size - 1, world_size))
+    assert one_of_several.strength == alone.strength
+    assert torch.equal(one_of_several.weight, alone.weight)
