@@ -7,11 +7,11 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=base_imagenet.pt weights=ema representation=output out=evaluation
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
-The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints retrieval
-accuracies with their intervals, of the headline of the model's run unless pooling and representation choose another
-embedding; ``out`` receives those of all embeddings as JSON and CSV. yamls/README.md of the repository lists the fields:
-model, checkpoint, first_blocks, image_size, weights, teacher, datasets, pooling, representation, ks, precision,
-device_eval_batch_size, seed, out.
+The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints the accuracies
+of retrieval, and of the probes that ``probes='[knn, linear]'`` asks for, with their intervals, of the headline of the
+model's run unless pooling and representation choose another embedding; ``out`` receives those of all embeddings as JSON
+and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks, image_size, weights,
+teacher, datasets, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 PATIENCE = 2  # weaker ones are not tried after so many that are worse than the best
 SEED = 0  # of the choice of the images held out
 # A fit has converged if its largest gradient is as small; see fit() for its scale.
-TOLERANCE, TOLERANCE_OF_CHOICE = 1e-4, 1e-3
+TOLERANCE, TOLERANCE_OF_CHOICE = 1e-5, 1e-3
 MAX_ITERATIONS = 500
 LOGITS_AT_ONCE = 1 << 24
 
@@ -185,11 +185,11 @@ class Problem:
 
 
 def standardisation(train: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and 1 / standard deviation of each channel, (D,) each, 0 for one that is constant to rounding."""
+    """Return mean and 1 / standard deviation of each channel, (D,) each, (0, 0) if it is constant to rounding."""
     variance_D, mean_D = torch.var_mean(train.float(), dim=0, correction=0)
     std_D = variance_D.sqrt()
     varies_D = (std_D > (1e-6 * mean_D.abs()).clamp(min=1e-30)) & std_D.isfinite()
-    return mean_D, torch.where(varies_D, 1 / std_D, 0)
+    return torch.where(varies_D, mean_D, 0), torch.where(varies_D, 1 / std_D, 0)
 
 
 def principal_directions(x_ND: Tensor) -> tuple[Tensor, Tensor]:

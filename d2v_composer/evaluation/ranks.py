@@ -19,7 +19,7 @@ class Ranks(NamedTuple):
 
     def share(self, num_images: int) -> Tensor:
         """Return the indices of this rank: every W-th, padded so that all ranks have equally many."""
-        mine = torch.arange(self.rank, num_images, self.world_size)
+        mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])
 

@@ -1,5 +1,6 @@
 """Format the results of a training and of an evaluation as text."""
 
+from collections.abc import Sequence
 from math import isnan
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def evaluation_tables(evaluation: Evaluation) -> str:
     return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image", "images/s"], costs)])
 
 
-def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: list[tuple[str, Measure]]) -> str:
+def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Sequence[tuple[str, Measure]]) -> str:
     headlines, head = evaluation.headlines, _head(columns)
     rows = [
         [name, *(_percent(headlines[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
@@ -101,7 +102,7 @@ def _class_table(evaluation: Evaluation, dataset: str) -> str:
     return f"{title}\n{format_table(['', 'top-1', 'confused with'], rows)}"
 
 
-def _head(columns: list[tuple[str, Measure]]) -> list[str]:
+def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
     names = [PROBE_HEADS[each] if isinstance(each, str) else f"bank {bank} top-{each}" for bank, each in columns]
     return ["", *names]
 
