@@ -20,8 +20,9 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 """The L2 strengths to choose from, strongest first."""
 PATIENCE = 2  # weaker ones are not tried after so many that are worse than the best
 SEED = 0  # of the choice of the images held out
-# A fit has converged if its largest gradient is as small; see fit() for its scale.
+# The solver stops at this largest gradient, or before it where float32 cannot tell two losses apart.
 TOLERANCE, TOLERANCE_OF_CHOICE = 1e-5, 1e-3
+LARGEST_GRADIENT = 1e-4  # of a fit that has converged
 MAX_ITERATIONS = 500
 LOGITS_AT_ONCE = 1 << 24
 
@@ -181,7 +182,7 @@ class Problem:
         assert u_RC.grad is not None
         assert bias_C.grad is not None
         largest = max(u_RC.grad.abs().max().item(), bias_C.grad.abs().max().item())
-        return Fit(weight(), bias_C, largest <= tolerance)
+        return Fit(weight(), bias_C, largest <= LARGEST_GRADIENT)
 
 
 def standardisation(train: Tensor) -> tuple[Tensor, Tensor]:
