@@ -18,7 +18,6 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
@@ -27,6 +26,7 @@ from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_la
 from d2v_composer.evaluation.ranks import Ranks
 from d2v_composer.evaluation.retrieval import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
+from d2v_composer.system.progress import progress_bar
 from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
 
 
@@ -364,7 +364,7 @@ class CountingThreads(ZeroShotRetrieval):
     def evaluate(self, state: State, logger: Logger) -> None:
         assert torch.get_num_threads() == 2
         torch.ones(1 << 20).exp()  # starts the main thread's OpenMP threads
-        tqdm([], disable=True)  # starts its monitor
+        progress_bar([], desc="", unit="", disable=True)  # starts its monitor
         before = len(os.listdir("/proc/self/task"))
         super().evaluate(state, logger)
         assert len(os.listdir("/proc/self/task")) == before
