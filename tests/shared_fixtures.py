@@ -46,6 +46,16 @@ def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def no_process_group() -> Iterator[None]:
+    """Hide the process group of another test: a forked process lacks its threads, and would hang in a collective."""
+    member = torch.distributed.distributed_c10d.GroupMember
+    before = member.WORLD
+    member.WORLD = None
+    yield
+    member.WORLD = before
+
+
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 images of 32 px without labels in some thirty hashed shards; read-only."""

@@ -344,7 +344,9 @@ def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
     sets = small(train_set.images), train_set.labels, small(test_set.images), test_set.labels
     assert metrics["metrics/odd/knn/top1"] == knn_accuracy(*sets)
     assert metrics["metrics/odd/knn_majority/top1"] == knn_accuracy(*sets, temperature=None)
-    assert metrics["metrics/odd/linear/top1"] == linear_probe_accuracy(*sets)
+    # The sums of another number of threads may turn an image on the border of two classes.
+    one_image = pytest.approx(linear_probe_accuracy(*sets), abs=1.01 / len(test_set.labels))
+    assert metrics["metrics/odd/linear/top1"] == one_image
 
 
 def odd_set(full: LabelledSet) -> LabelledSet:

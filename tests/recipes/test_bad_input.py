@@ -133,7 +133,7 @@ def test_a_warmup_longer_than_the_run_is_refused_in_other_units_too(answer: Call
         ("targets.average_top_k_layers=4", "average_top_k_layers: must be at most the teacher's depth 3, got 4"),
         ("callbacks.speed_monitor.window_size=abc", "window_size: must be a number of at least 1, got 'abc'"),
         ("callbacks.speed_monitor.time_unit=abc", "callbacks.speed_monitor: "),
-        ("save_folder=/proc/nothing", "save_folder: /proc/nothing: cannot be written (No such file or directory)"),
+        ("save_folder=/proc/nothing", "save_folder: /proc/nothing: cannot be written: /proc is not writable "),
         ("load_path=nowhere.pt", "load_path: nowhere.pt: no such file"),
         ("retrieval.datasets={x: {format: mds, root: nowhere}}", "nowhere/train: no index.json: no such folder"),
     ],

@@ -22,6 +22,8 @@ from helpers import free_port
 
 COLLECTIVE_SECONDS = 2.0
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
+
 LeadersFirst = Callable[[str], AbstractContextManager[None]]
 
 
