@@ -1,6 +1,6 @@
 """Run the tests on every supported Python: ``nox``, or ``nox -s tests-3.12``, ``nox -s tests-3.12 -- tests/data``.
 
-Each Python gets an environment of its own in ``.nox``, of 7 GB, which later calls use again.
+Each Python gets its own environment in ``.nox`` (7 GB), which later calls reuse.
 """
 
 import sys

@@ -106,11 +106,6 @@ class ObjectStore:
                 if attempt == STARTS - 1:
                     raise
 
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
     def __enter__(self) -> Self:
         try:
             self.start()
@@ -120,10 +115,15 @@ class ObjectStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self._kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         for role in ROLES:  # sockets whose folder cannot be chosen
             Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def _launch(self, binary: Path) -> None:
         (self.folder / "data").mkdir(exist_ok=True)
@@ -139,7 +139,7 @@ class ObjectStore:
         try:
             self._wait_until_ready(self.process)
         except BaseException:
-            self.kill()
+            self._kill()
             raise
 
     def _arguments(self) -> list[str]:

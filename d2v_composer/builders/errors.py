@@ -1,4 +1,4 @@
-"""Errors of other packages that get a value of the YAML."""
+"""Name the YAML key in an error that another package raises."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

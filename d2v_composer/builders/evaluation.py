@@ -1,5 +1,6 @@
 """Build the labelled sets of a retrieval, and the models that an evaluation compares."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -11,22 +12,23 @@ from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.evaluate import Candidate
 from d2v_composer.evaluation.references import build_embeds
-from d2v_composer.models.encoder import EncoderConfig
+from d2v_composer.models.encoder import Encoder, EncoderConfig
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.student import Student
+from d2v_composer.models.transformer import Transformer
 
-__all__ = ["Comparison", "build_candidates", "build_labelled_sets"]
+__all__ = ["Comparison", "build_comparison", "build_labelled_sets"]
 
 GFLOP_PER_MAC = 2e-9
 
 
 class Comparison(NamedTuple):
-    """What an evaluation compares."""
+    """The embeddings that an evaluation compares."""
 
     candidates: list[Candidate]
     """On the device, in eval mode."""
     sizes: EncoderConfig
-    """Of their encoder."""
+    """Their encoder's."""
     embedding: ChosenEmbedding
     """The headline."""
 
@@ -51,7 +53,7 @@ def build_labelled_sets(
     }
 
 
-def build_candidates(config: EvaluateConfig, device: str) -> Comparison:
+def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
 
     Raises:
@@ -67,12 +69,16 @@ def build_candidates(config: EvaluateConfig, device: str) -> Comparison:
             assert teacher is not None  # load_any returns at least one of them
             model, untrained = teacher, teacher.build_student()
     embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
-    encoder = untrained.encoder
-    num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
+    encoder = untrained.encoder
+    return Comparison(_candidates(encoder, models), encoder.config, embedding)
+
+
+def _candidates(encoder: Encoder, models: Mapping[str, Transformer]) -> list[Candidate]:
+    """Return the embeddings to compare, with the number of weights and the GFLOP per image of each."""
+    num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
     for name, model in models.items():
         costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
-    candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
-    return Comparison(candidates, encoder.config, embedding)
+    return [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]

@@ -50,8 +50,8 @@ class ZeroShotRetrieval(Callback):
         headline: The embedding that the short key reports, for a model with several.
         references: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_references()``, if it has that method.
-        measured_first: The references that take no time. They have a pass over the images of their own, before the
-            other references and the model have theirs, so that a first accuracy appears soon.
+        measured_first: References that are measured in a pass of their own, before the others, so that a first accuracy
+            appears soon.
         at_start: Evaluate the untrained model as well.
         probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
             and the majority), ``linear``, by a logistic regression (seconds for each embedding).

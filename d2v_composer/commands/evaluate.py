@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
 
     import torch
 
-    from d2v_composer.builders.evaluation import build_candidates, build_labelled_sets
+    from d2v_composer.builders.evaluation import build_comparison, build_labelled_sets
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
     from d2v_composer.models.precision import choose_precision
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     if config.out is not None:
         check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates, sizes, embedding = build_candidates(config, device)
+    candidates, sizes, embedding = build_comparison(config, device)
     datasets = build_labelled_sets(config.datasets, sizes.image_size, sizes.interpolation)
     check_ks(config.ks, datasets)
     print(f"embedding: {embedding}")
@@ -81,6 +81,8 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
         "--checkpoint": config.checkpoint,
         "--first-blocks": config.first_blocks,
         "--image-size": config.image_size,
+        "--pooling": config.pooling,
+        "--representation": config.representation,
     }
     given = [str(part) for option in options.items() if option[1] is not None for part in option]
     return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)

@@ -116,7 +116,7 @@ def embed_collection(
 
 def hash_weights(model: Transformer) -> str:
     """Return a hash of a model's sizes and weights; its file may be another one by now, that of a run in progress."""
-    digest = hashlib.sha256(repr(model.encoder.config).encode())
+    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

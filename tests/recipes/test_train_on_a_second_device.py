@@ -12,7 +12,7 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.evaluation import build_candidates
+from d2v_composer.builders.evaluation import build_comparison
 from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.config.load import load_evaluate_config
@@ -126,7 +126,7 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> No
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
     accuracies = []
     for device in ("xla", "cpu"):
-        found = evaluate(build_candidates(config, device).candidates, datasets, (1, 3), device, 40)
+        found = evaluate(build_comparison(config, device).candidates, datasets, (1, 3), device, 40)
         accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
