@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from d2v_composer.embedding.collection import ImageCollection
 from d2v_composer.embedding.output_file import EmbeddingFile, Unreadable
