@@ -7,12 +7,16 @@ writes OUT/train and OUT/test, unless they exist.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.system import cli
 from d2v_composer.system.next_step import print_next
+
+EXPECTED = Path("datasets/cifar10")
+"""The folder that yamls/cifar10.yaml names."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +29,12 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     convert_cifar10(arguments.images, arguments.out)
     print(f"{arguments.out}: 50,000 training and 10,000 test images")
-    print_next("composer recipes/train.py yamls/cifar10.yaml")
+    print_next(shlex.join(["composer", "recipes/train.py", "yamls/cifar10.yaml", *changes_of_yaml(arguments.out)]))
+
+
+def changes_of_yaml(out: Path) -> list[str]:
+    """Return what to change in yamls/cifar10.yaml for its images to be those in a folder."""
+    return [] if out == EXPECTED else [f"train_loader.local={out / 'train'}", f"retrieval.datasets.cifar10.root={out}"]
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 from d2v_composer.data.labelled_sets import LabelledImages, load_labelled_set
-from d2v_composer.data.mds_index import INDEX
+from d2v_composer.data.mds_index import INDEX, describe_data, read_index
+from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 
 __all__ = ["convert_cifar10"]
+
+COLUMNS = {"image": "bytes", "label": "int"}
 
 
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:
@@ -21,21 +24,30 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
         num_test: Number of test images.
 
     Raises:
-        InputError: CIFAR-10 is absent and cannot be downloaded, or is corrupt.
+        InputError: CIFAR-10 is absent and cannot be downloaded, or is corrupt; or ``out`` cannot be written, or holds
+            other files or another number of images.
     """
-    missing = {
-        split: num_images
-        for split, num_images in (("train", num_train), ("test", num_test))
-        if not (out / split / INDEX).exists()
-    }
+    wanted = {"train": num_train, "test": num_test}
+    missing = [split for split, num_images in wanted.items() if not _is_written(out / split, num_images)]
     if not missing:
         return
-    try:
-        cifar10 = load_labelled_set("cifar10", images, image_size=32, download=True)
-    except InputError as error:
-        raise InputError(f"--images: {error}") from error
-    for split, num_images in missing.items():
-        _write(getattr(cifar10, split), num_images, out / split)
+    if (fault := find_unwritable(out)) is not None:
+        raise InputError(f"{out}: {fault}")
+    cifar10 = load_labelled_set("cifar10", images, image_size=32, download=True)
+    for split in missing:
+        _write(getattr(cifar10, split), wanted[split], out / split)
+
+
+def _is_written(folder: Path, num_images: int) -> bool:
+    """Tell whether a split is there, and refuse a folder of anything else."""
+    if not (folder / INDEX).exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: exists, and has no {INDEX}: remove it, or choose another folder")
+        return False
+    found = describe_data(read_index(folder, columns=tuple(COLUMNS)))["samples"]
+    if found != num_images:
+        raise InputError(f"{folder}: has {found} images, not {num_images}: remove it, or choose another folder")
+    return True
 
 
 def _write(labelled: LabelledImages, num_images: int, folder: Path) -> None:
@@ -44,7 +56,7 @@ def _write(labelled: LabelledImages, num_images: int, folder: Path) -> None:
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with MDSWriter(out=str(partial), columns={"image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
+    with MDSWriter(out=str(partial), columns=COLUMNS, hashes=["xxh64"]) as writer:
         for pixels, label in zip(labelled.images[:num_images], labelled.labels[:num_images].tolist(), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")

@@ -1,5 +1,6 @@
 """CIFAR-10 as MDS."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from d2v_composer.conversion import cifar10
 from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from helpers import QUICKSTART, refused_by
+from recipes import convert_cifar10 as recipe
 
 
 def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +28,30 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
     monkeypatch.delattr(cifar10, "load_labelled_set")  # what exists is not made again
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
+
+
+def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(cifar10, "load_labelled_set")
+    convert = partial(convert_cifar10, tmp_path)
+    assert "has 4480 images, not 50000: " in refused_by(convert, QUICKSTART / "cifar10")
+    (tmp_path / "foreign" / "test").mkdir(parents=True)
+    (tmp_path / "foreign" / "test" / "notes.txt").touch()
+    assert "test: exists, and has no index.json: " in refused_by(convert, tmp_path / "foreign")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused_by(convert, tmp_path / "file" / "out")
+
+
+def test_the_next_command_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "convert_cifar10", lambda *arguments: None)
+    for out, changes in (
+        ("datasets/cifar10/", ""),
+        ("/data/cifar", " train_loader.local=/data/cifar/train retrieval.datasets.cifar10.root=/data/cifar"),
+    ):
+        recipe.main([out])
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            f"next: composer recipes/train.py yamls/cifar10.yaml{changes}"
+        )
