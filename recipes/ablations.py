@@ -2,11 +2,12 @@
 
     python recipes/ablations.py
     python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
-    python recipes/ablations.py --rows --jobs 1                        # the first row alone
+    python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
+    python recipes/ablations.py --rows base --jobs 1                   # the first row alone
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
 A study is a folder with base.yaml, a run, and rows.yaml, the changes of each row. Each row is a run of recipes/train.py
-in its own folder. If interrupted, the command resumes; at the end it prints a table.
+in its own folder. If interrupted, its runs save, and the same command resumes them. At the end it prints a table.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -33,6 +34,7 @@ from d2v_composer.system.next_step import d2v, print_next
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
+DEFAULT_STUDY = str(STUDIES / "data2vec2")
 DATASET = "cifar10"
 EMBEDDINGS = [
     f"{representation}_{pooling}"
@@ -56,24 +58,65 @@ class Study(NamedTuple):
         """Read a folder.
 
         Raises:
-            InputError: It is not a study, or a change is not ``key=value``.
+            InputError: It is not a study, one of its files is malformed, or a change is not ``key=value``.
         """
         for change in changes:
             if "=" not in change:
                 raise InputError(f"{change}: must be key=value")
-        try:
-            rows = yaml.safe_load((folder / "rows.yaml").read_text())
-        except OSError as error:
-            raise InputError(f"{folder}: no study, which has base.yaml and rows.yaml ({error.strerror})") from error
+        _read_mapping(folder / "base.yaml")
+        rows = _read_mapping(folder / "rows.yaml")
+        for name, row in rows.items():
+            if not isinstance(name, str) or not isinstance(row, dict):
+                raise InputError(f"{folder / 'rows.yaml'}: {name}: a row is its name and {{key: value}}, got {row!r}")
         return cls(folder / "base.yaml", rows, changes)
 
     def choose(self, names: Sequence[str] | None) -> list[str]:
-        """Return the first row and those of ``names``; of ``None``, all rows."""
+        """Return the first row and those of ``names``; for ``None``, all rows."""
         for name in names or []:
             if name not in self.rows:
                 raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(self.rows)})")
         first, *others = self.rows
         return [first, *(name for name in others if names is None or name in names)]
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        contents = yaml.safe_load(path.read_text())
+    except OSError as error:
+        problem = f"no study, which has base.yaml and rows.yaml ({path.name}: {error.strerror})"
+        raise InputError(f"{path.parent}: {problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not a YAML of keys and values: {' '.join(str(error).split())}") from error
+    if not isinstance(contents, dict) or not contents:
+        raise InputError(f"{path}: must have keys and values")
+    return contents
+
+
+class Runs:
+    """Subprocesses that train, and that stop with this command.
+
+    Args:
+        threads: Number of threads of each.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.is_stopping = False
+
+    def run(self, command: Sequence[str], output: IO[str]) -> int:
+        """Run a command, and return its exit status."""
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
+        self.started.append(process)
+        if self.is_stopping:  # since before it was in the list
+            process.terminate()
+        return process.wait()
+
+    def stop(self) -> None:
+        """Let all save and end, by SIGTERM: a terminal's Ctrl-C reaches them too, and a second one would end them."""
+        self.is_stopping = True
+        for process in self.started:
+            process.terminate()
 
 
 class FinishedRun(NamedTuple):
@@ -103,55 +146,62 @@ class FinishedRun(NamedTuple):
 def main(argv: Sequence[str]) -> list[FinishedRun]:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "study", type=Path, nargs="?", default=STUDIES / "data2vec2", help="folder of the YAMLs; default: %(default)s"
-    )
+    parser.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="folder of the YAMLs; default: %(default)s")
     parser.add_argument("changes", nargs="*", help="key=value: changes of all rows")
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; default: 2")
-    parser.add_argument("--rows", nargs="*", help="names in rows.yaml, besides the first; default: all")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--rows", action="append", metavar="ROW", help="a name in rows.yaml; repeat it for more; default: all rows"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if "=" in arguments.study and not Path(arguments.study).exists():
+        arguments.study, arguments.changes = DEFAULT_STUDY, [arguments.study, *arguments.changes]
     if arguments.jobs < 1:
         raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
-    study = Study.read(arguments.study, arguments.changes)
+    study = Study.read(Path(arguments.study), arguments.changes)
     chosen = study.choose(arguments.rows)
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
     sample = arguments.images / "cifar10_sample"
     convert_cifar10(arguments.images, sample, 10_000, 2_000)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
-        threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-        list(pool.map(lambda name: train(study, name, folders[name], sample, threads), chosen))
+    folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
+    train_rows(study, folders, sample, arguments.jobs)
     finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
     print(table(finished))
     print_next(d2v("report", folders[chosen[0]]))
     return finished
 
 
-def train(study: Study, row: str, folder: Path, sample: Path, threads: int) -> None:
+def train_rows(study: Study, folders: Mapping[str, Path], sample: Path, jobs: int) -> None:
+    """Train the rows, ``jobs`` of them at once. A signal stops their runs as well."""
+    runs = Runs(max(1, (os.cpu_count() or 1) // jobs))
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(lambda name: train(study, name, folders[name], sample, runs), folders))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runs.stop()
+            raise KeyboardInterrupt("the same command resumes") from None
+
+
+def train(study: Study, row: str, folder: Path, sample: Path, runs: Runs) -> None:
     """Train one row in a subprocess."""
-    overrides = {
+    own = {
         "run_name": folder.name,
         "save_folder": folder,
         "train_loader.local": sample / "train",
         f"retrieval.datasets.{DATASET}.root": sample,
-        **study.rows[row],
     }
-    arguments = [*(f"{key}={value}" for key, value in overrides.items()), *study.changes]
-    command = [sys.executable, ROOT / "recipes" / "train.py", study.base]
+    # The last of equal keys counts.
+    changes = [*study.changes, *(f"{key}={value}" for key, value in {**study.rows[row], **own}.items())]
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(study.base), *changes]
     folder.mkdir(parents=True, exist_ok=True)
     refuse_changed(folder / "settings.txt", study.base.read_text() + repr((study.rows[row], study.changes)))
     print(f"{row}: training, its lines go to {folder / 'output.txt'}")
     with (folder / "output.txt").open("a") as output:
-        ended = subprocess.run(
-            [*map(str, command), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-    if ended.returncode:
-        raise InputError(f"{folder.name}: failed with status {ended.returncode}, see {folder / 'output.txt'}")
+        status = runs.run(command, output)
+    if status:
+        raise InputError(f"{folder.name}: failed with status {status}, see {folder / 'output.txt'}")
     print(f"{row}: finished")
 
 
