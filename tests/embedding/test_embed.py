@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.data.decode import decode_rgb, to_tensor
 from d2v_composer.embedding import output_file
 from d2v_composer.embedding.collection import FolderImages
-from d2v_composer.embedding.embed import Embedding
+from d2v_composer.embedding.embed import Embedding, hash_weights
 from d2v_composer.embedding.output_file import EmbeddingFile
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -302,6 +303,14 @@ def run_and_kill(arguments: list[str | Path], folder: Path, monkeypatch: pytest.
 def rows_in(folder: Path) -> int:
     progress = folder / "progress.json"
     return json.loads(progress.read_bytes())["rows"] if progress.exists() else 0
+
+
+def test_other_sizes_are_another_model() -> None:
+    """A run that was interrupted with one model is not resumed with the other."""
+    teacher = load_teacher(TEACHER)
+    other = Data2Vec2(replace(teacher.config, average_top_k_layers=1))
+    other.load_state_dict(teacher.state_dict())
+    assert hash_weights(other) != hash_weights(teacher)
 
 
 def test_resumes_to_the_same_bytes_after_a_kill(
