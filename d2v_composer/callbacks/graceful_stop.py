@@ -30,6 +30,7 @@ __all__ = ["GracefulStop"]
 # A stop that takes longer says that it is on its way.
 NOTICE_SECONDS = 1.0
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
+LAST_NOTICE = "Interrupted: finishing; a second Ctrl-C ends the run at once"
 
 
 class _CutShort(BaseException):
@@ -74,6 +75,7 @@ class GracefulStop(Callback):
         self.is_due = create_interval_scheduler(save_interval)
         self.advice = advice
         self.phase = Phase.STARTING
+        self.notice = NOTICE
         self.received: set[signal.Signals] = set()
         self.stopped_by: signal.Signals | None = None  # the same on all ranks
         self.retrieval_is_missing = False
@@ -87,7 +89,7 @@ class GracefulStop(Callback):
             self.previous[signum](signum, frame)
         if signum == signal.SIGINT:
             interrupts.second_ends_at_once()
-            show_later(NOTICE)
+            show_later(lambda: self.notice)
         self.received.add(signal.Signals(signum))
         if self.phase is Phase.MEASURING:
             self.phase = Phase.RETRIEVAL
@@ -120,7 +122,8 @@ class GracefulStop(Callback):
         """
         is_removed = self._agree(state, self.run_folder_lock is not None and self.run_folder_lock.is_removed())
         is_last = state.max_duration is not None and state.timestamp >= state.max_duration
-        self.phase = Phase.BATCH if is_last else Phase.RETRIEVAL  # a finished run measures nothing when it starts again
+        # A finished run measures nothing when it starts again.
+        self.phase, self.notice = (Phase.BATCH, LAST_NOTICE) if is_last else (Phase.RETRIEVAL, NOTICE)
         if is_removed and self.run_folder_lock is not None:
             raise InputError(
                 f"save_folder: {self.run_folder_lock.folder} or its lock .in_use was removed during the run: "
@@ -172,9 +175,11 @@ class GracefulStop(Callback):
 
         Call it on every rank.
         """
-        self._restore()
-        self._agree(state)
+        self._agree(state)  # a rank that left before the others have agreed would fail them
         self._exit_if_stopping(state, logger)
+        self._restore()
+        for signum in sorted(self.received):  # since then
+            self.previous[signum](signum, None)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.stopped_by is None:  # otherwise the process is about to exit with its own status
@@ -219,8 +224,8 @@ def show(line: str) -> None:
             sys.stdout.flush()
 
 
-def show_later(line: str) -> None:
-    """Print a line if the process still runs after a while."""
-    timer = threading.Timer(NOTICE_SECONDS, show, [line])
+def show_later(line: Callable[[], str]) -> None:
+    """Print what is then the line, if the process still runs after a while."""
+    timer = threading.Timer(NOTICE_SECONDS, lambda: show(line()))
     timer.daemon = True
     timer.start()

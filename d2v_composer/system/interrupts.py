@@ -1,4 +1,7 @@
-"""Ctrl-C (SIGINT) and SIGTERM end a command by an exception, so that files are closed; a second Ctrl-C does at once."""
+"""Ctrl-C (SIGINT) and SIGTERM end a command by an exception, so that files are closed; a second Ctrl-C ends it at once.
+
+"Second" is a Ctrl-C after either of them.
+"""
 
 import multiprocessing
 import os
@@ -92,10 +95,10 @@ def _end_before_start(signum: int, frame: Any) -> None:
 
 def _end_at_once(signum: int, frame: Any) -> None:
     with suppress(OSError):
-        os.write(2, b"Interrupted twice: ended at once\n")
+        os.write(2, b"Interrupted again: ended at once\n")
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(status(signum))
+    os._exit(status(_received or signum))
 
 
 when_imported("composer.core.engine", _install_all)  # its import installs handlers of Composer's

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Precision
+from composer.utils import dist
 
 from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval, graceful_stop
+from helpers import wait_until
 
 LAST_BATCH = 5
 
@@ -117,3 +119,38 @@ def test_before_the_first_batch_and_after_the_last_a_signal_ends_the_run_at_once
     run.stop.end_training(run.state, run.logger)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signum)
+
+
+def test_a_signal_while_the_ranks_agree_waits_until_they_have(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that left before would fail the others, which wait for it."""
+    events: list[str] = []
+
+    def end_at_once(*_: Any) -> None:
+        events.append("ended")
+        raise KeyboardInterrupt
+
+    def get_world_size() -> int:
+        ctrl_c()
+        events.append("agreed")
+        return 1
+
+    run.stop.previous[signal.SIGINT] = end_at_once
+    run.end_batch(LAST_BATCH)
+    monkeypatch.setattr(dist, "get_world_size", get_world_size)
+    with pytest.raises(KeyboardInterrupt):
+        run.stop.end_training(run.state, run.logger)
+    assert events == ["agreed", "ended"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "line"), [(3, graceful_stop.NOTICE), (LAST_BATCH, graceful_stop.LAST_NOTICE)], ids=["earlier", "last"]
+)
+def test_the_notice_tells_what_ctrl_c_waits_for(
+    run: Run, batch: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(graceful_stop, "show", shown.append)
+    monkeypatch.setattr(graceful_stop, "NOTICE_SECONDS", 0.0)
+    run.end_batch(batch)
+    ctrl_c()
+    wait_until(lambda: shown == [line])

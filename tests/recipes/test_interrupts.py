@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_ends_at_once(small_data: Path, tmp_path: Path) -> None:
     workers = interrupt(program)
     assert workers
     assert program.wait(timeout=20) == STATUS
-    assert program.stderr == "Interrupted twice: ended at once\n"
+    assert program.stderr == "Interrupted again: ended at once\n"
     assert checkpoints_of(tmp_path) == set()
     assert_gone(workers)
 
@@ -326,6 +326,21 @@ def main():
     )
     ended = run_command(sys.executable, "-c", code)
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "143\n", "SIGTERM\n")
+
+
+def test_ctrl_c_after_sigterm_ends_at_once_as_sigterm_does() -> None:
+    code = SIGNALLED.format(
+        before="""
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+""",
+        main="main()",
+    )
+    ended = run_command(sys.executable, "-c", code)
+    assert (ended.returncode, ended.stderr) == (143, "Interrupted again: ended at once\n")
 
 
 def test_lines_arrive_at_once_in_a_pipe() -> None:
