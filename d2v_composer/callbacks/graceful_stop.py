@@ -81,7 +81,7 @@ class GracefulStop(Callback):
         self.retrieval_is_missing = False
         self.run_folder_lock: RunFolderLock | None = None
         self.retrieval: ZeroShotRetrieval | None = None
-        handled = [signal.SIGTERM] if interrupts.is_ignored() else [signal.SIGTERM, signal.SIGINT]
+        handled = [signal.SIGTERM] if interrupts.is_ignored() else [signal.SIGINT, signal.SIGTERM]
         self.previous: dict[int, Any] = {signum: signal.signal(signum, self._on_signal) for signum in handled}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
