@@ -17,7 +17,7 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     images = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
     labels = torch.tensor([3, 1, 4, 1, 5])
-    whole = LabelledSet(*(LabelledImages(images[split], labels) for split in ("train", "test")))
+    whole = LabelledSet(LabelledImages(images["train"], labels), LabelledImages(images["test"], labels))
     monkeypatch.setattr(cifar10, "load_labelled_set", lambda *arguments, **options: whole)
     (tmp_path / "out" / ".train.partial").mkdir(parents=True)  # of a killed conversion
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
