@@ -22,7 +22,6 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
@@ -146,7 +145,9 @@ class FinishedRun(NamedTuple):
 def main(argv: Sequence[str]) -> list[FinishedRun]:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", default=DEFAULT_STUDY, help="folder of the YAMLs; default: %(default)s")
+    parser.add_argument(
+        "study", nargs="?", default=DEFAULT_STUDY, help="folder of the YAMLs; default: yamls/ablations/data2vec2"
+    )
     parser.add_argument("changes", nargs="*", help="key=value: changes of all rows")
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
@@ -162,6 +163,9 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     study = Study.read(Path(arguments.study), arguments.changes)
     chosen = study.choose(arguments.rows)
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
+
+    from d2v_composer.conversion.cifar10 import convert_cifar10  # takes seconds
+
     sample = arguments.images / "cifar10_sample"
     convert_cifar10(arguments.images, sample, 10_000, 2_000)
     folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.system import cli
 from d2v_composer.system.next_step import print_next
 
@@ -27,6 +26,9 @@ def main(argv: Sequence[str]) -> None:
         "--images", type=Path, default=Path("datasets"), help="folder of torchvision's CIFAR-10; default: %(default)s"
     )
     arguments = parser.parse_args(argv)
+
+    from d2v_composer.conversion.cifar10 import convert_cifar10  # takes seconds
+
     convert_cifar10(arguments.images, arguments.out)
     print(f"{arguments.out}: 50,000 training and 10,000 test images")
     print_next(shlex.join(["composer", "recipes/train.py", "yamls/cifar10.yaml", *changes_of_yaml(arguments.out)]))

@@ -46,7 +46,7 @@ def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
 def test_the_next_command_names_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recipe, "convert_cifar10", lambda *arguments: None)
+    monkeypatch.setattr(cifar10, "convert_cifar10", lambda *arguments: None)
     for out, changes in (
         ("datasets/cifar10/", ""),
         ("/data/cifar", " train_loader.local=/data/cifar/train retrieval.datasets.cifar10.root=/data/cifar"),

@@ -143,11 +143,12 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from d2v_composer.conversion import cifar10
 from d2v_composer.system import cli
 from recipes import ablations
 
 ablations.ROOT = Path(sys.argv.pop(1))
-ablations.convert_cifar10 = lambda *_: None
+cifar10.convert_cifar10 = lambda *_: None
 cli.run(ablations.main)
 """
 
