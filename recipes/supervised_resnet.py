@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> ZeroShotRetrieval:
     parser.add_argument("--epochs", type=int, default=5, help="default: 5")
     arguments = parser.parse_args(argv)
 
-    cifar10 = load_labelled_set("mds", CIFAR10, image_size=32)
+    cifar10 = load_labelled_set("mds", CIFAR10, image_size=32, interpolation="bicubic")
     features = resnet18()
     features.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]: replaces its classifier
     embed = nn.Sequential(Scale(), features)

@@ -42,6 +42,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.targets.extra_tokens",
     "config.targets.average_top_k_layers",
     "config.targets.source",
+    "config.targets.normalisation",
     *(f"config.optimizer.{field.name}" for field in fields(OptimizerConfig)),
     "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
@@ -63,6 +64,7 @@ FIXED_IN_A_FINETUNING = (
 BEFORE_THESE_KEYS = {
     "config.teacher.model": DATA2VEC2,
     "config.targets.source": "ffn",
+    "config.targets.normalisation": "instance",
     "config.optimizer.decay_norms_and_biases": False,
 }
 

@@ -120,9 +120,11 @@ def load_images(config: FinetuneConfig, backbone: Transformer) -> LabelledSet:
         InputError: The data set cannot be used, or is smaller than a batch.
     """
     assert config.dataset is not None  # the config's checks
-    root, batch_size = config.dataset.root, config.global_train_batch_size
+    root, batch_size, sizes = config.dataset.root, config.global_train_batch_size, backbone.encoder.config
     with node_leaders_first("the data set"):
-        labelled = load_labelled_set(**asdict(config.dataset), image_size=backbone.encoder.config.image_size)
+        labelled = load_labelled_set(
+            **asdict(config.dataset), image_size=sizes.image_size, interpolation=sizes.interpolation
+        )
     if (num_images := labelled.num_images[0]) < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
     if min(int(split.labels.min()) for split in labelled[:2]) < 0:

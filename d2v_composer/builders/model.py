@@ -26,7 +26,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
         teacher = build_teacher(config.teacher)
     check_fit(config, teacher)
     try:
-        student = teacher.build_student(**asdict(config.student))
+        student = teacher.build_student(**asdict(config.student), normalisation=config.targets.normalisation)
     except ValueError as error:
         raise InputError(f"student: {error}") from error
     precision = choose_precision(config.precision)
@@ -34,7 +34,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(getattr(torch, config.frozen_dtype) if config.frozen_dtype else precision.dtype)
     targets, cpu_bf16 = config.targets, precision.cpu_bf16
-    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source, targets.normalisation)
+    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source)
     model = DistillationModel(teacher, student, config.prediction, *options)
     if config.compile:
         compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
@@ -55,6 +55,7 @@ def build_teacher(config: TeacherConfig) -> Teacher:
         model=config.model,
         first_blocks=config.first_blocks,
         image_size=config.image_size,
+        option="teacher.{}".format,
     )
 
 

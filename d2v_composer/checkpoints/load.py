@@ -1,5 +1,6 @@
 """Load teachers and students from files, and write them."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,6 @@ from d2v_composer.checkpoints.stored_config import (
     CONFIG_TENSOR,
     add_outputs,
     build_encoder,
-    check_outputs,
     check_student,
     config_tensor,
     parse_config_tensor,
@@ -71,6 +71,7 @@ def load_teacher(
     model: str,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
+    option: Callable[[str], str] = str,
 ) -> Teacher: ...
 
 
@@ -81,6 +82,7 @@ def load_teacher(
     model: str = DATA2VEC2,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
+    option: Callable[[str], str] = str,
 ) -> Teacher:
     """Load a frozen teacher, in eval mode and float32.
 
@@ -92,22 +94,23 @@ def load_teacher(
         model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
         first_blocks: Of timm: blocks in the shared encoder; default a sixth of all.
         image_size: Of timm: pixels a side, or height and width: (112, 168) or '112x168'; default timm's for this model.
+        option: The name of one of these arguments → what the user sets it with, for errors.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
     """
     if model.startswith(PREFIX):
         if weights != "model":
-            raise InputError(f"teacher.weights: {model} has no {weights} weights; allowed here: model")
+            raise InputError(f"{option('weights')}: {model} has no {weights} weights; allowed here: model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
-        return load_timm_teacher(path, model, first_blocks, image_size)
+        return load_timm_teacher(path, model, first_blocks, image_size, option)
     if model != DATA2VEC2:
-        raise InputError(f"teacher.model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
+        raise InputError(f"{option('model')}: must be {DATA2VEC2} or timm/NAME, got {model!r}")
     if path is None:
-        raise InputError(f"teacher.checkpoint: {DATA2VEC2} needs a file")
+        raise InputError(f"{option('checkpoint')}: {DATA2VEC2} needs a file")
     if first_blocks is not None or image_size is not None:
-        raise InputError(f"teacher: first_blocks and image_size are fixed in the file of {DATA2VEC2}")
+        raise InputError(f"{option('first_blocks')} and {option('image_size')} are fixed in the file of {DATA2VEC2}")
     return load_data2vec2(path, weights)
 
 
@@ -145,7 +148,6 @@ def load_student(path: str | Path) -> Student:
             raise InputError(f"{path}: its metadata and its tensor {CONFIG_TENSOR} give different sizes")
     student = Student(build_encoder(encoder_config), student_config, stored.provenance)
     student.load_state_dict(stored.tensors)
-    check_outputs(path, student.encoder)
     return student.eval()
 
 
@@ -167,6 +169,7 @@ def load_any(
     teacher_path: str | None = None,
     teacher_option: str = "--teacher PATH",
     timm_weights: TimmWeights = PRETRAINED,
+    option: Callable[[str], str] = str,
 ) -> tuple[Student | None, Teacher | None]:
     """Load the student and the teacher of any supported file.
 
@@ -177,21 +180,26 @@ def load_any(
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
         teacher_option: What the user sets ``teacher_path`` with, named if that path holds no teacher any more.
         timm_weights: Of ``timm/NAME``; default: timm's pretrained ones.
+        option: As for :func:`load_teacher`.
 
     Raises:
         InputError: The file is corrupt, or not supported.
     """
 
     def load(file: Path) -> tuple[Student | None, Teacher | None]:
-        return _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
+        student, teacher = _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
+        if student is not None and teacher is not None:
+            teacher.normalisation = student.normalisation  # so that their embeddings compare
+        return student, teacher
 
     if str(path).startswith(PREFIX) and not Path(path).exists():
         if teacher_path is not None:
             raise InputError(NO_STUDENT.format(path, teacher_path))
         file, first_blocks, image_size = timm_weights
-        return None, load_teacher(file, weights, model=str(path), first_blocks=first_blocks, image_size=image_size)
-    if any(each is not None for each in timm_weights):
-        raise InputError(f"{path}: checkpoint, first_blocks and image_size belong to a model timm/NAME")
+        sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
+        return None, load_teacher(file, weights, model=str(path), **sizes, option=option)
+    if given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
+        raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
     return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
@@ -252,7 +260,8 @@ def _load_trained(
         teacher_file, weights = settings["checkpoint"], settings["weights"]
         options = {name: settings.get(name) for name in ("first_blocks", "image_size")}  # 0.1.0 has none of them
         model = str(settings.get("model", DATA2VEC2))
-        sizes: dict[str, Any] = dict(record["config"]["student"]) | {"init": "random"}
+        normalisation = dict(record["config"].get("targets", {})).get("normalisation", "instance")
+        sizes: dict[str, Any] = {**record["config"]["student"], "init": "random", "normalisation": normalisation}
         history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ __all__ = [
     "StoredSizes",
     "add_outputs",
     "build_encoder",
-    "check_outputs",
     "check_student",
     "config_tensor",
     "parse_config_tensor",
@@ -38,6 +37,7 @@ __all__ = [
 ]
 
 CONFIG_TENSOR = "config_json"
+ENCODER = "encoder."
 # Of the norm: above the rounding of another machine, below that of bfloat16, in which students train.
 OUTPUT_TOLERANCE = 1e-3
 ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig, TimmEncoderConfig)
@@ -68,7 +68,7 @@ def encoder_class(config: StoredEncoderConfig) -> type[Any]:
 
 
 def add_outputs(config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> StoredEncoderConfig:
-    """Return the config of a timm encoder with what it computes, for :func:`check_outputs`; others as they are.
+    """Return the config of a timm encoder with what it computes, for its readers; others as they are.
 
     Args:
         config: The encoder's.
@@ -76,26 +76,33 @@ def add_outputs(config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> S
     """
     if not isinstance(config, TimmEncoderConfig) or config.outputs:
         return config
-    encoder: Any = build_encoder(config)
-    encoder.load_state_dict(tensors)
-    return dataclasses.replace(config, outputs=encoder.sample_outputs())
+    from timm import __version__ as now
+
+    return dataclasses.replace(config, timm=now, outputs=compute_outputs(config, tensors))
 
 
-def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder, once loaded, computes what it did at its export with another version of timm.
+def compute_outputs(config: TimmEncoderConfig, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Return a few numbers of what an encoder with these tensors computes, wherever they lie and in any dtype."""
+    with torch.device("cpu"):
+        encoder: Any = build_encoder(config).float()
+        encoder.load_state_dict(tensors)
+        return encoder.sample_outputs()
+
+
+def check_outputs(source: Any, config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Check that a timm encoder computes what it did at its export, if that was with another version of timm.
 
     Raises:
         InputError: It computes something else.
     """
-    config, model = encoder.config, cast("Any", encoder)
-    if not isinstance(config, TimmEncoderConfig):
+    if not isinstance(config, TimmEncoderConfig) or not config.outputs:
         return
     from timm import __version__ as now
 
-    if config.timm == now or not config.outputs:
+    if config.timm == now:
         return
-    expected, found = torch.tensor(config.outputs), torch.tensor(model.sample_outputs()[: len(config.outputs)])
-    if (found - expected).norm() > OUTPUT_TOLERANCE * expected.norm():
+    expected, found = torch.tensor(config.outputs), torch.tensor(compute_outputs(config, tensors))
+    if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # NaN is refused too
         raise InputError(
             f"{source}: timm {now} computes something else for {config.model} than timm {config.timm}, with which it "
             f"was exported: pip install timm=={config.timm}"
@@ -138,13 +145,14 @@ def check_student(
         tensors: Name → tensor of the file.
 
     Raises:
-        InputError: A size is unusable, or a tensor is missing, unknown, misshapen or not finite.
+        InputError: A size is unusable; a tensor is missing, unknown, misshapen or not finite; or this version of timm
+            computes something else.
     """
     _check_names(source, sizes, ("encoder", "student"))
     is_timm = isinstance(sizes["encoder"], dict) and "model" in sizes["encoder"]
     config_class: type[Any] = TimmEncoderConfig if is_timm else ImageEncoderConfig
     encoder_config = read_config(source, config_class, sizes["encoder"])
-    student_config = read_config(source, StudentConfig, sizes["student"])
+    student_config = read_config(source, StudentConfig, with_normalisation(sizes["student"]))
     check_num_blocks(source, encoder_config.prenet_depth + student_config.depth, tensors)
     kind = encoder_class(encoder_config)  # imports torch._dynamo, which fails on shapes_of's device
     try:
@@ -152,7 +160,14 @@ def check_student(
     except ValueError as error:
         raise InputError(f"{source}: unusable sizes in its metadata: {error}") from error
     check_tensors(source, shapes, tensors)
+    encoder = {name.removeprefix(ENCODER): each for name, each in tensors.items() if name.startswith(ENCODER)}
+    check_outputs(source, encoder_config, encoder)
     return encoder_config, student_config
+
+
+def with_normalisation(fields: Any) -> Any:
+    """Add to a student's sizes what those of older files leave out, which knew only InstanceNorm."""
+    return {"normalisation": "instance"} | fields if isinstance(fields, dict) else fields
 
 
 def read_config(source: Any, config_class: type[ConfigT], fields: Any) -> ConfigT:

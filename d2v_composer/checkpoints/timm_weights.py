@@ -4,8 +4,9 @@ Files are those of timm, or of a model's authors if timm converts them. timm's o
 resample positions to another image size.
 """
 
+import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -34,6 +35,8 @@ __all__ = ["load_timm_teacher"]
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
+# In the errors of a model's sizes.
+SIZE = re.compile(r"^(first_blocks|image_size)\b")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names.
 NESTED = ("model", "state_dict", "module", "teacher", "model_ema")
@@ -47,7 +50,11 @@ PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "patchifier.proj.we
 
 
 def load_timm_teacher(
-    path: str | Path | None, model: str, first_blocks: int | None = None, image_size: ImageSize | str | None = None
+    path: str | Path | None,
+    model: str,
+    first_blocks: int | None = None,
+    image_size: ImageSize | str | None = None,
+    option: Callable[[str], str] = str,
 ) -> TimmTeacher:
     """Load a frozen teacher, in eval mode and float32.
 
@@ -57,6 +64,7 @@ def load_timm_teacher(
         model: ``timm/NAME``.
         first_blocks: Blocks in the shared encoder; default a sixth of all.
         image_size: Pixels a side, or (height, width); default timm's for this model.
+        option: The name of one of these arguments → what the user sets it with, for errors.
 
     Raises:
         InputError: The model cannot be a teacher, or the file is not one of its weights.
@@ -65,9 +73,9 @@ def load_timm_teacher(
         built = build_timm_model(model, image_size)
         config = teacher_config(model, built, first_blocks)
     except ValueError as error:
-        raise InputError(f"teacher: {error}") from error
+        raise InputError(SIZE.sub(lambda name: option(name[0]), str(error))) from error
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
-    file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
+    file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
     source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
     stored = {name: in_float32(name, tensor) for name, tensor in read_state_dict(file).items()}
     tensors = to_timm(file, built, model, stored)
@@ -96,7 +104,7 @@ def licence_of(pretrained: Mapping[str, Any], is_pretrained: bool) -> str:
     return stated if is_pretrained else f"of the file; timm states for its own weights of this model: {stated}"
 
 
-def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
+def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable[[str], str]) -> Path:
     """Return timm's pretrained weights in the hub's cache, after fetching them.
 
     The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
@@ -106,7 +114,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
     if not repository:
-        raise InputError(f"{model}: timm has no pretrained weights on the hub: give teacher.checkpoint, a file")
+        raise InputError(f"{model}: timm has no pretrained weights on the hub: give {option('checkpoint')}, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
     problem = "it has none of " + ", ".join(names)
     for name in names:
@@ -123,7 +131,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
             break
     raise InputError(
         f"{model}: no pretrained weights of {repository} on the Hugging Face hub: {problem}; fetch them once with "
-        "network access, or give teacher.checkpoint, a file"
+        f"network access, or give {option('checkpoint')}, a file"
     )
 
 
@@ -218,14 +226,26 @@ def unused_names(stored: dict[str, Tensor], used: Mapping[str, Tensor], convert:
     """
     memory = {address(tensor) for tensor in used.values()}
     suspects = [name for name, tensor in stored.items() if name not in used and address(tensor) not in memory]
-    return [name for name in suspects if not is_read(name, stored, used, convert)]
+    read = find_read(suspects, stored, used, convert)
+    return [name for name in suspects if name not in read]
 
 
-def is_read(name: str, stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> bool:
-    """Return whether a tensor's values reach the teacher: NaN in their place would."""
+def find_read(names: Sequence[str], stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> set[str]:
+    """Return those of some tensors that reach the teacher, by halves: most often none does."""
+    if not names or not are_read(names, stored, used, convert):
+        return set()
+    if len(names) == 1:
+        return set(names)
+    middle = len(names) // 2
+    return set().union(*(find_read(half, stored, used, convert) for half in (names[:middle], names[middle:])))
+
+
+def are_read(names: Sequence[str], stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> bool:
+    """Return whether the values of any of these tensors reach the teacher: NaN in their place would."""
     unchanged = {address(tensor) for tensor in stored.values()}
+    nan = torch.full((), torch.nan)
     try:
-        converted = convert(stored | {name: torch.full((), torch.nan).expand(stored[name].shape)})
+        converted = convert(stored | {name: nan.expand(stored[name].shape) for name in names})
     except InputError:  # of a computation with NaN
         return True
     computed = [converted[each] for each in used if address(converted[each]) not in unchanged]

@@ -131,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
         value = getattr(arguments, name)
         if not smallest <= value <= largest:
-            raise InputError(f"--{name.replace('_', '-')}: must be {smallest} to {largest}, got {value}")
+            raise InputError(f"{option(name)}: must be {smallest} to {largest}, got {value}")
     return arguments
 
 
@@ -141,11 +141,18 @@ def load_model(arguments: argparse.Namespace) -> "tuple[Transformer, ChosenEmbed
     from d2v_composer.checkpoints.load import TimmWeights, load_any
 
     timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
-    student, teacher = load_any(arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights)
+    student, teacher = load_any(
+        arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
+    )
     model = teacher if student is None else student
     assert model is not None  # load_any gives one of them
     chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
     return model.eval(), chosen
+
+
+def option(name: str) -> str:
+    """Return the option for an argument of :func:`~d2v_composer.checkpoints.load.load_teacher`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def print_report(embedding: "Embedding") -> None:

@@ -116,6 +116,8 @@ def needs_of_model(model: str, teacher: str | None) -> Iterator[str]:
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
     yield from needs_of_model(config.model, config.teacher)
+    if config.checkpoint is not None and (missing := find_missing_file(config.checkpoint)) is not None:
+        yield f"checkpoint: {config.checkpoint}: {missing}"
     yield from needs_of_labelled_sets("datasets.", config.datasets)
     if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:
         yield f"out: {config.out}: {fault}"

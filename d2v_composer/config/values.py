@@ -10,6 +10,7 @@ from d2v_composer.config.limits import suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig, TrainerConfig
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision
+from d2v_composer.models.timm_config import PREFIX
 from d2v_composer.system.addresses import Address
 
 __all__ = ["describe_long_warmup", "find_contradictions", "find_wrong_arguments"]
@@ -20,11 +21,8 @@ DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every
 
 def find_contradictions(config: RunConfig) -> Iterator[str]:
     """Yield a line for each value that does not go with another one; each alone is within its limits."""
-    if isinstance(config, EvaluateConfig) and not any(config.datasets.values()):
-        yield (
-            "datasets: must have at least one data set that is not null, such as "
-            "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
-        )
+    if isinstance(config, EvaluateConfig):
+        yield from _evaluation(config)
     if isinstance(config, TrainerConfig):
         yield from _warmup(config)
         yield from _log_address(config)
@@ -54,6 +52,18 @@ def _teacher(teacher: TeacherConfig) -> Iterator[str]:
                 yield f"teacher.{name}: must be null for data2vec2, whose file fixes it, got {getattr(teacher, name)}"
     elif teacher.weights != "model":
         yield f"teacher.weights: must be model for {teacher.model}, got {teacher.weights}"
+
+
+def _evaluation(config: EvaluateConfig) -> Iterator[str]:
+    if not config.model.startswith(PREFIX):
+        for name in ("checkpoint", "first_blocks", "image_size"):
+            if (value := getattr(config, name)) is not None:
+                yield f"{name}: must be null unless the model is timm/NAME, got {value}"
+    if not any(config.datasets.values()):
+        yield (
+            "datasets: must have at least one data set that is not null, such as "
+            "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
+        )
 
 
 def _finetuning(config: FinetuneConfig) -> Iterator[str]:

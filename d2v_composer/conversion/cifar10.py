@@ -33,7 +33,7 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
         return
     if (fault := find_unwritable(out)) is not None:
         raise InputError(f"{out}: {fault}")
-    cifar10 = load_labelled_set("cifar10", images, image_size=32, download=True)
+    cifar10 = load_labelled_set("cifar10", images, image_size=32, interpolation="bicubic", download=True)
     for split in missing:
         _write(getattr(cifar10, split), wanted[split], out / split)
 

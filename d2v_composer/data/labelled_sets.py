@@ -87,7 +87,7 @@ def load_labelled_set(
     root: str | Path,
     *,
     image_size: ImageSize,
-    interpolation: str = "bicubic",
+    interpolation: str,
     download: bool = False,
     column: str = "image",
     label_column: str = "label",

@@ -156,7 +156,7 @@ class CifarImages(ImageCollection):
     """CIFAR-10 or CIFAR-100 in memory, 32 pixels a side; ids are train/00000, …, test/00000, …"""
 
     def __init__(self, root: Path, format: Format) -> None:
-        train, test, _ = load_labelled_set(format, root, image_size=32)
+        train, test, _ = load_labelled_set(format, root, image_size=32, interpolation="bicubic")
         self.num_train = len(train.images)
         self.images = torch.cat([train.images, test.images])
         self.fingerprint = hashlib.sha256(self.images.numpy().tobytes()).hexdigest()

@@ -93,7 +93,7 @@ class Classifier(ComposerModel):
         if self.representation == "output":
             x_BTD, _ = backbone.forward_blocks(x_BTD)
         else:
-            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD))
+            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD), normalisation=backbone.normalisation)
         return poolings(x_BTD, self.representation, encoder.config)[self.embedding]
 
     @torch.no_grad()

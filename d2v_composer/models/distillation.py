@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Normalisation, Regression, normalise, regression_loss
+from d2v_composer.models.targets import Regression, normalise, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
@@ -28,6 +28,9 @@ TRAINED = "student.blocks."
 
 class DistillationModel(ComposerModel):
     """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
+
+    Each layer of target and prediction is normalised as the student's config says. From here on the teacher's
+    ``layer_mean`` is too, so that their embeddings compare.
 
     A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalised or uint8. Labels
     and other entries are not read.
@@ -46,7 +49,6 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
-        normalisation: Of each layer of target and prediction: ``instance`` over time, or ``layer`` over channels.
 
     Attributes:
         regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
@@ -67,7 +69,6 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: int | None = None,
         cpu_bf16: bool = False,
         target_source: TargetSource = "ffn",
-        normalisation: Normalisation = "instance",
     ) -> None:
         super().__init__()
         if student.encoder is not teacher.encoder:
@@ -78,8 +79,6 @@ class DistillationModel(ComposerModel):
             raise ValueError(f"extra_tokens must be regress or drop, got {extra_tokens!r}")
         if target_source not in ("ffn", "block"):
             raise ValueError(f"target_source must be ffn or block, got {target_source!r}")
-        if normalisation not in ("instance", "layer"):
-            raise ValueError(f"normalisation must be instance or layer, got {normalisation!r}")
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
@@ -87,10 +86,12 @@ class DistillationModel(ComposerModel):
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
         self.target_source: TargetSource = target_source
-        self.normalisation: Normalisation = normalisation
+        teacher.normalisation = student.normalisation
         self.regression_loss = regression_loss
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
+        # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         # Hooks instead of overrides: DDP's wrapper calls only the hooks of inner modules.
         self.register_state_dict_post_hook(keep_trained_tensors)
         self.register_load_state_dict_pre_hook(check_trained_shapes)
@@ -105,7 +106,7 @@ class DistillationModel(ComposerModel):
         """Compute prediction and target of images, in the current precision."""
         x_BTD = self.teacher.encode(images)
         target = self.teacher.targets(
-            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.normalisation
+            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalisation
         )
         prediction = self.predict(x_BTD)
         if not self.ignored_tokens:
@@ -123,7 +124,8 @@ class DistillationModel(ComposerModel):
         if self.prediction == "last_block":
             return self.student.forward_blocks(x_BTD)[0]
         # The same statistics as the target's: of the patches alone if extra tokens are dropped.
-        return self.student.norm_mean(self.student.ffn_outputs(x_BTD), self.ignored_tokens, self.normalisation)
+        student = self.student
+        return student.norm_mean(student.ffn_outputs(x_BTD), self.ignored_tokens, student.normalisation)
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
@@ -135,14 +137,15 @@ class DistillationModel(ComposerModel):
             batch: As for :meth:`forward`.
             num_images: Use this many of its last images.
         """
+        ignored, normalisation = self.ignored_tokens, self.student.normalisation
         with self.cpu_autocast():
             x_BTD = self.teacher.encode(images_of(batch)[-num_images:])
             prediction_BTD = self.predict(x_BTD)
             cosines = [
-                cosine_similarity(prediction_BTD, normalise(layer_BTD, self.ignored_tokens, self.normalisation), dim=2)
+                cosine_similarity(prediction_BTD, normalise(layer_BTD, ignored, normalisation), dim=2)
                 for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
             ]
-        return torch.stack([cosine_BT[:, self.ignored_tokens :].mean() for cosine_BT in cosines])
+        return torch.stack([cosine_BT[:, ignored:].mean() for cosine_BT in cosines])
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Return the mean squared error, a scalar; ``batch`` is unused."""

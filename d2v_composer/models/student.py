@@ -5,7 +5,7 @@ Shapes: B images, T time steps, D channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from d2v_composer.models.alibi import autocast_dtype
 from d2v_composer.models.block import Block, EntranceBlock, init_linear_layers
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_mlp_ratio, check_whole
+from d2v_composer.models.targets import Normalisation
 from d2v_composer.models.transformer import Transformer
 
 __all__ = ["Init", "Student", "StudentConfig", "init_from_teacher"]
@@ -23,10 +24,10 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Sizes of a student; its width and norm_eps are the encoder's.
+    """Sizes of a student, and how its ``layer_mean`` is computed; its width and norm_eps are the encoder's.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or ``normalisation`` is unknown.
     """
 
     depth: int = 5
@@ -34,11 +35,16 @@ class StudentConfig:
     num_heads: int = 12
     num_alibi_heads: int = 12
     """0: no ALiBi."""
+    normalisation: Normalisation = "instance"
+    """Of each layer, in the prediction and in ``layer_mean``."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
         check_whole("student num_heads", self.num_heads, 1, MAX_WIDTH)
         check_whole("student num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
+        allowed = get_args(Normalisation)
+        if self.normalisation not in allowed:
+            raise ValueError(f"student normalisation must be {' or '.join(allowed)}, got {self.normalisation!r}")
 
 
 class Student(Transformer):
@@ -60,7 +66,8 @@ class Student(Transformer):
         if dim % config.num_heads:
             raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
         kinds = [Block if encoder.config.is_normalised else EntranceBlock] + [Block] * (config.depth - 1)
-        super().__init__(encoder, [kind(dim, config.num_heads, hidden_dim, norm_eps) for kind in kinds])
+        blocks = [kind(dim, config.num_heads, hidden_dim, norm_eps) for kind in kinds]
+        super().__init__(encoder, blocks, config.normalisation)
         self.config = config
         self.provenance = provenance or {}
         self.alibi = build_alibi(encoder.config, config.num_heads, config.num_alibi_heads)

@@ -5,7 +5,7 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,22 +46,28 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
 
 
 def normalise(layer_BTD: Tensor, num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
-    """Normalise one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``."""
+    """Normalise one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``.
+
+    Raises:
+        ValueError: ``normalisation`` is unknown.
+    """
+    if normalisation == "instance":
+        return instance_norm(layer_BTD, num_extra_tokens)
     if normalisation == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
-    return instance_norm(layer_BTD, num_extra_tokens)
+    raise ValueError(f"normalisation must be {' or '.join(get_args(Normalisation))}, got {normalisation!r}")
 
 
 def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
-    """Apply InstanceNorm over time to each layer, average the layers, apply LayerNorm: (B, T, D) float32.
+    """Normalise each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
-        normalisation: ``layer`` applies LayerNorm to each layer instead.
+        normalisation: Of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
 
     Raises:
-        ValueError: There are no layers.
+        ValueError: There are no layers, or ``normalisation`` is unknown.
     """
     sum_BTD: Tensor | None = None
     num_layers = 0

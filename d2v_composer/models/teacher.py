@@ -83,7 +83,7 @@ class Teacher(Transformer, Frozen):
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
         source: TargetSource = "ffn",
-        normalisation: Normalisation = "instance",
+        normalisation: Normalisation | None = None,
     ) -> Tensor:
         """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 
@@ -94,18 +94,19 @@ class Teacher(Transformer, Frozen):
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
-            normalisation: Of each layer: ``instance`` over time, or ``layer`` over channels.
+            normalisation: Of each layer: ``instance`` over time, or ``layer`` over channels; default this teacher's.
 
         Returns:
             (B, T, D) float32, or (B, N, D) without the extra tokens.
 
         Raises:
-            ValueError: There are fewer blocks, or ``source`` is unknown.
+            ValueError: There are fewer blocks, or ``source`` or ``normalisation`` is unknown.
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
         if not 1 <= top_k <= depth:
             raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
+        normalisation = self.normalisation if normalisation is None else normalisation
         layers = islice(self.target_layers(x, source), depth - top_k, None)
         if extra_tokens == "regress":
             return self.norm_mean(layers, normalisation=normalisation)
@@ -120,6 +121,7 @@ class Teacher(Transformer, Frozen):
         init: Init = "random",
         num_heads: int | None = None,
         num_alibi_heads: int | None = None,
+        normalisation: Normalisation = "instance",
     ) -> Student:
         """Build a trainable student that shares this teacher's encoder.
 
@@ -131,16 +133,22 @@ class Teacher(Transformer, Frozen):
                 ``teacher_blocks`` if the MLP ratios agree.
             num_heads: Default: the teacher's.
             num_alibi_heads: Default: all heads.
+            normalisation: Of each layer, in the prediction and in ``layer_mean``: ``instance`` over time, as in the
+                paper, or ``layer`` over channels.
 
         Raises:
-            ValueError: A size is out of range or, for a copy, differs from the teacher's.
+            ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
         """
         if init not in get_args(Init):
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
         num_heads = self.config.num_heads if num_heads is None else num_heads
         num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads
         config = StudentConfig(
-            depth=depth, mlp_ratio=mlp_ratio, num_heads=num_heads, num_alibi_heads=num_alibi_heads if alibi else 0
+            depth=depth,
+            mlp_ratio=mlp_ratio,
+            num_heads=num_heads,
+            num_alibi_heads=num_alibi_heads if alibi else 0,
+            normalisation=normalisation,
         )
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init != "random":

@@ -16,12 +16,14 @@ from d2v_composer.models.sizes import (
     is_number,
 )
 
-__all__ = ["PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "parse_image_size"]
+__all__ = ["NUM_OUTPUTS", "PREFIX", "TimmEncoderConfig", "TimmTeacherConfig", "parse_image_size"]
 
 PREFIX = "timm/"
 INTERPOLATIONS = ("bicubic", "bilinear")
 # Of the students.
 NORM_EPS = 1e-6
+NUM_OUTPUTS = 32
+"""How many of an encoder's outputs an exported file has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,9 @@ class TimmEncoderConfig:
             raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         if not isinstance(self.timm, str) or not re.fullmatch(r"[\w.+-]{1,50}", self.timm):
             raise ValueError(f"timm must be a version, got {self.timm!r}")
-        if not isinstance(self.outputs, tuple) or not all(is_number(each, -1e30, 1e30) for each in self.outputs):
+        if not isinstance(self.outputs, tuple) or len(self.outputs) not in (0, NUM_OUTPUTS):
+            raise ValueError(f"outputs must be {NUM_OUTPUTS} numbers, or none")
+        if not all(is_number(each, -1e30, 1e30) for each in self.outputs):
             raise ValueError("outputs must be numbers")
 
     @property

@@ -4,6 +4,7 @@ They are constants of a frozen model at one image size, and computed once.
 Shapes: T time steps, L blocks, H heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,10 +51,35 @@ class FixedContexts(nn.Module):
 
 
 class RelativeBias(FixedContexts):
-    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them."""
+    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them.
+
+    Args:
+        table: As for :class:`FixedContexts`. Its copy in another dtype is kept, until it moves or is loaded.
+        num_blocks: L.
+    """
+
+    def __init__(self, table: Tensor | None, num_blocks: int) -> None:
+        super().__init__(table, num_blocks)
+        self.cast: Tensor | None = None
+        self.register_load_state_dict_post_hook(forget_cast)
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
+        dtype = autocast_dtype(x_BTD)
+        if table.dtype != dtype:
+            if self.cast is None or self.cast.dtype != dtype:
+                with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
+                    self.cast = table.to(dtype)
+            table = self.cast
+        return table[..., : table.shape[-2]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.cast = None
+        return super()._apply(fn, recurse)
+
+
+def forget_cast(contexts: RelativeBias, incompatible_keys: Any) -> None:
+    """Forget the copy of a table that is replaced."""
+    contexts.cast = None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from d2v_composer.models.block import FfnBlock
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.sizes import MAX_PATCHES, ImageSize, check_whole, height_and_width
 from d2v_composer.models.timm_block import TimmBlock, check_block
-from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig, parse_image_size
+from d2v_composer.models.timm_config import NUM_OUTPUTS, PREFIX, TimmEncoderConfig, parse_image_size
 from d2v_composer.models.timm_contexts import FixedContexts, take_contexts
 
 __all__ = ["TimmEncoder", "TimmParts", "build_timm_model", "encoder_config", "materialize"]
@@ -29,8 +29,8 @@ CLASSES = (VisionTransformer, Eva, Beit)
 STEMS = (PatchEmbed, HybridEmbed)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
-# Of a few outputs, spread over time steps and channels by a step that is prime.
-NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
+# Spreads a few outputs over time steps and channels; it is prime.
+OUTPUT_STEP = 1_000_003
 
 
 def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
@@ -201,7 +201,7 @@ class TimmEncoder(Encoder):
         return self.contexts(x_BTD)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers of what this encoder computes of a fixed image, on a CPU in float32."""
+        """Return a few numbers of what this encoder, on a CPU and in float32, computes of a fixed image."""
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):

@@ -17,7 +17,7 @@ from d2v_composer.models.alibi import autocast_dtype, mask_padding
 from d2v_composer.models.block import FfnBlock
 from d2v_composer.models.encoder import Encoder, EncoderConfig
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.targets import norm_mean
+from d2v_composer.models.targets import Normalisation, norm_mean
 
 __all__ = ["Transformer", "poolings"]
 
@@ -51,15 +51,17 @@ class Transformer(nn.Module, ABC):
     Args:
         encoder: Shared, not copied; frozen.
         blocks: The blocks after it.
+        normalisation: Of each layer, in ``layer_mean``; see :func:`~d2v_composer.models.targets.norm_mean`.
 
     Attributes:
         norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or its compiled version.
     """
 
-    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock]) -> None:
+    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock], normalisation: Normalisation = "instance") -> None:
         super().__init__()
         self.encoder = encoder
         self.blocks = nn.ModuleList(blocks)
+        self.normalisation: Normalisation = normalisation
         self.norm_mean = norm_mean
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
@@ -151,7 +153,7 @@ class Transformer(nn.Module, ABC):
         with frozen_use():
             output, ffn_outputs = self.forward_blocks(x)
             config = self.encoder.config
-            layer_mean = self.norm_mean(ffn_outputs)
+            layer_mean = self.norm_mean(ffn_outputs, normalisation=self.normalisation)
             return poolings(output, "output", config) | poolings(layer_mean, "layer_mean", config)
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:

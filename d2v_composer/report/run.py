@@ -118,7 +118,8 @@ def _datasets(chosen: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tuple[
         if labelled is None:
             continue
         try:
-            columns = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
-            yield name, load_labelled_set(labelled["format"], labelled["root"], image_size=SHOWN_SIZE, **columns)
+            options = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
+            options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic"}
+            yield name, load_labelled_set(labelled["format"], labelled["root"], **options)
         except InputError as error:
             print(f"{name}: without its images: {error}")

@@ -31,7 +31,7 @@ from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, sta
 
 
 def load_cifar() -> LabelledSet:
-    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
 
 
 def pixels(images: Tensor) -> Tensor:

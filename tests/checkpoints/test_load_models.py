@@ -70,3 +70,18 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: 
     assert re.search(f"{expected}teacher=PATH$", refusal(evaluate.main, arguments))
     teacher = shutil.copy(TEACHER, tmp_path / "here.pt")
     assert load_any(checkpoint, teacher_path=str(teacher))[0] is not None
+
+
+def test_a_checkpoint_gives_student_and_teacher_the_normalisation_of_its_run(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
+    targets = contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["targets"]
+    assert targets["normalisation"] == "instance"
+    for value, expected in (("layer", "layer"), (None, "instance")):
+        targets.pop("normalisation", None)
+        targets |= {"normalisation": value} if value else {}  # older checkpoints have none
+        torch.save(contents, tmp_path / "checkpoint.pt")
+        for model in load_any(tmp_path / "checkpoint.pt"):
+            assert model is not None
+            assert model.normalisation == expected

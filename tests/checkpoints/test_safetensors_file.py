@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import safetensors_file
 from d2v_composer.checkpoints.data2vec2_file import convert_teacher
-from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
 from d2v_composer.system import cli
@@ -472,6 +473,36 @@ def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert files_in(path.parent) == [path.name]
+
+
+def test_an_exported_student_keeps_its_normalisation(tmp_path: Path) -> None:
+    student, path = load_teacher(golden()).build_student(depth=2, normalisation="layer"), tmp_path / "layer.safetensors"
+    save_student(student, path)
+    expected, loaded = embeddings(student), load_student(path)
+    assert loaded.normalisation == "layer"
+    assert all(torch.equal(each, expected[name]) for name, each in embeddings(loaded).items())
+    assert not torch.equal(expected["layer_mean_mean"], embeddings(load_student(export_older(path)))["layer_mean_mean"])
+    model: Any = timm.create_model("d2v2_student", checkpoint_path=str(path), representation="layer_mean").eval()
+    assert model.normalisation == "layer"
+    images = model.encoder.prepare(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
+    with torch.no_grad():
+        assert torch.equal(model(images), student.embed(images, "cls", "layer_mean"))
+    _, teacher = load_any(path, teacher_path=str(golden()))
+    assert teacher is not None
+    assert teacher.normalisation == "layer"
+
+
+def export_older(path: Path) -> Path:
+    """Remove the normalisation from an exported file, as older versions wrote it."""
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+    sizes = json.loads(metadata["config"])
+    assert sizes["student"].pop("normalisation") == "layer"
+    tensors = load_file(path)
+    del tensors["config_json"]
+    older = path.with_name("older.safetensors")
+    save_file(tensors, older, metadata | {"config": json.dumps(sizes)})
+    return older
 
 
 def test_only_a_loaded_students_blocks_train(exported: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,9 +29,11 @@ from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.stored_config import add_outputs
 from d2v_composer.checkpoints.timm_student import TimmStudent
-from d2v_composer.checkpoints.timm_weights import checkpoint_filter, read_state_dict
+from d2v_composer.checkpoints.timm_weights import checkpoint_filter, read_state_dict, unused_names
 from d2v_composer.models.student import Student
+from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
 from d2v_composer.models.timm_encoder import TimmEncoder
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, command_environment, refused_by
@@ -241,6 +244,21 @@ def test_of_an_authors_file_every_tensor_is_used_or_named(name: str, image_size:
     assert set(teacher.provenance["left"]) == set(others)
 
 
+def test_parts_that_are_left_are_found_in_few_conversions() -> None:
+    stored = {f"{i}": torch.ones(2) for i in range(100)}
+    calls: list[int] = []
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append(1)
+        return {"sum": tensors["3"] + tensors["70"]}
+
+    used = convert(stored)
+    assert unused_names(stored, used, convert) == [name for name in stored if name not in ("3", "70")]
+    assert len(calls) < 32
+    calls.clear()
+    assert unused_names({"0": torch.ones(1)} | stored, used, lambda tensors: used | {"n": tensors["0"]}) == list(stored)
+
+
 def test_provenance(file: Path) -> None:
     teacher = load_teacher(file, model=MODEL, first_blocks=2)
     sha256 = teacher.provenance.pop("sha256")
@@ -336,11 +354,11 @@ def test_other_files_are_refused_in_one_line(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "timm/resnet18"}, "teacher: timm/resnet18 is a ResNet; only"),
-        ({"model": MODEL, "first_blocks": 6}, "teacher: first_blocks must be a whole number from 0 to 5, got 6"),
-        ({"model": MODEL, "image_size": 100}, "teacher: image_size must be a multiple of the patch"),
-        ({"model": MODEL, "weights": "ema"}, f"teacher.weights: {MODEL} has no ema weights"),
-        ({"model": "dinov2"}, "teacher.model: must be data2vec2 or timm/NAME, got 'dinov2'"),
+        ({"model": "timm/resnet18"}, "timm/resnet18 is a ResNet; only"),
+        ({"model": MODEL, "first_blocks": 6}, "first_blocks must be a whole number from 0 to 5, got 6"),
+        ({"model": MODEL, "image_size": 100}, "image_size must be a multiple of the patch"),
+        ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
+        ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
         ({"model": "data2vec2", "image_size": 112}, "first_blocks and image_size are fixed in the file of data2vec2"),
     ],
 )
@@ -407,7 +425,7 @@ def test_an_exported_student_keeps_its_preprocessing(file: Path, tmp_path: Path)
 def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
     with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights of timm/{NAME}") as caught:
         load_teacher(None, model=MODEL)
-    assert "give teacher.checkpoint, a file" in str(caught.value)
+    assert "give checkpoint, a file" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -468,6 +486,14 @@ def test_another_version_of_timm_must_compute_the_same(
     student = load_student(path)
     save_student(student, tmp_path / "again.safetensors")
     assert load_student(tmp_path / "again.safetensors").encoder.config == student.encoder.config
+    config: Any = student.encoder.config
+    assert (config.timm, len(config.outputs)) == (before, NUM_OUTPUTS)
+    on_gpu_in_bf16 = {each: tensor.bfloat16() for each, tensor in student.encoder.state_dict().items()}
+    with torch.device("meta"):  # as on another device, the outputs are a CPU's
+        trained = add_outputs(replace(config, outputs=()), on_gpu_in_bf16)
+    assert isinstance(trained, TimmEncoderConfig)
+    assert trained.timm == "1.0.99"
+    assert trained.outputs == pytest.approx(config.outputs, rel=0.1, abs=0.1)
 
     def create_other(name: str, **options: Any) -> Any:
         model: Any = create(name, **options)
@@ -476,6 +502,9 @@ def test_another_version_of_timm_must_compute_the_same(
         return model
 
     monkeypatch.setattr(timm, "create_model", create_other)
+    with monkeypatch.context() as patch:
+        patch.setattr(TimmEncoder, "sample_outputs", lambda self: (math.nan,) * NUM_OUTPUTS)
+        assert "timm 1.0.99 computes something else" in refused_by(load_student, path)
     problem = f"timm 1.0.99 computes something else for timm/{name} than timm {before}, with which it was exported"
     assert refused_by(load_student, path).endswith(f"{problem}: pip install timm=={before}")
     with pytest.raises(InputError, match=problem):
@@ -494,6 +523,7 @@ def test_another_version_of_timm_must_compute_the_same(
         ("interpolation", "nearest"),
         ("has_cls_token", False),
         ("embed_dim", 32),
+        *[("outputs", value) for value in ([0.5] * 31, [0.5] * 64, ["a"] * 32, 3)],
     ],
 )
 def test_an_exported_students_sizes_are_timms(name: str, value: Any, tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_reads_a_labelled_folder(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for i in range(count):
                 (folder / f"{i}.png").write_bytes(encoded_image(100 * label + i, size=40))
-    labelled = load_labelled_set("folder", tmp_path, image_size=32)
+    labelled = load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     assert labelled.train.images.shape == (6, 3, 32, 32)
     assert labelled.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert labelled.test.labels.tolist() == [0, 0, 1, 1]
@@ -333,14 +333,14 @@ def test_reads_a_labelled_folder(tmp_path: Path) -> None:
 
     (tmp_path / "test" / "dog" / "0.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"0.png: not an image that can be read"):
-        load_labelled_set("folder", tmp_path, image_size=32)
+        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "fish")
     with pytest.raises(InputError, match="fish: a class that the train folder lacks"):
-        load_labelled_set("folder", tmp_path, image_size=32)
+        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     with pytest.raises(InputError, match="no such folder"):
-        load_labelled_set("folder", tmp_path / "nowhere", image_size=32)
+        load_labelled_set("folder", tmp_path / "nowhere", image_size=32, interpolation="bicubic")
 
 
 def test_missing_cifar_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no readable CIFAR10 .*; set download: true to fetch it"):
-        load_labelled_set("cifar10", tmp_path, image_size=32)
+        load_labelled_set("cifar10", tmp_path, image_size=32, interpolation="bicubic")

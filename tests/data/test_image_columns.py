@@ -85,7 +85,7 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
         write_as_streaming(tmp_path / split, files, encoding)
     expected = decode_rgb(files[3].read_bytes(), "file").getdata()
     collection = open_collection(str(tmp_path / "train"), 32, "bicubic", column="x")
-    labelled = load_labelled_set("mds", tmp_path, image_size=32, column="x", label_column="y")
+    labelled = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic", column="x", label_column="y")
     for pixels in (collection.load(3), labelled.train.images[3]):
         assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
     assert labelled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
@@ -96,7 +96,10 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
 READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
     "embedding": (lambda folder: open_collection(str(folder / "train"), 32, "bicubic"), "--column"),
-    "retrieval": (lambda folder: load_labelled_set("mds", folder, image_size=32), "column and label_column"),
+    "retrieval": (
+        lambda folder: load_labelled_set("mds", folder, image_size=32, interpolation="bicubic"),
+        "column and label_column",
+    ),
 }
 
 
@@ -121,4 +124,4 @@ def test_names_a_label_that_is_not_a_number(files: list[Path], tmp_path: Path) -
     with MDSWriter(out=str(tmp_path / "train"), columns={"image": "bytes", "label": "str"}) as writer:
         writer.write({"image": files[0].read_bytes(), "label": "cat"})
     with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*'cat'"):
-        load_labelled_set("mds", tmp_path, image_size=32)
+        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")

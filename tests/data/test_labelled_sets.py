@@ -27,7 +27,7 @@ def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault
     for image in images:
         write_image(tmp_path / image)
     with pytest.raises(InputError) as caught:
-        load_labelled_set("folder", tmp_path, image_size=32)
+        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     layout = f"{tmp_path}/train/CLASS/*.jpg and {tmp_path}/test/CLASS/*.jpg, with the same classes"
     assert str(caught.value) == f"{tmp_path}/{fault}; a folder's images are {layout}"
 

@@ -42,7 +42,7 @@ def run_evaluate(*overrides: str) -> str:
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred of the quickstart's images as files: root/{train,test}/CLASS/*.png."""
     root = tmp_path_factory.mktemp("small_set")
-    cifar10 = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    cifar10 = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
     for name, count in (("train", 60), ("test", 40)):
         images, labels = getattr(cifar10, name)
         for i in range(count):
@@ -92,7 +92,8 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     assert found[from_student]["machine"]["cores"] >= 1
 
     # The student's numbers are those of its own embeddings.
-    labelled = load_labelled_set("folder", small_set, image_size=load_student(student).encoder.config.image_size)
+    sizes = load_student(student).encoder.config
+    labelled = load_labelled_set("folder", small_set, image_size=sizes.image_size, interpolation=sizes.interpolation)
     with torch.inference_mode():
         bank, queries = (
             load_student(student).embed(images.images, representation="layer_mean") for images in labelled[:2]

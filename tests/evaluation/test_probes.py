@@ -32,7 +32,7 @@ class Embedded(NamedTuple):
 @pytest.fixture(scope="module")
 def real() -> Embedded:
     """The quickstart's teacher's embeddings of shipped CIFAR images."""
-    labelled = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32).at_most(600)
+    labelled = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(600)
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         train, test = (

@@ -15,7 +15,7 @@ from helpers import QUICKSTART
 @pytest.fixture(scope="module")
 def cifar() -> LabelledSet:
     """The shipped images: 4,480 for the bank, 2,000 queries."""
-    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
 
 
 def pixels(images: Tensor) -> Tensor:

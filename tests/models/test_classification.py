@@ -62,3 +62,11 @@ def test_from_scratch_keeps_no_weight_but_the_fixed_positions() -> None:
         is_fixed = name.endswith("positions")
         if weight.ndim > 1:
             assert torch.equal(weight, before[name]) == is_fixed, name
+
+
+def test_features_of_a_students_layers_are_normalised_as_in_its_training() -> None:
+    student = load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=2, normalisation="layer")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = student.embed(images, "mean", "layer_mean")
+    model = Classifier(student, 3, "layer_mean", "mean")
+    assert torch.equal(model.embed(images), expected)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.models.block import Block
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.targets import Normalisation, norm_mean
 from helpers import QUICKSTART
 
 NUM_STEPS = 20
@@ -24,7 +26,7 @@ BATCH_SIZE = 16
 @pytest.fixture(scope="module")
 def batches() -> Tensor:
     """Real images, one batch for each step: (20, 16, 3, 32, 32) uint8."""
-    images = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32).train.images
+    images = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").train.images
     return images[: NUM_STEPS * BATCH_SIZE].unflatten(0, (NUM_STEPS, BATCH_SIZE))
 
 
@@ -117,3 +119,12 @@ def test_compiled_losses_and_embeddings_are_close(
     np.testing.assert_allclose(losses, expected, rtol=0.01 if bf16 else 1e-4)
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
+
+
+def test_norm_mean_of_each_normalisation_is_one_graph() -> None:
+    layers = [torch.randn(2, 5, 8) for _ in range(3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(norm_mean, fullgraph=True, backend="eager")
+    for normalisation in get_args(Normalisation):
+        found = compiled(layers, 1, normalisation)
+        torch.testing.assert_close(found, norm_mean(layers, 1, normalisation))

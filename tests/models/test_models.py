@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from composer import Trainer
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,8 @@ from d2v_composer.config.schema import OptimizerConfig
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
-from d2v_composer.models.targets import Regression, norm_mean, regression_loss
+from d2v_composer.models.targets import Normalisation, Regression, norm_mean, regression_loss
+from d2v_composer.models.transformer import poolings
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
 
@@ -181,19 +183,48 @@ def test_norm_mean_equals_torchs_norms() -> None:
     torch.testing.assert_close(found, nn.functional.layer_norm(layer_normed, (16,)))
     with pytest.raises(ValueError, match="at least one layer"):
         norm_mean([])
+    with pytest.raises(ValueError, match="normalisation must be instance or layer, got 'batch'"):
+        norm_mean(layers, normalisation="batch")  # pyright: ignore[reportArgumentType]: a typo
 
 
 def test_layer_norm_alone_keeps_the_mean_over_time(teacher: Data2Vec2) -> None:
     images = images_for(teacher)
-    model = DistillationModel(teacher, teacher.build_student(depth=1), normalisation="layer")
-    found = model(images)
     x = teacher.encode(images)
+    of_instance_norm = teacher.targets(x)
+    model = DistillationModel(teacher, teacher.build_student(depth=1, normalisation="layer"))
+    found = model(images)
     torch.testing.assert_close(found.target, norm_mean(teacher.ffn_outputs(x), normalisation="layer"))
     torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalisation="layer"))
-    spread = [target.mean(dim=1).std() for target in (found.target, teacher.targets(x))]
+    spread = [target.mean(dim=1).std() for target in (found.target, of_instance_norm)]
     assert spread[0] > 3 * spread[1]
-    with pytest.raises(ValueError, match="normalisation must be instance or layer, got 'batch'"):
-        DistillationModel(teacher, model.student, normalisation="batch")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="student normalisation must be instance or layer, got 'batch'"):
+        teacher.build_student(normalisation="batch")  # pyright: ignore[reportArgumentType]: a typo
+
+
+@pytest.mark.parametrize("normalisation", get_args(Normalisation))
+def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
+    teacher: Data2Vec2, normalisation: Normalisation
+) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2, normalisation=normalisation)).eval()
+    images = images_for(teacher)
+    with torch.no_grad():
+        step = model(images)
+    for found, expected in (
+        (model.embed_all(images), step.prediction),
+        (model.retrieval_references()["teacher"](images), step.target),
+    ):
+        for name, embedding in poolings(expected, "layer_mean", teacher.config).items():
+            torch.testing.assert_close(found[name], embedding)
+
+
+def test_ddp_broadcasts_no_frozen_buffer(teacher: Data2Vec2) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped: Any = DistributedDataParallel(DistillationModel(teacher, teacher.build_student(depth=1)))
+        assert list(wrapped.module.buffers())
+        assert not wrapped.modules_buffers
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_loss_is_a_plain_mean() -> None:

@@ -195,6 +195,25 @@ def test_relative_biases_are_gathered_once_and_aligned(name: str) -> None:
     assert not [each for each in teacher.state_dict() if "relative_position" in each or "q_bias" in each]
 
 
+def test_a_relative_bias_is_cast_once() -> None:
+    teacher = build_teacher("beit_base_patch16_224")
+    x = teacher.encode(images_for(teacher.config))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            first = teacher.block_contexts(x)[0]
+        again = teacher.block_contexts(x)[0]
+        assert first is not None
+        assert again is not None
+        assert first.dtype == torch.bfloat16
+        assert first.data_ptr() == again.data_ptr()
+        assert not again.is_inference()
+        table = teacher.contexts.table
+        assert table is not None
+        teacher.load_state_dict({name: 2 * tensor for name, tensor in teacher.state_dict().items()})
+        assert_close(teacher.block_contexts(x)[0], 2 * again)
+    assert torch.equal(teacher.contexts(x)[0], table[0, ..., : table.shape[-2]])
+
+
 def test_registers_are_not_cls() -> None:
     teacher = build_teacher("vit_dlittle_patch16_reg1_gap_256")
     assert (teacher.num_extra_tokens, teacher.has_cls_token) == (1, False)

@@ -158,7 +158,7 @@ def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_pat
 @pytest.fixture
 def shipped_images(tmp_path: Path) -> Path:
     """Some of the quickstart's CIFAR-10 images."""
-    shipped = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32)
+    shipped = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
     for split, images, labels in (("train", *shipped.train.at_most(512)), ("test", *shipped.test.at_most(160))):
         write_mds(tmp_path / split, [to_png(each) for each in images], labels.tolist())
     return tmp_path
@@ -189,7 +189,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labelled: P
     assert exported.returncode == 0, exported.stderr
     assert "num_classes=4)" in exported.stdout
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
-    test = load_labelled_set("mds", labelled, image_size=32).test
+    test = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic").test
     with torch.no_grad():
         logits = model(model.encoder.prepare(test.images))
         student, teacher = load_any(finetuned / "latest-rank0.pt")

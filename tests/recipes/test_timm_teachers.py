@@ -74,6 +74,8 @@ def test_train(trained: Path) -> None:
 def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
         train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
+    with pytest.raises(InputError, match=r"^targets\.normalisation: instance in the checkpoint, layer asked"):
+        train.main(timm_run(trained, small_data, teacher, "targets.normalisation=layer", "max_duration=6ba"))
 
 
 def test_a_checkpoints_teacher_may_be_timms_pretrained_model(
@@ -223,7 +225,7 @@ def refused(
         ("teacher.model=timm/vit_tyni", "no model 'timm/vit_tyni'; allowed are timm/NAME"),
         ("teacher.model=dinov2", "teacher.model: must be data2vec2 or timm/NAME, got 'dinov2'"),
         ("teacher.model=timm/vit_small_patch16_224", "has shape (1, 1, 64), the sizes ask for (1, 1, 384)"),
-        ("teacher.first_blocks=6", "first_blocks must be a whole number from 0 to 5, got 6"),
+        ("teacher.first_blocks=6", "error: teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.first_blocks=-1", "teacher.first_blocks: must be at least 0, got -1"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
         (
@@ -245,12 +247,16 @@ def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str
     ("arguments", "message"),
     [
         (["model={}"], "does not name its model; if it has the weights of one of timm's, give timm/NAME as the model"),
-        (["model={}", "image_size=48"], "checkpoint, first_blocks and image_size belong to a model timm/NAME"),
+        (["model={}", "image_size=48"], "image_size: must be null unless the model is timm/NAME, got 48"),
         (["model=timm/test_vit", "checkpoint={}", "teacher={}"], "timm/test_vit: is not a student, so a teacher"),
         (["model=timm/test_vit", "checkpoint={}", "image_size=0"], "image_size: must be a number of pixels or HEIGHTx"),
-        (["model=timm/test_vit", "checkpoint={}", "image_size=40"], "image_size must be a multiple of the patch"),
-        (["model=timm/test_vit", "checkpoint={}", "first_blocks=6"], "first_blocks must be a whole number from 0 to 5"),
-        (["model=timm/test_vit", "checkpoint={}", "weights=ema"], "timm/test_vit has no ema weights"),
+        (["model=timm/test_vit", "checkpoint={}", "image_size=40"], "^image_size must be a multiple of the patch"),
+        (
+            ["model=timm/test_vit", "checkpoint={}", "first_blocks=6"],
+            "^first_blocks must be a whole number from 0 to 5",
+        ),
+        (["model=timm/test_vit", "checkpoint={}", "weights=ema"], "^weights: timm/test_vit has no ema weights"),
+        (["model=timm/test_vit", "checkpoint=nowhere.pt"], "^checkpoint: nowhere.pt: no such file"),
     ],
 )
 def test_what_evaluate_refuses(teacher: Path, labelled: Path, arguments: list[str], message: str) -> None:
@@ -266,8 +272,11 @@ def test_embed_refuses_another_models_options(teacher: Path, labelled: Path, tmp
     torch.save(load_file(teacher), tmp_path / "weights.pth")
     with pytest.raises(InputError, match="does not name its model"):
         embed.main([str(tmp_path / "weights.pth"), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
-    with pytest.raises(InputError, match="belong to a model timm/NAME"):
+    with pytest.raises(InputError, match="--image-size: only for a model timm/NAME, got "):
         embed.main([str(teacher), str(labelled), str(tmp_path / "embeddings.npy"), "--image-size", "48"])
+    timm_model = ["timm/test_vit", str(labelled), str(tmp_path / "embeddings.npy"), "--checkpoint", str(teacher)]
+    with pytest.raises(InputError, match=r"^--image-size must be a multiple of the patch"):
+        embed.main([*timm_model, "--image-size", "40"])
 
 
 class Code:

@@ -121,7 +121,7 @@ def test_a_run_with_every_callback_measures_as_on_the_host(
 @pytest.mark.usefixtures("device")
 def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> None:
     """With a checkpoint and all its comparisons."""
-    datasets = {"small": load_labelled_set("mds", labelled, image_size=32)}
+    datasets = {"small": load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic")}
     yaml = str(ROOT / "yamls" / "evaluate.yaml")
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
     accuracies = []
@@ -151,7 +151,7 @@ def test_another_projects_run_measures_retrieval(
     device: SecondDevice, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """recipes/supervised_resnet.py with few images."""
-    few = load_labelled_set("mds", labelled, image_size=32)
+    few = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic")
     monkeypatch.setattr(supervised_resnet, "load_labelled_set", lambda *args, **options: few)
     monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
     retrieval = supervised_resnet.main(["--epochs", "1"])

@@ -35,7 +35,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty coloured squares in three classes: root/{train,test}/CLASS/*.png."""
     root = tmp_path_factory.mktemp("images")
-    cifar10 = load_labelled_set("mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32)
+    cifar10 = load_labelled_set(
+        "mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32, interpolation="bicubic"
+    )
     for split in ("train", "test"):
         for i in range(30):
             folder = root / split / ("cat", "dog", "<ship>")[i % 3]
