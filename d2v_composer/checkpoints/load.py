@@ -258,7 +258,7 @@ def _load_trained(
         record = dict(callbacks["RunRecord"]["record"])
         settings, trained_with = dict(record["config"]["teacher"]), record["teacher"]["sha256"]
         teacher_file, weights = settings["checkpoint"], settings["weights"]
-        options = {name: settings.get(name) for name in ("first_blocks", "image_size")}  # 0.1.0 has none of them
+        options: dict[str, Any] = {name: settings.get(name) for name in ("first_blocks", "image_size")}  # not in 0.1.0
         model = str(settings.get("model", DATA2VEC2))
         normalisation = dict(record["config"].get("targets", {})).get("normalisation", "instance")
         sizes: dict[str, Any] = {**record["config"]["student"], "init": "random", "normalisation": normalisation}

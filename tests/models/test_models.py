@@ -217,8 +217,8 @@ def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
             torch.testing.assert_close(found[name], embedding)
 
 
-def test_ddp_broadcasts_no_frozen_buffer(teacher: Data2Vec2) -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def test_ddp_broadcasts_no_frozen_buffer(teacher: Data2Vec2, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped: Any = DistributedDataParallel(DistillationModel(teacher, teacher.build_student(depth=1)))
         assert list(wrapped.module.buffers())
