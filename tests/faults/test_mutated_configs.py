@@ -141,7 +141,8 @@ def test_each_slip_is_refused_or_accepted_as_written(
             assert "\n" not in line
             # It names the key, or the section that is empty without it.
             assert any(key in line for key in mutation.path), (mutation, line)
-    assert 0.05 * len(every) < len(accepted) < 0.5 * len(every)
+    fewest = 0.05 * len(every) if all_slips else 0  # a small sample may have one
+    assert fewest < len(accepted) < 0.5 * len(every)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -170,7 +171,9 @@ def test_sigterm_stops_the_runs_as_well(tmp_path: Path) -> None:
 def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
 
-    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int) -> TimmTeacher:
+    def load_timm_teacher(
+        path: None, model: str, first_blocks: int, image_size: int, option: Callable[[str], str]
+    ) -> TimmTeacher:
         built = build_timm_model(model, image_size)
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 

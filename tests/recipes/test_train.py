@@ -149,7 +149,7 @@ def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path
     ("overrides", "message"),
     [
         pytest.param(
-            ["optimizer.lr=0.001"], "optimizer.lr: 0.003 in the checkpoint, 0.001 asked", marks=pytest.mark.slow
+            ["optimizer.lr=0.001"], "optimizer.lr: 0.004 in the checkpoint, 0.001 asked", marks=pytest.mark.slow
         ),
         (
             ["seed=18", "student.depth=2", "student.alibi=false"],
@@ -172,7 +172,7 @@ def test_a_run_leaves_checkpoints_log_and_record(uninterrupted: Path) -> None:
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert names == [".in_use", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"]
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
-    assert record["config"]["optimizer"]["lr"] == 0.003
+    assert record["config"]["optimizer"]["lr"] == 0.004
     assert record["versions"]["mosaicml"] == "0.32.1"
     assert record["teacher"]["source"] == "tiny_base.pt"
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
