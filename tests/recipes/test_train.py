@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from helpers import (
     GOLDEN,
     ROOT,
     assert_same_losses,
+    command_environment,
     has_trained,
     load_checkpoint,
     losses_of,
@@ -104,7 +106,9 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
 ) -> None:
     """All processes get SIGTERM, and the launcher passes it on once more; or the launcher alone is killed."""
     arguments = small_run(tmp_path, small_data, "save_interval=10000ba", "max_duration=10000ba")
-    launcher = start_python(*train_command(arguments, ranks=2))
+    # Not start_python: the ranks know the launcher by its command line, which a fork has not.
+    command = train_command(arguments, ranks=2)
+    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
     wait_until(lambda: has_trained(tmp_path), seconds=60)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
