@@ -21,7 +21,6 @@ from d2v_composer.system import cli
 if __name__ == "__main__":
     cli.begin(__doc__)
 
-import torch
 from composer import Callback, Trainer
 from composer.utils import reproducibility
 
@@ -57,8 +56,6 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         built = build_finetuning(config)
         built.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**built.trainer_arguments)
-    # Only now: each DeviceGPU that Composer constructs allows TF32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     fit_and_close(
         trainer,
         config,

@@ -22,7 +22,6 @@ from d2v_composer.system import cli
 if __name__ == "__main__":
     cli.begin(__doc__)
 
-import torch
 import yaml
 from composer import Callback, Trainer
 from composer.utils import reproducibility
@@ -60,8 +59,6 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         run = build_run(config)
         run.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**run.trainer_arguments)
-    # Only now: each DeviceGPU that Composer constructs allows TF32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if trainer.state.fsdp_config is not None:
         join_units(run.model, trainer.state.fsdp_config.device_mesh)
     fit_and_close(

@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
@@ -66,6 +67,13 @@ class GatedStore(ObjectStore):
     """An object store behind a gate. The tests of a process share one, with a bucket for each file."""
 
     gate: Gate | None = None
+
+    def create_bucket_of_images(self, bucket: str, folder: Path) -> None:
+        """Create a bucket with a folder's files under ``images/``."""
+        self.create_bucket(bucket)
+        client = self.client()
+        for file in folder.iterdir():
+            client.upload_file(str(file), bucket, f"images/{file.name}")
 
     @property
     def endpoint(self) -> str:

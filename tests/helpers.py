@@ -234,20 +234,20 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
 KILLED_AT = """
 import os, signal, sys
 from composer import Callback
-from recipes import train
+from recipes import {recipe}
 
 class Kill(Callback):
     def batch_start(self, state, logger):
         if int(state.timestamp.batch) == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-train.main(sys.argv[2:], [Kill()])
+{recipe}.main(sys.argv[2:], [Kill()])
 """
 
 
-def train_until_killed(arguments: list[str], batch: int) -> None:
-    """Train in one process that is killed when the batch starts."""
-    killed = run_command(sys.executable, "-c", KILLED_AT, str(batch), *arguments)
+def train_until_killed(arguments: list[str], batch: int, recipe: str = "train") -> None:
+    """Run a training recipe in one process that is killed when the batch starts."""
+    killed = run_command(sys.executable, "-c", KILLED_AT.format(recipe=recipe), str(batch), *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 

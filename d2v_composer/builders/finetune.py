@@ -63,7 +63,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     """
     ask_logging_servers(config)
     backbone = load_backbone(config)
-    embedding = choose_features(config, backbone)
+    embedding = choose_embedding(backbone, backbone.provenance, config.pooling, config.representation)
     labelled = load_images(config, backbone)
     about = describe_model(config, backbone, embedding, labelled.class_names)
     if config.from_scratch:
@@ -100,17 +100,6 @@ def load_backbone(config: FinetuneConfig) -> Student | Teacher:
     backbone = teacher if student is None else student
     assert backbone is not None  # load_any returns at least one of them
     return backbone
-
-
-def choose_features(config: FinetuneConfig, backbone: Student | Teacher) -> ChosenEmbedding:
-    """Choose the embedding below the head: as asked, or else the headline of the model's run.
-
-    Raises:
-        InputError: The model has no CLS token.
-    """
-    if config.pooling == "cls" and not backbone.has_cls_token:
-        raise InputError("pooling: this model has no CLS token; allowed here: mean, mean_patches")
-    return choose_embedding(backbone, backbone.provenance, config.pooling, config.representation)
 
 
 def load_images(config: FinetuneConfig, backbone: Transformer) -> LabelledSet:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 
+import torch
 from composer import Trainer
 from composer.utils import dist
 
@@ -35,6 +36,8 @@ def fit_and_close(
         header: Returns the lines that open the run's log.
         report: Called with False if the run had finished before.
     """
+    # Only now: each DeviceGPU that Composer constructs allows TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     try:
         is_new = _fit(trainer, config, header)
         # It takes seconds. The uploads may take minutes, which no collective would wait.

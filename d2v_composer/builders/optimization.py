@@ -29,15 +29,8 @@ __all__ = [
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
     """Build torch's AdamW of the trained parameters; norms and biases have a group of their own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = config.weight_decay
-    groups = [
-        {"params": [each for each in trained if each.ndim > 1], "weight_decay": decay},
-        {
-            "params": [each for each in trained if each.ndim <= 1],
-            "weight_decay": decay if config.decay_norms_and_biases else 0.0,
-        },
-    ]
-    return _adamw(config, groups)
+    matrices, vectors = [each for each in trained if each.ndim > 1], [each for each in trained if each.ndim <= 1]
+    return _adamw(config, [{"params": matrices}, {"params": vectors}])
 
 
 def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: Classifier) -> torch.optim.AdamW:
@@ -46,20 +39,17 @@ def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: Classifie
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, depth in model.depth_of_trained.items():
         groups.setdefault((head - depth, weights[name].ndim <= 1), []).append(weights[name])
+    ordered = sorted(groups)
     return _adamw(
-        config,
-        [
-            {
-                "params": groups[distance, is_vector],
-                "lr": config.lr * config.layer_decay**distance,
-                "weight_decay": 0.0 if is_vector and not config.decay_norms_and_biases else config.weight_decay,
-            }
-            for distance, is_vector in sorted(groups)
-        ],
+        config, [{"params": groups[each], "lr": config.lr * config.layer_decay ** each[0]} for each in ordered]
     )
 
 
 def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """Build torch's AdamW of groups that each have matrices or norms and biases alone."""
+    for group in groups:
+        decays = config.decay_norms_and_biases or any(each.ndim > 1 for each in group["params"])
+        group["weight_decay"] = config.weight_decay if decays else 0.0
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

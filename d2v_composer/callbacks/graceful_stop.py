@@ -38,7 +38,7 @@ class _CutShort(BaseException):
 
 
 class Phase(Enum):
-    """What a signal waits for."""
+    """The work that a signal waits for."""
 
     STARTING = auto()
     """Nothing: no batch has been trained."""

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from d2v_composer.config.limits import duration, limited
 from d2v_composer.config.schema import AlgorithmsConfig, LabelledSetConfig, LoaderConfig, OptimizerConfig, TrainerConfig
+from d2v_composer.models.names import Pooling, Representation
 
 __all__ = ["ClassifierAlgorithmsConfig", "FinetuneConfig", "LayerwiseOptimizerConfig"]
 
@@ -58,9 +59,9 @@ class FinetuneConfig(TrainerConfig):
     """Weights of a teacher's file."""
     teacher: str | None = None
     """The teacher of a checkpoint's student; default: where it was in training."""
-    representation: Literal["output", "layer_mean"] | None = None
+    representation: Representation | None = None
     """Default: the headline of the model's run, likewise ``pooling``."""
-    pooling: Literal["cls", "mean", "mean_patches"] | None = None
+    pooling: Pooling | None = None
     train_encoder: bool = False
     from_scratch: bool = False
     """Forget the weights: the same network, with random ones."""

@@ -50,7 +50,7 @@ is_microbatch = must(
 
 @dataclass
 class TimmSizes:
-    """Of a model timm/NAME."""
+    """Sizes of a model timm/NAME."""
 
     first_blocks: int | None = limited(None, least=0)
     """Blocks in the shared encoder; default: a sixth of all."""

@@ -1,4 +1,4 @@
-"""What a timm ViT's blocks need besides their input: rotary positions, or BEiT's relative bias.
+"""Contexts of a timm ViT's blocks, beside their input: rotary positions, or BEiT's relative bias.
 
 They are constants of a frozen model at one image size, and computed once.
 Shapes: T time steps, L blocks, H heads.

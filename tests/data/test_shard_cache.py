@@ -200,7 +200,7 @@ def test_a_newer_data_set_waits_for_fetches_of_the_older_one(
 def test_waiting_threads_learn_that_a_shard_was_given_up(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three that want the same shard of an unreachable store, one retries; the others try at most once."""
+    """Three threads want one shard of an unreachable store: one retries, the others try at most once."""
     dataset = open_images(tmp_path / "cache", original, timeout=1)
     started, attempts = [], []
 

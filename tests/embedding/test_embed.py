@@ -196,10 +196,7 @@ def test_embeds_from_an_object_store(
     embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_PARTS)
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
-    object_store.create_bucket("embedding")
-    client = object_store.client()
-    for file in many_shards.iterdir():
-        client.upload_file(str(file), "embedding", f"images/{file.name}")
+    object_store.create_bucket_of_images("embedding", many_shards)
     (tmp_path / "cache").mkdir()
     shutil.copyfile(many_shards / "shard.00003.mds", tmp_path / "cache" / "shard.00003.mds")
     with (tmp_path / "cache" / "shard.00003.mds").open("r+b") as file:

@@ -37,10 +37,7 @@ def images(many_shards: Path) -> Path:
 @pytest.fixture(scope="session")
 def store(object_store: GatedStore, images: Path) -> GatedStore:
     """The store with the images. A test that changes it restores it."""
-    object_store.create_bucket("cloud")
-    client = object_store.client()
-    for file in images.iterdir():
-        client.upload_file(str(file), "cloud", f"images/{file.name}")
+    object_store.create_bucket_of_images("cloud", images)
     return object_store
 
 

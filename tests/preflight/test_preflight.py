@@ -174,10 +174,7 @@ def test_few_images_are_evenly_spaced() -> None:
 @pytest.fixture(scope="session")
 def store(object_store: GatedStore, small_data: Path) -> GatedStore:
     """The store with the small data set."""
-    object_store.create_bucket(BUCKET)
-    client = object_store.client()
-    for path in small_data.iterdir():
-        client.upload_file(str(path), BUCKET, f"images/{path.name}")
+    object_store.create_bucket_of_images(BUCKET, small_data)
     return object_store
 
 

@@ -32,25 +32,12 @@ from helpers import (
     run_command,
     start_python,
     started_ranks,
+    train_until_killed,
     wait_until,
     write_mds,
 )
 
 SCRIPT = ROOT / "recipes" / "finetune.py"
-
-# Fine-tune, and kill the process without warning when the given batch starts.
-KILLED_AT = """
-import os, signal, sys
-from composer import Callback
-from recipes import finetune
-
-class Kill(Callback):
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-finetune.main(sys.argv[2:], [Kill()])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +102,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels_and_averaged_weights
     whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
     assert whole.returncode == 0, whole.stderr
     arguments = small_finetuning(tmp_path / "killed", student, labelled, *options)
-    assert run_command(sys.executable, "-c", KILLED_AT, str(batch), *arguments).returncode == -9
+    train_until_killed(arguments, batch, "finetune")
     again = finetune(*arguments)
     assert again.returncode == 0, again.stderr
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")

@@ -32,11 +32,8 @@ BUCKET = "training"
 @pytest.fixture(scope="session")
 def store(object_store: GatedStore, small_data: Path) -> GatedStore:
     """The store with the small data set and a teacher."""
-    object_store.create_bucket(BUCKET)
-    client = object_store.client()
-    for file in small_data.iterdir():
-        client.upload_file(str(file), BUCKET, f"images/{file.name}")
-    client.upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
+    object_store.create_bucket_of_images(BUCKET, small_data)
+    object_store.client().upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
     return object_store
 
 
