@@ -308,7 +308,7 @@ def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labelled:
     nodes = start(0), start(1)
     first, second = outputs(*nodes)
     assert [node.returncode for node in nodes] == [0, 0], first + second
-    assert "images/s on 2 ranks" in first
+    assert "images/s on 2 rank(s)" in first
     assert not (tmp_path / "run").exists()
 
     nodes = start(0), start(1, "teacher.checkpoint=missing.pt")
