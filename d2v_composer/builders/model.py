@@ -66,7 +66,7 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.retrieval.pooling == "cls" and not teacher.has_cls_token and config.retrieval.datasets:
         raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
-    if config.targets.extra_tokens == "drop" and not teacher.num_extra_tokens:
-        raise InputError("targets.extra_tokens: this teacher has no extra tokens to drop; allowed here: regress")
+    if config.targets.extra_tokens != "regress" and not teacher.num_extra_tokens:
+        raise InputError("targets.extra_tokens: this teacher has no extra tokens; allowed here: regress")
     if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
         raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")

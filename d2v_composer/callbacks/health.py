@@ -159,7 +159,9 @@ class Health(Callback):
         )
         cosine_BT = cosine_similarity(prediction, target, dim=2)
         num_extra_tokens = 0 if outputs.cls_prediction is not None else num_extra_tokens  # dropped there
-        metrics = {"cosine/patch": cosine_BT[:, num_extra_tokens:].mean()}
+        metrics = {}
+        if cosine_BT.shape[1] > num_extra_tokens:
+            metrics["cosine/patch"] = cosine_BT[:, num_extra_tokens:].mean()
         if num_extra_tokens and has_cls_token:
             metrics["cosine/cls"] = cosine_BT[:, 0].mean()
         metrics["effective_rank"] = effective_rank(prediction.mean(dim=1))

@@ -60,7 +60,7 @@ PRETRAINED = TimmWeights()
 
 
 @overload
-def load_teacher(path: str | Path, weights: Weights = "model") -> Data2Vec2: ...
+def load_teacher(path: str | Path, weights: Weights = "model", *, first_blocks: int | None = None) -> Data2Vec2: ...
 
 
 @overload
@@ -92,7 +92,8 @@ def load_teacher(
             weights, from the Hugging Face hub or its cache.
         weights: Of data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
         model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
-        first_blocks: Of timm: blocks in the shared encoder; default a sixth of all.
+        first_blocks: Blocks in the shared encoder; default: of timm a sixth of all, of data2vec 2.0 those of its
+            modality encoder.
         image_size: Of timm: pixels a side, or height and width: (112, 168) or '112x168'; default timm's for this model.
         option: The name of one of these arguments → what the user sets it with, for errors.
 
@@ -109,9 +110,15 @@ def load_teacher(
         raise InputError(f"{option('model')}: must be {DATA2VEC2} or timm/NAME, got {model!r}")
     if path is None:
         raise InputError(f"{option('checkpoint')}: {DATA2VEC2} needs a file")
-    if first_blocks is not None or image_size is not None:
-        raise InputError(f"{option('first_blocks')} and {option('image_size')} are fixed in the file of {DATA2VEC2}")
-    return load_data2vec2(path, weights)
+    if image_size is not None:
+        raise InputError(f"{option('image_size')} is fixed in the file of {DATA2VEC2}")
+    teacher = load_data2vec2(path, weights)
+    if first_blocks is not None:
+        try:
+            teacher.share_blocks(first_blocks)
+        except ValueError as error:
+            raise InputError(f"{path}: {str(error).replace('first_blocks', option('first_blocks'))}") from error
+    return teacher
 
 
 def save_student(student: Student, out: Path) -> None:
@@ -235,7 +242,7 @@ def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
     """Load the teacher of an exported student."""
     sizes = student.encoder.config
     if not isinstance(sizes, TimmEncoderConfig):
-        return load_teacher(path, weights)
+        return load_teacher(path, weights, first_blocks=sizes.prenet_depth)
     options: dict[str, Any] = {"first_blocks": sizes.first_blocks, "image_size": sizes.image_size}
     return load_teacher(_file_of(path, sizes.model), weights, model=sizes.model, **options)
 

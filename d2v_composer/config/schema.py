@@ -53,7 +53,7 @@ class TimmSizes:
     """Sizes of a model timm/NAME."""
 
     first_blocks: int | None = limited(None, least=0)
-    """Blocks in the shared encoder; default: a sixth of all."""
+    """Blocks in the shared encoder; default: a sixth of all, for data2vec2 those of its modality encoder."""
     image_size: int | str | None = limited(None, check=check_image_size)
     """Pixels a side, or HEIGHTxWIDTH; default: timm's for this model."""
 
@@ -89,7 +89,8 @@ class StudentOptions:
 
 @dataclass
 class TargetsConfig:
-    extra_tokens: Literal["regress", "drop"] = "regress"
+    extra_tokens: Literal["regress", "drop", "only"] = "regress"
+    """Regress CLS and registers like patches; drop them, as data2vec's own pre-training; or regress no patch."""
     average_top_k_layers: int | None = limited(None, least=1)
     """Default: the teacher's."""
     source: Literal["ffn", "block"] = "ffn"

@@ -47,9 +47,8 @@ def _teacher(teacher: TeacherConfig) -> Iterator[str]:
     if teacher.model == DATA2VEC2:
         if teacher.checkpoint is None:
             yield "teacher.checkpoint: must not be null for data2vec2; only timm has pretrained weights to fetch"
-        for name in ("first_blocks", "image_size"):
-            if getattr(teacher, name) is not None:
-                yield f"teacher.{name}: must be null for data2vec2, whose file fixes it, got {getattr(teacher, name)}"
+        if teacher.image_size is not None:
+            yield f"teacher.image_size: must be null for data2vec2, whose file fixes it, got {teacher.image_size}"
     elif teacher.weights != "model":
         yield f"teacher.weights: must be model for {teacher.model}, got {teacher.weights}"
 

@@ -5,7 +5,7 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -62,6 +62,22 @@ class Data2Vec2(Teacher):
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         prenet_depth = self.config.prenet_depth
         return self.encoder.block_contexts(x_BTD, prenet_depth + self.config.depth)[prenet_depth:]
+
+    def share_blocks(self, first_blocks: int) -> None:
+        """Move blocks between encoder and teacher until the encoder has this many of them all.
+
+        Raises:
+            ValueError: ``first_blocks`` leaves no block to the teacher.
+        """
+        blocks = [*self.encoder.block_list, *self.block_list]
+        check_whole("first_blocks", first_blocks, 0, len(blocks) - 1)
+        depth = len(blocks) - first_blocks
+        top_k = min(self.config.average_top_k_layers, depth)
+        self.config = replace(self.config, prenet_depth=first_blocks, depth=depth, average_top_k_layers=top_k)
+        self.encoder.config = self.config.encoder_config()
+        self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
+        self.blocks = nn.ModuleList(blocks[first_blocks:])
+        self.freeze()
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         return [block.attn for block in self.block_list] if init == "teacher_attention" else self.block_list

@@ -5,7 +5,7 @@ Shapes: B images, S pixels a side, E extra tokens, N patches, T = E + N time ste
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from composer.models import ComposerModel
@@ -45,7 +45,7 @@ class DistillationModel(ComposerModel):
             block's output, not normalised.
         extra_tokens: ``regress`` all time steps alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
             tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
-            target with weight 0.01.
+            target with weight 0.01; ``only``: regress no patch.
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
@@ -75,8 +75,10 @@ class DistillationModel(ComposerModel):
             raise ValueError("teacher and student must share one encoder: build the student with teacher.build_student")
         if prediction not in ("layer_mean", "last_block"):
             raise ValueError(f"prediction must be layer_mean or last_block, got {prediction!r}")
-        if extra_tokens not in ("regress", "drop"):
-            raise ValueError(f"extra_tokens must be regress or drop, got {extra_tokens!r}")
+        if extra_tokens not in get_args(ExtraTokens):
+            raise ValueError(f"extra_tokens must be one of {', '.join(get_args(ExtraTokens))}, got {extra_tokens!r}")
+        if extra_tokens == "only" and not student.num_extra_tokens:
+            raise ValueError("extra_tokens must not be only: this teacher has none")
         if target_source not in ("ffn", "block"):
             raise ValueError(f"target_source must be ffn or block, got {target_source!r}")
         self.teacher = teacher
@@ -109,15 +111,18 @@ class DistillationModel(ComposerModel):
             x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalisation
         )
         prediction = self.predict(x_BTD)
-        if not self.ignored_tokens:
-            return Regression(prediction, target)
-        cls_prediction = prediction[:, 0] if self.student.has_cls_token else None
-        return Regression(prediction[:, self.ignored_tokens :], target, cls_prediction)
+        has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
+        return Regression(prediction[:, self.regressed], target, prediction[:, 0] if has_cls_loss else None)
 
     @property
     def ignored_tokens(self) -> int:
         """Number of leading time steps excluded from target and statistics."""
         return self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
+
+    @property
+    def regressed(self) -> slice:
+        """The time steps in the loss."""
+        return slice(self.student.num_extra_tokens) if self.extra_tokens == "only" else slice(self.ignored_tokens, None)
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Compute the student's prediction from the encoder's output, (B, T, D)."""
@@ -145,7 +150,7 @@ class DistillationModel(ComposerModel):
                 cosine_similarity(prediction_BTD, normalise(layer_BTD, ignored, normalisation), dim=2)
                 for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
             ]
-        return torch.stack([cosine_BT[:, ignored:].mean() for cosine_BT in cosines])
+        return torch.stack([cosine_BT[:, self.regressed].mean() for cosine_BT in cosines])
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Return the mean squared error, a scalar; ``batch`` is unused."""

@@ -26,7 +26,7 @@ class Regression(NamedTuple):
     """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D), or (B, N, D) without the extra tokens."""
+    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) of these only."""
     target: Tensor
     """The shape of ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None

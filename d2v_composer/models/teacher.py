@@ -20,7 +20,7 @@ from d2v_composer.models.transformer import Transformer
 
 __all__ = ["ExtraTokens", "TargetSource", "Teacher", "TeacherConfig"]
 
-ExtraTokens = Literal["regress", "drop"]
+ExtraTokens = Literal["regress", "drop", "only"]
 TargetSource = Literal["ffn", "block"]
 
 
@@ -89,15 +89,15 @@ class Teacher(Transformer, Frozen):
 
         Args:
             x: (B, T, D), from :meth:`encode`.
-            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
-                pre-training does.
+            extra_tokens: ``regress`` them like patches, ``drop`` them before InstanceNorm, as data2vec 2.0's
+                pre-training does, or regress them ``only``.
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
             normalisation: Of each layer: ``instance`` over time, or ``layer`` over channels; default this teacher's.
 
         Returns:
-            (B, T, D) float32, or (B, N, D) without the extra tokens.
+            (B, T, D) float32; (B, N, D) without the extra tokens, (B, E, D) of these only.
 
         Raises:
             ValueError: There are fewer blocks, or ``source`` or ``normalisation`` is unknown.
@@ -108,10 +108,10 @@ class Teacher(Transformer, Frozen):
             raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
         normalisation = self.normalisation if normalisation is None else normalisation
         layers = islice(self.target_layers(x, source), depth - top_k, None)
-        if extra_tokens == "regress":
-            return self.norm_mean(layers, normalisation=normalisation)
-        patches = (layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
-        return self.norm_mean(patches, normalisation=normalisation)
+        if extra_tokens == "drop":
+            layers = (layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
+        target = self.norm_mean(layers, normalisation=normalisation)
+        return target[:, : self.num_extra_tokens] if extra_tokens == "only" else target
 
     def build_student(
         self,

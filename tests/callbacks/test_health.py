@@ -216,7 +216,7 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(torch.full((8, 16), math.nan)).isnan()
 
 
-@pytest.mark.parametrize("extra_tokens", ["regress", "drop"])
+@pytest.mark.parametrize("extra_tokens", ["regress", "drop", "only"])
 def test_layer_cosines_compare_with_each_layer(extra_tokens: str) -> None:
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     model = DistillationModel(teacher, teacher.build_student(depth=2), extra_tokens=extra_tokens)  # pyright: ignore
@@ -227,7 +227,7 @@ def test_layer_cosines_compare_with_each_layer(extra_tokens: str) -> None:
     regression = model(images[2:])
     skipped = teacher.num_extra_tokens if extra_tokens == "drop" else 0
     layer = list(teacher.ffn_outputs(teacher.encode(images[2:])))[1]
-    layer = normalise(layer, skipped)[:, skipped:]
+    layer = normalise(layer, skipped)[:, model.regressed]
     expected = torch.cosine_similarity(regression.prediction, layer, dim=2).mean()
     torch.testing.assert_close(cosines[1], expected)
 

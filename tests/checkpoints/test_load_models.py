@@ -11,10 +11,12 @@ import torch
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import d2v
-from helpers import GOLDEN, ROOT, load_checkpoint
-from recipes import embed, evaluate, export_student
+from helpers import GOLDEN, ROOT, load_checkpoint, small_run
+from recipes import embed, evaluate, export_student, train
 
 TEACHER = GOLDEN / "tiny_base.pt"
 
@@ -85,3 +87,19 @@ def test_a_checkpoint_gives_student_and_teacher_the_normalisation_of_its_run(
         for model in load_any(tmp_path / "checkpoint.pt"):
             assert model is not None
             assert model.normalisation == expected
+
+
+def test_a_student_keeps_the_number_of_shared_blocks(small_data: Path, labelled: Path, tmp_path: Path) -> None:
+    sets = f"retrieval.datasets={{four: {{format: mds, root: {labelled}}}}}"
+    options = ["teacher.first_blocks=1", "targets.extra_tokens=only", sets, "callbacks={health: {interval: 1ba}}"]
+    run, exported = tmp_path / "run", tmp_path / "student.safetensors"
+    train.main(small_run(run, small_data, *options, "max_duration=4ba", "retrieval.interval=4ba"))
+    assert not {key for key in read_jsonl(run / "log.jsonl") if key.startswith("health/cosine/patch")}
+    export_student.main([str(run / "latest-rank0.pt"), str(exported)])
+    for student, teacher in (load_any(run / "latest-rank0.pt"), load_any(exported, teacher_path=str(TEACHER))):
+        assert student is not None
+        assert isinstance(teacher, Data2Vec2)
+        assert (teacher.config.prenet_depth, teacher.config.depth) == (1, 4)
+        assert student.encoder.config == teacher.encoder.config
+        for ours, theirs in zip(student.encoder.parameters(), teacher.encoder.parameters(), strict=True):
+            assert torch.equal(ours, theirs)

@@ -359,7 +359,7 @@ def test_other_files_are_refused_in_one_line(what: str, tmp_path: Path) -> None:
         ({"model": MODEL, "image_size": 100}, "image_size must be a multiple of the patch"),
         ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
         ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
-        ({"model": "data2vec2", "image_size": 112}, "first_blocks and image_size are fixed in the file of data2vec2"),
+        ({"model": "data2vec2", "image_size": 112}, "image_size is fixed in the file of data2vec2"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any], message: str) -> None:

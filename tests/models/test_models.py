@@ -49,6 +49,10 @@ def images_for(teacher: Data2Vec2, count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def macs_of(teacher: Data2Vec2) -> int:
+    return teacher.encoder.forward_macs() + teacher.forward_macs()
+
+
 def test_paper_sizes(paper_model: DistillationModel) -> None:
     student_size = sum(parameter.numel() for parameter in paper_model.student.blocks.parameters())
     teacher_size = sum(parameter.numel() for parameter in paper_model.teacher.parameters())
@@ -129,7 +133,7 @@ def test_frozen_parts_stay_in_eval(teacher: Data2Vec2) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["layer_mean", "last_block"])
-@pytest.mark.parametrize("extra_tokens", ["regress", "drop"])
+@pytest.mark.parametrize("extra_tokens", ["regress", "drop", "only"])
 def test_every_trainable_parameter_gets_a_gradient(teacher: Data2Vec2, prediction: str, extra_tokens: str) -> None:
     model = DistillationModel(teacher, teacher.build_student(depth=2), prediction, extra_tokens)  # pyright: ignore
     images = images_for(teacher)
@@ -150,6 +154,50 @@ def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
     cls_loss = (regression.cls_prediction - regression.target.mean(1)).square().mean()
     patch_loss = (regression.prediction - regression.target).square().mean()
     torch.testing.assert_close(regression_loss(regression), patch_loss + 0.01 * cls_loss)
+
+
+def test_cls_alone_is_the_first_step_of_the_whole_regression(teacher: Data2Vec2) -> None:
+    student, images = teacher.build_student(depth=2), images_for(teacher)
+    whole = DistillationModel(teacher, student)(images)
+    alone = DistillationModel(teacher, student, extra_tokens="only")(images)
+    assert alone.prediction.shape == (len(images), 1, teacher.config.embed_dim)
+    torch.testing.assert_close(alone.prediction, whole.prediction[:, :1])
+    torch.testing.assert_close(alone.target, whole.target[:, :1])
+    assert alone.cls_prediction is None
+
+
+def test_cls_alone_needs_one() -> None:
+    teacher = Data2Vec2(Data2Vec2Config(embed_dim=24, num_heads=2, prenet_depth=1, depth=2, average_top_k_layers=2))
+    with pytest.raises(ValueError, match="extra_tokens must not be only: this teacher has none"):
+        DistillationModel(teacher, teacher.build_student(depth=1), extra_tokens="only")
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
+def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
+    whole = load_teacher(GOLDEN / f"{name}.pt")
+    images, num_blocks = images_for(whole), whole.config.prenet_depth + whole.config.depth
+    x = whole.encode(images)
+    output, ffn_outputs = whole.forward_blocks(x)
+    for first_blocks in range(num_blocks):
+        teacher = load_teacher(GOLDEN / f"{name}.pt", first_blocks=first_blocks)
+        moved_output, moved_ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+        assert torch.equal(moved_output, output)
+        assert len(moved_ffn_outputs) == teacher.config.depth == num_blocks - first_blocks
+        for ours, theirs in zip(moved_ffn_outputs[::-1], ffn_outputs[::-1], strict=False):
+            assert torch.equal(ours, theirs)
+        if teacher.config.depth >= whole.config.average_top_k_layers:
+            assert torch.equal(teacher.targets(teacher.encode(images)), whole.targets(x))
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+        assert not any(module.training for module in teacher.modules())
+        model = DistillationModel(teacher, teacher.build_student(depth=1))
+        model.loss(model(images), images).backward()
+        assert macs_of(teacher) == macs_of(whole)
+
+
+@pytest.mark.parametrize("first_blocks", [-1, 5, 1.5, True])
+def test_the_encoder_leaves_a_block_to_the_teacher(first_blocks: Any) -> None:
+    with pytest.raises(InputError, match=f"first_blocks must be a whole number from 0 to 4, got {first_blocks}"):
+        load_teacher(GOLDEN / "tiny_base.pt", first_blocks=first_blocks)
 
 
 def test_top_k_layers_are_the_last(teacher: Data2Vec2) -> None:
