@@ -2,6 +2,7 @@
 
     python recipes/ablations.py
     python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
+    python recipes/ablations.py yamls/ablations/choices --whole        # on all of CIFAR-10
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --rows base --jobs 1                   # the first row alone
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
@@ -22,9 +23,9 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from d2v_composer.evaluation.bootstrap import share_recovered
-from d2v_composer.evaluation.metric_names import BANKS, metric_key
+from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.recovered import recovered_shares
 from d2v_composer.evaluation.text_table import format_table
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import write_atomically
@@ -35,11 +36,6 @@ ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
 DEFAULT_STUDY = str(STUDIES / "data2vec2")
 DATASET = "cifar10"
-EMBEDDINGS = [
-    f"{representation}_{pooling}"
-    for representation in ("output", "layer_mean")
-    for pooling in ("cls", "mean", "mean_patches")
-]
 
 
 class Study(NamedTuple):
@@ -150,6 +146,9 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     )
     parser.add_argument("changes", nargs="*", help="key=value: changes of all rows")
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
+    parser.add_argument(
+        "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
+    )
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs; default: 2")
     parser.add_argument(
@@ -166,35 +165,39 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
 
     from d2v_composer.conversion.cifar10 import convert_cifar10  # takes seconds
 
-    sample = arguments.images / "cifar10_sample"
-    convert_cifar10(arguments.images, sample, 10_000, 2_000)
+    if arguments.whole:
+        images = arguments.images / "cifar10"
+        convert_cifar10(arguments.images, images)
+    else:
+        images = arguments.images / "cifar10_sample"
+        convert_cifar10(arguments.images, images, 10_000, 2_000)
     folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
-    train_rows(study, folders, sample, arguments.jobs)
+    train_rows(study, folders, images, arguments.jobs)
     finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
     print(table(finished))
     print_next(d2v("report", folders[chosen[0]]))
     return finished
 
 
-def train_rows(study: Study, folders: Mapping[str, Path], sample: Path, jobs: int) -> None:
+def train_rows(study: Study, folders: Mapping[str, Path], images: Path, jobs: int) -> None:
     """Train the rows, ``jobs`` of them at once. A signal stops their runs as well."""
     runs = Runs(max(1, (os.cpu_count() or 1) // jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            list(pool.map(lambda name: train(study, name, folders[name], sample, runs), folders))
+            list(pool.map(lambda name: train(study, name, folders[name], images, runs), folders))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             runs.stop()
             raise KeyboardInterrupt("the same command resumes") from None
 
 
-def train(study: Study, row: str, folder: Path, sample: Path, runs: Runs) -> None:
+def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> None:
     """Train one row in a subprocess."""
     own = {
         "run_name": folder.name,
         "save_folder": folder,
-        "train_loader.local": sample / "train",
-        f"retrieval.datasets.{DATASET}.root": sample,
+        "train_loader.local": images / "train",
+        f"retrieval.datasets.{DATASET}.root": images,
     }
     # The last of equal keys counts.
     changes = [*study.changes, *(f"{key}={value}" for key, value in {**study.rows[row], **own}.items())]
@@ -237,16 +240,8 @@ def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
 
 
 def _share(first: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = [
-        share_recovered(
-            first.accuracy(embedding, bank, untrained=True),
-            row.accuracy(embedding, bank),
-            first.accuracy(embedding, bank, reference="teacher"),
-        )
-        for bank in BANKS
-    ]
-    known = [share for share in shares if share is not None]
-    return f"{100 * sum(known) / len(known):.0f} %" if known else "–"
+    shares = recovered_shares(row.log, DATASET, embedding, references=first.log)
+    return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"
 
 
 if __name__ == "__main__":

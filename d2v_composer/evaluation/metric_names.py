@@ -1,10 +1,17 @@
 """Names of metrics, and of the embeddings that retrieval measures."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import get_args
 
-__all__ = ["BANKS", "HEALTH_STATES", "PROBES", "Measure", "find_headline", "headline_fallbacks", "metric_key"]
+from d2v_composer.models.names import Pooling, Representation
+
+__all__ = ["BANKS", "EMBEDDINGS", "HEALTH_STATES", "PROBES", "Measure", "find_headline", "headline_fallbacks", "metric_key"]
 
 BANKS = ("train", "test")
+# Of a student and a teacher; without CLS the first of each representation is missing.
+EMBEDDINGS = [
+    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
+]
 # Name in a config → what it measures: DINO's weighted vote of the nearest neighbours and their majority; a classifier.
 PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
 Measure = int | str

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
-from d2v_composer.report.plots import confusion_plot, curves, galleries, probe_plot, retrieval_plot
+from d2v_composer.report.plots import confusion_plot, curves, galleries, probe_plot, retrieval_plot, share_plot
 from d2v_composer.report.run import Run, weights_section
 from d2v_composer.system.atomic_files import write_atomically
 
@@ -46,8 +46,8 @@ class Tile(NamedTuple):
 def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
-    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``probes_DATASET``, ``confusion_DATASET``,
-    ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
+    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``share_DATASET``, ``probes_DATASET``,
+    ``confusion_DATASET``, ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
 
     Returns:
         The written files, the page first.
@@ -85,6 +85,11 @@ def _sections(run: Run) -> Iterator[tuple[str, list[Picture]]]:
         [
             _picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
             for name, bank in retrievals
+        ]
+        + [
+            _picture(f"share_{name}", f"share of the teacher's advantage on {name}", figure)
+            for name in run.dataset_names
+            if (figure := share_plot(run, name)) is not None
         ],
     )
     yield (

@@ -5,7 +5,7 @@ Shapes: N bank images, Q queries, K neighbours, C classes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from d2v_composer.data.labelled_sets import LabelledSet
 from d2v_composer.evaluation.evaluate import confusion_matrix
-from d2v_composer.evaluation.metric_names import metric_key
+from d2v_composer.evaluation.metric_names import EMBEDDINGS, metric_key
+from d2v_composer.evaluation.recovered import recovered_shares
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import PROBE_HEADS
 
-__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "probe_plot", "retrieval_plot"]
+__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "probe_plot", "retrieval_plot", "share_plot"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
@@ -41,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 
+EMBEDDING_STYLES = dict(zip(EMBEDDINGS, product(["-", "--"], [BLUE, ORANGE, GREEN]), strict=True))
 REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
 QUERIES_A_FIGURE, NEIGHBOURS_SHOWN = 4, 3
 
@@ -141,6 +143,30 @@ def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
     """Plot accuracy over the steps, with the references as horizontal lines: a colour per model, a line style per k."""
     ks = sorted(run.record["config"]["retrieval"]["ks"])
     return _accuracy_plot(run, dataset, bank, {k: f"top-{k}" for k in ks}, f"{dataset}, bank {bank}")
+
+
+def share_plot(run: Run, dataset: str) -> Figure | None:
+    """Plot the share of the teacher's advantage that each embedding has recovered, over the steps.
+
+    Returns:
+        ``None`` if the log lacks the untrained student or the teacher.
+    """
+    shares = {name: recovered_shares(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
+    shares = {name: values for name, values in shares.items() if values}
+    if not shares:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.subplots()
+        for name, values in shares.items():
+            style, colour = EMBEDDING_STYLES[name]
+            steps, numbers = _arrays(values)
+            axes.plot(steps, numbers, style, color=colour, marker="o", markersize=4, label=name)
+        axes.axhline(1, color=GREY, linewidth=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _label(axes, f"Share of the teacher's advantage on {dataset}, top-{run.smallest_k}", "")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    return figure
 
 
 def probe_plot(run: Run, dataset: str) -> Figure:

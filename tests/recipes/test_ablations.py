@@ -15,6 +15,7 @@ from torchvision.datasets import cifar
 from d2v_composer.builders.model import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
+from d2v_composer.conversion import cifar10
 from d2v_composer.models.timm_encoder import build_timm_model
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system import cli
@@ -189,3 +190,32 @@ def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) 
         with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
             model = build_model(config)
         assert len(model.student.blocks) == config.student.depth, name
+
+
+def test_choices_are_compared_at_equal_compute() -> None:
+    study = Study.read(ablations.STUDIES / "choices", [])
+    batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
+    costs = {}
+    for name, changes in study.rows.items():
+        config = load_config([str(study.base), *(f"{key}={value}" for key, value in changes.items())])
+        costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
+    assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
+
+
+@pytest.mark.parametrize(("options", "folder"), [([], "cifar10_sample"), (["--whole"], "cifar10")])
+def test_whole_uses_all_images(
+    options: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[object, ...]] = []
+    used: list[Path] = []
+
+    def train_rows(study: Study, folders: object, images: Path, jobs: int) -> NoReturn:
+        used.append(images)
+        raise InputError("stop")
+
+    monkeypatch.setattr(cifar10, "convert_cifar10", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(ablations, "train_rows", train_rows)
+    with pytest.raises(InputError, match="stop"):
+        ablations.main([*options, "--images", str(tmp_path)])
+    assert used == [tmp_path / folder]
+    assert written == [(tmp_path, tmp_path / folder, *([] if options else [10_000, 2_000]))]

@@ -21,7 +21,8 @@ from d2v_composer.builders import finish
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.report.page import write_report
-from d2v_composer.report.plots import confusion_plot, gallery, running_mean
+from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
+from d2v_composer.report.plots import confusion_plot, gallery, running_mean, share_plot
 from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import d2v
@@ -119,6 +120,20 @@ def test_the_command_writes_the_same_report(run_folder: Path, tmp_path: Path) ->
         if "gallery" not in path.name:  # its images have 96 px here, but the model's size at the end of a training
             np.testing.assert_array_equal(ours, np.asarray(Image.open(path)), err_msg=path.name)
     assert not list(copy.rglob("*.partial"))
+
+
+def test_the_share_recovered_is_plotted_where_it_is_known(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    keys = {(bank, name): metric_key("squares", bank, 1, name) for bank in BANKS for name in EMBEDDINGS}
+    log = {key: {0: 0.2, 7: 0.3, 14: 0.4} for key in keys.values()}
+    teacher = {metric_key("squares", bank, 1, name, "teacher"): {0: 0.6} for bank, name in keys}
+    assert share_plot(run._replace(log=log), "squares") is None
+    figure = share_plot(run._replace(log={**run.log, **log, **teacher}), "squares")
+    assert figure is not None
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert drawn.keys() >= set(EMBEDDINGS)
+    for name in EMBEDDINGS:
+        np.testing.assert_allclose(drawn[name], [0, 0.25, 0.5])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
