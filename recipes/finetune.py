@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from composer import Callback, Trainer
 from composer.utils import reproducibility
 
-from d2v_composer.builders.data import count_open_files
+from d2v_composer.builders.data import build_collective_timeout, count_open_files
 from d2v_composer.builders.finetune import EVALUATOR, BuiltFinetuning, build_finetuning
 from d2v_composer.builders.finish import fit_and_close, write_run_report
 from d2v_composer.builders.header import describe_finetuning
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
     """
     config = load_finetune_config(argv)
     allow_open_files(count_open_files(config.train_loader))
-    join_ranks()
+    join_ranks(build_collective_timeout(config.train_loader))
     reproducibility.seed_all(config.seed)
     with patched_composer(read_checkpoint):
         built = build_finetuning(config)
@@ -71,7 +71,7 @@ def report(trainer: Trainer, config: FinetuneConfig, built: BuiltFinetuning, is_
     metrics = trainer.state.eval_metric_values
     found = {name: float(metrics[name]) for name in built.model.metrics if name in metrics}
     if found:
-        title = f"{built.labelled.num_images[1]:,} {EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}"
+        title = f"{len(built.images.test.labels):,} {EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}"
         loss = f"{found.pop('loss'):.4f}"
         row = [config.run_name, *(f"{100 * value:.2f}" for value in found.values()), loss]
         table = format_table(["", *(name.replace("top", "top-") for name in found), "loss"], [row])

@@ -53,7 +53,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
     """
     config = load_config(argv)
     allow_open_files(count_open_files(config.train_loader))
-    join_ranks(build_collective_timeout(config))
+    join_ranks(build_collective_timeout(config.train_loader))
     reproducibility.seed_all(config.seed)
     with patched_composer(read_checkpoint):
         run = build_run(config)

@@ -55,6 +55,10 @@ FIXED_IN_A_FINETUNING = (
     "config.train_encoder",
     "config.from_scratch",
     "config.algorithms.ema",
+    "config.train_loader.stream",
+    "config.train_loader.shuffle",
+    "config.train_loader.num_canonical_nodes",
+    "config.train_loader.shuffle_block_size",
     *(f"config.optimizer.{field.name}" for field in fields(LayerwiseOptimizerConfig)),
     "model.representation",
     "model.pooling",
@@ -66,6 +70,10 @@ BEFORE_THESE_KEYS = {
     "config.targets.source": "ffn",
     "config.targets.normalisation": "instance",
     "config.optimizer.decay_norms_and_biases": False,
+    "config.train_loader.stream": False,
+    "config.train_loader.shuffle": True,
+    "config.train_loader.num_canonical_nodes": 1,
+    "config.train_loader.shuffle_block_size": 1 << 16,
 }
 
 

@@ -2,20 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from composer.utils import dist
 from streaming.base.util import bytes_to_int
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import LoaderConfig, TrainConfig
+from d2v_composer.config.schema import LoaderConfig, ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.augmentation import RandomResizedCropFlip
 from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, read_image_index, room_needed
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
-from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.streaming_images import LabelColumn, StreamingImages
 from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.multi_node import COLLECTIVE_SECONDS, gather_objects, node_leaders_first, raise_on_all_ranks
@@ -41,9 +42,19 @@ LATE_SECONDS = 60
 OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 16
 
 
-def build_collective_timeout(config: TrainConfig) -> float:
+class StreamedRun(Protocol):
+    """A config whose training images are streamed."""
+
+    @property
+    def train_loader(self) -> TrainLoaderConfig: ...
+    @property
+    def global_train_batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def build_collective_timeout(loader: ShardLoaderConfig) -> float:
     """Return Composer's timeout of a collective, or a longer one if a rank may wait longer for a store."""
-    loader = config.train_loader
     return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
 
 
@@ -52,8 +63,12 @@ def count_open_files(loader: LoaderConfig) -> int:
     return OPEN_FILES + OPEN_FILES_PER_WORKER * loader.num_workers
 
 
-def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
+def read_train_index(config: StreamedRun, labels: LabelColumn | None = None) -> list[dict[str, Any]]:
     """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
+
+    Args:
+        config: The run's.
+        labels: A column that a fine-tuning needs, too.
 
     Raises:
         InputError: The data cannot be used, or is smaller than a batch.
@@ -63,7 +78,11 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local)
     shards = read_image_index(
-        local, loader.column, option="train_loader.column", shards_may_be_missing=loader.remote is not None
+        local,
+        loader.column,
+        option="train_loader.column" if labels is None else "dataset.column and dataset.label_column",
+        other_columns=() if labels is None else (labels.name,),
+        shards_may_be_missing=loader.remote is not None,
     )
     num_samples, batch_size = count_samples(shards), config.global_train_batch_size
     if num_samples < batch_size:
@@ -74,9 +93,13 @@ def read_train_index(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def build_train_loader(
-    config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize, interpolation: str
+    config: StreamedRun,
+    shards: list[dict[str, Any]],
+    image_size: ImageSize,
+    interpolation: str,
+    labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build the section ``train_loader``: augmented uint8 images of this rank.
+    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` pairs with these.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
     few samples left over are others in each epoch.
@@ -102,6 +125,7 @@ def build_train_loader(
             epoch_size=epoch_size(config, shards),
             cache_limit=loader.cache_limit,
             timeout=loader.timeout,
+            labels=labels,
         )
     except (ShardError, ValueError) as error:  # a cache_limit that is too small for these shards
         raise InputError(f"train_loader: {reason(error)}") from error
@@ -109,6 +133,7 @@ def build_train_loader(
     return DataLoader(
         dataset,
         batch_size=dataset.batch_size,
+        collate_fn=None if labels is None else collate_pairs,
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
@@ -117,6 +142,11 @@ def build_train_loader(
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def collate_pairs(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a batch: Composer's algorithms that mix them want a pair."""
+    return torch.stack([sample["image"] for sample in samples]), torch.tensor([sample["label"] for sample in samples])
 
 
 def build_transform(loader: LoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
@@ -130,12 +160,12 @@ def count_samples(shards: list[dict[str, Any]]) -> int:
     return sum(shard["samples"] for shard in shards)
 
 
-def epoch_size(config: TrainConfig, shards: list[dict[str, Any]]) -> int:
+def epoch_size(config: StreamedRun, shards: list[dict[str, Any]]) -> int:
     """Return the samples of the largest whole number of global batches."""
     return count_samples(shards) // config.global_train_batch_size * config.global_train_batch_size
 
 
-def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
+def room_of_node(config: StreamedRun, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
     """Return the disk space that this node still needs for the shards of node number ``node``."""
     loader = config.train_loader
     shard_sizes = np.array([shard["samples"] for shard in shards])
@@ -144,14 +174,14 @@ def room_of_node(config: TrainConfig, shards: list[dict[str, Any]], node: int, n
     return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), read)
 
 
-def build_room_needs(config: TrainConfig, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
+def build_room_needs(config: StreamedRun, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
     """Return the disk space that each node still needs; the same list on every rank."""
     num_nodes = dist.get_world_size() // dist.get_local_world_size()
     need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
     return [need for local_rank, need in gather_objects((dist.get_local_rank(), need)) if local_rank == 0]
 
 
-def shared_memory_of_node(config: TrainConfig, shards: list[dict[str, Any]], image_size: ImageSize) -> int:
+def shared_memory_of_node(config: StreamedRun, shards: list[dict[str, Any]], image_size: ImageSize) -> int:
     """Return the bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
     batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(image_size))

@@ -46,7 +46,7 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
 def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: State) -> str:
     """Return the lines that open a fine-tuning's log; see :func:`describe_run`."""
     backbone, about = built.model.backbone, built.record.record["model"]
-    num_train, num_test = built.labelled.num_images
+    num_train, num_test = built.images.num_train, len(built.images.test.labels)
     trained = sum(each.numel() for each in built.model.parameters() if each.requires_grad)
     start = "random weights" if config.from_scratch else hide_secrets(config.model)
     lines = {

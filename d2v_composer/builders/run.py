@@ -66,13 +66,13 @@ def build_run(config: TrainConfig) -> BuiltRun:
     return BuiltRun(arguments, model, record, retrieval)
 
 
-def build_trainer_arguments(config: TrainerConfig, record: RunRecord, measures: Sequence[Callback]) -> dict[str, Any]:
+def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: Sequence[Callback]) -> dict[str, Any]:
     """Build the Trainer's arguments that do not depend on the model and its data, and lock the run's folder.
 
     Args:
         config: The run's.
         record: Its record.
-        measures: Callbacks that evaluate the model.
+        others: Further callbacks.
 
     Raises:
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
@@ -88,7 +88,7 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, measures: 
     callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]
     return {
         "max_duration": config.max_duration,
-        "callbacks": [*callbacks, *measures, *chosen_callbacks],
+        "callbacks": [*callbacks, *others, *chosen_callbacks],
         "loggers": build_loggers(config),
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,

@@ -10,6 +10,7 @@ from d2v_composer.callbacks.pictures import RetrievalPictures
 from d2v_composer.callbacks.progress_logger import ProgressLogger
 from d2v_composer.callbacks.run_folder_lock import RunFolderLock
 from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.seeded_batches import SeededBatches
 from d2v_composer.callbacks.throughput import Throughput
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
@@ -24,6 +25,7 @@ __all__ = [
     "RetrievalPictures",
     "RunFolderLock",
     "RunRecord",
+    "SeededBatches",
     "Throughput",
     "ZeroShotRetrieval",
 ]

@@ -240,7 +240,7 @@ def _refuse_bare_weights(path: str | Path, file: Path, contents: Any) -> None:
 
 def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
     """Load the teacher of an exported student."""
-    sizes = student.encoder.config
+    sizes: Any = student.encoder.config
     if not isinstance(sizes, TimmEncoderConfig):
         return load_teacher(path, weights, first_blocks=sizes.prenet_depth)
     options: dict[str, Any] = {"first_blocks": sizes.first_blocks, "image_size": sizes.image_size}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.pointer import LATEST
-from d2v_composer.config.finetune import FinetuneConfig
+from d2v_composer.config.finetune import FinetuneConfig, FinetuneLoaderConfig
 from d2v_composer.config.packages import needs_of_loggers
 from d2v_composer.config.schema import (
     EvaluateConfig,
@@ -71,7 +71,10 @@ def needs_of_files(config: TrainerConfig) -> Iterator[str]:
         yield from needs_of_labelled_sets("retrieval.datasets.", config.retrieval.datasets)
     if isinstance(config, FinetuneConfig):
         yield from needs_of_model(config.model, config.teacher)
-        yield from needs_of_labelled_sets("", {"dataset": config.dataset})
+        if config.train_loader.stream and config.dataset is not None and config.dataset.format == "mds":
+            yield from needs_of_streamed_set(config.dataset, config.train_loader)
+        else:
+            yield from needs_of_labelled_sets("", {"dataset": config.dataset})
     with suppress(ValueError):  # a malformed save_folder, which find_wrong_values names
         local = config.save_folder and RunFolder.parse(config.save_folder).local
         if local and (fault := find_unwritable(local)) is not None:
@@ -87,6 +90,16 @@ def needs_of_training_images(loader: TrainLoaderConfig) -> Iterator[str]:
             yield f"train_loader.local: {loader.local}: {fault}"
     elif (missing := find_missing_index(Path(loader.local))) is not None:
         yield f"train_loader.local: {loader.local}: {missing}; or set train_loader.remote to an address"
+
+
+def needs_of_streamed_set(dataset: LabelledSetConfig, loader: FinetuneLoaderConfig) -> Iterator[str]:
+    """Yield a line for each split of a streamed labelled set that is missing, or whose cache cannot be written."""
+    train, test = Path(dataset.root) / "train", Path(dataset.root) / "test"
+    if loader.remote is not None and (fault := find_unwritable(train)) is not None:
+        yield f"dataset.root: {train}: {fault}"
+    for split in [test] if loader.remote is not None else [train, test]:
+        if (missing := find_missing_index(split)) is not None:
+            yield f"dataset.root: {split}: {missing}"
 
 
 def needs_of_labelled_sets(prefix: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:

@@ -6,10 +6,23 @@ from typing import Literal
 from omegaconf import MISSING
 
 from d2v_composer.config.limits import duration, limited
-from d2v_composer.config.schema import AlgorithmsConfig, LabelledSetConfig, LoaderConfig, OptimizerConfig, TrainerConfig
+from d2v_composer.config.schema import (
+    AlgorithmsConfig,
+    LabelledSetConfig,
+    OptimizerConfig,
+    ShardLoaderConfig,
+    TrainerConfig,
+)
 from d2v_composer.models.names import Pooling, Representation
 
-__all__ = ["ClassifierAlgorithmsConfig", "FinetuneConfig", "LayerwiseOptimizerConfig"]
+__all__ = ["ClassifierAlgorithmsConfig", "FinetuneConfig", "FinetuneLoaderConfig", "LayerwiseOptimizerConfig"]
+
+
+@dataclass
+class FinetuneLoaderConfig(ShardLoaderConfig):
+    stream: bool = False
+    """Read the train images of an MDS data set from its shards in each epoch, instead of once into memory. With
+    ``remote``, ROOT/train is the cache."""
 
 
 @dataclass
@@ -67,7 +80,7 @@ class FinetuneConfig(TrainerConfig):
     """Forget the weights: the same network, with random ones."""
     dataset: LabelledSetConfig | None = None
     """Required. Its train images train, its test images are the evaluation's."""
-    train_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    train_loader: FinetuneLoaderConfig = field(default_factory=FinetuneLoaderConfig)
     eval_interval: str = limited("1ep", check=duration("ba", "ep"))
     optimizer: LayerwiseOptimizerConfig = field(default_factory=LayerwiseOptimizerConfig)
     algorithms: ClassifierAlgorithmsConfig = field(default_factory=ClassifierAlgorithmsConfig)

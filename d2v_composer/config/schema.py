@@ -29,6 +29,7 @@ __all__ = [
     "LoaderConfig",
     "OptimizerConfig",
     "RunConfig",
+    "ShardLoaderConfig",
     "TeacherConfig",
     "TrainConfig",
     "TrainLoaderConfig",
@@ -111,13 +112,11 @@ class LoaderConfig:
 
 
 @dataclass
-class TrainLoaderConfig(LoaderConfig):
-    local: str = limited(MISSING, check=is_here)
-    """An MDS folder, or the cache of ``remote``."""
+class ShardLoaderConfig(LoaderConfig):
+    """How images are streamed from MDS shards."""
+
     remote: str | None = limited(None, check=Address.parse)
-    """s3://, gs://, …; default: ``local`` is the data set."""
-    column: str = "image"
-    """The column of images; Streaming's own converters call it x."""
+    """s3://, gs://, …; default: the data set is on this machine."""
     timeout: float = limited(600.0, least=1, most=SECONDS_OF_A_WEEK)
     """Seconds for which an unreachable store is retried before the run ends."""
     shuffle: bool = True
@@ -126,6 +125,14 @@ class TrainLoaderConfig(LoaderConfig):
     num_canonical_nodes: int = limited(1, least=1)
     cache_limit: int | str | None = limited(None, most=math.inf, check=check_cache_limit)
     """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
+
+
+@dataclass
+class TrainLoaderConfig(ShardLoaderConfig):
+    local: str = limited(MISSING, check=is_here)
+    """An MDS folder, or the cache of ``remote``."""
+    column: str = "image"
+    """The column of images; Streaming's own converters call it x."""
 
 
 @dataclass

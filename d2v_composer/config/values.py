@@ -7,7 +7,14 @@ from typing import Any
 
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import suggest
-from d2v_composer.config.schema import EvaluateConfig, RunConfig, TeacherConfig, TrainConfig, TrainerConfig
+from d2v_composer.config.schema import (
+    EvaluateConfig,
+    RunConfig,
+    ShardLoaderConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.timm_config import PREFIX
@@ -28,7 +35,7 @@ def find_contradictions(config: RunConfig) -> Iterator[str]:
         yield from _log_address(config)
     if isinstance(config, TrainConfig):
         yield from _teacher(config.teacher)
-        yield from _batches(config)
+        yield from _batches(config.global_train_batch_size, config.train_loader)
         yield from _precision(config)
     if isinstance(config, FinetuneConfig):
         yield from _finetuning(config)
@@ -70,12 +77,19 @@ def _finetuning(config: FinetuneConfig) -> Iterator[str]:
         yield "dataset: is required, such as 'dataset={format: cifar10, root: datasets, download: true}'"
     if config.from_scratch and not config.train_encoder:
         yield "from_scratch: needs train_encoder=true: a frozen encoder would keep its random weights"
+    loader = config.train_loader
+    if loader.stream:
+        if config.dataset is not None and config.dataset.format != "mds":
+            yield f"train_loader.stream: must be false unless dataset.format is mds, got {config.dataset.format}"
+        yield from _batches(config.global_train_batch_size, loader)
+    elif loader.remote is not None:
+        yield "train_loader.remote: needs train_loader.stream=true"
     if config.algorithms.mixup is not None and config.algorithms.cutmix is not None:
         yield "algorithms.cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 
 
-def _batches(config: TrainConfig) -> Iterator[str]:
-    batch_size, parts = config.global_train_batch_size, config.train_loader.num_canonical_nodes
+def _batches(batch_size: int, loader: ShardLoaderConfig) -> Iterator[str]:
+    parts = loader.num_canonical_nodes
     if batch_size % parts:
         yield f"train_loader.num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
 

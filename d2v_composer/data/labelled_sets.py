@@ -17,7 +17,16 @@ from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
-__all__ = ["CIFAR_FOLDERS", "Format", "LabelledImages", "LabelledSet", "find_missing_files", "load_labelled_set"]
+__all__ = [
+    "CIFAR_FOLDERS",
+    "Format",
+    "LabelledImages",
+    "LabelledSet",
+    "find_missing_files",
+    "load_labelled_set",
+    "load_mds",
+    "mds_class_names",
+]
 
 Format = Literal["cifar10", "cifar100", "folder", "mds"]
 CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -121,8 +130,8 @@ def load_labelled_set(
         return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
         pixels, columns = (image_size, interpolation), (column, label_column)
-        train, test = (_load_mds(root / split, *pixels, *columns) for split in ("train", "test"))
-        return LabelledSet(train, test, _mds_class_names(root / "train"))
+        train, test = (load_mds(root / split, *pixels, *columns) for split in ("train", "test"))
+        return LabelledSet(train, test, mds_class_names(root / "train"))
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
 
@@ -165,9 +174,8 @@ def _load_folder(folder: Path, class_names: list[str], image_size: ImageSize, in
     return LabelledImages(torch.stack(images), torch.tensor([class_names.index(name) for name in names]))
 
 
-def _load_mds(
-    folder: Path, image_size: ImageSize, interpolation: str, column: str, label_column: str
-) -> LabelledImages:
+def load_mds(folder: Path, image_size: ImageSize, interpolation: str, column: str, label_column: str) -> LabelledImages:
+    """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     samples = [sample for shard in shards for sample in _read_samples(folder, shard, column)]
     try:
@@ -195,7 +203,7 @@ def _read_samples(folder: Path, shard: dict[str, Any], column: str) -> list[dict
         raise InputError(f"{path}: the shard is corrupt ({reason(error)})") from error
 
 
-def _mds_class_names(folder: Path) -> tuple[str, ...]:
+def mds_class_names(folder: Path) -> tuple[str, ...]:
     """Return the names that recipes/convert_imagenet.py wrote next to the index, if it did."""
     try:
         return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())

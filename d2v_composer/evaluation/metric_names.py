@@ -5,7 +5,16 @@ from typing import get_args
 
 from d2v_composer.models.names import Pooling, Representation
 
-__all__ = ["BANKS", "EMBEDDINGS", "HEALTH_STATES", "PROBES", "Measure", "find_headline", "headline_fallbacks", "metric_key"]
+__all__ = [
+    "BANKS",
+    "EMBEDDINGS",
+    "HEALTH_STATES",
+    "PROBES",
+    "Measure",
+    "find_headline",
+    "headline_fallbacks",
+    "metric_key",
+]
 
 BANKS = ("train", "test")
 # Of a student and a teacher; without CLS the first of each representation is missing.

@@ -26,7 +26,8 @@ def recovered_shares(
     Returns:
         Empty if either is missing, or the teacher has no advantage.
     """
-    by_bank = [_shares_of(log, log if references is None else references, dataset, embedding, k, bank) for bank in BANKS]
+    references = log if references is None else references
+    by_bank = [_shares_of(log, references, dataset, embedding, k, bank) for bank in BANKS]
     return {step: sum(shares[step] for shares in by_bank) / len(BANKS) for step in by_bank[0] if step in by_bank[1]}
 
 

@@ -25,7 +25,16 @@ from d2v_composer.evaluation.recovered import recovered_shares
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import PROBE_HEADS
 
-__all__ = ["confusion_plot", "curves", "draw_gallery", "galleries", "gallery", "probe_plot", "retrieval_plot", "share_plot"]
+__all__ = [
+    "confusion_plot",
+    "curves",
+    "draw_gallery",
+    "galleries",
+    "gallery",
+    "probe_plot",
+    "retrieval_plot",
+    "share_plot",
+]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune import load_images
-from d2v_composer.config.finetune import FinetuneConfig
+from d2v_composer.builders.finetune_images import load_images
 from d2v_composer.config.schema import LabelledSetConfig
 from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.models.image_encoder import ImageEncoderConfig
@@ -25,7 +24,6 @@ def test_images_are_resized_with_the_models_interpolation(
         Image.fromarray(pixels.numpy()).save(tmp_path / name)
     model = load_teacher(GOLDEN / "tiny_base.pt")
     monkeypatch.setattr(ImageEncoderConfig, "interpolation", interpolation)
-    config = FinetuneConfig(dataset=LabelledSetConfig("folder", str(tmp_path)), global_train_batch_size=2)
-    found = load_images(config, model)
+    found = load_images(LabelledSetConfig("folder", str(tmp_path)), 2, model.encoder.config)
     expected = load_labelled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
     assert torch.equal(found.train.images, expected.train.images)

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_composer import load_teacher
+from d2v_composer.builders.finetune_images import build_images
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.safetensors_file import read_tensors
+from d2v_composer.config.finetune import FinetuneConfig, FinetuneLoaderConfig
 from d2v_composer.config.load import load_finetune_config
+from d2v_composer.config.schema import LabelledSetConfig
 from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
@@ -26,6 +31,7 @@ from helpers import (
     GOLDEN,
     QUICKSTART,
     ROOT,
+    encoded_image,
     has_trained,
     load_checkpoint,
     losses_of,
@@ -135,6 +141,74 @@ def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, lab
         np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: Path) -> Path:
+    """The folder of a fine-tuning that streams its train images, never interrupted."""
+    folder = tmp_path_factory.mktemp("streamed") / "run"
+    result = finetune(*small_finetuning(folder, student, labelled, "train_loader.stream=true", "algorithms.mixup={}"))
+    assert result.returncode == 0, result.stderr
+    assert "images    96 to train, 48 to evaluate, 4 classes" in result.stdout
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_run_that_is_killed_resumes_bit_for_bit(
+    streamed: Path, student: Path, labelled: Path, tmp_path: Path, workers: int
+) -> None:
+    options = ("train_loader.stream=true", "algorithms.mixup={}", f"train_loader.num_workers={workers}")
+    arguments = small_finetuning(tmp_path, student, labelled, *options)
+    train_until_killed(arguments, 5, "finetune")
+    again = finetune(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert losses_of(tmp_path) == losses_of(streamed)
+    ours, expected = model_of(tmp_path), model_of(streamed)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_two_ranks_stream_from_a_remote_set_as_one_from_a_local(student: Path, labelled: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "images"
+    shutil.copytree(labelled / "test", cache / "test")
+    remote = ("train_loader.stream=true", f"train_loader.remote={labelled / 'train'}")
+    alone = finetune(*small_finetuning(tmp_path / "alone", student, labelled, "train_loader.stream=true"))
+    assert alone.returncode == 0, alone.stderr
+    with started_ranks(SCRIPT, *small_finetuning(tmp_path / "two", student, cache, *remote), ranks=2) as programs:
+        for program in programs:
+            assert program.wait(120) == 0, program.stderr
+    ours, expected = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("two", "alone"))
+    for key in ("loss/train/total", "metrics/test/top1"):
+        np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
+
+
+def test_a_streamed_image_keeps_its_label(labelled: Path) -> None:
+    """On every rank each pair of a batch is one of the set's."""
+    config = FinetuneConfig(
+        dataset=LabelledSetConfig("mds", str(labelled)),
+        train_loader=FinetuneLoaderConfig(stream=True, num_workers=0, crop_scale=[1, 1], crop_ratio=[1, 1], flip=0),
+        global_train_batch_size=16,
+    )
+    images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
+    train = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic").train
+    expected = sorted((image.numpy().tobytes(), int(label)) for image, label in zip(*train, strict=True))
+    found = [
+        (image.numpy().tobytes(), int(label))
+        for batch in images.train_loader
+        for image, label in zip(*batch, strict=True)
+    ]
+    assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_beyond_the_classes_is_one_line(student: Path, labelled: Path, tmp_path: Path, workers: int) -> None:
+    write_mds(tmp_path / "train", [encoded_image(i) for i in range(32)], [4] * 32)
+    shutil.copytree(labelled / "test", tmp_path / "test")
+    options = ("train_loader.stream=true", f"train_loader.num_workers={workers}")
+    result = finetune(*small_finetuning(tmp_path / "run", student, tmp_path, *options))
+    assert result.returncode == 2
+    line = rf"error: sample \d+ of {tmp_path}/train: its label must be a number from 0 to 3, got 4\n"
+    assert re.search(line, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_path: Path) -> None:
     """MixUp and EMA run in the test of a kill."""
     result = finetune(*small_finetuning(tmp_path, student, labelled, "algorithms.cutmix={}", "max_duration=3ba"))
@@ -199,6 +273,15 @@ REFUSED = {
     "no data set": (["dataset=null"], "dataset: is required, such as 'dataset={format: cifar10, "),
     "a missing data set": (["dataset={format: folder, root: nowhere}"], "dataset.root: nowhere/train: no such folder"),
     "a missing model": (["model=nowhere.pt"], "model: nowhere.pt: no such file"),
+    "a remote set in memory": (["train_loader.remote=s3://b/c"], "train_loader.remote: needs train_loader.stream=true"),
+    "a streamed set of another format": (
+        ["dataset={format: cifar10, root: ., download: true}", "train_loader.stream=true"],
+        "train_loader.stream: must be false unless dataset.format is mds, got cifar10",
+    ),
+    "a streamed set without a split": (
+        ["dataset={format: mds, root: nowhere}", "train_loader.stream=true", "train_loader.remote=s3://b/c"],
+        "dataset.root: nowhere/test: no index.json: no such folder",
+    ),
     "an unknown key": (["optimizer.layer_decai=1"], "optimizer.layer_decai: no such key; did you mean layer_decay?"),
     "a long warm-up": (["scheduler.t_warmup=13ba"], "scheduler.t_warmup: must not be longer than max_duration 12ba"),
 }

@@ -19,9 +19,9 @@ from torchvision.io import write_png
 
 from d2v_composer.builders import finish
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.report.page import write_report
-from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.report.plots import confusion_plot, gallery, running_mean, share_plot
 from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
@@ -133,7 +133,7 @@ def test_the_share_recovered_is_plotted_where_it_is_known(run_folder: Path) -> N
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert drawn.keys() >= set(EMBEDDINGS)
     for name in EMBEDDINGS:
-        np.testing.assert_allclose(drawn[name], [0, 0.25, 0.5])  # pyright: ignore[reportArgumentType]
+        assert list(drawn[name]) == pytest.approx([0, 0.25, 0.5])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
