@@ -8,7 +8,7 @@ import torch
 
 from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
 from d2v_composer.checkpoints.load import TimmWeights, load_any
-from d2v_composer.config.schema import EvaluateConfig, LabelledSetConfig
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.evaluate import Candidate
 from d2v_composer.evaluation.references import build_embeds
@@ -33,24 +33,24 @@ class Comparison(NamedTuple):
     """The headline."""
 
 
-def build_labelled_sets(
-    chosen: dict[str, LabelledSetConfig | None], image_size: ImageSize, interpolation: str
-) -> dict[str, LabelledSet]:
+def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabelledSet]:
     """Load the data sets of a section ``datasets``, except those that are off.
 
     Args:
-        chosen: The section.
+        lookup: The section and ``max_images``.
         image_size: The model's.
         interpolation: The model's.
 
     Raises:
         InputError: A data set cannot be used.
     """
-    return {
+    loaded = {
         name: load_labelled_set(**asdict(labelled), image_size=image_size, interpolation=interpolation)
-        for name, labelled in chosen.items()
+        for name, labelled in lookup.datasets.items()
         if labelled is not None
     }
+    most = lookup.max_images
+    return loaded if most is None else {name: labelled.at_most(most) for name, labelled in loaded.items()}
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:

@@ -23,9 +23,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         return None
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
-        datasets = build_labelled_sets(retrieval.datasets, sizes.image_size, sizes.interpolation)
-    if retrieval.max_images is not None:
-        datasets = {name: labelled.at_most(retrieval.max_images) for name, labelled in datasets.items()}
+        datasets = build_labelled_sets(retrieval, sizes.image_size, sizes.interpolation)
     embeds = build_run_embeds(model)
     try:
         return ZeroShotRetrieval(

@@ -11,7 +11,7 @@ The model is a teacher's file, a training checkpoint, an exported student, or a 
 of retrieval, and of the probes that ``probes='[knn, linear]'`` asks for, with their intervals, of the headline of the
 model's run unless pooling and representation choose another embedding; ``out`` receives those of all embeddings as JSON
 and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks, image_size, weights,
-teacher, datasets, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
+teacher, datasets, max_images, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
         check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, sizes, embedding = build_comparison(config, device)
-    datasets = build_labelled_sets(config.datasets, sizes.image_size, sizes.interpolation)
+    datasets = build_labelled_sets(config, sizes.image_size, sizes.interpolation)
     check_ks(config.ks, datasets)
     print(f"embedding: {embedding}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype

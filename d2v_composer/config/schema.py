@@ -27,6 +27,7 @@ __all__ = [
     "EvaluateConfig",
     "LabelledSetConfig",
     "LoaderConfig",
+    "LookupConfig",
     "OptimizerConfig",
     "RunConfig",
     "ShardLoaderConfig",
@@ -202,6 +203,8 @@ class LookupConfig:
     """Of knn, linear: classify the test images, too."""
     datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
     """Name → location; null: off."""
+    max_images: int | None = limited(None, least=1)
+    """Use at most this many images of each split, evenly spaced; default: all."""
 
 
 @dataclass
@@ -211,8 +214,6 @@ class RetrievalConfig(LookupConfig):
     interval: str = limited("5000ba", check=duration("ba", "ep", "dur"))
     at_start: bool = False
     references: list[str] = limited(["teacher"], check=check_references)
-    max_images: int | None = limited(None, least=1)
-    """Use at most this many images of each split, evenly spaced; default: all."""
 
 
 @dataclass

@@ -190,7 +190,7 @@ class Checks:
 
     def check_labelled_sets(self) -> str:
         """Load the labelled sets of the retrieval; fetch CIFAR if the run would."""
-        self.sets = build_labelled_sets(self.config.retrieval.datasets, self.image_size, self.interpolation)
+        self.sets = build_labelled_sets(self.config.retrieval, self.image_size, self.interpolation)
         for name, labelled in self.sets.items():
             if max(self.config.retrieval.ks) > min(labelled.num_images):
                 raise InputError(f"retrieval.ks: {name} has {min(labelled.num_images)} images in its smaller split")

@@ -132,6 +132,11 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         assert (share["bank"], share["measure"]) in {*probed, ("train", "retrieval"), ("test", "retrieval")}
 
 
+def test_at_most_so_many_images_of_each_split(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluate(f"model={GOLDEN / 'tiny_base.pt'}", datasets(small_set), "max_images=50", "precision=fp32")
+    assert "embedding 90 images of small: " in capsys.readouterr().err  # the test split has 40
+
+
 def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "precision=amp_bf16")
     first, *lines = printed.splitlines()
