@@ -79,6 +79,8 @@ class Classifier(ComposerModel):
             f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k < num_classes
         }
         self.metrics["loss"] = MeanMetric()
+        # Constants, and equal on all ranks: DDP would broadcast them before every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.register_load_state_dict_post_hook(check_complete)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2v_composer.builders.optimization import build_optimizer
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import OptimizerConfig
+from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
@@ -265,12 +266,14 @@ def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
             torch.testing.assert_close(found[name], embedding)
 
 
-def test_ddp_broadcasts_no_frozen_buffer(teacher: Data2Vec2, tmp_path: Path) -> None:
+def test_ddp_broadcasts_no_constant(teacher: Data2Vec2, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    student = teacher.build_student(depth=1)
     try:
-        wrapped: Any = DistributedDataParallel(DistillationModel(teacher, teacher.build_student(depth=1)))
-        assert list(wrapped.module.buffers())
-        assert not wrapped.modules_buffers
+        for model in (DistillationModel(teacher, student), Classifier(student, num_classes=2)):
+            wrapped: Any = DistributedDataParallel(model)
+            assert list(wrapped.module.buffers())
+            assert not wrapped.modules_buffers
     finally:
         torch.distributed.destroy_process_group()
 
