@@ -21,13 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2v_composer.benchmarks.measure import Pass, Result, Row, Table, Target, interleave, peak_allocated, synchronise
 from d2v_composer.benchmarks.naive import NaiveDistillation
-from d2v_composer.benchmarks.sized_models import build_sized_model
+from d2v_composer.benchmarks.sized_models import build_equal_model, build_sized_model
 from d2v_composer.callbacks import Health
 from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.models.sizes import height_and_width
+from d2v_composer.models.timm_teacher import TimmTeacher
 
 __all__ = ["benchmark_step"]
 
@@ -35,6 +36,7 @@ PACKAGES = ("torch", "mosaicml", "triton")
 
 NAIVE, OURS, UNBIASED, CHECKPOINTED = "naive", "+ torch.compile", "ours, no ALiBi", "ours, checkpointing"
 WATCHED = "ours, health each step"
+EQUAL = "ours, data2vec 2.0 of equal sizes"
 HEALTH_INTERVAL = 100
 CLIPPING_THRESHOLD = 2.0
 LOSS_TOLERANCE = 1e-3
@@ -91,27 +93,39 @@ class Contender:
 
 
 def benchmark_step(
-    size: str, device: str, precision: str, device_batch_size: int, steps: int, rounds: int, compiles: bool = True
+    size: str,
+    device: str,
+    precision: str,
+    device_batch_size: int,
+    steps: int,
+    rounds: int,
+    compiles: bool = True,
+    image_size: str | None = None,
 ) -> Result:
     """Measure.
 
     Args:
-        size: base, large, quickstart, or ``timm/NAME``, which has no naive program.
+        size: base, large, quickstart, or ``timm/NAME``, which has no naive program, but is compared with data2vec 2.0.
         device: cpu or cuda.
         precision: fp32, amp_bf16 or amp_fp16.
         device_batch_size: Images per step.
         steps: Steps in a pass.
         rounds: Number of passes of each contender that count.
         compiles: Include torch.compile.
+        image_size: Of ``timm/NAME``: pixels a side, or HEIGHTxWIDTH; default timm's for this model.
 
     Raises:
         RuntimeError: A contender finds another loss than the naive program.
     """
     torch.manual_seed(0)
-    model = build_sized_model(size).to(device)
+    model = build_sized_model(size, image_size).to(device)
     shape = height_and_width(model.teacher.config.image_size)
     images = torch.randint(0, 256, (device_batch_size, 3, *shape), dtype=torch.uint8).to(device)
     contenders = dict(build_contenders(model, precision, compiles))
+    flop = dict.fromkeys(contenders, model.flops_per_batch(images))
+    if isinstance(model.teacher, TimmTeacher) and (equal := build_equal_model(model.teacher)) is not None:
+        contenders[EQUAL] = our_contender(equal.to(device), precision, compiled=compiles)
+        flop[EQUAL] = equal.flops_per_batch(images)
     facts = {name: first_steps(contender, images) for name, contender in contenders.items()}
     check_losses({name: each["loss"] for name, each in facts.items()})
 
@@ -127,7 +141,7 @@ def benchmark_step(
     rows = []
     for name, contender in contenders.items():
         images_per_second = rates[name].scaled(steps * len(images))
-        flops = images_per_second.scaled(image_flop)
+        flops = rates[name].scaled(steps * flop[name])
         facts[name]["gemm_share"] = flops.ratio(gemm_flops)
         facts[name]["mfu"] = flops.median / card_flops if card_flops else None
         facts[name]["held_bytes"] = contender.held_bytes
@@ -158,26 +172,7 @@ def build_contenders(model: DistillationModel, precision: str, compiles: bool) -
         module = NaiveDistillation(model, **options)
         return Contender(module, module, precision)
 
-    def ours(
-        *,
-        frozen: bool = True,
-        fused: bool = True,
-        compiled: bool = False,
-        alibi: bool = True,
-        checkpoints: bool = False,
-        watched: bool = False,
-    ) -> Contender:
-        module = copy.deepcopy(model)
-        module.student.alibi = module.student.alibi if alibi else None
-        if frozen:
-            module.teacher.cast_weights(PRECISIONS[precision])
-        if compiled:
-            compile_model(module, packs_weights=next(module.parameters()).device.type == "cpu")
-        if checkpoints:
-            module.student.checkpoint_activations()
-        loss_of = watched_loss(module) if watched else lambda images: module.loss(module(images), images)
-        return Contender(module, loss_of, precision, fused=fused)
-
+    ours = functools.partial(our_contender, model, precision)
     if isinstance(model.teacher, Data2Vec2):
         yield NAIVE, naive()
         yield "+ one encoder", naive(shares_encoder=True)
@@ -190,6 +185,30 @@ def build_contenders(model: DistillationModel, precision: str, compiles: bool) -
     yield UNBIASED, ours(compiled=compiles, alibi=False)
     yield CHECKPOINTED, ours(compiled=compiles, checkpoints=True)
     yield WATCHED, ours(compiled=compiles, watched=True)
+
+
+def our_contender(
+    model: DistillationModel,
+    precision: str,
+    *,
+    frozen: bool = True,
+    fused: bool = True,
+    compiled: bool = False,
+    alibi: bool = True,
+    checkpoints: bool = False,
+    watched: bool = False,
+) -> Contender:
+    """Build a contender of a copy of a model, with some of our savings."""
+    module = copy.deepcopy(model)
+    module.student.alibi = module.student.alibi if alibi else None
+    if frozen:
+        module.teacher.cast_weights(PRECISIONS[precision])
+    if compiled:
+        compile_model(module, packs_weights=next(module.parameters()).device.type == "cpu")
+    if checkpoints:
+        module.student.checkpoint_activations()
+    loss_of = watched_loss(module) if watched else lambda images: module.loss(module(images), images)
+    return Contender(module, loss_of, precision, fused=fused)
 
 
 def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:
@@ -228,7 +247,7 @@ def check_losses(losses: dict[str, float]) -> None:
     """Refuse contenders whose loss is not the first one's, the naive program's if there is one."""
     first, expected = next(iter(losses.items()))
     for name, loss in losses.items():
-        if name != UNBIASED and abs(loss - expected) > LOSS_TOLERANCE * expected:
+        if name not in (UNBIASED, EQUAL) and abs(loss - expected) > LOSS_TOLERANCE * expected:
             raise RuntimeError(f"{name!r} finds the loss {loss}, {first!r} {expected}")
 
 
@@ -265,6 +284,10 @@ def find_targets(rows: list[Row], size: str, device: str, precision: str) -> Ite
 
     excess = speed(WATCHED) - 1
     yield Target(f"ours, health every {HEALTH_INTERVAL} steps / without", 1 / (1 + excess / HEALTH_INTERVAL), 0.99)
+    equal = next((row for row in rows if row.name == EQUAL), None)
+    if equal is not None:
+        share = ours.facts["gemm_share"] / equal.facts["gemm_share"]
+        yield Target("share of the matrix product / that of data2vec 2.0 of equal sizes", share, 0.95)
     if size != "base" or ours.name != OURS:
         return
     at_least = {("cpu", "amp_bf16"): (1.25, 0.62), ("cpu", "fp32"): (1.12, 0.85)}

@@ -4,7 +4,7 @@
     d2v benchmark data --images /data/ILSVRC --workers 0 8 --json data.json
     d2v benchmark step --precision amp_bf16
     d2v benchmark step --device cuda --size large --json step.json
-    d2v benchmark step --teacher timm/vit_base_patch14_reg4_dinov2
+    d2v benchmark step --teacher timm/vit_base_patch14_reg4_dinov2 --image-size 224
     d2v benchmark retrieval
 
 ``data``: images/s of our training data, from original JPEGs and from 256-px shards, on disk and in an S3 server that it
@@ -79,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     step.add_argument("--batch-size", type=int, help="images a step; default: 8, on a GPU 256")
     step.add_argument("--steps", type=int, help="steps per measurement; default: 1, on a GPU 10")
     step.add_argument("--teacher", metavar="timm/NAME", help="a model of timm's instead of --size, random weights")
+    step.add_argument("--image-size", metavar="PIXELS", help="of --teacher, or HEIGHTxWIDTH; default: timm's")
     step.add_argument("--no-compile", action="store_true", help="without torch.compile")
     step.set_defaults(run=run_step)
 
@@ -134,8 +135,18 @@ def run_step(arguments: argparse.Namespace) -> "Result":
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
     if arguments.teacher is not None and not arguments.teacher.startswith(PREFIX):
         raise InputError(f"--teacher: must be timm/NAME, got {arguments.teacher!r}")
-    size = arguments.teacher or arguments.size
-    return benchmark_step(size, device, arguments.precision, batch_size, steps, arguments.repeats, compiles=compiles)
+    if arguments.image_size is not None and arguments.teacher is None:
+        raise InputError("--image-size: needs --teacher timm/NAME")
+    return benchmark_step(
+        arguments.teacher or arguments.size,
+        device,
+        arguments.precision,
+        batch_size,
+        steps,
+        arguments.repeats,
+        compiles=compiles,
+        image_size=arguments.image_size,
+    )
 
 
 def run_retrieval(arguments: argparse.Namespace) -> "Result":

@@ -21,7 +21,10 @@ from d2v_composer.benchmarks.data import FEWEST_IMAGES
 from d2v_composer.benchmarks.measure import Rates, interleave, one_core
 from d2v_composer.benchmarks.photos import make_photos, take_photos
 from d2v_composer.benchmarks.retrieval import check_neighbours
+from d2v_composer.benchmarks.sized_models import build_equal_model, build_sized_model
 from d2v_composer.benchmarks.step import check_losses
+from d2v_composer.models.sizes import height_and_width
+from d2v_composer.models.timm_teacher import TimmTeacher
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, encoded_image, run_command
 from recipes import benchmark as benchmark_recipe
@@ -154,6 +157,35 @@ def test_step_rows_and_target(
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_timm_teacher_is_compared_with_data2vec2_of_equal_sizes(
+    benchmark: Callable[[Sequence[str]], Any], tmp_path: Path
+) -> None:
+    teacher = ["--teacher", "timm/test_vit", "--precision", "fp32", "--no-compile", "--batch-size", "1"]
+    found = {}
+    for size in ("48", "32x48"):
+        report = tmp_path / f"{size}.json"
+        benchmark(["step", *teacher, "--image-size", size, "--repeats", "1", "--json", str(report)])
+        found[size] = json.loads(report.read_text())
+    ours, equal = (
+        next(row for row in found["48"]["rows"] if row["name"] == name)
+        for name in ("+ fused AdamW", "ours, data2vec 2.0 of equal sizes")
+    )
+    target = next(each for each in found["48"]["targets"] if each["what"].startswith("share of the matrix product"))
+    assert target["ratio"] == pytest.approx(ours["gemm_share"] / equal["gemm_share"])
+    assert "ours, data2vec 2.0 of equal sizes" not in {row["name"] for row in found["32x48"]["rows"]}  # not square
+
+
+def test_data2vec2_of_equal_sizes_costs_the_same() -> None:
+    for name in ("timm/test_vit", "timm/vit_tiny_patch16_224", "timm/eva02_tiny_patch14_224"):
+        model = build_sized_model(name)
+        assert isinstance(model.teacher, TimmTeacher)
+        equal = build_equal_model(model.teacher)
+        assert equal is not None
+        images = torch.zeros(1, 3, *height_and_width(model.teacher.config.image_size))
+        assert equal.flops_per_batch(images) == pytest.approx(model.flops_per_batch(images), rel=0.02)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_retrieval_rows_and_targets(
     benchmark: Callable[[Sequence[str]], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +246,7 @@ def is_installed(name: str) -> bool:
         (["step", "--batch-size", "0"], "--batch-size: must be 1 or more, got 0"),
         (["step", "--steps", "0"], "--steps: must be 1 or more, got 0"),
         (["step", "--no-compile", "--teacher", "base"], "--teacher: must be timm/NAME, got 'base'"),
+        (["step", "--no-compile", "--image-size", "64"], "--image-size: needs --teacher timm/NAME"),
         (["step", "--device", "cuda"], "--device cuda: torch finds no GPU on this machine"),
         (["step", "--precision", "amp_fp16"], "--precision amp_fp16: needs a GPU; allowed on a CPU: fp32, amp_bf16"),
         (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
