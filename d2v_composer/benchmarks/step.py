@@ -56,14 +56,16 @@ class Contender:
         module: The holder of the weights.
         loss_of: Images → loss.
         precision: fp32, amp_bf16 or amp_fp16.
+        flop: Operations of a step, for one image.
         fused: Use the fused AdamW.
     """
 
     def __init__(
-        self, module: nn.Module, loss_of: Callable[[Tensor], Tensor], precision: str, *, fused: bool = False
+        self, module: nn.Module, loss_of: Callable[[Tensor], Tensor], precision: str, *, flop: int, fused: bool = False
     ) -> None:
         self.module = module
         self.loss_of = loss_of
+        self.flop = flop
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=fused
@@ -122,10 +124,6 @@ def benchmark_step(
     shape = height_and_width(model.teacher.config.image_size)
     images = torch.randint(0, 256, (device_batch_size, 3, *shape), dtype=torch.uint8).to(device)
     contenders = dict(build_contenders(model, precision, compiles))
-    flop = dict.fromkeys(contenders, model.flops_per_batch(images))
-    if isinstance(model.teacher, TimmTeacher) and (equal := build_equal_model(model.teacher)) is not None:
-        contenders[EQUAL] = our_contender(equal.to(device), precision, compiled=compiles)
-        flop[EQUAL] = equal.flops_per_batch(images)
     facts = {name: first_steps(contender, images) for name, contender in contenders.items()}
     check_losses({name: each["loss"] for name, each in facts.items()})
 
@@ -135,17 +133,17 @@ def benchmark_step(
     passes = {name: passing(functools.partial(contender.step, images), steps) for name, contender in contenders.items()}
     product, product_flop = mlp_product(model, images, PRECISIONS[precision])
     rates = interleave(passes | {"GEMM": passing(product, PRODUCTS_PER_PASS)}, 1, rounds, "steps")
-    image_flop = model.flops_per_batch(images) / len(images)
     gemm_flops = rates["GEMM"].scaled(PRODUCTS_PER_PASS * product_flop)
     card_flops = datasheet_flops(precision) if device == "cuda" else 0
     rows = []
     for name, contender in contenders.items():
         images_per_second = rates[name].scaled(steps * len(images))
-        flops = rates[name].scaled(steps * flop[name])
+        flops = images_per_second.scaled(contender.flop)
         facts[name]["gemm_share"] = flops.ratio(gemm_flops)
         facts[name]["mfu"] = flops.median / card_flops if card_flops else None
         facts[name]["held_bytes"] = contender.held_bytes
         rows.append(Row(name, images_per_second, facts[name]))
+    gflop = flop_per_image(model) / 1e9
     setting = {
         "size": size,
         "device": device,
@@ -153,11 +151,11 @@ def benchmark_step(
         "device_batch_size": device_batch_size,
         "steps": steps,
         "rounds": rounds,
-        "gflop_per_image": image_flop / 1e9,
+        "gflop_per_image": gflop,
         "gemm_gflops": gemm_flops.median / 1e9,
     }
     title = (
-        f"{size}, {device}, {precision}, {device_batch_size} images a batch, {image_flop / 1e9:.1f} GFLOP an image\n"
+        f"{size}, {device}, {precision}, {device_batch_size} images a batch, {gflop:.1f} GFLOP an image\n"
         f"median and range of {rounds} interleaved rounds of {steps} steps; GEMM: a product of the MLP's shape, "
         f"{gemm_flops.median / 1e9:.0f} GFLOP/s; memory: weights and optimizer + peak of a step"
     )
@@ -170,7 +168,7 @@ def build_contenders(model: DistillationModel, precision: str, compiles: bool) -
 
     def naive(**options: bool) -> Contender:
         module = NaiveDistillation(model, **options)
-        return Contender(module, module, precision)
+        return Contender(module, module, precision, flop=flop_per_image(model))
 
     ours = functools.partial(our_contender, model, precision)
     if isinstance(model.teacher, Data2Vec2):
@@ -185,6 +183,8 @@ def build_contenders(model: DistillationModel, precision: str, compiles: bool) -
     yield UNBIASED, ours(compiled=compiles, alibi=False)
     yield CHECKPOINTED, ours(compiled=compiles, checkpoints=True)
     yield WATCHED, ours(compiled=compiles, watched=True)
+    if isinstance(model.teacher, TimmTeacher) and (equal := build_equal_model(model.teacher)) is not None:
+        yield EQUAL, our_contender(equal.to(next(model.parameters()).device), precision, compiled=compiles)
 
 
 def our_contender(
@@ -208,7 +208,11 @@ def our_contender(
     if checkpoints:
         module.student.checkpoint_activations()
     loss_of = watched_loss(module) if watched else lambda images: module.loss(module(images), images)
-    return Contender(module, loss_of, precision, fused=fused)
+    return Contender(module, loss_of, precision, flop=flop_per_image(model), fused=fused)
+
+
+def flop_per_image(model: DistillationModel) -> int:
+    return model.flops_per_batch(torch.empty(1, 0))
 
 
 def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:

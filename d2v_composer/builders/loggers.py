@@ -81,7 +81,7 @@ def build_pictures(retrieval: ZeroShotRetrieval | None, loggers: Sequence[Logger
     """Build the callback that logs what retrieval finds, if a logger shows pictures."""
     if retrieval is None or not shows_pictures(loggers):
         return []
-    from d2v_composer.report.plots import draw_gallery  # matplotlib, which other runs do not need
+    from d2v_composer.report.gallery import draw_gallery  # matplotlib, which other runs do not need
 
     return [RetrievalPictures(retrieval, draw_gallery)]
 

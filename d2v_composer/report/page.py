@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
-from d2v_composer.report.plots import confusion_plot, curves, galleries, probe_plot, retrieval_plot, share_plot
+from d2v_composer.report.gallery import galleries
+from d2v_composer.report.plots import confusion_plot, curves, probe_plot, retrieval_plot, share_plot
 from d2v_composer.report.run import Run, weights_section
 from d2v_composer.system.atomic_files import write_atomically
 

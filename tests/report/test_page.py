@@ -21,8 +21,9 @@ from d2v_composer.builders import finish
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.report.gallery import gallery
 from d2v_composer.report.page import write_report
-from d2v_composer.report.plots import confusion_plot, gallery, running_mean, share_plot
+from d2v_composer.report.plots import confusion_plot, running_mean, share_plot
 from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import d2v
