@@ -5,7 +5,6 @@ from the same weights and must find the same loss. The yardstick is a matrix pro
 device, an upper limit for models made of such products.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,30 +14,39 @@ import torch
 from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Precision, State
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
-from d2v_composer.benchmarks.measure import Pass, Result, Row, Table, Target, interleave, peak_allocated, synchronise
-from d2v_composer.benchmarks.naive import NaiveDistillation
-from d2v_composer.benchmarks.sized_models import build_equal_model, build_sized_model
-from d2v_composer.callbacks import Health
-from d2v_composer.models.compilation import compile_model
-from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.benchmarks.contenders import (
+    EQUAL,
+    NAIVE,
+    OURS,
+    UNBIASED,
+    WATCHED,
+    Contender,
+    build_contenders,
+    flop_per_image,
+)
+from d2v_composer.benchmarks.measure import (
+    Pass,
+    Rates,
+    Result,
+    Row,
+    Table,
+    Target,
+    interleave,
+    peak_allocated,
+    synchronise,
+)
+from d2v_composer.benchmarks.sized_models import build_sized_model
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.models.sizes import height_and_width
-from d2v_composer.models.timm_teacher import TimmTeacher
 
 __all__ = ["benchmark_step"]
 
 PACKAGES = ("torch", "mosaicml", "triton")
 
-NAIVE, OURS, UNBIASED, CHECKPOINTED = "naive", "+ torch.compile", "ours, no ALiBi", "ours, checkpointing"
-WATCHED = "ours, health each step"
-EQUAL = "ours, data2vec 2.0 of equal sizes"
 HEALTH_INTERVAL = 100
-CLIPPING_THRESHOLD = 2.0
 LOSS_TOLERANCE = 1e-3
 PRODUCTS_PER_PASS = 10
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -47,51 +55,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory MB": lambda facts: f"{facts['held_bytes'] / 1e6:.0f} + {facts['step_bytes'] / 1e6:.0f}",
     "attention": lambda facts: ", ".join(facts["attention_kernels"]),
 }
-
-
-class Contender:
-    """A model, its optimizer, and their training step.
-
-    Args:
-        module: The holder of the weights.
-        loss_of: Images → loss.
-        precision: fp32, amp_bf16 or amp_fp16.
-        flop: Operations of a step, for one image.
-        fused: Use the fused AdamW.
-    """
-
-    def __init__(
-        self, module: nn.Module, loss_of: Callable[[Tensor], Tensor], precision: str, *, flop: int, fused: bool = False
-    ) -> None:
-        self.module = module
-        self.loss_of = loss_of
-        self.flop = flop
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=fused
-        )
-        device = self.trained[0].device.type
-        self.scaler = GradScaler(device, enabled=precision == "amp_fp16")
-        self.autocast = functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
-
-    def step(self, images: Tensor) -> Tensor:
-        """Train one step, and return the loss before it."""
-        with self.autocast():
-            loss = self.loss_of(images)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        clip_grad_norm_(self.trained, CLIPPING_THRESHOLD)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    @property
-    def held_bytes(self) -> int:
-        """Size of weights and optimizer state."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.module.parameters(), *self.module.buffers(), *state]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def benchmark_step(
@@ -135,15 +98,11 @@ def benchmark_step(
     rates = interleave(passes | {"GEMM": passing(product, PRODUCTS_PER_PASS)}, 1, rounds, "steps")
     gemm_flops = rates["GEMM"].scaled(PRODUCTS_PER_PASS * product_flop)
     card_flops = datasheet_flops(precision) if device == "cuda" else 0
-    rows = []
-    for name, contender in contenders.items():
-        images_per_second = rates[name].scaled(steps * len(images))
-        flops = images_per_second.scaled(contender.flop)
-        facts[name]["gemm_share"] = flops.ratio(gemm_flops)
-        facts[name]["mfu"] = flops.median / card_flops if card_flops else None
-        facts[name]["held_bytes"] = contender.held_bytes
-        rows.append(Row(name, images_per_second, facts[name]))
-    gflop = flop_per_image(model) / 1e9
+    speeds = {name: rates[name].scaled(steps * len(images)) for name in contenders}
+    rows = [
+        Row(name, speeds[name], facts[name] | shares(contender, speeds[name], gemm_flops, card_flops))
+        for name, contender in contenders.items()
+    ]
     setting = {
         "size": size,
         "device": device,
@@ -151,82 +110,29 @@ def benchmark_step(
         "device_batch_size": device_batch_size,
         "steps": steps,
         "rounds": rounds,
-        "gflop_per_image": gflop,
+        "gflop_per_image": flop_per_image(model) / 1e9,
         "gemm_gflops": gemm_flops.median / 1e9,
     }
-    title = (
-        f"{size}, {device}, {precision}, {device_batch_size} images a batch, {gflop:.1f} GFLOP an image\n"
-        f"median and range of {rounds} interleaved rounds of {steps} steps; GEMM: a product of the MLP's shape, "
-        f"{gemm_flops.median / 1e9:.0f} GFLOP/s; memory: weights and optimizer + peak of a step"
-    )
     targets = list(find_targets(rows, size, device, precision))
-    return Result(title, PACKAGES, setting, [("rows", Table("", "images/s", rows, COLUMNS))], targets)
+    return Result(title_of(setting), PACKAGES, setting, [("rows", Table("", "images/s", rows, COLUMNS))], targets)
 
 
-def build_contenders(model: DistillationModel, precision: str, compiles: bool) -> Iterator[tuple[str, Contender]]:
-    """Yield the naive program, our savings added one by one, and variants of ours."""
-
-    def naive(**options: bool) -> Contender:
-        module = NaiveDistillation(model, **options)
-        return Contender(module, module, precision, flop=flop_per_image(model))
-
-    ours = functools.partial(our_contender, model, precision)
-    if isinstance(model.teacher, Data2Vec2):
-        yield NAIVE, naive()
-        yield "+ one encoder", naive(shares_encoder=True)
-    yield "+ fused attention", ours(frozen=False, fused=False)
-    if precision != "fp32":
-        yield "+ half frozen weights", ours(fused=False)
-    yield "+ fused AdamW", ours()
-    if compiles:
-        yield OURS, ours(compiled=True)
-    yield UNBIASED, ours(compiled=compiles, alibi=False)
-    yield CHECKPOINTED, ours(compiled=compiles, checkpoints=True)
-    yield WATCHED, ours(compiled=compiles, watched=True)
-    if isinstance(model.teacher, TimmTeacher) and (equal := build_equal_model(model.teacher)) is not None:
-        yield EQUAL, our_contender(equal.to(next(model.parameters()).device), precision, compiled=compiles)
+def title_of(setting: dict[str, Any]) -> str:
+    return (
+        "{size}, {device}, {precision}, {device_batch_size} images a batch, {gflop_per_image:.1f} GFLOP an image\n"
+        "median and range of {rounds} interleaved rounds of {steps} steps; GEMM: a product of the MLP's shape, "
+        "{gemm_gflops:.0f} GFLOP/s; memory: weights and optimizer + peak of a step"
+    ).format(**setting)
 
 
-def our_contender(
-    model: DistillationModel,
-    precision: str,
-    *,
-    frozen: bool = True,
-    fused: bool = True,
-    compiled: bool = False,
-    alibi: bool = True,
-    checkpoints: bool = False,
-    watched: bool = False,
-) -> Contender:
-    """Build a contender of a copy of a model, with some of our savings."""
-    module = copy.deepcopy(model)
-    module.student.alibi = module.student.alibi if alibi else None
-    if frozen:
-        module.teacher.cast_weights(PRECISIONS[precision])
-    if compiled:
-        compile_model(module, packs_weights=next(module.parameters()).device.type == "cpu")
-    if checkpoints:
-        module.student.checkpoint_activations()
-    loss_of = watched_loss(module) if watched else lambda images: module.loss(module(images), images)
-    return Contender(module, loss_of, precision, flop=flop_per_image(model), fused=fused)
-
-
-def flop_per_image(model: DistillationModel) -> int:
-    return model.flops_per_batch(torch.empty(1, 0))
-
-
-def watched_loss(model: DistillationModel) -> Callable[[Tensor], Tensor]:
-    """Return the loss function with all measurements of the health callback."""
-    health = Health()
-
-    def loss_of(images: Tensor) -> Tensor:
-        outputs = model(images)
-        with torch.no_grad():
-            numbers = health.compare(outputs, model.student.num_extra_tokens, model.student.has_cls_token)
-            torch.cat([torch.stack(list(numbers.values())), model.layer_cosines(images, len(images))]).tolist()
-        return model.loss(outputs, images)
-
-    return loss_of
+def shares(contender: Contender, images_per_second: Rates, gemm_flops: Rates, card_flops: int) -> dict[str, Any]:
+    """Return what share of the matrix product's speed and of the datasheet's a contender reaches, and what it holds."""
+    flops = images_per_second.scaled(contender.flop)
+    return {
+        "gemm_share": flops.ratio(gemm_flops),
+        "mfu": flops.median / card_flops if card_flops else None,
+        "held_bytes": contender.held_bytes,
+    }
 
 
 def first_steps(contender: Contender, images: Tensor) -> dict[str, Any]:
