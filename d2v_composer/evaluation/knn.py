@@ -6,7 +6,7 @@ Shapes: N bank images, Q queries, K neighbours, D channels.
 import torch
 from torch import Tensor
 
-from d2v_composer.evaluation.retrieval import TopK, nearest_neighbours
+from d2v_composer.evaluation.retrieval import TopK, exact_neighbours
 
 __all__ = ["NUM_NEIGHBOURS", "knn_accuracy", "majority_vote", "weighted_vote"]
 
@@ -21,7 +21,7 @@ def weighted_vote(neighbours: TopK, bank_labels: Tensor, temperature: float = TE
     The smallest label wins a tie.
 
     Args:
-        neighbours: (Q, K) from :func:`nearest_neighbours`.
+        neighbours: (Q, K) from :func:`exact_neighbours`.
         bank_labels: (N,) int.
         temperature: The lower, the more the nearest count.
     """
@@ -64,6 +64,6 @@ def knn_accuracy(
     Raises:
         ValueError: The shapes do not agree, or k is out of range.
     """
-    found = nearest_neighbours(bank, queries, k)
+    found = exact_neighbours(bank, queries, k)
     voted = majority_vote(found, bank_labels) if temperature is None else weighted_vote(found, bank_labels, temperature)
     return (voted == query_labels).double().mean().item()

@@ -15,7 +15,7 @@ from d2v_composer.evaluation.knn import NUM_NEIGHBOURS, majority_vote, weighted_
 from d2v_composer.evaluation.linear_probe import LinearProbe, fit_linear_probe
 from d2v_composer.evaluation.metric_names import BANKS, Measure
 from d2v_composer.evaluation.ranks import ONE_RANK, Ranks
-from d2v_composer.evaluation.retrieval import TopK, nearest_neighbours, retrieval_hits
+from d2v_composer.evaluation.retrieval import TopK, exact_neighbours, retrieval_hits
 from d2v_composer.system.progress import progress_bar
 
 __all__ = ["EmbeddedSet", "Found", "embed_set", "look_up"]
@@ -100,7 +100,7 @@ def look_up(
         for bank, query in (BANKS, BANKS[::-1]):
             votes = bank == "train" and "knn" in probes
             k = max(*ks, min(NUM_NEIGHBOURS, len(labels[bank]))) if votes else max(ks)
-            neighbours = nearest_neighbours(images[bank], ranks.take_share(images[query]), k)
+            neighbours = exact_neighbours(images[bank], ranks.take_share(images[query]), k)
             nearest = ranks.gather(neighbours.indices[:, : max(ks)], len(labels[query]))
             bank_labels, query_labels = (labels[split].to(nearest.device) for split in (bank, query))
             hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, bank_labels, query_labels, ks)}

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-__all__ = ["TopK", "nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
+__all__ = ["TopK", "exact_neighbours", "nearest_neighbours", "retrieval_accuracy", "retrieval_hits"]
 
 MEMORY_BUDGET = 256 * 2**20
 # Bank images compared at once: larger matrix products are no faster.
 BANK_PART = 1 << 13
 # A vector that is shorter counts as this long, as in normalize.
 SHORTEST = 1e-12
+# Further neighbours in float32 among which float64 may find a nearer one.
+SPARE = 8
 # Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
 
@@ -27,7 +29,7 @@ class TopK(NamedTuple):
     """The nearest bank images of each query, nearest first."""
 
     similarities: Tensor
-    """(Q, K) float32."""
+    """(Q, K) float32; of :func:`exact_neighbours` float64."""
     indices: Tensor
     """(Q, K) int64."""
 
@@ -71,6 +73,23 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
     for part, found in zip(query_parts, nearest, strict=True):
         found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
     return TopK(torch.cat([part.similarities for part in nearest]), torch.cat([part.indices for part in nearest]))
+
+
+def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
+    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbours`; of equal ones the first.
+
+    Where all images have much in common, cosines are close to 1 and differ less than float32 can tell. So more than k
+    are found in float32, and put in order in float64.
+    """
+    found = nearest_neighbours(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
+    at_once = max(1, MEMORY_BUDGET // (3 * 8 * max(1, found.shape[1] * bank.shape[1])))
+    nearest = []
+    for indices_QK, part_QD in zip(found.split(at_once), queries.split(at_once), strict=True):
+        unit_QKD = normalize(bank[indices_QK].double(), dim=2, eps=SHORTEST)
+        cosines_QK = (unit_QKD @ normalize(part_QD.double(), dim=1, eps=SHORTEST)[:, :, None])[:, :, 0]
+        cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
+        nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
+    return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
 
 
 def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
@@ -128,7 +147,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
     """Tell whether any of a query's k nearest bank images has its label.
 
     Args:
-        nearest: (Q, K) indices from :func:`nearest_neighbours`.
+        nearest: (Q, K) indices from :func:`exact_neighbours`.
         bank_labels: (N,) int.
         query_labels: (Q,) int.
         ks: Each from 1 to K.
@@ -165,5 +184,5 @@ def retrieval_accuracy(
         )
     if not len(queries):
         raise ValueError("there is no query")
-    hits = retrieval_hits(nearest_neighbours(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
+    hits = retrieval_hits(exact_neighbours(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}

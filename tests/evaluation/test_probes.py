@@ -13,12 +13,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher
 from d2v_composer.data.labelled_sets import load_labelled_set
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
 from d2v_composer.evaluation.ranks import Ranks
+from d2v_composer.evaluation.retrieval import exact_neighbours
 from helpers import QUICKSTART
 
 
@@ -31,16 +33,15 @@ class Embedded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real() -> Embedded:
-    """The quickstart's teacher's embeddings of shipped CIFAR images."""
+    """The quickstart's teacher's embeddings of shipped CIFAR images, rounded as those of a run in bfloat16."""
     labelled = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(600)
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        train, test = (
-            torch.cat([teacher.embed(part, representation="layer_mean").float() for part in split.images.split(64)])
-            for split in labelled[:2]
-        )
-    mean = train.mean(dim=0)  # in common to all images: it hides differences of cosines below float32's digits
-    return Embedded(train - mean, labelled.train.labels, test - mean, labelled.test.labels)
+    train, test = (
+        torch.cat([teacher.embed(part, representation="layer_mean") for part in split.images.split(64)])
+        for split in labelled[:2]
+    )
+    train, test = train.bfloat16().float(), test.bfloat16().float()
+    return Embedded(train, labelled.train.labels, test, labelled.test.labels)
 
 
 def brute_force(data: Embedded, k: int, temperature: float | None) -> Iterator[int]:
@@ -59,6 +60,22 @@ def test_votes_are_those_of_a_brute_force(real: Embedded, k: int, temperature: f
     expected = np.mean(np.fromiter(brute_force(real, k, temperature), int) == real.test_labels.numpy())
     assert knn_accuracy(*real, k=k, temperature=temperature) == expected
     assert 0.3 < expected < 0.7
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
+def test_what_all_images_have_in_common_hides_no_neighbour(real: Embedded, offset: float) -> None:
+    """Cosines near 1 differ by less than float32 tells apart."""
+    data = real._replace(train=real.train + offset, test=real.test + offset)
+    found = exact_neighbours(data.train, data.test, 20).indices
+    units = [normalize(each.double(), dim=1) for each in (data.test, data.train)]
+    expected = (units[0] @ units[1].T).sort(dim=1, descending=True, stable=True).indices[:, :20]
+    assert torch.equal(found, expected)
+
+
+def test_the_first_of_equal_images_is_found_first() -> None:
+    bank = torch.ones(12, 4)
+    assert exact_neighbours(bank, torch.ones(2, 4), 12).indices.tolist() == [list(range(12))] * 2
+    assert exact_neighbours(bank, torch.ones(0, 4), 3).indices.shape == (0, 3)
 
 
 def test_the_majority_is_scikit_learns(real: Embedded) -> None:
