@@ -21,7 +21,7 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 PATIENCE = 2  # weaker ones are not tried after so many that are worse than the best
 SEED = 0  # of the choice of the images held out
 # The solver stops at this largest gradient, or before it where float32 cannot tell two losses apart.
-TOLERANCE, TOLERANCE_OF_CHOICE = 1e-5, 1e-3
+TOLERANCE, TOLERANCE_OF_CHOICE = 1e-6, 1e-3
 LARGEST_GRADIENT = 1e-4  # of a fit that has converged
 MAX_ITERATIONS = 500
 LOGITS_AT_ONCE = 1 << 24
