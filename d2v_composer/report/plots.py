@@ -145,6 +145,8 @@ def share_plot(run: Run, dataset: str) -> Figure | None:
             steps, numbers = _arrays(values)
             axes.plot(steps, numbers, style, color=colour, marker="o", markersize=4, label=name)
         axes.axhline(1, color=GREY, linewidth=1)
+        # Where the teacher has little advantage, shares of it are large and say little.
+        axes.set_ylim(max(axes.get_ylim()[0], -0.3), min(axes.get_ylim()[1], 1.3))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _label(axes, f"Share of the teacher's advantage on {dataset}, top-{run.smallest_k}", "")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
