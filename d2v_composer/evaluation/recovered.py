@@ -1,6 +1,7 @@
 """The share of the teacher's advantage that a student recovers in the course of its run."""
 
 from collections.abc import Mapping
+from statistics import mean
 
 from d2v_composer.evaluation.bootstrap import share_recovered
 from d2v_composer.evaluation.metric_names import BANKS, metric_key
@@ -13,7 +14,9 @@ Log = Mapping[str, Mapping[int, float]]
 def recovered_shares(
     log: Log, dataset: str, embedding: str, k: int = 1, references: Log | None = None
 ) -> dict[int, float]:
-    """Return step → share of the teacher's advantage over the untrained student, mean of both banks.
+    """Return step → share of the teacher's advantage over the untrained student.
+
+    It is the mean of both banks, or of the one with which the teacher has an advantage.
 
     Args:
         log: Key → step → value, of the student's run.
@@ -24,11 +27,12 @@ def recovered_shares(
             (``retrieval.references``); default ``log``.
 
     Returns:
-        Empty if either is missing, or the teacher has no advantage.
+        Empty if either is missing, or the teacher has no advantage at all.
     """
     references = log if references is None else references
     by_bank = [_shares_of(log, references, dataset, embedding, k, bank) for bank in BANKS]
-    return {step: sum(shares[step] for shares in by_bank) / len(BANKS) for step in by_bank[0] if step in by_bank[1]}
+    steps = sorted({step for shares in by_bank for step in shares})
+    return {step: mean(shares[step] for shares in by_bank if step in shares) for step in steps}
 
 
 def _shares_of(log: Log, references: Log, dataset: str, embedding: str, k: int, bank: str) -> dict[int, float]:

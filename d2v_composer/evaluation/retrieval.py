@@ -49,12 +49,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
     Raises:
         ValueError: The shapes do not agree, or k is out of range.
     """
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}"
-        )
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
+    check_arguments(bank, queries, k)
     bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
     bank_part, query_parts = min(bank_part, len(bank)), queries.split(query_part)
     # Reused: allocating memory for each part would take as long as searching it.
@@ -81,6 +76,7 @@ def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
     Where all images have much in common, cosines are close to 1 and differ less than float32 can tell. So more than k
     are found in float32, and put in order in float64.
     """
+    check_arguments(bank, queries, k)
     found = nearest_neighbours(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
     at_once = max(1, MEMORY_BUDGET // (3 * 8 * max(1, found.shape[1] * bank.shape[1])))
     nearest = []
@@ -90,6 +86,15 @@ def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
         nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
     return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
+
+
+def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}"
+        )
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
 
 
 def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:

@@ -27,12 +27,17 @@ def test_the_references_may_be_another_runs() -> None:
     assert recovered_shares(log_of(student, {}), "cifar10", CLS, references=first) == pytest.approx({20: 1.0})
 
 
+def test_a_bank_without_an_advantage_does_not_count() -> None:
+    log = log_of({"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}, {"train": 0.4, "test": 0.1})
+    assert recovered_shares(log, "cifar10", CLS) == pytest.approx({0: 0, 10: 0.5})
+
+
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
         ({"train": {10: 0.3}, "test": {10: 0.2}}, {"train": 0.4, "test": 0.5}),
         ({"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}, {}),
-        ({"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}, {"train": 0.4, "test": 0.1}),
+        ({"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}, {"train": 0.2, "test": 0.1}),
     ],
     ids=["no untrained student", "no teacher", "no advantage"],
 )

@@ -194,10 +194,12 @@ def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_choices_are_compared_at_equal_compute() -> None:
     study = Study.read(ablations.STUDIES / "choices", [])
+    images = QUICKSTART / "cifar10"
+    places = {"train_loader.local": images / "train", "retrieval.datasets.cifar10.root": images}
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     costs = {}
     for name, changes in study.rows.items():
-        config = load_config([str(study.base), *(f"{key}={value}" for key, value in changes.items())])
+        config = load_config([str(study.base), *(f"{key}={value}" for key, value in {**places, **changes}.items())])
         costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
 
