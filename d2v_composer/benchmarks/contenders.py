@@ -19,7 +19,6 @@ from d2v_composer.models.precision import PRECISIONS
 from d2v_composer.models.timm_teacher import TimmTeacher
 
 __all__ = [
-    "CHECKPOINTED",
     "EQUAL",
     "NAIVE",
     "OURS",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.pointer import LATEST
-from d2v_composer.config.finetune import FinetuneConfig, FinetuneLoaderConfig
+from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.packages import needs_of_loggers
 from d2v_composer.config.schema import (
     EvaluateConfig,
@@ -71,8 +71,8 @@ def needs_of_files(config: TrainerConfig) -> Iterator[str]:
         yield from needs_of_labelled_sets("retrieval.datasets.", config.retrieval.datasets)
     if isinstance(config, FinetuneConfig):
         yield from needs_of_model(config.model, config.teacher)
-        if config.train_loader.stream and config.dataset is not None and config.dataset.format == "mds":
-            yield from needs_of_streamed_set(config.dataset, config.train_loader)
+        if config.train_loader.remote is not None and config.dataset is not None and config.dataset.format == "mds":
+            yield from needs_of_remote_set(Path(config.dataset.root))
         else:
             yield from needs_of_labelled_sets("", {"dataset": config.dataset})
     with suppress(ValueError):  # a malformed save_folder, which find_wrong_values names
@@ -92,14 +92,12 @@ def needs_of_training_images(loader: TrainLoaderConfig) -> Iterator[str]:
         yield f"train_loader.local: {loader.local}: {missing}; or set train_loader.remote to an address"
 
 
-def needs_of_streamed_set(dataset: LabelledSetConfig, loader: FinetuneLoaderConfig) -> Iterator[str]:
-    """Yield a line for each split of a streamed labelled set that is missing, or whose cache cannot be written."""
-    train, test = Path(dataset.root) / "train", Path(dataset.root) / "test"
-    if loader.remote is not None and (fault := find_unwritable(train)) is not None:
-        yield f"dataset.root: {train}: {fault}"
-    for split in [test] if loader.remote is not None else [train, test]:
-        if (missing := find_missing_index(split)) is not None:
-            yield f"dataset.root: {split}: {missing}"
+def needs_of_remote_set(root: Path) -> Iterator[str]:
+    """Yield a line if the cache of remote train images cannot be written, or the test images are not there."""
+    if (fault := find_unwritable(root / "train")) is not None:
+        yield f"dataset.root: {root / 'train'}: {fault}"
+    if (missing := find_missing_index(root / "test")) is not None:
+        yield f"dataset.root: {root / 'test'}: {missing}"
 
 
 def needs_of_labelled_sets(prefix: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:
