@@ -2,7 +2,7 @@
 
     d2v benchmark data                                          # four minutes on two cores
     d2v benchmark data --images /data/ILSVRC --workers 0 8 --json data.json
-    d2v benchmark step --precision amp_bf16
+    d2v benchmark step --precision fp32
     d2v benchmark step --device cuda --size large --json step.json
     d2v benchmark step --teacher timm/vit_base_patch14_reg4_dinov2 --image-size 224
     d2v benchmark retrieval
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, get_args
 from d2v_composer.benchmarks.sizes import SIZES
 from d2v_composer.commands.arguments import make_parser
 from d2v_composer.models.compiler import find_missing
-from d2v_composer.models.names import PrecisionName
+from d2v_composer.models.names import PrecisionChoice
 from d2v_composer.system.atomic_files import check_out_file, write_atomically
 from d2v_composer.system.errors import InputError
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 CIFAR_IMAGES = 60_000
-PRECISIONS = get_args(PrecisionName)
 
 
 def main(argv: Sequence[str]) -> "Result":
@@ -95,7 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     for benchmark in (step, retrieval):
         benchmark.add_argument("--size", choices=SIZES, default="base", help="size of the teacher; default: base")
-        benchmark.add_argument("--precision", choices=PRECISIONS, default="amp_bf16", help="default: amp_bf16")
+        benchmark.add_argument("--precision", choices=get_args(PrecisionChoice), default="auto", help="default: auto")
         benchmark.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     for benchmark in (data, step, retrieval):
         benchmark.add_argument("--repeats", type=int, default=5, help="passes of each contender; default: 5")
@@ -177,17 +176,20 @@ def run_retrieval(arguments: argparse.Namespace) -> "Result":
 
 
 def choose_device(arguments: argparse.Namespace) -> str:
-    """Return the device asked for, or the best available.
+    """Return the device asked for, or the best available, and name its precision in the arguments.
 
     Raises:
         InputError: The device is not available, or does not support the precision.
     """
     import torch
 
+    from d2v_composer.models.precision import name_precision
+
     has_gpu = torch.cuda.is_available()
     device = arguments.device or ("cuda" if has_gpu else "cpu")
     if device == "cuda" and not has_gpu:
         raise InputError("--device cuda: torch finds no GPU on this machine")
+    arguments.precision = name_precision(arguments.precision, on_gpu=device == "cuda")
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision amp_fp16: needs a GPU; allowed on a CPU: fp32, amp_bf16")
     return device

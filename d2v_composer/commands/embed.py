@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.commands.arguments import make_parser, size
-from d2v_composer.models.names import Pooling, PrecisionName, Representation, Weights
+from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import print_next
 
@@ -44,10 +44,12 @@ def main(argv: Sequence[str]) -> "Embedding":
     from d2v_composer.embedding.collection import open_collection
     from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
     from d2v_composer.embedding.output_file import EmbeddingFile
+    from d2v_composer.models.precision import name_precision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.precision = name_precision(arguments.precision)
     if arguments.precision == "amp_fp16" and device == "cpu":
-        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16")
+        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
     file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
     model, chosen = load_model(arguments)
     arguments.representation, arguments.pooling = chosen.headline
@@ -99,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--representation", choices=get_args(Representation), help="default: the headline of the model's run"
     )
     parser.add_argument(
-        "--precision", choices=get_args(PrecisionName), default="fp32", help="default: fp32; amp is faster"
+        "--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster"
     )
     parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
     parser.add_argument(

@@ -46,7 +46,7 @@ def find_unmet_needs(config: RunConfig) -> Iterator[str]:
 def needs_of_a_gpu(config: RunConfig) -> Iterator[str]:
     """Yield a line for each field that needs a GPU."""
     if config.precision == "amp_fp16":
-        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16"
+        yield "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto"
     if isinstance(config, TrainerConfig) and config.device_train_microbatch_size == "auto":
         yield "device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
     if isinstance(config, TrainConfig) and config.parallelism_config.fsdp is not None:

@@ -18,6 +18,7 @@ from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import find_wrong_values, suggest
 from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.config.values import find_contradictions, find_wrong_arguments
+from d2v_composer.models.precision import name_precision
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.launched_rank import let_first_rank_report
 
@@ -63,6 +64,7 @@ def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         with errors_in_one_line(path):
             problems += fill_missing(merged, path, {field_of(problem) for problem in problems})
             config: Any = OmegaConf.to_object(merged)
+            config.precision = name_precision(config.precision)  # so that log and checkpoint tell it
         problems += find_problems(config, {field_of(problem) for problem in problems})
         if not problems:
             return config

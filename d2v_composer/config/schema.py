@@ -18,7 +18,7 @@ from d2v_composer.config.field_checks import (
     check_references,
 )
 from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must
-from d2v_composer.models.names import DATA2VEC2, Pooling, Representation
+from d2v_composer.models.names import DATA2VEC2, Pooling, PrecisionChoice, Representation
 from d2v_composer.models.timm_config import PREFIX, parse_image_size
 from d2v_composer.system.addresses import Address, RunFolder, check_run_name
 
@@ -221,7 +221,7 @@ class RunConfig:
     """Fields of training and of evaluation."""
 
     seed: int = limited(17, least=0)
-    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "fp32"
+    precision: PrecisionChoice = "fp32"
     device_eval_batch_size: int = limited(256, least=1)
 
 
@@ -230,7 +230,7 @@ class TrainerConfig(RunConfig):
     """Fields of every run of Composer's Trainer."""
 
     run_name: str = limited("distill", check=check_run_name)
-    precision: Literal["fp32", "amp_fp16", "amp_bf16"] = "amp_fp16"
+    precision: PrecisionChoice = "amp_fp16"
     allow_tf32: bool = True
     """Allow a GPU to multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
     max_duration: str = limited("30000ba", check=duration("ba", "ep"))

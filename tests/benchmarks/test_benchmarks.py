@@ -112,7 +112,7 @@ assert signal.getsignal(signal.SIGINT) is before
     assert ended.returncode == 0, ended.stderr
 
 
-STEP = ["step", "--size", "quickstart", "--batch-size", "2", "--repeats", "1"]
+STEP = ["step", "--size", "quickstart", "--batch-size", "2", "--repeats", "1", "--precision", "amp_bf16"]
 STEP_ROWS = ["naive", "+ one encoder", "+ fused attention", "+ half frozen weights", "+ fused AdamW"]
 VARIANT_ROWS = ["ours, no ALiBi", "ours, checkpointing", "ours, health each step"]
 

@@ -163,7 +163,7 @@ REFUSED = {
 def test_a_wrong_value_is_refused_in_one_line(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as caught:
-        load("max_duration=1000ba", override)
+        load("max_duration=1000ba", "precision=amp_bf16", override)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -239,7 +239,7 @@ def test_an_override_longer_than_a_files_name_is_read() -> None:
 def test_distill_without_gpu_and_data_says_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert problems_of(DISTILL_YAML) == [
-        "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16",
+        "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto",
         "train_loader.local: datasets/imagenet/train: no index.json: no such folder; or set train_loader.remote to an "
         "address",
     ]
@@ -278,11 +278,11 @@ def test_a_short_run_has_a_short_warmup() -> None:
 )
 def test_fsdp_refuses_other_settings(monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    fsdp = load("parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
+    fsdp = load("precision=amp_bf16", "parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
     assert fsdp is not None
     assert not fsdp.reshard_after_forward
     with pytest.raises(InputError) as caught:
-        load("parallelism_config.fsdp={}", override)
+        load("precision=amp_bf16", "parallelism_config.fsdp={}", override)
     assert message in str(caught.value)
 
 
