@@ -37,7 +37,7 @@ class LinearProbe(NamedTuple):
     scale: Tensor
     """(D,) 1 / their standard deviation; 0 for a constant channel."""
     weight: Tensor
-    """(D, C)."""
+    """(C, D)."""
     bias: Tensor
     """(C,)."""
     strength: float
@@ -49,7 +49,7 @@ class LinearProbe(NamedTuple):
         """Return the labels of embeddings, (Q, D) → (Q,)."""
         with full_float32(embeddings.device.type):
             parts = embeddings.split(max(1, LOGITS_AT_ONCE // len(self.classes)))
-            logits = (torch.addmm(self.bias, (part - self.mean) * self.scale, self.weight) for part in parts)
+            logits = (torch.addmm(self.bias, (part - self.mean) * self.scale, self.weight.T) for part in parts)
             return torch.cat([self.classes[each.argmax(dim=1)] for each in logits])
 
     @property
@@ -145,9 +145,9 @@ class Problem:
 
     def held_out_accuracy(self, strength: float) -> float:
         """Return the accuracy on the images held out of a fit to the others."""
-        weight_DC, bias_C, _ = self.fit(self.num_fitted, strength, TOLERANCE_OF_CHOICE)
+        weight_CD, bias_C, _ = self.fit(self.num_fitted, strength, TOLERANCE_OF_CHOICE)
         held_out = slice(min(self.num_fitted, len(self.x_ND) - 1), None)
-        found = torch.addmm(bias_C, self.x_ND[held_out], weight_DC).argmax(dim=1)
+        found = torch.addmm(bias_C, self.x_ND[held_out], weight_CD.T).argmax(dim=1)
         return (found == self.targets_N[held_out]).float().mean().item()
 
     def fit(self, num_images: int, strength: float, tolerance: float) -> Fit:
@@ -155,13 +155,14 @@ class Problem:
 
         At zero weights, the loss has the curvature variance / C + strength along each principal direction. The solver's
         unknowns are the weights there, times the root of it: its problems then are all alike, and collinear channels
-        do not slow it down. Beyond the R directions the embeddings do not vary, and the best weights are 0.
+        do not slow it down. Beyond the R directions the embeddings do not vary, and the best weights are 0. Weights have
+        a row for each class: so every product of matrices reads along the rows of the embeddings and the directions.
         """
         x_ND, targets_N, num_classes = self.x_ND[:num_images], self.targets_N[:num_images], len(self.classes)
-        scale_R1 = (self.variances_R / num_classes + strength).rsqrt()[:, None]
-        u_RC, bias_C = (x_ND.new_zeros(*shape, num_classes) for shape in (self.variances_R.shape, ()))
+        scale_R = (self.variances_R / num_classes + strength).rsqrt()
+        u_CR, bias_C = x_ND.new_zeros(num_classes, len(scale_R)), x_ND.new_zeros(num_classes)
         solver = torch.optim.LBFGS(
-            [u_RC, bias_C],
+            [u_CR, bias_C],
             max_iter=MAX_ITERATIONS,
             max_eval=3 * MAX_ITERATIONS,
             tolerance_grad=tolerance,
@@ -169,19 +170,19 @@ class Problem:
         )
 
         def weight() -> Tensor:
-            return self.directions_DR @ (scale_R1 * u_RC)
+            return (scale_R * u_CR) @ self.directions_DR.T
 
         def loss() -> float:
-            w_DC = weight()
-            loss, gradient_DC, bias_C.grad = cross_entropy(x_ND, targets_N, w_DC, bias_C)
-            u_RC.grad = scale_R1 * (self.directions_DR.T @ gradient_DC.add_(w_DC, alpha=strength))
-            return loss + strength / 2 * w_DC.square().sum().item()
+            w_CD = weight()
+            loss, gradient_CD, bias_C.grad = cross_entropy(x_ND, targets_N, w_CD, bias_C)
+            u_CR.grad = scale_R * (gradient_CD.add_(w_CD, alpha=strength) @ self.directions_DR)
+            return loss + strength / 2 * w_CD.square().sum().item()
 
         solver.step(loss)
         loss()  # the line search may have ended with the gradient of another point
-        assert u_RC.grad is not None
+        assert u_CR.grad is not None
         assert bias_C.grad is not None
-        largest = max(u_RC.grad.abs().max().item(), bias_C.grad.abs().max().item())
+        largest = max(u_CR.grad.abs().max().item(), bias_C.grad.abs().max().item())
         return Fit(weight(), bias_C, largest <= LARGEST_GRADIENT)
 
 
@@ -203,15 +204,15 @@ def principal_directions(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     return variances_R.clamp(min=0), directions_DR
 
 
-def cross_entropy(x_ND: Tensor, targets_N: Tensor, weight_DC: Tensor, bias_C: Tensor) -> tuple[float, Tensor, Tensor]:
+def cross_entropy(x_ND: Tensor, targets_N: Tensor, weight_CD: Tensor, bias_C: Tensor) -> tuple[float, Tensor, Tensor]:
     """Return the mean cross-entropy, and its gradients of weight and bias, in bounded memory."""
-    loss, gradient_DC, gradient_C = 0.0, torch.zeros_like(weight_DC), torch.zeros_like(bias_C)
+    loss, gradient_CD, gradient_C = 0.0, torch.zeros_like(weight_CD), torch.zeros_like(bias_C)
     rows = max(1, LOGITS_AT_ONCE // len(bias_C))
     for x, targets in zip(x_ND.split(rows), targets_N.split(rows), strict=True):
-        log_probabilities = torch.addmm(bias_C, x, weight_DC).log_softmax(dim=1)
+        log_probabilities = torch.addmm(bias_C, x, weight_CD.T).log_softmax(dim=1)
         loss -= log_probabilities.gather(1, targets[:, None]).sum().item()
         error = log_probabilities.exp_()  # probabilities minus one-hot targets
         error[torch.arange(len(targets), device=x.device), targets] -= 1
-        gradient_DC += (error.T @ x).T
+        gradient_CD += error.T @ x
         gradient_C += error.sum(dim=0)
-    return loss / len(x_ND), gradient_DC.div_(len(x_ND)), gradient_C.div_(len(x_ND))
+    return loss / len(x_ND), gradient_CD.div_(len(x_ND)), gradient_C.div_(len(x_ND))
