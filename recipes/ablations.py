@@ -44,7 +44,8 @@ class Study(NamedTuple):
     base: Path
     """The YAML that all rows share."""
     rows: Mapping[str, Mapping[str, Any]]
-    """Name → changes of ``base``. The first row measures the untrained student and the teacher as well."""
+    """Name → changes of ``base``. The first row measures the untrained student and the teacher as well; so does each
+    whose targets make layer_mean another embedding."""
     changes: Sequence[str]
     """``key=value`` of all rows."""
 
@@ -124,6 +125,11 @@ class FinishedRun(NamedTuple):
         """Return the top-1 of the last evaluation, or of the first."""
         values = self.log[metric_key(DATASET, bank, 1, embedding, reference)]
         return values[0 if untrained else max(values)]
+
+    @property
+    def has_references(self) -> bool:
+        """It measured its own untrained student and teacher."""
+        return metric_key(DATASET, BANKS[0], 1, EMBEDDINGS[0], "teacher") in self.log
 
     @property
     def loss(self) -> float:
@@ -224,14 +230,19 @@ def refuse_changed(path: Path, settings: str) -> None:
 def table(rows: Sequence[FinishedRun]) -> str:
     """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
 
-    The share is the mean of both directions, from the first row's untrained student to the teacher.
+    The share is the mean of both directions, from the untrained student to the teacher: the row's own, which then stand
+    below it, or the first row's.
     """
     first, *_ = rows
-    lines = [["untrained", *(_both_ways(first, embedding, untrained=True) for embedding in EMBEDDINGS), "", ""]]
+    lines = []
     for row in rows:
-        cells = [f"{_both_ways(row, embedding)} ({_share(first, row, embedding)})" for embedding in EMBEDDINGS]
+        references = row if row.has_references else first
+        cells = [f"{_both_ways(row, embedding)} ({_share(references, row, embedding)})" for embedding in EMBEDDINGS]
         lines.append([row.name, *cells, f"{row.loss:.3f}", f"{row.seconds:.0f}"])
-    lines.append(["teacher", *(_both_ways(first, embedding, reference="teacher") for embedding in EMBEDDINGS), "", ""])
+        if row.has_references:
+            untrained = [_both_ways(row, embedding, untrained=True) for embedding in EMBEDDINGS]
+            teacher = [_both_ways(row, embedding, reference="teacher") for embedding in EMBEDDINGS]
+            lines += [["– untrained", *untrained, "", ""], ["– teacher", *teacher, "", ""]]
     return format_table(["bank train / bank test", *EMBEDDINGS, "loss", "s"], lines, markdown=True)
 
 
@@ -239,8 +250,8 @@ def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
     return " / ".join(f"{100 * row.accuracy(embedding, bank, **options):.1f}" for bank in BANKS)
 
 
-def _share(first: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = recovered_shares(row.log, DATASET, embedding, references=first.log)
+def _share(references: FinishedRun, row: FinishedRun, embedding: str) -> str:
+    shares = recovered_shares(row.log, DATASET, embedding, references=references.log)
     return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"
 
 

@@ -155,8 +155,8 @@ class Problem:
 
         At zero weights, the loss has the curvature variance / C + strength along each principal direction. The solver's
         unknowns are the weights there, times the root of it: its problems then are all alike, and collinear channels
-        do not slow it down. Beyond the R directions the embeddings do not vary, and the best weights are 0. Weights have
-        a row for each class: so every product of matrices reads along the rows of the embeddings and the directions.
+        do not slow it down. Beyond the R directions the embeddings do not vary, and the best weights are 0. Weights
+        have a row a class: every product of matrices then reads along the rows of embeddings and directions.
         """
         x_ND, targets_N, num_classes = self.x_ND[:num_images], self.targets_N[:num_images], len(self.classes)
         scale_R = (self.variances_R / num_classes + strength).rsqrt()

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
@@ -16,13 +17,14 @@ from d2v_composer.builders.model import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.conversion import cifar10
+from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.models.timm_encoder import build_timm_model
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
 from recipes import ablations
-from recipes.ablations import Runs, Study
+from recipes.ablations import FinishedRun, Runs, Study
 
 
 def test_images_that_cannot_be_downloaded_are_one_line(
@@ -183,13 +185,47 @@ def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) 
         "train_loader.local": QUICKSTART / "cifar10" / "train",
         "retrieval.datasets.cifar10.root": QUICKSTART / "cifar10",
     }
+    base = load_config([str(study.parent / "base.yaml"), *(f"{key}={value}" for key, value in places.items())])
     for name, changes in Study.read(study.parent, []).rows.items():
         overrides = [f"{key}={value}" for key, value in {**places, **changes}.items()]
         config = load_config([str(study.parent / "base.yaml"), *overrides])
-        assert config.retrieval.at_start == (name == "base"), name
+        is_another_reading = replace(config.targets, extra_tokens="regress") != base.targets
+        measures_references = config.retrieval.at_start and "teacher" in config.retrieval.references
+        assert measures_references == (name == "base" or is_another_reading), name
         with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
             model = build_model(config)
         assert len(model.student.blocks) == config.student.depth, name
+
+
+def test_a_share_is_of_the_rows_own_teacher_if_it_measured_one() -> None:
+    def finished(name: str, top1: dict[str | None, list[float]]) -> FinishedRun:
+        log = {
+            metric_key("cifar10", bank, 1, embedding, reference): dict(enumerate(values))
+            for bank in BANKS
+            for embedding in EMBEDDINGS
+            for reference, values in top1.items()
+        }
+        return FinishedRun(
+            name, {**log, "loss/train/total": {0: 1.0}, "time/sample": {0: 64}, "throughput/images_per_sec": {0: 8.0}}
+        )
+
+    printed = ablations.table(
+        [
+            finished("base", {None: [0.2, 0.3], "teacher": [0.4]}),
+            finished("another depth", {None: [0.35]}),
+            finished("another reading", {None: [0.1, 0.3], "teacher": [0.35]}),
+        ]
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")[:2]] for line in printed.splitlines()[2:]]
+    assert cells == [
+        ["base", "30.0 / 30.0 (50 %)"],
+        ["– untrained", "20.0 / 20.0"],
+        ["– teacher", "40.0 / 40.0"],
+        ["another depth", "35.0 / 35.0 (75 %)"],
+        ["another reading", "30.0 / 30.0 (80 %)"],
+        ["– untrained", "10.0 / 10.0"],
+        ["– teacher", "35.0 / 35.0"],
+    ]
 
 
 def test_choices_are_compared_at_equal_compute() -> None:
