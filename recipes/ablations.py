@@ -45,7 +45,7 @@ class Study(NamedTuple):
     """The YAML that all rows share."""
     rows: Mapping[str, Mapping[str, Any]]
     """Name → changes of ``base``. The first row measures the untrained student and the teacher as well; so does each
-    whose targets make layer_mean another embedding."""
+    whose normalisation makes layer_mean another embedding."""
     changes: Sequence[str]
     """``key=value`` of all rows."""
 
