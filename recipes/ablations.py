@@ -12,21 +12,18 @@ in its own folder. If interrupted, its runs save, and the same command resumes t
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean
 from typing import IO, Any, NamedTuple
 
 import yaml
 
-from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
-from d2v_composer.evaluation.metrics_log import read_jsonl
-from d2v_composer.evaluation.recovered import recovered_shares
-from d2v_composer.evaluation.text_table import format_table
+from d2v_composer.evaluation.study_table import DATASET, FinishedRun, study_table
 from d2v_composer.system import cli
 from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
@@ -35,7 +32,6 @@ from d2v_composer.system.next_step import d2v, print_next
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
 DEFAULT_STUDY = str(STUDIES / "data2vec2")
-DATASET = "cifar10"
 
 
 class Study(NamedTuple):
@@ -45,7 +41,7 @@ class Study(NamedTuple):
     """The YAML that all rows share."""
     rows: Mapping[str, Mapping[str, Any]]
     """Name → changes of ``base``. The first row measures the untrained student and the teacher as well; so does each
-    whose normalisation makes layer_mean another embedding."""
+    whose encoder or normalisation makes them other embeddings."""
     changes: Sequence[str]
     """``key=value`` of all rows."""
 
@@ -73,6 +69,10 @@ class Study(NamedTuple):
                 raise InputError(f"--rows: no such row {name!r} (allowed: {', '.join(self.rows)})")
         first, *others = self.rows
         return [first, *(name for name in others if names is None or name in names)]
+
+    def overrides(self, row: str) -> list[str]:
+        """Return the changes of all rows and of one, as ``key=value``; the last of equal keys counts."""
+        return [*self.changes, *(f"{key}={json.dumps(value)}" for key, value in self.rows[row].items())]
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
@@ -115,35 +115,6 @@ class Runs:
             process.terminate()
 
 
-class FinishedRun(NamedTuple):
-    """A finished run."""
-
-    name: str
-    log: Mapping[str, Mapping[int, float]]
-
-    def accuracy(self, embedding: str, bank: str, *, untrained: bool = False, reference: str | None = None) -> float:
-        """Return the top-1 of the last evaluation, or of the first."""
-        values = self.log[metric_key(DATASET, bank, 1, embedding, reference)]
-        return values[0 if untrained else max(values)]
-
-    @property
-    def has_references(self) -> bool:
-        """It measured its own untrained student and teacher."""
-        return metric_key(DATASET, BANKS[0], 1, EMBEDDINGS[0], "teacher") in self.log
-
-    @property
-    def loss(self) -> float:
-        """The mean of the last 100 batches."""
-        losses = self.log["loss/train/total"]
-        return mean(losses[step] for step in sorted(losses)[-100:])
-
-    @property
-    def seconds(self) -> float:
-        """The time of training, without evaluations."""
-        seconds_per_image = mean(1 / pace for pace in self.log["throughput/images_per_sec"].values())
-        return max(self.log["time/sample"].values()) * seconds_per_image
-
-
 def main(argv: Sequence[str]) -> list[FinishedRun]:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,22 +150,41 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
         convert_cifar10(arguments.images, images, 10_000, 2_000)
     folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
     train_rows(study, folders, images, arguments.jobs)
-    finished = [FinishedRun(name, read_jsonl(folder / "log.jsonl")) for name, folder in folders.items()]
-    print(table(finished))
+    finished = [FinishedRun.read(name, folder) for name, folder in folders.items()]
+    print(study_table(finished))
     print_next(d2v("report", folders[chosen[0]]))
     return finished
 
 
 def train_rows(study: Study, folders: Mapping[str, Path], images: Path, jobs: int) -> None:
-    """Train the rows, ``jobs`` of them at once. A signal stops their runs as well."""
+    """Train the rows, ``jobs`` of them at once. A signal stops their runs as well.
+
+    Raises:
+        InputError: Some rows failed; the others have finished.
+    """
     runs = Runs(max(1, (os.cpu_count() or 1) // jobs))
+    problems: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            list(pool.map(lambda name: train(study, name, folders[name], images, runs), folders))
+            rows = [pool.submit(train, study, name, folder, images, runs) for name, folder in folders.items()]
+            for problem in failures(rows):
+                print(f"{problem}; the other rows go on", file=sys.stderr)
+                problems.append(problem)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             runs.stop()
             raise KeyboardInterrupt("the same command resumes") from None
+    if problems:
+        raise InputError(*problems)
+
+
+def failures(rows: Sequence[Future[None]]) -> Iterator[str]:
+    """Wait for all rows; yield what was wrong with one as soon as it fails."""
+    for row in as_completed(rows):
+        try:
+            row.result()
+        except InputError as error:
+            yield str(error)
 
 
 def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> None:
@@ -205,8 +195,7 @@ def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> Non
         "train_loader.local": images / "train",
         f"retrieval.datasets.{DATASET}.root": images,
     }
-    # The last of equal keys counts.
-    changes = [*study.changes, *(f"{key}={value}" for key, value in {**study.rows[row], **own}.items())]
+    changes = [*study.overrides(row), *(f"{key}={value}" for key, value in own.items())]
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(study.base), *changes]
     folder.mkdir(parents=True, exist_ok=True)
     refuse_changed(folder / "settings.txt", study.base.read_text() + repr((study.rows[row], study.changes)))
@@ -225,34 +214,6 @@ def refuse_changed(path: Path, settings: str) -> None:
             f"{path.parent}: was trained with another base.yaml or row: remove it, or choose another --out"
         )
     write_atomically(path, settings)
-
-
-def table(rows: Sequence[FinishedRun]) -> str:
-    """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
-
-    The share is the mean of both directions, from the untrained student to the teacher: the row's own, which then stand
-    below it, or the first row's.
-    """
-    first, *_ = rows
-    lines = []
-    for row in rows:
-        references = row if row.has_references else first
-        cells = [f"{_both_ways(row, embedding)} ({_share(references, row, embedding)})" for embedding in EMBEDDINGS]
-        lines.append([row.name, *cells, f"{row.loss:.3f}", f"{row.seconds:.0f}"])
-        if row.has_references:
-            untrained = [_both_ways(row, embedding, untrained=True) for embedding in EMBEDDINGS]
-            teacher = [_both_ways(row, embedding, reference="teacher") for embedding in EMBEDDINGS]
-            lines += [["– untrained", *untrained, "", ""], ["– teacher", *teacher, "", ""]]
-    return format_table(["bank train / bank test", *EMBEDDINGS, "loss", "s"], lines, markdown=True)
-
-
-def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
-    return " / ".join(f"{100 * row.accuracy(embedding, bank, **options):.1f}" for bank in BANKS)
-
-
-def _share(references: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = recovered_shares(row.log, DATASET, embedding, references=references.log)
-    return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from d2v_composer.builders.model import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.conversion import cifar10
-from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.models.timm_encoder import build_timm_model
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
 from recipes import ablations
-from recipes.ablations import FinishedRun, Runs, Study
+from recipes.ablations import Runs, Study
 
 
 def test_images_that_cannot_be_downloaded_are_one_line(
@@ -169,8 +168,40 @@ def test_sigterm_stops_the_runs_as_well(tmp_path: Path) -> None:
     assert not (tmp_path / "depth_2").exists()
 
 
-@pytest.mark.parametrize("study", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)
-def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_row_is_told_at_once_and_a_signal_then_still_stops_the_others(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    fails = 'import sys\nif any(each.endswith("/base") for each in sys.argv):\n    sys.exit(2)\n'
+    (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
+    program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
+    failure = f"base: failed with status 2, see {tmp_path / 'base' / 'output.txt'}"
+    wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure in program.stderr)
+    assert program.stderr == f"{failure}; the other rows go on\n"
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=20) == 143
+    assert program.stderr.endswith("\nSIGTERM: the same command resumes\n")
+    assert (tmp_path / "depth_1" / "saved").exists()
+
+
+def test_all_failures_end_the_command(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "train.py").write_text("import sys\nsys.exit(2)\n")
+    program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
+    assert program.wait(timeout=20) == 2
+    assert sorted(line for line in program.stderr.splitlines() if line.startswith("error: ")) == [
+        f"error: {name}: failed with status 2, see {tmp_path / name / 'output.txt'}" for name in ("base", "depth_1")
+    ]
+
+
+def test_an_override_is_what_the_row_says() -> None:
+    row = {"retrieval.max_images": None, "targets.source": "block", "train_loader.crop_scale": [0.5, 1]}
+    study = Study(QUICKSTART.parent / "quickstart.yaml", {"a": row}, [])
+    config = load_config([str(study.base), *study.overrides("a")])
+    assert config.retrieval.max_images is None
+    assert (config.targets.source, config.train_loader.crop_scale) == ("block", [0.5, 1.0])
+
+
+@pytest.mark.parametrize("path", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)
+def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
 
     def load_timm_teacher(
@@ -184,11 +215,15 @@ def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) 
         "train_loader.local": QUICKSTART / "cifar10" / "train",
         "retrieval.datasets.cifar10.root": QUICKSTART / "cifar10",
     }
-    base = load_config([str(study.parent / "base.yaml"), *(f"{key}={value}" for key, value in places.items())])
-    for name, changes in Study.read(study.parent, []).rows.items():
-        overrides = [f"{key}={value}" for key, value in {**places, **changes}.items()]
-        config = load_config([str(study.parent / "base.yaml"), *overrides])
-        is_another_reading = config.targets.normalisation != base.targets.normalisation
+    base = load_config([str(path.parent / "base.yaml"), *(f"{key}={value}" for key, value in places.items())])
+    study = Study.read(path.parent, [])
+    for name in study.rows:
+        overrides = [*(f"{key}={value}" for key, value in places.items()), *study.overrides(name)]
+        config = load_config([str(study.base), *overrides])
+        is_another_reading = (config.targets.normalisation, config.teacher.first_blocks) != (
+            base.targets.normalisation,
+            base.teacher.first_blocks,
+        )
         measures_references = config.retrieval.at_start and "teacher" in config.retrieval.references
         assert measures_references == (name == "base" or is_another_reading), name
         with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
@@ -196,45 +231,14 @@ def test_every_row_is_a_valid_run(study: Path, monkeypatch: pytest.MonkeyPatch) 
         assert len(model.student.blocks) == config.student.depth, name
 
 
-def test_a_share_is_of_the_rows_own_teacher_if_it_measured_one() -> None:
-    def finished(name: str, top1: dict[str | None, list[float]]) -> FinishedRun:
-        log = {
-            metric_key("cifar10", bank, 1, embedding, reference): dict(enumerate(values))
-            for bank in BANKS
-            for embedding in EMBEDDINGS
-            for reference, values in top1.items()
-        }
-        return FinishedRun(
-            name, {**log, "loss/train/total": {0: 1.0}, "time/sample": {0: 64}, "throughput/images_per_sec": {0: 8.0}}
-        )
-
-    printed = ablations.table(
-        [
-            finished("base", {None: [0.2, 0.3], "teacher": [0.4]}),
-            finished("another depth", {None: [0.35]}),
-            finished("another reading", {None: [0.1, 0.3], "teacher": [0.35]}),
-        ]
-    )
-    cells = [[cell.strip() for cell in line.strip("|").split("|")[:2]] for line in printed.splitlines()[2:]]
-    assert cells == [
-        ["base", "30.0 / 30.0 (50 %)"],
-        ["– untrained", "20.0 / 20.0"],
-        ["– teacher", "40.0 / 40.0"],
-        ["another depth", "35.0 / 35.0 (75 %)"],
-        ["another reading", "30.0 / 30.0 (80 %)"],
-        ["– untrained", "10.0 / 10.0"],
-        ["– teacher", "35.0 / 35.0"],
-    ]
-
-
 def test_choices_are_compared_at_equal_compute() -> None:
     study = Study.read(ablations.STUDIES / "choices", [])
     images = QUICKSTART / "cifar10"
-    places = {"train_loader.local": images / "train", "retrieval.datasets.cifar10.root": images}
+    places = (f"train_loader.local={images / 'train'}", f"retrieval.datasets.cifar10.root={images}")
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     costs = {}
-    for name, changes in study.rows.items():
-        config = load_config([str(study.base), *(f"{key}={value}" for key, value in {**places, **changes}.items())])
+    for name in study.rows:
+        config = load_config([str(study.base), *places, *study.overrides(name)])
         costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
 
