@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import torch
-from composer import Trainer
+from composer import State, Trainer
 from composer.utils import dist
 
 from d2v_composer.builders.run_folder import find_run_folder
@@ -66,7 +66,21 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Callable[[], str]) -> 
         return True
     if dist.get_global_rank() == 0:  # Composer would raise an error
         print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
+    # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
+    if trainer.state.evaluators and not _is_evaluated(trainer.state, config):
+        trainer.eval()
     return False
+
+
+def _is_evaluated(state: State, config: TrainerConfig) -> bool:
+    """Tell whether rank 0's log has an evaluation after the last batch."""
+    found = [False]
+    if dist.get_global_rank() == 0 and (folder := find_run_folder(config)) is not None:
+        path, prefix = folder.local / "log.jsonl", f"metrics/{state.evaluators[0].label}/"
+        series = read_jsonl(path) if path.is_file() else {}
+        found = [any(key.startswith(prefix) and int(state.timestamp.batch) in series[key] for key in series)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable[[Log], Run], is_new: bool) -> None:

@@ -116,6 +116,42 @@ def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels_and_averaged_weights
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+# Kill the process when the evaluation after the last batch starts.
+KILLED_IN_LAST_EVALUATION = """
+import os, signal, sys
+from composer import Callback
+from recipes import finetune
+
+class Kill(Callback):
+    def eval_start(self, state, logger):
+        if state.timestamp >= state.max_duration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+finetune.main(sys.argv[1:], [Kill()])
+"""
+
+
+def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
+    student: Path, labelled: Path, tmp_path: Path
+) -> None:
+    options = ("algorithms.ema={half_life: 4ba}", "max_duration=4ba", "eval_interval=3ba")
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
+    arguments = small_finetuning(tmp_path / "killed", student, labelled, *options)
+    killed = run_command(sys.executable, "-c", KILLED_IN_LAST_EVALUATION, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(read_jsonl(tmp_path / "killed" / "log.jsonl")["metrics/test/top1"]) == [3]
+    again = finetune(*arguments)
+    assert again.returncode == 0, again.stderr
+    ours, expected = (read_jsonl(tmp_path / folder / "log.jsonl") for folder in ("killed", "whole"))
+    for key in ("metrics/test/top1", "metrics/test/loss"):
+        assert ours[key] == expected[key]
+        assert sorted(ours[key]) == [3, 4]
+    table = next(part for part in whole.stdout.split("\n\n") if "batch 4, accuracy in %" in part)
+    assert table.splitlines()[:3] == again.stdout[again.stdout.index(table.splitlines()[0]) :].splitlines()[:3]
+    # A third time there is nothing to do.
+    assert "batch 4" not in finetune(*arguments).stdout
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(student: Path, labelled: Path, tmp_path: Path) -> None:
     arguments = small_finetuning(tmp_path, student, labelled, "save_interval=1000ba", "max_duration=200ba")
