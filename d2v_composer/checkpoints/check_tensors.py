@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.system.errors import InputError
 
-__all__ = ["FLOATS", "check_num_blocks", "check_teacher", "check_tensors", "shapes_of"]
+__all__ = ["FLOATS", "check_num_blocks", "check_same_encoder", "check_teacher", "check_tensors", "shapes_of"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# BatchNorm's number of batches, a whole number.
+COUNTER = "num_batches_tracked"
+# A file of a teacher may hold float16 or bfloat16 numbers.
+ROUNDING = 0.01
 
 
 def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -61,7 +65,7 @@ def check_tensors(
         tensor, label = tensors[name], f"{source}: tensor {their_name(name)}"
         if tuple(tensor.shape) != shape:
             raise InputError(f"{label} has shape {tuple(tensor.shape)}, the sizes ask for {shape}")
-        if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.is_meta:
+        if tensor.layout != torch.strided or tensor.is_meta or not (tensor.dtype in FLOATS or name.endswith(COUNTER)):
             raise InputError(f"{label} is not a dense floating-point tensor")
         if not tensor.isfinite().all():
             raise InputError(f"{label} has values that are not finite")
@@ -69,3 +73,17 @@ def check_tensors(
     if unknown:
         first = f"{their_name(unknown[0])} {tuple(tensors[unknown[0]].shape)}"
         raise InputError(f"{source}: {len(unknown)} unknown tensor(s), first {first}")
+
+
+def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
+    """Check that a teacher has the encoder of a student, up to the rounding of its file.
+
+    Raises:
+        InputError: Names the first tensor that differs.
+    """
+    theirs, ours = found.state_dict(), expected.state_dict()
+    for name, tensor in ours.items():
+        is_same_shape = name in theirs and theirs[name].shape == tensor.shape
+        largest = tensor.abs().max()
+        if not is_same_shape or (theirs[name] - tensor).abs().max() > ROUNDING * largest:
+            raise InputError(f"{source}: is not the student's teacher: its encoder has another {name}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
-from d2v_composer.checkpoints.check_tensors import check_tensors, shapes_of
+from d2v_composer.checkpoints.check_tensors import check_same_encoder, check_tensors, shapes_of
 from d2v_composer.checkpoints.composer_checkpoint import is_trained
 from d2v_composer.checkpoints.data2vec2_file import load_data2vec2
 from d2v_composer.checkpoints.finetuned import is_finetuned, load_finetuned
@@ -241,10 +241,12 @@ def _refuse_bare_weights(path: str | Path, file: Path, contents: Any) -> None:
 def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
     """Load the teacher of an exported student."""
     sizes: Any = student.encoder.config
-    if not isinstance(sizes, TimmEncoderConfig):
-        return load_teacher(path, weights, first_blocks=sizes.prenet_depth)
-    options: dict[str, Any] = {"first_blocks": sizes.first_blocks, "image_size": sizes.image_size}
-    return load_teacher(_file_of(path, sizes.model), weights, model=sizes.model, **options)
+    file, options = path, {"first_blocks": sizes.prenet_depth}
+    if isinstance(sizes, TimmEncoderConfig):
+        file, options = _file_of(path, sizes.model), options | {"model": sizes.model, "image_size": sizes.image_size}
+    teacher = load_teacher(file, weights, **options)
+    check_same_encoder(path, teacher.encoder, student.encoder)
+    return teacher
 
 
 def _file_of(path: str, model: str) -> str | None:
@@ -255,10 +257,7 @@ def _file_of(path: str, model: str) -> str | None:
 def _load_trained(
     checkpoint: Path, contents: dict[str, Any], teacher_path: str | None, teacher_option: str
 ) -> tuple[Student, Teacher]:
-    """Build a training checkpoint's student, with its run's record as provenance, and its teacher.
-
-    The teacher is loaded for its frozen encoder, and must be the one of the training.
-    """
+    """Build a training checkpoint's student, with its run's record as provenance, and load the training's teacher."""
     foreign = f"{checkpoint}: not a checkpoint of recipes/train.py"
     try:
         tensors, callbacks = dict(contents["state"]["model"]), dict(contents["state"]["callbacks"])

@@ -39,7 +39,9 @@ Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 SIZE = re.compile(r"^(first_blocks|image_size)\b")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names.
-NESTED = ("model", "state_dict", "module", "teacher", "model_ema")
+NESTED = ("model", "state_dict", "module", "teacher", "model_ema", "encoder")
+# What they put before the names: DDP, torch.compile, and DINO beside its heads.
+WRAPPERS = ("module.", "_orig_mod.", "backbone.")
 # Parts of timm's models after the final norm: no teacher needs them.
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
@@ -77,7 +79,7 @@ def load_timm_teacher(
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
     source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
-    stored = {name: in_float32(name, tensor) for name, tensor in read_state_dict(file).items()}
+    stored = {name: in_float32(tensor) for name, tensor in read_state_dict(file).items()}
     tensors = to_timm(file, built, model, stored)
     expected = {name: tuple(each.shape) for name, each in built.state_dict().items() if not name.startswith(HEADS)}
     foreign = [name for name in tensors if name not in expected and name.startswith(TRUNK)]
@@ -154,6 +156,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
     if not tensors:
         raise InputError(f"{file}: not a file of weights: it has no dict of tensors")
+    for wrapper in WRAPPERS:
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -200,9 +204,9 @@ def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tenso
             raise InputError(f"{file}: not weights of {model}: its patches have {found} pixels, not {expected}")
 
 
-def in_float32(name: str, tensor: Tensor) -> Tensor:
+def in_float32(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, unless it holds other numbers, such as quantised weights."""
-    return tensor.float() if tensor.dtype in FLOATS or name.endswith("num_batches_tracked") else tensor
+    return tensor.float() if tensor.dtype in FLOATS else tensor
 
 
 def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, Tensor]]:

@@ -141,7 +141,13 @@ class Classifier(ComposerModel):
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw all weights anew: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1."""
+    """Draw all weights anew: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1.
+
+    A frozen model's relative biases become 0. Learned rotary frequencies stay: they are a table of rotations here.
+    """
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()  # statistics and tables, too
     init_linear_layers(model)
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):

@@ -72,6 +72,12 @@ class RelativeBias(FixedContexts):
             table = self.cast
         return table[..., : table.shape[-2]]
 
+    def reset_parameters(self) -> None:
+        """Set the learned biases to 0."""
+        if self.table is not None:
+            self.table.zero_()
+        self.cast = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.cast = None
         return super()._apply(fn, recurse)

@@ -14,6 +14,7 @@ from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.models.block import FfnBlock
 from d2v_composer.models.encoder import Encoder
@@ -38,7 +39,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
 
     Args:
         model: ``timm/NAME``.
-        image_size: Default: that of timm's data config.
+        image_size: Default: that of timm's data config, less what is left of a patch.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
@@ -53,8 +54,12 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
     for block in built.blocks:
         check_block(block)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    shape = data["input_size"][1:] if image_size is None else height_and_width(parse_image_size(image_size))
-    check_patches(shape, patch_shape(model, built.patch_embed))
+    patch = patch_shape(model, built.patch_embed)
+    if image_size is None:  # timm leaves out what is left of a patch at the edge
+        shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
+    else:
+        shape = height_and_width(parse_image_size(image_size))
+    check_patches(shape, patch)
     return create_on_meta(name, num_classes=0, img_size=shape).eval()
 
 
@@ -193,6 +198,16 @@ class TimmEncoder(Encoder):
     @property
     def block_list(self) -> list[FfnBlock]:
         return cast("list[FfnBlock]", list(self.blocks))
+
+    def forward_macs(self) -> int:
+        if isinstance(self.stem.patch_embed, PatchEmbed):
+            return super().forward_macs()
+        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
+        stem: Any = build_timm_model(self.config.model, self.config.image_size)  # without memory
+        with FlopCounterMode(display=False) as counter:
+            stem.patch_embed(torch.empty(shape, device="meta"))
+        blocks = sum(block.forward_macs(self.config.num_steps) for block in self.block_list)
+        return counter.get_total_flops() // 2 + blocks
 
     def embed_patches(self, images: Tensor) -> Tensor:
         return self.stem.forward_features(self.prepare(images))

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import configure_http_backend, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import Beit, Eva, VisionTransformer, register_model
 from timm.models.beit import _create_beit
 from timm.models.eva import _create_eva
@@ -31,12 +32,13 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.stored_config import add_outputs
 from d2v_composer.checkpoints.timm_student import TimmStudent
-from d2v_composer.checkpoints.timm_weights import checkpoint_filter, read_state_dict, unused_names
+from d2v_composer.checkpoints.timm_weights import read_state_dict, unused_names
+from d2v_composer.models.classification import randomize
 from d2v_composer.models.student import Student
 from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
-from d2v_composer.models.timm_encoder import TimmEncoder
+from d2v_composer.models.timm_encoder import TimmEncoder, build_timm_model
 from d2v_composer.system.errors import InputError
-from helpers import ROOT, command_environment, refused_by
+from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, refused_by
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
@@ -73,6 +75,25 @@ def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
     rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
     others = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
     return _create_eva("small_dinov3", pretrained, **(SMALL | rope | others | options))
+
+
+@register_model
+def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Convolutions with BatchNorm come before the patches."""
+    stem = partial(HybridEmbed, backbone=timm.create_model("test_resnet", features_only=True, out_indices=[2]))
+    return _create_vision_transformer(
+        "small_hybrid", pretrained, **(SMALL | {"embed_layer": stem, "patch_size": 2} | options)
+    )
+
+
+@register_model
+def small_flexi(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    return _create_vision_transformer("small_flexi", pretrained, **(SMALL | options))
+
+
+@register_model
+def small_base_patch16_radio_v3(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    return _create_vision_transformer("small_base_patch16_radio_v3", pretrained, **(SMALL | options))
 
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
@@ -126,6 +147,15 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
         {"model": tensors, "args": argparse.Namespace(lr=0.1)}, path
     ),
     "legacy": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "wrapped": lambda tensors, path: torch.save(
+        {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}}, path
+    ),
+    "DINO's training": lambda tensors, path: torch.save(
+        {"student": {}, "teacher": {f"backbone.{name}": tensor for name, tensor in tensors.items()}}, path
+    ),
+    "I-JEPA's training": lambda tensors, path: torch.save(
+        {"encoder": {f"module.{name}": tensor for name, tensor in tensors.items()}, "predictor": {}}, path
+    ),
     "half": lambda tensors, path: torch.save({name: tensor.half() for name, tensor in tensors.items()}, path),
 }
 
@@ -139,6 +169,56 @@ def test_pytorch_files(what: str, tmp_path: Path) -> None:
     tolerance = 0.05 if what == "half" else 1e-5
     expected = model.forward_features(images_of(160, 160))
     assert_close(features(teacher, images_of(160, 160)), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["small_flexi", "small_base_patch16_radio_v3"])
+def test_positions_are_resampled_as_timms_factory_does(name: str, tmp_path: Path) -> None:
+    """Bilinearly, which the model's own method does not."""
+    path = save(random_model(name, img_size=64), tmp_path / "weights.safetensors")
+    overlay = {"file": str(path), "num_classes": 0}
+    expected: Any = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=(48, 80)
+    ).eval()
+    teacher = load_teacher(path, model=f"timm/{name}", image_size=(48, 80))
+    images = images_of(48, 80)
+    assert_close(features(teacher, images), expected.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_default_size_that_the_patch_does_not_divide_is_rounded_down() -> None:
+    built: Any = build_timm_model("timm/vit_so400m_patch14_siglip_384")
+    assert built.patch_embed.img_size == (378, 378)
+    assert built.patch_embed.grid_size == (27, 27)
+
+
+def test_convolutions_before_the_patches_are_counted(tmp_path: Path) -> None:
+    model = random_model("small_hybrid")
+    teacher = load_teacher(save(model, tmp_path / "w.safetensors"), model="timm/small_hybrid", image_size=64)
+    macs: list[int] = []
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        macs.append(output[0].numel() * module.weight[0].numel())
+
+    for module in model.patch_embed.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    model.patch_embed(images_of(64, 64)[:1])
+    steps = teacher.encoder.config.num_steps
+    blocks = sum(block.forward_macs(steps) for block in teacher.encoder.block_list)
+    assert teacher.encoder.forward_macs() == sum(macs) + blocks
+
+
+@pytest.mark.parametrize("name", ["small_beit", "small_hybrid"])
+def test_from_scratch_forgets_tables_and_statistics(name: str, tmp_path: Path) -> None:
+    teacher = load_teacher(save(random_model(name), tmp_path / "weights.safetensors"), model=f"timm/{name}")
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.fill_(3)
+    randomize(teacher)
+    learned = [tensor for key, tensor in teacher.named_buffers() if key.endswith(("table", "running_mean"))]
+    assert learned
+    assert not any(tensor.any() for tensor in learned)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm's resampling of relative positions
@@ -395,13 +475,6 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     assert same.provenance == teacher.provenance
 
 
-@pytest.mark.parametrize("variant", ["base_patch16_radio_v3", "large_patch16_radio_v3", "base_patch16_radio_v4"])
-def test_positions_are_aligned_as_in_timm(variant: str) -> None:
-    found = checkpoint_filter(nn.Identity(), f"timm/vit_{variant}.c_radio")
-    assert isinstance(found, partial)
-    assert found.keywords["align_corners"] is (True if variant == "base_patch16_radio_v3" else None)
-
-
 def test_weights_come_before_their_average(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"model_ema": {"x": torch.zeros(1)}, "model": {"x": torch.ones(1)}}, path)
@@ -439,7 +512,33 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope"])
+def test_another_teacher_than_the_students_is_refused(tmp_path: Path) -> None:
+    """Its blocks would run on an encoder that is not theirs."""
+    model = random_model()
+    path = save(model, tmp_path / "teacher.safetensors")
+    save_student(load_teacher(path, model=MODEL).build_student(depth=1), tmp_path / "student.safetensors")
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    torch.save(half, tmp_path / "half.pth")
+    for same in (path, tmp_path / "half.pth"):
+        _, teacher = load_any(tmp_path / "student.safetensors", teacher_path=str(same))
+        assert teacher is not None
+    with torch.no_grad():
+        model.patch_embed.proj.weight.mul_(1.1)
+    other = save(model, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"other\.safetensors: is not the student's teacher: its encoder has another"):
+        load_any(tmp_path / "student.safetensors", teacher_path=str(other))
+
+
+def test_a_teacher_of_another_width_is_not_the_students(tmp_path: Path) -> None:
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), tmp_path / "student.safetensors")
+    other = QUICKSTART / "teacher.safetensors"
+    with pytest.raises(
+        InputError, match=r"teacher\.safetensors: is not the student's teacher: its encoder has another"
+    ):
+        load_any(tmp_path / "student.safetensors", teacher_path=str(other))
+
+
+@pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope", "small_hybrid"])
 def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None:
     path = save(random_model(name), tmp_path / "weights.safetensors")
     teacher = load_teacher(path, model=f"timm/{name}", image_size=(64, 96))
