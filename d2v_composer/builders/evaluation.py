@@ -45,7 +45,7 @@ def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolati
         InputError: A data set cannot be used.
     """
     loaded = {
-        name: load_labelled_set(**asdict(labelled), image_size=image_size, interpolation=interpolation)
+        name: load_labelled_set(**asdict(labelled), image_size=image_size, interpolation=interpolation).numbered()
         for name, labelled in lookup.datasets.items()
         if labelled is not None
     }

@@ -3,12 +3,14 @@
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import suggest
 from d2v_composer.config.schema import (
     EvaluateConfig,
+    LoaderConfig,
     RunConfig,
     ShardLoaderConfig,
     TeacherConfig,
@@ -82,8 +84,11 @@ def _finetuning(config: FinetuneConfig) -> Iterator[str]:
         if config.dataset is not None and config.dataset.format != "mds":
             yield f"train_loader.stream: must be false unless dataset.format is mds, got {config.dataset.format}"
         yield from _batches(config.global_train_batch_size, loader)
-    elif loader.remote is not None:
-        yield "train_loader.remote: needs train_loader.stream=true"
+    else:
+        unused = {each.name for each in fields(ShardLoaderConfig)} - {each.name for each in fields(LoaderConfig)}
+        for name in sorted(unused):
+            if getattr(loader, name) != getattr(ShardLoaderConfig, name):
+                yield f"train_loader.{name}: needs train_loader.stream=true"
     if config.algorithms.mixup is not None and config.algorithms.cutmix is not None:
         yield "algorithms.cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 

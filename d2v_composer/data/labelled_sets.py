@@ -61,6 +61,22 @@ class LabelledSet(NamedTuple):
         """Return at most this many images of each split, see :meth:`LabelledImages.at_most`."""
         return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
 
+    def numbered(self) -> "LabelledSet":
+        """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each.
+
+        Labels that all have a name, or have no gap, stay.
+        """
+        found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
+        if not len(found) or (found[0] >= 0 and found[-1] < max(len(self.class_names), len(found))):
+            return self
+        known = dict(enumerate(self.class_names))
+        train, test = numbers.split(self.num_images)
+        return LabelledSet(
+            self.train._replace(labels=train),
+            self.test._replace(labels=test),
+            tuple(known.get(label, str(label)) for label in found.tolist()),
+        )
+
     @property
     def num_images(self) -> tuple[int, int]:
         """The number of images in train and test."""

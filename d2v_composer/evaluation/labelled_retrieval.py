@@ -72,7 +72,9 @@ def embed_set(
                 embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
                 batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
         for model, parts_of in batches.items():
-            embedded[model][split] = {name: torch.cat([part[name] for part in parts_of]) for name in parts_of[0]}
+            names = list(parts_of[0])
+            # Popped, so that not all are held twice.
+            embedded[model][split] = {name: torch.cat([part.pop(name) for part in parts_of]) for name in names}
     return embedded
 
 

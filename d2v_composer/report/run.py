@@ -120,6 +120,6 @@ def _datasets(chosen: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tuple[
         try:
             options = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
             options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic"}
-            yield name, load_labelled_set(labelled["format"], labelled["root"], **options)
+            yield name, load_labelled_set(labelled["format"], labelled["root"], **options).numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from d2v_composer import (
     load_teacher,
     retrieval_accuracy,
 )
+from d2v_composer.builders import evaluation
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
 from d2v_composer.evaluation.bootstrap import accuracy_interval, share_interval
 from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
@@ -209,6 +211,31 @@ def test_confusion_matrix_and_class_accuracies() -> None:
     rows = [line.split() for line in table.partition("confused with\n")[2].partition("confused with\n")[2].splitlines()]
     assert rows[:3] == [["cat", "50.0", "2"], ["dog", "50.0", "cat"], ["2", "100.0", "–"]]  # a label without a name
     assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
+
+
+def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of products, or -1 for an unknown class: the tables name them, and have no rows for those between."""
+
+    def load(*arguments: Any, **options: Any) -> LabelledSet:
+        train, test, _ = load_labelled_set(*arguments, **options)
+        return LabelledSet(*(each._replace(labels=each.labels * 200_000 - 1) for each in (train, test)))
+
+    monkeypatch.setattr(evaluation, "load_labelled_set", load)
+    printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), f"out={tmp_path}")
+    expected = [str(200_000 * number - 1) for number in range(10)]
+    assert [line.split()[0] for line in printed.splitlines() if line.split()[:1] == [expected[0]]] == ["-1"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["class_names"] == {"small": expected}
+
+
+def test_labels_with_names_or_without_gaps_stay() -> None:
+    def labelled(labels: list[int], names: tuple[str, ...] = ()) -> LabelledSet:
+        images = LabelledImages(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), torch.tensor(labels))
+        return LabelledSet(images, images, names)
+
+    for kept in (labelled([1, 0, 2]), labelled([0, 2], ("a", "b", "c")), labelled([0])):
+        assert kept.numbered() is kept
+    numbered = labelled([5, 0, 5], ("a", "b")).numbered()
+    assert (numbered.train.labels.tolist(), numbered.class_names) == ([1, 0, 1], ("a", "5"))
 
 
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
