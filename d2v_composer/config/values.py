@@ -85,9 +85,9 @@ def _finetuning(config: FinetuneConfig) -> Iterator[str]:
             yield f"train_loader.stream: must be false unless dataset.format is mds, got {config.dataset.format}"
         yield from _batches(config.global_train_batch_size, loader)
     else:
-        unused = {each.name for each in fields(ShardLoaderConfig)} - {each.name for each in fields(LoaderConfig)}
-        for name in sorted(unused):
-            if getattr(loader, name) != getattr(ShardLoaderConfig, name):
+        of_any_loader, default = {each.name for each in fields(LoaderConfig)}, ShardLoaderConfig()
+        for name in (each.name for each in fields(ShardLoaderConfig)):
+            if name not in of_any_loader and getattr(loader, name) != getattr(default, name):
                 yield f"train_loader.{name}: needs train_loader.stream=true"
     if config.algorithms.mixup is not None and config.algorithms.cutmix is not None:
         yield "algorithms.cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"

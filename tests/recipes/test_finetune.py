@@ -310,6 +310,10 @@ REFUSED = {
     "a missing data set": (["dataset={format: folder, root: nowhere}"], "dataset.root: nowhere/train: no such folder"),
     "a missing model": (["model=nowhere.pt"], "model: nowhere.pt: no such file"),
     "a remote set in memory": (["train_loader.remote=s3://b/c"], "train_loader.remote: needs train_loader.stream=true"),
+    "an option of a stream in memory": (
+        ["train_loader.shuffle=false"],
+        "train_loader.shuffle: needs train_loader.stream",
+    ),
     "a streamed set of another format": (
         ["dataset={format: cifar10, root: ., download: true}", "train_loader.stream=true"],
         "train_loader.stream: must be false unless dataset.format is mds, got cifar10",
