@@ -67,20 +67,28 @@ class FinishedRun(NamedTuple):
 def study_table(rows: Sequence[FinishedRun]) -> str:
     """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
 
-    The share is the mean of both directions, from the untrained student to the teacher: the row's own, which then stand
-    below it, or the first row's.
+    The share is the mean of both directions, from the untrained student to the teacher: the first row's, or the row's
+    own, which then stand below it.
     """
     first, *_ = rows
     names = first.embeddings
-    lines = []
+    lines = [_untrained("untrained", first, names)]
     for row in rows:
         references = row if row.has_references else first
         cells = [f"{_both_ways(row, name)} ({_share(references, row, name)})" for name in names]
         lines.append([row.name, *cells, f"{row.loss:.3f}", "–" if row.seconds is None else f"{row.seconds:.0f}"])
-        if row.has_references:
-            lines.append(["– untrained", *(_both_ways(row, name, untrained=True) for name in names), "", ""])
-            lines.append(["– teacher", *(_both_ways(row, name, reference="teacher") for name in names), "", ""])
+        if row.has_references and row is not first:
+            lines += [_untrained("– its untrained", row, names), _teacher("– its teacher", row, names)]
+    lines.append(_teacher("teacher", first, names))
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
+
+
+def _untrained(title: str, row: FinishedRun, names: Sequence[str]) -> list[str]:
+    return [title, *(_both_ways(row, name, untrained=True) for name in names), "", ""]
+
+
+def _teacher(title: str, row: FinishedRun, names: Sequence[str]) -> list[str]:
+    return [title, *(_both_ways(row, name, reference="teacher") for name in names), "", ""]
 
 
 def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:

@@ -218,7 +218,8 @@ def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkey
 
     def load(*arguments: Any, **options: Any) -> LabelledSet:
         train, test, _ = load_labelled_set(*arguments, **options)
-        return LabelledSet(*(each._replace(labels=each.labels * 200_000 - 1) for each in (train, test)))
+        train, test = (each._replace(labels=each.labels * 200_000 - 1) for each in (train, test))
+        return LabelledSet(train, test)
 
     monkeypatch.setattr(evaluation, "load_labelled_set", load)
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), f"out={tmp_path}")
