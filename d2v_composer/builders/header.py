@@ -9,9 +9,10 @@ from d2v_composer.builders.run import BuiltRun
 from d2v_composer.callbacks.progress_logger import num_batches
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
+from d2v_composer.models.precision import name_precision
 from d2v_composer.system.addresses import hide_secrets
 
-__all__ = ["describe_batch", "describe_finetuning", "describe_folder", "describe_run"]
+__all__ = ["describe_batch", "describe_device", "describe_finetuning", "describe_folder", "describe_run"]
 
 
 def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
@@ -26,7 +27,7 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     teacher, student = run.model.teacher, run.model.student
     lines = {
         "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
-        "device": f"{_describe_device(state)}, {config.precision}",
+        "device": describe_device(state.device.name, config.precision),
         "images": f"{data['samples']:,} in {hide_secrets(str(data['location']))}",
         "model": f"encoder {_millions(teacher.encoder)}, "
         f"teacher {len(teacher.block_list)} blocks {_millions(teacher.blocks)}, "
@@ -51,7 +52,7 @@ def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: S
     start = "random weights" if config.from_scratch else hide_secrets(config.model)
     lines = {
         "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
-        "device": f"{_describe_device(state)}, {config.precision}",
+        "device": describe_device(state.device.name, config.precision),
         "images": f"{num_train:,} to train, {num_test:,} to evaluate, {built.model.head.out_features} classes",
         "model": f"{about['kind']} from {start}: encoder {_millions(backbone.encoder)}, "
         f"{len(backbone.block_list)} blocks {_millions(backbone.blocks)}, head on {built.model.embedding}",
@@ -63,12 +64,21 @@ def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: S
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
 
 
-def _describe_device(state: State) -> str:
+def describe_device(name: str, precision: str) -> str:
+    """Describe what computes, and how.
+
+    Args:
+        name: Composer's: gpu, cpu, ….
+        precision: fp32, amp_bf16 or amp_fp16.
+    """
     ranks = dist.get_world_size()
     on = "" if ranks == 1 else f"{ranks} ranks, "
-    if state.device.name == "gpu":
-        return f"{on}{torch.cuda.get_device_name()}"
-    return f"{on}{state.device.name}, {torch.get_num_threads()} threads{' each' if ranks > 1 else ''}"
+    if name == "gpu":
+        return f"{on}{torch.cuda.get_device_name()}, {precision}"
+    is_emulated = precision == "amp_bf16" != name_precision("auto", on_gpu=False)
+    hint = " without instructions for it: precision=auto is many times faster" if is_emulated else ""
+    threads = f"{torch.get_num_threads()} threads{' each' if ranks > 1 else ''}"
+    return f"{on}{name}, {threads}, {precision}{hint}"
 
 
 def describe_folder(save_folder: str | None) -> str:

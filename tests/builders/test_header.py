@@ -1,8 +1,9 @@
 """The lines that open a run's log say what is true of any number of ranks."""
 
 import pytest
+import torch
 
-from d2v_composer.builders.header import describe_batch, describe_folder
+from d2v_composer.builders.header import describe_batch, describe_device, describe_folder
 from d2v_composer.config.load import load_config
 from helpers import ROOT
 
@@ -28,3 +29,10 @@ def test_the_batch_of_each_device(ranks: int, micro: int | str | None, text: str
 def test_a_run_without_a_folder() -> None:
     assert describe_folder(None) == "not saved"
     assert describe_folder("s3://bucket/run") == "saved in s3://bucket/run"
+
+
+@pytest.mark.parametrize(("has_bf16", "hint"), [(True, ""), (False, ": precision=auto is many times faster")])
+def test_an_emulated_precision_is_told(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, hint: str) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert describe_device("cpu", "amp_bf16").endswith(hint or "amp_bf16")
+    assert describe_device("cpu", "fp32").endswith(", fp32")
