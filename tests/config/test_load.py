@@ -54,7 +54,8 @@ def test_other_teachers_have_the_papers_budget(name: str) -> None:
     )
     assert other.teacher.model.startswith("timm/vit_base_patch1")
     assert (other.teacher.checkpoint, other.teacher.first_blocks, other.teacher.image_size) == (None, 2, 224)
-    other.teacher = paper.teacher
+    assert other.retrieval.representation == "layer_mean"
+    other.teacher, other.retrieval.representation = paper.teacher, paper.retrieval.representation
     assert other == paper
 
 
