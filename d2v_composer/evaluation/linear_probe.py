@@ -173,12 +173,12 @@ class Problem:
             line_search_fn="strong_wolfe",
         )
 
-        def weight() -> Tensor:
-            return (scale_R * u_CR) @ self.directions_DR.T
+        # Where float32 cannot tell two losses apart, a last line search may end at a worse point.
+        best: Fit | None = None
 
         def loss() -> float:
             nonlocal best
-            w_CD = weight()
+            w_CD = (scale_R * u_CR) @ self.directions_DR.T
             loss, gradient_CD, gradient_C = cross_entropy(x_ND, targets_N, w_CD, bias_C)
             gradient_CR = scale_R * (gradient_CD.add_(w_CD, alpha=strength) @ self.directions_DR)
             u_CR.grad, bias_C.grad = gradient_CR, gradient_C
@@ -187,8 +187,6 @@ class Problem:
                 best = Fit(w_CD, bias_C.clone(), largest)
             return loss + strength / 2 * w_CD.square().sum().item()
 
-        # Where float32 cannot tell two losses apart, a last line search may end at a worse point.
-        best: Fit | None = None
         solver.step(loss)
         assert best is not None  # each step begins with the loss
         return best

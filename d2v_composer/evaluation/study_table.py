@@ -72,23 +72,20 @@ def study_table(rows: Sequence[FinishedRun]) -> str:
     """
     first, *_ = rows
     names = first.embeddings
-    lines = [_untrained("untrained", first, names)]
+    lines = [_references("untrained", first, names, untrained=True)]
     for row in rows:
         references = row if row.has_references else first
         cells = [f"{_both_ways(row, name)} ({_share(references, row, name)})" for name in names]
         lines.append([row.name, *cells, f"{row.loss:.3f}", "–" if row.seconds is None else f"{row.seconds:.0f}"])
         if row.has_references and row is not first:
-            lines += [_untrained("– its untrained", row, names), _teacher("– its teacher", row, names)]
-    lines.append(_teacher("teacher", first, names))
+            lines.append(_references("– its untrained", row, names, untrained=True))
+            lines.append(_references("– its teacher", row, names, reference="teacher"))
+    lines.append(_references("teacher", first, names, reference="teacher"))
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
 
 
-def _untrained(title: str, row: FinishedRun, names: Sequence[str]) -> list[str]:
-    return [title, *(_both_ways(row, name, untrained=True) for name in names), "", ""]
-
-
-def _teacher(title: str, row: FinishedRun, names: Sequence[str]) -> list[str]:
-    return [title, *(_both_ways(row, name, reference="teacher") for name in names), "", ""]
+def _references(title: str, row: FinishedRun, names: Sequence[str], **options: Any) -> list[str]:
+    return [title, *(_both_ways(row, name, **options) for name in names), "", ""]
 
 
 def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:

@@ -4,7 +4,7 @@ Shapes: B images, S pixels a side (or height and width), N patches, E extra toke
 """
 
 from abc import abstractmethod
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -163,12 +163,16 @@ class Encoder(Frozen):
 
     def forward_macs(self) -> int:
         """Return the multiply-accumulates for one image."""
+        return self.stem_macs + sum(block.forward_macs(self.config.num_steps) for block in self.block_list)
+
+    @cached_property  # a speed monitor asks in every batch
+    def stem_macs(self) -> int:
+        """Those of what comes before the blocks: one convolution of the patches."""
         config = self.config
         rows, columns = config.grid_size
         height, width = height_and_width(config.image_size)
         pixels_of_a_patch = (height // rows) * (width // columns)
-        patch_embedding = rows * columns * config.embed_dim * config.in_chans * pixels_of_a_patch
-        return patch_embedding + sum(block.forward_macs(config.num_steps) for block in self.block_list)
+        return rows * columns * config.embed_dim * config.in_chans * pixels_of_a_patch
 
 
 def build_alibi(config: EncoderConfig, num_heads: int, num_alibi_heads: int) -> Alibi | None:

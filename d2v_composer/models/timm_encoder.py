@@ -5,6 +5,7 @@ Shapes: B images, T time steps, D channels, L blocks, H heads.
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
@@ -199,15 +200,15 @@ class TimmEncoder(Encoder):
     def block_list(self) -> list[FfnBlock]:
         return cast("list[FfnBlock]", list(self.blocks))
 
-    def forward_macs(self) -> int:
+    @cached_property
+    def stem_macs(self) -> int:
         if isinstance(self.stem.patch_embed, PatchEmbed):
-            return super().forward_macs()
+            return super().stem_macs
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
-        stem: Any = build_timm_model(self.config.model, self.config.image_size)  # without memory
+        model: Any = build_timm_model(self.config.model, self.config.image_size)  # without memory
         with FlopCounterMode(display=False) as counter:
-            stem.patch_embed(torch.empty(shape, device="meta"))
-        blocks = sum(block.forward_macs(self.config.num_steps) for block in self.block_list)
-        return counter.get_total_flops() // 2 + blocks
+            model.patch_embed(torch.empty(shape, device="meta"))
+        return counter.get_total_flops() // 2
 
     def embed_patches(self, images: Tensor) -> Tensor:
         return self.stem.forward_features(self.prepare(images))
