@@ -216,6 +216,8 @@ class ShardCache:
         self.states[shard_id] = ShardState.ABSENT
         try:
             self._add_usage(-self.shards[shard_id].evict())
+        except FileNotFoundError:  # another program deleted it at this moment
+            return
         except OSError as error:
             self.states[shard_id] = before
             raise ShardError(f"{self.stream.local}: shard {shard_id} cannot be evicted: {reason(error)}") from error

@@ -108,6 +108,24 @@ def test_names_a_shard_that_cannot_be_evicted(many_shards: Path, tmp_path: Path,
     assert read_epoch(dataset, workers) == ALL  # its states and its count of bytes are still right
 
 
+@WORKERS
+def test_another_program_may_delete_a_shard_while_it_is_evicted(
+    many_shards: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = shutil.copytree(many_shards, tmp_path / "cache")
+    remove, raced = os.remove, tmp_path / "raced"
+
+    def deleted_by_another(path: os.PathLike[str] | str) -> None:
+        remove(path)
+        if Path(path).parent == cache and Path(path).suffix == ".mds":
+            raced.touch()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(os, "remove", deleted_by_another)
+    assert read_epoch(open_images(cache, many_shards, cache_limit=30_000), workers) == ALL
+    assert raced.exists()
+
+
 def test_names_a_corrupt_shard_that_cannot_be_deleted(many_shards: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(many_shards, tmp_path / "cache")
     (cache / "shard.00004.mds").write_bytes(b"truncated")
