@@ -266,16 +266,13 @@ def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
             torch.testing.assert_close(found[name], embedding)
 
 
-def test_ddp_broadcasts_no_constant(teacher: Data2Vec2, tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+@pytest.mark.usefixtures("process_group")
+def test_ddp_broadcasts_no_constant(teacher: Data2Vec2) -> None:
     student = teacher.build_student(depth=1)
-    try:
-        for model in (DistillationModel(teacher, student), Classifier(student, num_classes=2)):
-            wrapped: Any = DistributedDataParallel(model)
-            assert list(wrapped.module.buffers())
-            assert not wrapped.modules_buffers
-    finally:
-        torch.distributed.destroy_process_group()
+    for model in (DistillationModel(teacher, student), Classifier(student, num_classes=2)):
+        wrapped: Any = DistributedDataParallel(model)
+        assert list(wrapped.module.buffers())
+        assert not wrapped.modules_buffers
 
 
 def test_loss_is_a_plain_mean() -> None:
