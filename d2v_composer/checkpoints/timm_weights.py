@@ -156,8 +156,6 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
     if not tensors:
         raise InputError(f"{file}: not a file of weights: it has no dict of tensors")
-    for wrapper in WRAPPERS:
-        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -180,13 +178,21 @@ def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor])
     Raises:
         InputError: These are not weights of such a model.
     """
-    check_patches(file, built, model, stored)
+    named = {unwrapped(name): tensor for name, tensor in stored.items()}
+    check_patches(file, built, model, named)
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
             warnings.simplefilter("ignore")  # of the speed of timm's resampling
-            return checkpoint_filter(built, model)(dict(stored), built)
+            return checkpoint_filter(built, model)(named, built)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not weights of {model} ({reason(error)[:200]})") from error
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what training programs put before it."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
 
 
 def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tensor]) -> None:

@@ -182,6 +182,15 @@ def test_pytorch_files(what: str, tmp_path: Path) -> None:
     assert_close(features(teacher, images_of(160, 160)), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_what_is_left_of_a_wrapped_file_has_its_own_name(tmp_path: Path) -> None:
+    model, path = random_model(num_classes=5), tmp_path / "weights.safetensors"
+    save_file({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, path)
+    teacher = load_teacher(path, model=MODEL)
+    assert set(teacher.provenance["left"]) == {"module.head.bias", "module.head.weight"}
+    images = images_of(160, 160)
+    assert_close(features(teacher, images), model.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", RESAMPLED_BILINEARLY)
 def test_positions_are_resampled_as_timms_factory_does(name: str, tmp_path: Path) -> None:
     """Bilinearly, which the model's own method does not."""

@@ -96,7 +96,7 @@ def test_paper_checkpoint(paper_model: DistillationModel, tmp_path: Path) -> Non
     }
 
 
-@pytest.mark.parametrize("cpu_bf16", [False, True])
+@pytest.mark.parametrize("cpu_bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_step_of_the_paper_model(paper_model: DistillationModel, cpu_bf16: bool) -> None:
     paper_model.cpu_bf16 = cpu_bf16
     trained = [parameter for parameter in paper_model.parameters() if parameter.requires_grad]
