@@ -140,7 +140,9 @@ def test_at_most_so_many_images_of_each_split(small_set: Path, capsys: pytest.Ca
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
-    printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "max_images=8", "precision=amp_bf16")
+    printed = run_evaluate(
+        f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "max_images=8", "precision=amp_bf16"
+    )
     first, *lines = printed.splitlines()
     assert first == "embedding: output_cls (the default, since the file has no record of a run)"
     assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
