@@ -183,7 +183,7 @@ def failures(rows: Sequence[Future[None]]) -> Iterator[str]:
     for row in as_completed(rows):
         try:
             row.result()
-        except InputError as error:
+        except (InputError, OSError) as error:
             yield str(error)
 
 

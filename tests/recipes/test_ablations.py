@@ -168,12 +168,18 @@ def test_sigterm_stops_the_runs_as_well(tmp_path: Path) -> None:
     assert not (tmp_path / "depth_2").exists()
 
 
-def test_a_failed_row_is_told_at_once_and_a_signal_then_still_stops_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_failed_row_is_told_at_once_and_a_signal_then_still_stops_the_others(
+    has_folder: bool, tmp_path: Path
+) -> None:
     (tmp_path / "recipes").mkdir()
     fails = 'import sys\nif any(each.endswith("/base") for each in sys.argv):\n    sys.exit(2)\n'
     (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
-    program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
     failure = f"base: failed with status 2, see {tmp_path / 'base' / 'output.txt'}"
+    if not has_folder:
+        (tmp_path / "base").touch()
+        failure = f"[Errno 17] File exists: '{tmp_path / 'base'}'"
+    program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
     wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure in program.stderr)
     assert program.stderr == f"{failure}; the other rows go on\n"
     program.send_signal(signal.SIGTERM)
