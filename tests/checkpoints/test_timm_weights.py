@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ import torch
 from huggingface_hub import configure_http_backend, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.layers.hybrid_embed import HybridEmbed
-from timm.models import Beit, Eva, VisionTransformer, register_model
-from timm.models.beit import _create_beit
-from timm.models.eva import _create_eva
-from timm.models.vision_transformer import _create_vision_transformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -40,83 +34,14 @@ from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
 from d2v_composer.models.timm_encoder import TimmEncoder, build_timm_model
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, refused_by
+from small_vits import RESAMPLED_BILINEARLY, random_vit
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
 
 
-@register_model
-def small_beit(pretrained: bool = False, **options: Any) -> Beit:
-    """A BEiT whose blocks share one relative bias, and have one of their own."""
-    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}
-    return _create_beit("small_beit", pretrained, **(sizes | options))
-
-
-@register_model
-def small_mixed_rope(pretrained: bool = False, **options: Any) -> Eva:
-    """A ViT with learned rotary positions for each block, and registers."""
-    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_reg_tokens": 2, "global_pool": "token"}
-    rope = {"use_rot_pos_emb": True, "rope_type": "mixed", "qkv_bias": True, "init_values": 1.0}
-    return _create_eva("small_mixed_rope", pretrained, **(sizes | rope | options))
-
-
-@register_model
-def small_clip(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    return _create_vision_transformer("small_clip", pretrained, **(SMALL | {"pre_norm": True} | options))
-
-
-@register_model
-def small_beit3(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    scales: dict[str, Any] = {"scale_attn_norm": True, "scale_mlp_norm": True}
-    return _create_vision_transformer("small_beit3", pretrained, **(SMALL | scales | options))
-
-
-@register_model
-def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
-    rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
-    others = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
-    return _create_eva("small_dinov3", pretrained, **(SMALL | rope | others | options))
-
-
-@register_model
-def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Convolutions with BatchNorm come before the patches."""
-    stem = partial(HybridEmbed, backbone=timm.create_model("test_resnet", features_only=True, out_indices=[2]))
-    return _create_vision_transformer(
-        "small_hybrid", pretrained, **(SMALL | {"embed_layer": stem, "patch_size": 2} | options)
-    )
-
-
-def register_small_vit(name: str) -> None:
-    """Register a ViT whose name decides how timm resamples its positions."""
-
-    def build(pretrained: bool = False, **options: Any) -> VisionTransformer:
-        return _create_vision_transformer(name, pretrained, **(SMALL | options))
-
-    build.__name__ = name
-    register_model(build)
-
-
-RESAMPLED_BILINEARLY = [
-    "small_flexi",
-    "small_base_patch16_radio_v3",  # with aligned corners
-    "small_large_patch16_radio_v3",
-    "small_base_patch16_radio_v4",
-]
-for each in RESAMPLED_BILINEARLY:
-    register_small_vit(each)
-
-
-SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
-
-
 def random_model(name: str = NAME, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model: Any = timm.create_model(name, **{"num_classes": 0, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return random_vit(name, **options)
 
 
 def save(model: nn.Module, path: Path, **more: Tensor) -> Path:

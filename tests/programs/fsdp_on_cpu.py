@@ -14,9 +14,11 @@ from composer import Callback, Event, Logger, State
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from sharded_state import gathered_bytes, gathered_units, share
 
+import small_vits  # noqa: F401  (they are registered in timm)
 from d2v_composer.config import environment
 from d2v_composer.system import cli
 from recipes import train

@@ -27,6 +27,7 @@ from d2v_composer.system import cli
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
 from recipes import embed, evaluate, export_student, train
+from small_vits import random_vit
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 
@@ -187,6 +188,23 @@ def test_two_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, sm
         for program in programs:
             assert program.wait(120) == 0, program.stderr
     assert losses_of(tmp_path) == pytest.approx(losses_of(trained), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_beit", "small_mixed_rope", "small_dinov3"])
+def test_sharded_position_encodings_compute_the_same(name: str, small_data: Path, tmp_path: Path) -> None:
+    """Relative biases of a block and of all, learned and fixed rotary positions."""
+    weights = tmp_path / f"{name}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in random_vit(name).state_dict().items()}, weights)
+
+    teacher = [f"teacher.model=timm/{name}", f"teacher.checkpoint={weights}", "teacher.image_size=48x64"]
+    whole = small_run(tmp_path / "whole", small_data, *teacher, "max_duration=4ba")
+    train.main(whole)
+    sharded = [*whole, f"save_folder={tmp_path / 'sharded'}", "parallelism_config.fsdp={}"]
+    with started_ranks(PROGRAMS / "fsdp_on_cpu.py", *sharded, ranks=2) as programs:
+        for program in programs:
+            assert program.wait(120) == 0, program.stderr
+    assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
 
 
 @pytest.mark.slow
