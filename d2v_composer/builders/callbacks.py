@@ -52,6 +52,8 @@ FIXED_BY_A_CHECKPOINT = (
 FIXED_IN_A_FINETUNING = (
     "config.seed",
     "config.global_train_batch_size",
+    "config.first_blocks",
+    "config.image_size",
     "config.train_encoder",
     "config.from_scratch",
     "config.algorithms.ema",

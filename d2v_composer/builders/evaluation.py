@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from d2v_composer.builders.trained_model import load_trained_model
 from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
-from d2v_composer.checkpoints.load import TimmWeights, load_any
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig
+from d2v_composer.config.evaluate import EvaluateConfig
+from d2v_composer.config.schema import LookupConfig
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
 from d2v_composer.evaluation.evaluate import Candidate
 from d2v_composer.evaluation.references import build_embeds
@@ -59,14 +60,13 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    timm_weights = TimmWeights(config.checkpoint, config.first_blocks, config.image_size)
-    student, teacher = load_any(config.model, config.weights, config.teacher, "teacher=PATH", timm_weights)
+    student, teacher = load_trained_model(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if student is not None:
             model, untrained = student, Student(student.encoder, student.config)
         else:
-            assert teacher is not None  # load_any returns at least one of them
+            assert teacher is not None  # one of them is there
             model, untrained = teacher, teacher.build_student()
     embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
     named = {"untrained student": untrained, "student": student, "teacher": teacher}

@@ -14,9 +14,9 @@ from d2v_composer.builders.optimization import (
     build_scheduler,
 )
 from d2v_composer.builders.run import build_trainer_arguments
+from d2v_composer.builders.trained_model import load_trained_model
 from d2v_composer.callbacks import RunRecord, SeededBatches
 from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
-from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.stored_config import sizes_of
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.data.labelled_batches import eval_batches
@@ -85,9 +85,9 @@ def load_backbone(config: FinetuneConfig) -> Student | Teacher:
         InputError: Its file cannot be used.
     """
     with node_leaders_first("the model"):
-        student, teacher = load_any(config.model, config.weights, config.teacher, "teacher=PATH")
+        student, teacher = load_trained_model(config)
     backbone = teacher if student is None else student
-    assert backbone is not None  # load_any returns at least one of them
+    assert backbone is not None  # one of them is there
     return backbone
 
 

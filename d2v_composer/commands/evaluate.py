@@ -27,7 +27,7 @@ from d2v_composer.system.launched_rank import global_rank
 from d2v_composer.system.next_step import EMBEDDINGS, d2v, print_next
 
 if TYPE_CHECKING:
-    from d2v_composer.config.schema import EvaluateConfig
+    from d2v_composer.config.evaluate import EvaluateConfig
     from d2v_composer.data.labelled_sets import LabelledSet
     from d2v_composer.evaluation.evaluate import Evaluation
 

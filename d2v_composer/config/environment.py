@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.config.evaluate import EvaluateConfig
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.packages import needs_of_loggers
 from d2v_composer.config.schema import (
-    EvaluateConfig,
     LabelledSetConfig,
+    ModelConfig,
     RunConfig,
     TrainConfig,
     TrainerConfig,
@@ -70,7 +71,7 @@ def needs_of_files(config: TrainerConfig) -> Iterator[str]:
         yield from needs_of_training_images(config.train_loader)
         yield from needs_of_labelled_sets("retrieval.datasets.", config.retrieval.datasets)
     if isinstance(config, FinetuneConfig):
-        yield from needs_of_model(config.model, config.teacher)
+        yield from needs_of_model(config)
         if config.train_loader.remote is not None and config.dataset is not None and config.dataset.format == "mds":
             yield from needs_of_remote_set(Path(config.dataset.root))
         else:
@@ -114,21 +115,21 @@ def find_missing_model(name: str) -> str | None:
     return None if name.startswith(PREFIX) else find_missing_file(name)
 
 
-def needs_of_model(model: str, teacher: str | None) -> Iterator[str]:
+def needs_of_model(config: ModelConfig) -> Iterator[str]:
     """Yield a line for each file of a model and its teacher that is missing."""
     # A run that saves a checkpoint removes its pointer for a moment.
-    is_latest = Path(model).name == LATEST
-    if not is_latest and (missing := find_missing_model(model)) is not None:
-        yield f"model: {model}: {missing}"
-    if teacher is not None and (missing := find_missing_model(teacher)) is not None:
-        yield f"teacher: {teacher}: {missing}"
+    is_latest = Path(config.model).name == LATEST
+    if not is_latest and (missing := find_missing_model(config.model)) is not None:
+        yield f"model: {config.model}: {missing}"
+    if config.teacher is not None and (missing := find_missing_model(config.teacher)) is not None:
+        yield f"teacher: {config.teacher}: {missing}"
+    if config.checkpoint is not None and (missing := find_missing_file(config.checkpoint)) is not None:
+        yield f"checkpoint: {config.checkpoint}: {missing}"
 
 
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
-    yield from needs_of_model(config.model, config.teacher)
-    if config.checkpoint is not None and (missing := find_missing_file(config.checkpoint)) is not None:
-        yield f"checkpoint: {config.checkpoint}: {missing}"
+    yield from needs_of_model(config)
     yield from needs_of_labelled_sets("datasets.", config.datasets)
     if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:
         yield f"out: {config.out}: {fault}"

@@ -1,19 +1,16 @@
 """Every field of a YAML for recipes/finetune.py, beside those of any training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from omegaconf import MISSING
 
 from d2v_composer.config.limits import duration, limited
 from d2v_composer.config.schema import (
     AlgorithmsConfig,
     LabelledSetConfig,
+    ModelConfig,
     OptimizerConfig,
     ShardLoaderConfig,
     TrainerConfig,
 )
-from d2v_composer.models.names import Pooling, Representation
 
 __all__ = ["ClassifierAlgorithmsConfig", "FinetuneConfig", "FinetuneLoaderConfig", "LayerwiseOptimizerConfig"]
 
@@ -63,18 +60,9 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 
 
 @dataclass
-class FinetuneConfig(TrainerConfig):
+class FinetuneConfig(TrainerConfig, ModelConfig):
     """Fields of recipes/finetune.py."""
 
-    model: str = MISSING
-    """A teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or timm/NAME."""
-    weights: Literal["model", "ema"] = "model"
-    """Weights of a teacher's file."""
-    teacher: str | None = None
-    """The teacher of a checkpoint's student; default: where it was in training."""
-    representation: Representation | None = None
-    """Default: the headline of the model's run, likewise ``pooling``."""
-    pooling: Pooling | None = None
     train_encoder: bool = False
     from_scratch: bool = False
     """Forget the weights: the same network, with random ones."""

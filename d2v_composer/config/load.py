@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from d2v_composer.config.environment import find_unmet_needs
+from d2v_composer.config.evaluate import EvaluateConfig
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import find_wrong_values, suggest
-from d2v_composer.config.schema import EvaluateConfig, RunConfig, TrainConfig
+from d2v_composer.config.schema import RunConfig, TrainConfig
 from d2v_composer.config.values import find_contradictions, find_wrong_arguments
 from d2v_composer.models.precision import name_precision
 from d2v_composer.system.errors import InputError

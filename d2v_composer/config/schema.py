@@ -24,10 +24,10 @@ from d2v_composer.system.addresses import Address, RunFolder, check_run_name
 
 __all__ = [
     "AlgorithmsConfig",
-    "EvaluateConfig",
     "LabelledSetConfig",
     "LoaderConfig",
     "LookupConfig",
+    "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
     "ShardLoaderConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "TrainLoaderConfig",
     "TrainerConfig",
+    "is_here",
 ]
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
@@ -277,8 +278,8 @@ class TrainConfig(TrainerConfig):
 
 
 @dataclass
-class EvaluateConfig(RunConfig, LookupConfig, TimmSizes):
-    """Fields of recipes/evaluate.py."""
+class ModelConfig(TimmSizes):
+    """A model that somebody has trained, and which of its embeddings to use."""
 
     model: str = MISSING
     """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
@@ -294,5 +295,3 @@ class EvaluateConfig(RunConfig, LookupConfig, TimmSizes):
     """Default: as in the model's run; without one, cls."""
     representation: Representation | None = None
     """Default: as in the model's run; without one, output."""
-    out: str | None = limited(None, check=is_here)
-    """Folder for evaluation.json and evaluation.csv."""

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from d2v_composer.config.evaluate import EvaluateConfig
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.limits import suggest
 from d2v_composer.config.schema import (
-    EvaluateConfig,
     LoaderConfig,
+    ModelConfig,
     RunConfig,
     ShardLoaderConfig,
     TeacherConfig,
@@ -30,6 +31,8 @@ DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every
 
 def find_contradictions(config: RunConfig) -> Iterator[str]:
     """Yield a line for each value that does not go with another one; each alone is within its limits."""
+    if isinstance(config, ModelConfig):
+        yield from _model(config)
     if isinstance(config, EvaluateConfig):
         yield from _evaluation(config)
     if isinstance(config, TrainerConfig):
@@ -62,11 +65,14 @@ def _teacher(teacher: TeacherConfig) -> Iterator[str]:
         yield f"teacher.weights: must be model for {teacher.model}, got {teacher.weights}"
 
 
-def _evaluation(config: EvaluateConfig) -> Iterator[str]:
+def _model(config: ModelConfig) -> Iterator[str]:
     if not config.model.startswith(PREFIX):
         for name in ("checkpoint", "first_blocks", "image_size"):
             if (value := getattr(config, name)) is not None:
                 yield f"{name}: must be null unless the model is timm/NAME, got {value}"
+
+
+def _evaluation(config: EvaluateConfig) -> Iterator[str]:
     if not any(config.datasets.values()):
         yield (
             "datasets: must have at least one data set that is not null, such as "

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_composer import load_teacher
@@ -42,6 +43,7 @@ from helpers import (
     wait_until,
     write_mds,
 )
+from small_vits import random_vit
 
 SCRIPT = ROOT / "recipes" / "finetune.py"
 
@@ -252,6 +254,22 @@ def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_pat
     assert np.isfinite(list(losses_of(tmp_path).values())).all()
 
 
+def test_a_vit_of_timms_from_a_file(labelled: Path, tmp_path: Path) -> None:
+    before, weights = random_vit("test_vit").state_dict(), tmp_path / "weights.safetensors"
+    save_file(before, weights)
+    arguments = small_finetuning(tmp_path / "run", Path("timm/test_vit"), labelled, "max_duration=5ba")
+    arguments += [f"checkpoint={weights}", "image_size=32x48"]
+    result = finetune(*arguments, "first_blocks=4")
+    assert result.returncode == 0, result.stderr
+    after = model_of(tmp_path / "run")
+    for block, number, is_trained in (("encoder.blocks.3", 3, False), ("blocks.0", 4, True)):
+        weight = after[f"backbone.{block}.block.mlp.fc1.weight"]
+        assert torch.equal(weight, before[f"blocks.{number}.mlp.fc1.weight"]) != is_trained
+    result = finetune(*arguments, "first_blocks=2", "max_duration=6ba")
+    assert result.returncode == 2
+    assert "first_blocks: 4 in the checkpoint, 2 asked" in result.stderr
+
+
 @pytest.fixture
 def shipped_images(tmp_path: Path) -> Path:
     """Some of the quickstart's CIFAR-10 images."""
@@ -322,6 +340,7 @@ REFUSED = {
         ["dataset={format: mds, root: nowhere}", "train_loader.stream=true", "train_loader.remote=s3://b/c"],
         "dataset.root: nowhere/test: no index.json: no such folder",
     ),
+    "a size of a file that has its own": (["image_size=64"], "image_size: must be null unless the model is timm/NAME"),
     "an unknown key": (["optimizer.layer_decai=1"], "optimizer.layer_decai: no such key; did you mean layer_decay?"),
     "a long warm-up": (["scheduler.t_warmup=13ba"], "scheduler.t_warmup: must not be longer than max_duration 12ba"),
 }
