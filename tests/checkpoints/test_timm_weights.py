@@ -40,10 +40,6 @@ NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
 
 
-def random_model(name: str = NAME, **options: Any) -> Any:
-    return random_vit(name, **options)
-
-
 def save(model: nn.Module, path: Path, **more: Tensor) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in (model.state_dict() | more).items()}, path)
     return path
@@ -51,7 +47,7 @@ def save(model: nn.Module, path: Path, **more: Tensor) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return save(random_model(), tmp_path / "weights.safetensors")
+    return save(random_vit(NAME), tmp_path / "weights.safetensors")
 
 
 @torch.no_grad()
@@ -65,7 +61,7 @@ def images_of(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", [NAME, "test_vit3", "small_beit", "small_mixed_rope"])
 def test_every_tensor_is_used_or_named(name: str, tmp_path: Path) -> None:
-    model = random_model(name, num_classes=5)
+    model = random_vit(name, num_classes=5)
     path, (height, width) = save(model, tmp_path / "weights.safetensors"), model.patch_embed.img_size
     teacher = load_teacher(path, model=f"timm/{name}")
     images = images_of(height, width)
@@ -98,7 +94,7 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
 
 @pytest.mark.parametrize("what", FILES)
 def test_pytorch_files(what: str, tmp_path: Path) -> None:
-    model = random_model()
+    model = random_vit(NAME)
     FILES[what](model.state_dict(), tmp_path / "weights.pth")
     teacher = load_teacher(tmp_path / "weights.pth", model=MODEL)
     assert all(tensor.dtype == torch.float32 for tensor in teacher.state_dict().values())
@@ -108,7 +104,7 @@ def test_pytorch_files(what: str, tmp_path: Path) -> None:
 
 
 def test_what_is_left_of_a_wrapped_file_has_its_own_name(tmp_path: Path) -> None:
-    model, path = random_model(num_classes=5), tmp_path / "weights.safetensors"
+    model, path = random_vit(NAME, num_classes=5), tmp_path / "weights.safetensors"
     save_file({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, path)
     teacher = load_teacher(path, model=MODEL)
     assert set(teacher.provenance["left"]) == {"module.head.bias", "module.head.weight"}
@@ -119,7 +115,7 @@ def test_what_is_left_of_a_wrapped_file_has_its_own_name(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", RESAMPLED_BILINEARLY)
 def test_positions_are_resampled_as_timms_factory_does(name: str, tmp_path: Path) -> None:
     """Bilinearly, which the model's own method does not."""
-    path = save(random_model(name, img_size=64), tmp_path / "weights.safetensors")
+    path = save(random_vit(name, img_size=64), tmp_path / "weights.safetensors")
     overlay = {"file": str(path), "num_classes": 0}
     expected: Any = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=(48, 80)
@@ -136,7 +132,7 @@ def test_a_default_size_that_the_patch_does_not_divide_is_rounded_down() -> None
 
 
 def test_convolutions_before_the_patches_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model("small_hybrid")
+    model = random_vit("small_hybrid")
     teacher = load_teacher(save(model, tmp_path / "w.safetensors"), model="timm/small_hybrid", image_size=64)
     macs: list[int] = []
 
@@ -157,7 +153,7 @@ def test_convolutions_before_the_patches_are_counted_once(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", ["small_beit", "small_hybrid"])
 def test_from_scratch_forgets_tables_and_statistics(name: str, tmp_path: Path) -> None:
-    teacher = load_teacher(save(random_model(name), tmp_path / "weights.safetensors"), model=f"timm/{name}")
+    teacher = load_teacher(save(random_vit(name), tmp_path / "weights.safetensors"), model=f"timm/{name}")
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -172,7 +168,7 @@ def test_from_scratch_forgets_tables_and_statistics(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope"])
 @pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
 def test_positions_are_resampled_as_timm_does(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
-    model: Any = random_model(name)
+    model: Any = random_vit(name)
     path = save(model, tmp_path / "weights.safetensors")
     model.set_input_size(shape)
     teacher = load_teacher(path, model=f"timm/{name}", image_size=shape)
@@ -185,7 +181,7 @@ def test_positions_are_resampled_as_timm_does(name: str, shape: tuple[int, int],
 
 def test_files_of_a_models_authors(tmp_path: Path) -> None:
     """DINOv2 with registers has other names, and CLS has a position of its own."""
-    model = random_model("vit_small_patch14_reg4_dinov2", depth=12, img_size=28)
+    model = random_vit("vit_small_patch14_reg4_dinov2", depth=12, img_size=28)
     theirs = model.state_dict()
     theirs["register_tokens"] = theirs.pop("reg_token")
     theirs["pos_embed"] = torch.cat([torch.full((1, 1, 384), 0.25), theirs["pos_embed"]], dim=1)
@@ -259,7 +255,7 @@ AUTHORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[
 @pytest.mark.parametrize("image_size", [64, 32])
 def test_of_an_authors_file_every_tensor_is_used_or_named(name: str, image_size: int, tmp_path: Path) -> None:
     """timm's filters rename and join tensors, and resample positions to another size: all of these are used."""
-    model: Any = random_model(name)
+    model: Any = random_vit(name)
     rename, others = AUTHORS[name]
     theirs = rename(dict(model.state_dict())) | {each: torch.ones(shape) for each, shape in others.items()}
     torch.save(theirs, tmp_path / "weights.pth")
@@ -322,16 +318,16 @@ def write_code(path: Path, *place: str, alone: bool = False) -> None:
     contents: Any = Code(path.with_name("canary"))
     for name in place:
         contents = {name: contents}
-    torch.save(contents if alone else random_model().state_dict() | contents, path)
+    torch.save(contents if alone else random_vit(NAME).state_dict() | contents, path)
 
 
 def changed(path: Path, **tensors: Tensor | None) -> None:
-    state = random_model().state_dict() | tensors
+    state = random_vit(NAME).state_dict() | tensors
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
 
 
 def write_other(path: Path, name: str = NAME, **options: Any) -> None:
-    save(random_model(name, **options), path)
+    save(random_vit(name, **options), path)
 
 
 Write = Callable[[Path], object]
@@ -461,7 +457,7 @@ with torch.inference_mode():
 
 def test_another_teacher_than_the_students_is_refused(tmp_path: Path) -> None:
     """Its blocks would run on an encoder that is not theirs."""
-    model = random_model()
+    model = random_vit(NAME)
     path = save(model, tmp_path / "teacher.safetensors")
     save_student(load_teacher(path, model=MODEL).build_student(depth=1), tmp_path / "student.safetensors")
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -487,7 +483,7 @@ def test_a_teacher_of_another_width_is_not_the_students(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [NAME, "small_beit", "small_mixed_rope", "small_hybrid"])
 def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None:
-    path = save(random_model(name), tmp_path / "weights.safetensors")
+    path = save(random_vit(name), tmp_path / "weights.safetensors")
     teacher = load_teacher(path, model=f"timm/{name}", image_size=(64, 96))
     student = teacher.build_student(depth=2).eval()
     save_student(student, tmp_path / "student.safetensors")
@@ -524,7 +520,7 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
 def test_another_version_of_timm_must_compute_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, path = save(random_model(name), tmp_path / "weights.safetensors"), tmp_path / "student.safetensors"
+    weights, path = save(random_vit(name), tmp_path / "weights.safetensors"), tmp_path / "student.safetensors"
     teacher = load_teacher(weights, model=f"timm/{name}", first_blocks=1)
     save_student(teacher.build_student(depth=1), path)
     before, create = timm.__version__, timm.create_model
@@ -573,7 +569,7 @@ def test_another_version_of_timm_must_compute_the_same(
     ],
 )
 def test_an_exported_students_sizes_are_timms(name: str, value: Any, tmp_path: Path) -> None:
-    teacher = load_teacher(save(random_model(), tmp_path / "weights.safetensors"), model=MODEL)
+    teacher = load_teacher(save(random_vit(NAME), tmp_path / "weights.safetensors"), model=MODEL)
     path = tmp_path / "student.safetensors"
     save_student(teacher.build_student(depth=1), path)
     with safe_open(path, framework="pt") as stored:

@@ -196,7 +196,6 @@ def test_sharded_position_encodings_compute_the_same(name: str, small_data: Path
     """Relative biases of a block and of all, learned and fixed rotary positions."""
     weights = tmp_path / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in random_vit(name).state_dict().items()}, weights)
-
     teacher = [f"teacher.model=timm/{name}", f"teacher.checkpoint={weights}", "teacher.image_size=48x64"]
     whole = small_run(tmp_path / "whole", small_data, *teacher, "max_duration=4ba")
     train.main(whole)
