@@ -20,7 +20,6 @@ NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 Handler = Callable[[int, FrameType | None], Any]
 
 _is_ignored = False
-_pid = 0
 _handlers: dict[signal.Signals, Handler] = {}
 _received: signal.Signals | None = None
 
@@ -60,8 +59,8 @@ def second_ends_at_once() -> None:
 
 
 def _handle(signum: signal.Signals, handler: Handler) -> None:
-    global _is_ignored, _pid
-    _is_ignored, _pid = is_ignored(), os.getpid()
+    global _is_ignored
+    _is_ignored = is_ignored()
     _handlers[signum] = handler
     _install(signum)
 
@@ -79,8 +78,6 @@ def _install_all() -> None:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     global _received
-    if os.getpid() != _pid:  # a worker of another package, which inherited this handler
-        os._exit(status(signum))
     _received = signal.Signals(signum)
     second_ends_at_once()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Composer's launcher sends it right after Ctrl-C
@@ -101,4 +98,13 @@ def _end_at_once(signum: int, frame: Any) -> None:
     os._exit(status(_received or signum))
 
 
+def _end_as_usual() -> None:
+    """Let a signal end a forked process, such as a worker of another package, even while it runs no Python."""
+    for signum in _handlers:
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    _handlers.clear()
+
+
+os.register_at_fork(after_in_child=_end_as_usual)
 when_imported("composer.core.engine", _install_all)  # its import installs handlers of Composer's

@@ -325,7 +325,7 @@ def main():
         main="main()",
     )
     ended = run_command(sys.executable, "-c", code)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "143\n", "SIGTERM\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "-15\n", "SIGTERM\n")
 
 
 def test_ctrl_c_after_sigterm_ends_at_once_as_sigterm_does() -> None:
