@@ -6,7 +6,7 @@ usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
     composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors \\
         'dataset={format: folder, root: photos}' run_name=photos
     composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors from_scratch=true \\
-        train_encoder=true run_name=scratch
+        train_encoder=true optimizer.layer_decay=1.0 run_name=scratch
 
 composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. The
 same command again resumes the run.

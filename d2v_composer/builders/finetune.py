@@ -16,6 +16,7 @@ from d2v_composer.builders.optimization import (
 from d2v_composer.builders.run import build_trainer_arguments
 from d2v_composer.builders.trained_model import load_trained_model
 from d2v_composer.callbacks import RunRecord, SeededBatches
+from d2v_composer.checkpoints.finetuned import without_head
 from d2v_composer.checkpoints.headline import ChosenEmbedding, choose_embedding
 from d2v_composer.checkpoints.stored_config import sizes_of
 from d2v_composer.config.finetune import FinetuneConfig
@@ -79,14 +80,14 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
 
 
 def load_backbone(config: FinetuneConfig) -> Student | Teacher:
-    """Load the student or teacher of ``model``.
+    """Load the student or teacher of ``model``, without the head of an earlier fine-tuning.
 
     Raises:
         InputError: Its file cannot be used.
     """
     with node_leaders_first("the model"):
         student, teacher = load_trained_model(config)
-    backbone = teacher if student is None else student
+    backbone = teacher if student is None else without_head(student)
     assert backbone is not None  # one of them is there
     return backbone
 

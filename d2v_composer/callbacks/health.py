@@ -57,7 +57,7 @@ class Health(Callback):
       is the loss of the best prediction that is the same for all images;
     - ``effective_rank`` of the predictions' means over time, see :func:`effective_rank`;
     - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these time steps;
-    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, instance-normalised;
+    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalised as in the target;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the images; *dead*, after
@@ -119,7 +119,8 @@ class Health(Callback):
     def measure(self, state: State, logger: Logger) -> None:
         """Measure, log, and warn of each state that was absent at the last measurement."""
         outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
-        assert isinstance(outputs, Regression)
+        if not isinstance(outputs, Regression):
+            raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
         student = getattr(unwrapped(state), "student", None)
         metrics = self.compare(outputs, self.extra_tokens(state), getattr(student, "has_cls_token", True))
         metrics |= self.compare_layers(state, len(outputs.target))

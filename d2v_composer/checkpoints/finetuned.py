@@ -10,7 +10,7 @@ from d2v_composer.checkpoints.stored_config import CONFIG_TENSOR, check_student
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
 
-__all__ = ["is_finetuned", "load_finetuned"]
+__all__ = ["is_finetuned", "load_finetuned", "without_head"]
 
 
 def is_finetuned(contents: dict[str, Any]) -> bool:
@@ -44,7 +44,7 @@ def load_finetuned(checkpoint: Path, contents: dict[str, Any]) -> Student:
             f"{checkpoint}: not a checkpoint of recipes/finetune.py ({type(error).__name__}: {error})"
         ) from error
     if kind != "student" or sizes is None:
-        raise InputError(f"{checkpoint}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed")
+        raise InputError(f"{checkpoint}: is a fine-tuned teacher: only a student can be exported or embedded")
     backbone = {
         name.removeprefix("backbone."): each
         for name, each in tensors.items()
@@ -56,3 +56,13 @@ def load_finetuned(checkpoint: Path, contents: dict[str, Any]) -> Student:
     student.load_state_dict(backbone | head | {CONFIG_TENSOR: getattr(student, CONFIG_TENSOR)})
     student.provenance = record
     return student.eval()
+
+
+def without_head(student: Student) -> Student:
+    """Return a fine-tuned student without its head, on the same encoder; another student as it is."""
+    if type(student) is Student:
+        return student
+    plain = Student(student.encoder, student.config, student.provenance)
+    tensors = student.state_dict()
+    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
+    return plain.eval()

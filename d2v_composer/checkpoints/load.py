@@ -182,7 +182,7 @@ def load_any(
 
     Args:
         path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``: no student. An exported
-            student's: a teacher only with ``teacher_path``. A training checkpoint: both.
+            or fine-tuned student's: a teacher only with ``teacher_path``. A training checkpoint: both.
         weights: Of a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
         teacher_option: What the user sets ``teacher_path`` with, named if that path holds no teacher any more.
@@ -214,12 +214,14 @@ def _load_file(
     path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str
 ) -> tuple[Student | None, Teacher | None]:
     """Load ``file``, the local copy of ``path``."""
-    if is_safetensors(file) and read_kind(file) == "student":
-        student = load_student(path)
-        return student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights)
     contents = None if is_safetensors(file) else load_untrusted(file)
-    if is_trained(contents) and is_finetuned(contents):
-        return load_finetuned(file, contents), None
+    student = None
+    if contents is None and read_kind(file) == "student":
+        student = load_student(path)
+    elif is_trained(contents) and is_finetuned(contents):
+        student = load_finetuned(file, contents)
+    if student is not None:
+        return student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights)
     if is_trained(contents):
         return _load_trained(file, contents, teacher_path, teacher_option)
     if teacher_path is not None:
@@ -239,7 +241,7 @@ def _refuse_bare_weights(path: str | Path, file: Path, contents: Any) -> None:
 
 
 def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
-    """Load the teacher of an exported student."""
+    """Load the teacher of an exported or fine-tuned student."""
     sizes: Any = student.encoder.config
     file, options = path, {"first_blocks": sizes.prenet_depth}
     if isinstance(sizes, TimmEncoderConfig):

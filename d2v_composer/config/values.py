@@ -95,6 +95,8 @@ def _finetuning(config: FinetuneConfig) -> Iterator[str]:
         for name in (each.name for each in fields(ShardLoaderConfig)):
             if name not in of_any_loader and getattr(loader, name) != getattr(default, name):
                 yield f"train_loader.{name}: needs train_loader.stream=true"
+    if config.callbacks.get("health") is not None:
+        yield "callbacks.health: must be null in a fine-tuning: it compares predictions with a teacher's targets"
     if config.algorithms.mixup is not None and config.algorithms.cutmix is not None:
         yield "algorithms.cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 

@@ -162,6 +162,18 @@ def test_regression_reads_the_outputs_of_another_model() -> None:
     assert measured["target_variance"] == pytest.approx([0.2] * 4, abs=0.1)
 
 
+def test_outputs_that_are_no_regression_are_refused() -> None:
+    class Classifier(Regressor):
+        def forward(self, batch: Tensor) -> Any:
+            return batch
+
+        def loss(self, outputs: Any, batch: Tensor) -> Tensor:
+            return self.scale * 0.1
+
+    with pytest.raises(TypeError, match="the model must return a Regression, got Tensor"):
+        train(Classifier(), Health("5ba"))
+
+
 def test_measures_the_last_microbatch_as_the_model_saw_it() -> None:
     """On the device, with the transforms of the user's own DataSpec."""
 

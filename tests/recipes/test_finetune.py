@@ -308,14 +308,26 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labelled: P
     with torch.no_grad():
         logits = model(model.encoder.prepare(test.images))
         student, teacher = load_any(finetuned / "latest-rank0.pt")
+        _, named = load_any(finetuned / "latest-rank0.pt", teacher_path=str(GOLDEN / "tiny_base.pt"))
     assert student is not None
     assert teacher is None
+    assert named is not None
     pooled = model.forward_head(model.forward_features(model.encoder.prepare(test.images)), pre_logits=True)
     torch.testing.assert_close(student.embed(test.images), pooled.detach())
     accuracy = (logits.argmax(1) == test.labels).float().mean()
     assert read_jsonl(finetuned / "log.jsonl")["metrics/test/top1"][12] == pytest.approx(float(accuracy))
     with pytest.raises(ValueError, match="is a fine-tuned classifier, read by timm"):
         load_any(out)
+
+
+def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
+    finetuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    result = finetune(*small_finetuning(tmp_path, finetuned / "latest-rank0.pt", labelled, "max_duration=2ba"))
+    assert result.returncode == 0, result.stderr
+    assert not any(name.startswith("backbone.head.") for name in model_of(tmp_path))
+    student, _ = load_any(tmp_path / "latest-rank0.pt")  # as export and evaluate do
+    assert student is not None
 
 
 REFUSED = {
@@ -342,6 +354,7 @@ REFUSED = {
     ),
     "a size of a file that has its own": (["image_size=64"], "image_size: must be null unless the model is timm/NAME"),
     "an unknown key": (["optimizer.layer_decai=1"], "optimizer.layer_decai: no such key; did you mean layer_decay?"),
+    "health without targets": (["callbacks={health: {}}"], "callbacks.health: must be null in a fine-tuning"),
     "a long warm-up": (["scheduler.t_warmup=13ba"], "scheduler.t_warmup: must not be longer than max_duration 12ba"),
 }
 
