@@ -10,7 +10,7 @@ from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint, read_
 from d2v_composer.checkpoints.resume import (
     broadcast_checkpoint,
     download_checkpoint,
-    fetch_checkpoint,
+    fetch_same_checkpoint,
     find_newest_checkpoint,
 )
 from d2v_composer.config.schema import TrainerConfig
@@ -32,11 +32,12 @@ def build_load_path(config: TrainerConfig) -> str | None:
     if config.autoresume and folder is not None:
         with rank_zero_first("the newest checkpoint"):
             newest = find_newest_checkpoint(folder) if dist.get_global_rank() == 0 else None
-        name = broadcast_checkpoint(newest)
-        if name is not None:
+        found = broadcast_checkpoint(newest)
+        if found is not None:
+            name, digest = found
             with node_leaders_first("the checkpoint"):
-                if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:  # rank 0 has verified it
-                    fetch_checkpoint(name, folder)
+                if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
+                    fetch_same_checkpoint(name, digest, folder)
             return str(folder.local / name)
     if config.load_path is None:
         return None

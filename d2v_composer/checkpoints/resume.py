@@ -16,6 +16,7 @@ from composer.utils.file_helpers import list_remote_objects, parse_uri
 
 from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
@@ -26,7 +27,7 @@ __all__ = [
     "broadcast_checkpoint",
     "download_checkpoint",
     "drop_unused_scaler",
-    "fetch_checkpoint",
+    "fetch_same_checkpoint",
     "find_newest_checkpoint",
     "newest_first",
 ]
@@ -101,7 +102,11 @@ def _newer_in_store(folder: RunFolder, address: str, newest: Path | None) -> Pat
         if newest is not None and _age(name) <= _age(newest.name):
             return newest
         try:
-            return fetch_checkpoint(name, folder)
+            path = folder.local / name
+            if not (path.is_file() and _is_complete(path)):
+                download_checkpoint(f"{address}/{name}", path)
+                check_checkpoint(path)
+            return path
         except CorruptCheckpointError as error:
             log.warning("%s, from the store: skipped", error)
             num_corrupt += 1
@@ -125,26 +130,33 @@ def _remote_candidates(folder: Path, address: str) -> Iterator[str]:
     yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
 
 
-def broadcast_checkpoint(newest: Path | None) -> str | None:
-    """Return the name of rank 0's checkpoint on every rank."""
-    name = [None if newest is None else newest.name]
-    dist.broadcast_object_list(name)
-    return name[0]
+def broadcast_checkpoint(newest: Path | None) -> tuple[str, str] | None:
+    """Return the name and the sha256 of rank 0's checkpoint on every rank."""
+    found = [None if newest is None else (newest.name, sha256(newest))]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
-def fetch_checkpoint(name: str, folder: RunFolder) -> Path:
-    """Return a run's checkpoint in its local folder, verified; download it if it is missing or corrupt.
+def fetch_same_checkpoint(name: str, digest: str, folder: RunFolder) -> None:
+    """Make sure that this node's local folder has rank 0's checkpoint; download it if it has none or another's.
+
+    Args:
+        name: The checkpoint's.
+        digest: Its sha256 on rank 0, which has verified it.
+        folder: The run's.
 
     Raises:
-        InputError: It cannot be fetched, is corrupt, or ``recipes/train.py`` did not write it.
+        InputError: The checkpoint cannot be fetched, or differs: nodes would train different weights.
     """
-    path = folder.local / name
-    if folder.address is not None:
-        if path.is_file() and _is_complete(path):
-            return path
-        download_checkpoint(f"{folder.address}/{name}", path)
-    check_checkpoint(path)
-    return path
+    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
+    if path.is_file() and sha256(path) == digest:
+        return
+    if address is not None:
+        download_checkpoint(address, path)
+    else:
+        check_checkpoint(path)
+    if sha256(path) != digest:
+        raise InputError(f"{address or path}: differs from the checkpoint of that name on node 0")
 
 
 def download_checkpoint(address: str, path: Path) -> None:

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 from d2v_composer.checkpoints import resume
 from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.checkpoints.resume import drop_unused_scaler, find_newest_checkpoint
+from d2v_composer.checkpoints.resume import drop_unused_scaler, fetch_same_checkpoint, find_newest_checkpoint
+from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
@@ -203,6 +204,28 @@ def test_no_code_of_a_checkpoint_runs(
     if poison is with_canary:
         load_checkpoint(newest)
         assert canary.exists()  # the poison works
+
+
+def test_another_node_takes_no_other_checkpoint_of_the_same_name(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node would train from weights of its own."""
+    checkpoint = run_folder / "ep2-ba14-rank0.pt"
+    contents, digest = checkpoint.read_bytes(), sha256(checkpoint)
+    shutil.copy(run_folder / "ep1-ba12-rank0.pt", checkpoint)
+    message = "ep2-ba14-rank0.pt: differs from the checkpoint of that name on node 0"
+    with pytest.raises(InputError, match=message):
+        fetch_same_checkpoint(checkpoint.name, digest, RunFolder(run_folder))
+    in_store: list[bytes] = []
+    monkeypatch.setattr(resume, "download_checkpoint", lambda address, path: path.write_bytes(in_store.pop()))
+    in_store[:] = [b"another", contents]
+    folder = RunFolder.parse("s3://b/run")._replace(local=run_folder)
+    fetch_same_checkpoint(checkpoint.name, digest, folder)
+    assert checkpoint.read_bytes() == contents
+    fetch_same_checkpoint(checkpoint.name, digest, folder)
+    assert in_store == [b"another"]  # a file that is the same is not fetched
+    with pytest.raises(InputError, match=f"s3://b/run/{message}"):
+        fetch_same_checkpoint(checkpoint.name, "0" * 64, folder)
 
 
 @pytest.mark.parametrize("contents", [b"\x80\x04N.", pickle.dumps({"state": {}})])
