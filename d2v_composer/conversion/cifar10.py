@@ -8,9 +8,12 @@ from d2v_composer.data.labelled_sets import LabelledImages, load_labelled_set
 from d2v_composer.data.mds_index import INDEX, describe_data, read_index
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.file_locks import sole_user
 
 __all__ = ["convert_cifar10"]
 
+# Time for another process to write the same images.
+LOCK_SECONDS = 600.0
 COLUMNS = {"image": "bytes", "label": "int"}
 
 
@@ -28,11 +31,23 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
             other files or another number of images.
     """
     wanted = {"train": num_train, "test": num_test}
-    missing = [split for split, num_images in wanted.items() if not _is_written(out / split, num_images)]
-    if not missing:
+    if all(_is_written(out / split, num_images) for split, num_images in wanted.items()):
         return
     if (fault := find_unwritable(out)) is not None:
         raise InputError(f"{out}: {fault}")
+    lock = out / ".lock"
+    with sole_user(lock, LOCK_SECONDS) as alone:
+        if not alone:
+            raise InputError(f"{out}: another conversion is writing there")
+        _write_missing(images, out, wanted)
+        lock.unlink()
+
+
+def _write_missing(images: Path, out: Path, wanted: dict[str, int]) -> None:
+    # Another process may have written them while this one waited.
+    missing = [split for split, num_images in wanted.items() if not _is_written(out / split, num_images)]
+    if not missing:
+        return
     cifar10 = load_labelled_set("cifar10", images, image_size=32, interpolation="bicubic", download=True)
     for split in missing:
         _write(getattr(cifar10, split), wanted[split], out / split)

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +29,9 @@ __all__ = [
     "load_mds",
     "mds_class_names",
 ]
+
+# Images that are stacked before the next ones are decoded.
+STACKED_AT_ONCE = 1000
 
 Format = Literal["cifar10", "cifar100", "folder", "mds"]
 CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -184,25 +189,41 @@ def _load_folder(folder: Path, class_names: list[str], image_size: ImageSize, in
     unknown = sorted(set(names) - set(class_names))
     if unknown:
         raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(folder.parent)}")
-    images = [
+    images = (
         to_pixels(read_image_file(folder / path), str(folder / path), image_size, interpolation) for path in paths
-    ]
-    return LabelledImages(torch.stack(images), torch.tensor([class_names.index(name) for name in names]))
+    )
+    return LabelledImages(_stacked(images), torch.tensor([class_names.index(name) for name in names]))
 
 
 def load_mds(folder: Path, image_size: ImageSize, interpolation: str, column: str, label_column: str) -> LabelledImages:
     """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
-    samples = [sample for shard in shards for sample in _read_samples(folder, shard, column)]
-    try:
-        labels = [int(sample[label_column]) for sample in samples]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
-    images = [
-        to_pixels(sample[column], f"sample {i} of {folder}", image_size, interpolation)
-        for i, sample in enumerate(samples)
-    ]
-    return LabelledImages(torch.stack(images), torch.tensor(labels))
+    labels: list[int] = []
+
+    def images() -> Iterator[Tensor]:
+        for sample in chain.from_iterable(_read_samples(folder, shard, column) for shard in shards):
+            source = f"sample {len(labels)} of {folder}"
+            try:
+                labels.append(int(sample[label_column]))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
+            yield to_pixels(sample[column], source, image_size, interpolation)
+
+    return LabelledImages(_stacked(images()), torch.tensor(labels))
+
+
+def _stacked(images: Iterator[Tensor]) -> Tensor:
+    """Stack images as they are decoded; memory holds each once, while torch.stack of all would need it twice."""
+    parts: list[Tensor] = []
+    while some := list(islice(images, STACKED_AT_ONCE)):
+        parts.append(torch.stack(some))
+    stacked = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])  # takes memory only where it is written
+    rest = stacked
+    while parts:
+        part = parts.pop(0)
+        rest[: len(part)] = part
+        rest = rest[len(part) :]
+    return stacked
 
 
 def _read_samples(folder: Path, shard: dict[str, Any], column: str) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """CIFAR-10 as MDS."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 from d2v_composer.conversion import cifar10
 from d2v_composer.conversion.cifar10 import convert_cifar10
 from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from helpers import QUICKSTART, refused_by
+from d2v_composer.system.file_locks import sole_user
+from helpers import QUICKSTART, refused_by, wait_until
 from recipes import convert_cifar10 as recipe
 
 
@@ -28,6 +31,37 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
     monkeypatch.delattr(cifar10, "load_labelled_set")  # what exists is not made again
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
+
+
+def test_a_second_conversion_waits_for_the_first_and_finds_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = LabelledImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+    monkeypatch.setattr(cifar10, "load_labelled_set", lambda *arguments, **options: LabelledSet(split, split))
+    write, written, go_on = cifar10._write, list[Path](), threading.Event()
+
+    def write_slowly(labelled: LabelledImages, num_images: int, folder: Path) -> None:
+        written.append(folder)
+        assert go_on.wait(60)
+        write(labelled, num_images, folder)
+
+    monkeypatch.setattr(cifar10, "_write", write_slowly)
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(2) as threads:
+        conversions = [threads.submit(convert_cifar10, tmp_path, out, 2, 2) for _ in range(2)]
+        wait_until(lambda: bool(written))
+        go_on.set()
+        for conversion in conversions:
+            conversion.result(60)
+    assert [folder.name for folder in written] == ["train", "test"]
+    assert sorted(path.name for path in out.iterdir()) == ["test", "train"]
+
+
+def test_a_conversion_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "LOCK_SECONDS", 0.0)
+    with sole_user(tmp_path / ".lock"):
+        refused = refused_by(partial(convert_cifar10, tmp_path), tmp_path)
+    assert refused == f"{tmp_path}: another conversion is writing there"
 
 
 def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
