@@ -1,4 +1,4 @@
-"""Distil a frozen, self-supervised data2vec 2.0 image teacher into a small student, with Composer.
+"""Distil a frozen, self-supervised data2vec 2.0 image teacher, or a ViT of timm's, into a small student.
 
 A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 """

@@ -131,8 +131,7 @@ class TimmStudent(Student):
         return self.forward_head(self.forward_features(x))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if enable:
-            self.checkpoint_activations()
+        self.checkpoint_activations(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load an exported student's tensors, or this model's; checked as in :func:`load_student`, strict or not.

@@ -124,13 +124,15 @@ class Transformer(nn.Module, ABC):
         masked = {id(bias): mask_padding(bias, padding_mask_BT, dtype) for bias in contexts}
         return [masked[id(bias)] for bias in contexts]
 
-    def checkpoint_activations(self) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
         for block in self.block_list:
-            # Wraps forward, and so runs inside FSDP's hooks. Nothing in a block is random.
-            block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            vars(block).pop("forward", None)  # what an earlier call has put before the class's
+            if enable:
+                # Wraps forward, and so runs inside FSDP's hooks. Nothing in a block is random.
+                block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
         """Compute every embedding in one forward pass, without gradient; :meth:`forward_blocks` has one.

@@ -98,6 +98,19 @@ def test_timm(exported: Path, images: Tensor) -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
+def test_timms_switch_for_activation_checkpointing(exported: Path, images: Tensor) -> None:
+    """Each block is computed again in the backward pass, once, until it is switched off."""
+    model = create("d2v2_student", checkpoint_path=str(exported))
+    calls: list[Any] = []
+    model.block_list[-1].attn.register_forward_hook(lambda *arguments: calls.append(arguments))
+    for settings, expected in (((True,), 2), ((True, True), 2), ((True, False), 1)):
+        for enable in settings:
+            model.set_grad_checkpointing(enable)
+        calls.clear()
+        model(images).sum().backward()
+        assert len(calls) == expected
+
+
 def test_timm_without_a_file_is_the_papers_student() -> None:
     model = create("d2v2_student", num_classes=10)
     assert sum(parameter.numel() for parameter in model.blocks.parameters()) == 29_537_280
