@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,13 +45,13 @@ def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolati
     Raises:
         InputError: A data set cannot be used.
     """
-    loaded = {
-        name: load_labelled_set(**asdict(labelled), image_size=image_size, interpolation=interpolation).numbered()
+    options: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
+    options["max_images"] = lookup.max_images
+    return {
+        name: load_labelled_set(**asdict(labelled), **options).numbered()
         for name, labelled in lookup.datasets.items()
         if labelled is not None
     }
-    most = lookup.max_images
-    return loaded if most is None else {name: labelled.at_most(most) for name, labelled in loaded.items()}
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:

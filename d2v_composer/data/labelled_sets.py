@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -18,6 +19,9 @@ from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
+
+if TYPE_CHECKING:
+    from streaming.base.format.mds import MDSReader
 
 __all__ = [
     "CIFAR_FOLDERS",
@@ -50,7 +54,7 @@ class LabelledImages(NamedTuple):
         total = len(self.labels)
         if num_images >= total:
             return self
-        chosen = torch.arange(num_images) * total // num_images
+        chosen = torch.tensor(evenly_spaced(total, num_images))
         return LabelledImages(self.images[chosen], self.labels[chosen])
 
 
@@ -88,6 +92,13 @@ class LabelledSet(NamedTuple):
         return len(self.train.labels), len(self.test.labels)
 
 
+def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
+    """Return at most ``most`` of the numbers below ``total``, evenly spaced; ``None``: all."""
+    if most is None or most >= total:
+        return range(total)
+    return [number * total // most for number in range(most)]
+
+
 def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
     """Return which folder of a labelled set is unusable at first sight; ``None`` if there is none.
 
@@ -121,6 +132,7 @@ def load_labelled_set(
     download: bool = False,
     column: str = "image",
     label_column: str = "label",
+    max_images: int | None = None,
 ) -> LabelledSet:
     """Load a labelled set.
 
@@ -134,24 +146,28 @@ def load_labelled_set(
         download: Fetch CIFAR if it is missing.
         column: The column of an MDS data set that holds the images.
         label_column: The column of an MDS data set that holds the labels.
+        max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
+            even read.
 
     Raises:
         InputError: The set is missing or corrupt, or has no images.
     """
     root = Path(root)
     if format in CIFAR_FOLDERS:
-        return _load_cifar(format, root, download)
+        whole = _load_cifar(format, root, download)
+        return whole if max_images is None else whole.at_most(max_images)
     if format == "folder":
         if (missing := find_missing_files(format, root, download)) is not None:
             raise InputError(missing)
         class_names = list_subfolders(root / "train")
         train, test = (
-            _load_folder(root / split, class_names, image_size, interpolation) for split in ("train", "test")
+            _load_folder(root / split, class_names, image_size, interpolation, max_images)
+            for split in ("train", "test")
         )
         return LabelledSet(train, test, tuple(class_names))
     if format == "mds":
-        pixels, columns = (image_size, interpolation), (column, label_column)
-        train, test = (load_mds(root / split, *pixels, *columns) for split in ("train", "test"))
+        options = image_size, interpolation, column, label_column, max_images
+        train, test = (load_mds(root / split, *options) for split in ("train", "test"))
         return LabelledSet(train, test, mds_class_names(root / "train"))
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
@@ -181,7 +197,9 @@ def _layout(root: Path) -> str:
     return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
 
 
-def _load_folder(folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str) -> LabelledImages:
+def _load_folder(
+    folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str, max_images: int | None
+) -> LabelledImages:
     paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
     if not paths:
         raise InputError(f"{folder}: no images in its class folders; {_layout(folder.parent)}")
@@ -189,25 +207,32 @@ def _load_folder(folder: Path, class_names: list[str], image_size: ImageSize, in
     unknown = sorted(set(names) - set(class_names))
     if unknown:
         raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(folder.parent)}")
+    chosen = evenly_spaced(len(paths), max_images)
     images = (
-        to_pixels(read_image_file(folder / path), str(folder / path), image_size, interpolation) for path in paths
+        to_pixels(read_image_file(folder / paths[i]), str(folder / paths[i]), image_size, interpolation) for i in chosen
     )
-    return LabelledImages(_stacked(images), torch.tensor([class_names.index(name) for name in names]))
+    return LabelledImages(_stacked(images), torch.tensor([class_names.index(names[i]) for i in chosen]))
 
 
-def load_mds(folder: Path, image_size: ImageSize, interpolation: str, column: str, label_column: str) -> LabelledImages:
+def load_mds(
+    folder: Path,
+    image_size: ImageSize,
+    interpolation: str,
+    column: str,
+    label_column: str,
+    max_images: int | None = None,
+) -> LabelledImages:
     """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
-        for sample in chain.from_iterable(_read_samples(folder, shard, column) for shard in shards):
-            source = f"sample {len(labels)} of {folder}"
+        for number, sample in _read_samples(folder, shards, column, max_images):
             try:
                 labels.append(int(sample[label_column]))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
-            yield to_pixels(sample[column], source, image_size, interpolation)
+            yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
 
     return LabelledImages(_stacked(images()), torch.tensor(labels))
 
@@ -226,14 +251,33 @@ def _stacked(images: Iterator[Tensor]) -> Tensor:
     return stacked
 
 
-def _read_samples(folder: Path, shard: dict[str, Any], column: str) -> list[dict[str, Any]]:
+def _read_samples(
+    folder: Path, shards: Sequence[dict[str, Any]], column: str, max_images: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield samples of a split with their numbers, in order; shards of which none is wanted are not read."""
+    chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
+    first = 0
+    for shard in shards:
+        end = first + shard["samples"]
+        inside = range(bisect_left(chosen, first), bisect_left(chosen, end))
+        if inside:
+            reader = _open_shard(folder, shard, column)
+            for number in map(chosen.__getitem__, inside):
+                yield number, _read_sample(reader, number - first, folder / shard["raw_data"]["basename"])
+        first = end
+
+
+def _open_shard(folder: Path, shard: dict[str, Any], column: str) -> "MDSReader":
     from streaming.base.format.mds import MDSReader  # takes seconds
 
     reader = MDSReader.from_json(str(folder), None, shard)
     keep_encoded([reader], column)
-    path = folder / shard["raw_data"]["basename"]
+    return reader
+
+
+def _read_sample(reader: "MDSReader", place: int, path: Path) -> dict[str, Any]:
     try:
-        return list(reader)
+        return reader[place]
     except OSError as error:
         raise InputError(f"{path}: the shard cannot be read ({reason(error)})") from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:

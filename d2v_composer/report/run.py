@@ -98,7 +98,8 @@ def read_run(folder: Path) -> Run:
         chosen = sets_of({section: record[section] for section in (*SECTIONS, weights_section(record))})
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
-    return Run(record, read_jsonl(log_file), _neighbours(folder / LATEST), dict(_datasets(chosen)))
+    max_images = record["config"].get("retrieval", {}).get("max_images")
+    return Run(record, read_jsonl(log_file), _neighbours(folder / LATEST), dict(_datasets(chosen, max_images)))
 
 
 def _neighbours(checkpoint: Path) -> Neighbours:
@@ -112,14 +113,16 @@ def _neighbours(checkpoint: Path) -> Neighbours:
         raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
 
 
-def _datasets(chosen: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tuple[str, LabelledSet]]:
+def _datasets(
+    chosen: Mapping[str, Mapping[str, Any] | None], max_images: int | None
+) -> Iterator[tuple[str, LabelledSet]]:
     """Yield the data sets that can be loaded; the report omits the pictures of the others."""
     for name, labelled in chosen.items():
         if labelled is None:
             continue
         try:
             options = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
-            options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic"}
+            options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic", "max_images": max_images}
             yield name, load_labelled_set(labelled["format"], labelled["root"], **options).numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")
