@@ -81,8 +81,8 @@ def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: Encoder
 def _in_memory(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     labelled = load_images(dataset, config.global_train_batch_size, sizes)
     train, test, class_names = labelled
-    digest = hashlib.sha256(train.images.contiguous().numpy())
-    digest.update(train.labels.numpy())
+    digest = hashlib.sha256(train.images.contiguous().numpy().data)
+    digest.update(train.labels.numpy().data)
     about = {
         "location": hide_secrets(dataset.root),
         "samples": labelled.num_images[0],
