@@ -19,7 +19,13 @@ from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_n
 from d2v_composer.data.streaming_images import LabelColumn, StreamingImages
 from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError
-from d2v_composer.system.multi_node import COLLECTIVE_SECONDS, gather_objects, node_leaders_first, raise_on_all_ranks
+from d2v_composer.system.multi_node import (
+    COLLECTIVE_SECONDS,
+    gather_objects,
+    node_leaders_first,
+    num_nodes,
+    raise_on_all_ranks,
+)
 from d2v_composer.system.retry import reason
 from d2v_composer.system.worker_lifetime import FORK
 
@@ -176,8 +182,7 @@ def room_of_node(config: StreamedRun, shards: list[dict[str, Any]], node: int, n
 
 def build_room_needs(config: StreamedRun, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
     """Return the disk space that each node still needs; the same list on every rank."""
-    num_nodes = dist.get_world_size() // dist.get_local_world_size()
-    need = room_of_node(config, shards, dist.get_node_rank(), num_nodes)
+    need = room_of_node(config, shards, dist.get_node_rank(), num_nodes())
     return [need for local_rank, need in gather_objects((dist.get_local_rank(), need)) if local_rank == 0]
 
 

@@ -9,6 +9,7 @@ from d2v_composer.callbacks import RunRecord
 from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.resume import (
     broadcast_checkpoint,
+    complete_store,
     download_checkpoint,
     fetch_same_checkpoint,
     find_newest_checkpoint,
@@ -17,7 +18,7 @@ from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder, check_path
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
+from d2v_composer.system.multi_node import node_leaders_first, num_nodes, rank_zero_first
 
 __all__ = ["build_load_path", "check_record", "find_run_folder"]
 
@@ -32,6 +33,8 @@ def build_load_path(config: TrainerConfig) -> str | None:
     if config.autoresume and folder is not None:
         with rank_zero_first("the newest checkpoint"):
             newest = find_newest_checkpoint(folder) if dist.get_global_rank() == 0 else None
+            if newest is not None and folder.address is not None and num_nodes() > 1:
+                complete_store(newest, folder)
         found = broadcast_checkpoint(newest)
         if found is not None:
             name, digest = found

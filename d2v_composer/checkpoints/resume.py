@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from composer.utils import dist
-from composer.utils.file_helpers import list_remote_objects, parse_uri
+from composer.utils.file_helpers import list_remote_objects, maybe_create_object_store_from_uri, parse_uri
 
 from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.pointer import LATEST
@@ -25,6 +25,7 @@ from d2v_composer.system.retry import is_missing, reason, retry
 
 __all__ = [
     "broadcast_checkpoint",
+    "complete_store",
     "download_checkpoint",
     "drop_unused_scaler",
     "fetch_same_checkpoint",
@@ -128,6 +129,26 @@ def _remote_candidates(folder: Path, address: str) -> Iterator[str]:
         raise InputError(f"{prefix}: cannot be listed to find an older checkpoint ({reason(error)})") from error
     names = [key.removeprefix(parse_uri(prefix)[2]) for key in keys]
     yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
+
+
+def complete_store(newest: Path, folder: RunFolder) -> None:
+    """Upload the newest checkpoint if a killed run did not: other nodes fetch it from the store.
+
+    Raises:
+        InputError: The store cannot be written.
+    """
+    address = f"{folder.address}/{newest.name}"
+    store, key = maybe_create_object_store_from_uri(address), parse_uri(address)[2]
+    assert store is not None  # a run's store is one of Composer's
+
+    def upload_once() -> None:
+        if key not in store.list_objects(key):
+            store.upload_object(key, str(newest))
+
+    try:
+        retry(upload_once, address, PATIENCE_SECONDS)
+    except Exception as error:
+        raise InputError(f"{address}: cannot be written for the other nodes ({reason(error)})") from error
 
 
 def broadcast_checkpoint(newest: Path | None) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ __all__ = [
     "gather_objects",
     "join_ranks",
     "node_leaders_first",
+    "num_nodes",
     "raise_on_all_ranks",
     "rank_zero_first",
 ]
@@ -73,6 +74,11 @@ def node_leaders_first(what: str) -> Iterator[None]:
     """
     with _leaders_first(what, of_each_node=True):
         yield
+
+
+def num_nodes() -> int:
+    """Return the number of machines of the run."""
+    return dist.get_world_size() // dist.get_local_world_size()
 
 
 @contextmanager

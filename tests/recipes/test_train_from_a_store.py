@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
+from d2v_composer.checkpoints.resume import complete_store, download_checkpoint, find_newest_checkpoint
 from d2v_composer.data.mds_index import fetch_index
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
@@ -120,6 +120,22 @@ def test_fetches_the_newest_checkpoint_of_a_store(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match="so the newest checkpoint is unknown"):
         find_newest_checkpoint(RunFolder(tmp_path / "third", address=remote))
+
+
+@pytest.mark.usefixtures("environment")
+def test_completes_a_store_that_lacks_the_newest_checkpoint(
+    store: GatedStore, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(uninterrupted, address=f"s3://{BUCKET}/runs/not_uploaded")
+    newest, key = uninterrupted / "ep2-ba14-rank0.pt", "runs/not_uploaded/ep2-ba14-rank0.pt"
+    complete_store(newest, folder)
+    assert store.objects(BUCKET, "runs/not_uploaded/") == {newest.name: newest.read_bytes()}
+    store.client().put_object(Bucket=BUCKET, Key=key, Body=b"is there")
+    complete_store(newest, folder)
+    assert store.objects(BUCKET, "runs/not_uploaded/") == {newest.name: b"is there"}
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(InputError, match=r"ba14-rank0\.pt: cannot be written for the other nodes \("):
+        complete_store(newest, folder)
 
 
 @pytest.mark.usefixtures("environment")

@@ -9,6 +9,7 @@ import pytest
 
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.preflight.preflight import free_port
+from gated_store import GatedStore
 from helpers import (
     QUICKSTART,
     ROOT,
@@ -111,19 +112,22 @@ def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, t
     assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
 
 
-def run_on_two_nodes(arguments: list[str]) -> None:
-    """Run Composer's launcher twice, with one process each, as on two machines."""
+def run_on_two_nodes(
+    arguments: list[str], folders: tuple[Path, Path] = (ROOT, ROOT), environment: dict[str, str] | None = None
+) -> None:
+    """Run Composer's launcher twice, with one process each, as on two machines with these working folders."""
     script = ROOT / "recipes" / "train.py"
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     nodes = [
         subprocess.Popen(
             [LAUNCHER, "--nproc", "1", "--world_size", "2", "--node_rank", str(rank), *address, script, *arguments],
-            env=command_environment(),
+            env=command_environment() | (environment or {}),
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in (0, 1)
+        for rank, folder in enumerate(folders)
     ]
     try:
         for node in nodes:
@@ -148,3 +152,21 @@ def test_two_nodes_resume_from_a_checkpoint(evaluated: Path, small_data: Path, t
     latest.symlink_to("ep1-ba12-rank0.pt")
     run_on_two_nodes(small_run(resumed, small_data, *WITH_RETRIEVAL))
     assert_same_run(resumed, evaluated)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
+    object_store: GatedStore, evaluated: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Node 0 saved it and was killed; each node has a disk of its own."""
+    object_store.create_bucket_of_images("two-nodes", small_data)
+    folders = tmp_path / "node0", tmp_path / "node1"
+    run = folders[0] / "runs" / "killed"
+    shutil.copytree(evaluated, run, symlinks=True)
+    (run / "latest-rank0.pt").unlink()
+    (run / "latest-rank0.pt").symlink_to("ep1-ba12-rank0.pt")
+    folders[1].mkdir()
+    save = "save_folder=s3://two-nodes/runs/killed"
+    run_on_two_nodes(small_run(run, small_data, save, *WITH_RETRIEVAL), folders, object_store.environment)
+    assert_same_run(run, evaluated)
+    assert (folders[1] / "runs" / "killed" / "ep1-ba12-rank0.pt").is_file()
