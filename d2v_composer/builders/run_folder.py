@@ -32,9 +32,7 @@ def build_load_path(config: TrainerConfig) -> str | None:
     folder = find_run_folder(config)
     if config.autoresume and folder is not None:
         with rank_zero_first("the newest checkpoint"):
-            newest = find_newest_checkpoint(folder) if dist.get_global_rank() == 0 else None
-            if newest is not None and folder.address is not None and num_nodes() > 1:
-                complete_store(newest, folder)
+            newest = _find_newest(folder) if dist.get_global_rank() == 0 else None
         found = broadcast_checkpoint(newest)
         if found is not None:
             name, digest = found
@@ -52,6 +50,15 @@ def build_load_path(config: TrainerConfig) -> str | None:
                 download_checkpoint(config.load_path, path)
             check_checkpoint(path)
     return str(path)
+
+
+def _find_newest(folder: RunFolder) -> Path | None:
+    """Return rank 0's newest checkpoint, which is then in the run's store as well."""
+    here = set(folder.local.glob("*.pt"))
+    newest = find_newest_checkpoint(folder)
+    if newest in here and folder.address is not None:
+        complete_store(newest, folder, always=num_nodes() > 1)
+    return newest
 
 
 def check_record(load_path: str, record: RunRecord) -> None:

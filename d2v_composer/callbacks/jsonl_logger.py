@@ -1,6 +1,5 @@
 """Log metrics as JSON lines, for plots and scripts."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,10 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, parse_uri
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints
+from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import download
+from d2v_composer.system.fetch import download_existing
+from d2v_composer.system.retry import reason
 
 __all__ = ["JSONLLogger"]
 
@@ -26,7 +27,7 @@ class JSONLLogger(LoggerDestination):
     Args:
         filename: The file; missing folders are created.
         remote: Its address in the checkpoints' object store, or ``None``. The file is uploaded after each checkpoint
-            and at the end of the run, even after an error. A restart on another machine downloads it first.
+            and at the end of the run, even after an error. A restart takes over what other machines have logged there.
     """
 
     def __init__(self, filename: str, remote: str | None = None) -> None:
@@ -38,10 +39,16 @@ class JSONLLogger(LoggerDestination):
 
     def init(self, state: State, logger: Logger) -> None:
         self.saved = SavedCheckpoints(state)
-        if self.remote is not None and dist.get_global_rank() == 0 and not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(InputError):  # none exists at the first start
-                download(self.remote, self.path, timeout=60)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Take over the store's log, if the run resumes.
+
+        Raises:
+            InputError: It cannot be read, and the next upload would replace it.
+        """
+        if self.remote is not None and dist.get_global_rank() == 0 and state.timestamp.batch > 0:
+            self._close()
+            take_over(self.remote, self.path)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() != 0 or not metrics:
@@ -62,6 +69,9 @@ class JSONLLogger(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         self._upload(logger)
+        self._close()
+
+    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None
@@ -70,3 +80,22 @@ class JSONLLogger(LoggerDestination):
         if self.remote is not None and self.has_news and self.path.exists():
             self.has_news = False
             logger.upload_file(parse_uri(self.remote)[2], self.path, overwrite=True)
+
+
+def take_over(remote: str, path: Path) -> None:
+    """Add to a log the lines of the store's that it lacks: another machine has logged them since.
+
+    Raises:
+        InputError: The store's log cannot be read.
+    """
+    stored = path.with_name(f"{path.name}.stored")
+    try:
+        if not download_existing(remote, stored):
+            return
+    except Exception as error:
+        raise InputError(f"{remote}: the run's log cannot be read ({reason(error)})") from error
+    ours, theirs = (file.read_bytes().splitlines(True) if file.exists() else [] for file in (path, stored))
+    common = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))  # noqa: B905
+    with partial_file(path) as merged:
+        merged.write_bytes(b"".join([*ours, *theirs[common:]]))  # of a step logged twice, the later line counts
+    stored.unlink()

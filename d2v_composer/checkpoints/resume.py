@@ -8,20 +8,25 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 from composer.utils import dist
-from composer.utils.file_helpers import list_remote_objects, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.file_helpers import (
+    create_symlink_file,
+    list_remote_objects,
+    maybe_create_object_store_from_uri,
+    parse_uri,
+)
 
 from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.pointer import LATEST
 from d2v_composer.checkpoints.safetensors_file import sha256
 from d2v_composer.system.addresses import RunFolder
-from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import transfer
-from d2v_composer.system.retry import is_missing, reason, retry
+from d2v_composer.system.fetch import PATIENCE_SECONDS, download_existing
+from d2v_composer.system.retry import reason, retry
 
 __all__ = [
     "broadcast_checkpoint",
@@ -34,7 +39,6 @@ __all__ = [
 ]
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 
 log = logging.getLogger(__name__)
 
@@ -131,24 +135,37 @@ def _remote_candidates(folder: Path, address: str) -> Iterator[str]:
     yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
 
 
-def complete_store(newest: Path, folder: RunFolder) -> None:
-    """Upload the newest checkpoint if a killed run did not: other nodes fetch it from the store.
+def complete_store(newest: Path, folder: RunFolder, always: bool) -> None:
+    """Upload the newest checkpoint, and the pointer to it, if a killed run did not.
+
+    Args:
+        newest: In the local folder, not from the store.
+        folder: The run's.
+        always: Upload it even if the pointer names it. Other nodes fetch it from there, and after a change of machines
+            the store may have another one of that name.
 
     Raises:
-        InputError: The store cannot be written.
+        InputError: The store cannot be read or written.
     """
-    address = f"{folder.address}/{newest.name}"
-    store, key = maybe_create_object_store_from_uri(address), parse_uri(address)[2]
+    pointer = f"{folder.address}/{LATEST}"
+    is_named = _read_pointer(pointer, folder.local) == newest.name
+    if is_named and not always:
+        return
+    key = parse_uri(pointer)[2].removesuffix(LATEST) + newest.name
+    store = maybe_create_object_store_from_uri(pointer)
     assert store is not None  # a run's store is one of Composer's
 
     def upload_once() -> None:
-        if key not in store.list_objects(key):
-            store.upload_object(key, str(newest))
+        store.upload_object(key, str(newest))
+        if not is_named:
+            with TemporaryDirectory() as temporary:
+                create_symlink_file(key, target := f"{temporary}/{LATEST}.symlink")
+                store.upload_object(f"{parse_uri(pointer)[2]}.symlink", target)
 
     try:
-        retry(upload_once, address, PATIENCE_SECONDS)
+        retry(upload_once, pointer, PATIENCE_SECONDS)
     except Exception as error:
-        raise InputError(f"{address}: cannot be written for the other nodes ({reason(error)})") from error
+        raise InputError(f"{folder.address}: {newest.name} cannot be written to it ({reason(error)})") from error
 
 
 def broadcast_checkpoint(newest: Path | None) -> tuple[str, str] | None:
@@ -211,21 +228,13 @@ def _read_pointer(address: str, folder: Path) -> str | None:
 
 def _download(address: str, path: Path) -> bool:
     """Download a file; return whether it exists. If the store is unreachable, retry."""
-
-    def download_once() -> None:
-        with partial_file(path) as partial:
-            transfer(address, partial, ATTEMPT_SECONDS)
-
     try:
-        retry(download_once, address, PATIENCE_SECONDS)
+        return download_existing(address, path)
     except Exception as error:
-        if is_missing(error):
-            return False
         raise InputError(
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
             "permission to read and to list"
         ) from error
-    return True
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:

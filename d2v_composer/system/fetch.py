@@ -20,9 +20,21 @@ from d2v_composer.system.s3_download import S3_SCHEME, S3Downloader
 LARGEST_FILE = 32 << 30
 # Timeout of an answer and of each part of a file.
 READ_SECONDS, S3_ATTEMPTS = 30.0, 3
+# Of one attempt at a run's own file, and of all.
+ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
 LONGEST_NAME = 100
 
-__all__ = ["LARGEST_FILE", "cache_folder", "download", "fetch", "find_missing_file", "is_remote", "transfer"]
+__all__ = [
+    "LARGEST_FILE",
+    "PATIENCE_SECONDS",
+    "cache_folder",
+    "download",
+    "download_existing",
+    "fetch",
+    "find_missing_file",
+    "is_remote",
+    "transfer",
+]
 
 
 def cache_folder() -> Path:
@@ -95,6 +107,36 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
             transfer(address, partial, timeout)
     except Exception as error:
         raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
+
+
+def download_existing(address: str, path: Path, patience: float = PATIENCE_SECONDS) -> bool:
+    """Fetch a file that may be missing, and retry while its store is unreachable.
+
+    Args:
+        address: As for :func:`download`.
+        path: Exists, or is replaced, only once the file is complete.
+        patience: Time for retries, in seconds.
+
+    Returns:
+        Whether there is such a file.
+
+    Raises:
+        Exception: The client's, if the file cannot be read.
+    """
+
+    def download_once() -> None:
+        with partial_file(path) as partial:
+            transfer(address, partial, ATTEMPT_SECONDS)
+
+    for left in find_partials([path]):
+        left.unlink(missing_ok=True)
+    try:
+        retry.retry(download_once, address, patience)
+    except Exception as error:
+        if retry.is_missing(error):
+            return False
+        raise
+    return True
 
 
 def transfer(address: str, path: Path, timeout: float) -> None:

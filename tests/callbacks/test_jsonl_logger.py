@@ -1,5 +1,6 @@
 """The log: its uploads, its address, and corrupt lines."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from composer.callbacks import CheckpointSaver
 from composer.loggers import Logger
 
 from d2v_composer.builders.loggers import build_loggers
-from d2v_composer.callbacks import JSONLLogger
+from d2v_composer.callbacks import JSONLLogger, jsonl_logger
 from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
@@ -35,7 +36,6 @@ class Uploads(Logger):
 def test_the_log_is_uploaded_with_each_checkpoint_and_after_a_crash(tmp_path: Path) -> None:
     """Not with each epoch, which may be shorter or much longer."""
     log = tmp_path / "log.jsonl"
-    log.touch()  # as left by an earlier process, so that none is downloaded
     saver, jsonl, logger = (
         CheckpointSaver(str(tmp_path)),
         JSONLLogger(str(log), "s3://bucket/run/log.jsonl"),
@@ -54,6 +54,58 @@ def test_the_log_is_uploaded_with_each_checkpoint_and_after_a_crash(tmp_path: Pa
     assert logger.uploaded[2:] == [("run/log.jsonl", 6)]
     jsonl.close(state, logger)
     assert len(logger.uploaded) == 3
+
+
+def lines(*steps: int, loss: float = 1.0) -> bytes:
+    return b"".join(json.dumps({"step": step, "loss": loss}).encode() + b"\n" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("ours", "stored", "expected"),
+    [
+        pytest.param(lines(0, 1), lines(0, 1, 2, 3), lines(0, 1, 2, 3), id="logged elsewhere since"),
+        pytest.param(lines(0, 1, 2), lines(0, 1), lines(0, 1, 2), id="not uploaded"),
+        pytest.param(
+            lines(0, 1, 2), lines(0, 1) + lines(2, 3, loss=2), lines(0, 1, 2) + lines(2, 3, loss=2), id="both"
+        ),
+        pytest.param(None, lines(0, 1), lines(0, 1), id="another machine"),
+        pytest.param(lines(0), None, lines(0), id="never uploaded"),
+    ],
+)
+def test_a_resumed_run_keeps_what_any_machine_has_logged(
+    ours: bytes | None, stored: bytes | None, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    if ours is not None:
+        path.write_bytes(ours)
+
+    def fetch(address: str, file: Path) -> bool:
+        assert address == "s3://bucket/run/log.jsonl"
+        if stored is not None:
+            file.write_bytes(stored)
+        return stored is not None
+
+    monkeypatch.setattr(jsonl_logger, "download_existing", fetch)
+    jsonl = JSONLLogger(str(path), "s3://bucket/run/log.jsonl")
+    for batch in (0, 3):
+        assert path.exists() == (ours is not None)
+        state: Any = SimpleNamespace(callbacks=[jsonl], timestamp=SimpleNamespace(batch=batch))
+        jsonl.after_load(state, Uploads(path))
+        if batch == 0:  # a new run
+            assert (path.read_bytes() if path.exists() else None) == ours
+    assert path.read_bytes() == expected
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> bool:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(jsonl_logger, "download_existing", fail)
+    jsonl = JSONLLogger(str(tmp_path / "log.jsonl"), "s3://bucket/run/log.jsonl")
+    state: Any = SimpleNamespace(callbacks=[jsonl], timestamp=SimpleNamespace(batch=3))
+    with pytest.raises(InputError, match=r"s3://bucket/run/log\.jsonl: the run's log cannot be read \(.*no answer"):
+        jsonl.after_load(state, Uploads(tmp_path / "log.jsonl"))
 
 
 @pytest.mark.parametrize("remote", ["s3://elsewhere/log.jsonl", "/tmp/log.jsonl", f"s3://{BUCKET}"])

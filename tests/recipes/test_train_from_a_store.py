@@ -3,6 +3,7 @@
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,19 +124,27 @@ def test_fetches_the_newest_checkpoint_of_a_store(
 
 
 @pytest.mark.usefixtures("environment")
-def test_completes_a_store_that_lacks_the_newest_checkpoint(
+def test_a_restart_completes_the_upload_that_a_kill_cut_off(
     store: GatedStore, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(uninterrupted, address=f"s3://{BUCKET}/runs/not_uploaded")
-    newest, key = uninterrupted / "ep2-ba14-rank0.pt", "runs/not_uploaded/ep2-ba14-rank0.pt"
-    complete_store(newest, folder)
-    assert store.objects(BUCKET, "runs/not_uploaded/") == {newest.name: newest.read_bytes()}
-    store.client().put_object(Bucket=BUCKET, Key=key, Body=b"is there")
-    complete_store(newest, folder)
-    assert store.objects(BUCKET, "runs/not_uploaded/") == {newest.name: b"is there"}
+    """Above all after the last batch, when nothing else would upload it."""
+    folder = RunFolder(uninterrupted, address=f"s3://{BUCKET}/runs/cut_off")
+    newest, pointer = uninterrupted / "ep2-ba14-rank0.pt", "latest-rank0.pt.symlink"
+    key = f"runs/cut_off/{newest.name}"
+    put = partial(store.client().put_object, Bucket=BUCKET)
+    put(Key=f"runs/cut_off/{pointer}", Body=b"runs/cut_off/ep1-ba12-rank0.pt")
+    complete_store(newest, folder, always=False)
+    expected = {newest.name: newest.read_bytes(), pointer: key.encode()}
+    assert store.objects(BUCKET, "runs/cut_off/") == expected
+
+    put(Key=key, Body=b"another machine's")
+    complete_store(newest, folder, always=False)  # the pointer names it: it was uploaded
+    assert store.objects(BUCKET, "runs/cut_off/") == expected | {newest.name: b"another machine's"}
+    complete_store(newest, folder, always=True)
+    assert store.objects(BUCKET, "runs/cut_off/") == expected
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(InputError, match=r"ba14-rank0\.pt: cannot be written for the other nodes \("):
-        complete_store(newest, folder)
+    with pytest.raises(InputError, match="so the newest checkpoint is unknown"):
+        complete_store(newest, folder, always=True)
 
 
 @pytest.mark.usefixtures("environment")

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,16 @@ def test_two_nodes_resume_from_a_checkpoint(evaluated: Path, small_data: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", [None, b"of another machine, which was node 0 meanwhile"], ids=["none", "another"])
 def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
-    object_store: GatedStore, evaluated: Path, small_data: Path, tmp_path: Path
+    object_store: GatedStore, evaluated: Path, small_data: Path, tmp_path: Path, stored: bytes | None
 ) -> None:
     """Node 0 saved it and was killed; each node has a disk of its own."""
     object_store.create_bucket_of_images("two-nodes", small_data)
+    put = partial(object_store.client().put_object, Bucket="two-nodes")
+    if stored is not None:
+        put(Key="runs/killed/ep1-ba12-rank0.pt", Body=stored)
+        put(Key="runs/killed/latest-rank0.pt.symlink", Body=b"runs/killed/ep1-ba12-rank0.pt")
     folders = tmp_path / "node0", tmp_path / "node1"
     run = folders[0] / "runs" / "killed"
     shutil.copytree(evaluated, run, symlinks=True)
