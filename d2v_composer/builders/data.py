@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import LoaderConfig, ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.mds_index import RoomNeeded, check_room, fetch_index, read_image_index, room_needed
+from d2v_composer.data.mds_index import (
+    RoomNeeded,
+    check_room,
+    describe_data,
+    fetch_index,
+    read_image_index,
+    room_needed,
+)
 from d2v_composer.data.sample_order import Share, shards_of_node
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import LabelColumn, StreamingImages
@@ -44,6 +51,8 @@ __all__ = [
 HANGING_SECONDS = 300
 # Grace of a collective beyond the longest wait of a rank for its images.
 LATE_SECONDS = 60
+# Time for a store to answer at the start, if the data set's index is not in the cache.
+INDEX_SECONDS = 60.0
 # More than any run was seen to need. Each tensor that a worker has ready is an open file.
 OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 16
 
@@ -82,7 +91,7 @@ def read_train_index(config: StreamedRun, labels: LabelColumn | None = None) -> 
     loader, local = config.train_loader, Path(config.train_loader.local)
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
-            fetch_index(loader.remote, local)
+            fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
     shards = read_image_index(
         local,
         loader.column,
@@ -90,12 +99,24 @@ def read_train_index(config: StreamedRun, labels: LabelColumn | None = None) -> 
         other_columns=() if labels is None else (labels.name,),
         shards_may_be_missing=loader.remote is not None,
     )
+    check_same_data(local, shards)
     num_samples, batch_size = count_samples(shards), config.global_train_batch_size
     if num_samples < batch_size:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
     return shards
+
+
+def check_same_data(local: Path, shards: list[dict[str, Any]]) -> None:
+    """Compare the data set of every node with node 0's.
+
+    Raises:
+        InputError: One differs: some samples would be read twice, others never.
+    """
+    found = gather_objects((dist.get_node_rank(), describe_data(shards)["sha256"]))
+    if others := sorted({node for node, digest in found if digest != found[0][1]}):
+        raise InputError(f"{local}: another data set on node {others[0]} than on node 0")
 
 
 def build_train_loader(

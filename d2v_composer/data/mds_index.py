@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.atomic_files import existing_folder, partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import download
+from d2v_composer.system.fetch import transfer
+from d2v_composer.system.retry import is_lasting, reason, retry
 
 __all__ = [
     "INDEX",
@@ -32,24 +36,60 @@ __all__ = [
 ]
 
 INDEX = "index.json"
+# Of one attempt to fetch it.
+INDEX_SECONDS = 60.0
 SUMMARY = "conversion.json"
 # Encodings of a column of images: files as bytes, files that Streaming would decode, raw pixels.
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
+log = logging.getLogger(__name__)
 
-def fetch_index(remote: str, local: Path) -> None:
+
+def fetch_index(remote: str, local: Path, patience: float = 0.0) -> None:
     """Fetch the index of a remote data set into its cache.
+
+    If the store is unreachable, an index that is here is used, with a warning; shards are verified by it.
+
+    Args:
+        remote: The data set's address.
+        local: The cache.
+        patience: Time for which an unreachable store is asked again if no index is here, in seconds.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
     """
     index, address = local / INDEX, f"{remote.rstrip('/')}/{INDEX}"
-    with partial_file(index) as fetched:
-        download(address, fetched, timeout=60)
-        if not _is_json(fetched):
-            raise InputError(f"{address}: corrupt, or not an MDS index")
-        if index.exists() and _is_json(index) and index.read_bytes() != fetched.read_bytes():
-            raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
+    is_here = index.exists() and _is_json(index)
+    try:
+        with partial_file(index) as fetched:
+            _download_index(address, fetched, 0.0 if is_here else patience)
+            if not _is_json(fetched):
+                raise InputError(f"{address}: corrupt, or not an MDS index")
+            if is_here and index.read_bytes() != fetched.read_bytes():
+                raise InputError(
+                    f"{local}: holds shards of another data set than {remote}: give another folder for these"
+                )
+    except _UnreachableError as error:
+        if not is_here:
+            raise InputError(str(error)) from error
+        log.warning("%s; the index in %s is used", error, local)
+
+
+class _UnreachableError(Exception):
+    """The store did not answer; it may later."""
+
+
+def _download_index(address: str, path: Path, patience: float) -> None:
+    try:
+        try:
+            transfer(address, path, INDEX_SECONDS)
+        except Exception as error:
+            if is_lasting(error):  # a wrong address or key is told at once
+                raise
+            retry(partial(transfer, address, path, INDEX_SECONDS), address, patience)
+    except Exception as error:
+        message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+        raise (InputError if is_lasting(error) else _UnreachableError)(message) from error
 
 
 def _is_json(path: Path) -> bool:

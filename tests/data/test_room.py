@@ -11,7 +11,7 @@ import pytest
 from composer.utils import dist
 
 from d2v_composer.builders import data as builders_data
-from d2v_composer.builders.data import build_room_needs, build_train_loader, read_train_index
+from d2v_composer.builders.data import build_room_needs, build_train_loader, check_same_data, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds_index import RoomNeeded, check_room, read_index, room_needed
@@ -107,6 +107,15 @@ def test_a_disk_needs_room_only_for_the_nodes_share(
     monkeypatch.setattr(builders_data, "StreamingImages", reached)
     with pytest.raises(ReachedError if has_room else InputError):
         build_train_loader(config, read_train_index(config), 24, "bicubic")
+
+
+def test_nodes_with_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [{"samples": 3, "raw_data": {"basename": "shard.00000.mds", "bytes": 90, "hashes": {"xxh64": "a"}}}]
+    monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
+    check_same_data(tmp_path, shards)
+    monkeypatch.setattr(builders_data, "gather_objects", lambda this: [this, this, (1, this[1]), (2, "another")])
+    with pytest.raises(InputError, match=rf"^{tmp_path}: another data set on node 2 than on node 0$"):
+        check_same_data(tmp_path, shards)
 
 
 def test_adds_up_the_nodes_that_share_a_disk() -> None:

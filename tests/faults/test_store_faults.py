@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -227,6 +228,22 @@ def test_refuses_a_truncated_changed_or_missing_index(
     store.client().put_object(**key, Body=index)
     fetch_index(REMOTE, cache)
     assert {file.name for file in cache.iterdir()} == {file.name for file in images.iterdir()}
+
+
+def test_an_unreachable_store_does_not_end_a_restart_whose_index_is_here(
+    store: GatedStore, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(store, monkeypatch)
+    fetch_index(REMOTE, tmp_path)
+    index = (images / "index.json").read_bytes()
+    with ThreadPoolExecutor() as pool:
+        with store.unreachable():
+            fetch_index(REMOTE, tmp_path)
+            assert f"the index in {tmp_path} is used" in caplog.text
+            fetching = pool.submit(fetch_index, REMOTE, tmp_path / "new", 60.0)  # none is here: it is waited for
+            wait_until(lambda: "retrying" in caplog.text)
+        fetching.result()
+    assert [path.read_bytes() for path in (tmp_path / "index.json", tmp_path / "new" / "index.json")] == [index] * 2
 
 
 @pytest.mark.parametrize(
