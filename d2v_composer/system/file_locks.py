@@ -22,13 +22,14 @@ POLL_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
 
-def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
+def acquire(path: Path, wait: float = 0, shared: bool = False, without_locks: bool = True) -> int | None:
     """Lock a file while the descriptor is open, in this process or one forked from it.
 
     Args:
         path: The file; created, with its folders, if missing. Only the holder may remove it.
         wait: Maximum time to wait for another holder, in seconds.
         shared: Allow other shared holders.
+        without_locks: Whether a lock counts as taken on a file system without locks, where two processes may hold it.
 
     Returns:
         A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process.
@@ -37,7 +38,7 @@ def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        is_locked = _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        is_locked = _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, without_locks)
         if is_locked and _is_file(descriptor, path):
             return descriptor
         os.close(descriptor)
@@ -59,9 +60,9 @@ def is_last_user(descriptor: int) -> bool:
 
 
 @contextmanager
-def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
+def sole_user(path: Path, wait: float = 0, without_locks: bool = True) -> Iterator[bool]:
     """Lock a file as with :func:`acquire` until the block ends; yield ``False`` if the lock is held elsewhere."""
-    descriptor = acquire(path, wait)
+    descriptor = acquire(path, wait, without_locks=without_locks)
     try:
         yield descriptor is not None
     finally:
@@ -71,7 +72,7 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, kind: int) -> bool:
+def _lock(descriptor: int, kind: int, without_locks: bool = True) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -80,6 +81,7 @@ def _lock(descriptor: int, kind: int) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         _warn_of_no_locks(os.fstat(descriptor).st_dev, str(error))
+        return without_locks
     return True
 
 

@@ -4,8 +4,10 @@ import getpass
 import multiprocessing.util
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 from d2v_composer.system.errors import InputError
@@ -13,7 +15,9 @@ from d2v_composer.system.file_locks import acquire, sole_user
 
 __all__ = ["machine_folder", "use_temporary_folder"]
 
-PREFIX = f"d2v-{os.getuid()}-"
+# A lock of another machine's process may be invisible here, so that each machine removes only its own folders.
+MACHINE = zlib.crc32(socket.gethostname().encode()) & 0xFFFF
+PREFIX = f"d2v-{os.getuid()}-{MACHINE:04x}-"
 LOCK = ".in_use"
 # multiprocessing appends 33 characters for sockets, whose paths have at most 107; a DataLoader would hang.
 LONGEST_PATH = 70
@@ -89,9 +93,9 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _sweep(shared: Path) -> None:
-    """Remove unused folders."""
+    """Remove this machine's unused folders; without locks none, since a run may use it."""
     for lock in shared.glob(f"{PREFIX}*/{LOCK}"):
-        with sole_user(lock) as is_unused:
+        with sole_user(lock, without_locks=False) as is_unused:
             if is_unused:
                 shutil.rmtree(lock.parent, ignore_errors=True)
 

@@ -61,6 +61,17 @@ def test_a_file_system_without_locks_is_used_with_one_warning(
     ]
 
 
+def test_what_nobody_must_use_counts_as_used_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as another run's temporary folder, before it is removed."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with sole_user(tmp_path / "lock", without_locks=False) as is_unused:
+        assert not is_unused
+
+
 def test_waiting_processes_lock_the_new_file_after_the_holder_removed_the_old(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     descriptor = acquire(path)

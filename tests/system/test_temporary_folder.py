@@ -1,5 +1,6 @@
 """A run's temporary files and sockets have a folder."""
 
+import errno
 import multiprocessing
 import multiprocessing.util
 import os
@@ -51,6 +52,24 @@ def test_sockets_get_a_shorter_folder_than_a_long_tmpdir(long_folder: Path) -> N
     assert run.exitcode == 0
     assert [path.name for path in long_folder.iterdir()] == [f"{PREFIX}scratch.lock"]
     assert not Path(sockets).parent.exists()
+
+
+def test_the_folder_of_a_living_run_stays_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("multiprocessing.util.Finalize", lambda *arguments, **options: None)  # in this process
+    monkeypatch.setenv("MASTER_PORT", "1")
+    first = temporary_folder._enter(tmp_path)
+    monkeypatch.setenv("MASTER_PORT", "2")
+    second = temporary_folder._enter(tmp_path)
+    assert first is not None
+    assert second is not None
+    assert first != second
+    assert first.is_dir()
+    temporary_folder._sweep(tmp_path)
+    assert first.is_dir()
 
 
 def test_a_long_tmpdir_without_a_shorter_folder_is_refused(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
