@@ -50,6 +50,11 @@ def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
 
 
 @register_model
+def small_dinov3_without_bias(pretrained: bool = False, **options: Any) -> Eva:
+    return small_dinov3(pretrained, **({"qkv_bias": False} | options))
+
+
+@register_model
 def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Convolutions with BatchNorm come before the patches."""
     stem = partial(HybridEmbed, backbone=timm.create_model("test_resnet", features_only=True, out_indices=[2]))

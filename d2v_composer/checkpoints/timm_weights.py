@@ -38,8 +38,8 @@ Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # In the errors of a model's sizes.
 SIZE = re.compile(r"^(first_blocks|image_size)\b")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-# Training programs nest the weights below these names.
-NESTED = ("model", "state_dict", "module", "teacher", "model_ema", "encoder")
+# Training programs nest the weights below these names; like timm, averaged ones before others.
+NESTED = ("state_dict_ema", "model_ema", "model", "state_dict", "module", "teacher", "encoder")
 # What they put before the names: DDP, torch.compile, and DINO beside its heads.
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")
 # Parts of timm's models after the final norm: no teacher needs them.
@@ -47,6 +47,8 @@ HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
 TOKENS = ("patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
 TRUNK = (*TOKENS, "blocks.", "rel_pos_bias.", "rope.")
+# timm's filters drop this one for a model without it; DINOv3's authors wrote zeros there.
+QKV_BIAS = "attn.qkv.bias"
 # Of the models' authors too, whose names timm's filters change.
 PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "patchifier.proj.weight", "vision_embed.proj.weight")
 
@@ -87,6 +89,10 @@ def load_timm_teacher(
         raise InputError(f"{file}: not weights of {model}: it has no tensor {foreign[0]}")
     used = {name: tensor for name, tensor in tensors.items() if name in expected}
     check_tensors(file, expected, used)
+    left = unused_names(stored, used, partial(to_timm, file, built, model))
+    biases = [name for name in left if name.endswith(QKV_BIAS) and stored[name].any()]
+    if biases:
+        raise InputError(f"{file}: not weights of {model}, which has no {biases[0]}; timm has names ending in _qkvb")
     materialize(built).load_state_dict(used, strict=False)
     provenance = {
         "model": model,
@@ -95,7 +101,7 @@ def load_timm_teacher(
         "source": source,
         "sha256": sha256(file),
         "licence": licence_of(pretrained, is_pretrained=path is None),
-        "left": unused_names(stored, used, partial(to_timm, file, built, model)),
+        "left": left,
     }
     return TimmTeacher(built, config, provenance)
 

@@ -151,7 +151,8 @@ def randomize(model: nn.Module) -> None:
     init_linear_layers(model)
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if FIXED in f"{name}.{own}" or isinstance(module, nn.Linear):
+            # timm draws the factors of a differential attention itself; their products as ones would overflow.
+            if FIXED in f"{name}.{own}" or isinstance(module, nn.Linear) or own.startswith("lambda_"):
                 continue
             if own.endswith("bias"):
                 nn.init.zeros_(parameter)

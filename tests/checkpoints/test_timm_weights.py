@@ -26,7 +26,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.stored_config import add_outputs
 from d2v_composer.checkpoints.timm_student import TimmStudent
-from d2v_composer.checkpoints.timm_weights import read_state_dict, unused_names
+from d2v_composer.checkpoints.timm_weights import unused_names
 from d2v_composer.models import timm_encoder
 from d2v_composer.models.classification import randomize
 from d2v_composer.models.student import Student
@@ -72,6 +72,10 @@ def test_every_tensor_is_used_or_named(name: str, tmp_path: Path) -> None:
     assert set(teacher.provenance["left"]) == heads
 
 
+def zeros_like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
 FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
     "a state dict": torch.save,
     "nested": lambda tensors, path: torch.save({"state_dict": {"model": tensors}, "epoch": 3}, path),
@@ -87,6 +91,12 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
     ),
     "I-JEPA's training": lambda tensors, path: torch.save(
         {"encoder": {f"module.{name}": tensor for name, tensor in tensors.items()}, "predictor": {}}, path
+    ),
+    "timm's training, with averaged weights": lambda tensors, path: torch.save(
+        {"state_dict": zeros_like(tensors), "state_dict_ema": tensors}, path
+    ),
+    "DeiT's training, with averaged weights": lambda tensors, path: torch.save(
+        {"model": zeros_like(tensors), "model_ema": tensors}, path
     ),
     "half": lambda tensors, path: torch.save({name: tensor.half() for name, tensor in tensors.items()}, path),
 }
@@ -267,6 +277,22 @@ def test_of_an_authors_file_every_tensor_is_used_or_named(name: str, image_size:
     assert set(teacher.provenance["left"]) == set(others)
 
 
+def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: Path) -> None:
+    """DINOv3's authors wrote zeros; others' files have learned ones, and would compute something else."""
+    path, name = tmp_path / "weights.pth", "small_dinov3_without_bias"
+    model = random_vit(name)
+    theirs = renamed(model.state_dict(), gamma_1="ls1.gamma", gamma_2="ls2.gamma", reg_token="storage_tokens")
+    for value in (0.0, 0.1):
+        biases = {f"blocks.{block}.attn.qkv.bias": torch.full((96,), value) for block in range(2)}
+        torch.save(theirs | biases, path)
+        if value == 0:
+            assert set(load_teacher(path, model=f"timm/{name}").provenance["left"]) == set(biases)
+    with pytest.raises(
+        InputError, match=rf"not weights of timm/{name}, which has no blocks\.0\.attn\.qkv\.bias; .*_qkvb$"
+    ):
+        load_teacher(path, model=f"timm/{name}")
+
+
 def test_parts_that_are_left_are_found_in_few_conversions() -> None:
     stored = {f"{i}": torch.ones(2) for i in range(100)}
     calls: list[int] = []
@@ -416,12 +442,6 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     _, same = load_any(MODEL)
     assert same is not None
     assert same.provenance == teacher.provenance
-
-
-def test_weights_come_before_their_average(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save({"model_ema": {"x": torch.zeros(1)}, "model": {"x": torch.ones(1)}}, path)
-    assert read_state_dict(path)["x"] == 1
 
 
 def test_an_exported_student_keeps_its_preprocessing(file: Path, tmp_path: Path) -> None:

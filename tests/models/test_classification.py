@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import timm
 import torch
 
 from d2v_composer import load_teacher
@@ -62,6 +63,14 @@ def test_from_scratch_keeps_no_weight_but_the_fixed_positions() -> None:
         is_fixed = name.endswith("positions")
         if weight.ndim > 1:
             assert torch.equal(weight, before[name]) == is_fixed, name
+
+
+def test_from_scratch_keeps_timms_draw_of_a_differential_attention() -> None:
+    model = timm.create_model("vit_dlittle_patch16_reg1_gap_256", embed_dim=64, num_heads=2, depth=1)
+    randomize(model)
+    factors = [weight for name, weight in model.named_parameters() if ".lambda_" in name]
+    assert len(factors) == 4
+    assert all(0.02 < float(factor.detach().std()) < 0.5 for factor in factors)
 
 
 def test_features_of_a_students_layers_are_normalised_as_in_its_training() -> None:
