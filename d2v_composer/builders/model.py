@@ -64,7 +64,7 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
     top_k, depth = config.targets.average_top_k_layers, teacher.config.depth
     if top_k is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
-    if config.retrieval.pooling == "cls" and not teacher.has_cls_token and config.retrieval.datasets:
+    if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
         raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
     if config.targets.extra_tokens != "regress" and not teacher.num_extra_tokens:
         raise InputError("targets.extra_tokens: this teacher has no extra tokens; allowed here: regress")

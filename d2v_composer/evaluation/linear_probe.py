@@ -56,7 +56,7 @@ class LinearProbe(NamedTuple):
     def doubt(self) -> str | None:
         """Why the accuracy may be too low; ``None``: nothing is known against it."""
         if not self.has_converged:
-            return f"not converged after {MAX_ITERATIONS} iterations"
+            return f"not converged within {MAX_ITERATIONS} iterations"
         return f"the best L2 strength, {self.strength:g}, is the grid's last on that side" if self.is_at_edge else None
 
 
@@ -185,7 +185,7 @@ class Problem:
             largest = max(gradient_CR.abs().max().item(), gradient_C.abs().max().item())
             if best is None or largest < best.largest_gradient:
                 best = Fit(w_CD, bias_C.clone(), largest)
-            return loss + strength / 2 * w_CD.square().sum().item()
+            return loss + strength / 2 * w_CD.square().cpu().double().sum().item()
 
         solver.step(loss)
         assert best is not None  # each step begins with the loss
@@ -216,7 +216,8 @@ def cross_entropy(x_ND: Tensor, targets_N: Tensor, weight_CD: Tensor, bias_C: Te
     rows = max(1, LOGITS_AT_ONCE // len(bias_C))
     for x, targets in zip(x_ND.split(rows), targets_N.split(rows), strict=True):
         log_probabilities = torch.addmm(bias_C, x, weight_CD.T).log_softmax(dim=1)
-        loss -= log_probabilities.gather(1, targets[:, None]).sum().item()
+        # In float32 the line search could not tell the last steps apart.
+        loss -= log_probabilities.gather(1, targets[:, None]).cpu().double().sum().item()
         error = log_probabilities.exp_()  # probabilities minus one-hot targets
         error[torch.arange(len(targets), device=x.device), targets] -= 1
         gradient_CD += error.T @ x
