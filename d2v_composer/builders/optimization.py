@@ -4,11 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from composer.algorithms import EMA, CutMix, GradientClipping, LabelSmoothing, MixUp
+from composer.algorithms import CutMix, GradientClipping, LabelSmoothing, MixUp
 from composer.core import Algorithm, Time, TimeUnit
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig
 
+from d2v_composer.callbacks.ema import EMA
 from d2v_composer.callbacks.gradient_norm import GradientNorm
 from d2v_composer.config.finetune import ClassifierAlgorithmsConfig, LayerwiseOptimizerConfig
 from d2v_composer.config.schema import AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig

@@ -179,6 +179,32 @@ def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, lab
         np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_moving_average_goes_on_with_another_number_of_ranks(
+    student: Path, labelled: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    options = ("algorithms.ema={half_life: 4ba}", "save_num_checkpoints_to_keep=-1")
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
+    assert whole.returncode == 0, whole.stderr
+    arguments = small_finetuning(tmp_path / "moved", student, labelled, *options)
+    for ranks in (before, after):
+        with started_ranks(SCRIPT, *arguments, ranks=ranks) as programs:
+            for program in programs:
+                assert program.wait(120) == 0, program.stderr
+        if ranks == before:
+            for checkpoint in (tmp_path / "moved").glob("*ba[0-9]*-rank0.pt"):
+                if checkpoint.name != "ep1-ba8-rank0.pt":
+                    checkpoint.unlink()
+            (tmp_path / "moved" / "latest-rank0.pt").unlink()
+            (tmp_path / "moved" / "latest-rank0.pt").symlink_to("ep1-ba8-rank0.pt")
+    ours, expected = model_of(tmp_path / "moved"), model_of(tmp_path / "whole")  # the average
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+    ours, expected = (losses_of(tmp_path / name) for name in ("moved", "whole"))
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: Path) -> Path:
     """The folder of a fine-tuning that streams its train images, never interrupted."""
