@@ -1,21 +1,25 @@
 """Log metrics as JSON lines, for plots and scripts."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from composer.core import State
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger, LoggerDestination, RemoteUploaderDownloader
 from composer.utils import dist, parse_uri
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints
 from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download_existing
+from d2v_composer.system.multi_node import rank_zero_first
 from d2v_composer.system.retry import reason
 
 __all__ = ["JSONLLogger"]
+
+POLL_SECONDS = 0.2
 
 
 class JSONLLogger(LoggerDestination):
@@ -66,6 +70,9 @@ class JSONLLogger(LoggerDestination):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._upload(logger)
+        if self.remote is not None:
+            with rank_zero_first("the upload of the log"):
+                wait_for_uploads(logger)
 
     def close(self, state: State, logger: Logger) -> None:
         self._upload(logger)
@@ -80,6 +87,14 @@ class JSONLLogger(LoggerDestination):
         if self.remote is not None and self.has_news and self.path.exists():
             self.has_news = False
             logger.upload_file(parse_uri(self.remote)[2], self.path, overwrite=True)
+
+
+def wait_for_uploads(logger: Logger) -> None:
+    """Wait until Composer has begun all uploads, or failed; it waits too, but while other ranks are in a collective."""
+    for uploader in logger.destinations:
+        if isinstance(uploader, RemoteUploaderDownloader):
+            while uploader._logged_objects and uploader._exception_queue.empty():
+                time.sleep(POLL_SECONDS)
 
 
 def take_over(remote: str, path: Path) -> None:

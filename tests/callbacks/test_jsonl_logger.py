@@ -1,13 +1,15 @@
 """The log: its uploads, its address, and corrupt lines."""
 
 import json
+import queue
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from composer.callbacks import CheckpointSaver
-from composer.loggers import Logger
+from composer.loggers import Logger, RemoteUploaderDownloader
 
 from d2v_composer.builders.loggers import build_loggers
 from d2v_composer.callbacks import JSONLLogger, jsonl_logger
@@ -26,6 +28,7 @@ class Uploads(Logger):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.destinations: tuple[Any, ...] = ()
         self.uploaded: list[tuple[str, int]] = []
 
     def upload_file(self, remote_file_name: str, file_path: Path | str, **_: Any) -> None:
@@ -54,6 +57,24 @@ def test_the_log_is_uploaded_with_each_checkpoint_and_after_a_crash(tmp_path: Pa
     assert logger.uploaded[2:] == [("run/log.jsonl", 6)]
     jsonl.close(state, logger)
     assert len(logger.uploaded) == 3
+
+
+@pytest.mark.parametrize("end", ["uploaded", "failed"])
+def test_the_end_of_a_run_waits_for_uploads_outside_of_collectives(end: str, tmp_path: Path) -> None:
+    uploader = RemoteUploaderDownloader.__new__(RemoteUploaderDownloader)
+    uploader._logged_objects, uploader._exception_queue = {"run/log.jsonl": ("file", True)}, queue.Queue()
+    jsonl, logger = JSONLLogger(str(tmp_path / "log.jsonl"), "s3://bucket/run/log.jsonl"), Uploads(tmp_path)
+    logger.destinations = (uploader,)
+    ended = threading.Thread(target=jsonl.fit_end, args=(None, logger))
+    ended.start()
+    ended.join(0.5)
+    assert ended.is_alive()
+    if end == "uploaded":
+        uploader._logged_objects.clear()
+    else:
+        uploader._exception_queue.put(OSError())
+    ended.join(30)
+    assert not ended.is_alive()
 
 
 def lines(*steps: int, loss: float = 1.0) -> bytes:
