@@ -54,8 +54,9 @@ def test_other_teachers_have_the_papers_budget(name: str) -> None:
     )
     assert other.teacher.model.startswith("timm/vit_base_patch1")
     assert (other.teacher.checkpoint, other.teacher.first_blocks, other.teacher.image_size) == (None, 2, 224)
-    assert other.retrieval.representation == "layer_mean"
+    assert (other.retrieval.representation, other.train_loader.crop_scale) == ("layer_mean", [0.7, 1.0])
     other.teacher, other.retrieval.representation = paper.teacher, paper.retrieval.representation
+    other.train_loader.crop_scale = paper.train_loader.crop_scale
     assert other == paper
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from d2v_composer.system.temporary_folder import PREFIX
 from helpers import inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
 from programs.preloaded import Program
 
@@ -140,4 +141,4 @@ def test_a_long_run_does_not_leak(
     assert [path for path, inode in shared_memory if inode_of(path) == inode] == []
     # A lock cannot be removed while others may wait for it; torch keeps its cache.
     left = {str(path.relative_to(temporary)) for path in temporary.rglob("*")} - {f"torchinductor_{getpass.getuser()}"}
-    assert left == {f"d2v-{os.getuid()}-scratch.lock"}
+    assert left == {f"{PREFIX}scratch.lock"}
