@@ -109,7 +109,9 @@ def test_public_names_can_be_imported_all_at_once() -> None:
         _ = d2v_composer.load_studnet
 
 
-@pytest.mark.parametrize("imports", ["import timm, d2v_composer", "import d2v_composer, timm"])
+@pytest.mark.parametrize(
+    "imports", ["import timm, d2v_composer", pytest.param("import d2v_composer, timm", marks=pytest.mark.slow)]
+)
 def test_timm_knows_the_student(imports: str) -> None:
     """Without a name of ours, as a user of timm imports both."""
     code = f"{imports}; assert timm.is_model('d2v2_student')"

@@ -563,6 +563,7 @@ def test_old_shards_in_an_object_store_are_listed(
     assert result.leftover[0] in object_store.objects(bucket, "deep/train/")  # named, not removed
 
 
+@pytest.mark.slow
 def test_an_object_store_that_cannot_be_listed_is_written(source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch):
     def denied(*_: object) -> None:
         raise PermissionError("AccessDenied")

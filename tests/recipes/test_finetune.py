@@ -133,6 +133,7 @@ finetune.main(sys.argv[1:], [Kill()])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
     student: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_streamed_run_that_is_killed_resumes_bit_for_bit(
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_ranks_stream_from_a_remote_set_as_one_from_a_local(student: Path, labelled: Path, tmp_path: Path) -> None:
     cache = tmp_path / "images"
     shutil.copytree(labelled / "test", cache / "test")
@@ -280,6 +282,7 @@ def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_pat
     assert np.isfinite(list(losses_of(tmp_path).values())).all()
 
 
+@pytest.mark.slow
 def test_a_vit_of_timms_from_a_file(labelled: Path, tmp_path: Path) -> None:
     before, weights = random_vit("test_vit").state_dict(), tmp_path / "weights.safetensors"
     save_file(before, weights)

@@ -181,6 +181,7 @@ def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
     assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_data: Path, tmp_path: Path) -> None:
     options = ["parallelism_config.fsdp={}", "activation_checkpointing=true"]
     arguments = timm_run(tmp_path, small_data, teacher, *options)
