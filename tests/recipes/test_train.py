@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -109,13 +110,18 @@ def test_ranks_save_and_exit_at_one_batch_when_their_launcher_ends(
     # Not start_python: the ranks know the launcher by its command line, which a fork has not.
     command = train_command(arguments, ranks=2)
     launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
-    wait_until(lambda: has_trained(tmp_path), seconds=60)
-    ranks = psutil.Process(launcher.pid).children()
-    assert len(ranks) == 2
-    to_all = sent in (signal.SIGTERM, signal.SIGINT)
-    (os.killpg if to_all else os.kill)(launcher.pid, sent)
-    assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
-    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    try:
+        wait_until(lambda: has_trained(tmp_path), seconds=120)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        to_all = sent in (signal.SIGTERM, signal.SIGINT)
+        (os.killpg if to_all else os.kill)(launcher.pid, sent)
+        assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    finally:  # a failure must not leave them running beside the other tests
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
     assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
 
 
