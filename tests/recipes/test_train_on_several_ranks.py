@@ -161,8 +161,9 @@ def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
     object_store: GatedStore, evaluated: Path, small_data: Path, tmp_path: Path, stored: bytes | None
 ) -> None:
     """Node 0 saved it and was killed; each node has a disk of its own."""
-    object_store.create_bucket_of_images("two-nodes", small_data)
-    put = partial(object_store.client().put_object, Bucket="two-nodes")
+    bucket = f"two-nodes-{'none' if stored is None else 'another'}"
+    object_store.create_bucket_of_images(bucket, small_data)
+    put = partial(object_store.client().put_object, Bucket=bucket)
     if stored is not None:
         put(Key="runs/killed/ep1-ba12-rank0.pt", Body=stored)
         put(Key="runs/killed/latest-rank0.pt.symlink", Body=b"runs/killed/ep1-ba12-rank0.pt")
@@ -172,7 +173,7 @@ def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
     (run / "latest-rank0.pt").unlink()
     (run / "latest-rank0.pt").symlink_to("ep1-ba12-rank0.pt")
     folders[1].mkdir()
-    save = "save_folder=s3://two-nodes/runs/killed"
+    save = f"save_folder=s3://{bucket}/runs/killed"
     run_on_two_nodes(small_run(run, small_data, save, *WITH_RETRIEVAL), folders, object_store.environment)
     assert_same_run(run, evaluated)
     assert (folders[1] / "runs" / "killed" / "ep1-ba12-rank0.pt").is_file()
