@@ -19,7 +19,7 @@ from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, start_python
 
 # distill.yaml has all keys; the others are read alike.
-NUM = {"quickstart": 20, "distill": 80, "ablations": 20, "evaluate": 20, "finetune": 20}
+NUM = {"quickstart": 30, "distill": 120, "ablations": 30, "evaluate": 30, "finetune": 30}
 NUM_RUNS = {"quickstart": 2, "distill": 4, "evaluate": 2, "finetune": 1}
 
 
