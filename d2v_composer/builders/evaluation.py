@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -45,12 +46,9 @@ def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolati
     Raises:
         InputError: A data set cannot be used.
     """
-    options: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
-    options["max_images"] = lookup.max_images
+    load = partial(load_labelled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
     return {
-        name: load_labelled_set(**asdict(labelled), **options).numbered()
-        for name, labelled in lookup.datasets.items()
-        if labelled is not None
+        name: load(**asdict(labelled)).numbered() for name, labelled in lookup.datasets.items() if labelled is not None
     }
 
 

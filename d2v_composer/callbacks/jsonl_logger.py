@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,8 +110,8 @@ def take_over(remote: str, path: Path) -> None:
             return
     except Exception as error:
         raise InputError(f"{remote}: the run's log cannot be read ({reason(error)})") from error
-    ours, theirs = (file.read_bytes().splitlines(True) if file.exists() else [] for file in (path, stored))
-    common = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))  # noqa: B905
-    with partial_file(path) as merged:
-        merged.write_bytes(b"".join([*ours, *theirs[common:]]))  # of a step logged twice, the later line counts
+    ours, theirs = (file.read_bytes().splitlines() if file.exists() else [] for file in (path, stored))
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+    with partial_file(path) as merged:  # of a step logged twice, the later line counts
+        merged.write_bytes(b"".join(line + b"\n" for line in [*ours, *theirs[common:]]))
     stored.unlink()

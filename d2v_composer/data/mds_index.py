@@ -19,7 +19,7 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.atomic_files import existing_folder, partial_file
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import transfer
-from d2v_composer.system.retry import is_lasting, reason, retry
+from d2v_composer.system.retry import is_lasting, is_local, reason, retry
 
 __all__ = [
     "INDEX",
@@ -60,36 +60,20 @@ def fetch_index(remote: str, local: Path, patience: float = 0.0) -> None:
     """
     index, address = local / INDEX, f"{remote.rstrip('/')}/{INDEX}"
     is_here = index.exists() and _is_json(index)
-    try:
-        with partial_file(index) as fetched:
-            _download_index(address, fetched, 0.0 if is_here else patience)
-            if not _is_json(fetched):
-                raise InputError(f"{address}: corrupt, or not an MDS index")
-            if is_here and index.read_bytes() != fetched.read_bytes():
-                raise InputError(
-                    f"{local}: holds shards of another data set than {remote}: give another folder for these"
-                )
-    except _UnreachableError as error:
-        if not is_here:
-            raise InputError(str(error)) from error
-        log.warning("%s; the index in %s is used", error, local)
-
-
-class _UnreachableError(Exception):
-    """The store did not answer; it may later."""
-
-
-def _download_index(address: str, path: Path, patience: float) -> None:
-    try:
+    with partial_file(index) as fetched:
         try:
-            transfer(address, path, INDEX_SECONDS)
+            wait = 0.0 if is_here else patience
+            retry(partial(transfer, address, fetched, INDEX_SECONDS), address, wait, lasting_attempts=1)
         except Exception as error:
-            if is_lasting(error):  # a wrong address or key is told at once
-                raise
-            retry(partial(transfer, address, path, INDEX_SECONDS), address, patience)
-    except Exception as error:
-        message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
-        raise (InputError if is_lasting(error) else _UnreachableError)(message) from error
+            message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+            if not is_here or is_lasting(error) or is_local(error):
+                raise InputError(message) from error
+            log.warning("%s; the index in %s is used", message, local)
+            shutil.copyfile(index, fetched)
+        if not _is_json(fetched):
+            raise InputError(f"{address}: corrupt, or not an MDS index")
+        if is_here and index.read_bytes() != fetched.read_bytes():
+            raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
 
 
 def _is_json(path: Path) -> bool:

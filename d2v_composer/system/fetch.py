@@ -128,8 +128,6 @@ def download_existing(address: str, path: Path, patience: float = PATIENCE_SECON
         with partial_file(path) as partial:
             transfer(address, partial, ATTEMPT_SECONDS)
 
-    for left in find_partials([path]):
-        left.unlink(missing_ok=True)
     try:
         retry.retry(download_once, address, patience)
     except Exception as error:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2v_composer.system.addresses import hide_secrets
 
-__all__ = ["CONNECT_SECONDS", "is_lasting", "is_missing", "reason", "retry"]
+__all__ = ["CONNECT_SECONDS", "is_lasting", "is_local", "is_missing", "reason", "retry"]
 
 # Timeout of a connection. A reachable host answers at once; clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
@@ -29,28 +29,35 @@ LOCAL_FAULTS = (*FULL, *FORBIDDEN, *IN_THE_WAY)
 log = logging.getLogger(__name__)
 
 
-def retry(attempt: Callable[[], None], what: str, timeout: float, stop: threading.Event | None = None) -> None:
+def retry(
+    attempt: Callable[[], None],
+    what: str,
+    timeout: float,
+    stop: threading.Event | None = None,
+    lasting_attempts: int = LASTING_ATTEMPTS,
+) -> None:
     """Call ``attempt`` until it succeeds.
 
-    Faults of the local disk are raised at once, lasting ones (missing, denied, corrupt) after four attempts, others
-    after ``timeout``. Each failure is logged.
+    Faults of the local disk are raised at once, lasting ones (missing, denied, corrupt) after ``lasting_attempts``,
+    others after ``timeout``. Each failure is logged.
 
     Args:
         attempt: Called at least once.
         what: Named in the log.
         timeout: In seconds; a running attempt is not interrupted.
         stop: If set, raise the next failure without another attempt.
+        lasting_attempts: 1: a wrong address or key is told at once.
     """
     start, stop = time.monotonic(), stop or threading.Event()
-    pause, lasting_attempts = FIRST_PAUSE, 0
+    pause, num_lasting = FIRST_PAUSE, 0
     dice = random.Random()  # not the global generator, which training uses
     while True:
         try:
             return attempt()
         except Exception as error:
-            lasting_attempts += is_lasting(error)
+            num_lasting += is_lasting(error)
             left = timeout - (time.monotonic() - start)
-            if is_local(error) or lasting_attempts >= LASTING_ATTEMPTS or left <= 0:
+            if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
             log.warning("%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
             if stop.wait(min(pause * dice.uniform(0.5, 1), left)):

@@ -90,6 +90,9 @@ def lines(*steps: int, loss: float = 1.0) -> bytes:
             lines(0, 1, 2), lines(0, 1) + lines(2, 3, loss=2), lines(0, 1, 2) + lines(2, 3, loss=2), id="both"
         ),
         pytest.param(None, lines(0, 1), lines(0, 1), id="another machine"),
+        pytest.param(
+            lines(0) + b'{"st', lines(0, 1), lines(0) + b'{"st\n' + lines(1), id="a line that a failure cut off"
+        ),
         pytest.param(lines(0), None, lines(0), id="never uploaded"),
     ],
 )
