@@ -381,7 +381,7 @@ def measure_odd_set(out: str) -> None:
     train(Classifier(), callback, "1ba")
     if dist.get_global_rank() == 0:
         torch.save(callback.history[-1]["metrics"], out)
-    # A thread of gloo's that still holds a tensor while the interpreter ends aborts the process: pytorch/pytorch#190489.
+    # If a thread of gloo still holds a tensor when the interpreter ends, the process aborts: pytorch/pytorch#190489.
     time.sleep(0.1)
 
 
