@@ -10,6 +10,7 @@ from timm.models import Beit, Eva, VisionTransformer, register_model
 from timm.models.beit import _create_beit
 from timm.models.eva import _create_eva
 from timm.models.vision_transformer import _create_vision_transformer
+from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 
 __all__ = ["RESAMPLED_BILINEARLY", "random_vit"]
 
@@ -61,6 +62,14 @@ def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
     return _create_vision_transformer(
         "small_hybrid", pretrained, **(SMALL | {"embed_layer": stem, "patch_size": 2} | options)
     )
+
+
+@register_model
+def small_mobileclip(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A stem of convolutions without a projection, as MobileCLIP-B's."""
+    stem = ConvStem(channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU)
+    sizes = SMALL | {"no_embed_class": True, "backbone": stem, "embed_args": {"proj": False}}
+    return _create_vision_transformer_hybrid("small_mobileclip", pretrained=pretrained, **(sizes | options))
 
 
 def register_small_vit(name: str) -> None:

@@ -54,6 +54,8 @@ FIXED_IN_A_FINETUNING = (
     "config.global_train_batch_size",
     "config.first_blocks",
     "config.image_size",
+    "config.dataset.column",
+    "config.dataset.label_column",
     "config.train_encoder",
     "config.from_scratch",
     "config.algorithms.ema",
@@ -65,6 +67,8 @@ FIXED_IN_A_FINETUNING = (
     "model.representation",
     "model.pooling",
     "model.sha256",
+    "model.num_classes",
+    "model.class_names",
 )
 # What checkpoints from before these keys were trained with.
 BEFORE_THESE_KEYS = {

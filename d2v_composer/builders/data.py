@@ -78,12 +78,12 @@ def count_open_files(loader: LoaderConfig) -> int:
     return OPEN_FILES + OPEN_FILES_PER_WORKER * loader.num_workers
 
 
-def read_train_index(config: StreamedRun, labels: LabelColumn | None = None) -> list[dict[str, Any]]:
+def read_train_index(config: StreamedRun, label_column: str | None = None) -> list[dict[str, Any]]:
     """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
 
     Args:
         config: The run's.
-        labels: A column that a fine-tuning needs, too.
+        label_column: A column that a fine-tuning needs, too.
 
     Raises:
         InputError: The data cannot be used, or is smaller than a batch.
@@ -95,8 +95,8 @@ def read_train_index(config: StreamedRun, labels: LabelColumn | None = None) -> 
     shards = read_image_index(
         local,
         loader.column,
-        option="train_loader.column" if labels is None else "dataset.column and dataset.label_column",
-        other_columns=() if labels is None else (labels.name,),
+        option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
+        other_columns=() if label_column is None else (label_column,),
         shards_may_be_missing=loader.remote is not None,
     )
     check_same_data(local, shards)

@@ -57,7 +57,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     backbone = load_backbone(config)
     embedding = choose_embedding(backbone, backbone.provenance, config.pooling, config.representation)
     images = build_images(config, backbone.encoder.config)
-    about = describe_model(config, backbone, embedding, images.class_names)
+    about = describe_model(config, backbone, embedding, images)
     if config.from_scratch:
         randomize(backbone)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
@@ -93,7 +93,7 @@ def load_backbone(config: FinetuneConfig) -> Student | Teacher:
 
 
 def describe_model(
-    config: FinetuneConfig, backbone: Student | Teacher, embedding: ChosenEmbedding, class_names: tuple[str, ...]
+    config: FinetuneConfig, backbone: Student | Teacher, embedding: ChosenEmbedding, images: FinetuneImages
 ) -> dict[str, Any]:
     """Describe what is fine-tuned, for the run's record; a student so that its export needs no other file."""
     about = {
@@ -101,7 +101,8 @@ def describe_model(
         "path": hide_secrets(config.model),
         "sha256": hash_weights(backbone),
         **embedding.headline._asdict(),
-        "class_names": list(class_names),
+        "num_classes": images.num_classes,
+        "class_names": list(images.class_names),
         "provenance": backbone.provenance,
     }
     if not isinstance(backbone, Student):

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
@@ -13,7 +14,14 @@ from d2v_composer.builders.data import build_train_loader, build_transform, read
 from d2v_composer.config.finetune import FinetuneConfig
 from d2v_composer.config.schema import LabelledSetConfig, ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.labelled_batches import AugmentedImages, train_batches
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set, load_mds, mds_class_names
+from d2v_composer.data.labelled_mds import fetch_class_names, mds_class_names
+from d2v_composer.data.labelled_sets import (
+    LabelledImages,
+    LabelledSet,
+    load_labelled_set,
+    load_mds,
+    with_labels_of_train,
+)
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
 from d2v_composer.data.streaming_images import LabelColumn
@@ -24,6 +32,9 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.multi_node import node_leaders_first, raise_on_all_ranks
 
 __all__ = ["FinetuneImages", "build_images"]
+
+# So many numbers may there be for each class; a split may lack some classes.
+LARGEST_GAPS = 100
 
 
 class FinetuneImages(NamedTuple):
@@ -63,15 +74,19 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
 
 def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     root = Path(dataset.root)
-    with node_leaders_first("the test images"):
-        test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
-        class_names = mds_class_names(root / "test")
-    num_classes = count_classes(root, class_names, test)
     options = {each.name: getattr(config.train_loader, each.name) for each in fields(ShardLoaderConfig)}
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
+    shards = read_train_index(streamed, dataset.label_column)
+    with node_leaders_first("the test images and the classes"):
+        if loader.remote is not None and dist.get_local_rank() == 0:
+            fetch_class_names(loader.remote, root / "train", loader.timeout)
+        names, own = (mds_class_names(root / split) for split in ("train", "test"))
+        test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
+        test = with_labels_of_train(test, root, names, own)
+    class_names = names or own
+    num_classes = count_classes(root, class_names, test)
     labels = LabelColumn(dataset.label_column, num_classes)
-    shards = read_train_index(streamed, labels)
     train_loader = build_train_loader(streamed, shards, sizes.image_size, sizes.interpolation, labels)
     data = describe_data(shards)
     about = {"location": hide_secrets(loader.remote or loader.local), **data}
@@ -109,14 +124,17 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabelledIma
     """Return the number of classes, by their names and the largest label.
 
     Raises:
-        InputError: There are less than two, or a label is negative.
+        InputError: There are less than two, or a label is negative or far beyond the others.
     """
-    if min(int(split.labels.min()) for split in splits) < 0:
+    labels = torch.cat([split.labels for split in splits]).unique()
+    largest, num_known = int(labels.max()), max(len(class_names), len(labels))
+    if int(labels.min()) < 0:
         raise InputError(f"dataset.root: {root}: its labels must be numbers from 0")
-    num_classes = max(len(class_names), *(int(split.labels.max()) + 1 for split in splits))
-    if num_classes < 2:
+    if num_known < 2:
         raise InputError(f"dataset.root: {root}: has one class, expected at least two")
-    return num_classes
+    if largest >= LARGEST_GAPS * num_known:  # the classifier has an output for each number
+        raise InputError(f"dataset.root: {root}: {num_known} classes, but label {largest}: number them from 0")
+    return max(len(class_names), largest + 1)
 
 
 def _batches(config: FinetuneConfig, train: LabelledImages, sizes: EncoderConfig) -> DataLoader:

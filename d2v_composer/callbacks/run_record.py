@@ -1,6 +1,7 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ WORDS = {
     "model.sha256": "model (its sha256)",
     "model.representation": "representation",
     "model.pooling": "pooling",
+    "model.num_classes": "number of classes",
+    "model.class_names": "class_names",
 }
 
 
@@ -91,6 +94,11 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
+    elif isinstance(before, list) and isinstance(now, list):
+        pairs = enumerate(zip_longest(before, now))
+        for number, change in ((number, pair) for number, pair in pairs if pair[0] != pair[1]):
+            yield from find_changes(f"{WORDS.get(key, key)}[{number}]", *change)
+            return  # the first one: there may be a thousand
     elif before != now:
         yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
 

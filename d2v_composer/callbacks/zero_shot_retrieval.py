@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.evaluation.labelled_retrieval import Found, embed_set, look_up
 from d2v_composer.evaluation.metric_names import BANKS, PROBES, Measure, find_headline, headline_fallbacks, metric_key
 from d2v_composer.evaluation.ranks import Ranks
+from d2v_composer.system.errors import InputError
 
 __all__ = ["ZeroShotRetrieval"]
 
@@ -133,14 +135,30 @@ class ZeroShotRetrieval(Callback):
             "reference_metrics": self.reference_metrics,
             "headline": self.headline,
             "neighbours": self.neighbours,
+            "images": self.fingerprints,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the measurements, with the short keys and the neighbours of the present headline."""
+        """Restore the measurements, with the short keys and the neighbours of the present headline.
+
+        Raises:
+            InputError: A set has other images than before, whose accuracies cannot be compared.
+        """
+        before = state.get("images", {})  # checkpoints of version 0.1.0 have neither these nor neighbours
+        changed = [name for name, now in self.fingerprints.items() if before.get(name, now) != now]
+        if changed:
+            raise InputError(
+                f"retrieval.datasets.{changed[0]}: not the checkpoint's images, so that accuracies cannot be compared: "
+                "give the set another name, or set it and max_images back"
+            )
         self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
         self.reference_metrics = self.with_headline(state["reference_metrics"])
-        # Checkpoints of version 0.1.0 have none.
         self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Name → what identifies a set's images and labels."""
+        return {name: labelled.fingerprint() for name, labelled in self.datasets.items()}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
         for name in reversed(headline_fallbacks(self.headline)):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -117,6 +118,8 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file ({reason(error)})") from error
+    except AttributeError as error:  # a number format of a newer torch
+        raise InputError(f"{path}: holds numbers of a kind that torch {torch.__version__} lacks ({error})") from error
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], kind: Kind) -> None:

@@ -4,6 +4,7 @@ Files are those of timm, or of a model's authors if timm converts them. timm's o
 resample positions to another image size.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,8 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import Beit, Eva, beit, eva, vision_transformer
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transformer_hybrid
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.check_tensors import FLOATS, check_tensors
@@ -32,6 +34,8 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import is_lasting, reason
 
 __all__ = ["load_timm_teacher"]
+
+log = logging.getLogger(__name__)
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -93,6 +97,8 @@ def load_timm_teacher(
     biases = [name for name in left if name.endswith(QKV_BIAS) and stored[name].any()]
     if biases:
         raise InputError(f"{file}: not weights of {model}, which has no {biases[0]}; timm has names ending in _qkvb")
+    if any(unwrapped(name).startswith("norm.") for name in left):
+        log.warning("%s: its final norm is not used, since timm's %s has none", file, model)
     materialize(built).load_state_dict(used, strict=False)
     provenance = {
         "model": model,
@@ -124,14 +130,16 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable
     if not repository:
         raise InputError(f"{model}: timm has no pretrained weights on the hub: give {option('checkpoint')}, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
-    problem = "it has none of " + ", ".join(names)
+    problem, is_unreachable = "it has none of " + ", ".join(names), False
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision or None))
+            # An unreachable hub is not asked again, which takes half a minute; the cache may have the next name.
+            options = {"revision": revision or None, "local_files_only": is_unreachable}
+            return Path(hf_hub_download(repository, name, **options))
         except LocalEntryNotFoundError as error:
-            problem = f"not in the cache, and the hub cannot be reached ({reason(error)[:200]})"
-            if not is_lasting(error):  # each attempt takes half a minute; offline, the cache may have the next name
-                break
+            if not is_unreachable:
+                problem = f"not in the cache, and the hub cannot be reached ({reason(error)[:200]})"
+            is_unreachable = is_unreachable or not is_lasting(error)
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -151,6 +159,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     """
     if is_safetensors(file):
         return read_tensors(file)
+    if file.suffix == ".npz":
+        raise InputError(f"{file}: NumPy's files (JAX weights) are not read: use timm's .safetensors of this model")
     contents = load_untrusted(file)
     while isinstance(contents, dict):
         refuse_calls(file, contents)
@@ -175,7 +185,7 @@ def refuse_calls(file: Path, contents: Mapping[Any, Any]) -> None:
     """
     for name, value in contents.items():
         if isinstance(value, Stub) and not (value.args == () and isinstance(value.state, dict) and value.state):
-            raise InputError(f"{file}: {name} would run code when loaded, so the file is refused: use a .safetensors")
+            raise InputError(f"{file}: {name} would run code when loaded, or is no plain tensor: use a .safetensors")
 
 
 def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +194,11 @@ def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor])
     Raises:
         InputError: These are not weights of such a model.
     """
-    named = {unwrapped(name): tensor for name, tensor in stored.items()}
+    named: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if (bare := unwrapped(name)) in named:
+            raise InputError(f"{file}: holds {bare} twice, the second one as {name}: keep one of both models")
+        named[bare] = tensor
     check_patches(file, built, model, named)
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
@@ -217,16 +231,22 @@ def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tenso
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, unless it holds other numbers, such as quantised weights."""
-    return tensor.float() if tensor.dtype in FLOATS else tensor
+    """Return a tensor in float32, unless it holds other numbers, such as quantised weights.
+
+    It shares no memory with others: :func:`unused_names` tells tensors apart by it.
+    """
+    tensor = tensor.float() if tensor.dtype in FLOATS else tensor
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def checkpoint_filter(built: nn.Module, model: str) -> Callable[..., dict[str, Tensor]]:
+def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]]:
     """Return the filter that timm's factory uses for a model."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn
     if isinstance(built, Beit):
         return beit.checkpoint_filter_fn
+    if isinstance(built.patch_embed, HybridEmbed):
+        return vision_transformer_hybrid.checkpoint_filter_fn
     options: dict[str, Any] = {}
     if "flexi" in model or "radio" in model:
         aligned = getattr(vision_transformer, "_RADIO_ALIGN_CORNERS", ())

@@ -1,27 +1,24 @@
 """Load labelled images for retrieval into memory as uint8: CIFAR-10 and CIFAR-100, folders, MDS."""
 
-import json
+import hashlib
 import os
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from d2v_composer.data.image_folder import list_images, list_subfolders, read_image_file, to_pixels
-from d2v_composer.data.mds_index import SUMMARY, find_missing_index, keep_encoded, read_image_index
+from d2v_composer.data.labelled_mds import evenly_spaced, mds_class_names, read_samples, whole_label
+from d2v_composer.data.mds_index import SUMMARY, find_missing_index, read_image_index
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.atomic_files import find_unwritable
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
-
-if TYPE_CHECKING:
-    from streaming.base.format.mds import MDSReader
 
 __all__ = [
     "CIFAR_FOLDERS",
@@ -31,7 +28,7 @@ __all__ = [
     "find_missing_files",
     "load_labelled_set",
     "load_mds",
-    "mds_class_names",
+    "with_labels_of_train",
 ]
 
 # Images that are stacked before the next ones are decoded.
@@ -86,17 +83,18 @@ class LabelledSet(NamedTuple):
             tuple(known.get(label, str(label)) for label in found.tolist()),
         )
 
+    def fingerprint(self) -> str:
+        """Return a hash that identifies labels and images, these by their sums: hashing all pixels takes seconds."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(split.labels.cpu().numpy().tobytes())
+            digest.update(split.images.sum(dim=(1, 2, 3)).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def num_images(self) -> tuple[int, int]:
         """The number of images in train and test."""
         return len(self.train.labels), len(self.test.labels)
-
-
-def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
-    """Return at most ``most`` of the numbers below ``total``, evenly spaced; ``None``: all."""
-    if most is None or most >= total:
-        return range(total)
-    return [number * total // most for number in range(most)]
 
 
 def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
@@ -150,9 +148,27 @@ def load_labelled_set(
             even read.
 
     Raises:
-        InputError: The set is missing or corrupt, or has no images.
+        InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
     """
     root = Path(root)
+    labelled = _load(format, root, image_size, interpolation, download, column, label_column, max_images)
+    for split in (labelled.train, labelled.test):
+        # Labels may recur at the very spacing of the images chosen, and then all are hits.
+        if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
+            raise InputError(f"{root}: the images that max_images={max_images} chooses are of one class: change it")
+    return labelled
+
+
+def _load(
+    format: Format,
+    root: Path,
+    image_size: ImageSize,
+    interpolation: str,
+    download: bool,
+    column: str,
+    label_column: str,
+    max_images: int | None,
+) -> LabelledSet:
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
         return whole if max_images is None else whole.at_most(max_images)
@@ -168,7 +184,8 @@ def load_labelled_set(
     if format == "mds":
         options = image_size, interpolation, column, label_column, max_images
         train, test = (load_mds(root / split, *options) for split in ("train", "test"))
-        return LabelledSet(train, test, mds_class_names(root / "train"))
+        names, own = (mds_class_names(root / split) for split in ("train", "test"))
+        return LabelledSet(train, with_labels_of_train(test, root, names, own), names or own)
     raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
 
@@ -224,17 +241,41 @@ def load_mds(
 ) -> LabelledImages:
     """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
+    chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
-        for number, sample in _read_samples(folder, shards, column, max_images):
+        for number, sample in read_samples(folder, shards, column, chosen):
             try:
-                labels.append(int(sample[label_column]))
+                labels.append(whole_label(sample[label_column]))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
             yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
 
     return LabelledImages(_stacked(images()), torch.tensor(labels))
+
+
+def with_labels_of_train(test: LabelledImages, root: Path, names: Sequence[str], own: Sequence[str]) -> LabelledImages:
+    """Return the test images of MDS with the numbers that their classes have in train.
+
+    The splits may have been converted by themselves, each with numbers for its own classes.
+
+    Args:
+        test: With its own numbers.
+        root: The folder of both splits, for the error.
+        names: Of the classes of train; of either split, empty if they are not known.
+        own: Of the classes of test.
+
+    Raises:
+        InputError: Train lacks a class.
+    """
+    if not names or not own or tuple(names) == tuple(own):
+        return test
+    if unknown := [name for name in own if name not in names]:
+        raise InputError(f"{root / 'test'}: has a class that train lacks, by its {SUMMARY}: {unknown[0]}")
+    if nameless := [label for label in test.labels.unique().tolist() if not 0 <= label < len(own)]:
+        raise InputError(f"{root / 'test'}: label {nameless[0]} has no name in its {SUMMARY}")
+    return test._replace(labels=torch.tensor([names.index(name) for name in own])[test.labels])
 
 
 def _stacked(images: Iterator[Tensor]) -> Tensor:
@@ -249,46 +290,3 @@ def _stacked(images: Iterator[Tensor]) -> Tensor:
         rest[: len(part)] = part
         rest = rest[len(part) :]
     return stacked
-
-
-def _read_samples(
-    folder: Path, shards: Sequence[dict[str, Any]], column: str, max_images: int | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield samples of a split with their numbers, in order; shards of which none is wanted are not read."""
-    chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
-    first = 0
-    for shard in shards:
-        end = first + shard["samples"]
-        inside = range(bisect_left(chosen, first), bisect_left(chosen, end))
-        if inside:
-            reader = _open_shard(folder, shard, column)
-            for number in map(chosen.__getitem__, inside):
-                yield number, _read_sample(reader, number - first, folder / shard["raw_data"]["basename"])
-        first = end
-
-
-def _open_shard(folder: Path, shard: dict[str, Any], column: str) -> "MDSReader":
-    from streaming.base.format.mds import MDSReader  # takes seconds
-
-    reader = MDSReader.from_json(str(folder), None, shard)
-    keep_encoded([reader], column)
-    return reader
-
-
-def _read_sample(reader: "MDSReader", place: int, path: Path) -> dict[str, Any]:
-    try:
-        return reader[place]
-    except OSError as error:
-        raise InputError(f"{path}: the shard cannot be read ({reason(error)})") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the shard is corrupt ({reason(error)})") from error
-
-
-def mds_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names that recipes/convert_imagenet.py wrote next to the index, if it did."""
-    try:
-        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
-    except FileNotFoundError:
-        return ()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / SUMMARY}: corrupt ({type(error).__name__})") from error

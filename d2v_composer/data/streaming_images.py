@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from typing_extensions import override
 
 from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
+from d2v_composer.data.labelled_mds import whole_label
 from d2v_composer.data.mds_index import keep_encoded
 from d2v_composer.data.verified_dataset import READ_ATTEMPTS, VerifiedDataset
 from d2v_composer.system.errors import InputError
@@ -78,6 +79,6 @@ def label_of(stored: dict[str, Any], labels: LabelColumn, source: str) -> int:
     """
     value = stored[labels.name]
     with suppress(TypeError, ValueError):
-        if 0 <= int(value) < labels.num_classes:
-            return int(value)
+        if 0 <= (label := whole_label(value)) < labels.num_classes:
+            return label
     raise InputError(f"{source}: its label must be a number from 0 to {labels.num_classes - 1}, got {value!r:.40}")

@@ -48,7 +48,7 @@ class LinearProbe(NamedTuple):
     def predict(self, embeddings: Tensor) -> Tensor:
         """Return the labels of embeddings, (Q, D) → (Q,)."""
         with full_float32(embeddings.device.type):
-            parts = embeddings.split(max(1, LOGITS_AT_ONCE // len(self.classes)))
+            parts = embeddings.split(max(1, LOGITS_AT_ONCE // max(self.weight.shape)))
             logits = (torch.addmm(self.bias, (part - self.mean) * self.scale, self.weight.T) for part in parts)
             return torch.cat([self.classes[each.argmax(dim=1)] for each in logits])
 

@@ -75,14 +75,14 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
 def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbours`; of equal ones the first.
 
+    Of more than k + ``SPARE`` equal ones, those that float32's search finds.
+
     Where all images have much in common, cosines are close to 1 and differ less than float32 can tell. So more than k
     are found in float32, and put in order in float64.
     """
     check_arguments(bank, queries, k)
     found = nearest_neighbours(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
-    lengths_N, lengths_Q = (
-        vector_norm(each, dim=1, dtype=torch.float64).clamp_(min=SHORTEST) for each in (bank, queries)
-    )
+    lengths_N, lengths_Q = (float64_lengths(each) for each in (bank, queries))
     budget = CPU_CACHE if bank.device.type == "cpu" else MEMORY_BUDGET
     at_once = max(1, budget // (12 * max(1, found.shape[1] * bank.shape[1])))
     nearest = []
@@ -92,6 +92,12 @@ def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
         nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
     return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
+
+
+def float64_lengths(vectors_ND: Tensor) -> Tensor:
+    """Return the lengths, (N,), at least ``SHORTEST``; in parts, since a float64 copy of a bank takes gigabytes."""
+    parts = vectors_ND.split(BANK_PART)
+    return torch.cat([vector_norm(part, dim=1, dtype=torch.float64) for part in parts]).clamp_(min=SHORTEST)
 
 
 def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:

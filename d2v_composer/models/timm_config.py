@@ -123,6 +123,8 @@ def parse_image_size(image_size: Any) -> ImageSize:
     """
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
         image_size = tuple(map(int, image_size.split("x")))
+    elif isinstance(image_size, str):
+        raise ValueError(f"image_size must be a number of pixels or HEIGHTxWIDTH, got {image_size!r}")
     shape: Any = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     if len(shape) not in (1, 2):
         raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")

@@ -12,10 +12,10 @@ import yaml
 from matplotlib.figure import Figure
 
 from d2v_composer.evaluation.bootstrap import share_recovered
-from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES, metric_key
+from d2v_composer.evaluation.metric_names import BANKS, HEALTH_STATES
 from d2v_composer.report.gallery import galleries
 from d2v_composer.report.plots import confusion_plot, curves, probe_plot, retrieval_plot, share_plot
-from d2v_composer.report.run import Run, weights_section
+from d2v_composer.report.run import Run, latest, weights_section
 from d2v_composer.system.atomic_files import write_atomically
 
 __all__ = ["write_report"]
@@ -131,16 +131,16 @@ def _tiles(run: Run) -> Iterator[Tile]:
             yield Tile(f"top-{k} of the test images", f"{100 * accuracy:.1f} %")
     for name in run.dataset_names:
         k = run.smallest_k
-        key = metric_key(name, "train", k)
-        before, after = run.log[key].get(0), run.last(key)
-        teacher = run.last(metric_key(name, "train", k, reference="teacher"))
+        student = run.accuracies(name, "train", k)
+        before, after = student.get(0), latest(student)
+        teacher = latest(run.accuracies(name, "train", k, reference="teacher"))
         assert after is not None  # dataset_names are those with one
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
         yield Tile(f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes))
         share = None if before is None or teacher is None else share_recovered(before, after, teacher)
         if share is not None:
-            yield Tile("of the teacher's advantage", f"{100 * share:.0f} %", f"recovered on {name}")
+            yield Tile("of the teacher's advantage", f"{100 * share:.0f} %", f"recovered on {name}, bank train")
     if (loss := run.last("loss/train/total")) is not None:
         yield Tile("training loss", f"{loss:.4f}", "of the last batch")
     if speeds := run.log.get("throughput/images_per_sec"):

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import confusion_matrix
-from d2v_composer.evaluation.metric_names import EMBEDDINGS, metric_key
+from d2v_composer.evaluation.metric_names import EMBEDDINGS
 from d2v_composer.evaluation.recovered import recovered_shares
-from d2v_composer.report.run import Run
+from d2v_composer.report.run import Run, latest
 from d2v_composer.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, STYLE, VERMILION, WIDTH, name_of
 from d2v_composer.report.tables import PROBE_HEADS
 
@@ -159,16 +159,16 @@ def probe_plot(run: Run, dataset: str) -> Figure:
 
 
 def _accuracy_plot(run: Run, dataset: str, bank: str, measures: Mapping[Any, str], title: str) -> Figure:
-    keys = {label: partial(metric_key, dataset, bank, measure) for measure, label in measures.items()}
+    found = {label: partial(run.accuracies, dataset, bank, measure) for measure, label in measures.items()}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
         axes = figure.subplots()
-        logged = {label: key for label, key in keys.items() if key() in run.log}
-        for (label, key), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
-            steps, numbers = _arrays(run.log[key()])
+        logged = {label: accuracies for label, accuracies in found.items() if accuracies()}
+        for (label, accuracies), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
+            steps, numbers = _arrays(accuracies())
             axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, {label}")
             for reference, colour in REFERENCE_COLOURS.items():
-                value = run.last(key(reference=reference))
+                value = latest(accuracies(reference=reference))
                 if value is not None:
                     axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{reference}, {label}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -10,11 +10,11 @@ from torch import Tensor
 from d2v_composer.checkpoints.pointer import LATEST, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.metric_names import PROBES, metric_key
+from d2v_composer.evaluation.metric_names import PROBES, Measure, headline_fallbacks, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.system.errors import InputError
 
-__all__ = ["Run", "read_run", "weights_section"]
+__all__ = ["Run", "latest", "read_run", "weights_section"]
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
@@ -65,7 +65,25 @@ class Run(NamedTuple):
 
     def last(self, key: str) -> float | None:
         """Return the latest value of a key; ``None`` if it was never logged."""
-        return self.log[key][max(self.log[key])] if self.log.get(key) else None
+        return latest(self.log.get(key, {}))
+
+    def accuracies(
+        self, dataset: str, bank: str, measure: Measure, reference: str | None = None
+    ) -> Mapping[int, float]:
+        """Return step → accuracy in the present headline, of the student or a reference.
+
+        The log's short keys are those of the headline at that step, and a resume may have chosen another.
+        """
+        retrieval = self.record["config"]["retrieval"]
+        headline = f"{retrieval['representation']}_{retrieval['pooling']}"
+        names = [headline] if reference is None else headline_fallbacks(headline)
+        keys = [metric_key(dataset, bank, measure, name, reference) for name in (*names, None)]
+        return next((self.log[key] for key in keys if key in self.log), {})
+
+
+def latest(values: Mapping[int, float]) -> float | None:
+    """Return the value of the last step; ``None`` without any."""
+    return values[max(values)] if values else None
 
 
 def weights_section(record: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         for line in lines:
             print(line, file=sys.stderr)
     finally:
+        interrupts.keep_status()
         gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
     sys.exit(status)
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from d2v_composer.system.when_imported import when_imported
 
-__all__ = ["NAMES", "end_at_interrupt", "handle_interrupts", "is_ignored", "received", "second_ends_at_once", "status"]
+__all__ = [
+    "NAMES",
+    "end_at_interrupt",
+    "handle_interrupts",
+    "is_ignored",
+    "keep_status",
+    "received",
+    "second_ends_at_once",
+    "status",
+]
 
 NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 
@@ -56,6 +65,14 @@ def status(signum: int) -> int:
 def second_ends_at_once() -> None:
     """End this process and its workers at the next SIGINT, without clean-up."""
     _handle(signal.SIGINT, _end_at_once)
+
+
+def keep_status() -> None:
+    """Let no SIGTERM end this process any more, whose exit status is known.
+
+    If all ranks end by one error, Composer's launcher sends it to those that need a moment longer to exit.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _handle(signum: signal.Signals, handler: Handler) -> None:

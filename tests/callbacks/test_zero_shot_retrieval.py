@@ -27,6 +27,7 @@ from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_la
 from d2v_composer.evaluation.ranks import Ranks
 from d2v_composer.evaluation.retrieval import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
 
@@ -165,6 +166,18 @@ def test_a_resume_may_add_probes() -> None:
     assert all(f"{100 * accuracy:.1f}" in row for row in rows)
     with pytest.raises(ValueError, match="probes must be of knn, linear, got knm"):
         ZeroShotRetrieval({"set": labelled}, probes=["knm"])
+
+
+def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -> None:
+    """Else a teacher's accuracy among few images would stand beside a student's among many."""
+    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    state = ZeroShotRetrieval({"set": labelled}).state_dict()
+    fewer = labelled.at_most(40)
+    with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: not the checkpoint's images"):
+        ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
+    ZeroShotRetrieval({"set": labelled, "fewer": fewer}).load_state_dict(state)
+    del state["images"]  # as in a checkpoint of version 0.1.0
+    ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
 
 
 def test_a_resume_may_change_headline_and_k() -> None:

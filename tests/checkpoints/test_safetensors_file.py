@@ -521,3 +521,11 @@ def test_a_student_knows_its_teacher(exported: Path) -> None:
 def test_a_student_of_a_converted_teacher_knows_the_first_source(converted: Path, tmp_path: Path) -> None:
     save_student(load_teacher(converted).build_student(depth=1), tmp_path / "student.safetensors")
     assert load_student(tmp_path / "student.safetensors").provenance["teacher"]["source"] == "tiny_base.pt"
+
+
+def test_numbers_that_torch_lacks_are_one_line(tmp_path: Path) -> None:
+    header = json.dumps({"weight": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(InputError, match=r"weights\.safetensors: holds numbers of a kind that torch .* lacks"):
+        safetensors_file.read_tensors(path)

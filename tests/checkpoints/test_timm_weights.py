@@ -17,12 +17,14 @@ import pytest
 import timm
 import torch
 from huggingface_hub import configure_http_backend, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints import timm_weights
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.stored_config import add_outputs
 from d2v_composer.checkpoints.timm_student import TimmStudent
@@ -111,6 +113,29 @@ def test_pytorch_files(what: str, tmp_path: Path) -> None:
     tolerance = 0.05 if what == "half" else 1e-5
     expected = model.forward_features(images_of(160, 160))
     assert_close(features(teacher, images_of(160, 160)), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_tensors_may_be_parts_of_one_memory(tmp_path: Path) -> None:
+    """As a program that keeps all weights in one buffer writes them."""
+    model = random_vit(NAME)
+    state = model.state_dict() | {"mask_token": torch.ones(1, 64)}
+    parts = torch.cat([tensor.flatten() for tensor in state.values()]).split([each.numel() for each in state.values()])
+    views = {name: part.view(tensor.shape) for (name, tensor), part in zip(state.items(), parts, strict=True)}
+    torch.save(views, tmp_path / "flat.pth")
+    teacher = load_teacher(tmp_path / "flat.pth", model=MODEL)
+    assert teacher.provenance["left"] == ["mask_token"]
+    with torch.no_grad():
+        expected = model.forward_features(images_of(160, 160))
+    assert_close(features(teacher, images_of(160, 160)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_final_norm_that_is_not_used_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = random_vit("small_beit")
+    assert not any(name.startswith("norm.") for name in model.state_dict())
+    path = save(model, tmp_path / "weights.safetensors", **{"norm.weight": torch.ones(32), "norm.bias": torch.ones(32)})
+    teacher = load_teacher(path, model="timm/small_beit")
+    assert {"norm.weight", "norm.bias"} <= set(teacher.provenance["left"])
+    assert f"{path}: its final norm is not used, since timm's timm/small_beit has none" in caplog.text
 
 
 def test_what_is_left_of_a_wrapped_file_has_its_own_name(tmp_path: Path) -> None:
@@ -247,6 +272,20 @@ def dinov3_of_its_authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed(tensors, gamma_1="ls1.gamma", gamma_2="ls2.gamma", reg_token="storage_tokens")
 
 
+def mobileclip_of_its_authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other names, two more dimensions of the positions, and a text tower."""
+    tensors = tensors | {"pos_embed": tensors["pos_embed"][None]}
+    names = {"mlp__fc1": "pre_norm_ffn.1", "mlp__fc2": "pre_norm_ffn.4", "attn__qkv": "attn.qkv_proj"}
+    names |= {"attn__proj": "attn.out_proj", "attn__": "pre_norm_mha.1.", "norm1": "pre_norm_mha.0"}
+    names |= {"norm2": "pre_norm_ffn.0", "blocks__": "transformer.", "pos_embed": "pos_embed.pos_embed.pos_embed"}
+    tensors = {
+        name.replace("norm.", "post_transformer_norm.", name.startswith("norm.")): each
+        for name, each in tensors.items()
+    }
+    stem = {"patch_embed__backbone__": "patch_emb.", "__conv__": ".block.conv.", "__bn__": ".block.norm."}
+    return {f"image_encoder.model.{name}": each for name, each in renamed(tensors, **names, **stem).items()}
+
+
 # A model → the file of its authors, and what it has besides.
 AUTHORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, tuple[int, ...]]]] = {
     "small_clip": (
@@ -257,6 +296,7 @@ AUTHORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[
         beit3_of_its_authors,
         {"beit3.text_embed.weight": (9, 32), "beit3.encoder.layers.0.final_layer_norm.B.weight": (32,)},
     ),
+    "small_mobileclip": (mobileclip_of_its_authors, {"text_encoder.weight": (9, 32)}),
     "small_dinov3": (dinov3_of_its_authors, {"mask_token": (1, 32), "rope_embed.periods": (8,)}),
 }
 
@@ -380,7 +420,15 @@ REFUSED: dict[str, tuple[Write, str]] = {
         lambda path: torch.save({"visual.conv1.weight": torch.ones(64, 3, 8, 8)}, path),
         r"patches have \(8, 8\) pixels, not \(16, 16\)",
     ),
+    "two models": (
+        lambda path: changed(path, **{"backbone.cls_token": torch.zeros(1, 1, 64)}),
+        "holds cls_token twice, the second one as backbone.cls_token: keep one of both models",
+    ),
     "no tensors": (lambda path: torch.save({"model": {"a": 1}}, path), "it has no dict of tensors"),
+    "sparse": (
+        lambda path: changed(path, cls_token=torch.zeros(1, 1, 64).to_sparse()),
+        "cls_token would run code when loaded, or is no plain tensor: use a .safetensors",
+    ),
     "a list": (lambda path: torch.save([torch.zeros(3)], path), "it has no dict of tensors"),
     "text": (lambda path: path.write_text("weights"), "truncated, or not a PyTorch checkpoint"),
     "truncated": (lambda path: path.write_bytes(b"\0" * 100), "truncated, or not a PyTorch checkpoint"),
@@ -456,6 +504,21 @@ def test_an_exported_student_keeps_its_preprocessing(file: Path, tmp_path: Path)
     assert isinstance(found, TimmEncoder)
     assert replace(found.config, outputs=()) == config
     assert found.image_mean.flatten().tolist() == pytest.approx(config.image_mean)
+
+
+def test_an_unreachable_hub_is_asked_once(offline: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache may have the second name."""
+    calls: list[tuple[str, bool]] = []
+
+    def download(repository: str, name: str, revision: str | None, local_files_only: bool) -> str:
+        calls.append((name, local_files_only))
+        if name == "model.safetensors":
+            raise LocalEntryNotFoundError("no connection")
+        return str(file)
+
+    monkeypatch.setattr(timm_weights, "hf_hub_download", download)
+    assert load_teacher(None, model=MODEL).provenance["source"] == "hub:timm/test_vit.r160_in1k"
+    assert calls == [("model.safetensors", False), ("pytorch_model.bin", True)]
 
 
 def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
@@ -600,3 +663,9 @@ def test_an_exported_students_sizes_are_timms(name: str, value: Any, tmp_path: P
     del tensors["config_json"]
     save_file(tensors, path, metadata | {"config": json.dumps(sizes)})
     refused_by(load_student, path)
+
+
+def test_jax_weights_are_not_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", cls=np.zeros(3))
+    with pytest.raises(InputError, match=r"weights\.npz: NumPy's files \(JAX weights\) are not read: use timm's"):
+        load_teacher(tmp_path / "weights.npz", model=MODEL)

@@ -1,10 +1,12 @@
 """A labelled set whose files lie otherwise than its format says."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from streaming import MDSWriter
 
 from d2v_composer.data.labelled_sets import find_missing_files, load_labelled_set
 from d2v_composer.system.errors import InputError
@@ -39,7 +41,7 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
     for split in ("train", "test"):
         if format == "mds":  # one image a shard
             images = [encoded_image(seed, size=480) for seed in range(7)]
-            write_mds(tmp_path / split, images, labels=[0, 1, 0, 1, 0, 1, 2])
+            write_mds(tmp_path / split, images, labels=[0, 0, 1, 1, 2, 0, 1])
         else:
             for number in range(7):
                 write_image(tmp_path / split / ("cat" if number < 4 else "dog") / f"{number}.jpg", seed=number)
@@ -62,3 +64,75 @@ def test_cifar_that_is_here_may_lie_in_a_read_only_folder(tmp_path: Path, monkey
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert find_missing_files("cifar10", tmp_path, download=True) is None
     assert find_missing_files("cifar100", tmp_path, download=True) == f"{tmp_path}: cannot be written"
+
+
+def write_named(folder: Path, labels: list[int], names: list[str] | None) -> None:
+    """A split as recipes/convert_imagenet.py writes it."""
+    write_mds(folder, [encoded_image(seed) for seed in range(len(labels))], labels)
+    if names is not None:
+        (folder / "conversion.json").write_text(json.dumps({"classes": names}))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "labels", "names"),
+    [
+        (["ant", "bee", "cat"], ["bee", "cat"], [1, 2, 1], ["ant", "bee", "cat"]),
+        (["ant", "bee"], ["ant", "bee"], [0, 1, 0], ["ant", "bee"]),
+        (["ant", "bee"], None, [0, 1, 0], ["ant", "bee"]),
+        (None, ["ant", "bee"], [0, 1, 0], ["ant", "bee"]),
+        (None, None, [0, 1, 0], []),
+    ],
+)
+def test_splits_that_were_converted_by_themselves_have_the_numbers_of_train(
+    tmp_path: Path, train: list[str] | None, test: list[str] | None, labels: list[int], names: list[str]
+) -> None:
+    write_named(tmp_path / "train", [0, 1], train)
+    write_named(tmp_path / "test", [0, 1, 0], test)
+    found = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    assert found.train.labels.tolist() == [0, 1]
+    assert found.test.labels.tolist() == labels
+    assert found.class_names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["bee", "dog"], "has a class that train lacks, by its conversion.json: dog"),
+        (["bee"], "label 1 has no name in its conversion.json"),
+    ],
+)
+def test_a_class_that_train_lacks_is_refused(tmp_path: Path, names: list[str], fault: str) -> None:
+    write_named(tmp_path / "train", [0, 1], ["ant", "bee"])
+    write_named(tmp_path / "test", [0, 1], names)
+    with pytest.raises(InputError) as caught:
+        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    assert str(caught.value) == f"{tmp_path / 'test'}: {fault}"
+
+
+def test_images_of_one_class_alone_are_not_chosen(tmp_path: Path) -> None:
+    """Each of six images finds its class, if every third is taken of labels that recur after three."""
+    for split in ("train", "test"):
+        write_mds(tmp_path / split, [encoded_image(seed) for seed in range(18)], [0, 1, 2] * 6)
+    options: Any = {"image_size": 32, "interpolation": "bicubic"}
+    with pytest.raises(InputError, match="the images that max_images=6 chooses are of one class: change it"):
+        load_labelled_set("mds", tmp_path, **options, max_images=6)
+    assert len(load_labelled_set("mds", tmp_path, **options, max_images=7).train.labels.unique()) == 3
+
+
+def test_labels_are_whole_numbers(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        with MDSWriter(out=str(tmp_path / split), columns={"image": "bytes", "label": "float64"}) as writer:
+            for seed, label in enumerate([1.0, 0.5]):
+                writer.write({"image": encoded_image(seed), "label": label})
+    with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*0\.5 is none"):
+        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+
+
+def test_other_images_or_labels_have_another_fingerprint(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_mds(tmp_path / split, [encoded_image(seed) for seed in range(4)], [0, 1, 0, 1])
+    found = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    relabelled = found._replace(test=found.test._replace(labels=1 - found.test.labels))
+    mended = found._replace(test=found.test._replace(images=found.test.images.clamp(max=200)))
+    assert len({each.fingerprint() for each in (found, found.at_most(2), relabelled, mended)}) == 4
+    assert found.fingerprint() == found._replace(class_names=("a", "b")).fingerprint()

@@ -343,6 +343,28 @@ def main():
     assert (ended.returncode, ended.stderr) == (143, "Interrupted again: ended at once\n")
 
 
+@pytest.mark.parametrize(("main", "status"), [("None", 0), ("fail()", 2)])
+def test_sigterm_after_the_end_does_not_change_the_status(main: str, status: int) -> None:
+    """Composer's launcher sends it to the last of the ranks that end by one error, while its interpreter ends."""
+    code = SIGNALLED.format(
+        before="""
+from d2v_composer.system.errors import InputError
+
+def fail():
+    raise InputError("wrong")
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)
+
+signal.late = Late()  # goes with the interpreter's modules
+""",
+        main=main,
+    )
+    ended = run_command(sys.executable, "-c", code)
+    assert (ended.returncode, ended.stderr) == (status, "error: wrong\n" if status else "")
+
+
 def test_lines_arrive_at_once_in_a_pipe() -> None:
     code = SIGNALLED.format(before="import time", main="(print('a line'), time.sleep(600))")
     program = start_python("-c", code)

@@ -23,7 +23,7 @@ from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
 from d2v_composer.evaluation.metrics_log import read_jsonl
 from d2v_composer.report.gallery import gallery
 from d2v_composer.report.page import write_report
-from d2v_composer.report.plots import confusion_plot, running_mean, share_plot
+from d2v_composer.report.plots import confusion_plot, retrieval_plot, running_mean, share_plot
 from d2v_composer.report.run import read_run
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.next_step import d2v
@@ -136,6 +136,30 @@ def test_the_share_recovered_is_plotted_where_it_is_known(run_folder: Path) -> N
     assert drawn.keys() >= set(EMBEDDINGS)
     for name in EMBEDDINGS:
         assert list(drawn[name]) == pytest.approx([0, 0.25, 0.5])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_resume_with_another_headline_shows_one_embedding(run_folder: Path, tmp_path: Path) -> None:
+    """The log's short keys are those of the headline before the resume, up to it."""
+    run = read_run(run_folder)
+    headline = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
+    accuracies = {
+        (None, None): {0: 0.9, 14: 0.4},
+        (headline, None): {0: 0.2, 14: 0.4},
+        (None, "teacher"): {0: 0.95, 7: 0.6},
+        (headline, "teacher"): {0: 0.6, 7: 0.6},
+        (None, "pixels"): {0: 0.1},
+    }
+    ks = run.record["config"]["retrieval"]["ks"]
+    log = {metric_key("squares", bank, k, *of): each for of, each in accuracies.items() for bank in BANKS for k in ks}
+    run = run._replace(log=log)
+    write_report(run, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for shown in ("untrained 20.0 %", "teacher 60.0 %", "40.0 %", "50 %", "recovered on squares, bank train"):
+        assert shown in page, shown
+    (axes,) = retrieval_plot(run, "squares", "train").axes
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
+    expected = {"student": [0.2, 0.4], "pixels": [0.1, 0.1], "teacher": [0.6, 0.6]}
+    assert lines == {f"{name}, top-{k}": values for name, values in expected.items() for k in ks}
 
 
 @pytest.mark.parametrize("width", [1280, 390])
