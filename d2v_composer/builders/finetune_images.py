@@ -79,9 +79,10 @@ def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: Encoder
     streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
     shards = read_train_index(streamed, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        if loader.remote is not None and dist.get_local_rank() == 0:
+        own = mds_class_names(root / "test")
+        if own and loader.remote is not None and dist.get_local_rank() == 0:
             fetch_class_names(loader.remote, root / "train", loader.timeout)
-        names, own = (mds_class_names(root / split) for split in ("train", "test"))
+        names = mds_class_names(root / "train")
         test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
         test = with_labels_of_train(test, root, names, own)
     class_names = names or own

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,7 +134,7 @@ class ZeroShotRetrieval(Callback):
             "reference_metrics": self.reference_metrics,
             "headline": self.headline,
             "neighbours": self.neighbours,
-            "images": self.fingerprints,
+            "images": self.fingerprints(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -145,19 +144,18 @@ class ZeroShotRetrieval(Callback):
             InputError: A set has other images than before, whose accuracies cannot be compared.
         """
         before = state.get("images", {})  # checkpoints of version 0.1.0 have neither these nor neighbours
-        changed = [name for name, now in self.fingerprints.items() if before.get(name, now) != now]
+        changed = [name for name, now in self.fingerprints().items() if before.get(name, now) != now]
         if changed:
             raise InputError(
-                f"retrieval.datasets.{changed[0]}: not the checkpoint's images, so that accuracies cannot be compared: "
-                "give the set another name, or set it and max_images back"
+                f"retrieval.datasets.{changed[0]}: has other images than the checkpoint's, whose accuracies cannot be "
+                "compared: give the set another name, or set it and max_images back"
             )
         self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
         self.reference_metrics = self.with_headline(state["reference_metrics"])
         self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
 
-    @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Name → what identifies a set's images and labels."""
+        """Return name → what tells a set's images from others."""
         return {name: labelled.fingerprint() for name, labelled in self.datasets.items()}
 
     def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
