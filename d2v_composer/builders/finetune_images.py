@@ -20,7 +20,7 @@ from d2v_composer.data.labelled_sets import (
     LabelledSet,
     load_labelled_set,
     load_mds,
-    with_labels_of_train,
+    with_classes_of_train,
 )
 from d2v_composer.data.mds_index import describe_data
 from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
@@ -79,13 +79,10 @@ def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: Encoder
     streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
     shards = read_train_index(streamed, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        own = mds_class_names(root / "test")
-        if own and loader.remote is not None and dist.get_local_rank() == 0:
+        if loader.remote is not None and mds_class_names(root / "test") and dist.get_local_rank() == 0:
             fetch_class_names(loader.remote, root / "train", loader.timeout)
-        names = mds_class_names(root / "train")
         test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
-        test = with_labels_of_train(test, root, names, own)
-    class_names = names or own
+        test, class_names = with_classes_of_train(test, root)
     num_classes = count_classes(root, class_names, test)
     labels = LabelColumn(dataset.label_column, num_classes)
     train_loader = build_train_loader(streamed, shards, sizes.image_size, sizes.interpolation, labels)

@@ -2,6 +2,7 @@
 
 from d2v_composer.builders.evaluation import build_labelled_sets
 from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.checkpoints.headline import Headline
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.evaluation.embed_function import Embed
 from d2v_composer.evaluation.references import WITHOUT_MODEL, build_embeds
@@ -31,7 +32,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             retrieval.interval,
             retrieval.ks,
             embed=embeds["student"],
-            headline=f"{retrieval.representation}_{retrieval.pooling}",
+            headline=Headline(retrieval.representation, retrieval.pooling).name,
             references={name: embeds[name] for name in retrieval.references},
             measured_first=WITHOUT_MODEL,
             at_start=retrieval.at_start,

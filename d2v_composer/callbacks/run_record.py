@@ -95,10 +95,10 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
         for name in dict.fromkeys([*now, *before]):
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif isinstance(before, list) and isinstance(now, list):
-        pairs = enumerate(zip_longest(before, now))
-        for number, change in ((number, pair) for number, pair in pairs if pair[0] != pair[1]):
-            yield from find_changes(f"{WORDS.get(key, key)}[{number}]", *change)
-            return  # the first one: there may be a thousand
+        for number, (old, new) in enumerate(zip_longest(before, now)):
+            if old != new:
+                yield from find_changes(f"{WORDS.get(key, key)}[{number}]", old, new)
+                return  # the first one: there may be a thousand
     elif before != now:
         yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
 

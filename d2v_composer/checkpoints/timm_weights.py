@@ -85,7 +85,7 @@ def load_timm_teacher(
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
     source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
-    stored = {name: in_float32(tensor) for name, tensor in read_state_dict(file).items()}
+    stored = {name: with_own_memory(in_float32(tensor)) for name, tensor in read_state_dict(file).items()}
     tensors = to_timm(file, built, model, stored)
     expected = {name: tuple(each.shape) for name, each in built.state_dict().items() if not name.startswith(HEADS)}
     foreign = [name for name in tensors if name not in expected and name.startswith(TRUNK)]
@@ -231,11 +231,12 @@ def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tenso
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, unless it holds other numbers, such as quantised weights.
+    """Return a tensor in float32, unless it holds other numbers, such as quantised weights."""
+    return tensor.float() if tensor.dtype in FLOATS else tensor
 
-    It shares no memory with others: :func:`unused_names` tells tensors apart by it.
-    """
-    tensor = tensor.float() if tensor.dtype in FLOATS else tensor
+
+def with_own_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor that is no part of another one's memory, by which :func:`unused_names` tells tensors apart."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

@@ -3,24 +3,19 @@
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_composer.data.mds_index import SUMMARY, keep_encoded
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.atomic_files import partial_file
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import transfer
-from d2v_composer.system.retry import is_lasting, reason, retry
+from d2v_composer.system.fetch import download_existing
+from d2v_composer.system.retry import is_lasting, reason
 
 if TYPE_CHECKING:
     from streaming.base.format.mds import MDSReader
 
 __all__ = ["evenly_spaced", "fetch_class_names", "mds_class_names", "read_samples", "whole_label"]
-
-# Of one attempt to fetch the names.
-SUMMARY_SECONDS = 60.0
 
 
 def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
@@ -109,8 +104,7 @@ def fetch_class_names(remote: str, local: Path, patience: float) -> None:
         return
     address = f"{remote.rstrip('/')}/{SUMMARY}"
     try:
-        with partial_file(local / SUMMARY) as fetched:
-            retry(partial(transfer, address, fetched, SUMMARY_SECONDS), address, patience, lasting_attempts=1)
+        download_existing(address, local / SUMMARY, patience)
     except Exception as error:
-        if not is_lasting(error):  # a data set may have no names; and some stores deny what they do not have
+        if not is_lasting(error):  # some stores deny what they do not have
             raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error

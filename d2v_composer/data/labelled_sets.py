@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ __all__ = [
     "find_missing_files",
     "load_labelled_set",
     "load_mds",
-    "with_labels_of_train",
+    "with_classes_of_train",
 ]
 
 # Images that are stacked before the next ones are decoded.
@@ -149,42 +149,22 @@ def load_labelled_set(
         InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
     """
     root = Path(root)
-    labelled = _load(format, root, image_size, interpolation, download, column, label_column, max_images)
+    if format in CIFAR_FOLDERS:
+        whole = _load_cifar(format, root, download)
+        labelled = whole if max_images is None else whole.at_most(max_images)
+    elif format == "folder":
+        labelled = _load_folders(root, image_size, interpolation, max_images)
+    elif format == "mds":
+        options = image_size, interpolation, column, label_column, max_images
+        train, test = (load_mds(root / split, *options) for split in ("train", "test"))
+        labelled = LabelledSet(train, *with_classes_of_train(test, root))
+    else:
+        raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
     for split in (labelled.train, labelled.test):
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: the images that max_images={max_images} chooses are of one class: change it")
     return labelled
-
-
-def _load(
-    format: Format,
-    root: Path,
-    image_size: ImageSize,
-    interpolation: str,
-    download: bool,
-    column: str,
-    label_column: str,
-    max_images: int | None,
-) -> LabelledSet:
-    if format in CIFAR_FOLDERS:
-        whole = _load_cifar(format, root, download)
-        return whole if max_images is None else whole.at_most(max_images)
-    if format == "folder":
-        if (missing := find_missing_files(format, root, download)) is not None:
-            raise InputError(missing)
-        class_names = list_subfolders(root / "train")
-        train, test = (
-            _load_folder(root / split, class_names, image_size, interpolation, max_images)
-            for split in ("train", "test")
-        )
-        return LabelledSet(train, test, tuple(class_names))
-    if format == "mds":
-        options = image_size, interpolation, column, label_column, max_images
-        train, test = (load_mds(root / split, *options) for split in ("train", "test"))
-        names, own = (mds_class_names(root / split) for split in ("train", "test"))
-        return LabelledSet(train, with_labels_of_train(test, root, names, own), names or own)
-    raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
 
 
 def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
@@ -210,6 +190,16 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
 
 def _layout(root: Path) -> str:
     return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+
+
+def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabelledSet:
+    if (missing := find_missing_files("folder", root, download=False)) is not None:
+        raise InputError(missing)
+    class_names = list_subfolders(root / "train")
+    train, test = (
+        _load_folder(root / split, class_names, image_size, interpolation, max_images) for split in ("train", "test")
+    )
+    return LabelledSet(train, test, tuple(class_names))
 
 
 def _load_folder(
@@ -253,27 +243,27 @@ def load_mds(
     return LabelledImages(_stacked(images()), torch.tensor(labels))
 
 
-def with_labels_of_train(test: LabelledImages, root: Path, names: Sequence[str], own: Sequence[str]) -> LabelledImages:
-    """Return the test images of MDS with the numbers that their classes have in train.
+def with_classes_of_train(test: LabelledImages, root: Path) -> tuple[LabelledImages, tuple[str, ...]]:
+    """Return the test images of MDS with the numbers that their classes have in train, and the names of these.
 
     The splits may have been converted by themselves, each with numbers for its own classes.
 
     Args:
         test: With its own numbers.
-        root: The folder of both splits, for the error.
-        names: Of the classes of train; of either split, empty if they are not known.
-        own: Of the classes of test.
+        root: The folder of both splits.
 
     Raises:
         InputError: Train lacks a class.
     """
-    if not names or not own or tuple(names) == tuple(own):
-        return test
+    names, own = (mds_class_names(root / split) for split in ("train", "test"))
+    if not names or not own or names == own:
+        return test, names or own
     if unknown := [name for name in own if name not in names]:
         raise InputError(f"{root / 'test'}: has a class that train lacks, by its {SUMMARY}: {unknown[0]}")
     if nameless := [label for label in test.labels.unique().tolist() if not 0 <= label < len(own)]:
         raise InputError(f"{root / 'test'}: label {nameless[0]} has no name in its {SUMMARY}")
-    return test._replace(labels=torch.tensor([names.index(name) for name in own])[test.labels])
+    numbers = torch.tensor([names.index(name) for name in own])
+    return test._replace(labels=numbers[test.labels]), names
 
 
 def _stacked(images: Iterator[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
+from d2v_composer.checkpoints.headline import Headline
 from d2v_composer.checkpoints.pointer import LATEST, read_newest
 from d2v_composer.checkpoints.safe_pickle import load_untrusted
 from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
@@ -75,7 +76,7 @@ class Run(NamedTuple):
         The log's short keys are those of the headline at that step, and a resume may have chosen another.
         """
         retrieval = self.record["config"]["retrieval"]
-        headline = f"{retrieval['representation']}_{retrieval['pooling']}"
+        headline = Headline(retrieval["representation"], retrieval["pooling"]).name
         names = [headline] if reference is None else headline_fallbacks(headline)
         keys = [metric_key(dataset, bank, measure, name, reference) for name in (*names, None)]
         return next((self.log[key] for key in keys if key in self.log), {})

@@ -1,4 +1,4 @@
-"""What a resume must not change is named, each change once."""
+"""A fine-tuning refuses to resume with other classes, and names the first change."""
 
 from pathlib import Path
 from typing import Any
