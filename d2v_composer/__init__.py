@@ -11,10 +11,8 @@ from d2v_composer.system.when_imported import when_imported
 if TYPE_CHECKING:
     from d2v_composer.callbacks import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
-    from d2v_composer.checkpoints.timm_student import d2v2_student
-    from d2v_composer.evaluation.knn import knn_accuracy
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
-    from d2v_composer.evaluation.retrieval import retrieval_accuracy
+    from d2v_composer.evaluation.nearest_neighbours import knn_accuracy, retrieval_accuracy
     from d2v_composer.models.distillation import DistillationModel
 
 __all__ = [
@@ -33,12 +31,11 @@ __version__ = metadata.version("d2v-composer")
 MODULES = {
     "DistillationModel": "models.distillation",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
-    "d2v2_student": "checkpoints.timm_student",
-    "knn_accuracy": "evaluation.knn",
+    "knn_accuracy": "evaluation.nearest_neighbours",
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
-    "retrieval_accuracy": "evaluation.retrieval",
+    "retrieval_accuracy": "evaluation.nearest_neighbours",
 }
 
 
@@ -54,4 +51,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-when_imported("timm", lambda: import_module("d2v_composer.checkpoints.timm_student"))  # registers the model
+def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Build the paper's student as a timm model; ``timm.create_model("d2v2_student", checkpoint_path=FILE)`` calls it.
+
+    Loading a file that ``d2v export`` wrote changes its sizes.
+    """
+    return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
+
+
+when_imported("timm", lambda: import_module("timm.models").register_model(d2v2_student))

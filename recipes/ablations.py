@@ -23,11 +23,11 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from d2v_composer.evaluation.study_table import DATASET, FinishedRun, study_table
-from d2v_composer.system import cli
-from d2v_composer.system.atomic_files import write_atomically
+from d2v_composer.report.tables import DATASET, FinishedRun, study_table
+from d2v_composer.system import command_line
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import d2v, print_next
+from d2v_composer.system.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     chosen = study.choose(arguments.rows)
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
 
-    from d2v_composer.conversion.cifar10 import convert_cifar10  # takes seconds
+    from d2v_composer.data.convert import convert_cifar10  # takes seconds
 
     if arguments.whole:
         images = arguments.images / "cifar10"
@@ -217,4 +217,4 @@ def refuse_changed(path: Path, settings: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.system import cli
-from d2v_composer.system.next_step import print_next
+from d2v_composer.system import command_line
+from d2v_composer.system.command_line import print_next
 
 EXPECTED = Path("datasets/cifar10")
 """The folder that yamls/cifar10.yaml names."""
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
-    from d2v_composer.conversion.cifar10 import convert_cifar10  # takes seconds
+    from d2v_composer.data.convert import convert_cifar10  # takes seconds
 
     convert_cifar10(arguments.images, arguments.out)
     print(f"{arguments.out}: 50,000 training and 10,000 test images")
@@ -40,4 +40,4 @@ def changes_of_yaml(out: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

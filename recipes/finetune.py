@@ -17,29 +17,28 @@ import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the en
 # isort: split
 from collections.abc import Sequence
 
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 
 if __name__ == "__main__":
-    cli.begin(__doc__)
+    command_line.begin(__doc__)
 
 from composer import Callback, Trainer
 from composer.utils import reproducibility
 
 from d2v_composer.builders.data import build_collective_timeout, count_open_files
 from d2v_composer.builders.finetune import EVALUATOR, BuiltFinetuning, build_finetuning
-from d2v_composer.builders.finish import fit_and_close, write_run_report
-from d2v_composer.builders.header import describe_finetuning
+from d2v_composer.builders.fit import describe_finetuning, fit_and_close, write_run_report
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.checkpoints.composer_checkpoint import read_checkpoint
-from d2v_composer.checkpoints.pointer import LATEST
-from d2v_composer.config.finetune import FinetuneConfig
+from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.safe_load import read_checkpoint
 from d2v_composer.config.load import load_finetune_config
-from d2v_composer.evaluation.text_table import format_table
+from d2v_composer.config.schema import FinetuneConfig
 from d2v_composer.report.run import Run
-from d2v_composer.system.compat import patched_composer
-from d2v_composer.system.multi_node import join_ranks
-from d2v_composer.system.next_step import d2v, print_next
-from d2v_composer.system.worker_lifetime import allow_open_files
+from d2v_composer.report.tables import format_table
+from d2v_composer.system.command_line import d2v, print_next
+from d2v_composer.system.processes import allow_open_files
+from d2v_composer.system.ranks import join_ranks
+from d2v_composer.system.third_party import patched_composer
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -88,4 +87,4 @@ def name_next_step(config: FinetuneConfig, built: BuiltFinetuning) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -17,16 +17,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 
 if __name__ == "__main__":
-    cli.begin(__doc__)
+    command_line.begin(__doc__)
 
 from composer.utils import dist
 
 from d2v_composer.config.load import load_config
 from d2v_composer.preflight import preflight
-from d2v_composer.system.next_step import print_next
+from d2v_composer.system.command_line import print_next
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,4 +44,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

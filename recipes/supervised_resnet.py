@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 
 if __name__ == "__main__":
-    cli.begin(__doc__)
+    command_line.begin(__doc__)
 
 import torch
 from composer import Trainer
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from d2v_composer import ZeroShotRetrieval
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.system.next_step import print_next
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.system.command_line import print_next
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
 
@@ -69,4 +69,4 @@ def main(argv: Sequence[str]) -> ZeroShotRetrieval:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

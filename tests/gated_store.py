@@ -8,7 +8,7 @@ from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
-from d2v_composer.benchmarks.object_store import ObjectStore
+from d2v_composer.benchmarks.data import ObjectStore
 
 HOST = "127.0.0.1"
 

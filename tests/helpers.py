@@ -24,10 +24,10 @@ from streaming import MDSWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.evaluation.metrics_log import read_jsonl
-from d2v_composer.preflight.preflight import free_port
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.preflight import free_port
 from d2v_composer.system.errors import InputError
 from programs.preloaded import PreloadedPython, Program
 

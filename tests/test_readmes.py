@@ -8,9 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
-from d2v_composer.config.evaluate import EvaluateConfig
-from d2v_composer.config.finetune import FinetuneConfig
-from d2v_composer.config.schema import LabelledSetConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabelledSetConfig, TrainConfig
 from helpers import ROOT
 
 READMES = [

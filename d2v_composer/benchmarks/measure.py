@@ -14,22 +14,9 @@ import torch
 from PIL import features
 from torch.profiler import ProfilerActivity, profile
 
-from d2v_composer.evaluation.text_table import format_table
-from d2v_composer.system.machine_info import describe_machine, package_versions
-from d2v_composer.system.progress import progress_bar
-
-__all__ = [
-    "Pass",
-    "Rates",
-    "Result",
-    "Row",
-    "Table",
-    "Target",
-    "interleave",
-    "one_core",
-    "peak_allocated",
-    "synchronise",
-]
+from d2v_composer.report.tables import format_table
+from d2v_composer.system.command_line import progress_bar
+from d2v_composer.system.machine import describe_machine, package_versions
 
 Pass = Callable[[], object]
 """Does a fixed amount of work; the return value is ignored."""

@@ -31,15 +31,12 @@ from d2v_composer.benchmarks.measure import (
     peak_allocated,
     synchronise,
 )
-from d2v_composer.benchmarks.sized_models import build_sized_model
+from d2v_composer.benchmarks.step import build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
-from d2v_composer.evaluation.retrieval import MEMORY_BUDGET, full_float32, nearest_neighbours
-from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.precision import choose_precision
-from d2v_composer.models.sizes import height_and_width
-
-__all__ = ["Setting", "benchmark_retrieval"]
+from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.evaluation.nearest_neighbours import MEMORY_BUDGET, full_float32, nearest_neighbours
+from d2v_composer.models.encoder import Encoder, height_and_width
+from d2v_composer.models.execution import choose_precision
 
 PACKAGES = ("torch", "faiss-cpu", "scikit-learn", "numpy", "pillow")
 PRODUCT, OURS, WHOLE = "matrix product alone", "ours", "torch, all at once"

@@ -12,21 +12,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import LoaderConfig, ShardLoaderConfig, TrainLoaderConfig
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.mds_index import (
-    RoomNeeded,
-    check_room,
-    describe_data,
-    fetch_index,
-    read_image_index,
-    room_needed,
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.index import RoomNeeded, check_room, describe_data, fetch_index, read_image_index, room_needed
+from d2v_composer.data.streaming import (
+    LabelColumn,
+    Share,
+    StreamingImages,
+    check_shared_memory,
+    shards_of_node,
+    shared_memory_needed,
 )
-from d2v_composer.data.sample_order import Share, shards_of_node
-from d2v_composer.data.shared_memory import check_shared_memory, shared_memory_needed
-from d2v_composer.data.streaming_images import LabelColumn, StreamingImages
-from d2v_composer.models.sizes import ImageSize, height_and_width
+from d2v_composer.models.encoder import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError
-from d2v_composer.system.multi_node import (
+from d2v_composer.system.processes import FORK
+from d2v_composer.system.ranks import (
     COLLECTIVE_SECONDS,
     gather_objects,
     node_leaders_first,
@@ -34,18 +33,6 @@ from d2v_composer.system.multi_node import (
     raise_on_all_ranks,
 )
 from d2v_composer.system.retry import reason
-from d2v_composer.system.worker_lifetime import FORK
-
-__all__ = [
-    "build_collective_timeout",
-    "build_room_needs",
-    "build_train_loader",
-    "build_transform",
-    "count_open_files",
-    "read_train_index",
-    "room_of_node",
-    "shared_memory_of_node",
-]
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300

@@ -10,19 +10,16 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
 
-from d2v_composer.builders.errors import errors_of
-from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.builders.run_folder import errors_of, find_run_folder
 from d2v_composer.callbacks import ProgressLogger, RetrievalPictures, ZeroShotRetrieval
-from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
-from d2v_composer.callbacks.pictures import shows_pictures
+from d2v_composer.callbacks.checkpointing import PATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import LOGGERS
+from d2v_composer.callbacks.zero_shot_retrieval import shows_pictures
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.multi_node import rank_zero_first
+from d2v_composer.system.ranks import rank_zero_first
 from d2v_composer.system.retry import reason
-
-__all__ = ["ask_logging_servers", "build_loggers", "build_pictures", "check_logging_servers"]
 
 OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` uploads it later"
 # MLflow's own patience is for a server that goes away during a run: seven retries, 120 seconds each.
@@ -81,7 +78,7 @@ def build_pictures(retrieval: ZeroShotRetrieval | None, loggers: Sequence[Logger
     """Build the callback that logs what retrieval finds, if a logger shows pictures."""
     if retrieval is None or not shows_pictures(loggers):
         return []
-    from d2v_composer.report.gallery import draw_gallery  # matplotlib, which other runs do not need
+    from d2v_composer.report.page import draw_gallery  # matplotlib, which other runs do not need
 
     return [RetrievalPictures(retrieval, draw_gallery)]
 

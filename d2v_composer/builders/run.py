@@ -6,25 +6,26 @@ from typing import Any, NamedTuple
 
 from composer.core import Callback
 
-from d2v_composer.builders.callbacks import (
+from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, build_pictures
+from d2v_composer.builders.models import build_model
+from d2v_composer.builders.run_folder import build_load_path, check_record
+from d2v_composer.builders.training import (
+    build_algorithms,
     build_callbacks,
     build_folder_callbacks,
     build_graceful_stop,
+    build_optimizer,
+    build_parallelism,
+    build_retrieval,
     build_run_record,
+    build_scheduler,
 )
-from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, build_pictures
-from d2v_composer.builders.model import build_model
-from d2v_composer.builders.optimization import build_algorithms, build_optimizer, build_parallelism, build_scheduler
-from d2v_composer.builders.retrieval import build_retrieval
-from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.callbacks import NanGuard, RunRecord, Throughput, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.precision import choose_precision
-
-__all__ = ["BuiltRun", "build_run", "build_trainer_arguments"]
+from d2v_composer.models.execution import choose_precision
 
 
 class BuiltRun(NamedTuple):

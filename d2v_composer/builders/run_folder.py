@@ -1,12 +1,13 @@
 """Find the run's folder, and the checkpoint that the Trainer loads."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from composer.utils import dist
 
 from d2v_composer.callbacks import RunRecord
-from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.resume import (
     broadcast_checkpoint,
     complete_store,
@@ -14,13 +15,13 @@ from d2v_composer.checkpoints.resume import (
     fetch_same_checkpoint,
     find_newest_checkpoint,
 )
+from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder, check_path
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.multi_node import node_leaders_first, num_nodes, rank_zero_first
-
-__all__ = ["build_load_path", "check_record", "find_run_folder"]
+from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
+from d2v_composer.system.retry import reason
 
 
 def build_load_path(config: TrainerConfig) -> str | None:
@@ -84,3 +85,19 @@ def _cached_checkpoint(address: str) -> Path:
 def find_run_folder(config: TrainerConfig) -> RunFolder | None:
     """Return the run's folder; ``None`` if the run saves nothing."""
     return None if config.save_folder is None else RunFolder.parse(config.save_folder)
+
+
+# MERGED FROM d2v_composer/builders/run_folder.py: Name the YAML key in an error that another package raises.
+
+
+@contextmanager
+def errors_of(key: str) -> Iterator[None]:
+    """Turn an error of the block into one line that names a key.
+
+    Raises:
+        InputError: The block failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{key}: {reason(error)}") from error

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrapped
-from d2v_composer.evaluation.metric_names import HEALTH_STATES
+from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.targets import Regression
-
-__all__ = ["Health", "effective_rank"]
 
 # Share of the target's variance below which the prediction counts as the same for all images.
 COLLAPSED_SHARE = 0.01

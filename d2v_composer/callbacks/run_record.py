@@ -10,10 +10,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.system.atomic_files import write_atomically
 from d2v_composer.system.errors import InputError
-
-__all__ = ["RunRecord"]
+from d2v_composer.system.files import write_atomically
 
 # The words of keys that are no field of a YAML.
 WORDS = {

@@ -11,8 +11,6 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["SavedCheckpoints", "due_every", "find_callback", "loss_scale", "unwrapped"]
-
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 CallbackT = TypeVar("CallbackT", bound=Callback)

@@ -4,11 +4,7 @@ from composer import callbacks as composer_callbacks
 from composer.loggers import WandBLogger
 
 from d2v_composer.callbacks.health import Health
-from d2v_composer.callbacks.jsonl_logger import JSONLLogger
-from d2v_composer.callbacks.mlflow_logger import RunMLFlowLogger
-from d2v_composer.callbacks.tensorboard_logger import RunTensorboardLogger
-
-__all__ = ["CALLBACKS", "LOGGERS"]
+from d2v_composer.callbacks.logging import JSONLLogger, RunMLFlowLogger, RunTensorboardLogger
 
 CALLBACKS = {
     "health": Health,

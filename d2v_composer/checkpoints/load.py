@@ -8,41 +8,96 @@ from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
-from d2v_composer.checkpoints.check_tensors import check_same_encoder, check_tensors, shapes_of
-from d2v_composer.checkpoints.composer_checkpoint import is_trained
-from d2v_composer.checkpoints.data2vec2_file import load_data2vec2
-from d2v_composer.checkpoints.finetuned import is_finetuned, load_finetuned
-from d2v_composer.checkpoints.headline import DEFAULT_HEADLINE, stored_headline
-from d2v_composer.checkpoints.pointer import fetch_model, read_newest
-from d2v_composer.checkpoints.safe_pickle import load_untrusted
-from d2v_composer.checkpoints.safetensors_file import (
-    ModelFile,
-    is_safetensors,
-    read_kind,
-    read_model_file,
-    write_model_file,
-)
-from d2v_composer.checkpoints.stored_config import (
+from d2v_composer.checkpoints.fairseq import load_data2vec2
+from d2v_composer.checkpoints.resume import fetch_model, read_newest
+from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
+from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
+    DEFAULT_HEADLINE,
+    ModelFile,
     add_outputs,
     build_encoder,
+    check_same_encoder,
     check_student,
+    check_tensors,
     config_tensor,
+    is_safetensors,
     parse_config_tensor,
+    parse_headline,
+    read_kind,
+    read_model_file,
+    shapes_of,
     sizes_of,
+    stored_headline,
+    write_model_file,
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.names import DATA2VEC2, Weights
-from d2v_composer.models.sizes import ImageSize
+from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_config import PREFIX, TimmEncoderConfig
+from d2v_composer.models.timm_teacher import PREFIX, TimmEncoderConfig
+from d2v_composer.models.transformer import DATA2VEC2, Weights
+from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
-from d2v_composer.system.next_step import d2v
 from d2v_composer.system.retry import reason
 
-__all__ = ["TimmWeights", "load_any", "load_student", "load_teacher", "save_student"]
+# MERGED FROM d2v_composer/checkpoints/load.py: Load the student of a checkpoint of ``recipes/finetune.py``, with
+
+
+def is_finetuned(contents: dict[str, Any]) -> bool:
+    """Return whether a Composer checkpoint's run was a fine-tuning."""
+    try:
+        return "model" in contents["state"]["callbacks"]["RunRecord"]["record"]
+    except (LookupError, TypeError):
+        return False
+
+
+def load_finetuned(checkpoint: Path, contents: dict[str, Any]) -> Student:
+    """Build a fine-tuned student with its head, as timm's model; the run's record is its provenance.
+
+    Args:
+        checkpoint: Named in errors.
+        contents: The checkpoint's; no other file is needed.
+
+    Raises:
+        InputError: It holds a fine-tuned teacher, or unusable sizes or tensors.
+    """
+    from d2v_composer.checkpoints.export import POOLINGS, TimmStudent  # timm takes seconds to import
+
+    try:
+        record = dict(contents["state"]["callbacks"]["RunRecord"]["record"])
+        about, tensors = dict(record["model"]), dict(contents["state"]["model"])
+        kind, sizes, (representation, pooling) = about["kind"], about.get("sizes"), parse_headline(about)
+        head = {name: each for name, each in tensors.items() if name.startswith("head.")}
+        num_classes = int(head["head.bias"].shape[0])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint}: not a checkpoint of recipes/finetune.py ({type(error).__name__}: {error})"
+        ) from error
+    if kind != "student" or sizes is None:
+        raise InputError(f"{checkpoint}: is a fine-tuned teacher: only a student can be exported or embedded")
+    backbone = {
+        name.removeprefix("backbone."): each
+        for name, each in tensors.items()
+        if name.startswith("backbone.") and isinstance(each, Tensor)
+    }
+    encoder_config, student_config = check_student(checkpoint, sizes, backbone)
+    pool = next(name for name, each in POOLINGS.items() if each == pooling)
+    student = TimmStudent(encoder_config, student_config, num_classes, pool, representation)
+    student.load_state_dict(backbone | head | {CONFIG_TENSOR: getattr(student, CONFIG_TENSOR)})
+    student.provenance = record
+    return student.eval()
+
+
+def without_head(student: Student) -> Student:
+    """Return a fine-tuned student without its head, on the same encoder; another student as it is."""
+    if type(student) is Student:
+        return student
+    plain = Student(student.encoder, student.config, student.provenance)
+    tensors = student.state_dict()
+    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
+    return plain.eval()
 
 
 NO_STUDENT = "{}: is not a student, so a teacher ({}) is not allowed"

@@ -22,18 +22,14 @@ from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transformer_hybrid
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.check_tensors import FLOATS, check_tensors
-from d2v_composer.checkpoints.pointer import fetch_model
-from d2v_composer.checkpoints.safe_pickle import Stub, load_untrusted
-from d2v_composer.checkpoints.safetensors_file import is_safetensors, read_tensors, sha256
-from d2v_composer.models.sizes import ImageSize
-from d2v_composer.models.timm_encoder import build_timm_model, materialize
-from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.checkpoints.resume import fetch_model
+from d2v_composer.checkpoints.safe_load import Stub, load_untrusted
+from d2v_composer.checkpoints.student_file import FLOATS, check_tensors, is_safetensors, read_tensors, sha256
+from d2v_composer.models.encoder import ImageSize
+from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import is_lasting, reason
-
-__all__ = ["load_timm_teacher"]
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import d2v_composer
-from d2v_composer.system import cli
-
-__all__ = ["main", "run"]
+from d2v_composer.system import command_line
 
 COMMANDS = {
     "convert-teacher": "write fairseq's checkpoint as one safe file",
@@ -52,7 +50,7 @@ def parse(argv: Sequence[str]) -> NoReturn:
 
 def run() -> NoReturn:
     """Run the console script."""
-    cli.run(main)
+    command_line.run(main)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.benchmarks.sizes import SIZES
-from d2v_composer.commands.arguments import make_parser
-from d2v_composer.models.compiler import find_missing
-from d2v_composer.models.names import PrecisionChoice
-from d2v_composer.system.atomic_files import check_out_file, write_atomically
+from d2v_composer.benchmarks.step import SIZES
+from d2v_composer.models.execution import find_missing
+from d2v_composer.models.transformer import PrecisionChoice
+from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file, write_atomically
 
 if TYPE_CHECKING:
     from d2v_composer.benchmarks.measure import Result
 
-__all__ = ["main"]
 
 CIFAR_IMAGES = 60_000
 
@@ -122,7 +121,7 @@ def run_data(arguments: argparse.Namespace) -> "Result":
 
 def run_step(arguments: argparse.Namespace) -> "Result":
     from d2v_composer.benchmarks.step import benchmark_step
-    from d2v_composer.models.timm_config import PREFIX
+    from d2v_composer.models.timm_teacher import PREFIX
 
     device = choose_device(arguments)
     on_gpu = device == "cuda"
@@ -183,7 +182,7 @@ def choose_device(arguments: argparse.Namespace) -> str:
     """
     import torch
 
-    from d2v_composer.models.precision import name_precision
+    from d2v_composer.models.execution import name_precision
 
     has_gpu = torch.cuda.is_available()
     device = arguments.device or ("cuda" if has_gpu else "cpu")

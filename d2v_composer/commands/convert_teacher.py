@@ -13,15 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.commands.arguments import make_parser
-from d2v_composer.models.names import Weights
-from d2v_composer.system.atomic_files import check_out_file
-from d2v_composer.system.next_step import print_next
+from d2v_composer.models.transformer import Weights
+from d2v_composer.system.command_line import make_parser, print_next
+from d2v_composer.system.files import check_out_file
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.data2vec2_file import ConvertedTeacher
-
-__all__ = ["main"]
+    from d2v_composer.checkpoints.fairseq import ConvertedTeacher
 
 
 def main(argv: Sequence[str]) -> "ConvertedTeacher":
@@ -38,7 +35,7 @@ def main(argv: Sequence[str]) -> "ConvertedTeacher":
 
     import torch
 
-    from d2v_composer.checkpoints.data2vec2_file import convert_teacher
+    from d2v_composer.checkpoints.fairseq import convert_teacher
 
     dtype = getattr(torch, arguments.dtype)
     teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)

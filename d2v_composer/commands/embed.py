@@ -17,17 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.commands.arguments import make_parser, size
-from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.transformer import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.system.command_line import make_parser, print_next, size
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import print_next
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.headline import ChosenEmbedding
-    from d2v_composer.embedding.embed import Embedding
+    from d2v_composer.checkpoints.student_file import ChosenEmbedding
+    from d2v_composer.embedding import Embedding
     from d2v_composer.models.transformer import Transformer
 
-__all__ = ["main"]
 
 HOW_TO_READ = {
     ".npy": "import numpy; embeddings = numpy.load({!r}, mmap_mode='r')",
@@ -41,10 +39,8 @@ def main(argv: Sequence[str]) -> "Embedding":
 
     import torch
 
-    from d2v_composer.embedding.collection import open_collection
-    from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
-    from d2v_composer.embedding.output_file import EmbeddingFile
-    from d2v_composer.models.precision import name_precision
+    from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
+    from d2v_composer.models.execution import name_precision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.precision = name_precision(arguments.precision)
@@ -139,8 +135,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_model(arguments: argparse.Namespace) -> "tuple[Transformer, ChosenEmbedding]":
     """Load the student, or a teacher from its own file, and choose the embedding."""
-    from d2v_composer.checkpoints.headline import choose_embedding
     from d2v_composer.checkpoints.load import TimmWeights, load_any
+    from d2v_composer.checkpoints.student_file import choose_embedding
 
     timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
     student, teacher = load_any(

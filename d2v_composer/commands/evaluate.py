@@ -19,33 +19,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
-from d2v_composer.system.atomic_files import check_out_file
+from d2v_composer.system.command_line import EMBEDDINGS, d2v, print_next
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.launched_rank import global_rank
-from d2v_composer.system.next_step import EMBEDDINGS, d2v, print_next
+from d2v_composer.system.files import check_out_file
+from d2v_composer.system.ranks import global_rank
 
 if TYPE_CHECKING:
-    from d2v_composer.config.evaluate import EvaluateConfig
-    from d2v_composer.data.labelled_sets import LabelledSet
+    from d2v_composer.config.schema import EvaluateConfig
+    from d2v_composer.data.labelled import LabelledSet
     from d2v_composer.evaluation.evaluate import Evaluation
-
-__all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> "Evaluation | None":
     """Print the tables, and write them to ``out``. Of several processes only the first one works."""
-    cli.show_help(argv, __doc__)
+    command_line.show_help(argv, __doc__)
 
     import torch
 
-    from d2v_composer.builders.evaluation import build_comparison, build_labelled_sets
+    from d2v_composer.builders.models import build_comparison, build_labelled_sets
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
-    from d2v_composer.models.precision import choose_precision
+    from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
-    from d2v_composer.system.machine_info import OUR_PACKAGES, describe_machine, package_versions
+    from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
 
     config = load_evaluate_config(argv)
     if global_rank() != 0:

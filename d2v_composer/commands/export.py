@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.commands.arguments import make_parser
-from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.system.atomic_files import check_out_file
+from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.system.command_line import EMBEDDINGS, d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import EMBEDDINGS, d2v, print_next
+from d2v_composer.system.files import check_out_file
 
 if TYPE_CHECKING:
     from d2v_composer.models.student import Student
 
-__all__ = ["main"]
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -53,8 +51,8 @@ def main(argv: Sequence[str]) -> "Student":
     check_out_file(out, overwrite=arguments.overwrite)
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
-    from d2v_composer.checkpoints.headline import choose_embedding
     from d2v_composer.checkpoints.load import load_any, save_student
+    from d2v_composer.checkpoints.student_file import choose_embedding
 
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if student is None:

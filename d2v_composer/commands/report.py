@@ -11,10 +11,7 @@ running or was interrupted.
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.commands.arguments import make_parser
-from d2v_composer.system.next_step import print_next
-
-__all__ = ["main"]
+from d2v_composer.system.command_line import make_parser, print_next
 
 
 def main(argv: Sequence[str]) -> list[Path]:

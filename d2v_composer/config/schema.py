@@ -3,40 +3,153 @@
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
+import difflib
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from d2v_composer.config.field_checks import (
-    check_cache_limit,
-    check_image_size,
-    check_load_path,
-    check_probes,
-    check_references,
-)
-from d2v_composer.config.limits import SMALLEST_FLOAT, duration, limited, must
-from d2v_composer.models.names import DATA2VEC2, Pooling, PrecisionChoice, Representation
-from d2v_composer.models.timm_config import PREFIX, parse_image_size
-from d2v_composer.system.addresses import Address, RunFolder, check_run_name
+from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.models.encoder import MAX_WIDTH
+from d2v_composer.models.timm_teacher import PREFIX, parse_image_size
+from d2v_composer.models.transformer import DATA2VEC2, Pooling, PrecisionChoice, Representation
+from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
-__all__ = [
-    "AlgorithmsConfig",
-    "LabelledSetConfig",
-    "LoaderConfig",
-    "LookupConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ShardLoaderConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "TrainLoaderConfig",
-    "TrainerConfig",
-    "is_here",
-]
+# MERGED FROM d2v_composer/config/schema.py: Limits of a config's fields, and the one checker that walks the
+
+# Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
+LARGEST_INT = (1 << 31) - 1
+# float32 ends at 1e-38 and 3e38.
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30
+
+Check = Callable[[Any], object]
+
+
+def limited(default: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> Any:
+    """Return a dataclass field with a default and limits.
+
+    Args:
+        default: Copied for each config.
+        least: Of the number, or of each number in a list.
+        most: Likewise.
+        check: Raises ValueError if the value is not allowed.
+    """
+    return field(default_factory=lambda: copy(default), metadata={"least": least, "most": most, "check": check})
+
+
+def find_wrong_values(section: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a line for each field, nested sections included, whose value is outside its limits."""
+    for each in fields(section):
+        key, value = prefix + each.name, getattr(section, each.name)
+        try:
+            if value is not None:
+                _test(value, **each.metadata)
+        except ValueError as error:
+            yield f"{key}: {error}"
+        inner = {f"{key}.{name}": it for name, it in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, it in inner.items():
+            if is_dataclass(it):
+                yield from find_wrong_values(it, f"{name}.")
+
+
+def _test(value: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
+            smallest, largest = -largest if least is None else least, largest if most is None else most
+            if not math.isfinite(number):
+                raise ValueError(f"must be finite, got {value}")
+            if number < smallest:
+                raise ValueError(f"must be at least {smallest}, got {value}")
+            if number > largest:
+                raise ValueError(f"must be at most {largest}, got {value}")
+    if check is not None:
+        check(value)
+
+
+def must(rule: str, holds: Callable[[Any], bool]) -> Check:
+    """Return a check of one rule: 'be …' or 'have …'."""
+
+    def check(value: Any) -> None:
+        if not holds(value):
+            raise ValueError(f"must {rule}, got {value!r}")
+
+    return check
+
+
+def duration(*units: str, least: int = 1) -> Check:
+    """Return a check of Composer time strings: 'ba' batches, 'ep' epochs, 'dur' a share of the run."""
+    example = " or ".join("'0.1dur'" if unit == "dur" else f"'5{unit}'" for unit in units)
+
+    def check(text: str) -> None:
+        from composer.core import Time, TimeUnit  # takes seconds, and only a training has durations
+
+        try:
+            time = Time.from_timestring(text)
+        except (TypeError, ValueError):
+            time = None
+        if time is None or time.unit.value not in units:
+            raise ValueError(f"must be a duration such as {example}, got {text!r}")
+        if time.unit == TimeUnit.DURATION:
+            if not 0 <= time.value <= 1:
+                raise ValueError(f"must be from 0dur to 1dur, got {text!r}")
+        elif time.value < least:
+            raise ValueError(f"must be positive, got {text!r}")
+
+    return check
+
+
+def suggest(name: str, allowed: Sequence[str]) -> str:
+    """Return the hint that follows an unknown name: the nearest one, and all that are allowed."""
+    nearest = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{hint} (allowed: {', '.join(allowed)})" if allowed else hint
+
+
+# MERGED FROM d2v_composer/config/schema.py: Checks of single fields that need more than a comparison; each raises
+
+REFERENCES = ("pixels", "encoder", "teacher")
+
+
+def check_cache_limit(limit: int | str) -> None:
+    from streaming.base.util import bytes_to_int  # takes seconds
+
+    try:
+        bytes_to_int(limit)
+    except ValueError:
+        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}") from None
+
+
+def check_load_path(text: str) -> None:
+    """Refuse an address or path that Composer would look up elsewhere."""
+    if not Address.parse(text).is_remote:
+        check_path(text)
+
+
+def check_image_size(size: int | str) -> None:
+    try:
+        parse_image_size(size)
+    except ValueError:
+        raise ValueError(
+            f"must be a number of pixels or HEIGHTxWIDTH, each from 1 to {MAX_WIDTH}, got {size!r}"
+        ) from None
+
+
+def check_probes(names: list[str]) -> None:
+    for name in names:
+        if name not in PROBES:
+            raise ValueError(f"no such probe {name!r}{suggest(name, list(PROBES))}")
+
+
+def check_references(names: list[str]) -> None:
+    for name in names:
+        if name not in REFERENCES:
+            raise ValueError(f"no such reference {name!r}{suggest(name, REFERENCES)}")
+
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
 
@@ -295,3 +408,76 @@ class ModelConfig(TimmSizes):
     """Default: as in the model's run; without one, cls."""
     representation: Representation | None = None
     """Default: as in the model's run; without one, output."""
+
+
+# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for recipes/finetune.py, beside those of any
+
+
+@dataclass
+class FinetuneLoaderConfig(ShardLoaderConfig):
+    stream: bool = False
+    """Read the train images of an MDS data set from its shards in each epoch, instead of once into memory. With
+    ``remote``, ROOT/train is the cache."""
+
+
+@dataclass
+class LayerwiseOptimizerConfig(OptimizerConfig):
+    layer_decay: float = limited(1.0, least=0.01, most=1)
+    """The learning rate of a block over that of the block after it; the head's is ``lr``."""
+
+
+@dataclass
+class LabelSmoothingConfig:
+    smoothing: float = limited(0.1, least=0, most=1)
+
+
+@dataclass
+class MixUpConfig:
+    alpha: float = limited(0.2, least=0, most=1000)
+
+
+@dataclass
+class CutMixConfig:
+    alpha: float = limited(1.0, least=0, most=1000)
+
+
+@dataclass
+class EMAConfig:
+    half_life: str = limited("1000ba", check=duration("ba"))
+
+
+@dataclass
+class ClassifierAlgorithmsConfig(AlgorithmsConfig):
+    """Composer's algorithms; null: off."""
+
+    label_smoothing: LabelSmoothingConfig | None = None
+    mixup: MixUpConfig | None = None
+    cutmix: CutMixConfig | None = None
+    ema: EMAConfig | None = None
+    """Evaluate and save a moving average of the weights."""
+
+
+@dataclass
+class FinetuneConfig(TrainerConfig, ModelConfig):
+    """Fields of recipes/finetune.py."""
+
+    train_encoder: bool = False
+    from_scratch: bool = False
+    """Forget the weights: the same network, with random ones."""
+    dataset: LabelledSetConfig | None = None
+    """Required. Its train images train, its test images are the evaluation's."""
+    train_loader: FinetuneLoaderConfig = field(default_factory=FinetuneLoaderConfig)
+    eval_interval: str = limited("1ep", check=duration("ba", "ep"))
+    optimizer: LayerwiseOptimizerConfig = field(default_factory=LayerwiseOptimizerConfig)
+    algorithms: ClassifierAlgorithmsConfig = field(default_factory=ClassifierAlgorithmsConfig)
+
+
+# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for recipes/evaluate.py.
+
+
+@dataclass
+class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
+    """Fields of recipes/evaluate.py."""
+
+    out: str | None = limited(None, check=is_here)
+    """Folder for evaluation.json and evaluation.csv."""

@@ -10,25 +10,130 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.evaluation.bootstrap import Interval, accuracy_interval, share_interval
-from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.evaluation.knn import NUM_NEIGHBOURS
-from d2v_composer.evaluation.labelled_retrieval import embed_set, look_up
-from d2v_composer.evaluation.metric_names import Measure, find_headline
-from d2v_composer.system.atomic_files import write_atomically
+from d2v_composer.data.labelled import LabelledSet
+from d2v_composer.evaluation.labelled_retrieval import Embed, embed_set, look_up
+from d2v_composer.evaluation.metrics import BANKS, Measure, find_headline, metric_key
+from d2v_composer.evaluation.nearest_neighbours import NUM_NEIGHBOURS
+from d2v_composer.models.encoder import Encoder, height_and_width
+from d2v_composer.models.transformer import Transformer, poolings
+from d2v_composer.system.files import write_atomically
 
-__all__ = ["OUT_FILES", "Candidate", "Evaluation", "Retrieval", "confusion_matrix", "evaluate"]
+# MERGED FROM d2v_composer/evaluation/evaluate.py: 95 % intervals of accuracies, and the share of the teacher's
+
+NUM_RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
+    """Return the share of hits, (Q,), with its interval."""
+    return Interval(float(hits.mean()), *_middle_95_percent(resample(hits)))
+
+
+def share_interval(
+    untrained: NDArray[np.bool_], student: NDArray[np.bool_], teacher: NDArray[np.bool_]
+) -> Interval | None:
+    """Return :func:`share_recovered` with its interval, from the hits on the same queries, (Q,) each."""
+    value = share_recovered(untrained.mean(), student.mean(), teacher.mean())
+    if value is None:
+        return None
+    resampled = [share_recovered(*accuracies) for accuracies in resample(untrained, student, teacher)]
+    return Interval(value, *_middle_95_percent([share for share in resampled if share is not None]))
+
+
+def share_recovered(untrained: float, student: float, teacher: float) -> float | None:
+    """Return the part of the teacher's advantage over the untrained student that the student has.
+
+    1 means all of it; ``None`` that the teacher has no advantage.
+    """
+    return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
+
+
+def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the accuracies of S candidates in each bootstrap resample of their common queries, (R, S).
+
+    Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
+
+    Args:
+        hits: (Q,) of each candidate.
+    """
+    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
+    num_queries = counts.sum()
+    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
+    return drawn @ kinds / num_queries
+
+
+def _middle_95_percent(values: NDArray[np.float64] | list[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# MERGED FROM d2v_composer/evaluation/evaluate.py: Embed with models on one encoder and with the baselines that
+
+WITHOUT_MODEL = ("pixels",)
+"""Names of the embed functions of :func:`build_embeds` that run no model."""
+
+
+class EncodeOnce:
+    """Encode images for several models: a tensor that is passed again is not encoded again.
+
+    A result lives as long as its images. Only for evaluations: autocast must be the same for all models.
+
+    Args:
+        encode: Images → the encoder's output.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+        self.encode = encode
+        self.encoded = WeakIdKeyDictionary()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images not in self.encoded:
+            self.encoded[images] = self.encode(images)
+        return self.encoded[images]
+
+
+def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
+    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it."""
+    encode = EncodeOnce(encoder)
+
+    def embed_with_encoder(images: Tensor) -> dict[str, Tensor]:
+        return poolings(encode(images), "output", encoder.config)
+
+    def embed_with(model: Transformer, images: Tensor) -> dict[str, Tensor]:
+        return model.embed_encoded(encode(images))
+
+    embeds = {name: partial(embed_with, model) for name, model in models.items()}
+    return {"pixels": partial(pixels, encoder), "encoder": embed_with_encoder, **embeds}
+
+
+def pixels(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return the encoder's input, shrunk to CIFAR's size, as an embedding, (B, D).
+
+    At 224 px an image would have 150,528 channels.
+    """
+    height, width = height_and_width(encoder.config.image_size)
+    return interpolate(encoder.prepare(images), (min(32, height), min(32, width)), mode="area").flatten(1)
+
 
 OUT_FILES = ("evaluation.json", "evaluation.csv")
 SPEED_BATCHES = 3  # the first one also warms up
@@ -247,3 +352,45 @@ def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDA
     num_classes = max(num_classes, int(torch.stack([labels, found]).max()) + 1)
     counts = torch.bincount(labels * num_classes + found, minlength=num_classes**2)
     return counts.view(num_classes, num_classes).numpy()
+
+
+# MERGED FROM d2v_composer/evaluation/evaluate.py: The share of the teacher's advantage that a student recovers in
+
+Log = Mapping[str, Mapping[int, float]]
+
+
+def recovered_shares(
+    log: Log, dataset: str, embedding: str, k: int = 1, references: Log | None = None
+) -> dict[int, float]:
+    """Return step → share of the teacher's advantage over the untrained student.
+
+    It is the mean of both banks, or of the one with which the teacher has an advantage.
+
+    Args:
+        log: Key → step → value, of the student's run.
+        dataset: Name of the labelled set.
+        embedding: Of student and teacher alike.
+        k: Of top-k.
+        references: The log with the untrained student (``retrieval.at_start``) and the teacher
+            (``retrieval.references``); default ``log``.
+
+    Returns:
+        Empty if either is missing, or the teacher has no advantage at all.
+    """
+    references = log if references is None else references
+    by_bank = [_shares_of(log, references, dataset, embedding, k, bank) for bank in BANKS]
+    steps = sorted({step for shares in by_bank for step in shares})
+    return {step: mean(shares[step] for shares in by_bank if step in shares) for step in steps}
+
+
+def _shares_of(log: Log, references: Log, dataset: str, embedding: str, k: int, bank: str) -> dict[int, float]:
+    """Return step → share with one bank."""
+    key = metric_key(dataset, bank, k, embedding)
+    teacher = references.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
+    untrained = references.get(key, {}).get(0)
+    if untrained is None or not teacher:
+        return {}
+    shares = {
+        step: share_recovered(untrained, accuracy, teacher[max(teacher)]) for step, accuracy in log.get(key, {}).items()
+    }
+    return {step: share for step, share in shares.items() if share is not None}

@@ -9,16 +9,26 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from d2v_composer.data.labelled_sets import LabelledSet
-from d2v_composer.evaluation.embed_function import Embed
-from d2v_composer.evaluation.knn import NUM_NEIGHBOURS, majority_vote, weighted_vote
+from d2v_composer.data.labelled import LabelledSet
 from d2v_composer.evaluation.linear_probe import LinearProbe, fit_linear_probe
-from d2v_composer.evaluation.metric_names import BANKS, Measure
-from d2v_composer.evaluation.ranks import ONE_RANK, Ranks
-from d2v_composer.evaluation.retrieval import TopK, exact_neighbours, retrieval_hits
-from d2v_composer.system.progress import progress_bar
+from d2v_composer.evaluation.metrics import BANKS, Measure
+from d2v_composer.evaluation.nearest_neighbours import (
+    NUM_NEIGHBOURS,
+    ONE_RANK,
+    Ranks,
+    TopK,
+    exact_neighbours,
+    majority_vote,
+    retrieval_hits,
+    weighted_vote,
+)
+from d2v_composer.system.command_line import progress_bar
 
-__all__ = ["EmbeddedSet", "Found", "embed_set", "look_up"]
+# MERGED FROM d2v_composer/evaluation/labelled_retrieval.py: The type of a function that embeds images.
+
+Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
+"""(B, 3, height, width) uint8 images on the model's device → (B, D), or several embeddings by name."""
+
 
 ModelT = TypeVar("ModelT", bound=Hashable)
 

@@ -11,10 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_composer.evaluation.ranks import ONE_RANK, Ranks
-from d2v_composer.evaluation.retrieval import full_float32
-
-__all__ = ["STRENGTHS", "LinearProbe", "fit_linear_probe", "linear_probe_accuracy"]
+from d2v_composer.evaluation.nearest_neighbours import ONE_RANK, Ranks, full_float32
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 """The L2 strengths to choose from, strongest first."""

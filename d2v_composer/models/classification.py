@@ -14,13 +14,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.block import init_linear_layers
-from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import height_and_width
-from d2v_composer.models.transformer import Transformer, poolings
+from d2v_composer.models.attention import init_linear_layers
+from d2v_composer.models.encoder import height_and_width
+from d2v_composer.models.transformer import Pooling, Representation, Transformer, poolings
 from d2v_composer.system.errors import InputError
-
-__all__ = ["Classifier", "randomize"]
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.

@@ -4,19 +4,178 @@ Shapes: B images, T time steps, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.block import Block
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from d2v_composer.models.sizes import MAX_DEPTH, check_whole
+from d2v_composer.models.attention import Block, FfnBlock, autocast_dtype
+from d2v_composer.models.encoder import (
+    MAX_DEPTH,
+    MAX_PATCHES,
+    MAX_WIDTH,
+    MEAN_RANGE,
+    STD_RANGE,
+    Encoder,
+    build_alibi,
+    check_channels,
+    check_mlp_ratio,
+    check_whole,
+    is_number,
+)
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
-__all__ = ["Data2Vec2", "Data2Vec2Config"]
+# MERGED FROM d2v_composer/models/data2vec2.py: The modality encoder of data2vec 2.0 for images.
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MAX_NORM_EPS = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
+
+    Raises:
+        ValueError: A size is out of range, or does not fit the others.
+    """
+
+    embed_dim: int = 768
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    prenet_depth: int = 4
+    num_extra_tokens: int = 0
+    image_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_alibi_heads: int = 0
+    """0: no ALiBi (``use_alibi_encoder: false``)."""
+    alibi_scale_shape: tuple[int, ...] | None = None
+    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "image_size", "patch_size", "in_chans"):
+            check_whole(name, getattr(self, name), 1, MAX_WIDTH)
+        for name in ("num_extra_tokens", "num_alibi_heads"):
+            check_whole(name, getattr(self, name), 0, MAX_WIDTH)
+        check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
+        check_mlp_ratio(self.mlp_ratio, self.embed_dim)
+        if not is_number(self.norm_eps, math.ulp(0), MAX_NORM_EPS):
+            raise ValueError(f"norm_eps must be above 0 and at most {MAX_NORM_EPS}, got {self.norm_eps!r}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
+        if self.num_alibi_heads > self.num_heads:
+            raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
+        check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
+        check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
+        self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
+
+    def check_alibi_scale(self, num_layers: Container[int]) -> None:
+        """Check the shape of ALiBi's scale.
+
+        Args:
+            num_layers: The allowed numbers of layers of the whole model.
+
+        Raises:
+            ValueError: Another shape is needed.
+        """
+        shape, heads = self.alibi_scale_shape, self.num_alibi_heads
+        if shape is None:
+            return
+        if not heads:
+            raise ValueError(f"alibi_scale_shape must be null without ALiBi heads, got {shape!r}")
+        if not isinstance(shape, tuple) or len(shape) != 5 or not all(type(size) is int for size in shape):
+            raise ValueError(f"alibi_scale_shape must be 5 whole numbers, got {shape!r}")
+        layers, *others = shape
+        if (layers != 1 and layers not in num_layers) or others not in [[1, 1, 1, 1], [1, heads, 1, 1]]:
+            raise ValueError(f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), got {shape!r}")
+
+    @property
+    def has_cls_token(self) -> bool:
+        """True if there are extra tokens: the first is CLS."""
+        return self.num_extra_tokens > 0
+
+    @property
+    def interpolation(self) -> str:
+        return "bicubic"
+
+    @property
+    def is_normalised(self) -> bool:
+        return True
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_extra_tokens + self.num_patches
+
+
+class ImageEncoder(Encoder):
+    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
+
+    config: ImageEncoderConfig
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__(config)
+        dim, patch = config.embed_dim, config.patch_size
+        self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
+        self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
+        self.extra_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
+        )
+        hidden_dim = int(dim * config.mlp_ratio)
+        blocks = [Block(dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.prenet_depth)]
+        self.context_encoder = nn.ModuleDict(
+            {"norm": nn.LayerNorm(dim, eps=config.norm_eps), "blocks": nn.ModuleList(blocks)}
+        )
+        self.alibi = build_alibi(config, config.num_heads, config.num_alibi_heads)
+        self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
+
+    @property
+    def block_list(self) -> list[FfnBlock]:
+        return cast("list[FfnBlock]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        x_BND = self.local_encoder["proj"](self.prepare(images)).flatten(2).transpose(1, 2)
+        x_BTD = x_BND + self.fixed_positional_encoder["positions"]
+        if self.extra_tokens is not None:
+            x_BTD = torch.cat([self.extra_tokens.expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
+        return self.context_encoder["norm"](x_BTD)
+
+    def block_contexts(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
+        """Return the attention biases of this encoder's blocks and of the teacher's blocks after them.
+
+        Args:
+            x_BTD: The blocks' input.
+            num_layers: Number of blocks; default ``prenet_depth``.
+        """
+        num_layers = self.config.prenet_depth if num_layers is None else num_layers
+        if self.alibi is None:
+            return [None] * num_layers
+        shape = (x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
+        if self.alibi_scale is None or len(self.alibi_scale) == 1:
+            scale = None if self.alibi_scale is None else self.alibi_scale[0]
+            return [self.alibi(*shape, scale)] * num_layers
+        return [self.alibi(*shape, layer_scale) for layer_scale in self.alibi_scale]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,6 @@ from d2v_composer.models.targets import Regression, normalise, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
-__all__ = ["DistillationModel", "Prediction"]
-
 Prediction = Literal["layer_mean", "last_block"]
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")

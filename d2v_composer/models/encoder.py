@@ -5,18 +5,98 @@ Shapes: B images, S pixels a side (or height and width), N patches, E extra toke
 
 from abc import abstractmethod
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from typing_extensions import Self
 
-from d2v_composer.models.alibi import Alibi, manhattan_distance
-from d2v_composer.models.block import FfnBlock
-from d2v_composer.models.frozen import Frozen
-from d2v_composer.models.sizes import ImageSize, height_and_width
+from d2v_composer.models.attention import Alibi, FfnBlock, manhattan_distance
 
-__all__ = ["Encoder", "EncoderConfig", "build_alibi", "resize", "resize_in_float"]
+# MERGED FROM d2v_composer/models/encoder.py: Modules that do not train.
+
+
+class Frozen(nn.Module):
+    """A module that stays in eval mode and takes no gradient. Call :meth:`freeze` once the parameters exist.
+
+    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; here it has no effect.
+    """
+
+    def freeze(self) -> Self:
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def cast_weights(self, dtype: torch.dtype) -> Self:
+        """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
+
+        LayerNorms, positions and extra tokens keep float32, in which autocast computes with them.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(dtype)
+        return self
+
+
+# MERGED FROM d2v_composer/models/encoder.py: Limits for the sizes of a model, and checks of sizes from files.
+
+ImageSize = int | tuple[int, int]
+"""Pixels a side of a square, or (height, width)."""
+
+# Far above any vision transformer's. Larger ones mean a corrupt file, or one that would exhaust the memory.
+MAX_WIDTH = 1 << 16
+MAX_DEPTH = 1000
+MAX_PATCHES = 1 << 14
+# Allowed means and standard deviations of pixels from 0 to 1.
+MEAN_RANGE, STD_RANGE = (0.0, 1.0), (1e-3, 1.0)
+
+
+def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
+    """Check that a size is a whole number within a range.
+
+    Raises:
+        ValueError: It is not; the message names the size.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
+
+
+def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
+    """Check that a ratio gives a valid number of hidden units.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not is_number(mlp_ratio, 0, MAX_WIDTH) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
+        raise ValueError(
+            f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
+        )
+
+
+def check_channels(name: str, values: Any, in_chans: int, limits: tuple[float, float]) -> None:
+    """Check that a size is a number within a range for each channel of an image.
+
+    Raises:
+        ValueError: It is not; the message names the size.
+    """
+    minimum, maximum = limits
+    if not isinstance(values, tuple) or len(values) != in_chans:
+        raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {values!r}")
+    if not all(is_number(value, minimum, maximum) for value in values):
+        raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
+
+
+def is_number(value: Any, minimum: float, maximum: float) -> bool:
+    """Return whether a value is a number within a range; a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return (height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 class EncoderConfig(Protocol):

@@ -10,14 +10,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.alibi import autocast_dtype
-from d2v_composer.models.block import Block, EntranceBlock, init_linear_layers
-from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_mlp_ratio, check_whole
+from d2v_composer.models.attention import Block, EntranceBlock, autocast_dtype, init_linear_layers
+from d2v_composer.models.encoder import MAX_DEPTH, MAX_WIDTH, Encoder, build_alibi, check_mlp_ratio, check_whole
 from d2v_composer.models.targets import Normalisation
 from d2v_composer.models.transformer import Transformer
-
-__all__ = ["Init", "Student", "StudentConfig", "init_from_teacher"]
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
 

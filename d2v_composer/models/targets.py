@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, mse_loss
 
-__all__ = ["CLS_LOSS_WEIGHT", "NORM_EPS", "Normalisation", "Regression", "norm_mean", "normalise", "regression_loss"]
-
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 

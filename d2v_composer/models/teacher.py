@@ -11,14 +11,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.block import FfnBlock
-from d2v_composer.models.encoder import Encoder, EncoderConfig
-from d2v_composer.models.frozen import Frozen
+from d2v_composer.models.attention import FfnBlock
+from d2v_composer.models.encoder import Encoder, EncoderConfig, Frozen
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
 from d2v_composer.models.targets import Normalisation
 from d2v_composer.models.transformer import Transformer
-
-__all__ = ["ExtraTokens", "TargetSource", "Teacher", "TeacherConfig"]
 
 ExtraTokens = Literal["regress", "drop", "only"]
 TargetSource = Literal["ffn", "block"]

@@ -16,14 +16,33 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMeth
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import confusion_matrix
-from d2v_composer.evaluation.metric_names import EMBEDDINGS
-from d2v_composer.evaluation.recovered import recovered_shares
+from d2v_composer.evaluation.evaluate import confusion_matrix, recovered_shares
+from d2v_composer.evaluation.metrics import EMBEDDINGS
 from d2v_composer.report.run import Run, latest
-from d2v_composer.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, STYLE, VERMILION, WIDTH, name_of
 from d2v_composer.report.tables import PROBE_HEADS
 
-__all__ = ["confusion_plot", "curves", "probe_plot", "retrieval_plot", "share_plot"]
+# MERGED FROM d2v_composer/report/plots.py: The look of all figures.
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
+WIDTH, HEIGHT = 6.4, 3.6
+
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "figure.constrained_layout.use": True,
+}
+
+
+def name_of(class_names: Sequence[str], label: int | Tensor) -> str:
+    """Return the name of a label; ``class N`` if it has none."""
+    return class_names[int(label)] if int(label) < len(class_names) else f"class {int(label)}"
+
 
 EMBEDDING_STYLES = dict(zip(EMBEDDINGS, product(["-", "--"], [BLUE, ORANGE, GREEN]), strict=True))
 REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}

@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.headline import Headline
-from d2v_composer.checkpoints.pointer import LATEST, read_newest
-from d2v_composer.checkpoints.safe_pickle import load_untrusted
-from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.metric_names import PROBES, Measure, headline_fallbacks, metric_key
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.checkpoints.resume import LATEST, read_newest
+from d2v_composer.checkpoints.safe_load import load_untrusted
+from d2v_composer.checkpoints.student_file import Headline
+from d2v_composer.data.labelled import LabelledSet, load_labelled_set
+from d2v_composer.evaluation.metrics import PROBES, Measure, headline_fallbacks, metric_key, read_jsonl
 from d2v_composer.system.errors import InputError
-
-__all__ = ["Run", "latest", "read_run", "weights_section"]
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96

@@ -1,18 +1,42 @@
 """Format the results of a training and of an evaluation as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
-from typing import TYPE_CHECKING
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2v_composer.evaluation.bootstrap import Interval, share_recovered
-from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.metric_names import Measure, metric_key
-from d2v_composer.evaluation.text_table import format_table
+from tabulate import tabulate
 
-if TYPE_CHECKING:  # an evaluation prints tables without Composer, which takes seconds to import
+from d2v_composer.evaluation.evaluate import Evaluation, Interval, recovered_shares, share_recovered
+from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, Measure, metric_key, read_jsonl
+from d2v_composer.system.errors import InputError
+
+if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
-__all__ = ["PROBE_HEADS", "evaluation_tables", "retrieval_table"]
+
+# MERGED FROM d2v_composer/report/tables.py: Format rows as a table of plain text or Markdown.
+
+
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
+    """Return a table whose first column is aligned left and whose other columns are aligned right.
+
+    Args:
+        head: The name of each column.
+        rows: The cells of each row; missing ones are empty.
+        markdown: Draw the lines of a Markdown table.
+    """
+    cells = list(rows)
+    return tabulate(
+        cells,
+        head,
+        tablefmt="github" if markdown else "plain",
+        stralign="right",
+        colalign=("left",) if cells else None,  # tabulate fails without rows
+        disable_numparse=True,
+    )
+
 
 PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
 
@@ -109,3 +133,89 @@ def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
 
 def _percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+# MERGED FROM d2v_composer/report/tables.py: The table of a study's runs: what each retrieves, and how much of the
+
+DATASET = "cifar10"
+
+
+class FinishedRun(NamedTuple):
+    """A finished run."""
+
+    name: str
+    log: Mapping[str, Mapping[int, float]]
+
+    @classmethod
+    def read(cls, name: str, folder: Path) -> "FinishedRun":
+        """Read a run's log.
+
+        Raises:
+            InputError: It has none.
+        """
+        path = folder / "log.jsonl"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; a study's base.yaml needs loggers: {{jsonl: {{}}}}")
+        return cls(name, read_jsonl(path))
+
+    def accuracies(self, embedding: str, *, untrained: bool = False, reference: str | None = None) -> list[float]:
+        """Return the top-1 of the last evaluation, or of that before training, with each bank; empty: not measured."""
+        logs = [self.log.get(metric_key(DATASET, bank, 1, embedding, reference), {}) for bank in BANKS]
+        steps = [0 if untrained else max(values, default=0) for values in logs]
+        return [values[step] for values, step in zip(logs, steps, strict=True) if step in values]
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Those that it measured: a model without CLS has fewer."""
+        return [name for name in EMBEDDINGS if self.accuracies(name)]
+
+    @property
+    def has_references(self) -> bool:
+        """It measured its own untrained student and teacher."""
+        first, *_ = self.embeddings
+        return bool(self.accuracies(first, untrained=True) and self.accuracies(first, reference="teacher"))
+
+    @property
+    def loss(self) -> float:
+        """The mean of the last 100 batches."""
+        losses = self.log["loss/train/total"]
+        return mean(losses[step] for step in sorted(losses)[-100:])
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of training, without evaluations; ``None``: it was too short to tell."""
+        paces = self.log.get("throughput/images_per_sec", {}).values()
+        return max(self.log["time/sample"].values()) * mean(1 / pace for pace in paces) if paces else None
+
+
+def study_table(rows: Sequence[FinishedRun]) -> str:
+    """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
+
+    The share is the mean of both directions, from the untrained student to the teacher: the first row's, or the row's
+    own, which then stand below it.
+    """
+    first, *_ = rows
+    names = first.embeddings
+    lines = [_references("untrained", first, names, untrained=True)]
+    for row in rows:
+        references = row if row.has_references else first
+        cells = [f"{_both_ways(row, name)} ({_share(references, row, name)})" for name in names]
+        lines.append([row.name, *cells, f"{row.loss:.3f}", "–" if row.seconds is None else f"{row.seconds:.0f}"])
+        if row.has_references and row is not first:
+            lines.append(_references("– its untrained", row, names, untrained=True))
+            lines.append(_references("– its teacher", row, names, reference="teacher"))
+    lines.append(_references("teacher", first, names, reference="teacher"))
+    return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
+
+
+def _references(title: str, row: FinishedRun, names: Sequence[str], **options: Any) -> list[str]:
+    return [title, *(_both_ways(row, name, **options) for name in names), "", ""]
+
+
+def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
+    return " / ".join(f"{100 * accuracy:.1f}" for accuracy in row.accuracies(embedding, **options)) or "–"
+
+
+def _share(references: FinishedRun, row: FinishedRun, embedding: str) -> str:
+    shares = recovered_shares(row.log, DATASET, embedding, references=references.log)
+    return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"

@@ -11,19 +11,6 @@ from urllib.parse import parse_qsl, urlencode
 
 from typing_extensions import Self
 
-__all__ = [
-    "STORES",
-    "Address",
-    "RunFolder",
-    "check_path",
-    "check_run_name",
-    "file_name",
-    "hide_all_secrets",
-    "hide_secrets",
-    "identity",
-    "is_address",
-]
-
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")

@@ -7,8 +7,6 @@ gets; but two such processes on two cores take each other's time slices, and fal
 
 import os
 
-__all__ = ["share_cores"]
-
 # About 10 microseconds: long enough for the gaps between a training step's operations, too short to waste a time slice.
 SPIN_COUNT = 1000
 

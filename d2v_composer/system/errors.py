@@ -1,7 +1,5 @@
 """Exceptions for unusable input and data."""
 
-__all__ = ["InputError", "ShardError", "UnreadableImageError"]
-
 
 class InputError(ValueError):
     """A file, setting or data set that cannot be used, or several of them.

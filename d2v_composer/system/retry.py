@@ -12,8 +12,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2v_composer.system.addresses import hide_secrets
 
-__all__ = ["CONNECT_SECONDS", "is_lasting", "is_local", "is_missing", "reason", "retry"]
-
 # Timeout of a connection. A reachable host answers at once; clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0

@@ -6,8 +6,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["when_imported"]
-
 
 def when_imported(package: str, then: Callable[[], object]) -> None:
     """Call a function after the import of a package: now, if it was imported before."""

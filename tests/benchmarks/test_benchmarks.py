@@ -17,13 +17,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from d2v_composer.benchmarks.data import FEWEST_IMAGES
+from d2v_composer.benchmarks.data import FEWEST_IMAGES, make_photos, take_photos
 from d2v_composer.benchmarks.measure import Rates, interleave, one_core
-from d2v_composer.benchmarks.photos import make_photos, take_photos
 from d2v_composer.benchmarks.retrieval import check_neighbours
-from d2v_composer.benchmarks.sized_models import build_equal_model, build_sized_model
-from d2v_composer.benchmarks.step import check_losses
-from d2v_composer.models.sizes import height_and_width
+from d2v_composer.benchmarks.step import build_equal_model, build_sized_model, check_losses
+from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.timm_teacher import TimmTeacher
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, encoded_image, run_command
@@ -102,7 +100,7 @@ def test_litdata_leaves_ctrl_c_to_the_command(tmp_path: Path) -> None:
     code = f"""
 import signal
 from pathlib import Path
-from d2v_composer.benchmarks.readers import UINT8, litdata_chunks
+from d2v_composer.benchmarks.data import UINT8, litdata_chunks
 
 before = signal.getsignal(signal.SIGINT)
 litdata_chunks([Path({str(photo)!r})], Path({str(tmp_path / "out")!r}), 1, UINT8).start(0)

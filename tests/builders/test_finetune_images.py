@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune_images import build_images, count_classes, load_images
-from d2v_composer.config.finetune import FinetuneConfig, FinetuneLoaderConfig
-from d2v_composer.config.schema import LabelledSetConfig
-from d2v_composer.data.labelled_sets import LabelledImages, load_labelled_set
-from d2v_composer.models.image_encoder import ImageEncoderConfig
+from d2v_composer.builders.finetune import build_images, count_classes, load_images
+from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabelledSetConfig
+from d2v_composer.data.labelled import LabelledImages, load_labelled_set
+from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_mds
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v_composer.builders.header import describe_batch, describe_device, describe_folder
+from d2v_composer.builders.fit import describe_batch, describe_device, describe_folder
 from d2v_composer.config.load import load_config
 from helpers import ROOT
 

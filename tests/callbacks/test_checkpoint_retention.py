@@ -14,8 +14,8 @@ import pytest
 from composer import Callback, State
 from composer.loggers import Logger
 
-from d2v_composer.callbacks.checkpoint_retention import CheckpointRetention, outdated, prune_folder, prune_store
-from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.callbacks.checkpointing import CheckpointRetention, outdated, prune_folder, prune_store
+from d2v_composer.checkpoints.resume import LATEST
 from gated_store import GatedStore
 from helpers import (
     FORKED_UPLOADS,
@@ -200,7 +200,7 @@ def test_a_store_that_denies_deletion_gets_a_warning(
     def forbidden(*_: object) -> None:
         raise PermissionError("AccessDenied: you may not")
 
-    monkeypatch.setattr("d2v_composer.callbacks.checkpoint_retention.prune_store", forbidden)
+    monkeypatch.setattr("d2v_composer.callbacks.checkpointing.prune_store", forbidden)
     retention = CheckpointRetention(Path("nowhere"), "runs/a", 2)
     with caplog.at_level(logging.WARNING):
         retention.prune_remote("bucket")

@@ -10,7 +10,7 @@ import torch
 from composer.core import Precision
 from composer.utils import dist
 
-from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval, graceful_stop
+from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval, checkpointing
 from helpers import wait_until
 
 LAST_BATCH = 5
@@ -68,7 +68,7 @@ def ctrl_c() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.setattr(graceful_stop, "NOTICE_SECONDS", 1000.0)
+    monkeypatch.setattr(checkpointing, "NOTICE_SECONDS", 1000.0)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield Run()
     for signum, handler in before.items():
@@ -143,14 +143,14 @@ def test_a_signal_while_the_ranks_agree_waits_until_they_have(run: Run, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("batch", "line"), [(3, graceful_stop.NOTICE), (LAST_BATCH, graceful_stop.LAST_NOTICE)], ids=["earlier", "last"]
+    ("batch", "line"), [(3, checkpointing.NOTICE), (LAST_BATCH, checkpointing.LAST_NOTICE)], ids=["earlier", "last"]
 )
 def test_the_notice_tells_what_ctrl_c_waits_for(
     run: Run, batch: int, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(graceful_stop, "show", shown.append)
-    monkeypatch.setattr(graceful_stop, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "show", shown.append)
+    monkeypatch.setattr(checkpointing, "NOTICE_SECONDS", 0.0)
     run.end_batch(batch)
     ctrl_c()
     wait_until(lambda: shown == [line])

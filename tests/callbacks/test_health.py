@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from d2v_composer.callbacks.health import Health, effective_rank
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.evaluation.metric_names import HEALTH_STATES
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.metrics import HEALTH_STATES, read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Regression, normalise, regression_loss
 from helpers import GOLDEN, LabelledDevice, OnDevice, small_run

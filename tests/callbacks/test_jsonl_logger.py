@@ -12,9 +12,9 @@ from composer.callbacks import CheckpointSaver
 from composer.loggers import Logger, RemoteUploaderDownloader
 
 from d2v_composer.builders.loggers import build_loggers
-from d2v_composer.callbacks import JSONLLogger, jsonl_logger
+from d2v_composer.callbacks import JSONLLogger, logging
 from d2v_composer.config.load import load_config
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
 from helpers import (
     small_run,
@@ -109,7 +109,7 @@ def test_a_resumed_run_keeps_what_any_machine_has_logged(
             file.write_bytes(stored)
         return stored is not None
 
-    monkeypatch.setattr(jsonl_logger, "download_existing", fetch)
+    monkeypatch.setattr(logging, "download_existing", fetch)
     jsonl = JSONLLogger(str(path), "s3://bucket/run/log.jsonl")
     for batch in (0, 3):
         assert path.exists() == (ours is not None)
@@ -125,7 +125,7 @@ def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, monkeypatch: 
     def fail(*arguments: object) -> bool:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(jsonl_logger, "download_existing", fail)
+    monkeypatch.setattr(logging, "download_existing", fail)
     jsonl = JSONLLogger(str(tmp_path / "log.jsonl"), "s3://bucket/run/log.jsonl")
     state: Any = SimpleNamespace(callbacks=[jsonl], timestamp=SimpleNamespace(batch=3))
     with pytest.raises(InputError, match=r"s3://bucket/run/log\.jsonl: the run's log cannot be read \(.*no answer"):

@@ -12,8 +12,8 @@ from composer.utils import dist
 from PIL import Image
 
 from d2v_composer.builders.loggers import build_pictures
-from d2v_composer.callbacks.pictures import RetrievalPictures, log_picture_files, shows_pictures
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.callbacks.zero_shot_retrieval import RetrievalPictures, log_picture_files, shows_pictures
+from d2v_composer.data.labelled import LabelledImages, LabelledSet
 
 NEAREST = torch.zeros(8, 3, dtype=torch.int32)
 STATE: Any = None

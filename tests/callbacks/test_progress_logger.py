@@ -111,7 +111,7 @@ def test_gradient_norm_is_logged_before_clipping() -> None:
 def test_throughput_excludes_callbacks_and_counts_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of two images waits for 40 ms and takes 10 ms; the work at its end does not count."""
     clock = Clock()
-    monkeypatch.setattr("d2v_composer.callbacks.throughput.time", clock)
+    monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
     loader = DataLoader(Numbers(clock), batch_size=2)
     logged = train(train_dataloader=loader, callbacks=[Throughput(every=3), Work(clock)])
     assert [value for _, value in logged["throughput/images_per_sec"]] == pytest.approx([40, 40])

@@ -14,7 +14,7 @@ import pytest
 
 from d2v_composer.callbacks import GracefulStop, RunFolderLock
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.checkpoints.pointer import LATEST
+from d2v_composer.checkpoints.resume import LATEST
 from d2v_composer.system.errors import InputError
 from helpers import (
     ROOT,
@@ -31,7 +31,7 @@ from recipes import train
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.callbacks.run_folder_lock.LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("d2v_composer.callbacks.checkpointing.LOCK_WAIT_SECONDS", 0.1)
     first = RunFolderLock(tmp_path, "s3://a/runs")
     this_one = f"or stop process {os.getpid()} of {platform.node()}$"
     with pytest.raises(InputError, match=f" is in use by another run: .*, {this_one}"):
@@ -87,7 +87,7 @@ def test_runs_share_a_data_set_but_no_folder(
     uninterrupted: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the newest checkpoint of a running one can be read at any time."""
-    monkeypatch.setattr("d2v_composer.callbacks.run_folder_lock.LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("d2v_composer.callbacks.checkpointing.LOCK_WAIT_SECONDS", 0.1)
     shared = tmp_path / "shared"
     endless = ("max_duration=100000ba", "save_interval=3ba", "save_num_checkpoints_to_keep=5")
     process = start_training(f"save_folder={shared}", *endless, data=small_data)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from d2v_composer.builders.callbacks import FIXED_IN_A_FINETUNING
+from d2v_composer.builders.training import FIXED_IN_A_FINETUNING
 from d2v_composer.callbacks import RunRecord
 from d2v_composer.system.errors import InputError
 

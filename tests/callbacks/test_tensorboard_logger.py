@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from composer.utils import dist
 
-from d2v_composer.callbacks.tensorboard_logger import RunTensorboardLogger
+from d2v_composer.callbacks.logging import RunTensorboardLogger
 
 STATE: Any = SimpleNamespace(run_name="mine")
 

@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.ranks import Ranks
-from d2v_composer.evaluation.retrieval import retrieval_accuracy
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.nearest_neighbours import Ranks, retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
+from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.progress import progress_bar
 from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
 
 

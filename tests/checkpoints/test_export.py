@@ -19,11 +19,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
-from d2v_composer.checkpoints.headline import Headline, choose_embedding, stored_headline
+from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.timm_student import TimmStudent
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from d2v_composer.models.sizes import height_and_width
+from d2v_composer.checkpoints.student_file import Headline, choose_embedding, stored_headline
+from d2v_composer.models.data2vec2 import ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN

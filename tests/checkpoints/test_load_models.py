@@ -11,10 +11,10 @@ import torch
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import d2v
 from helpers import GOLDEN, ROOT, load_checkpoint, small_run
 from recipes import embed, evaluate, export_student, train
 

@@ -24,10 +24,10 @@ from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
 from d2v_composer.checkpoints import resume
-from d2v_composer.checkpoints.composer_checkpoint import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.resume import drop_unused_scaler, fetch_same_checkpoint, find_newest_checkpoint
-from d2v_composer.checkpoints.safetensors_file import sha256
+from d2v_composer.checkpoints.safe_load import CorruptCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError

@@ -19,7 +19,7 @@ from torch._utils import _rebuild_tensor_v2
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from d2v_composer import load_teacher
-from d2v_composer.checkpoints.safe_pickle import load_untrusted, plain
+from d2v_composer.checkpoints.safe_load import load_untrusted, plain
 from d2v_composer.models.data2vec2 import Data2Vec2Config
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints import safetensors_file
-from d2v_composer.checkpoints.data2vec2_file import convert_teacher
+from d2v_composer.checkpoints import student_file
+from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, serving
 from recipes import convert_teacher as convert_teacher_recipe
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_output_as_it_was(exists: bool, tmp_path: Path, m
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors_file, "save_file", fill_up)
+    monkeypatch.setattr(student_file, "save_file", fill_up)
     with pytest.raises(InputError, match=rf"^{out}: cannot be written \(No space left on device\)$"):
         convert_teacher(golden(), out)
     assert files_in(tmp_path) == ([out.name] if exists else [])
@@ -215,10 +215,10 @@ def test_the_command_exits_with_2_and_one_line(
 ) -> None:
     out = tmp_path / "out.safetensors"
     for name in ("use_temporary_folder", "end_with_launcher"):
-        monkeypatch.setattr(cli, name, lambda: None)
+        monkeypatch.setattr(command_line, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(convert_teacher_recipe.main)
+        command_line.run(convert_teacher_recipe.main)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -528,4 +528,4 @@ def test_numbers_that_torch_lacks_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     with pytest.raises(InputError, match=r"weights\.safetensors: holds numbers of a kind that torch .* lacks"):
-        safetensors_file.read_tensors(path)
+        student_file.read_tensors(path)

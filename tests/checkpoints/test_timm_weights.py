@@ -25,15 +25,14 @@ from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import timm_weights
+from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import load_any, save_student
-from d2v_composer.checkpoints.stored_config import add_outputs
-from d2v_composer.checkpoints.timm_student import TimmStudent
+from d2v_composer.checkpoints.student_file import add_outputs
 from d2v_composer.checkpoints.timm_weights import unused_names
-from d2v_composer.models import timm_encoder
+from d2v_composer.models import timm_teacher
 from d2v_composer.models.classification import randomize
 from d2v_composer.models.student import Student
-from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
-from d2v_composer.models.timm_encoder import TimmEncoder, build_timm_model
+from d2v_composer.models.timm_teacher import NUM_OUTPUTS, TimmEncoder, TimmEncoderConfig, build_timm_model
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, refused_by
 from small_vits import RESAMPLED_BILINEARLY, random_vit
@@ -182,7 +181,7 @@ def test_convolutions_before_the_patches_are_counted_once(tmp_path: Path, monkey
     steps = teacher.encoder.config.num_steps
     blocks = sum(block.forward_macs(steps) for block in teacher.encoder.block_list)
     assert teacher.encoder.forward_macs() == sum(macs) + blocks
-    monkeypatch.delattr(timm_encoder, "build_timm_model")
+    monkeypatch.delattr(timm_teacher, "build_timm_model")
     assert teacher.encoder.forward_macs() == sum(macs) + blocks
 
 

@@ -12,7 +12,7 @@ import d2v_composer
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands.__main__ import COMMANDS, main
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.system import next_step
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, losses_of, run_command, small_run, start_python
 
@@ -63,14 +63,14 @@ def test_the_next_step_can_be_copied(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert next_step.d2v("embed", "a b") == f"{python} -m d2v_composer.commands embed 'a b'"
+    assert command_line.d2v("embed", "a b") == f"{python} -m d2v_composer.commands embed 'a b'"
     script.touch(mode=0o755)
-    assert next_step.d2v("embed") == "bin/d2v embed"
+    assert command_line.d2v("embed") == "bin/d2v embed"
     monkeypatch.setenv("PATH", str(script.parent))
-    assert next_step.d2v("embed") == "d2v embed"
-    next_step.print_next("one", "two")
+    assert command_line.d2v("embed") == "d2v embed"
+    command_line.print_next("one", "two")
     monkeypatch.setenv("RANK", "1")
-    next_step.print_next("three")
+    command_line.print_next("three")
     assert capsys.readouterr().out == "next: one\nnext: two\n"
 
 

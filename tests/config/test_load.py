@@ -12,7 +12,7 @@ import torch
 from d2v_composer.config.load import load_config, load_evaluate_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.launched_rank import REPORT_SECONDS
+from d2v_composer.system.ranks import REPORT_SECONDS
 from helpers import ROOT
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")

@@ -4,8 +4,8 @@ from importlib import metadata
 
 import pytest
 
-from d2v_composer.config.packages import needs_of_loggers
-from d2v_composer.system.packages import find_wrong_packages, install_command
+from d2v_composer.config.load import needs_of_loggers
+from d2v_composer.system.machine import find_wrong_packages, install_command
 
 CHOSEN = {"jsonl": {}, "wandb": {}, "mlflow": {}, "tensorboard": None, "unknown": {}}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_composer.conversion import cifar10
-from d2v_composer.conversion.cifar10 import convert_cifar10
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.system.file_locks import sole_user
+from d2v_composer.data import convert as conversion
+from d2v_composer.data.convert import convert_cifar10
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.system.files import sole_user
 from helpers import QUICKSTART, refused_by, wait_until
 from recipes import convert_cifar10 as recipe
 
@@ -21,7 +21,7 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     images = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
     labels = torch.tensor([3, 1, 4, 1, 5])
     whole = LabelledSet(LabelledImages(images["train"], labels), LabelledImages(images["test"], labels))
-    monkeypatch.setattr(cifar10, "load_labelled_set", lambda *arguments, **options: whole)
+    monkeypatch.setattr(conversion, "load_labelled_set", lambda *arguments, **options: whole)
     (tmp_path / "out" / ".train.partial").mkdir(parents=True)  # of a killed conversion
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
     found = load_labelled_set("mds", tmp_path / "out", image_size=32, interpolation="bicubic")
@@ -29,7 +29,7 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(getattr(found, split).images, images[split][:num_images])
         assert torch.equal(getattr(found, split).labels, labels[:num_images])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
-    monkeypatch.delattr(cifar10, "load_labelled_set")  # what exists is not made again
+    monkeypatch.delattr(conversion, "load_labelled_set")  # what exists is not made again
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
 
 
@@ -37,28 +37,28 @@ def test_a_second_conversion_waits_for_the_first_and_finds_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = LabelledImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
-    monkeypatch.setattr(cifar10, "load_labelled_set", lambda *arguments, **options: LabelledSet(split, split))
-    write, written, go_on = cifar10._write, list[Path](), threading.Event()
+    monkeypatch.setattr(conversion, "load_labelled_set", lambda *arguments, **options: LabelledSet(split, split))
+    write, written, go_on = conversion._write, list[Path](), threading.Event()
 
     def write_slowly(labelled: LabelledImages, num_images: int, folder: Path) -> None:
         written.append(folder)
         assert go_on.wait(60)
         write(labelled, num_images, folder)
 
-    monkeypatch.setattr(cifar10, "_write", write_slowly)
+    monkeypatch.setattr(conversion, "_write", write_slowly)
     out = tmp_path / "out"
     with ThreadPoolExecutor(2) as threads:
         conversions = [threads.submit(convert_cifar10, tmp_path, out, 2, 2) for _ in range(2)]
         wait_until(lambda: bool(written))
         go_on.set()
-        for conversion in conversions:
-            conversion.result(60)
+        for each in conversions:
+            each.result(60)
     assert [folder.name for folder in written] == ["train", "test"]
     assert sorted(path.name for path in out.iterdir()) == ["test", "train"]
 
 
 def test_a_conversion_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(conversion, "LOCK_SECONDS", 0.0)
     with sole_user(tmp_path / ".lock"):
         refused = refused_by(partial(convert_cifar10, tmp_path), tmp_path)
     assert refused == f"{tmp_path}: another conversion is writing there"
@@ -67,7 +67,7 @@ def test_a_conversion_that_does_not_end_is_not_waited_for(tmp_path: Path, monkey
 def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(cifar10, "load_labelled_set")
+    monkeypatch.delattr(conversion, "load_labelled_set")
     convert = partial(convert_cifar10, tmp_path)
     assert "has 4480 images, not 50000: " in refused_by(convert, QUICKSTART / "cifar10")
     (tmp_path / "foreign" / "test").mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
 def test_the_next_command_names_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cifar10, "convert_cifar10", lambda *arguments: None)
+    monkeypatch.setattr(conversion, "convert_cifar10", lambda *arguments: None)
     for out, changes in (
         ("datasets/cifar10/", ""),
         ("/data/cifar", " train_loader.local=/data/cifar/train retrieval.datasets.cifar10.root=/data/cifar"),

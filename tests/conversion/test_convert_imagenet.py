@@ -23,15 +23,14 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage.upload import S3Uploader
 from tqdm import tqdm
 
-from d2v_composer.conversion import convert, shards
-from d2v_composer.conversion.destination import Destination
-from d2v_composer.conversion.image_source import find_images
-from d2v_composer.conversion.rgb_jpeg import as_rgb_jpeg
-from d2v_composer.data.decode import decode_rgb
-from d2v_composer.system import cli
+from d2v_composer.data import convert
+from d2v_composer.data import convert as conversion
+from d2v_composer.data.convert import Destination, as_rgb_jpeg, find_images
+from d2v_composer.data.images import decode_rgb
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import encoded_image, wait_until
 from recipes import convert_imagenet
@@ -273,7 +272,7 @@ def test_a_missing_source_is_one_line(
 ):
     monkeypatch.setattr(sys, "argv", ["convert_imagenet.py", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(main)
+        command_line.run(main)
     assert capfd.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
 
@@ -435,8 +434,8 @@ def run_and_kill(arguments: list[str], out: Path, num_shards: int) -> None:
 def test_resumes_to_the_same_bytes_after_kills(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     main([str(source), str(tmp_path / "whole"), *SMALL_SHARDS])
     # Slow enough for a kill to hit something; forked processes keep the patch.
-    convert = shards.as_rgb_jpeg
-    monkeypatch.setattr(shards, "as_rgb_jpeg", lambda *a: time.sleep(0.01) or convert(*a))
+    convert = conversion.as_rgb_jpeg
+    monkeypatch.setattr(conversion, "as_rgb_jpeg", lambda *a: time.sleep(0.01) or convert(*a))
     for num_shards in (0, 1, 4, 8):
         out = tmp_path / f"killed{num_shards}"
         run_and_kill([str(source), str(out), *SMALL_SHARDS], out, num_shards)
@@ -451,7 +450,7 @@ def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monke
         tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(shards, "as_rgb_jpeg", die)
+    monkeypatch.setattr(conversion, "as_rgb_jpeg", die)
     process = forked([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
     process.join(60)
     hangs = process.is_alive()
@@ -503,7 +502,7 @@ def test_verification_finds_a_damaged_shard(source: Path, tmp_path: Path, damage
 
 
 def test_two_conversions_at_once_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(convert, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(conversion, "LOCK_TIMEOUT", 0.1)
     with sole_user(Destination.at(str(tmp_path / "out")).lock), pytest.raises(InputError, match="another conversion"):
         main([str(source), str(tmp_path / "out")])
 

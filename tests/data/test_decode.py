@@ -17,10 +17,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
-from d2v_composer.data.augmentation import RandomResizedCropFlip, random_crop_box, sample_rng
-from d2v_composer.data.decode import Box, CuttableJpeg, to_tensor
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.data.mds_index import read_index
+from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng, to_tensor
+from d2v_composer.data.index import read_index
+from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.system.errors import InputError
 from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, write_mds
 

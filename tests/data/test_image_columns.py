@@ -11,11 +11,10 @@ from streaming import MDSWriter
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.decode import CuttableJpeg, decode_rgb
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.embedding.collection import open_collection
+from d2v_composer.data.images import CuttableJpeg, RandomResizedCropFlip, decode_rgb
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, open_images, small_run
 

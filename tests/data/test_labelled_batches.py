@@ -5,9 +5,8 @@ from unittest.mock import patch
 import torch
 from composer.utils import dist
 
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.labelled_batches import AugmentedImages, EpochSampler, train_batches
-from d2v_composer.data.labelled_sets import LabelledImages
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.labelled import AugmentedImages, EpochSampler, LabelledImages, train_batches
 from helpers import time_limit
 
 NUM_IMAGES, BATCH_SIZE = 23, 4

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.conversion.convert import convert_images
-from d2v_composer.conversion.image_source import find_images
-from d2v_composer.conversion.shards import Encoding
-from d2v_composer.data import decode
-from d2v_composer.data.decode import decode_rgb
-from d2v_composer.embedding.collection import open_collection
+from d2v_composer.data import images
+from d2v_composer.data.convert import Encoding, convert_images, find_images
+from d2v_composer.data.images import decode_rgb
+from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, open_images, read_epoch
 
@@ -59,7 +57,7 @@ def test_a_conversion_ends_and_its_next_start_converts_every_image(photos: Path,
 
 def test_a_conversion_without_memory_ends_and_its_next_start_converts_every_image(photos: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2v_composer.conversion.rgb_jpeg.open_image", no_memory)
+        patch.setattr("d2v_composer.data.convert.open_image", no_memory)
         with pytest.raises(RuntimeError, match=r"\.jpg: cannot be read now \(MemoryError\)"):
             convert(photos)
     assert convert(photos) == []
@@ -88,8 +86,8 @@ def no_memory(*_: object) -> None:
 def test_training_without_memory_does_not_blame_the_image(
     many_shards: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(decode, "to_rgb", no_memory)
-    monkeypatch.setattr(decode.CuttableJpeg, "parse", lambda *_: None)  # Pillow decodes
+    monkeypatch.setattr(images, "to_rgb", no_memory)
+    monkeypatch.setattr(images.CuttableJpeg, "parse", lambda *_: None)  # Pillow decodes
     with pytest.raises(MemoryError):
         read_epoch(open_images(many_shards), workers)
 
@@ -98,14 +96,14 @@ def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pyte
     def no_descriptors(*_: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(decode, "open_image", no_descriptors)
+    monkeypatch.setattr(images, "open_image", no_descriptors)
     with pytest.raises(OSError, match="Too many open files"):
         decode_rgb(encoded_image(0), "sample 3")
 
 
 def test_every_decoder_is_loaded_at_import() -> None:
     """Pillow would drop a format whose module cannot be opened at its first use."""
-    assert set(decode.IMAGE_FORMATS) <= decode.Image.OPEN.keys()
+    assert set(images.IMAGE_FORMATS) <= images.Image.OPEN.keys()
 
 
 @pytest.mark.parametrize("kind", ["folder", "MDS"])

@@ -14,7 +14,7 @@ from d2v_composer.builders import data as builders_data
 from d2v_composer.builders.data import build_room_needs, build_train_loader, check_same_data, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.mds_index import RoomNeeded, check_room, read_index, room_needed
+from d2v_composer.data.index import RoomNeeded, check_room, read_index, room_needed
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 

@@ -10,7 +10,7 @@ from streaming import StreamingDataset
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
-from d2v_composer.data.sample_order import Share, draw_samples, shards_of_node
+from d2v_composer.data.streaming import Share, draw_samples, shards_of_node
 from helpers import open_images
 
 SEED = 17

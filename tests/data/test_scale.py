@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.streaming import StreamingImages
 from helpers import open_images
 
 RANKS_PER_NODE = 8

@@ -16,10 +16,8 @@ import pytest
 from filelock import FileLock
 from streaming.base.storage import LocalDownloader
 
-from d2v_composer.data import shard_cache
-from d2v_composer.data.lookahead import Lookahead
-from d2v_composer.data.shard_cache import FEWEST_AHEAD, Claim
-from d2v_composer.data.shard_states import ShardState
+from d2v_composer.data import shards
+from d2v_composer.data.shards import FEWEST_AHEAD, Claim, Lookahead, ShardState
 from d2v_composer.system.errors import InputError, ShardError
 from helpers import NUM_IMAGES, open_images, read_epoch, wait_until
 
@@ -162,7 +160,7 @@ def test_waiting_threads_leave_the_lock_alone(original: Path, tmp_path: Path, mo
         checked.append(shard_id)
         return is_abandoned(shard_id)
 
-    monkeypatch.setattr(shard_cache, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(shards, "CHECK_SECONDS", 0.1)
     monkeypatch.setattr(FileLock, "acquire", acquire_and_count)
     monkeypatch.setattr(cache.states, "is_abandoned", check_and_count)
     waiting = [threading.Thread(target=cache.prepare, args=(i % 8,), daemon=True) for i in range(32)]
@@ -182,7 +180,7 @@ def test_waiting_threads_leave_the_lock_alone(original: Path, tmp_path: Path, mo
 def test_a_newer_data_set_waits_for_fetches_of_the_older_one(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2v_composer.data.cache_folder.LAST_USER_LEAVES", 0.2)
+    monkeypatch.setattr("d2v_composer.data.shards.LAST_USER_LEAVES", 0.2)
     older = open_images(tmp_path / "cache", original)
     download, may_end = LocalDownloader.download, threading.Event()
     monkeypatch.setattr(LocalDownloader, "download", lambda *args: may_end.wait(20) and download(*args))
@@ -250,7 +248,7 @@ def ended_thread() -> tuple[int, int]:
 def test_takes_over_a_shard_whose_process_or_thread_ended_while_fetching(
     original: Path, tmp_path: Path, fetcher: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_cache, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(shards, "CHECK_SECONDS", 0.1)
     dataset = open_images(tmp_path / "cache", original, timeout=20)
     assert dataset.cache.claim(7) is Claim.FETCH
     dataset.cache.states._fetchers[14:16] = fetcher()

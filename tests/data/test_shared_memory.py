@@ -17,10 +17,9 @@ from streaming.base.shared import SharedMemory
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
-from d2v_composer.data import shared_memory
-from d2v_composer.data.shared_memory import Reservation
-from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.system import file_locks
+from d2v_composer.data import streaming
+from d2v_composer.data.streaming import Reservation, StreamingImages
+from d2v_composer.system import files
 from d2v_composer.system.errors import InputError
 from helpers import NUM_IMAGES, open_images, read_epoch, small_run, wait_until
 
@@ -125,7 +124,7 @@ def test_names_that_another_user_left_stay(
             raise PermissionError(13, "Permission denied")
         return own_open(path, *args)
 
-    monkeypatch.setattr(file_locks.os, "open", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     try:
         assert read_epoch(images()) == ALL
         assert lock.exists()
@@ -134,12 +133,12 @@ def test_names_that_another_user_left_stay(
 
 
 def test_a_number_is_held_by_all_ranks() -> None:
-    first = shared_memory._reserve()
-    second = shared_memory._join(first.number)
+    first = streaming._reserve()
+    second = streaming._join(first.number)
     memory = SharedMemory(f"{first.number}_data", True, 8)
     second.memory.append(memory)
     first.release()
-    shared_memory._remove_abandoned()
+    streaming._remove_abandoned()
     assert files_of(second.number) == {"in_use", "data"}
     second.release()
     assert files_of(second.number) == set()
@@ -147,10 +146,10 @@ def test_a_number_is_held_by_all_ranks() -> None:
 
 def test_draws_another_number_if_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([0, 0, 0, 1])
-    monkeypatch.setattr(shared_memory.secrets, "randbelow", lambda _: next(drawn))
-    held: list[Reservation] = [shared_memory._reserve()]
+    monkeypatch.setattr(streaming.secrets, "randbelow", lambda _: next(drawn))
+    held: list[Reservation] = [streaming._reserve()]
     try:
-        held.append(shared_memory._reserve())
+        held.append(streaming._reserve())
         assert [each.number for each in held] == [1_000_000, 1_000_001]
     finally:
         for each in held:
@@ -164,8 +163,8 @@ def test_locks_are_in_the_temporary_folder_if_shared_memory_is_not_made_of_files
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As on macOS."""
-    shared_memory._warn_of_no_folder.cache_clear()
-    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "no-such-folder")
+    streaming._warn_of_no_folder.cache_clear()
+    monkeypatch.setattr(streaming, "FOLDER", tmp_path / "no-such-folder")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dataset = images()
     lock = tmp_path / f"{number_of(dataset)}_in_use"
@@ -183,11 +182,11 @@ def test_refuses_to_start_with_too_little_shared_memory(
     images: Callable[[], StreamingImages], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be killed by SIGBUS."""
-    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(16384, 0, 16384))
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: Usage(16384, 0, 16384))
     before = set(MEMORY.iterdir())
     with pytest.raises(InputError) as caught:
         images()
-    needed = shared_memory.shared_memory_needed(num_shards=32, num_samples=96)
+    needed = streaming.shared_memory_needed(num_shards=32, num_samples=96)
     assert str(caught.value).startswith(f"/dev/shm: 16,384 of 16,384 bytes are free, training data needs {needed:,}: ")
     assert "docker run --shm-size=1m" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -200,7 +199,7 @@ def test_refuses_to_start_with_too_little_shared_memory_for_the_workers(
     """There is room for the data set, but not for the batches that are made in advance."""
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
     config = load_config(small_run(tmp_path, small_data, *options))
-    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
     build_train_loader(config, read_train_index(config), 24, "bicubic")
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9"):
         build_train_loader(config, read_train_index(config), 224, "bicubic")  # 16 x 3 x 224 x 224 bytes, 14 times
@@ -208,10 +207,10 @@ def test_refuses_to_start_with_too_little_shared_memory_for_the_workers(
 
 def test_counts_the_shared_memory_of_the_papers_run() -> None:
     """On eight GPUs: 32 images of 224 pixels a rank, two batches in each of 64 workers and two in use per rank."""
-    alone = shared_memory.shared_memory_needed(num_shards=1300, num_samples=1_281_167)
+    alone = streaming.shared_memory_needed(num_shards=1300, num_samples=1_281_167)
     assert alone == pytest.approx(8 * 1_281_167 + 25 * 1300, abs=100_000)
     batch_bytes = 32 * 3 * 224 * 224
-    whole = shared_memory.shared_memory_needed(
+    whole = streaming.shared_memory_needed(
         num_shards=1300, num_samples=1_281_167, ranks=8, workers=8, prefetch_factor=2, batch_bytes=batch_bytes
     )
     assert whole - alone == pytest.approx(8 * 18 * batch_bytes, rel=0.01)

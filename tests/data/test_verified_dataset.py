@@ -23,9 +23,9 @@ import pytest
 from streaming import MDSWriter
 from streaming.base.storage import LocalDownloader
 
-from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.system.errors import InputError, ShardError
-from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.files import sole_user
 from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, read_epoch, time_limit, wait_until, write_mds
 
 FORK = multiprocessing.get_context("fork")
@@ -187,7 +187,7 @@ def read_a_sample_and_wait(cache: Path, remote: Path, send: Connection) -> None:
 
 
 def test_two_runs_cannot_share_a_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.data.cache_folder.LAST_USER_LEAVES", 0.2)
+    monkeypatch.setattr("d2v_composer.data.shards.LAST_USER_LEAVES", 0.2)
     cache = tmp_path / "cache"
     receive, send = FORK.Pipe(duplex=False)
     other = FORK.Process(target=read_a_sample_and_wait, args=(cache, original, send))

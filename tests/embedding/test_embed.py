@@ -31,20 +31,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.datasets import cifar
 
-from d2v_composer import load_student, load_teacher
+from d2v_composer import embedding, load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.data.decode import decode_rgb, to_tensor
-from d2v_composer.embedding import output_file
-from d2v_composer.embedding.collection import FolderImages
-from d2v_composer.embedding.embed import Embedding, hash_weights
-from d2v_composer.embedding.output_file import EmbeddingFile
-from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from d2v_composer.data.images import decode_rgb, to_tensor
+from d2v_composer.embedding import Embedding, EmbeddingFile, FolderImages, hash_weights
+from d2v_composer.models.data2vec2 import Data2Vec2, ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.file_locks import sole_user
+from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
 from recipes import embed as embed_recipe
@@ -524,7 +520,7 @@ def test_a_folder_without_readable_images_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    monkeypatch.setattr(output_file, "ROW_GROUP", 256)
+    monkeypatch.setattr(embedding, "ROW_GROUP", 256)
     file = EmbeddingFile(tmp_path / f"out.{suffix}")
     tracemalloc.start()
     try:
@@ -553,7 +549,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
 
 
 def test_two_runs_at_once_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_file, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(embedding, "LOCK_TIMEOUT", 0.1)
     with (
         sole_user(tmp_path / ".photos.npy.partial" / ".lock"),
         pytest.raises(InputError, match=r"photos\.npy: another process is writing it"),
@@ -562,7 +558,7 @@ def test_two_runs_at_once_are_refused(photos: Path, tmp_path: Path, monkeypatch:
 
 
 def test_parquet_without_pyarrow_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedding, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"photos\.parquet: .* needs pyarrow: pip install 'pyarrow>=15'$"):
         embed(TEACHER, photos, tmp_path / "photos.parquet")
 
@@ -638,7 +634,7 @@ def test_an_unreadable_image_is_one_line(
     arguments = ["embed.py", TEACHER, source, tmp_path / "photos.npy", "--workers", "1"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(embed_recipe.main)
+        command_line.run(embed_recipe.main)
     printed = capfd.readouterr()
     line = f"error: {source / '03.jpg'}: not an image that can be read (7 bytes); --skip-unreadable skips such images"
     assert printed.err.splitlines()[-1] == line

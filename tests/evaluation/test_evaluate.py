@@ -21,10 +21,16 @@ from d2v_composer import (
     load_teacher,
     retrieval_accuracy,
 )
-from d2v_composer.builders import evaluation
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.bootstrap import accuracy_interval, share_interval
-from d2v_composer.evaluation.evaluate import Candidate, Evaluation, confusion_matrix, evaluate
+from d2v_composer.builders import models
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.evaluate import (
+    Candidate,
+    Evaluation,
+    accuracy_interval,
+    confusion_matrix,
+    evaluate,
+    share_interval,
+)
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT
@@ -223,7 +229,7 @@ def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkey
         train, test = (each._replace(labels=each.labels * 200_000 - 1) for each in (train, test))
         return LabelledSet(train, test)
 
-    monkeypatch.setattr(evaluation, "load_labelled_set", load)
+    monkeypatch.setattr(models, "load_labelled_set", load)
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), f"out={tmp_path}")
     expected = [str(200_000 * number - 1) for number in range(10)]
     assert [line.split()[0] for line in printed.splitlines() if line.split()[:1] == [expected[0]]] == ["-1"]

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher
-from d2v_composer.data.labelled_sets import load_labelled_set
+from d2v_composer.data.labelled import load_labelled_set
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
-from d2v_composer.evaluation.ranks import Ranks
-from d2v_composer.evaluation.retrieval import exact_neighbours
+from d2v_composer.evaluation.nearest_neighbours import Ranks, exact_neighbours
 from helpers import QUICKSTART
 
 

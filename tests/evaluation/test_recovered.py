@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2v_composer.evaluation.metric_names import metric_key
-from d2v_composer.evaluation.recovered import recovered_shares
+from d2v_composer.evaluation.evaluate import recovered_shares
+from d2v_composer.evaluation.metrics import metric_key
 
 CLS = "layer_mean_cls"
 

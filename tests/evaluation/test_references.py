@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
+from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.evaluation.evaluate import EncodeOnce, build_embeds
 from d2v_composer.evaluation.labelled_retrieval import embed_set
-from d2v_composer.evaluation.references import EncodeOnce, build_embeds
 from d2v_composer.models.data2vec2 import Data2Vec2
 from helpers import QUICKSTART
 

@@ -7,8 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from d2v_composer.benchmarks.measure import peak_allocated
-from d2v_composer.data.labelled_sets import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.retrieval import TopK, nearest_neighbours, retrieval_accuracy, top_k
+from d2v_composer.data.labelled import LabelledSet, load_labelled_set
+from d2v_composer.evaluation.nearest_neighbours import TopK, nearest_neighbours, retrieval_accuracy, top_k
 from helpers import QUICKSTART
 
 
@@ -45,7 +45,7 @@ def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None
 def test_neighbours_in_a_bank_of_several_parts_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 500))
-    monkeypatch.setattr("d2v_composer.evaluation.retrieval.BANK_PART", 3_000)  # four parts, the last one short
+    monkeypatch.setattr("d2v_composer.evaluation.nearest_neighbours.BANK_PART", 3_000)  # four parts, the last one short
     assert_same_neighbours(bank, queries, k=20)
 
 

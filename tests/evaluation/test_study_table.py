@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
-from d2v_composer.evaluation.study_table import DATASET, FinishedRun, study_table
+from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, metric_key
+from d2v_composer.report.tables import DATASET, FinishedRun, study_table
 from d2v_composer.system.errors import InputError
 
 Log = dict[str, dict[int, float]]

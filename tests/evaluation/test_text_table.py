@@ -1,6 +1,6 @@
 """Tables of text and Markdown."""
 
-from d2v_composer.evaluation.text_table import format_table
+from d2v_composer.report.tables import format_table
 
 
 def test_aligns_the_first_column_left_and_the_others_right() -> None:

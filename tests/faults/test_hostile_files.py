@@ -25,17 +25,15 @@ from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
 from timm.models import load_checkpoint as load_checkpoint_with_timm
 
-from d2v_composer.checkpoints.composer_checkpoint import check_checkpoint
+from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import load_any, load_student, load_teacher, save_student
-from d2v_composer.checkpoints.safe_pickle import load_untrusted
-from d2v_composer.checkpoints.timm_student import TimmStudent
-from d2v_composer.data.augmentation import RandomResizedCropFlip, sample_rng
-from d2v_composer.data.decode import decode_rgb
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.data.mds_index import read_index
-from d2v_composer.data.streaming_images import StreamingImages
-from d2v_composer.embedding.collection import open_collection
-from d2v_composer.models.image_encoder import ImageEncoderConfig
+from d2v_composer.checkpoints.safe_load import check_checkpoint, load_untrusted
+from d2v_composer.data.images import RandomResizedCropFlip, decode_rgb, sample_rng
+from d2v_composer.data.index import read_index
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.embedding import open_collection
+from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.models.student import StudentConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, load_checkpoint

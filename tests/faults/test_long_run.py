@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from d2v_composer.system.temporary_folder import PREFIX
+from d2v_composer.system.files import PREFIX
 from helpers import inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
 from programs.preloaded import Program
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.data.mds_index import fetch_index
+from d2v_composer.data.index import fetch_index
 from d2v_composer.system.errors import InputError, ShardError
 from gated_store import GatedStore
 from helpers import ROOT, open_images, read_epoch, small_run, started_ranks, time_limit, wait_until

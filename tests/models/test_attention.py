@@ -11,10 +11,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.models.alibi import MAX_KEPT, Alibi, absolute_distance, alibi_slopes, manhattan_distance, mask_padding
-from d2v_composer.models.block import SHORT_SEQUENCE, Attention, Block
+from d2v_composer.models.attention import (
+    MAX_KEPT,
+    SHORT_SEQUENCE,
+    Alibi,
+    Attention,
+    Block,
+    absolute_distance,
+    alibi_slopes,
+    manhattan_distance,
+    mask_padding,
+)
+from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.models.encoder import build_alibi
-from d2v_composer.models.image_encoder import ImageEncoderConfig
 from helpers import GOLDEN
 
 CPU = torch.device("cpu")

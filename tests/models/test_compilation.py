@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.models.block import Block
-from d2v_composer.models.compilation import compile_model
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.models.attention import Block
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.execution import compile_model
 from d2v_composer.models.targets import Normalisation, norm_mean
 from helpers import QUICKSTART
 

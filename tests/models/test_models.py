@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2v_composer.builders.optimization import build_optimizer
+from d2v_composer.builders.training import build_optimizer
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import OptimizerConfig
 from d2v_composer.models.classification import Classifier

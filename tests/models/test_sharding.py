@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.sharding import join_units, sharded_units
+from d2v_composer.models.execution import join_units, sharded_units
 from helpers import GOLDEN
 from programs.sharded_state import gathered_bytes, gathered_units
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from d2v_composer.checkpoints.headline import choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.timm_config import TimmTeacherConfig
-from d2v_composer.models.timm_encoder import build_timm_model
-from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.models.timm_teacher import TimmTeacher, TimmTeacherConfig, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from d2v_composer import preflight
 from d2v_composer.builders import data as builders_data
-from d2v_composer.config import environment
+from d2v_composer.config import load
 from d2v_composer.config.load import load_config
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet
-from d2v_composer.data.mds_index import read_index
-from d2v_composer.preflight import checks
-from d2v_composer.preflight.checks import Checks
-from d2v_composer.preflight.needs import Measured, in_batches, needs
-from d2v_composer.preflight.nodes import Nodes
-from d2v_composer.preflight.preflight import CheckTable, check_before_training, free_port
+from d2v_composer.data.index import read_index
+from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.preflight import (
+    Checks,
+    CheckTable,
+    Measured,
+    Nodes,
+    check_before_training,
+    free_port,
+    in_batches,
+    needs,
+)
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
 from helpers import ROOT, command_environment, run_command, small_run
@@ -32,7 +38,7 @@ BUCKET = "preflight"
 
 @pytest.fixture(autouse=True)
 def brief_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "DECODING_SECONDS", 0.05)
+    monkeypatch.setattr(preflight, "DECODING_SECONDS", 0.05)
 
 
 def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: str) -> list[str]:
@@ -71,7 +77,7 @@ def test_every_fault_before_training_is_named_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Teacher, data, a save_folder that is not writable any more, labelled sets, an MLflow server."""
-    monkeypatch.setattr(environment, "find_unwritable", lambda folder: None)  # when the YAML was read
+    monkeypatch.setattr(load, "find_unwritable", lambda folder: None)  # when the YAML was read
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
@@ -124,12 +130,12 @@ def test_a_node_needs_room_only_for_its_share(
 
 
 def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {name: checks.metadata.version(name) for name in ("torch", "mosaicml")}
-    assert versions["torch"] in checks.check_versions()
-    installed = checks.metadata.version
-    monkeypatch.setattr(checks.metadata, "version", lambda name: "1.0" if name == "timm" else installed(name))
+    versions = {name: preflight.metadata.version(name) for name in ("torch", "mosaicml")}
+    assert versions["torch"] in preflight.check_versions()
+    installed = preflight.metadata.version
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: "1.0" if name == "timm" else installed(name))
     with pytest.raises(ValueError, match=r"^does not work with timm 1\.0: pip install 'timm[^']+'$"):
-        checks.check_versions()
+        preflight.check_versions()
 
 
 def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: Path) -> None:

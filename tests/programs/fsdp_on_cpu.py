@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from sharded_state import gathered_bytes, gathered_units, share
 
 import small_vits  # noqa: F401  (they are registered in timm)
-from d2v_composer.config import environment
-from d2v_composer.system import cli
+from d2v_composer.config import load
+from d2v_composer.system import command_line
 from recipes import train
 
 reduce_scatter = torch.distributed.reduce_scatter_tensor
@@ -53,5 +53,5 @@ class HoldsItsShare(Callback):
 
 if __name__ == "__main__":
     torch.distributed.reduce_scatter_tensor = averaging
-    environment.needs_of_a_gpu = lambda config: iter(())
-    cli.run(partial(train.main, callbacks=[HoldsItsShare()]))
+    load.needs_of_a_gpu = lambda config: iter(())
+    command_line.run(partial(train.main, callbacks=[HoldsItsShare()]))

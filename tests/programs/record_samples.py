@@ -15,7 +15,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from recipes import train
 
 
@@ -40,4 +40,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from d2v_composer.models.sharding import sharded_units
+from d2v_composer.models.execution import sharded_units
 
 
 def parameter_groups(model: nn.Module) -> dict[str, Any]:

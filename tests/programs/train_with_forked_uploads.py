@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from d2v_composer.system import cli, compat, worker_lifetime
+from d2v_composer.system import command_line, processes, third_party
 from recipes import train
 
 if __name__ == "__main__":
-    compat.SPAWN = worker_lifetime.FORK
-    cli.run(train.main)
+    third_party.SPAWN = processes.FORK
+    command_line.run(train.main)

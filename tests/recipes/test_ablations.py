@@ -12,13 +12,12 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from d2v_composer.builders.model import build_model
+from d2v_composer.builders.models import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
-from d2v_composer.conversion import cifar10
-from d2v_composer.models.timm_encoder import build_timm_model
-from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
-from d2v_composer.system import cli
+from d2v_composer.data import convert
+from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
 from recipes import ablations
@@ -34,7 +33,7 @@ def test_images_that_cannot_be_downloaded_are_one_line(
     monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
     monkeypatch.setattr(sys, "argv", ["ablations.py", "--images", str(tmp_path), "--out", str(tmp_path / "runs")])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(ablations.main)
+        command_line.run(ablations.main)
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}: no readable CIFAR10 (")
     assert line.endswith(f"; unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {tmp_path}")
@@ -150,8 +149,8 @@ from d2v_composer.system import cli
 from recipes import ablations
 
 ablations.ROOT = Path(sys.argv.pop(1))
-cifar10.convert_cifar10 = lambda *_: None
-cli.run(ablations.main)
+convert.convert_cifar10 = lambda *_: None
+command_line.run(ablations.main)
 """
 
 
@@ -260,7 +259,7 @@ def test_whole_uses_all_images(
         used.append(images)
         raise InputError("stop")
 
-    monkeypatch.setattr(cifar10, "convert_cifar10", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(convert, "convert_cifar10", lambda *arguments: written.append(arguments))
     monkeypatch.setattr(ablations, "train_rows", train_rows)
     with pytest.raises(InputError, match="stop"):
         ablations.main([*options, "--images", str(tmp_path)])

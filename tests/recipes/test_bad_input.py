@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from helpers import GOLDEN, encoded_image, small_run, write_mds
 from recipes import train
 
@@ -27,7 +27,7 @@ def answers(
         arguments = small_run(tmp_path / "run", small_data, *overrides)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.run(train.main)
+            command_line.run(train.main)
         assert caught.value.code == 2
         lines = capfd.readouterr().err.strip().splitlines()
         assert not any("Traceback" in line for line in lines)

@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune_images import build_images
+from d2v_composer.builders.finetune import build_images
 from d2v_composer.checkpoints.load import load_any, save_student
-from d2v_composer.checkpoints.safetensors_file import read_tensors
-from d2v_composer.config.finetune import FinetuneConfig, FinetuneLoaderConfig
+from d2v_composer.checkpoints.student_file import read_tensors
 from d2v_composer.config.load import load_finetune_config
-from d2v_composer.config.schema import LabelledSetConfig
-from d2v_composer.data.labelled_sets import load_labelled_set
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabelledSetConfig
+from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,

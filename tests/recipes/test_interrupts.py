@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.metrics import read_jsonl
 from helpers import (
     GOLDEN,
     ROOT,

@@ -21,9 +21,9 @@ from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.embedding.collection import open_collection
-from d2v_composer.system import cli
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.embedding import open_collection
+from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
 from recipes import embed, evaluate, export_student, train
@@ -147,7 +147,7 @@ def test_images_are_resized_as_the_teachers_were(
     def resolve(**options: Any) -> dict[str, Any]:
         return resolve_data_config(**options) | {"interpolation": "bilinear"}
 
-    monkeypatch.setattr("d2v_composer.models.timm_encoder.resolve_data_config", resolve)
+    monkeypatch.setattr("d2v_composer.models.timm_teacher.resolve_data_config", resolve)
     monkeypatch.setattr(Image.Image, "resize", resize)
     monkeypatch.setattr(RandomResizedCropFlip, "__call__", augment)
     datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
@@ -222,7 +222,7 @@ def refused(
     def run(*overrides: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", *timm_run(tmp_path / "run", small_data, teacher, *overrides)])
         with pytest.raises(SystemExit) as caught:
-            cli.run(train.main)
+            command_line.run(train.main)
         assert caught.value.code == 2
         lines = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("{")]
         assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from d2v_composer.checkpoints.resume import complete_store, download_checkpoint, find_newest_checkpoint
-from d2v_composer.data.mds_index import fetch_index
+from d2v_composer.data.index import fetch_index
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore

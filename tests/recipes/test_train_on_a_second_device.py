@@ -12,16 +12,14 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.evaluation import build_comparison
+from d2v_composer.builders.models import build_comparison
 from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.embedding.collection import open_collection
-from d2v_composer.embedding.embed import EmbeddingOptions, embed_collection
-from d2v_composer.embedding.output_file import EmbeddingFile
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
 from d2v_composer.evaluation.evaluate import evaluate
-from d2v_composer.evaluation.metrics_log import read_jsonl
+from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
 from programs.second_device import MixedDevicesError, SecondDevice, second_device

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.evaluation.metrics_log import read_jsonl
-from d2v_composer.preflight.preflight import free_port
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.preflight import free_port
 from gated_store import GatedStore
 from helpers import (
     QUICKSTART,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2v_composer.checkpoints.load import load_teacher, save_student
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from helpers import GOLDEN, ROOT, small_run
 
 Command = Callable[..., str]
@@ -26,7 +26,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         main = importlib.import_module(f"recipes.{recipe}").main
         monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.run(main)
+            command_line.run(main)
         output = capfd.readouterr()
         assert caught.value.code == 2, output
         assert "Traceback" not in output.err

@@ -17,16 +17,14 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.builders import finish
-from d2v_composer.data.labelled_sets import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.metric_names import BANKS, EMBEDDINGS, metric_key
-from d2v_composer.evaluation.metrics_log import read_jsonl
-from d2v_composer.report.gallery import gallery
-from d2v_composer.report.page import write_report
+from d2v_composer.builders import fit
+from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, metric_key, read_jsonl
+from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import confusion_plot, retrieval_plot, running_mean, share_plot
 from d2v_composer.report.run import read_run
+from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.next_step import d2v
 from helpers import ROOT, load_checkpoint, small_run
 from recipes import report, train
 
@@ -309,7 +307,7 @@ def test_training_succeeds_even_if_its_report_fails(
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(finish, "write_report", fail)
+        monkeypatch.setattr(fit, "write_report", fail)
     trainer = train.main(small_run(folder, small_data, *short))
     assert trainer.state.timestamp.batch == 2
     if log:

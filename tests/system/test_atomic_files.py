@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.system.atomic_files import check_out_file, find_partials, out_file, partial_file, write_atomically
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file, find_partials, out_file, partial_file, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.system import file_locks
-from d2v_composer.system.file_locks import acquire, sole_user
+from d2v_composer.system import files
+from d2v_composer.system.files import acquire, sole_user
 
 FORK = multiprocessing.get_context("fork")
 
@@ -51,8 +51,8 @@ def test_a_file_system_without_locks_is_used_with_one_warning(
     def flock(*_: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    file_locks._warn_of_no_locks.cache_clear()
-    monkeypatch.setattr(file_locks.fcntl, "flock", flock)
+    files._warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     for _ in range(2):
         with sole_user(tmp_path / "lock") as alone:
             assert alone

@@ -14,10 +14,10 @@ import pytest
 import torch
 from composer.utils import dist
 
-from d2v_composer.system import multi_node
+from d2v_composer.system import ranks
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.multi_node import node_leaders_first, rank_zero_first
-from d2v_composer.system.worker_lifetime import FORK
+from d2v_composer.system.processes import FORK
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 from helpers import free_port
 
 COLLECTIVE_SECONDS = 2.0
@@ -45,7 +45,7 @@ def _run_rank(number: int, folder: Path, store: str, rank_of: Callable[[], None]
         world_size=2,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    multi_node._node_leaders.cache_clear()
+    ranks._node_leaders.cache_clear()
     dist.barrier()
     try:
         rank_of()
@@ -114,7 +114,7 @@ def test_rank_zero_keeps_its_store_until_the_reason_was_read(tmp_path: Path) -> 
 
 
 def _be_killed() -> None:
-    multi_node.BEAT_SECONDS, multi_node.SILENT_SECONDS = 0.1, 1.0
+    ranks.BEAT_SECONDS, ranks.SILENT_SECONDS = 0.1, 1.0
     with node_leaders_first("the teacher"):
         if dist.get_local_rank() == 0:
             time.sleep(1.5)  # with a heartbeat

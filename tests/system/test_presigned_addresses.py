@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import requests
 
-from d2v_composer.builders.callbacks import build_run_record
 from d2v_composer.builders.data import read_train_index
+from d2v_composer.builders.training import build_run_record
 from d2v_composer.checkpoints.load import load_any, load_teacher
 from d2v_composer.config.load import load_config
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.addresses import file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError
@@ -166,9 +166,9 @@ def test_a_commands_error_shows_no_secrets(capsys: pytest.CaptureFixture[str], m
         raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
 
     for name in ("use_temporary_folder", "end_with_launcher"):
-        monkeypatch.setattr(cli, name, lambda: None)
+        monkeypatch.setattr(command_line, name, lambda: None)
     with pytest.raises(SystemExit, match="2"):
-        cli.run(main)
+        command_line.run(main)
     said = capsys.readouterr().err
     assert said.startswith("error: https://host/f?token=...")
     assert not [secret for secret in SECRETS if secret in said]

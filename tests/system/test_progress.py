@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from d2v_composer.system import progress
+from d2v_composer.system import command_line
 
 
 def test_a_pipe_gets_lines_instead_of_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    with progress.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
+    monkeypatch.setattr(command_line, "LINE_SECONDS", 0.0)
+    with command_line.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
         bar.update()
         bar.update(2)
     lines = capsys.readouterr().err.splitlines()
@@ -20,13 +20,13 @@ def test_a_pipe_gets_lines_instead_of_a_bar(
 
 
 def test_a_line_without_a_total_has_no_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    with progress.progress_bar(desc="a file", unit="B", miniters=1, unit_scale=True) as bar:
+    monkeypatch.setattr(command_line, "LINE_SECONDS", 0.0)
+    with command_line.progress_bar(desc="a file", unit="B", miniters=1, unit_scale=True) as bar:
         bar.update(5_000_000)
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"a file: 5\.00M B, [\d.]+\w? B/s", last)
 
 
 def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(progress.progress_bar(range(3), desc="photos", unit="images")) == [0, 1, 2]
+    assert list(command_line.progress_bar(range(3), desc="photos", unit="images")) == [0, 1, 2]
     assert capsys.readouterr().err == ""

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import pytest
 from torch.utils.data import DataLoader
 
-from d2v_composer.data import verified_stream
-from d2v_composer.data.augmentation import RandomResizedCropFlip
-from d2v_composer.data.streaming_images import StreamingImages
+from d2v_composer.data import shards
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.errors import ShardError
-from d2v_composer.system.s3_download import S3Downloader
+from d2v_composer.system.fetch import S3Downloader
 from helpers import serving, time_limit
 
 NUM_SAMPLES = 96
@@ -139,7 +139,7 @@ def test_a_stalled_shard_ends_the_epoch_with_an_error(
     server: Server, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """The error names the shard. It comes after the data set's timeout plus that of one request."""
-    monkeypatch.setattr(verified_stream, "REQUEST_SECONDS", 0.4)  # shorter than the timeout: a retry fits into it
+    monkeypatch.setattr(shards, "REQUEST_SECONDS", 0.4)  # shorter than the timeout: a retry fits into it
     monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.1)
     server.files = {f"images/{file.name}": file.read_bytes() for file in many_shards.iterdir()}
     server.sendings["images/shard.00007.mds"] = DRIPPING

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from d2v_composer.system import temporary_folder
+from d2v_composer.system import files
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.temporary_folder import PREFIX, use_temporary_folder
+from d2v_composer.system.files import PREFIX, use_temporary_folder
 from helpers import time_limit
 
 FORK = multiprocessing.get_context("fork")
@@ -61,19 +61,19 @@ def test_the_folder_of_a_living_run_stays_without_locks(tmp_path: Path, monkeypa
     monkeypatch.setattr("fcntl.flock", refuse)
     monkeypatch.setattr("multiprocessing.util.Finalize", lambda *arguments, **options: None)  # in this process
     monkeypatch.setenv("MASTER_PORT", "1")
-    first = temporary_folder._enter(tmp_path)
+    first = files._enter(tmp_path)
     monkeypatch.setenv("MASTER_PORT", "2")
-    second = temporary_folder._enter(tmp_path)
+    second = files._enter(tmp_path)
     assert first is not None
     assert second is not None
     assert first != second
     assert first.is_dir()
-    temporary_folder._sweep(tmp_path)
+    files._sweep(tmp_path)
     assert first.is_dir()
 
 
 def test_a_long_tmpdir_without_a_shorter_folder_is_refused(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(temporary_folder, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
+    monkeypatch.setattr(files, "SHORT_FOLDERS", (str(long_folder / "no-such-folder"),))
     monkeypatch.setattr(tempfile, "tempdir", str(long_folder / f"{PREFIX}of-a-parent"))
     environment = dict(os.environ)
     with pytest.raises(InputError, match=r"^TMPDIR: must have at most 70 characters if none of .*, got \d{3}: /"):

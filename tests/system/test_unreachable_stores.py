@@ -17,11 +17,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from d2v_composer.callbacks.checkpoint_retention import PATIENT_CLIENT
+from d2v_composer.callbacks.checkpointing import PATIENT_CLIENT
 from d2v_composer.system import retry as retry_module
-from d2v_composer.system.fetch import transfer
+from d2v_composer.system.fetch import S3Downloader, transfer
 from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
-from d2v_composer.system.s3_download import S3Downloader
 from helpers import time_limit
 
 

@@ -15,14 +15,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.worker_lifetime import (
-    FORK,
-    POLL_SECONDS,
-    SPAWN,
-    _is_launcher,
-    allow_open_files,
-    block_stop_signals,
-)
+from d2v_composer.system.processes import FORK, POLL_SECONDS, SPAWN, _is_launcher, allow_open_files, block_stop_signals
 
 
 class Numbers(Dataset[int]):
@@ -73,8 +66,8 @@ def test_a_parent_ends_its_worker(kind: Any) -> None:
 
 
 def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.system.worker_lifetime.END_SECONDS", 0.2)
-    monkeypatch.setattr("d2v_composer.system.worker_lifetime.end_with_parent", lambda: None)  # a hang
+    monkeypatch.setattr("d2v_composer.system.processes.END_SECONDS", 0.2)
+    monkeypatch.setattr("d2v_composer.system.processes.end_with_parent", lambda: None)  # a hang
     worker = FORK.Process(target=time.sleep, args=(600,), daemon=True)
     worker.start()
     worker.terminate()

@@ -1,0 +1,207 @@
+"""Describe a run in a few lines, before it trains."""
+
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from composer import State, Trainer
+from composer.utils import dist
+
+from d2v_composer.builders.finetune import BuiltFinetuning
+from d2v_composer.builders.run import BuiltRun
+from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.callbacks import GracefulStop
+from d2v_composer.callbacks.logging import num_batches
+from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.callbacks.zero_shot_retrieval import log_picture_files
+from d2v_composer.config.schema import FinetuneConfig, TrainConfig, TrainerConfig
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.models.execution import name_precision
+from d2v_composer.report.page import write_report
+from d2v_composer.report.run import Run
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.command_line import d2v
+from d2v_composer.system.processes import end_workers
+from d2v_composer.system.ranks import rank_zero_first
+from d2v_composer.system.retry import reason
+
+# MERGED FROM d2v_composer/builders/fit.py: Run a Trainer to its end, and write the run's report.
+
+Log = Mapping[str, Mapping[int, float]]
+
+
+def fit_and_close(
+    trainer: Trainer, config: TrainerConfig, header: Callable[[], str], report: Callable[[bool], None]
+) -> None:
+    """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
+
+    Args:
+        trainer: With a checkpoint loaded if the run resumes.
+        config: The run's.
+        header: Returns the lines that open the run's log.
+        report: Called with False if the run had finished before.
+    """
+    # Only now: each DeviceGPU that Composer constructs allows TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    try:
+        is_new = _fit(trainer, config, header)
+        # It takes seconds. The uploads may take minutes, which no collective would wait.
+        if dist.get_global_rank() == 0:
+            report(is_new)
+        with rank_zero_first("uploads"):
+            trainer.engine.close()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            end_workers()  # their uploads may take minutes
+        # Not trainer.close(), which waits for all ranks: some may not have failed.
+        trainer.engine.close()
+        raise
+    trainer.close()
+
+
+def _fit(trainer: Trainer, config: TrainerConfig, header: Callable[[], str]) -> bool:
+    """Train to the end; return False if the run had finished before."""
+    if trainer.state.timestamp < config.max_duration:
+        if dist.get_global_rank() == 0:
+            print(header())
+        trainer.fit()
+        graceful_stop = find_callback(trainer.state, GracefulStop)
+        if graceful_stop is not None:
+            graceful_stop.end_training(trainer.state, trainer.logger)
+        return True
+    if dist.get_global_rank() == 0:  # Composer would raise an error
+        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
+    # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
+    if trainer.state.evaluators and not _is_evaluated(trainer.state, config):
+        trainer.eval()
+    return False
+
+
+def _is_evaluated(state: State, config: TrainerConfig) -> bool:
+    """Tell whether rank 0's log has an evaluation after the last batch."""
+    found = [False]
+    if dist.get_global_rank() == 0 and (folder := find_run_folder(config)) is not None:
+        path, prefix = folder.local / "log.jsonl", f"metrics/{state.evaluators[0].label}/"
+        series = read_jsonl(path) if path.is_file() else {}
+        found = [any(key.startswith(prefix) and int(state.timestamp.batch) in series[key] for key in series)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable[[Log], Run], is_new: bool) -> None:
+    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints.
+
+    Args:
+        trainer: Its loggers receive the plots.
+        config: The run's.
+        make_run: Makes the report's contents of the run's log.
+        is_new: False if the run had finished before: a report that exists says where and how it was trained.
+    """
+    run_folder = find_run_folder(config)
+    if not config.report or run_folder is None or not (run_folder.local / "log.jsonl").is_file():
+        return
+    folder = run_folder.local
+    if not is_new and (folder / "report.html").is_file():
+        return
+    try:
+        written = write_report(make_run(read_jsonl(folder / "log.jsonl")), folder)
+        log_picture_files(trainer.logger, written[1:])
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"the model is saved, not its report; later: {d2v('report', folder)}") from error
+    except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
+        problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
+        print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)
+        return
+    print(f"report: {written[0]}")
+    for path in written:
+        if (key := run_folder.key(str(path.relative_to(folder)))) is not None:
+            trainer.logger.upload_file(key, path, overwrite=True)
+
+
+def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
+    """Return the lines that open a run's log: what trains, on what, for how long.
+
+    Args:
+        config: The run's.
+        run: As built.
+        state: The Trainer's, with a checkpoint loaded if the run resumes.
+    """
+    data = run.record.record["data"]
+    teacher, student = run.model.teacher, run.model.student
+    lines = {
+        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
+        "device": describe_device(state.device.name, config.precision),
+        "images": f"{data['samples']:,} in {hide_secrets(str(data['location']))}",
+        "model": f"encoder {_millions(teacher.encoder)}, "
+        f"teacher {len(teacher.block_list)} blocks {_millions(teacher.blocks)}, "
+        f"student {len(student.block_list)} blocks {_millions(student.blocks)}",
+        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
+    }
+    if run.retrieval is not None:
+        sets = ", ".join(run.retrieval.datasets)
+        lines["retrieval"] = f"{sets} every {config.retrieval.interval}, headline {run.retrieval.headline}"
+    if state.timestamp.batch > 0:
+        lines["resumed"] = f"from {run.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
+    if config.compile:
+        lines["compiling"] = "the first step takes about a minute"
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: State) -> str:
+    """Return the lines that open a fine-tuning's log; see :func:`describe_run`."""
+    backbone, about = built.model.backbone, built.record.record["model"]
+    num_train, num_test = built.images.num_train, len(built.images.test.labels)
+    trained = sum(each.numel() for each in built.model.parameters() if each.requires_grad)
+    start = "random weights" if config.from_scratch else hide_secrets(config.model)
+    lines = {
+        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
+        "device": describe_device(state.device.name, config.precision),
+        "images": f"{num_train:,} to train, {num_test:,} to evaluate, {built.model.head.out_features} classes",
+        "model": f"{about['kind']} from {start}: encoder {_millions(backbone.encoder)}, "
+        f"{len(backbone.block_list)} blocks {_millions(backbone.blocks)}, head on {built.model.embedding}",
+        "trained": f"{trained / 1e6:.1f} M parameters, encoder {'trained' if config.train_encoder else 'frozen'}",
+        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
+    }
+    if state.timestamp.batch > 0:
+        lines["resumed"] = f"from {built.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def describe_device(name: str, precision: str) -> str:
+    """Describe what computes, and how.
+
+    Args:
+        name: Composer's: gpu, cpu, ….
+        precision: fp32, amp_bf16 or amp_fp16.
+    """
+    ranks = dist.get_world_size()
+    on = "" if ranks == 1 else f"{ranks} ranks, "
+    if name == "gpu":
+        return f"{on}{torch.cuda.get_device_name()}, {precision}"
+    is_emulated = precision == "amp_bf16" != name_precision("auto", on_gpu=False)
+    hint = " without instructions for it: precision=auto is many times faster" if is_emulated else ""
+    threads = f"{torch.get_num_threads()} threads{' each' if ranks > 1 else ''}"
+    return f"{on}{name}, {threads}, {precision}{hint}"
+
+
+def describe_folder(save_folder: str | None) -> str:
+    """Name the place of the run's files."""
+    return "not saved" if save_folder is None else f"saved in {hide_secrets(save_folder)}"
+
+
+def describe_batch(config: TrainerConfig, ranks: int) -> str:
+    """Describe the images of one step, and the parts in which they are processed if there are several."""
+    micro, on_each = config.device_train_microbatch_size, config.global_train_batch_size // ranks
+    text = f"{config.global_train_batch_size} images" + (f", {on_each} a device" if ranks > 1 else "")
+    if micro == "auto":
+        return f"{text}, microbatches found automatically"
+    return text if micro in (None, on_each) else f"{text}, microbatches of {micro}"
+
+
+def _describe_length(state: State) -> str:
+    steps, per_epoch = num_batches(state), int(state.dataloader_len or 1)
+    return f"{steps:,} steps ({steps / per_epoch:.1f} epochs)"
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"

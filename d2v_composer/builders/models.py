@@ -1,0 +1,154 @@
+"""Build the labelled sets of a retrieval, and the models that an evaluation compares."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from d2v_composer.checkpoints.load import TimmWeights, load_any, load_teacher
+from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
+from d2v_composer.data.labelled import LabelledSet, load_labelled_set
+from d2v_composer.evaluation.evaluate import Candidate, build_embeds
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Encoder, EncoderConfig, ImageSize
+from d2v_composer.models.execution import choose_precision, compile_model
+from d2v_composer.models.student import Student
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.transformer import Transformer
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.ranks import node_leaders_first
+
+# MERGED FROM d2v_composer/builders/models.py: Build teacher, student and the model that distils them.
+
+
+def build_model(config: TrainConfig) -> DistillationModel:
+    """Build the model of the sections ``teacher``, ``student``, ``prediction`` and ``targets``.
+
+    Raises:
+        InputError: The teacher's file cannot be used, or another setting does not fit it.
+    """
+    with node_leaders_first("the teacher"):
+        teacher = build_teacher(config.teacher)
+    check_fit(config, teacher)
+    try:
+        student = teacher.build_student(**asdict(config.student), normalisation=config.targets.normalisation)
+    except ValueError as error:
+        raise InputError(f"student: {error}") from error
+    precision = choose_precision(config.precision)
+    uses_fsdp = config.parallelism_config.fsdp is not None
+    if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
+        teacher.cast_weights(getattr(torch, config.frozen_dtype) if config.frozen_dtype else precision.dtype)
+    targets, cpu_bf16 = config.targets, precision.cpu_bf16
+    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source)
+    model = DistillationModel(teacher, student, config.prediction, *options)
+    if config.compile:
+        compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
+    if config.activation_checkpointing:
+        student.checkpoint_activations()
+    return model
+
+
+def build_teacher(config: TeacherConfig) -> Teacher:
+    """Load the teacher of the section ``teacher``.
+
+    Raises:
+        InputError: Its file cannot be used.
+    """
+    return load_teacher(
+        config.checkpoint,
+        config.weights,
+        model=config.model,
+        first_blocks=config.first_blocks,
+        image_size=config.image_size,
+        option="teacher.{}".format,
+    )
+
+
+def check_fit(config: TrainConfig, teacher: Teacher) -> None:
+    """Refuse settings that this teacher does not allow."""
+    top_k, depth = config.targets.average_top_k_layers, teacher.config.depth
+    if top_k is not None and top_k > depth:
+        raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
+    if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
+        raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
+    if config.targets.extra_tokens != "regress" and not teacher.num_extra_tokens:
+        raise InputError("targets.extra_tokens: this teacher has no extra tokens; allowed here: regress")
+    if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
+        raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
+
+
+# MERGED FROM d2v_composer/builders/models.py: Load the model that an evaluation or a fine-tuning begins with.
+
+
+def load_trained_model(config: ModelConfig) -> tuple[Student | None, Teacher | None]:
+    """Load a student, and its teacher if known; or a teacher alone.
+
+    Raises:
+        InputError: A file cannot be used.
+    """
+    timm_weights = TimmWeights(config.checkpoint, config.first_blocks, config.image_size)
+    return load_any(config.model, config.weights, config.teacher, "teacher=PATH", timm_weights)
+
+
+GFLOP_PER_MAC = 2e-9
+
+
+class Comparison(NamedTuple):
+    """The embeddings that an evaluation compares."""
+
+    candidates: list[Candidate]
+    """On the device, in eval mode."""
+    sizes: EncoderConfig
+    """Their encoder's."""
+    embedding: ChosenEmbedding
+    """The headline."""
+
+
+def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabelledSet]:
+    """Load the data sets of a section ``datasets``, except those that are off.
+
+    Args:
+        lookup: The section and ``max_images``.
+        image_size: The model's.
+        interpolation: The model's.
+
+    Raises:
+        InputError: A data set cannot be used.
+    """
+    load = partial(load_labelled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
+    return {
+        name: load(**asdict(labelled)).numbered() for name, labelled in lookup.datasets.items() if labelled is not None
+    }
+
+
+def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
+    """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
+
+    Raises:
+        InputError: A file cannot be used, or the model has no CLS token to read.
+    """
+    student, teacher = load_trained_model(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if student is not None:
+            model, untrained = student, Student(student.encoder, student.config)
+        else:
+            assert teacher is not None  # one of them is there
+            model, untrained = teacher, teacher.build_student()
+    embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
+    named = {"untrained student": untrained, "student": student, "teacher": teacher}
+    models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
+    encoder = untrained.encoder
+    return Comparison(_candidates(encoder, models), encoder.config, embedding)
+
+
+def _candidates(encoder: Encoder, models: Mapping[str, Transformer]) -> list[Candidate]:
+    """Return the embeddings to compare, with the number of weights and the GFLOP per image of each."""
+    num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
+    costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
+    for name, model in models.items():
+        costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
+    return [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]

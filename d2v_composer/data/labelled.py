@@ -1,0 +1,473 @@
+"""Batches of labelled images that are in memory: augmented ones to train on, plain ones to evaluate."""
+
+import hashlib
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from composer.utils import dist
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from typing_extensions import override
+
+from d2v_composer.data.images import (
+    RandomResizedCropFlip,
+    list_images,
+    list_subfolders,
+    read_image_file,
+    sample_rng,
+    to_pixels,
+)
+from d2v_composer.data.index import SUMMARY, find_missing_index, keep_encoded, read_image_index
+from d2v_composer.models.encoder import ImageSize
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import download_existing
+from d2v_composer.system.files import find_unwritable
+from d2v_composer.system.processes import FORK, end_with_parent
+from d2v_composer.system.retry import is_lasting, reason
+
+if TYPE_CHECKING:
+    from streaming.base.format.mds import MDSReader
+
+
+# MERGED FROM d2v_composer/data/labelled.py: Read the samples of a labelled MDS data set, and the names of its classes.
+
+
+def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
+    """Return at most ``most`` of the numbers below ``total``, evenly spaced; ``None``: all."""
+    if most is None or most >= total:
+        return range(total)
+    return [number * total // most for number in range(most)]
+
+
+def read_samples(
+    folder: Path, shards: Sequence[dict[str, Any]], column: str, chosen: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield samples of a data set with their numbers; shards of which none is wanted are not read.
+
+    Args:
+        folder: The data set's.
+        shards: As :func:`read_image_index` returns them.
+        column: The column of images; they stay encoded.
+        chosen: The numbers of the samples, ascending.
+
+    Raises:
+        InputError: A shard cannot be read.
+    """
+    first = 0
+    for shard in shards:
+        end = first + shard["samples"]
+        inside = range(bisect_left(chosen, first), bisect_left(chosen, end))
+        if inside:
+            reader = _open_shard(folder, shard, column)
+            for number in map(chosen.__getitem__, inside):
+                yield number, _read_sample(reader, number - first, folder / shard["raw_data"]["basename"])
+        first = end
+
+
+def _open_shard(folder: Path, shard: dict[str, Any], column: str) -> "MDSReader":
+    from streaming.base.format.mds import MDSReader  # takes seconds
+
+    reader = MDSReader.from_json(str(folder), None, shard)
+    keep_encoded([reader], column)
+    return reader
+
+
+def _read_sample(reader: "MDSReader", place: int, path: Path) -> dict[str, Any]:
+    try:
+        return reader[place]
+    except OSError as error:
+        raise InputError(f"{path}: the shard cannot be read ({reason(error)})") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the shard is corrupt ({reason(error)})") from error
+
+
+def whole_label(value: Any) -> int:
+    """Return a label as a number.
+
+    Raises:
+        ValueError: It is no whole number; likewise TypeError.
+    """
+    label = int(value)
+    if not isinstance(value, str) and label != value:
+        raise ValueError(f"{value} is none")
+    return label
+
+
+def mds_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names that recipes/convert_imagenet.py wrote next to the index, if it did."""
+    try:
+        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / SUMMARY}: corrupt ({type(error).__name__})") from error
+
+
+def fetch_class_names(remote: str, local: Path, patience: float) -> None:
+    """Fetch the names of a remote data set's classes next to its index, if they are not here and it has any.
+
+    Args:
+        remote: The data set's address.
+        local: Its cache, which holds its index.
+        patience: Time for which an unreachable store is asked again, in seconds.
+
+    Raises:
+        InputError: The store is unreachable.
+    """
+    if (local / SUMMARY).exists():
+        return
+    address = f"{remote.rstrip('/')}/{SUMMARY}"
+    try:
+        download_existing(address, local / SUMMARY, patience)
+    except Exception as error:
+        if not is_lasting(error):  # some stores deny what they do not have
+            raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
+
+
+# MERGED FROM d2v_composer/data/labelled.py: Load labelled images for retrieval into memory as uint8: CIFAR-10 and
+
+# Images that are stacked before the next ones are decoded.
+STACKED_AT_ONCE = 1000
+
+Format = Literal["cifar10", "cifar100", "folder", "mds"]
+CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+class LabelledImages(NamedTuple):
+    """Images with one label each."""
+
+    images: Tensor
+    """(N, 3, height, width) uint8."""
+    labels: Tensor
+    """(N,) int64."""
+
+    def at_most(self, num_images: int) -> "LabelledImages":
+        """Return at most this many images, evenly spaced, since a folder lists them class by class."""
+        total = len(self.labels)
+        if num_images >= total:
+            return self
+        chosen = torch.tensor(evenly_spaced(total, num_images))
+        return LabelledImages(self.images[chosen], self.labels[chosen])
+
+
+class LabelledSet(NamedTuple):
+    """Two splits: each is the bank for the other's queries."""
+
+    train: LabelledImages
+    test: LabelledImages
+    class_names: tuple[str, ...] = ()
+    """The name of each label; empty if the labels are only numbers."""
+
+    def at_most(self, num_images: int) -> "LabelledSet":
+        """Return at most this many images of each split, see :meth:`LabelledImages.at_most`."""
+        return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
+
+    def numbered(self) -> "LabelledSet":
+        """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each.
+
+        Labels that all have a name, or have no gap, stay.
+        """
+        found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
+        if not len(found) or (found[0] >= 0 and found[-1] < max(len(self.class_names), len(found))):
+            return self
+        known = dict(enumerate(self.class_names))
+        train, test = numbers.split(self.num_images)
+        return LabelledSet(
+            self.train._replace(labels=train),
+            self.test._replace(labels=test),
+            tuple(known.get(label, str(label)) for label in found.tolist()),
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash that tells sets apart, by their labels: pixels vary with the libraries that decode them."""
+        labels = [split.labels.tolist() for split in (self.train, self.test)]
+        return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+
+    @property
+    def num_images(self) -> tuple[int, int]:
+        """The number of images in train and test."""
+        return len(self.train.labels), len(self.test.labels)
+
+
+def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
+    """Return which folder of a labelled set is unusable at first sight; ``None`` if there is none.
+
+    Args:
+        format: As :func:`load_labelled_set`'s, likewise the others.
+        root: The folder.
+        download: Missing files of CIFAR are fetched.
+    """
+    if format in CIFAR_FOLDERS:
+        folder = root / CIFAR_FOLDERS[format]
+        if os.path.isdir(folder):
+            return None
+        if not download:
+            return f"{folder}: no such folder; download: true fetches it"
+        return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
+    for folder in (root / "train", root / "test"):
+        missing = find_missing_index(folder) if format == "mds" else None
+        if format == "folder" and not os.path.isdir(folder):
+            missing = f"no such folder; {_layout(root)}"
+        if missing is not None:
+            return f"{folder}: {missing}"
+    return None
+
+
+def load_labelled_set(
+    format: Format,
+    root: str | Path,
+    *,
+    image_size: ImageSize,
+    interpolation: str,
+    download: bool = False,
+    column: str = "image",
+    label_column: str = "label",
+    max_images: int | None = None,
+) -> LabelledSet:
+    """Load a labelled set.
+
+    Args:
+        format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
+            root/test/CLASS/…; ``mds``: root/train and root/test.
+        root: The folder.
+        image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
+            resized in batches on the device.
+        interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
+        download: Fetch CIFAR if it is missing.
+        column: The column of an MDS data set that holds the images.
+        label_column: The column of an MDS data set that holds the labels.
+        max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
+            even read.
+
+    Raises:
+        InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
+    """
+    root = Path(root)
+    if format in CIFAR_FOLDERS:
+        whole = _load_cifar(format, root, download)
+        labelled = whole if max_images is None else whole.at_most(max_images)
+    elif format == "folder":
+        labelled = _load_folders(root, image_size, interpolation, max_images)
+    elif format == "mds":
+        options = image_size, interpolation, column, label_column, max_images
+        train, test = (load_mds(root / split, *options) for split in ("train", "test"))
+        labelled = LabelledSet(train, *with_classes_of_train(test, root))
+    else:
+        raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
+    for split in (labelled.train, labelled.test):
+        # Labels may recur at the very spacing of the images chosen, and then all are hits.
+        if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
+            raise InputError(f"{root}: the images that max_images={max_images} chooses are of one class: change it")
+    return labelled
+
+
+def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
+
+    dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
+    try:
+        if download:
+            root.mkdir(parents=True, exist_ok=True)
+        # Several runs and machines may share the folder.
+        with FileLock(root / ".download.lock") if download else nullcontext():
+            splits = [dataset_class(str(root), train=train, download=download) for train in (True, False)]
+    except Exception as error:
+        unpacked = f"unpack {dataset_class.url} in {root}"
+        hint = f"; {unpacked}" if download else f"; set download: true to fetch it, or {unpacked}"
+        raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}){hint}") from error
+    train, test = (
+        LabelledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        for split in splits
+    )
+    return LabelledSet(train, test, tuple(splits[0].classes))
+
+
+def _layout(root: Path) -> str:
+    return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+
+
+def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabelledSet:
+    if (missing := find_missing_files("folder", root, download=False)) is not None:
+        raise InputError(missing)
+    class_names = list_subfolders(root / "train")
+    train, test = (
+        _load_folder(root / split, class_names, image_size, interpolation, max_images) for split in ("train", "test")
+    )
+    return LabelledSet(train, test, tuple(class_names))
+
+
+def _load_folder(
+    folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str, max_images: int | None
+) -> LabelledImages:
+    paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
+    if not paths:
+        raise InputError(f"{folder}: no images in its class folders; {_layout(folder.parent)}")
+    names = [path.split("/", 1)[0] for path in paths]
+    unknown = sorted(set(names) - set(class_names))
+    if unknown:
+        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(folder.parent)}")
+    chosen = evenly_spaced(len(paths), max_images)
+    images = (
+        to_pixels(read_image_file(folder / paths[i]), str(folder / paths[i]), image_size, interpolation) for i in chosen
+    )
+    return LabelledImages(_stacked(images), torch.tensor([class_names.index(names[i]) for i in chosen]))
+
+
+def load_mds(
+    folder: Path,
+    image_size: ImageSize,
+    interpolation: str,
+    column: str,
+    label_column: str,
+    max_images: int | None = None,
+) -> LabelledImages:
+    """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
+    shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
+    chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
+    labels: list[int] = []
+
+    def images() -> Iterator[Tensor]:
+        for number, sample in read_samples(folder, shards, column, chosen):
+            try:
+                labels.append(whole_label(sample[label_column]))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
+            yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
+
+    return LabelledImages(_stacked(images()), torch.tensor(labels))
+
+
+def with_classes_of_train(test: LabelledImages, root: Path) -> tuple[LabelledImages, tuple[str, ...]]:
+    """Return the test images of MDS with the numbers that their classes have in train, and the names of these.
+
+    The splits may have been converted by themselves, each with numbers for its own classes.
+
+    Args:
+        test: With its own numbers.
+        root: The folder of both splits.
+
+    Raises:
+        InputError: Train lacks a class.
+    """
+    names, own = (mds_class_names(root / split) for split in ("train", "test"))
+    if not names or not own or names == own:
+        return test, names or own
+    if unknown := [name for name in own if name not in names]:
+        raise InputError(f"{root / 'test'}: has a class that train lacks, by its {SUMMARY}: {unknown[0]}")
+    if nameless := [label for label in test.labels.unique().tolist() if not 0 <= label < len(own)]:
+        raise InputError(f"{root / 'test'}: label {nameless[0]} has no name in its {SUMMARY}")
+    numbers = torch.tensor([names.index(name) for name in own])
+    return test._replace(labels=numbers[test.labels]), names
+
+
+def _stacked(images: Iterator[Tensor]) -> Tensor:
+    """Stack images as they are decoded; memory holds each once, while torch.stack of all would need it twice."""
+    parts: list[Tensor] = []
+    while some := list(islice(images, STACKED_AT_ONCE)):
+        parts.append(torch.stack(some))
+    stacked = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])  # takes memory only where it is written
+    rest = stacked
+    while parts:
+        part = parts.pop(0)
+        rest[: len(part)] = part
+        rest = rest[len(part) :]
+    return stacked
+
+
+Place = tuple[int, int]
+
+
+class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented images with their labels: (3, S, S) uint8 and int64.
+
+    A sample's index is its epoch and its id. Its augmentation depends on (seed, epoch, id) alone: it is the same for
+    any number of workers and ranks, and after any resume.
+
+    Args:
+        labelled: The images.
+        transform: The augmentation.
+        seed: Its seed.
+    """
+
+    def __init__(self, labelled: LabelledImages, transform: RandomResizedCropFlip, seed: int) -> None:
+        self.labelled = labelled
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.labelled.labels)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
+        epoch, i = place
+        image = Image.fromarray(self.labelled.images[i].permute(1, 2, 0).numpy())
+        return self.transform(image, sample_rng(self.seed, epoch, i), f"image {i}"), self.labelled.labels[i]
+
+
+class EpochSampler(DistributedSampler[Place]):
+    """Yield this rank's share of an epoch in random order, as :class:`AugmentedImages` wants it.
+
+    A batch of all ranks together has the same images on any number of ranks. Composer sets the epoch, and skips the
+    batches of an epoch that were trained before a resume.
+
+    Args:
+        dataset: Of whose images each epoch leaves out some.
+        global_batch_size: An epoch is the largest whole number of such batches.
+        seed: The seed of the order.
+    """
+
+    def __init__(self, dataset: AugmentedImages, global_batch_size: int, seed: int) -> None:
+        ranks = dist.get_world_size()
+        super().__init__(dataset, ranks, dist.get_global_rank(), shuffle=True, seed=seed)  # pyright: ignore[reportArgumentType]: its items are places
+        self.total_size = len(dataset) // global_batch_size * global_batch_size
+        self.num_samples = self.total_size // ranks
+
+    @override
+    def __iter__(self) -> Iterator[Place]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # pyright: ignore[reportArgumentType]: sized
+        return ((self.epoch, i) for i in order[self.rank :: self.num_replicas].tolist())
+
+
+def train_batches(
+    dataset: AugmentedImages, global_batch_size: int, num_workers: int, prefetch_factor: int
+) -> DataLoader:
+    """Return the loader of this rank's augmented batches.
+
+    Args:
+        dataset: The images.
+        global_batch_size: Over all ranks.
+        num_workers: Processes that augment; 0: this one.
+        prefetch_factor: Batches that each makes in advance.
+    """
+    has_workers = num_workers > 0
+    return DataLoader(
+        dataset,
+        batch_size=global_batch_size // dist.get_world_size(),
+        sampler=EpochSampler(dataset, global_batch_size, dataset.seed),
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if has_workers else None,
+        persistent_workers=has_workers,
+        multiprocessing_context=FORK if has_workers else None,
+        worker_init_fn=_start_worker if has_workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def eval_batches(labelled: LabelledImages, batch_size: int) -> DataLoader:
+    """Return the loader of this rank's share of all images, as they are; Composer drops the last ranks' padding."""
+    dataset = TensorDataset(labelled.images, labelled.labels)
+    return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())
+
+
+def _start_worker(number: int) -> None:
+    end_with_parent()

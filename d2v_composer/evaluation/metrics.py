@@ -1,0 +1,98 @@
+"""Read the metrics that a run logged as JSON lines."""
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from d2v_composer.models.transformer import Pooling, Representation
+
+# MERGED FROM d2v_composer/evaluation/metrics.py: Names of metrics, and of the embeddings that retrieval measures.
+
+BANKS = ("train", "test")
+# Of a student and a teacher; without CLS the first of each representation is missing.
+EMBEDDINGS = [
+    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
+]
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbours and their majority; a classifier.
+PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
+Measure = int | str
+"""The k of a retrieval, or what a probe measures: fitted to the train split, judged on the test split."""
+# Logged below health/ as 0 or 1.
+HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
+
+
+def metric_key(
+    dataset: str, bank: str, measure: Measure, embedding: str | None = None, reference: str | None = None
+) -> str:
+    """Return the name under which an accuracy is logged; without ``embedding``, the headline's."""
+    measured = [measure, "top1"] if isinstance(measure, str) else [f"bank_{bank}", f"top{measure}"]
+    parts = ["metrics", dataset, reference, *measured, embedding]
+    return "/".join(part for part in parts if part is not None)
+
+
+def headline_fallbacks(headline: str) -> list[str]:
+    """Return the embeddings to try in order: the bare encoder has no layers to average, only an output."""
+    return list(dict.fromkeys([headline, headline.replace("layer_mean", "output")]))
+
+
+def find_headline(headline: str, names: Collection[str], *, fall_back: bool) -> str:
+    """Return which of a model's embeddings to report as its headline.
+
+    Args:
+        headline: The embedding asked for.
+        names: The model's embeddings; an only one without a name ('') is its own headline.
+        fall_back: Accept :func:`headline_fallbacks`, as for a reference.
+
+    Raises:
+        ValueError: The model has no such embedding.
+    """
+    allowed = headline_fallbacks(headline) if fall_back else [headline]
+    found = next((name for name in [*allowed, ""] if name in names), None)
+    if found is None:
+        raise ValueError(f"headline must be one of {', '.join(names)}, got {headline!r}")
+    return found
+
+
+LARGEST_STEP = 1 << 40
+
+log = logging.getLogger(__name__)
+
+
+def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
+    """Read a log as key → step → value; of a step that a restart logged again, the later value.
+
+    Corrupt lines, such as one truncated by a kill, are skipped with a warning.
+    """
+    series: dict[str, dict[int, float]] = {}
+    lines = path.read_bytes().splitlines()
+    num_corrupt = 0
+    for line in lines:
+        entry = _parse_line(line)
+        if entry is None:
+            num_corrupt += 1
+            continue
+        step = entry.pop("step")
+        for key, value in entry.items():
+            series.setdefault(key, {})[step] = value
+    if num_corrupt:
+        log.warning("%s: skipped %d of %d lines: corrupt", path, num_corrupt, len(lines))
+    return series
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the step and the numbers by name; ``None`` for any other line."""
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not all(_is_number(value) for value in entry.values()):
+        return None
+    step = entry.get("step")
+    return entry if isinstance(step, int) and 0 <= step <= LARGEST_STEP else None
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a plot can show the value; Python parses integers of any size, and NaN."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1000)

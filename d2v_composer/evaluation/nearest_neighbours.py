@@ -1,0 +1,306 @@
+"""Classify images by a vote of their nearest neighbours. Pure functions of tensors.
+
+Shapes: N bank images, Q queries, K neighbours, D channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import normalize
+
+# MERGED FROM d2v_composer/evaluation/nearest_neighbours.py: Zero-shot retrieval: find nearest neighbours and count
+
+MEMORY_BUDGET = 256 * 2**20
+# Bank images compared at once: larger matrix products are no faster.
+BANK_PART = 1 << 13
+# A CPU puts as many bytes in order at once as stay in its cache: allocating more took longer than the rest.
+CPU_CACHE = 4 * 2**20
+# A vector that is shorter counts as this long, as in normalize.
+SHORTEST = 1e-12
+# Further neighbours in float32 among which float64 may find a nearer one.
+SPARE = 8
+# Columns whose maximum is found first, see top_k.
+GROUP_SIZE = 64
+
+
+class TopK(NamedTuple):
+    """The nearest bank images of each query, nearest first."""
+
+    similarities: Tensor
+    """(Q, K) float32; of :func:`exact_neighbours` float64."""
+    indices: Tensor
+    """(Q, K) int64."""
+
+
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> TopK:
+    """Return each query's k nearest by cosine, nearest first: cosines and bank indices, (Q, k) each.
+
+    Exact in float32; ties come in any order.
+
+    Args:
+        bank: (N, D), any float dtype, any length.
+        queries: (Q, D), likewise.
+        k: From 1 to N.
+        memory_budget: Most memory used besides the arguments and the result, in bytes. A few images and the
+            similarities of one query to them are always held.
+
+    Raises:
+        ValueError: The shapes do not agree, or k is out of range.
+    """
+    check_arguments(bank, queries, k)
+    bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
+    bank_part, query_parts = min(bank_part, len(bank)), queries.split(query_part)
+    # Reused: allocating memory for each part would take as long as searching it.
+    buffer = bank.new_empty(len(query_parts[0]) * bank_part, dtype=torch.float32)
+    nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts]
+    with full_float32(bank.device.type):
+        for first in range(0, len(bank), bank_part):
+            # The length of a query does not change the order: its cosines are divided by it at the end.
+            unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
+            for i, part in enumerate(query_parts):
+                similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
+                torch.mm(part.float(), unit_ND.T, out=similarities_QN)
+                more = top_k(similarities_QN, k)
+                nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
+            del unit_ND  # or it would be held while the next part is normalised
+    for part, found in zip(query_parts, nearest, strict=True):
+        found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
+    return TopK(torch.cat([part.similarities for part in nearest]), torch.cat([part.indices for part in nearest]))
+
+
+def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
+    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbours`; of equal ones the first.
+
+    Of more than k + ``SPARE`` equal ones, those that float32's search finds.
+
+    Where all images have much in common, cosines are close to 1 and differ less than float32 can tell. So more than k
+    are found in float32, and put in order in float64.
+    """
+    check_arguments(bank, queries, k)
+    found = nearest_neighbours(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
+    lengths_N, lengths_Q = (float64_lengths(each) for each in (bank, queries))
+    budget = CPU_CACHE if bank.device.type == "cpu" else MEMORY_BUDGET
+    at_once = max(1, budget // (12 * max(1, found.shape[1] * bank.shape[1])))
+    nearest = []
+    for indices_QK, part_QD, part_Q in zip(*(each.split(at_once) for each in (found, queries, lengths_Q)), strict=True):
+        products_QK = (bank[indices_QK].double() @ part_QD.double()[:, :, None])[:, :, 0]
+        cosines_QK = products_QK / lengths_N[indices_QK] / part_Q[:, None]
+        cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
+        nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
+    return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
+
+
+def float64_lengths(vectors_ND: Tensor) -> Tensor:
+    """Return the lengths, (N,), at least ``SHORTEST``; in parts, since a float64 copy of a bank takes gigabytes."""
+    parts = vectors_ND.split(BANK_PART)
+    return torch.cat([vector_norm(part, dim=1, dtype=torch.float64) for part in parts]).clamp_(min=SHORTEST)
+
+
+def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}"
+        )
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
+
+
+def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
+    """Return the numbers of bank images and of queries to compare at once."""
+    budget = memory_budget - 2 * num_queries * k * 12  # the neighbours of each part, and all of them
+    unit_bytes = 8 * dim  # one image in float32, and normalised
+    bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
+    candidates = min(bank_part, (k + 1) * GROUP_SIZE)
+    query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 8 * candidates + 100 * k
+    return bank_part, max(1, (budget - bank_part * unit_bytes) // query_bytes)
+
+
+def top_k(similarities_QN: Tensor, k: int) -> TopK:
+    """Return the k largest of each row (all of a shorter row), largest first.
+
+    In two levels, since topk of a whole row is much slower than a maximum: the k groups of adjacent columns with the
+    largest maxima contain the k largest values.
+    """
+    num_rows, num_columns = similarities_QN.shape
+    num_groups = num_columns // GROUP_SIZE
+    if k >= num_groups:
+        return TopK(*similarities_QN.topk(min(k, num_columns), dim=1))
+    num_grouped = num_groups * GROUP_SIZE  # the few remaining columns are all candidates
+    grouped = similarities_QN[:, :num_grouped].unflatten(1, (num_groups, GROUP_SIZE))
+    groups_QK = grouped.amax(dim=2).topk(k, dim=1).indices
+    rows = torch.arange(num_rows, device=similarities_QN.device)[:, None]
+    candidates = torch.cat([grouped[rows, groups_QK].flatten(1), similarities_QN[:, num_grouped:]], dim=1)
+    similarities, chosen = candidates.topk(k, dim=1)
+    in_group = groups_QK.gather(1, (chosen // GROUP_SIZE).clamp(max=k - 1)) * GROUP_SIZE + chosen % GROUP_SIZE
+    remaining = chosen - k * GROUP_SIZE + num_grouped
+    return TopK(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, remaining))
+
+
+def merge(some: TopK, others: TopK, k: int) -> TopK:
+    """Return the k nearest of both."""
+    similarities = torch.cat([some.similarities, others.similarities], dim=1)
+    indices = torch.cat([some.indices, others.indices], dim=1)
+    similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
+    return TopK(similarities, indices.gather(1, chosen))
+
+
+@contextmanager
+def full_float32(device: str) -> Iterator[None]:
+    """Turn off autocast and TF32 (Composer allows it): both round similarities and so change the order."""
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+
+
+def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
+    """Tell whether any of a query's k nearest bank images has its label.
+
+    Args:
+        nearest: (Q, K) indices from :func:`exact_neighbours`.
+        bank_labels: (N,) int.
+        query_labels: (Q,) int.
+        ks: Each from 1 to K.
+
+    Returns:
+        k → (Q,) bool.
+    """
+    right_QK = bank_labels[nearest] == query_labels[:, None]
+    return {k: right_QK[:, :k].any(dim=1) for k in ks}
+
+
+def retrieval_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int] = (1, 3)
+) -> dict[int, float]:
+    """Return the share of queries with the right label among their k nearest bank images by cosine.
+
+    Args:
+        bank: (N, D).
+        bank_labels: (N,) int.
+        queries: (Q, D), Q ≥ 1.
+        query_labels: (Q,) int.
+        ks: Each from 1 to N.
+
+    Returns:
+        k → accuracy from 0 to 1.
+
+    Raises:
+        ValueError: The shapes do not agree, a k is out of range, or there are no queries.
+    """
+    if len(bank) != len(bank_labels) or len(queries) != len(query_labels):
+        raise ValueError(
+            f"every image needs one label, got {len(bank_labels)} for {len(bank)} in the bank and "
+            f"{len(query_labels)} for {len(queries)} queries"
+        )
+    if not len(queries):
+        raise ValueError("there is no query")
+    hits = retrieval_hits(exact_neighbours(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
+    return {k: hit.double().mean().item() for k, hit in hits.items()}
+
+
+# MERGED FROM d2v_composer/evaluation/nearest_neighbours.py: Share work among the ranks of a run.
+
+
+class Ranks(NamedTuple):
+    """This process among those that share an evaluation."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def share(self, num_images: int) -> Tensor:
+        """Return the indices of this rank: every W-th, padded so that all ranks have equally many."""
+        mine = torch.arange(num_images)[self.rank :: self.world_size]
+        missing = -(-num_images // self.world_size) - len(mine)
+        return torch.cat([mine, mine.new_zeros(missing)])
+
+    def take_share(self, images: Tensor) -> Tensor:
+        """Return the rows of this rank's images."""
+        return images if self.world_size == 1 else images[self.share(len(images)).to(images.device)]
+
+    def gather(self, share: Tensor, num_images: int) -> Tensor:
+        """Return the shares of all ranks in the order of the images, (N, …)."""
+        if self.world_size == 1:
+            return share[:num_images]
+        return self._all_gather(share).transpose(0, 1).flatten(0, 1)[:num_images]
+
+    def _all_gather(self, share: Tensor) -> Tensor:
+        """Return all shares, which have one shape: (W, …)."""
+        shares = share.new_empty(self.world_size, *share.shape)
+        if not share.is_cpu:
+            torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
+            return shares
+        # gloo's all_gather copies in its own threads, each of which starts a pool of OpenMP threads. Once there are
+        # more of them than cores, they sleep at every barrier, and every later operation takes longer.
+        shares[self.rank] = share
+        for rank, received in enumerate(shares):
+            torch.distributed.broadcast(received, src=rank)
+        return shares
+
+
+ONE_RANK = Ranks()
+
+
+# DINO's (Caron et al. 2021, https://arxiv.org/abs/2104.14294, and its eval_knn.py).
+NUM_NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+def weighted_vote(neighbours: TopK, bank_labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Return each query's label by DINO's vote, (Q,): a neighbour counts exp(cosine / temperature).
+
+    The smallest label wins a tie.
+
+    Args:
+        neighbours: (Q, K) from :func:`exact_neighbours`.
+        bank_labels: (N,) int.
+        temperature: The lower, the more the nearest count.
+    """
+    differences_QK = neighbours.similarities - neighbours.similarities.amax(dim=1, keepdim=True)  # exp would overflow
+    return _vote(bank_labels[neighbours.indices], (differences_QK / temperature).exp())
+
+
+def majority_vote(neighbours: TopK, bank_labels: Tensor) -> Tensor:
+    """Return the label of most neighbours of each query, (Q,); the smallest of a tie, as scikit-learn's classifier."""
+    return _vote(bank_labels[neighbours.indices], torch.ones_like(neighbours.similarities))
+
+
+def _vote(labels_QK: Tensor, weights_QK: Tensor) -> Tensor:
+    """Return the label with the largest sum of weights; argmax returns the first, here the smallest, of a tie."""
+    labels_QK, order_QK = labels_QK.sort(dim=1)
+    weights_QK = weights_QK.gather(1, order_QK)
+    is_same_QKK = labels_QK[:, :, None] == labels_QK[:, None, :]
+    votes_QK = torch.where(is_same_QKK, weights_QK[:, None, :], 0).sum(dim=2)
+    return labels_QK.gather(1, votes_QK.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = NUM_NEIGHBOURS,
+    temperature: float | None = TEMPERATURE,
+) -> float:
+    """Return the share of queries whose label wins the vote of their k nearest bank images by cosine, from 0 to 1.
+
+    Args:
+        bank: (N, D).
+        bank_labels: (N,) int.
+        queries: (Q, D), Q ≥ 1.
+        query_labels: (Q,) int.
+        k: From 1 to N.
+        temperature: Of :func:`weighted_vote`; ``None``: :func:`majority_vote`.
+
+    Raises:
+        ValueError: The shapes do not agree, or k is out of range.
+    """
+    found = exact_neighbours(bank, queries, k)
+    voted = majority_vote(found, bank_labels) if temperature is None else weighted_vote(found, bank_labels, temperature)
+    return (voted == query_labels).double().mean().item()

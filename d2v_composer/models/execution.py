@@ -1,0 +1,170 @@
+"""FSDP of a distillation model: one root over its units, the encoder and the blocks."""
+
+import atexit
+import functools
+import importlib
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.targets import Normalisation, norm_mean, regression_loss
+from d2v_composer.system.processes import block_stop_signals
+
+# MERGED FROM d2v_composer/models/execution.py: torch.compile of a distillation model, block by block.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Graphs of a function: one for each input shape, need of gradients, and mode. torch's default limit is 8.
+MAX_GRAPHS = 64
+
+
+def compile_model(model: DistillationModel, packs_weights: bool = False) -> None:
+    """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
+
+    Blocks instead of one graph: equal blocks share a compilation, which takes seconds instead of minutes; DDP reduces a
+    block's gradients while the next ones are computed; activation checkpointing and FSDP work on blocks; and evaluation
+    uses the graphs of training.
+
+    Args:
+        model: Changed; its weights may still move to a GPU.
+        packs_weights: Compile the frozen passes as whole graphs with their weights in the layout of a CPU's matrix
+            products, which holds the weights twice.
+    """
+    with block_stop_signals():  # starts the compiling processes, which a run that is stopped may still need
+        compiling = importlib.import_module("torch._inductor.async_compile")
+    # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
+    atexit.unregister(compiling.shutdown_compile_workers)
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    # Do not split graphs for DDP: blocks are small enough.
+    torch._dynamo.config.optimize_ddp = False
+    encoder, teacher, student = model.teacher.encoder, model.teacher, model.student
+    encoder.embed_patches = compiled(encoder.embed_patches)
+    for block in [*encoder.block_list, *teacher.block_list, *student.block_list]:
+        block.forward = compiled(block.forward)
+    for transformer in (teacher, student):
+        transformer.norm_mean = compiled_norm_mean
+    model.regression_loss = compiled(regression_loss)
+    if packs_weights:
+        encoder.forward = compiled_with_weights(encoder.forward)
+        teacher.targets = compiled_with_weights(teacher.targets)
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function as a single graph; calling it raises an error if that is impossible."""
+    return torch.compile(function, fullgraph=True)
+
+
+def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function without gradient together with its weights, which must not change."""
+    function = compiled(frozen_pass)
+
+    @functools.wraps(frozen_pass)
+    @torch.no_grad()
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with inductor.patch(freezing=True):  # read when the first call compiles
+            return function(*args, **kwargs)
+
+    return call
+
+
+_norm_mean_of_list = compiled(norm_mean)
+
+
+def compiled_norm_mean(
+    layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance"
+) -> Tensor:
+    """Compute norm_mean in one pass over all layers, which are all in memory at once."""
+    return _norm_mean_of_list(list(layers), num_extra_tokens, normalisation)
+
+
+# MERGED FROM d2v_composer/models/execution.py: Find the compiler that torch.compile needs.
+
+
+def find_missing() -> str | None:
+    """Return what torch.compile needs and this machine lacks ('needs …'), or ``None``."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "needs a C++ compiler, and neither g++ nor clang++ was found"
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
+    return None
+
+
+# MERGED FROM d2v_composer/models/execution.py: The meaning of a precision's name: fp32, amp_fp16, amp_bf16 or auto.
+
+# Name → compute dtype of linear layers.
+PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    """Compute dtype of linear layers."""
+    trainer: str
+    """Precision of Composer's Trainer."""
+    cpu_bf16: bool
+    """The model autocasts to bfloat16: on a CPU the Trainer refuses amp_bf16."""
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast; ``None``: no autocast."""
+        return None if self.dtype == torch.float32 else self.dtype
+
+
+def name_precision(choice: str, on_gpu: bool | None = None) -> str:
+    """Return a choice's precision: ``auto`` is the fastest for which a GPU or a CPU has instructions."""
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available() if on_gpu is None else on_gpu:
+        return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
+    # A CPU emulates bfloat16 without such instructions: a matrix product took a hundred times as long as in float32.
+    # Each x86 with AMX has AVX-512's, too; other architectures compute in float32.
+    return "amp_bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def choose_precision(choice: str, on_gpu: bool | None = None) -> Precision:
+    """Return how to compute with a precision on a GPU or a CPU; default: on this machine's GPU, if it has one."""
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    name = name_precision(choice, on_gpu)
+    cpu_bf16 = name == "amp_bf16" and not on_gpu
+    return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
+
+
+def join_units(model: DistillationModel, mesh: DeviceMesh | None) -> None:
+    """Make the model the FSDP root of the units that Composer wrapped.
+
+    Otherwise each unit is a root. FSDP keeps a root's weights gathered after forward, for the backward pass that
+    usually follows; a frozen teacher has none, and would stay gathered on every GPU. Roots also do not overlap their
+    all-gathers with computation.
+
+    Args:
+        model: As sharded by Composer's Trainer; changed in place.
+        mesh: The devices that share the weights; ``None``: all.
+    """
+    fully_shard(model, mesh=mesh)  # it has no weights outside its units
+    for name in model.forward_methods:
+        register_fsdp_forward_method(model, name)
+    for unit in sharded_units(model).values():
+        is_trained = any(parameter.requires_grad for parameter in cast("nn.Module", unit).parameters())
+        unit.set_unshard_in_backward(is_trained)
+    for blocks in (model.teacher.encoder.block_list, model.teacher.block_list, model.student.block_list):
+        for block, following in pairwise(cast("list[FSDPModule]", blocks)):
+            block.set_modules_to_forward_prefetch([following])  # gathered before this block computes
+    # The first root to run claims the units below it; run this one before any part of the model.
+    model.compute(torch.detach, torch.zeros(1))
+
+
+def sharded_units(model: nn.Module) -> dict[str, FSDPModule]:
+    """Return the modules that FSDP shards, except the model itself, by name."""
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)}

@@ -1,0 +1,201 @@
+"""Contexts of a timm ViT's blocks, beside their input: rotary positions, or BEiT's relative bias.
+
+They are constants of a frozen model at one image size, and computed once.
+Shapes: T time steps, L blocks, H heads.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import Beit, beit, eva, vision_transformer
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
+
+# MERGED FROM d2v_composer/models/timm_blocks.py: timm's transformer blocks as blocks that return their FFN outputs.
+
+
+class Kind(NamedTuple):
+    """How a class of blocks is computed."""
+
+    context: str = ""
+    """The argument of its attention that takes the context; empty: there is none."""
+    is_post_norm: bool = False
+    """Each branch ends with its LayerNorm, before the residual sum."""
+    scale: str = "gamma_{}"
+    """The attribute with the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    vision_transformer.Block: Kind(scale="ls{}"),
+    vision_transformer.ResPostBlock: Kind(is_post_norm=True),
+    eva.EvaBlock: Kind("rope"),
+    eva.EvaBlockPostNorm: Kind("rope", is_post_norm=True),
+    beit.Block: Kind("shared_rel_pos_bias"),
+}
+
+
+def check_block(block: nn.Module) -> None:
+    """Check that a block has an FFN output.
+
+    Raises:
+        ValueError: Its kind is not supported.
+    """
+    if type(block) not in KINDS:
+        allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
+        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; supported are {allowed}")
+
+
+@torch.no_grad()
+def fuse_biases(attention: Any) -> None:
+    """Give the projection one bias instead of those of queries, keys and values, which are joined at every call."""
+    if getattr(attention, "q_bias", None) is not None:
+        joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
+        attention.q_bias = attention.k_bias = attention.v_bias = None
+
+
+class TimmBlock(FfnBlock):
+    """One of timm's blocks: attention branch, then MLP branch, each added to the residual stream.
+
+    The FFN output is what the MLP branch adds, after LayerScale. It calls timm's own submodules: a hook on them would
+    break torch.compile.
+
+    Args:
+        block: Of a supported kind.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        check_block(block)
+        self.block: Any = block
+        self.kind = KINDS[type(block)]
+        fuse_biases(self.block.attn)
+
+    def forward(
+        self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /
+    ) -> tuple[Tensor | None, Tensor]:
+        block, arguments = self.block, {} if context is None else {self.kind.context: context}
+        if self.kind.is_post_norm:
+            x_BTD = x_BTD + block.norm1(block.attn(x_BTD, **arguments))
+            ffn_output_BTD = block.norm2(block.mlp(x_BTD))
+        else:
+            x_BTD = x_BTD + self.scale(1, block.attn(block.norm1(x_BTD), **arguments))
+            ffn_output_BTD = self.scale(2, block.mlp(block.norm2(x_BTD)))
+        return x_BTD + ffn_output_BTD if needs_output else None, ffn_output_BTD
+
+    def scale(self, branch: int, x_BTD: Tensor) -> Tensor:
+        """Apply the LayerScale of a branch, if it has one."""
+        scale = getattr(self.block, self.kind.scale.format(branch))
+        if scale is None:
+            return x_BTD
+        return scale(x_BTD) if isinstance(scale, nn.Module) else scale * x_BTD
+
+    @property
+    def attention_width(self) -> int:
+        return self.block.attn.proj.in_features
+
+
+class FixedContexts(nn.Module):
+    """The contexts of some blocks, as a buffer that moves with the model and is stored in exported files.
+
+    Args:
+        table: (1 or L, …): one context for all blocks, or one for each; ``None``: they need none.
+        num_blocks: L.
+    """
+
+    table: Tensor | None
+
+    def __init__(self, table: Tensor | None, num_blocks: int) -> None:
+        super().__init__()
+        self.num_blocks = num_blocks
+        self.register_buffer("table", table if num_blocks else None)
+
+    def of_blocks(self, start: int, stop: int) -> Self:
+        """Return the contexts of blocks from ``start`` to before ``stop``."""
+        if self.table is None:
+            return type(self)(None, stop - start)
+        return type(self)((self.table if len(self.table) == 1 else self.table[start:stop]).clone(), stop - start)
+
+    def forward(self, x_BTD: Tensor) -> list[Tensor | None]:
+        """Return the context of each block for an input."""
+        if self.table is None:
+            return [None] * self.num_blocks
+        contexts: list[Tensor | None] = list(self.select(self.table, x_BTD))
+        return contexts * self.num_blocks if len(contexts) == 1 else contexts
+
+    def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
+        """Return the table as blocks take it, (1 or L, …)."""
+        return table
+
+
+class RelativeBias(FixedContexts):
+    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them.
+
+    Args:
+        table: As for :class:`FixedContexts`. Its copy in another dtype is kept, until it moves or is loaded.
+        num_blocks: L.
+    """
+
+    def __init__(self, table: Tensor | None, num_blocks: int) -> None:
+        super().__init__(table, num_blocks)
+        self.cast: Tensor | None = None
+        self.register_load_state_dict_post_hook(forget_cast)
+
+    def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
+        dtype = autocast_dtype(x_BTD)
+        if table.dtype != dtype:
+            if self.cast is None or self.cast.dtype != dtype:
+                with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
+                    self.cast = table.to(dtype)
+            table = self.cast
+        return table[..., : table.shape[-2]]
+
+    def reset_parameters(self) -> None:
+        """Set the learned biases to 0."""
+        if self.table is not None:
+            self.table.zero_()
+        self.cast = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.cast = None
+        return super()._apply(fn, recurse)
+
+
+def forget_cast(contexts: RelativeBias, incompatible_keys: Any) -> None:
+    """Forget the copy of a table that is replaced."""
+    contexts.cast = None
+
+
+@torch.no_grad()
+def take_contexts(model: Any) -> FixedContexts:
+    """Take the contexts of all blocks out of a model, which is changed."""
+    num_blocks = len(model.blocks)
+    if isinstance(model, Beit):
+        return RelativeBias(take_relative_bias(model), num_blocks)
+    rope: Any = getattr(model, "rope", None)
+    if rope is None:
+        return FixedContexts(None, num_blocks)
+    model.rope = None
+    table = rope.get_embed(shape=model.patch_embed.grid_size)
+    return FixedContexts(table if model.rope_mixed else table[None], num_blocks)
+
+
+def take_relative_bias(model: Any) -> Tensor | None:
+    """Gather each block's own bias, and add the one that all share."""
+    own = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
+    biases = [gather(attention) for attention in own]
+    if model.rel_pos_bias is not None:
+        shared = gather(model.rel_pos_bias)
+        biases = [bias + shared for bias in biases] or [shared]
+        model.rel_pos_bias = None
+    for attention in own:
+        attention.relative_position_bias_table = attention.relative_position_index = None
+    return pad_rows(torch.stack(biases)) if biases else None
+
+
+def gather(part: Any) -> Tensor:
+    """Return the bias of each pair of time steps, (1, H, T, T)."""
+    return part.relative_position_bias_table[part.relative_position_index].permute(2, 0, 1)[None]

@@ -1,0 +1,157 @@
+"""Name what comes next at the end of a command, ready to be copied."""
+
+import argparse
+import gc
+import io
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from d2v_composer.system import processes
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import use_temporary_folder
+from d2v_composer.system.processes import end_with_launcher, end_workers, survive_closed_pipes
+from d2v_composer.system.ranks import global_rank
+from d2v_composer.system.third_party import hide_foreign_warnings
+
+# MERGED FROM d2v_composer/system/command_line.py: Exit status of a command: 0; 2 with a line for each bad input;
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+    """Call ``main`` with the command line's arguments, then exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # in a pipe too
+    hide_foreign_warnings()
+    survive_closed_pipes()
+    processes.handle_interrupts()
+    end_with_launcher()
+    status = 0
+    try:
+        use_temporary_folder()
+        main(sys.argv[1:])
+    except BaseException as error:
+        status, lines = explain(error)
+        if status is None:
+            raise
+        for line in lines:
+            print(line, file=sys.stderr)
+    finally:
+        processes.keep_status()
+        gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
+    sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[int | None, list[str]]:
+    """Return the exit status and the lines to print; the status ``None`` for an error that needs its traceback."""
+    if (signum := processes.received()) is not None:
+        end_workers()
+        said = error.args if isinstance(error, KeyboardInterrupt) else ()
+        return processes.status(signum), [": ".join([processes.NAMES[signum], *said])]
+    if isinstance(error, InputError):
+        # A data worker's error has a whole traceback as its message; our message is the last line.
+        found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
+        kind = f"{type(error).__module__}.{type(error).__name__}: "
+        return 2, [f"error: {line.removeprefix(kind)}" for line in found]
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        # A folder instead of a file, or a file instead of a folder.
+        return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
+    return None, []
+
+
+def begin(text: str | None) -> None:
+    """Begin a recipe whose imports take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    show_help(sys.argv[1:], text)
+    processes.end_at_interrupt()
+
+
+def show_help(argv: Sequence[str], text: str | None) -> None:
+    """Print a command's help and exit, if ``--help`` asks for it; a command that takes a YAML has no parser."""
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(text)
+        sys.exit(0)
+
+
+# MERGED FROM d2v_composer/system/command_line.py: Command lines: their parser, and types of arguments that need
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose ``--help`` shows a command's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def size(text: str) -> int:
+    """Return a number of bytes, such as 60gb, as Streaming reads it."""
+    from streaming.base.util import bytes_to_int  # takes seconds
+
+    try:
+        return bytes_to_int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be bytes or a size such as '60gb', got {text!r}") from error
+
+
+# MERGED FROM d2v_composer/system/command_line.py: Show the progress of long work: a bar on a terminal, elsewhere a
+
+LINE_SECONDS = 10.0
+"""Time between two lines; shorter work prints none."""
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, left {remaining}"
+LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}"
+
+
+def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
+    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines.
+
+    Args:
+        iterable: As tqdm's, at most one.
+        desc: What is done, and to what.
+        unit: What is counted.
+        options: Other arguments of tqdm.
+    """
+    if sys.stderr.isatty():
+        return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
+    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False}
+    return _Lines(*iterable, desc=desc, unit=f" {unit}", **quiet, **options)
+
+
+class _Lines(tqdm):
+    """A bar that prints lines instead of overwriting one."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:
+            self.bar_format = LINE if self.total else LINE_WITHOUT_TOTAL
+            print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Print nothing between two lines."""
+
+    def clear(self, *_: Any, **__: Any) -> None:
+        """Leave what is printed."""
+
+
+# The file of embeddings that a step proposes.
+EMBEDDINGS = "embeddings.npy"
+
+
+def print_next(*steps: str) -> None:
+    """Print the steps on rank 0, one a line."""
+    if global_rank() == 0:
+        print("\n".join(f"next: {step}" for step in steps), flush=True)
+
+
+def d2v(*arguments: str | Path) -> str:
+    """Return a command line of d2v that this shell can run, even if the environment is not activated."""
+    script = Path(sys.executable).with_name("d2v")
+    if shutil.which("d2v") == str(script):
+        program = ["d2v"]
+    elif script.is_file():
+        program = [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
+    else:
+        program = [sys.executable, "-m", "d2v_composer.commands"]
+    return shlex.join([*program, *map(str, arguments)])
