@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from d2v_composer.callbacks import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
-    from d2v_composer.evaluation.nearest_neighbours import knn_accuracy, retrieval_accuracy
+    from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
     from d2v_composer.models.distillation import DistillationModel
 
 __all__ = [
@@ -31,11 +31,11 @@ __version__ = metadata.version("d2v-composer")
 MODULES = {
     "DistillationModel": "models.distillation",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
-    "knn_accuracy": "evaluation.nearest_neighbours",
+    "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
-    "retrieval_accuracy": "evaluation.nearest_neighbours",
+    "retrieval_accuracy": "evaluation.nearest_neighbors",
 }
 
 

@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
 from d2v_composer.data.index import INDEX, check_room, fetch_index, keep_encoded, read_image_index, room_needed
-from d2v_composer.data.labelled import CIFAR_FOLDERS, Format, load_labelled_set
+from d2v_composer.data.labeled import CIFAR_FOLDERS, Format, load_labeled_set
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.transformer import Pooling, PrecisionName, Representation, Transformer
@@ -379,7 +379,7 @@ class CifarImages(ImageCollection):
     """CIFAR-10 or CIFAR-100 in memory, 32 pixels a side; ids are train/00000, …, test/00000, …"""
 
     def __init__(self, root: Path, format: Format) -> None:
-        train, test, _ = load_labelled_set(format, root, image_size=32, interpolation="bicubic")
+        train, test, _ = load_labeled_set(format, root, image_size=32, interpolation="bicubic")
         self.num_train = len(train.images)
         self.images = torch.cat([train.images, test.images])
         self.fingerprint = hashlib.sha256(self.images.numpy().tobytes()).hexdigest()

@@ -38,7 +38,7 @@ from typing_extensions import Self
 
 from d2v_composer.builders.data import build_transform, count_samples, room_of_node, shared_memory_of_node
 from d2v_composer.builders.loggers import check_logging_servers
-from d2v_composer.builders.models import build_labelled_sets, build_teacher
+from d2v_composer.builders.models import build_labeled_sets, build_teacher
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks.checkpointing import IMPATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import CALLBACKS
@@ -47,7 +47,7 @@ from d2v_composer.checkpoints.resume import LATEST, find_newest_checkpoint
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import rgb_of, sample_rng
 from d2v_composer.data.index import check_room, fetch_index, keep_encoded, read_image_index
-from d2v_composer.data.labelled import LabelledSet
+from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.data.shards import VerifiedStream
 from d2v_composer.data.streaming import check_shared_memory
 from d2v_composer.evaluation.metrics import read_jsonl
@@ -126,7 +126,7 @@ def remove_prefix(address: str) -> None:
 # MERGED FROM d2v_composer/preflight.py: Exchange texts between the nodes of a preflight, one process each, without
 
 # The slowest node may still be fetching the teacher or CIFAR.
-PATIENCE = timedelta(hours=1)
+RETRY_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ class Nodes:
             return cls(0, 1, ranks_per_node, None)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return cls(
-            rank, num_nodes, ranks_per_node, TCPStore(address, port, num_nodes, is_master=rank == 0, timeout=PATIENCE)
+            rank,
+            num_nodes,
+            ranks_per_node,
+            TCPStore(address, port, num_nodes, is_master=rank == 0, timeout=RETRY_TIMEOUT),
         )
 
     def exchange(self, key: str, text: str) -> list[str]:
@@ -307,7 +310,7 @@ class Checks:
     """As the index of the training images lists them."""
     decoded_per_core: float = field(init=False)
     """Images that one core decodes and augments per second."""
-    sets: Mapping[str, LabelledSet] = field(init=False)
+    sets: Mapping[str, LabeledSet] = field(init=False)
 
     @property
     def num_bytes(self) -> int:
@@ -421,13 +424,13 @@ class Checks:
         """Check the permissions in the run's folder."""
         return "none" if self.config.save_folder is None else check_permissions(self.config.save_folder)
 
-    def check_labelled_sets(self) -> str:
-        """Load the labelled sets of the retrieval; fetch CIFAR if the run would."""
-        self.sets = build_labelled_sets(self.config.retrieval, self.image_size, self.interpolation)
-        for name, labelled in self.sets.items():
-            if max(self.config.retrieval.ks) > min(labelled.num_images):
-                raise InputError(f"retrieval.ks: {name} has {min(labelled.num_images)} images in its smaller split")
-        found = [f"{name}: {' + '.join(map(str, labelled.num_images))} images" for name, labelled in self.sets.items()]
+    def check_labeled_sets(self) -> str:
+        """Load the labeled sets of the retrieval; fetch CIFAR if the run would."""
+        self.sets = build_labeled_sets(self.config.retrieval, self.image_size, self.interpolation)
+        for name, labeled in self.sets.items():
+            if max(self.config.retrieval.ks) > min(labeled.num_images):
+                raise InputError(f"retrieval.ks: {name} has {min(labeled.num_images)} images in its smaller split")
+        found = [f"{name}: {' + '.join(map(str, labeled.num_images))} images" for name, labeled in self.sets.items()]
         return "; ".join(found) or "none"
 
     def check_loggers(self) -> str:
@@ -548,9 +551,9 @@ class Rehearsal:
         return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches"
 
     def retrieve(self) -> str:
-        """Find an accuracy of every labelled set in the log."""
+        """Find an accuracy of every labeled set in the log."""
         logged = read_jsonl(self.log)
-        sets = [name for name, labelled in self.config.retrieval.datasets.items() if labelled is not None]
+        sets = [name for name, labeled in self.config.retrieval.datasets.items() if labeled is not None]
         for name in sets:
             if f"metrics/{name}/bank_train/top{self.config.retrieval.ks[0]}" not in logged:
                 raise InputError(f"no accuracy of {name} was logged")
@@ -857,7 +860,7 @@ def check_before_training(checks: Checks, table: CheckTable) -> None:
         ("shared memory", checks.check_shared_memory, "enlarge it as the row says", ("data",)),
         ("room", checks.check_room, room, ("data",)),
         ("save_folder", checks.check_save_folder, "grant the permission, or choose another save_folder", ()),
-        ("labelled sets", checks.check_labelled_sets, "change retrieval.datasets", ("teacher",)),
+        ("labeled sets", checks.check_labeled_sets, "change retrieval.datasets", ("teacher",)),
         ("loggers", checks.check_loggers, logging_remedy, ()),
     )
     for row in rows:

@@ -41,7 +41,7 @@ class Study(NamedTuple):
     """The YAML that all rows share."""
     rows: Mapping[str, Mapping[str, Any]]
     """Name → changes of ``base``. The first row measures the untrained student and the teacher as well; so does each
-    whose encoder or normalisation makes them other embeddings."""
+    whose encoder or normalization makes them other embeddings."""
     changes: Sequence[str]
     """``key=value`` of all rows."""
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from d2v_composer import ZeroShotRetrieval
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.command_line import print_next
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> ZeroShotRetrieval:
     parser.add_argument("--epochs", type=int, default=5, help="default: 5")
     arguments = parser.parse_args(argv)
 
-    cifar10 = load_labelled_set("mds", CIFAR10, image_size=32, interpolation="bicubic")
+    cifar10 = load_labeled_set("mds", CIFAR10, image_size=32, interpolation="bicubic")
     features = resnet18()
     features.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]: replaces its classifier
     embed = nn.Sequential(Scale(), features)

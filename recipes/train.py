@@ -33,7 +33,7 @@ from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.resume import LATEST
 from d2v_composer.checkpoints.safe_load import read_checkpoint
 from d2v_composer.config.load import load_config
-from d2v_composer.config.schema import LabelledSetConfig, TrainConfig
+from d2v_composer.config.schema import LabeledSetConfig, TrainConfig
 from d2v_composer.models.execution import join_units
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
@@ -75,8 +75,8 @@ def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -
     retrieval = run.retrieval
     if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
-    neighbours, datasets = ({}, {}) if retrieval is None else (retrieval.neighbours, retrieval.datasets)
-    write_run_report(trainer, config, lambda log: Run(run.record.record, log, neighbours, datasets), is_new)
+    neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
+    write_run_report(trainer, config, lambda log: Run(run.record.record, log, neighbors, datasets), is_new)
 
 
 def name_next_steps(config: TrainConfig) -> None:
@@ -86,15 +86,15 @@ def name_next_steps(config: TrainConfig) -> None:
         return
     checkpoint = run_folder.local / LATEST
     retrieval = config.retrieval
-    used = {name: differing(labelled) for name, labelled in retrieval.datasets.items() if labelled is not None}
+    used = {name: differing(labeled) for name, labeled in retrieval.datasets.items() if labeled is not None}
     datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
     evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
     print_next(*evaluate, d2v("export", checkpoint, run_folder.local / "student.safetensors"))
 
 
-def differing(section: LabelledSetConfig) -> dict[str, Any]:
+def differing(section: LabeledSetConfig) -> dict[str, Any]:
     """Return the fields of a section that are not the default."""
-    return {name: value for name, value in asdict(section).items() if value != getattr(LabelledSetConfig, name, None)}
+    return {name: value for name, value in asdict(section).items() if value != getattr(LabeledSetConfig, name, None)}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None
 
 
 def encoded_image(seed: int, size: int = 32) -> bytes:
-    """Return a JPEG of smooth random colours."""
+    """Return a JPEG of smooth random colors."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
@@ -98,7 +98,7 @@ class OnDevice(Tensor):
         return self.clone().as_subclass(OnDevice)
 
 
-class LabelledDevice(DeviceCPU):
+class LabeledDevice(DeviceCPU):
     """A device that labels the tensors moved to it, but no weights."""
 
     def tensor_to_device(self, tensor: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """144 images of 32 px with labels, in two splits; read-only."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     for split, num in {"train": 96, "test": 48}.items():
         write_mds(folder / split, [encoded_image(i) for i in range(num)], [i % 4 for i in range(num)])
     return folder

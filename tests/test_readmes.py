@@ -8,7 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabelledSetConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 from helpers import ROOT
 
 READMES = [
@@ -72,7 +72,7 @@ def listed(title: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("schema", "title"),
-    [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabelledSetConfig, "Labelled sets")],
+    [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabeledSetConfig, "Labeled sets")],
 )
 def test_every_field_is_listed_once_and_no_other(schema: type, title: str) -> None:
     assert listed(title) == sorted(keys(schema))

@@ -1,1 +1,1 @@
-"""Measurements of ``recipes/benchmark.py``, one module for each subcommand."""
+"""Measurements of ``d2v benchmark``, one module for each subcommand."""

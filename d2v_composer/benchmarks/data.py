@@ -78,7 +78,7 @@ class Reader(NamedTuple):
     stored: str
     """The images it reads: originals, or 256 px."""
     delivers: str
-    """float32 (normalised) or uint8."""
+    """float32 (normalized) or uint8."""
     start: Callable[[int], Pass]
     """Number of worker processes, 0 for none → a pass over all images."""
     installed: bool = True
@@ -243,8 +243,8 @@ def _augment_pil(delivers: str) -> Augmentation:
         transforms.RandomResizedCrop(IMAGE_SIZE, (0.08, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
     ]
-    normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    return transforms.Compose(augment + (normalise if delivers == FLOAT32 else [transforms.PILToTensor()]))
+    normalize = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose(augment + (normalize if delivers == FLOAT32 else [transforms.PILToTensor()]))
 
 
 def _augment_tensor(delivers: str) -> Augmentation:
@@ -252,8 +252,8 @@ def _augment_tensor(delivers: str) -> Augmentation:
         v2.RandomResizedCrop(IMAGE_SIZE, (0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(),
     ]
-    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    return v2.Compose(augment + (normalise if delivers == FLOAT32 else []))
+    normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return v2.Compose(augment + (normalize if delivers == FLOAT32 else []))
 
 
 def _take_all(loader: Iterable[Any], delivers: str, num_images: int) -> None:

@@ -176,7 +176,7 @@ def interleave(
     return {name: Rates(each) for name, each in rates.items()}
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""Measure how fast zero-shot retrieval is: neighbours, the preparation of images, and a whole evaluation.
+"""Measure how fast zero-shot retrieval is: neighbors, the preparation of images, and a whole evaluation.
 
-All searches look up the same random vectors and must find the same neighbours. Their baseline is the bare matrix
+All searches look up the same random vectors and must find the same neighbors. Their baseline is the bare matrix
 product of queries and bank.
 """
 
@@ -29,12 +29,12 @@ from d2v_composer.benchmarks.measure import (
     Target,
     interleave,
     peak_allocated,
-    synchronise,
+    synchronize,
 )
 from d2v_composer.benchmarks.step import build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
-from d2v_composer.evaluation.nearest_neighbours import MEMORY_BUDGET, full_float32, nearest_neighbours
+from d2v_composer.data.labeled import LabeledImages, LabeledSet
+from d2v_composer.evaluation.nearest_neighbors import MEMORY_BUDGET, full_float32, nearest_neighbors
 from d2v_composer.models.encoder import Encoder, height_and_width
 from d2v_composer.models.execution import choose_precision
 
@@ -52,7 +52,7 @@ TARGETS = (
 CIFAR_SIZE = 32
 INPUT_BATCH, INPUT_BATCHES = 256, 4
 PRODUCT_PART = 2048
-# Neighbours whose similarities differ by no more may come in any order.
+# Neighbors whose similarities differ by no more may come in any order.
 TIE = 1e-6
 
 
@@ -76,11 +76,11 @@ def benchmark_retrieval(setting: Setting) -> Result:
     """Measure.
 
     Raises:
-        RuntimeError: A search finds other neighbours than ours.
+        RuntimeError: A search finds other neighbors than ours.
     """
     torch.manual_seed(0)
-    neighbours, inputs = measure_neighbours(setting), measure_inputs(setting)
-    rates = {row.name: row.rates for row in neighbours + inputs}
+    neighbors, inputs = measure_neighbors(setting), measure_inputs(setting)
+    rates = {row.name: row.rates for row in neighbors + inputs}
     seconds, notes = None, []
     if setting.evaluation_images:
         seconds = measure_evaluation(setting)
@@ -95,7 +95,7 @@ def benchmark_retrieval(setting: Setting) -> Result:
         packages=PACKAGES,
         facts={"setting": setting._asdict(), "evaluation_seconds": seconds},
         tables=[
-            ("neighbours", Table(vectors, "queries/s", neighbours, {"memory MiB": _mebibytes})),
+            ("neighbors", Table(vectors, "queries/s", neighbors, {"memory MiB": _mebibytes})),
             ("inputs", Table(f"CIFAR images for {setting.size}", "images/s", inputs, {})),
         ],
         targets=list(find_targets(rates)),
@@ -108,15 +108,15 @@ def _mebibytes(facts: dict[str, int | None]) -> str:
     return "" if peak_bytes is None else f"{peak_bytes / 2**20:.0f}"
 
 
-def measure_neighbours(setting: Setting) -> list[Row]:
+def measure_neighbors(setting: Setting) -> list[Row]:
     """Measure queries per second of all searches, on the same random vectors."""
     bank = torch.randn(setting.num_bank, setting.dim).to(setting.device)
     queries = torch.randn(setting.num_queries, setting.dim).to(setting.device)
     searches = dict(build_searches(bank, queries, setting.k))
-    check_neighbours(bank, queries, {name: search() for name, search in searches.items()})
+    check_neighbors(bank, queries, {name: search() for name, search in searches.items()})
     passes: dict[str, Pass] = {PRODUCT: matrix_product(bank, queries), **searches}
     peaks = {name: peak_allocated(passes[name], setting.device) for name in (OURS, WHOLE)}
-    rates = interleave(passes, setting.num_queries, setting.rounds, "neighbours")
+    rates = interleave(passes, setting.num_queries, setting.rounds, "neighbors")
     names = (PRODUCT, OURS, WHOLE, FAISS, SKLEARN)
     return [Row(name, rates.get(name), {"peak_bytes": peaks.get(name)}) for name in names]
 
@@ -130,16 +130,16 @@ def matrix_product(bank: Tensor, queries: Tensor) -> Pass:
         with full_float32(bank.device.type):
             for part in unit_bank.split(PRODUCT_PART):
                 torch.mm(queries, part.T, out=buffer if len(part) == buffer.shape[1] else buffer.new_empty(0))
-        synchronise(bank.device.type)
+        synchronize(bank.device.type)
 
     return multiply
 
 
 def build_searches(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Yield every installed search for the neighbours, (Q, k)."""
+    """Yield every installed search for the neighbors, (Q, k)."""
 
     def ours() -> np.ndarray:
-        return nearest_neighbours(bank, queries, k).indices.cpu().numpy()
+        return nearest_neighbors(bank, queries, k).indices.cpu().numpy()
 
     def whole() -> np.ndarray:
         with full_float32(bank.device.type):
@@ -172,15 +172,15 @@ def build_searches(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[str,
         yield SKLEARN, sklearn_brute
 
 
-def check_neighbours(bank: Tensor, queries: Tensor, found: dict[str, np.ndarray]) -> None:
-    """Refuse a search that finds other neighbours than ours, except for ties."""
+def check_neighbors(bank: Tensor, queries: Tensor, found: dict[str, np.ndarray]) -> None:
+    """Refuse a search that finds other neighbors than ours, except for ties."""
     unit_bank, unit_queries = normalize(bank.double().cpu(), dim=1), normalize(queries.double().cpu(), dim=1)
-    for name, neighbours in found.items():
-        rows, columns = np.nonzero(neighbours != found[OURS])
-        theirs, ours = (unit_bank[each[rows, columns]] for each in (neighbours, found[OURS]))
+    for name, neighbors in found.items():
+        rows, columns = np.nonzero(neighbors != found[OURS])
+        theirs, ours = (unit_bank[each[rows, columns]] for each in (neighbors, found[OURS]))
         differences = ((theirs - ours) * unit_queries[rows]).sum(dim=1).abs()
         if (differences > TIE).any():
-            raise RuntimeError(f"{name!r} finds other neighbours than {OURS!r}")
+            raise RuntimeError(f"{name!r} finds other neighbors than {OURS!r}")
 
 
 def measure_inputs(setting: Setting) -> list[Row]:
@@ -198,16 +198,16 @@ def measure_inputs(setting: Setting) -> list[Row]:
 def prepare_with_pil(images: Tensor, encoder: Encoder) -> None:
     config = encoder.config
     resize = transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC)
-    normalise = transforms.Normalize(config.image_mean, config.image_std)
+    normalize = transforms.Normalize(config.image_mean, config.image_std)
     for batch in images.split(INPUT_BATCH):
         pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch)
-        torch.stack([normalise(to_tensor(resize(picture))) for picture in pictures])
+        torch.stack([normalize(to_tensor(resize(picture))) for picture in pictures])
 
 
 def prepare_in_batches(images: Tensor, encoder: Encoder, device: str) -> None:
     for batch in images.split(INPUT_BATCH):
         encoder.prepare(batch.to(device))
-    synchronise(device)
+    synchronize(device)
 
 
 def measure_evaluation(setting: Setting) -> float:
@@ -218,7 +218,7 @@ def measure_evaluation(setting: Setting) -> float:
     model.cpu_bf16 = precision.cpu_bf16
     num_test = max(3, setting.evaluation_images // 6)
     train, test = (
-        LabelledImages(random_images(count), torch.arange(count) % 10)
+        LabeledImages(random_images(count), torch.arange(count) % 10)
         for count in (setting.evaluation_images - num_test, num_test)
     )
     shape = height_and_width(model.teacher.config.image_size)
@@ -229,7 +229,7 @@ def measure_evaluation(setting: Setting) -> float:
         train_dataloader=DataLoader(two_images, batch_size=1),  # pyright: ignore[reportArgumentType]: a list is enough
         max_duration="2ba",
         optimizers=torch.optim.SGD(model.student.parameters(), lr=0.0),
-        callbacks=[ZeroShotRetrieval({"cifar": LabelledSet(train, test)}, "1ba", references={})],
+        callbacks=[ZeroShotRetrieval({"cifar": LabeledSet(train, test)}, "1ba", baselines={})],
         loggers=[log],
         precision=precision.trainer,
         progress_bar=False,

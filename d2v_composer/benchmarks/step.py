@@ -29,7 +29,7 @@ from d2v_composer.benchmarks.measure import (
     Target,
     interleave,
     peak_allocated,
-    synchronise,
+    synchronize,
 )
 from d2v_composer.callbacks import Health
 from d2v_composer.models.attention import Attention, Block, FfnBlock, autocast_dtype, init_linear_layers
@@ -41,7 +41,7 @@ from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.models.timm_teacher import PREFIX, TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.errors import InputError
 
-# MERGED FROM d2v_composer/benchmarks/step.py: The distillation written without optimisations: the baseline of our
+# MERGED FROM d2v_composer/benchmarks/step.py: The distillation written without optimizations: the baseline of our
 
 
 class NaiveDistillation(nn.Module):
@@ -112,8 +112,8 @@ def attention(layer: Attention, x_BTD: Tensor, bias_BHTT: Tensor | None) -> Tens
 
 
 def norm_mean(layers: list[Tensor]) -> Tensor:
-    normalised = [instance_norm(layer.transpose(1, 2).float(), eps=NORM_EPS).transpose(1, 2) for layer in layers]
-    total = sum(normalised[1:], normalised[0]) / len(normalised)
+    normalized = [instance_norm(layer.transpose(1, 2).float(), eps=NORM_EPS).transpose(1, 2) for layer in layers]
+    total = sum(normalized[1:], normalized[0]) / len(normalized)
     return layer_norm(total, total.shape[-1:], eps=NORM_EPS)
 
 
@@ -441,7 +441,7 @@ def check_losses(losses: dict[str, float]) -> None:
 def repeat(work: Callable[[], object], times: int, device: str) -> None:
     for _ in range(times):
         work()
-    synchronise(device)
+    synchronize(device)
 
 
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:

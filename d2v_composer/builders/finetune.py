@@ -25,15 +25,15 @@ from d2v_composer.builders.training import (
 from d2v_composer.callbacks import RunRecord, SeededBatches
 from d2v_composer.checkpoints.load import without_head
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding, sizes_of
-from d2v_composer.config.schema import FinetuneConfig, LabelledSetConfig, ShardLoaderConfig, TrainLoaderConfig
+from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
-from d2v_composer.data.labelled import (
+from d2v_composer.data.labeled import (
     AugmentedImages,
-    LabelledImages,
-    LabelledSet,
+    LabeledImages,
+    LabeledSet,
     eval_batches,
     fetch_class_names,
-    load_labelled_set,
+    load_labeled_set,
     load_mds,
     mds_class_names,
     train_batches,
@@ -61,7 +61,7 @@ class FinetuneImages(NamedTuple):
 
     train_loader: DataLoader
     """Augmented uint8 images of this rank, with their labels."""
-    test: LabelledImages
+    test: LabeledImages
     num_train: int
     class_names: tuple[str, ...]
     """The name of each label; empty if the labels are only numbers."""
@@ -91,7 +91,7 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
     return _in_memory(config, config.dataset, sizes)
 
 
-def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
+def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     root = Path(dataset.root)
     options = {each.name: getattr(config.train_loader, each.name) for each in fields(ShardLoaderConfig)}
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
@@ -110,34 +110,34 @@ def _streamed(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: Encoder
     return FinetuneImages(train_loader, test, data["samples"], class_names, num_classes, about)
 
 
-def _in_memory(config: FinetuneConfig, dataset: LabelledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
-    labelled = load_images(dataset, config.global_train_batch_size, sizes)
-    train, test, class_names = labelled
+def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
+    labeled = load_images(dataset, config.global_train_batch_size, sizes)
+    train, test, class_names = labeled
     digest = hashlib.sha256(train.images.contiguous().numpy().data)
     digest.update(train.labels.numpy().data)
     about = {
         "location": hide_secrets(dataset.root),
-        "samples": labelled.num_images[0],
+        "samples": labeled.num_images[0],
         "sha256": digest.hexdigest(),
     }
     num_classes = count_classes(Path(dataset.root), class_names, train, test)
     return FinetuneImages(_batches(config, train, sizes), test, len(train.labels), class_names, num_classes, about)
 
 
-def load_images(dataset: LabelledSetConfig, batch_size: int, sizes: EncoderConfig) -> LabelledSet:
+def load_images(dataset: LabeledSetConfig, batch_size: int, sizes: EncoderConfig) -> LabeledSet:
     """Load both splits into memory.
 
     Raises:
         InputError: The data set cannot be used, or is smaller than a batch.
     """
     with node_leaders_first("the data set"):
-        labelled = load_labelled_set(**asdict(dataset), image_size=sizes.image_size, interpolation=sizes.interpolation)
-    if (num_images := labelled.num_images[0]) < batch_size:
+        labeled = load_labeled_set(**asdict(dataset), image_size=sizes.image_size, interpolation=sizes.interpolation)
+    if (num_images := labeled.num_images[0]) < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
-    return labelled
+    return labeled
 
 
-def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabelledImages) -> int:
+def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabeledImages) -> int:
     """Return the number of classes, by their names and the largest label.
 
     Raises:
@@ -154,7 +154,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabelledIma
     return max(len(class_names), largest + 1)
 
 
-def _batches(config: FinetuneConfig, train: LabelledImages, sizes: EncoderConfig) -> DataLoader:
+def _batches(config: FinetuneConfig, train: LabeledImages, sizes: EncoderConfig) -> DataLoader:
     """Build the loader of this rank's augmented batches of images in memory."""
     loader, batch_size = config.train_loader, config.global_train_batch_size
     height, width = height_and_width(sizes.image_size)
@@ -196,7 +196,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     if config.from_scratch:
         randomize(backbone)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
-    model = Classifier(backbone, images.num_classes, *embedding.headline, config.train_encoder, cpu_bf16)
+    model = Classifier(backbone, images.num_classes, *embedding.primary, config.train_encoder, cpu_bf16)
     eval_loader = eval_batches(images.test, config.device_eval_batch_size)
     record = build_finetuning_record(config, about, images.about)
     arguments = {
@@ -235,7 +235,7 @@ def describe_model(
         "kind": "student" if isinstance(backbone, Student) else "teacher",
         "path": hide_secrets(config.model),
         "sha256": hash_weights(backbone),
-        **embedding.headline._asdict(),
+        **embedding.primary._asdict(),
         "num_classes": images.num_classes,
         "class_names": list(images.class_names),
         "provenance": backbone.provenance,

@@ -139,7 +139,7 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     }
     if run.retrieval is not None:
         sets = ", ".join(run.retrieval.datasets)
-        lines["retrieval"] = f"{sets} every {config.retrieval.interval}, headline {run.retrieval.headline}"
+        lines["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {run.retrieval.primary}"
     if state.timestamp.batch > 0:
         lines["resumed"] = f"from {run.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
     if config.compile:

@@ -22,7 +22,7 @@ from d2v_composer.system.ranks import rank_zero_first
 from d2v_composer.system.retry import reason
 
 OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` uploads it later"
-# MLflow's own patience is for a server that goes away during a run: seven retries, 120 seconds each.
+# MLflow's own retry timeout is for a server that goes away during a run: seven retries, 120 seconds each.
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 

@@ -1,4 +1,4 @@
-"""Build the labelled sets of a retrieval, and the models that an evaluation compares."""
+"""Build the labeled sets of a retrieval, and the models that an evaluation compares."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import torch
 from d2v_composer.checkpoints.load import TimmWeights, load_any, load_teacher
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
-from d2v_composer.data.labelled import LabelledSet, load_labelled_set
+from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Encoder, EncoderConfig, ImageSize
@@ -34,7 +34,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
         teacher = build_teacher(config.teacher)
     check_fit(config, teacher)
     try:
-        student = teacher.build_student(**asdict(config.student), normalisation=config.targets.normalisation)
+        student = teacher.build_student(**asdict(config.student), normalization=config.targets.normalization)
     except ValueError as error:
         raise InputError(f"student: {error}") from error
     precision = choose_precision(config.precision)
@@ -104,10 +104,10 @@ class Comparison(NamedTuple):
     sizes: EncoderConfig
     """Their encoder's."""
     embedding: ChosenEmbedding
-    """The headline."""
+    """The primary embedding."""
 
 
-def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabelledSet]:
+def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
     """Load the data sets of a section ``datasets``, except those that are off.
 
     Args:
@@ -118,9 +118,9 @@ def build_labelled_sets(lookup: LookupConfig, image_size: ImageSize, interpolati
     Raises:
         InputError: A data set cannot be used.
     """
-    load = partial(load_labelled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
+    load = partial(load_labeled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
     return {
-        name: load(**asdict(labelled)).numbered() for name, labelled in lookup.datasets.items() if labelled is not None
+        name: load(**asdict(labeled)).numbered() for name, labeled in lookup.datasets.items() if labeled is not None
     }
 
 

@@ -12,12 +12,12 @@ from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
-from d2v_composer.builders.models import build_labelled_sets
+from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
 from d2v_composer.callbacks import CheckpointRetention, GracefulStop, RunFolderLock, RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.algorithms import EMA, GradientNorm
 from d2v_composer.callbacks.yaml_names import CALLBACKS
-from d2v_composer.checkpoints.student_file import Headline
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.config.load import describe_long_warmup
 from d2v_composer.config.schema import (
     AlgorithmsConfig,
@@ -30,7 +30,7 @@ from d2v_composer.config.schema import (
 )
 from d2v_composer.data.index import describe_data
 from d2v_composer.evaluation.evaluate import WITHOUT_MODEL, build_embeds
-from d2v_composer.evaluation.labelled_retrieval import Embed
+from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.teacher import Teacher
@@ -132,7 +132,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.targets.extra_tokens",
     "config.targets.average_top_k_layers",
     "config.targets.source",
-    "config.targets.normalisation",
+    "config.targets.normalization",
     *(f"config.optimizer.{field.name}" for field in fields(OptimizerConfig)),
     "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
@@ -164,7 +164,7 @@ FIXED_IN_A_FINETUNING = (
 BEFORE_THESE_KEYS = {
     "config.teacher.model": DATA2VEC2,
     "config.targets.source": "ffn",
-    "config.targets.normalisation": "instance",
+    "config.targets.normalization": "instance",
     "config.optimizer.decay_norms_and_biases": False,
     "config.train_loader.stream": False,
     "config.train_loader.shuffle": True,
@@ -258,7 +258,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         return None
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
-        datasets = build_labelled_sets(retrieval, sizes.image_size, sizes.interpolation)
+        datasets = build_labeled_sets(retrieval, sizes.image_size, sizes.interpolation)
     embeds = build_run_embeds(model)
     try:
         return ZeroShotRetrieval(
@@ -266,8 +266,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             retrieval.interval,
             retrieval.ks,
             embed=embeds["student"],
-            headline=Headline(retrieval.representation, retrieval.pooling).name,
-            references={name: embeds[name] for name in retrieval.references},
+            primary=PrimaryEmbedding(retrieval.representation, retrieval.pooling).name,
+            baselines={name: embeds[name] for name in retrieval.baselines},
             measured_first=WITHOUT_MODEL,
             at_start=retrieval.at_start,
             probes=retrieval.probes,

@@ -55,7 +55,7 @@ class Health(Callback):
       is the loss of the best prediction that is the same for all images;
     - ``effective_rank`` of the predictions' means over time, see :func:`effective_rank`;
     - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these time steps;
-    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalised as in the target;
+    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalized as in the target;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the images; *dead*, after

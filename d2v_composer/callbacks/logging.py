@@ -23,7 +23,7 @@ from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/callbacks/logging.py: Show a run's progress: a bar on a terminal, plain lines in a pipe
 
-# metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the headline embedding.
+# metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the primary embedding.
 TOP_K = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
 
 # Of a fine-tuned classifier.
@@ -124,7 +124,7 @@ class ProgressLogger(LoggerDestination):
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Map data set and reference ('' for the model) to the smallest k and its accuracy, with the headline embedding."""
+    """Map data set and reference ('' for the model) to the smallest k and its accuracy, with the primary embedding."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for key, accuracy in metrics.items():
         if (match := TOP_K.fullmatch(key)) is not None:

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.data.labelled import LabelledSet
-from d2v_composer.evaluation.labelled_retrieval import Embed, Found, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_headline, headline_fallbacks, metric_key
-from d2v_composer.evaluation.nearest_neighbours import Ranks
+from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.evaluation.labeled_retrieval import Embed, Found, embed_set, look_up
+from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
+from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.retry import reason
 
@@ -31,30 +31,30 @@ Metrics = dict[str, float]
 
 
 class ZeroShotRetrieval(Callback):
-    """Measure top-k retrieval accuracy on labelled sets in both directions, while the model trains without labels.
+    """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
 
     An evaluation embeds every image once, for both directions and all embeddings; several ranks share the images. It
     runs every ``interval`` and at the end of training, never twice for one batch.
 
     The model, in any Composer run, needs a method ``embed_all`` or ``embed``; or pass the function ``embed``. It takes
-    (B, 3, height, width) uint8 images, already on the model's device, resizes and normalises them, and returns one
+    (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns one
     embedding, (B, D), or a dict of several by name. It is called in eval mode, under inference mode, in the run's
     precision.
 
-    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline,
+    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
-    ``metrics/{dataset}/{reference}/`` for each reference, and ``time/zero_shot_retrieval`` in seconds. Probes have
+    ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1`` in place of ``bank_{train|test}/top{k}``.
 
     Args:
-        datasets: Name → labelled images; each split is the bank for the other's queries.
+        datasets: Name → labeled images; each split is the bank for the other's queries.
         interval: Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
         embed: Replaces the model's own method.
-        headline: The embedding that the short key reports, for a model with several.
-        references: Name → embed function, measured once at the start, to compare the model with. Default: the model's
-            ``retrieval_references()``, if it has that method.
-        measured_first: References that are measured in a pass of their own, before the others, so that a first accuracy
+        primary: The embedding that the short key reports, for a model with several.
+        baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
+            ``retrieval_baselines()``, if it has that method.
+        measured_first: Baselines that are measured in a pass of their own, before the others, so that a first accuracy
             appears soon.
         at_start: Evaluate the untrained model as well.
         probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
@@ -65,29 +65,29 @@ class ZeroShotRetrieval(Callback):
     Attributes:
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
-        reference_metrics: key → accuracy of the references.
-        neighbours: The neighbours that the last evaluation found with the headline embedding: data set → bank ('train',
+        baseline_metrics: key → accuracy of the baselines.
+        neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
     """
 
     def __init__(
         self,
-        datasets: Mapping[str, LabelledSet],
+        datasets: Mapping[str, LabeledSet],
         interval: str = "5000ba",
         ks: Sequence[int] = (1, 3),
         *,
         embed: Embed | None = None,
-        headline: str = "output_cls",
-        references: Mapping[str, Embed] | None = None,
+        primary: str = "output_cls",
+        baselines: Mapping[str, Embed] | None = None,
         measured_first: Collection[str] = (),
         at_start: bool = False,
         probes: Collection[str] = (),
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
-        for name, labelled in datasets.items():
-            smallest = min(labelled.num_images)
+        for name, labeled in datasets.items():
+            smallest = min(labeled.num_images)
             if not 1 <= min(ks) <= max(ks) <= smallest:
                 raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
         if unknown := set(probes) - set(PROBES):
@@ -95,8 +95,8 @@ class ZeroShotRetrieval(Callback):
         self.datasets = dict(datasets)
         self.ks = tuple(ks)
         self.embed = embed
-        self.headline = headline
-        self.references = references
+        self.primary = primary
+        self.baselines = baselines
         self.measured_first = frozenset(measured_first)
         self.at_start = at_start
         self.probes = tuple(probes)
@@ -104,18 +104,18 @@ class ZeroShotRetrieval(Callback):
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
-        self.reference_metrics: dict[str, float] = {}
-        self.neighbours: dict[str, dict[str, Tensor]] = {}
+        self.baseline_metrics: dict[str, float] = {}
+        self.neighbors: dict[str, dict[str, Tensor]] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if self.references is None:
-            self.references = getattr(unwrapped(state), "retrieval_references", dict)()
+        if self.baselines is None:
+            self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
         embeds: dict[str | None, Embed] = {}
-        if self.expected_reference_keys() <= self.reference_metrics.keys():
-            logger.log_metrics(self.reference_metrics)
+        if self.expected_baseline_keys() <= self.baseline_metrics.keys():
+            logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.reference_metrics = {}
-            embeds = {**self.references}
+            self.baseline_metrics = {}
+            embeds = {**self.baselines}
         if self.at_start and state.timestamp.batch == 0:
             embeds[None] = self.embed or embed_method(unwrapped(state))
         for is_first in (True, False):
@@ -134,35 +134,35 @@ class ZeroShotRetrieval(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": self.history,
-            "reference_metrics": self.reference_metrics,
-            "headline": self.headline,
-            "neighbours": self.neighbours,
+            "baseline_metrics": self.baseline_metrics,
+            "primary": self.primary,
+            "neighbors": self.neighbors,
             "images": self.fingerprints(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the measurements, with the short keys and the neighbours of the present headline.
+        """Restore the measurements, with the short keys and the neighbors of the present primary embedding.
 
         Raises:
             InputError: A set has other images than before, whose accuracies cannot be compared.
         """
-        before = state.get("images", {})  # checkpoints of version 0.1.0 have neither these nor neighbours
+        before = state.get("images", {})  # checkpoints of version 0.1.0 have neither these nor neighbors
         changed = [name for name, now in self.fingerprints().items() if before.get(name, now) != now]
         if changed:
             raise InputError(
                 f"retrieval.datasets.{changed[0]}: has other images than the checkpoint's, whose accuracies cannot be "
                 "compared: give the set another name, or set it and max_images back"
             )
-        self.history = [{**entry, "metrics": self.with_headline(entry["metrics"])} for entry in state["history"]]
-        self.reference_metrics = self.with_headline(state["reference_metrics"])
-        self.neighbours = state["neighbours"] if state.get("headline") == self.headline else {}
+        self.history = [{**entry, "metrics": self.with_primary(entry["metrics"])} for entry in state["history"]]
+        self.baseline_metrics = self.with_primary(state["baseline_metrics"])
+        self.neighbors = state["neighbors"] if state.get("primary") == self.primary else {}
 
     def fingerprints(self) -> dict[str, str]:
         """Return name → what tells a set's images from others."""
-        return {name: labelled.fingerprint() for name, labelled in self.datasets.items()}
+        return {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
 
-    def with_headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        for name in reversed(headline_fallbacks(self.headline)):
+    def with_primary(self, metrics: dict[str, float]) -> dict[str, float]:
+        for name in reversed(primary_fallbacks(self.primary)):
             suffix = f"/{name}"
             metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
         return metrics
@@ -175,13 +175,13 @@ class ZeroShotRetrieval(Callback):
         ]
         return [*((bank, k) for bank in BANKS for k in self.ks), *probed]
 
-    def expected_reference_keys(self) -> set[str]:
-        """Return the short keys of every reference."""
+    def expected_baseline_keys(self) -> set[str]:
+        """Return the short keys of every baseline."""
         return {
-            metric_key(dataset, bank, measure, reference=reference)
+            metric_key(dataset, bank, measure, baseline=baseline)
             for dataset in self.datasets
             for bank, measure in self.measures
-            for reference in self.references or {}
+            for baseline in self.baselines or {}
         }
 
     def evaluate(self, state: State, logger: Logger) -> None:
@@ -192,27 +192,27 @@ class ZeroShotRetrieval(Callback):
         self.record(self.measure({None: embed}, state, logger), state, logger)
 
     def record(self, measured: Mapping[str | None, Metrics], state: State, logger: Logger) -> None:
-        """Keep and log the accuracies of references and (under ``None``) the model."""
-        for reference, metrics in measured.items():
-            if reference is None:
+        """Keep and log the accuracies of baselines and (under ``None``) the model."""
+        for baseline, metrics in measured.items():
+            if baseline is None:
                 self.history.append({"batch": int(state.timestamp.batch), "metrics": metrics})
             else:
-                self.reference_metrics |= metrics
+                self.baseline_metrics |= metrics
         logger.log_metrics({key: accuracy for metrics in measured.values() for key, accuracy in metrics.items()})
 
     def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
-        """Return the accuracies of references and (under ``None``) the model, under their keys; log the time."""
+        """Return the accuracies of baselines and (under ``None``) the model, under their keys; log the time."""
         start = time.monotonic()
         model, was_training = state.model, state.model.training
-        metrics: dict[str | None, Metrics] = {reference: {} for reference in embeds}
+        metrics: dict[str | None, Metrics] = {baseline: {} for baseline in embeds}
         model.eval()
         try:
             # Tensors that FSDP gathers in inference mode cannot be used in training.
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
             with without_gradient, get_precision_context(state.precision, state.precision_config):
                 for dataset in self.datasets:
-                    for reference, of_set in self.measure_set(dataset, embeds, state).items():
-                        metrics[reference] |= of_set
+                    for baseline, of_set in self.measure_set(dataset, embeds, state).items():
+                        metrics[baseline] |= of_set
         finally:
             model.train(was_training)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
@@ -220,33 +220,33 @@ class ZeroShotRetrieval(Callback):
 
     def measure_set(self, dataset: str, embeds: Mapping[str | None, Embed], state: State) -> dict[str | None, Metrics]:
         """Return the accuracies on one set, in both directions, for every embedding."""
-        labelled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
+        labeled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
         to_device = state.device.tensor_to_device
         metrics: dict[str | None, Metrics] = {}
-        embedded = embed_set(embeds, labelled, self.device_batch_size, to_device, ranks, progress)
-        for reference, embeddings in embedded.items():
-            headline = find_headline(self.headline, embeddings["train"].keys(), fall_back=reference is not None)
-            found = list(look_up(embeddings, labelled, self.ks, to_device, ranks, self.probes))
-            metrics[reference] = retrieval_metrics(dataset, found, headline, reference)
-            if reference is None:
-                self.neighbours[dataset] = {
-                    each.bank: each.nearest.int().cpu() for each in found if each.embedding == headline
+        embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress)
+        for baseline, embeddings in embedded.items():
+            primary = find_primary(self.primary, embeddings["train"].keys(), fall_back=baseline is not None)
+            found = list(look_up(embeddings, labeled, self.ks, to_device, ranks, self.probes))
+            metrics[baseline] = retrieval_metrics(dataset, found, primary, baseline)
+            if baseline is None:
+                self.neighbors[dataset] = {
+                    each.bank: each.nearest.int().cpu() for each in found if each.embedding == primary
                 }
         return metrics
 
 
-def retrieval_metrics(dataset: str, found: Sequence[Found], headline: str, reference: str | None) -> Metrics:
-    """Return the accuracies of all embeddings, the headline's under the short key as well."""
+def retrieval_metrics(dataset: str, found: Sequence[Found], primary: str, baseline: str | None) -> Metrics:
+    """Return the accuracies of all embeddings, the primary embedding's under the short key as well."""
     metrics: Metrics = {}
     for each in found:
-        names = ([None] if each.embedding == headline else []) + ([each.embedding] if each.embedding else [])
+        names = ([None] if each.embedding == primary else []) + ([each.embedding] if each.embedding else [])
         for measure, hits in each.hits.items():
             accuracy = hits.double().mean().item()
-            metrics |= {metric_key(dataset, each.bank, measure, name, reference): accuracy for name in names}
+            metrics |= {metric_key(dataset, each.bank, measure, name, baseline): accuracy for name in names}
         doubt = None if each.linear is None else each.linear.doubt
-        if doubt is not None and each.embedding == headline and dist.get_global_rank() == 0:
-            log.warning("linear probe of %s on %s, %s: %s", reference or "the model", dataset, headline, doubt)
+        if doubt is not None and each.embedding == primary and dist.get_global_rank() == 0:
+            log.warning("linear probe of %s on %s, %s: %s", baseline or "the model", dataset, primary, doubt)
     return metrics
 
 
@@ -275,11 +275,11 @@ class RetrievalPictures(Callback):
 
     Args:
         retrieval: The retrieval of the run. It must be before this callback among the Trainer's callbacks.
-        draw: Draws a labelled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
+        draw: Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
             (height, width, 3) uint8.
     """
 
-    def __init__(self, retrieval: ZeroShotRetrieval, draw: Callable[[LabelledSet, Tensor], NDArray[np.uint8]]) -> None:
+    def __init__(self, retrieval: ZeroShotRetrieval, draw: Callable[[LabeledSet, Tensor], NDArray[np.uint8]]) -> None:
         self.retrieval = retrieval
         self.draw = draw
         self.last_drawn: int | None = None
@@ -309,11 +309,11 @@ class RetrievalPictures(Callback):
         self.last_drawn = last
         if dist.get_global_rank() != 0:
             return
-        for name, labelled in self.retrieval.datasets.items():
-            log_picture(logger, f"retrieval/{name}", partial(self._draw, name, labelled))
+        for name, labeled in self.retrieval.datasets.items():
+            log_picture(logger, f"retrieval/{name}", partial(self._draw, name, labeled))
 
-    def _draw(self, name: str, labelled: LabelledSet) -> NDArray[np.uint8]:
-        return self.draw(labelled, self.retrieval.neighbours[name]["train"].long())
+    def _draw(self, name: str, labeled: LabeledSet) -> NDArray[np.uint8]:
+        return self.draw(labeled, self.retrieval.neighbors[name]["train"].long())
 
 
 def log_picture_files(logger: Logger, files: Iterable[Path]) -> None:

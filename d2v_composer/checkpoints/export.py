@@ -17,8 +17,8 @@ from typing_extensions import Self
 
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    DEFAULT_HEADLINE,
-    Headline,
+    DEFAULT_PRIMARY,
+    PrimaryEmbedding,
     StoredEncoderConfig,
     build_encoder,
     check_student,
@@ -59,23 +59,23 @@ class FixedAlibi(Alibi):
 
 
 class Embedder(nn.Module):
-    """A copy of a student that maps normalised images, (B, 3, S, S) float, to embeddings, (B, D) float32.
+    """A copy of a student that maps normalized images, (B, 3, S, S) float, to embeddings, (B, D) float32.
 
     Args:
         student: Copied.
-        headline: The embedding.
+        primary: The embedding.
     """
 
-    def __init__(self, student: Student, headline: Headline) -> None:
+    def __init__(self, student: Student, primary: PrimaryEmbedding) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         num_steps = student.encoder.config.num_steps
         for part in (self.student, self.student.encoder):
             part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, num_steps)
-        self.headline = headline
+        self.primary = primary
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.student.embed(images, self.headline.pooling, self.headline.representation)
+        return self.student.embed(images, self.primary.pooling, self.primary.representation)
 
     def example(self) -> Tensor:
         """Return a batch of two images; torch.export would treat a batch size of one as constant."""
@@ -88,7 +88,7 @@ def describe(embedder: Embedder) -> dict[str, str]:
     config = embedder.student.encoder.config
     names = ("image_size", "image_mean", "image_std", "interpolation")
     preprocessing = {name: getattr(config, name) for name in names}
-    return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.headline.name}
+    return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
@@ -148,7 +148,7 @@ POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "
 class TimmStudent(Student):
     """timm's interface to a student: features, pooling, a classifier to fine-tune.
 
-    The encoder stays frozen; the blocks and the head train. Loading a file of ``recipes/export_student.py`` changes the
+    The encoder stays frozen; the blocks and the head train. Loading a file of ``d2v export`` changes the
     model to the file's sizes and keeps the head.
 
     Args:
@@ -156,8 +156,8 @@ class TimmStudent(Student):
         student_config: The blocks' sizes.
         num_classes: Outputs of the head; 0: no head, the pooled features are the output.
         global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: of all time steps. Default: the
-            file's headline.
-        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: the file's headline.
+            file's primary embedding.
+        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: the file's own.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class TimmStudent(Student):
         self.asked_pool = global_pool
         self.asked_representation: Representation | None = representation
         self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
-        self.set_features(DEFAULT_HEADLINE)
+        self.set_features(DEFAULT_PRIMARY)
         self.reset_classifier(num_classes)
 
-    def set_features(self, headline: Headline) -> None:
-        """Compute a headline's embedding, except for what was asked for.
+    def set_features(self, primary: PrimaryEmbedding) -> None:
+        """Compute a primary embedding's embedding, except for what was asked for.
 
         Raises:
             ValueError: What was asked for is unknown, or needs a CLS token that the model lacks.
@@ -187,8 +187,8 @@ class TimmStudent(Student):
             raise ValueError(
                 f"representation must be {' or '.join(get_args(Representation))}, got {self.asked_representation!r}"
             )
-        self.representation: Representation = self.asked_representation or headline.representation
-        pool = next(name for name, pooling in POOLINGS.items() if pooling == headline.pooling)
+        self.representation: Representation = self.asked_representation or primary.representation
+        pool = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
         pool = "avg" if pool == "token" and not self.has_cls_token else pool
         self.set_pool(self.asked_pool or pool)
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
@@ -204,8 +204,8 @@ class TimmStudent(Student):
             allowed = "token, avg or mean" if self.has_cls_token else "avg or mean, since there is no CLS token"
             raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
         self.global_pool = global_pool
-        headline = Headline(self.representation, POOLINGS[global_pool])
-        stored = config_tensor(sizes_of(self), headline)
+        primary = PrimaryEmbedding(self.representation, POOLINGS[global_pool])
+        stored = config_tensor(sizes_of(self), primary)
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -225,10 +225,10 @@ class TimmStudent(Student):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, S, S), normalised as in ``pretrained_cfg``, to the representation, (B, T, D)."""
+        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, to the representation, (B, T, D)."""
         if self.representation == "output":
             return self.forward_blocks(self.encode(x))[0]
-        return self.norm_mean(self.ffn_outputs(self.encode(x)), normalisation=self.normalisation)
+        return self.norm_mean(self.ffn_outputs(self.encode(x)), normalization=self.normalization)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or pooled features, (B, D), with ``pre_logits`` or no head."""
@@ -252,16 +252,14 @@ class TimmStudent(Student):
         tensors = dict(state_dict)
         stored = tensors.pop(CONFIG_TENSOR, None)
         if stored is None:
-            raise InputError(
-                f"no tensor {CONFIG_TENSOR}: not a file of recipes/export_student.py, or from an old version"
-            )
+            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file of d2v export, or from an old version")
         try:
-            sizes, headline = parse_config_tensor(stored)
+            sizes, primary = parse_config_tensor(stored)
         except ValueError as error:
             raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
         head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
         self._become(*check_student(CONFIG_TENSOR, sizes, tensors))
-        self.set_features(headline)
+        self.set_features(primary)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         head = own_head | head
         check_tensors(CONFIG_TENSOR, {name: tuple(tensor.shape) for name, tensor in own_head.items()}, head)

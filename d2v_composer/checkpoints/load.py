@@ -13,7 +13,7 @@ from d2v_composer.checkpoints.resume import fetch_model, read_newest
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    DEFAULT_HEADLINE,
+    DEFAULT_PRIMARY,
     ModelFile,
     add_outputs,
     build_encoder,
@@ -23,12 +23,12 @@ from d2v_composer.checkpoints.student_file import (
     config_tensor,
     is_safetensors,
     parse_config_tensor,
-    parse_headline,
+    parse_primary,
     read_kind,
     read_model_file,
     shapes_of,
     sizes_of,
-    stored_headline,
+    stored_primary,
     write_model_file,
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -68,7 +68,7 @@ def load_finetuned(checkpoint: Path, contents: dict[str, Any]) -> Student:
     try:
         record = dict(contents["state"]["callbacks"]["RunRecord"]["record"])
         about, tensors = dict(record["model"]), dict(contents["state"]["model"])
-        kind, sizes, (representation, pooling) = about["kind"], about.get("sizes"), parse_headline(about)
+        kind, sizes, (representation, pooling) = about["kind"], about.get("sizes"), parse_primary(about)
         head = {name: each for name, each in tensors.items() if name.startswith("head.")}
         num_classes = int(head["head.bias"].shape[0])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -181,10 +181,10 @@ def save_student(student: Student, out: Path) -> None:
 
     One with a head is written as a classifier, for timm.
     """
-    headline = stored_headline(student.provenance) or DEFAULT_HEADLINE
+    primary = stored_primary(student.provenance) or DEFAULT_PRIMARY
     encoder: Any = student.encoder.config
     sizes = sizes_of(student) | {"encoder": asdict(add_outputs(encoder, student.encoder.state_dict()))}
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, headline)}
+    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
     kind = "classifier" if "head.weight" in tensors else "student"
     write_model_file(out, kind, ModelFile(sizes, student.provenance, tensors))
 
@@ -251,7 +251,7 @@ def load_any(
     def load(file: Path) -> tuple[Student | None, Teacher | None]:
         student, teacher = _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
         if student is not None and teacher is not None:
-            teacher.normalisation = student.normalisation  # so that their embeddings compare
+            teacher.normalization = student.normalization  # so that their embeddings compare
         return student, teacher
 
     if str(path).startswith(PREFIX) and not Path(path).exists():
@@ -323,8 +323,8 @@ def _load_trained(
         teacher_file, weights = settings["checkpoint"], settings["weights"]
         options: dict[str, Any] = {name: settings.get(name) for name in ("first_blocks", "image_size")}  # not in 0.1.0
         model = str(settings.get("model", DATA2VEC2))
-        normalisation = dict(record["config"].get("targets", {})).get("normalisation", "instance")
-        sizes: dict[str, Any] = {**record["config"]["student"], "init": "random", "normalisation": normalisation}
+        normalization = dict(record["config"].get("targets", {})).get("normalization", "instance")
+        sizes: dict[str, Any] = {**record["config"]["student"], "init": "random", "normalization": normalization}
         history = list(callbacks.get("ZeroShotRetrieval", {}).get("history", []))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{foreign} ({type(error).__name__}: {error})") from error

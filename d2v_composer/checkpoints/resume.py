@@ -26,7 +26,7 @@ from d2v_composer.checkpoints.safe_load import CorruptCheckpointError, check_che
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import PATIENCE_SECONDS, download_existing, fetch, is_remote
+from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
 from d2v_composer.system.retry import reason, retry
 
 # MERGED FROM d2v_composer/checkpoints/resume.py: Read a running run's newest checkpoint through its pointer.
@@ -203,7 +203,7 @@ def complete_store(newest: Path, folder: RunFolder, always: bool) -> None:
                 store.upload_object(f"{parse_uri(pointer)[2]}.symlink", target)
 
     try:
-        retry(upload_once, pointer, PATIENCE_SECONDS)
+        retry(upload_once, pointer, RETRY_SECONDS)
     except Exception as error:
         raise InputError(f"{folder.address}: {newest.name} cannot be written to it ({reason(error)})") from error
 

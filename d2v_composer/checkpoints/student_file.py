@@ -29,7 +29,7 @@ from d2v_composer.system.retry import reason
 # MERGED FROM d2v_composer/checkpoints/student_file.py: Our own model files: safetensors with sizes and provenance
 
 Kind = Literal["teacher", "student", "classifier"]
-# A student of version 2 names its headline in its tensor config_json, which readers of version 1 would refuse.
+# A student of version 2 names its primary embedding in its tensor config_json, which readers of version 1 would refuse.
 FORMAT_VERSIONS: dict[Kind, int] = {"teacher": 1, "student": 2, "classifier": 1}
 READ_BY: dict[str, str] = {
     "teacher": "a teacher, read by load_teacher",
@@ -178,7 +178,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# MERGED FROM d2v_composer/checkpoints/student_file.py: Compare a file's tensors with those of a model of its sizes.
+# MERGED FROM d2v_composer/checkpoints/student_file.py: Compare a file's tensors with those of a model of its size
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # BatchNorm's number of batches, a whole number.
@@ -258,10 +258,10 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
             raise InputError(f"{source}: is not the student's teacher: its encoder has another {name}")
 
 
-# MERGED FROM d2v_composer/checkpoints/student_file.py: The headline of a run: the embedding by which it is judged,
+# MERGED FROM d2v_composer/checkpoints/student_file.py: The primary embedding of a run: the embedding by which it
 
 
-class Headline(NamedTuple):
+class PrimaryEmbedding(NamedTuple):
     """One of a model's embeddings."""
 
     representation: Representation
@@ -273,78 +273,80 @@ class Headline(NamedTuple):
         return f"{self.representation}_{self.pooling}"
 
 
-DEFAULT_HEADLINE = Headline("output", "cls")
+DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 """Of a file without the record of a run, such as a teacher's: data2vec 2.0 base retrieves best with it."""
 
 
 class ChosenEmbedding(NamedTuple):
     """The embedding that a command computes."""
 
-    headline: Headline
+    primary: PrimaryEmbedding
     origin: str
 
     def __str__(self) -> str:
-        return f"{self.headline.name} ({self.origin})"
+        return f"{self.primary.name} ({self.origin})"
 
 
 def choose_embedding(
     model: Transformer, provenance: Mapping[str, Any], pooling: Pooling | None, representation: Representation | None
 ) -> ChosenEmbedding:
-    """Choose the embedding asked for, or else the headline of the model's run.
+    """Choose the embedding asked for, or else the primary embedding of the model's run.
 
     Args:
         model: A student or a teacher.
         provenance: The model's.
-        pooling: As asked for; ``None``: the headline's.
-        representation: As asked for; ``None``: the headline's.
+        pooling: As asked for; ``None``: the primary embedding's.
+        representation: As asked for; ``None``: the primary embedding's.
 
     Raises:
         InputError: ``pooling`` is cls, and the model has no CLS token.
     """
     if pooling == "cls" and not model.has_cls_token:
         raise InputError("pooling: this model has no CLS token; allowed are mean, mean_patches")
-    stored = stored_headline(provenance)
-    headline = stored or DEFAULT_HEADLINE
-    if headline.pooling == "cls" and not model.has_cls_token:
-        headline = headline._replace(pooling="mean_patches")
+    stored = stored_primary(provenance)
+    primary = stored or DEFAULT_PRIMARY
+    if primary.pooling == "cls" and not model.has_cls_token:
+        primary = primary._replace(pooling="mean_patches")
     asked = {"pooling": pooling, "representation": representation}
     if all(asked.values()):
         origin = "as asked"
     elif stored is None:
         origin = "the default, since the file has no record of a run"
     else:
-        origin = "the headline of the model's run"
+        origin = "the primary embedding of the model's run"
     given = [option for option, value in asked.items() if value is not None]
     if len(given) == 1:
         origin += f", but {given[0]} as asked"
-    return ChosenEmbedding(Headline(representation or headline.representation, pooling or headline.pooling), origin)
+    return ChosenEmbedding(
+        PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling), origin
+    )
 
 
-def stored_headline(provenance: Mapping[str, Any]) -> Headline | None:
-    """Return the headline in the record of a model's run; ``None`` without a record that names one."""
+def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding | None:
+    """Return the primary embedding in the record of a model's run; ``None`` without a record that names one."""
     config = provenance.get("config")
     retrieval = config.get("retrieval") if isinstance(config, Mapping) else None
     for fields in (retrieval, provenance.get("model")):  # of a distillation, of a fine-tuning
         try:
-            return parse_headline(fields)
+            return parse_primary(fields)
         except ValueError:  # a record of another program
             continue
     return None
 
 
-def parse_headline(fields: Any) -> Headline:
+def parse_primary(fields: Any) -> PrimaryEmbedding:
     """Read ``representation`` and ``pooling`` from a mapping; others may be there too.
 
     Raises:
         ValueError: One is missing or unknown.
     """
     if not isinstance(fields, Mapping):
-        raise ValueError(f"a headline must be an object, got {type(fields).__name__}")
+        raise ValueError(f"a primary embedding must be an object, got {type(fields).__name__}")
     representation, pooling = fields.get("representation"), fields.get("pooling")
     for value, allowed in ((representation, get_args(Representation)), (pooling, get_args(Pooling))):
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"must be one of {', '.join(allowed)}, got {str(value)[:50]!r}")
-    return Headline(representation, pooling)  # pyright: ignore[reportArgumentType]: checked above
+    return PrimaryEmbedding(representation, pooling)  # pyright: ignore[reportArgumentType]: checked above
 
 
 CONFIG_TENSOR = "config_json"
@@ -360,7 +362,7 @@ class StoredSizes(NamedTuple):
 
     sizes: dict[str, Any]
     """Those of ``encoder`` and ``student``, not checked."""
-    headline: Headline
+    primary: PrimaryEmbedding
     """The default in a file of version 0.1.0, which has none."""
 
 
@@ -426,9 +428,9 @@ def sizes_of(student: Student) -> dict[str, Any]:
     return {"encoder": asdict(encoder), "student": asdict(student.config)}
 
 
-def config_tensor(sizes: dict[str, Any], headline: Headline) -> Tensor:
-    """Return a student's sizes and headline as JSON bytes, uint8, for readers that only get a file's tensors."""
-    content = sizes | {"headline": headline._asdict()}
+def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
+    """Return a student's sizes and primary embedding as JSON bytes, uint8, for readers of tensors alone."""
+    content = sizes | {"primary": primary._asdict()}
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
@@ -436,13 +438,13 @@ def parse_config_tensor(stored: Tensor) -> StoredSizes:
     """Return the contents of a tensor of :func:`config_tensor`.
 
     Raises:
-        ValueError: The tensor does not hold a JSON object, or its headline is unknown.
+        ValueError: The tensor does not hold a JSON object, or its primary embedding is unknown.
     """
     if stored.dtype != torch.uint8 or stored.ndim != 1 or len(stored) > LARGEST_JSON:
         raise ValueError(f"is {stored.dtype} {tuple(stored.shape)}, expected at most {LARGEST_JSON} bytes")
     sizes = parse_object(stored.cpu().numpy().tobytes())
-    headline = parse_headline(sizes.pop("headline")) if "headline" in sizes else DEFAULT_HEADLINE
-    return StoredSizes(sizes, headline)
+    primary = parse_primary(sizes.pop("primary")) if "primary" in sizes else DEFAULT_PRIMARY
+    return StoredSizes(sizes, primary)
 
 
 def check_student(
@@ -463,7 +465,7 @@ def check_student(
     is_timm = isinstance(sizes["encoder"], dict) and "model" in sizes["encoder"]
     config_class: type[Any] = TimmEncoderConfig if is_timm else ImageEncoderConfig
     encoder_config = read_config(source, config_class, sizes["encoder"])
-    student_config = read_config(source, StudentConfig, with_normalisation(sizes["student"]))
+    student_config = read_config(source, StudentConfig, with_normalization(sizes["student"]))
     check_num_blocks(source, encoder_config.prenet_depth + student_config.depth, tensors)
     kind = encoder_class(encoder_config)  # imports torch._dynamo, which fails on shapes_of's device
     try:
@@ -476,9 +478,9 @@ def check_student(
     return encoder_config, student_config
 
 
-def with_normalisation(fields: Any) -> Any:
+def with_normalization(fields: Any) -> Any:
     """Add to a student's sizes what those of older files leave out, which knew only InstanceNorm."""
-    return {"normalisation": "instance"} | fields if isinstance(fields, dict) else fields
+    return {"normalization": "instance"} | fields if isinstance(fields, dict) else fields
 
 
 def read_config(source: Any, config_class: type[ConfigT], fields: Any) -> ConfigT:

@@ -227,7 +227,7 @@ def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tenso
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, unless it holds other numbers, such as quantised weights."""
+    """Return a tensor in float32, unless it holds other numbers, such as quantized weights."""
     return tensor.float() if tensor.dtype in FLOATS else tensor
 
 

@@ -1,6 +1,6 @@
 """Distil data2vec 2.0 image teachers into small students: the commands that need no checkout of the repository.
 
-A typical order: convert-teacher and convert-imagenet, then training by recipes/train.py of the repository, then
+A typical order: convert-teacher and convert-images, then training by recipes/train.py of the repository, then
 evaluate, export and embed.
 """
 
@@ -15,7 +15,7 @@ from d2v_composer.system import command_line
 
 COMMANDS = {
     "convert-teacher": "write fairseq's checkpoint as one safe file",
-    "convert-imagenet": "write a folder of images as MDS shards, to a folder or a store",
+    "convert-images": "write a folder of images as MDS shards, to a folder or a store",
     "report": "draw a run: its curves, tables and pictures in one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "write a student as safetensors, ONNX or torch.export",

@@ -11,7 +11,7 @@
 starts, against torchvision's ImageFolder, litdata and webdataset (``pip install -e '.[benchmark]'``).
 ``step``: images/s and memory of a training step, against a naive program, our savings added to it one by one; and the
 share of the speed of matrix products on the same device.
-``retrieval``: queries/s of the neighbour search against faiss and scikit-learn, images/s from CIFAR's size to the
+``retrieval``: queries/s of the neighbor search against faiss and scikit-learn, images/s from CIFAR's size to the
 model's input against PIL, and on a GPU the seconds of a whole evaluation.
 
 All contenders run in one process, interleaved. The measurements are described in d2v_composer/benchmarks/.
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     retrieval.add_argument("--bank", type=int, default=50_000, help="vectors; default: 50000")
     retrieval.add_argument("--queries", type=int, default=10_000, help="vectors; default: 10000")
     retrieval.add_argument("--dim", type=int, default=768, help="channels of a vector; default: 768")
-    retrieval.add_argument("--k", type=int, default=20, help="neighbours; default: 20")
+    retrieval.add_argument("--k", type=int, default=20, help="neighbors; default: 20")
     retrieval.add_argument(
         "--evaluation-images", type=int, help="images of a whole evaluation; default: 0, on a GPU CIFAR's 60000"
     )

@@ -1,8 +1,8 @@
 """Convert ImageNet, or any folder of images, to MDS shards.
 
-    d2v convert-imagenet /data/ILSVRC s3://bucket/imagenet/train --resize 256
-    d2v convert-imagenet /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
-    d2v convert-imagenet photos datasets/photos --labels none --workers 8
+    d2v convert-images /data/ILSVRC s3://bucket/imagenet/train --resize 256
+    d2v convert-images /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
+    d2v convert-images photos datasets/photos --labels none --workers 8
 
 Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> "Embedding":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
     file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
     model, chosen = load_model(arguments)
-    arguments.representation, arguments.pooling = chosen.headline
+    arguments.representation, arguments.pooling = chosen.primary
     sizes = model.encoder.config
     collection = open_collection(
         arguments.source,
@@ -92,9 +92,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--first-blocks", type=int, metavar="N", help="blocks without a part in layer_mean; default: a sixth of all"
     )
     timm.add_argument("--image-size", metavar="SIZE", help="pixels a side, or HEIGHTxWIDTH; default: timm's")
-    parser.add_argument("--pooling", choices=get_args(Pooling), help="default: the headline of the model's run")
     parser.add_argument(
-        "--representation", choices=get_args(Representation), help="default: the headline of the model's run"
+        "--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run"
+    )
+    parser.add_argument(
+        "--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run"
     )
     parser.add_argument(
         "--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster"

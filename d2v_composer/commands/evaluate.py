@@ -8,7 +8,7 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
 The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints the accuracies
-of retrieval, and of the probes that ``probes='[knn, linear]'`` asks for, with their intervals, of the headline of the
+of retrieval, and of the probes that ``probes='[knn, linear]'`` asks for of the primary embedding of the
 model's run unless pooling and representation choose another embedding; ``out`` receives those of all embeddings as JSON
 and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks, image_size, weights,
 teacher, datasets, max_images, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
@@ -28,7 +28,7 @@ from d2v_composer.system.ranks import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.data.labelled import LabelledSet
+    from d2v_composer.data.labeled import LabeledSet
     from d2v_composer.evaluation.evaluate import Evaluation
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
 
     import torch
 
-    from d2v_composer.builders.models import build_comparison, build_labelled_sets
+    from d2v_composer.builders.models import build_comparison, build_labeled_sets
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
     from d2v_composer.models.execution import choose_precision
@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
         check_out_folder(Path(config.out), OUT_FILES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, sizes, embedding = build_comparison(config, device)
-    datasets = build_labelled_sets(config, sizes.image_size, sizes.interpolation)
+    datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
     check_ks(config.ks, datasets)
     print(f"embedding: {embedding}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     batch_size = config.device_eval_batch_size
     retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, autocast_dtype, config.probes))
-    class_names = {name: labelled.class_names for name, labelled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, config.ks, embedding.headline.name, class_names)
+    class_names = {name: labeled.class_names for name, labeled in datasets.items()}
+    evaluation = Evaluation(candidates, retrievals, config.ks, embedding.primary.name, class_names)
     print(evaluation_tables(evaluation))
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
@@ -96,9 +96,9 @@ def check_out_folder(folder: Path, names: Sequence[str]) -> None:
         check_out_file(folder / name)
 
 
-def check_ks(ks: Sequence[int], datasets: "Mapping[str, LabelledSet]") -> None:
-    """Refuse to look up more neighbours than a data set has."""
-    for name, labelled in datasets.items():
-        smallest = min(labelled.num_images)
+def check_ks(ks: Sequence[int], datasets: "Mapping[str, LabeledSet]") -> None:
+    """Refuse to look up more neighbors than a data set has."""
+    for name, labeled in datasets.items():
+        smallest = min(labeled.num_images)
         if max(ks) > smallest:
             raise InputError(f"ks: must be at most {smallest}, the images of {name}'s smaller set, got {list(ks)}")

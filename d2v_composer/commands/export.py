@@ -5,7 +5,7 @@
     d2v export student.safetensors student.pt2 --pooling mean
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
-The last two hold a program that computes one embedding, by default the headline of the student's run, and no record of
+The last two hold a program that computes one embedding, by default the primary one, and no record of
 the run.
 """
 
@@ -37,9 +37,13 @@ def main(argv: Sequence[str]) -> "Student":
     parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
-    parser.add_argument("--pooling", choices=get_args(Pooling), help="of .onnx, .pt2; default: the run's headline")
     parser.add_argument(
-        "--representation", choices=get_args(Representation), help="of .onnx, .pt2; default: the run's headline"
+        "--pooling", choices=get_args(Pooling), help="of .onnx, .pt2; default: the run's primary embedding"
+    )
+    parser.add_argument(
+        "--representation",
+        choices=get_args(Representation),
+        help="of .onnx, .pt2; default: the run's primary embedding",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
@@ -63,7 +67,7 @@ def main(argv: Sequence[str]) -> "Student":
         save_student(student, out)
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
-        write(Embedder(student, embedding.headline), out)
+        write(Embedder(student, embedding.primary), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     if "head.weight" in student.state_dict() and out.suffix == ".safetensors":

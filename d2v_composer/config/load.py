@@ -20,7 +20,7 @@ from d2v_composer.checkpoints.resume import LATEST
 from d2v_composer.config.schema import (
     EvaluateConfig,
     FinetuneConfig,
-    LabelledSetConfig,
+    LabeledSetConfig,
     LoaderConfig,
     ModelConfig,
     RunConfig,
@@ -33,7 +33,7 @@ from d2v_composer.config.schema import (
     suggest,
 )
 from d2v_composer.data.index import find_missing_index
-from d2v_composer.data.labelled import find_missing_files
+from d2v_composer.data.labeled import find_missing_files
 from d2v_composer.models.execution import choose_precision, find_missing, name_precision
 from d2v_composer.models.timm_teacher import PREFIX
 from d2v_composer.models.transformer import DATA2VEC2
@@ -261,13 +261,13 @@ def needs_of_files(config: TrainerConfig) -> Iterator[str]:
         if checkpoint is not None and (missing := find_missing_file(checkpoint)) is not None:
             yield f"teacher.checkpoint: {config.teacher.checkpoint}: {missing}"
         yield from needs_of_training_images(config.train_loader)
-        yield from needs_of_labelled_sets("retrieval.datasets.", config.retrieval.datasets)
+        yield from needs_of_labeled_sets("retrieval.datasets.", config.retrieval.datasets)
     if isinstance(config, FinetuneConfig):
         yield from needs_of_model(config)
         if config.train_loader.remote is not None and config.dataset is not None and config.dataset.format == "mds":
             yield from needs_of_remote_set(Path(config.dataset.root))
         else:
-            yield from needs_of_labelled_sets("", {"dataset": config.dataset})
+            yield from needs_of_labeled_sets("", {"dataset": config.dataset})
     with suppress(ValueError):  # a malformed save_folder, which find_wrong_values names
         local = config.save_folder and RunFolder.parse(config.save_folder).local
         if local and (fault := find_unwritable(local)) is not None:
@@ -293,11 +293,11 @@ def needs_of_remote_set(root: Path) -> Iterator[str]:
         yield f"dataset.root: {root / 'test'}: {missing}"
 
 
-def needs_of_labelled_sets(prefix: str, chosen: Mapping[str, LabelledSetConfig | None]) -> Iterator[str]:
-    """Yield a line for each labelled set that is not there, and will not be downloaded."""
-    for name, labelled in chosen.items():
-        if labelled is not None:
-            missing = find_missing_files(labelled.format, Path(labelled.root), labelled.download)
+def needs_of_labeled_sets(prefix: str, chosen: Mapping[str, LabeledSetConfig | None]) -> Iterator[str]:
+    """Yield a line for each labeled set that is not there, and will not be downloaded."""
+    for name, labeled in chosen.items():
+        if labeled is not None:
+            missing = find_missing_files(labeled.format, Path(labeled.root), labeled.download)
             if missing is not None:
                 yield f"{prefix}{name}.root: {missing}"
 
@@ -322,7 +322,7 @@ def needs_of_model(config: ModelConfig) -> Iterator[str]:
 def needs_of_an_evaluation(config: EvaluateConfig) -> Iterator[str]:
     """Yield a line for each field whose files are missing or cannot be written."""
     yield from needs_of_model(config)
-    yield from needs_of_labelled_sets("datasets.", config.datasets)
+    yield from needs_of_labeled_sets("datasets.", config.datasets)
     if config.out is not None and (fault := find_unwritable(Path(config.out))) is not None:
         yield f"out: {config.out}: {fault}"
 
@@ -407,7 +407,7 @@ def fill_missing(merged: DictConfig, path: str, wrong_fields: Collection[str]) -
     """Give each required value that is missing a stand-in, so that the other values can be checked.
 
     Args:
-        merged: Changed in place: a text is empty, and a labelled set without format or root is off.
+        merged: Changed in place: a text is empty, and a labeled set without format or root is off.
         path: The YAML's.
         wrong_fields: Those whose value was left out because it is wrong.
 

@@ -112,7 +112,7 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
 
 # MERGED FROM d2v_composer/config/schema.py: Checks of single fields that need more than a comparison; each raises
 
-REFERENCES = ("pixels", "encoder", "teacher")
+BASELINES = ("pixels", "encoder", "teacher")
 
 
 def check_cache_limit(limit: int | str) -> None:
@@ -145,10 +145,10 @@ def check_probes(names: list[str]) -> None:
             raise ValueError(f"no such probe {name!r}{suggest(name, list(PROBES))}")
 
 
-def check_references(names: list[str]) -> None:
+def check_baselines(names: list[str]) -> None:
     for name in names:
-        if name not in REFERENCES:
-            raise ValueError(f"no such reference {name!r}{suggest(name, REFERENCES)}")
+        if name not in BASELINES:
+            raise ValueError(f"no such baseline {name!r}{suggest(name, BASELINES)}")
 
 
 SECONDS_OF_A_WEEK = 7 * 24 * 3600
@@ -211,7 +211,7 @@ class TargetsConfig:
     """Default: the teacher's."""
     source: Literal["ffn", "block"] = "ffn"
     """The teacher's FFN outputs, or its blocks' outputs: the residual stream of a pre-norm ViT."""
-    normalisation: Literal["instance", "layer"] = "instance"
+    normalization: Literal["instance", "layer"] = "instance"
     """Of each layer, of target and prediction: over time, as the paper, or over channels."""
 
 
@@ -298,7 +298,7 @@ class ParallelismConfig:
 
 
 @dataclass
-class LabelledSetConfig:
+class LabeledSetConfig:
     format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
     root: str = limited(MISSING, check=is_here)
     download: bool = False
@@ -310,12 +310,12 @@ class LabelledSetConfig:
 
 @dataclass
 class LookupConfig:
-    """Retrieval by nearest neighbours, during training or in an evaluation."""
+    """Retrieval by nearest neighbors, during training or in an evaluation."""
 
     ks: list[int] = limited([1, 3], check=are_ks)
     probes: list[str] = limited([], check=check_probes)
     """Of knn, linear: classify the test images, too."""
-    datasets: dict[str, LabelledSetConfig | None] = field(default_factory=dict)
+    datasets: dict[str, LabeledSetConfig | None] = field(default_factory=dict)
     """Name → location; null: off."""
     max_images: int | None = limited(None, least=1)
     """Use at most this many images of each split, evenly spaced; default: all."""
@@ -327,7 +327,7 @@ class RetrievalConfig(LookupConfig):
     representation: Representation = "output"
     interval: str = limited("5000ba", check=duration("ba", "ep", "dur"))
     at_start: bool = False
-    references: list[str] = limited(["teacher"], check=check_references)
+    baselines: list[str] = limited(["teacher"], check=check_baselines)
 
 
 @dataclass
@@ -360,7 +360,7 @@ class TrainerConfig(RunConfig):
     log_to_console: bool = False
     console_log_interval: str = limited("100ba", check=duration("ba", "ep"))
     report: bool = True
-    """Write report.html at the end of the run; recipes/report.py writes one at any time."""
+    """Write report.html at the end of the run; d2v report writes one at any time."""
     save_folder: str | None = limited("runs/${run_name}", check=RunFolder.parse)
     """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
@@ -464,7 +464,7 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     train_encoder: bool = False
     from_scratch: bool = False
     """Forget the weights: the same network, with random ones."""
-    dataset: LabelledSetConfig | None = None
+    dataset: LabeledSetConfig | None = None
     """Required. Its train images train, its test images are the evaluation's."""
     train_loader: FinetuneLoaderConfig = field(default_factory=FinetuneLoaderConfig)
     eval_interval: str = limited("1ep", check=duration("ba", "ep"))
@@ -472,12 +472,12 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     algorithms: ClassifierAlgorithmsConfig = field(default_factory=ClassifierAlgorithmsConfig)
 
 
-# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for recipes/evaluate.py.
+# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for d2v evaluate.
 
 
 @dataclass
 class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
-    """Fields of recipes/evaluate.py."""
+    """Fields of d2v evaluate."""
 
     out: str | None = limited(None, check=is_here)
     """Folder for evaluation.json and evaluation.csv."""

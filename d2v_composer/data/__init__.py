@@ -1,1 +1,1 @@
-"""Images for training (streamed, unlabelled) and for retrieval (labelled, in memory)."""
+"""Images for training (streamed, unlabeled) and for retrieval (labeled, in memory)."""

@@ -42,7 +42,7 @@ from d2v_composer.data.images import (
     to_rgb,
 )
 from d2v_composer.data.index import INDEX, SUMMARY, describe_data, read_index
-from d2v_composer.data.labelled import LabelledImages, load_labelled_set
+from d2v_composer.data.labeled import LabeledImages, load_labeled_set
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, UnreadableImageError
 from d2v_composer.system.fetch import cache_folder, download, is_remote
@@ -242,8 +242,8 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         classes = sorted(known or set(names))
         number = {name: label for label, name in enumerate(classes)}
         numbers = [number[name] for name in names]
-    labelled = [file._replace(label=label) for file, label in zip(files, numbers, strict=True)]
-    return ImageSource(root, labelled, classes, ignored)
+    labeled = [file._replace(label=label) for file, label in zip(files, numbers, strict=True)]
+    return ImageSource(root, labeled, classes, ignored)
 
 
 def _split_folder(source: Path, split: str) -> Path:
@@ -280,9 +280,9 @@ def _labels_of_file(path: Path, files: list[ImageFile], is_flat: bool) -> list[s
     if is_flat:
         labels = {PurePosixPath(name).name: label for name, label in labels.items()}
     keys = [_without_suffix(file.path) for file in files]
-    unlabelled = next((file.path for file, key in zip(files, keys, strict=True) if key not in labels), None)
-    if unlabelled is not None:
-        raise InputError(f"{path}: no label for {unlabelled}")
+    unlabeled = next((file.path for file, key in zip(files, keys, strict=True) if key not in labels), None)
+    if unlabeled is not None:
+        raise InputError(f"{path}: no label for {unlabeled}")
     absent = labels.keys() - set(keys)
     if absent:
         raise InputError(f"{path}: {len(absent)} of its images are not in the folder, the first is {min(absent)}")
@@ -326,7 +326,7 @@ def _train_classes(source: Path, root: Path) -> set[str]:
 
 # MERGED FROM d2v_composer/data/convert.py: Convert any image file to an RGB JPEG.
 
-JPEG_KINDS = {"RGB": None, "L": "greyscale"}
+JPEG_KINDS = {"RGB": None, "L": "grayscale"}
 
 
 def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> tuple[bytes, str | None]:
@@ -343,7 +343,7 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
         quality: The quality of a JPEG that is encoded again.
 
     Returns:
-        The JPEG, and the kind of the original if it was not a plain RGB JPEG: ``PNG``, ``CMYK``, ``greyscale``,
+        The JPEG, and the kind of the original if it was not a plain RGB JPEG: ``PNG``, ``CMYK``, ``grayscale``,
         ``broken EXIF``, …
 
     Raises:
@@ -437,7 +437,7 @@ def _write_missing(images: Path, out: Path, wanted: dict[str, int]) -> None:
     missing = [split for split, num_images in wanted.items() if not _is_written(out / split, num_images)]
     if not missing:
         return
-    cifar10 = load_labelled_set("cifar10", images, image_size=32, interpolation="bicubic", download=True)
+    cifar10 = load_labeled_set("cifar10", images, image_size=32, interpolation="bicubic", download=True)
     for split in missing:
         _write(getattr(cifar10, split), wanted[split], out / split)
 
@@ -454,14 +454,14 @@ def _is_written(folder: Path, num_images: int) -> bool:
     return True
 
 
-def _write(labelled: LabelledImages, num_images: int, folder: Path) -> None:
+def _write(labeled: LabeledImages, num_images: int, folder: Path) -> None:
     from PIL import Image
     from streaming import MDSWriter  # takes seconds
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with MDSWriter(out=str(partial), columns=COLUMNS, hashes=["xxh64"]) as writer:
-        for pixels, label in zip(labelled.images[:num_images], labelled.labels[:num_images].tolist(), strict=True):
+        for pixels, label in zip(labeled.images[:num_images], labeled.labels[:num_images].tolist(), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
             writer.write({"image": buffer.getvalue(), "label": label})

@@ -100,7 +100,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image to RGB; 16-bit values become 8-bit ones.
 
     Raises:
-        ValueError: The values are not colours; or any error of Pillow's if the file is corrupt.
+        ValueError: The values are not colors; or any error of Pillow's if the file is corrupt.
     """
     image.load()
     if image.mode.startswith("I"):  # Pillow would clip values above 255
@@ -116,7 +116,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class CuttableJpeg(NamedTuple):
     """A complete JPEG whose rows below a crop need not be decoded.
 
-    It is of the usual kind: sequential, three colours of 8 bits in a single scan, with an end marker. Its rows are
+    It is of the usual kind: sequential, three colors of 8 bits in a single scan, with an end marker. Its rows are
     stored in order, so any decoder stops early if the header claims fewer rows.
     """
 
@@ -138,10 +138,10 @@ class CuttableJpeg(NamedTuple):
             if marker == 0xDA:  # start of scan: the coded pixels follow
                 return jpeg if encoded[at + 4] == 3 else None
             if marker in (0xC0, 0xC1):  # frame header: Huffman-coded, sequential
-                precision, height, width, colours = struct.unpack_from(">BHHB", encoded, at + 4)
+                precision, height, width, colors = struct.unpack_from(">BHHB", encoded, at + 4)
                 pixels = width * height
                 is_too_large = Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
-                if jpeg or precision != 8 or colours != 3 or pixels == 0 or is_too_large:
+                if jpeg or precision != 8 or colors != 3 or pixels == 0 or is_too_large:
                     return None
                 jpeg = cls(encoded, source, (width, height), at + 5)
             elif marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # not a table, a comment or an application's data
@@ -156,7 +156,7 @@ class CuttableJpeg(NamedTuple):
             UnreadableImageError: The image cannot be decoded.
         """
         encoded = self.encoded
-        # A row's colours depend on at most the next two colour samples, each of two rows.
+        # A row's colors depend on at most the next two color samples, each of two rows.
         rows = box.bottom + 4
         if rows < self.size[1]:
             encoded = bytearray(encoded)
@@ -206,7 +206,7 @@ def random_crop_box(
         ratio: The smallest and largest width over height; its logarithm is drawn uniformly.
 
     Returns:
-        The first of ten draws that fits into the image, or the largest box in the centre whose ratio is allowed.
+        The first of ten draws that fits into the image, or the largest box in the center whose ratio is allowed.
     """
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(CROP_ATTEMPTS):

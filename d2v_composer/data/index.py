@@ -31,7 +31,7 @@ IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 log = logging.getLogger(__name__)
 
 
-def fetch_index(remote: str, local: Path, patience: float = 0.0) -> None:
+def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
     """Fetch the index of a remote data set into its cache.
 
     If the store is unreachable, an index that is here is used, with a warning; shards are verified by it.
@@ -39,7 +39,7 @@ def fetch_index(remote: str, local: Path, patience: float = 0.0) -> None:
     Args:
         remote: The data set's address.
         local: The cache.
-        patience: Time for which an unreachable store is asked again if no index is here, in seconds.
+        retry timeout: Time for which an unreachable store is asked again if no index is here, in seconds.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
@@ -48,7 +48,7 @@ def fetch_index(remote: str, local: Path, patience: float = 0.0) -> None:
     is_here = index.exists() and _is_json(index)
     with partial_file(index) as fetched:
         try:
-            wait = 0.0 if is_here else patience
+            wait = 0.0 if is_here else retry_timeout
             retry(partial(transfer, address, fetched, INDEX_SECONDS), address, wait, lasting_attempts=1)
         except Exception as error:
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from d2v_composer.data.images import RandomResizedCropFlip, sample_rng
 from d2v_composer.data.index import keep_encoded
-from d2v_composer.data.labelled import whole_label
+from d2v_composer.data.labeled import whole_label
 from d2v_composer.data.shards import CacheFolder, Claim, Lookahead, ShardCache, ShardStates, VerifiedStream
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import acquire, is_last_user, machine_folder, share, sole_user

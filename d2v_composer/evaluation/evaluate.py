@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labelled import LabelledSet
-from d2v_composer.evaluation.labelled_retrieval import Embed, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, Measure, find_headline, metric_key
-from d2v_composer.evaluation.nearest_neighbours import NUM_NEIGHBOURS
+from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
+from d2v_composer.evaluation.metrics import BANKS, Measure, find_primary, metric_key
+from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder, height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
@@ -182,7 +182,7 @@ class Evaluation(NamedTuple):
     candidates: list[Candidate]
     retrievals: list[Retrieval]
     ks: list[int]
-    headline: str
+    primary: str
     """The embedding that the tables show."""
     class_names: Mapping[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
@@ -197,12 +197,12 @@ class Evaluation(NamedTuple):
         return list(dict.fromkeys((each.bank, measure) for each in self.retrievals for measure in each.hits))
 
     @property
-    def headlines(self) -> dict[tuple[str, str, str], Retrieval]:
-        """Candidate, data set and bank → its result with the headline embedding, or with the fallback for it."""
+    def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
+        """Candidate, data set and bank → its result with the primary embedding, or with the fallback for it."""
         names: dict[str, set[str]] = {}
         for each in self.retrievals:
             names.setdefault(each.candidate, set()).add(each.embedding)
-        shown = {candidate: find_headline(self.headline, found, fall_back=True) for candidate, found in names.items()}
+        shown = {candidate: find_primary(self.primary, found, fall_back=True) for candidate, found in names.items()}
         return {
             (each.candidate, each.dataset, each.bank): each
             for each in self.retrievals
@@ -214,11 +214,11 @@ class Evaluation(NamedTuple):
 
         ``None``: the teacher has no advantage, or one of the three was not evaluated.
         """
-        headlines = self.headlines
+        primaries = self.primaries
         keys = [(name, dataset, bank) for name in ("untrained student", "student", "teacher")]
-        if not all(key in headlines for key in keys):
+        if not all(key in primaries for key in keys):
             return None
-        return share_interval(*(headlines[key].hits[measure] for key in keys))
+        return share_interval(*(primaries[key].hits[measure] for key in keys))
 
     def class_name(self, dataset: str, label: int) -> str:
         """Return a label's name; the number if it has none."""
@@ -244,7 +244,7 @@ class Evaluation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "headline": self.headline,
+            "primary": self.primary,
             "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
             "results": self.rows(),
             "share_recovered": [
@@ -255,7 +255,7 @@ class Evaluation(NamedTuple):
             ],
             "confusion": [
                 {"candidate": candidate, "dataset": dataset, "bank": bank, "matrix": each.confusion.tolist()}
-                for (candidate, dataset, bank), each in self.headlines.items()
+                for (candidate, dataset, bank), each in self.primaries.items()
             ],
             "candidates": [
                 {"name": name, "parameters": num_parameters, "gflop_per_image": gflop}
@@ -283,12 +283,12 @@ def describe_measure(measure: Measure) -> dict[str, str | int | None]:
     """Return the cells of a measure: 'retrieval' among the k nearest, or the probe and the number of its voters."""
     if isinstance(measure, int):
         return {"measure": "retrieval", "k": measure}
-    return {"measure": measure, "k": None if measure == "linear" else NUM_NEIGHBOURS}
+    return {"measure": measure, "k": None if measure == "linear" else NUM_NEIGHBORS}
 
 
 def evaluate(
     candidates: Sequence[Candidate],
-    datasets: Mapping[str, LabelledSet],
+    datasets: Mapping[str, LabeledSet],
     ks: Sequence[int],
     device: str,
     batch_size: int,
@@ -307,18 +307,18 @@ def evaluate(
         probes: Names of ``PROBES``.
     """
     embeds = {candidate.name: candidate.embed for candidate in candidates}
-    for dataset, labelled in datasets.items():
-        print(f"embedding {sum(labelled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
+    for dataset, labeled in datasets.items():
+        print(f"embedding {sum(labeled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
             to_device = partial(torch.Tensor.to, device=device)
-            speeds = {name: measure_speed(embed, labelled, batch_size, device) for name, embed in embeds.items()}
-            embedded = embed_set(embeds, labelled, batch_size, to_device, progress=dataset)
+            speeds = {name: measure_speed(embed, labeled, batch_size, device) for name, embed in embeds.items()}
+            embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
         for name, of_candidate in embedded.items():
-            for found in look_up(of_candidate, labelled, ks, to_device, probes=probes):
+            for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
                 if found.linear is not None and found.linear.doubt is not None:
                     log.warning("linear probe of %s on %s, %s: %s", name, dataset, found.embedding, found.linear.doubt)
                 query = "test" if found.bank == "train" else "train"
-                labels, bank_labels = (getattr(labelled, split).labels for split in (query, found.bank))
+                labels, bank_labels = (getattr(labeled, split).labels for split in (query, found.bank))
                 yield Retrieval(
                     candidate=name,
                     dataset=dataset,
@@ -331,7 +331,7 @@ def evaluate(
                 )
 
 
-def measure_speed(embed: Embed, labelled: LabelledSet, batch_size: int, device: str) -> float:
+def measure_speed(embed: Embed, labeled: LabeledSet, batch_size: int, device: str) -> float:
     """Return the images per second that a model embeds from the host, its encoder included: the best of a few batches.
 
     A pass over all images cannot tell: models share the encoder there.
@@ -340,11 +340,11 @@ def measure_speed(embed: Embed, labelled: LabelledSet, batch_size: int, device: 
     for _ in range(SPEED_BATCHES):
         start = time.perf_counter()
         # A new tensor in each round: equal images must be encoded again.
-        embeddings = embed(labelled.train.images[:batch_size].to(device, copy=True))
+        embeddings = embed(labeled.train.images[:batch_size].to(device, copy=True))
         each = embeddings if isinstance(embeddings, Tensor) else next(iter(embeddings.values()))
         each.cpu()  # waits for the device
         fastest = min(fastest, time.perf_counter() - start)
-    return len(labelled.train.images[:batch_size]) / fastest
+    return len(labeled.train.images[:batch_size]) / fastest
 
 
 def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDArray[np.int64]:
@@ -360,7 +360,7 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 def recovered_shares(
-    log: Log, dataset: str, embedding: str, k: int = 1, references: Log | None = None
+    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
     """Return step → share of the teacher's advantage over the untrained student.
 
@@ -368,26 +368,26 @@ def recovered_shares(
 
     Args:
         log: Key → step → value, of the student's run.
-        dataset: Name of the labelled set.
+        dataset: Name of the labeled set.
         embedding: Of student and teacher alike.
         k: Of top-k.
-        references: The log with the untrained student (``retrieval.at_start``) and the teacher
-            (``retrieval.references``); default ``log``.
+        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
+            (``retrieval.baselines``); default ``log``.
 
     Returns:
         Empty if either is missing, or the teacher has no advantage at all.
     """
-    references = log if references is None else references
-    by_bank = [_shares_of(log, references, dataset, embedding, k, bank) for bank in BANKS]
+    baselines = log if baselines is None else baselines
+    by_bank = [_shares_of(log, baselines, dataset, embedding, k, bank) for bank in BANKS]
     steps = sorted({step for shares in by_bank for step in shares})
     return {step: mean(shares[step] for shares in by_bank if step in shares) for step in steps}
 
 
-def _shares_of(log: Log, references: Log, dataset: str, embedding: str, k: int, bank: str) -> dict[int, float]:
+def _shares_of(log: Log, baselines: Log, dataset: str, embedding: str, k: int, bank: str) -> dict[int, float]:
     """Return step → share with one bank."""
     key = metric_key(dataset, bank, k, embedding)
-    teacher = references.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
-    untrained = references.get(key, {}).get(0)
+    teacher = baselines.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
+    untrained = baselines.get(key, {}).get(0)
     if untrained is None or not teacher:
         return {}
     shares = {

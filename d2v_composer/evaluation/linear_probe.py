@@ -1,6 +1,6 @@
-"""A linear probe: multinomial logistic regression on standardised embeddings.
+"""A linear probe: multinomial logistic regression on standardized embeddings.
 
-It minimises mean cross-entropy + strength / 2 · ‖W‖², W the weights without the bias: scikit-learn's
+It minimizes mean cross-entropy + strength / 2 · ‖W‖², W the weights without the bias: scikit-learn's
 LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
 
 Shapes: N training images, Q queries, D channels, R = min(N, D), C classes.
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_composer.evaluation.nearest_neighbours import ONE_RANK, Ranks, full_float32
+from d2v_composer.evaluation.nearest_neighbors import ONE_RANK, Ranks, full_float32
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 """The L2 strengths to choose from, strongest first."""
-PATIENCE = 2  # weaker ones are not tried after so many that are worse than the best
+RETRY_TIMEOUT = 2  # weaker ones are not tried after so many that are worse than the best
 SEED = 0  # of the choice of the images held out
 # The solver stops at this largest gradient, or before it where float32 cannot tell two losses apart.
 TOLERANCE, TOLERANCE_OF_CHOICE = 1e-6, 1e-3
@@ -102,8 +102,8 @@ def fit_linear_probe(
         problem = Problem(train, labels)
         chosen, is_at_edge = (strength, False) if strength is not None else choose_strength(problem, ranks)
         fit = problem.fit(len(train), chosen, TOLERANCE)
-        standardised = (problem.classes, problem.mean, problem.scale)
-        return LinearProbe(*standardised, fit.weight, fit.bias, chosen, is_at_edge, fit.has_converged)
+        standardized = (problem.classes, problem.mean, problem.scale)
+        return LinearProbe(*standardized, fit.weight, fit.bias, chosen, is_at_edge, fit.has_converged)
 
 
 def choose_strength(problem: "Problem", ranks: Ranks) -> tuple[float, bool]:
@@ -117,17 +117,17 @@ def choose_strength(problem: "Problem", ranks: Ranks) -> tuple[float, bool]:
             accuracies = accuracies[: tried + 1]
             break
     best = accuracies.index(max(accuracies))
-    neighbour = 1 if best == 0 else best - 1
-    is_at_edge = best in (0, len(STRENGTHS) - 1) and accuracies[best] > accuracies[neighbour]
+    neighbor = 1 if best == 0 else best - 1
+    is_at_edge = best in (0, len(STRENGTHS) - 1) and accuracies[best] > accuracies[neighbor]
     return STRENGTHS[best], is_at_edge
 
 
 def is_past_best(accuracies: list[float]) -> bool:
-    return len(accuracies) > PATIENCE and max(accuracies[-PATIENCE:]) < max(accuracies)
+    return len(accuracies) > RETRY_TIMEOUT and max(accuracies[-RETRY_TIMEOUT:]) < max(accuracies)
 
 
 class Problem:
-    """The images of a linear probe, standardised and shuffled, those held out last.
+    """The images of a linear probe, standardized and shuffled, those held out last.
 
     Args:
         train: (N, D).
@@ -135,7 +135,7 @@ class Problem:
     """
 
     def __init__(self, train: Tensor, labels: Tensor) -> None:
-        self.mean, self.scale = standardisation(train)
+        self.mean, self.scale = standardization(train)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SEED))
         classes, targets = labels.cpu().unique(return_inverse=True)
         self.classes, self.targets_N = classes.to(train.device), targets[order].to(train.device)
@@ -189,7 +189,7 @@ class Problem:
         return best
 
 
-def standardisation(train: Tensor) -> tuple[Tensor, Tensor]:
+def standardization(train: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation of each channel, (D,) each, (0, 0) if it is constant to rounding."""
     variance_D, mean_D = torch.var_mean(train.float(), dim=0, correction=0)
     std_D = variance_D.sqrt()

@@ -15,7 +15,7 @@ BANKS = ("train", "test")
 EMBEDDINGS = [
     f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
 ]
-# Name in a config → what it measures: DINO's weighted vote of the nearest neighbours and their majority; a classifier.
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier.
 PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
 Measure = int | str
 """The k of a retrieval, or what a probe measures: fitted to the train split, judged on the test split."""
@@ -24,34 +24,34 @@ HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 
 
 def metric_key(
-    dataset: str, bank: str, measure: Measure, embedding: str | None = None, reference: str | None = None
+    dataset: str, bank: str, measure: Measure, embedding: str | None = None, baseline: str | None = None
 ) -> str:
-    """Return the name under which an accuracy is logged; without ``embedding``, the headline's."""
+    """Return the name under which an accuracy is logged; without ``embedding``, the primary embedding's."""
     measured = [measure, "top1"] if isinstance(measure, str) else [f"bank_{bank}", f"top{measure}"]
-    parts = ["metrics", dataset, reference, *measured, embedding]
+    parts = ["metrics", dataset, baseline, *measured, embedding]
     return "/".join(part for part in parts if part is not None)
 
 
-def headline_fallbacks(headline: str) -> list[str]:
+def primary_fallbacks(primary: str) -> list[str]:
     """Return the embeddings to try in order: the bare encoder has no layers to average, only an output."""
-    return list(dict.fromkeys([headline, headline.replace("layer_mean", "output")]))
+    return list(dict.fromkeys([primary, primary.replace("layer_mean", "output")]))
 
 
-def find_headline(headline: str, names: Collection[str], *, fall_back: bool) -> str:
-    """Return which of a model's embeddings to report as its headline.
+def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> str:
+    """Return which of a model's embeddings to report as its primary embedding.
 
     Args:
-        headline: The embedding asked for.
-        names: The model's embeddings; an only one without a name ('') is its own headline.
-        fall_back: Accept :func:`headline_fallbacks`, as for a reference.
+        primary: The embedding asked for.
+        names: The model's embeddings; an only one without a name ('') is its own primary embedding.
+        fall_back: Accept :func:`primary_fallbacks`, as for a baseline.
 
     Raises:
         ValueError: The model has no such embedding.
     """
-    allowed = headline_fallbacks(headline) if fall_back else [headline]
+    allowed = primary_fallbacks(primary) if fall_back else [primary]
     found = next((name for name in [*allowed, ""] if name in names), None)
     if found is None:
-        raise ValueError(f"headline must be one of {', '.join(names)}, got {headline!r}")
+        raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
     return found
 
 

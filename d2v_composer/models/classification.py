@@ -28,7 +28,7 @@ class Classifier(ComposerModel):
     """Train the blocks, the head and, if asked, the encoder of a student or teacher with labels.
 
     A batch is images, (B, 3, S, S), as for the encoder, and labels: (B,) int64, or (B, C) float of mixed ones.
-    :meth:`prepare` normalises the images of a batch on the device, before Composer's algorithms mix them.
+    :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
     Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen: DDP
     refuses those without gradient.
@@ -92,12 +92,12 @@ class Classifier(ComposerModel):
         if self.representation == "output":
             x_BTD, _ = backbone.forward_blocks(x_BTD)
         else:
-            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD), normalisation=backbone.normalisation)
+            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD), normalization=backbone.normalization)
         return poolings(x_BTD, self.representation, encoder.config)[self.embedding]
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Resize and normalise the images of a batch, on their device."""
+        """Resize and normalize the images of a batch, on their device."""
         images, labels = batch
         return self.backbone.encoder.prepare(images), labels
 

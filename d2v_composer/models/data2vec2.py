@@ -112,7 +112,7 @@ class ImageEncoderConfig:
         return "bicubic"
 
     @property
-    def is_normalised(self) -> bool:
+    def is_normalized(self) -> bool:
         return True
 
     @property

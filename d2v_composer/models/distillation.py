@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression, normalise, regression_loss
+from d2v_composer.models.targets import Regression, normalize, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
@@ -27,10 +27,10 @@ TRAINED = "student.blocks."
 class DistillationModel(ComposerModel):
     """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
 
-    Each layer of target and prediction is normalised as the student's config says. From here on the teacher's
+    Each layer of target and prediction is normalized as the student's config says. From here on the teacher's
     ``layer_mean`` is too, so that their embeddings compare.
 
-    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalised or uint8. Labels
+    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. Labels
     and other entries are not read.
 
     Checkpoints hold the student's blocks only. Loading verifies that they are complete, even with ``strict=False``,
@@ -40,7 +40,7 @@ class DistillationModel(ComposerModel):
         teacher: Frozen.
         student: On the teacher's encoder.
         prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
-            block's output, not normalised.
+            block's output, not normalized.
         extra_tokens: ``regress`` all time steps alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
             tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
             target with weight 0.01; ``only``: regress no patch.
@@ -86,7 +86,7 @@ class DistillationModel(ComposerModel):
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
         self.target_source: TargetSource = target_source
-        teacher.normalisation = student.normalisation
+        teacher.normalization = student.normalization
         self.regression_loss = regression_loss
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
@@ -106,7 +106,7 @@ class DistillationModel(ComposerModel):
         """Compute prediction and target of images, in the current precision."""
         x_BTD = self.teacher.encode(images)
         target = self.teacher.targets(
-            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalisation
+            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
         )
         prediction = self.predict(x_BTD)
         has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
@@ -128,24 +128,24 @@ class DistillationModel(ComposerModel):
             return self.student.forward_blocks(x_BTD)[0]
         # The same statistics as the target's: of the patches alone if extra tokens are dropped.
         student = self.student
-        return student.norm_mean(student.ffn_outputs(x_BTD), self.ignored_tokens, student.normalisation)
+        return student.norm_mean(student.ffn_outputs(x_BTD), self.ignored_tokens, student.normalization)
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
         """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
 
-        Each layer is normalised as in the target. The mean is over images and time steps.
+        Each layer is normalized as in the target. The mean is over images and time steps.
 
         Args:
             batch: As for :meth:`forward`.
             num_images: Use this many of its last images.
         """
-        ignored, normalisation = self.ignored_tokens, self.student.normalisation
+        ignored, normalization = self.ignored_tokens, self.student.normalization
         with self.cpu_autocast():
             x_BTD = self.teacher.encode(images_of(batch)[-num_images:])
             prediction_BTD = self.predict(x_BTD)
             cosines = [
-                cosine_similarity(prediction_BTD, normalise(layer_BTD, ignored, normalisation), dim=2)
+                cosine_similarity(prediction_BTD, normalize(layer_BTD, ignored, normalization), dim=2)
                 for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
             ]
         return torch.stack([cosine_BT[:, self.regressed].mean() for cosine_BT in cosines])
@@ -161,7 +161,7 @@ class DistillationModel(ComposerModel):
         """Return the student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
         return self.in_precision(self.student.embed_all)(images)
 
-    def retrieval_references(self) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
+    def retrieval_baselines(self) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""
         return {"teacher": self.in_precision(self.teacher.embed_all)}
 

@@ -145,7 +145,7 @@ class EncoderConfig(Protocol):
         ...
 
     @property
-    def is_normalised(self) -> bool:
+    def is_normalized(self) -> bool:
         """True if the output comes from a LayerNorm; the scale of a pre-norm residual stream has no bound."""
         ...
 
@@ -188,7 +188,7 @@ class Encoder(Frozen):
         """Encode images.
 
         Args:
-            images: (B, 3, S, S) float, already normalised; or uint8 of any size, resized (antialias) and normalised
+            images: (B, 3, S, S) float, already normalized; or uint8 of any size, resized (antialias) and normalized
                 here.
 
         Returns:
@@ -207,7 +207,7 @@ class Encoder(Frozen):
         return x_BTD
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise uint8 images; return float images unchanged.
+        """Resize and normalize uint8 images; return float images unchanged.
 
         Raises:
             ValueError: The images have another shape or dtype.
@@ -238,7 +238,7 @@ class Encoder(Frozen):
             hint = "; for channels last: images.permute(0, 3, 1, 2)"
         raise ValueError(
             f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
-            f"normalised; got {shape} {str(images.dtype).removeprefix('torch.')}{hint}"
+            f"normalized; got {shape} {str(images.dtype).removeprefix('torch.')}{hint}"
         )
 
     def forward_macs(self) -> int:

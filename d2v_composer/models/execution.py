@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.targets import Normalisation, norm_mean, regression_loss
+from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
 from d2v_composer.system.processes import block_stop_signals
 
 # MERGED FROM d2v_composer/models/execution.py: torch.compile of a distillation model, block by block.
@@ -83,10 +83,10 @@ _norm_mean_of_list = compiled(norm_mean)
 
 
 def compiled_norm_mean(
-    layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance"
+    layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization: Normalization = "instance"
 ) -> Tensor:
     """Compute norm_mean in one pass over all layers, which are all in memory at once."""
-    return _norm_mean_of_list(list(layers), num_extra_tokens, normalisation)
+    return _norm_mean_of_list(list(layers), num_extra_tokens, normalization)
 
 
 # MERGED FROM d2v_composer/models/execution.py: Find the compiler that torch.compile needs.

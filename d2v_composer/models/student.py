@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, EntranceBlock, autocast_dtype, init_linear_layers
 from d2v_composer.models.encoder import MAX_DEPTH, MAX_WIDTH, Encoder, build_alibi, check_mlp_ratio, check_whole
-from d2v_composer.models.targets import Normalisation
+from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
@@ -23,7 +23,7 @@ class StudentConfig:
     """Sizes of a student, and how its ``layer_mean`` is computed; its width and norm_eps are the encoder's.
 
     Raises:
-        ValueError: A size is out of range, or ``normalisation`` is unknown.
+        ValueError: A size is out of range, or ``normalization`` is unknown.
     """
 
     depth: int = 5
@@ -31,16 +31,16 @@ class StudentConfig:
     num_heads: int = 12
     num_alibi_heads: int = 12
     """0: no ALiBi."""
-    normalisation: Normalisation = "instance"
+    normalization: Normalization = "instance"
     """Of each layer, in the prediction and in ``layer_mean``."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
         check_whole("student num_heads", self.num_heads, 1, MAX_WIDTH)
         check_whole("student num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
-        allowed = get_args(Normalisation)
-        if self.normalisation not in allowed:
-            raise ValueError(f"student normalisation must be {' or '.join(allowed)}, got {self.normalisation!r}")
+        allowed = get_args(Normalization)
+        if self.normalization not in allowed:
+            raise ValueError(f"student normalization must be {' or '.join(allowed)}, got {self.normalization!r}")
 
 
 class Student(Transformer):
@@ -61,9 +61,9 @@ class Student(Transformer):
         hidden_dim = int(dim * config.mlp_ratio)
         if dim % config.num_heads:
             raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
-        kinds = [Block if encoder.config.is_normalised else EntranceBlock] + [Block] * (config.depth - 1)
+        kinds = [Block if encoder.config.is_normalized else EntranceBlock] + [Block] * (config.depth - 1)
         blocks = [kind(dim, config.num_heads, hidden_dim, norm_eps) for kind in kinds]
-        super().__init__(encoder, blocks, config.normalisation)
+        super().__init__(encoder, blocks, config.normalization)
         self.config = config
         self.provenance = provenance or {}
         self.alibi = build_alibi(encoder.config, config.num_heads, config.num_alibi_heads)

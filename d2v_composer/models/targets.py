@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, mse_loss
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
-Normalisation = Literal["instance", "layer"]
+Normalization = Literal["instance", "layer"]
 """Of each layer, before the average: over time (fairseq's ``instance_norm_target_layer``, the image models'), or over
 channels (``layer_norm_target_layer``), which keeps each channel's mean over time, and with it what a mean pooling sees.
 """
@@ -32,9 +32,9 @@ class Regression(NamedTuple):
 
 
 def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
-    """Normalise each image's channels over time, (B, T, D) float32: biased variance, no affine.
+    """Normalize each image's channels over time, (B, T, D) float32: biased variance, no affine.
 
-    The first ``num_extra_tokens`` time steps are normalised, but do not count in the statistics.
+    The first ``num_extra_tokens`` time steps are normalized, but do not count in the statistics.
     """
     layer_BTD = layer_BTD.float()
     centred_BTD = layer_BTD - layer_BTD[:, num_extra_tokens:].mean(dim=1, keepdim=True)
@@ -43,35 +43,35 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
     return centred_BTD * torch.rsqrt(variance_B1D + NORM_EPS)
 
 
-def normalise(layer_BTD: Tensor, num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
-    """Normalise one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``.
+def normalize(layer_BTD: Tensor, num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
+    """Normalize one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``.
 
     Raises:
-        ValueError: ``normalisation`` is unknown.
+        ValueError: ``normalization`` is unknown.
     """
-    if normalisation == "instance":
+    if normalization == "instance":
         return instance_norm(layer_BTD, num_extra_tokens)
-    if normalisation == "layer":
+    if normalization == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
-    raise ValueError(f"normalisation must be {' or '.join(get_args(Normalisation))}, got {normalisation!r}")
+    raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
 
 
-def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalisation: Normalisation = "instance") -> Tensor:
-    """Normalise each layer, average the layers, apply LayerNorm: (B, T, D) float32.
+def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
+    """Normalize each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
-        normalisation: Of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
+        normalization: Of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
 
     Raises:
-        ValueError: There are no layers, or ``normalisation`` is unknown.
+        ValueError: There are no layers, or ``normalization`` is unknown.
     """
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
-        normalised_BTD = normalise(layer_BTD, num_extra_tokens, normalisation)
-        sum_BTD = normalised_BTD if sum_BTD is None else sum_BTD + normalised_BTD
+        normalized_BTD = normalize(layer_BTD, num_extra_tokens, normalization)
+        sum_BTD = normalized_BTD if sum_BTD is None else sum_BTD + normalized_BTD
         num_layers += 1
     if sum_BTD is None:
         raise ValueError("norm_mean needs at least one layer")

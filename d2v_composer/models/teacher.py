@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, EncoderConfig, Frozen
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
-from d2v_composer.models.targets import Normalisation
+from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
 
 ExtraTokens = Literal["regress", "drop", "only"]
@@ -80,7 +80,7 @@ class Teacher(Transformer, Frozen):
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
         source: TargetSource = "ffn",
-        normalisation: Normalisation | None = None,
+        normalization: Normalization | None = None,
     ) -> Tensor:
         """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 
@@ -91,23 +91,23 @@ class Teacher(Transformer, Frozen):
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
-            normalisation: Of each layer: ``instance`` over time, or ``layer`` over channels; default this teacher's.
+            normalization: Of each layer: ``instance`` over time, or ``layer`` over channels; default this teacher's.
 
         Returns:
             (B, T, D) float32; (B, N, D) without the extra tokens, (B, E, D) of these only.
 
         Raises:
-            ValueError: There are fewer blocks, or ``source`` or ``normalisation`` is unknown.
+            ValueError: There are fewer blocks, or ``source`` or ``normalization`` is unknown.
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
         if not 1 <= top_k <= depth:
             raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
-        normalisation = self.normalisation if normalisation is None else normalisation
+        normalization = self.normalization if normalization is None else normalization
         layers = islice(self.target_layers(x, source), depth - top_k, None)
         if extra_tokens == "drop":
             layers = (layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
-        target = self.norm_mean(layers, normalisation=normalisation)
+        target = self.norm_mean(layers, normalization=normalization)
         return target[:, : self.num_extra_tokens] if extra_tokens == "only" else target
 
     def build_student(
@@ -118,7 +118,7 @@ class Teacher(Transformer, Frozen):
         init: Init = "random",
         num_heads: int | None = None,
         num_alibi_heads: int | None = None,
-        normalisation: Normalisation = "instance",
+        normalization: Normalization = "instance",
     ) -> Student:
         """Build a trainable student that shares this teacher's encoder.
 
@@ -130,7 +130,7 @@ class Teacher(Transformer, Frozen):
                 ``teacher_blocks`` if the MLP ratios agree.
             num_heads: Default: the teacher's.
             num_alibi_heads: Default: all heads.
-            normalisation: Of each layer, in the prediction and in ``layer_mean``: ``instance`` over time, as in the
+            normalization: Of each layer, in the prediction and in ``layer_mean``: ``instance`` over time, as in the
                 paper, or ``layer`` over channels.
 
         Raises:
@@ -145,7 +145,7 @@ class Teacher(Transformer, Frozen):
             mlp_ratio=mlp_ratio,
             num_heads=num_heads,
             num_alibi_heads=num_alibi_heads if alibi else 0,
-            normalisation=normalisation,
+            normalization=normalization,
         )
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init != "random":

@@ -95,7 +95,7 @@ class TimmEncoderConfig:
             raise ValueError("outputs must be numbers")
 
     @property
-    def is_normalised(self) -> bool:
+    def is_normalized(self) -> bool:
         return False
 
     @property

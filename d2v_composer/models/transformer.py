@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.attention import FfnBlock, autocast_dtype, mask_padding
 from d2v_composer.models.encoder import Encoder, EncoderConfig
-from d2v_composer.models.targets import Normalisation, norm_mean
+from d2v_composer.models.targets import Normalization, norm_mean
 
 # MERGED FROM d2v_composer/models/transformer.py: The named choices of YAMLs and command lines, in a module that
 
@@ -59,17 +59,17 @@ class Transformer(nn.Module, ABC):
     Args:
         encoder: Shared, not copied; frozen.
         blocks: The blocks after it.
-        normalisation: Of each layer, in ``layer_mean``; see :func:`~d2v_composer.models.targets.norm_mean`.
+        normalization: Of each layer, in ``layer_mean``; see :func:`~d2v_composer.models.targets.norm_mean`.
 
     Attributes:
         norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or its compiled version.
     """
 
-    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock], normalisation: Normalisation = "instance") -> None:
+    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock], normalization: Normalization = "instance") -> None:
         super().__init__()
         self.encoder = encoder
         self.blocks = nn.ModuleList(blocks)
-        self.normalisation: Normalisation = normalisation
+        self.normalization: Normalization = normalization
         self.norm_mean = norm_mean
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
@@ -146,7 +146,7 @@ class Transformer(nn.Module, ABC):
         """Compute every embedding in one forward pass, without gradient; :meth:`forward_blocks` has one.
 
         Args:
-            images: As for the encoder: float, already normalised; or uint8 of any size.
+            images: As for the encoder: float, already normalized; or uint8 of any size.
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
@@ -163,7 +163,7 @@ class Transformer(nn.Module, ABC):
         with frozen_use():
             output, ffn_outputs = self.forward_blocks(x)
             config = self.encoder.config
-            layer_mean = self.norm_mean(ffn_outputs, normalisation=self.normalisation)
+            layer_mean = self.norm_mean(ffn_outputs, normalization=self.normalization)
             return poolings(output, "output", config) | poolings(layer_mean, "layer_mean", config)
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.data.labelled import LabelledSet
+from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.evaluate import share_recovered
 from d2v_composer.evaluation.metrics import BANKS, HEALTH_STATES
 from d2v_composer.report.plots import (
@@ -38,7 +38,7 @@ from d2v_composer.system.files import write_atomically
 
 # MERGED FROM d2v_composer/report/page.py: Show queries and the images that they find, as matplotlib figures.
 
-QUERIES_A_FIGURE, NEIGHBOURS_SHOWN = 4, 3
+QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 4, 3
 
 
 def gallery(
@@ -67,44 +67,44 @@ def gallery(
             _show(row[0], query, name_of(class_names, label), "k")
             for axes, index in zip(row[1:], indices, strict=True):
                 is_right = bool(bank_labels[index] == label)
-                mark, colour = ("✓", GREEN) if is_right else ("✗", VERMILION)
-                _show(axes, bank[index], f"{mark} {name_of(class_names, bank_labels[index])}", colour, frame=4)
+                mark, color = ("✓", GREEN) if is_right else ("✗", VERMILION)
+                _show(axes, bank[index], f"{mark} {name_of(class_names, bank_labels[index])}", color, frame=4)
         for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, num_shown + 1))]):
             grid[0][column].set_title(head, fontsize=10, fontweight="bold")
     return figure
 
 
-def galleries(labelled: LabelledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
+def galleries(labeled: LabeledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
     """Yield galleries of a set: its test images as queries, the same random ones in every run, its train images found.
 
     Args:
-        labelled: Its two splits.
+        labeled: Its two splits.
         nearest: (Q, K) bank indices of each query's nearest images, nearest first.
         num_figures: The number of galleries, fewer for a small set.
     """
-    bank, queries, class_names = labelled
+    bank, queries, class_names = labeled
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(queries.labels), generator=generator)[: num_figures * QUERIES_A_FIGURE]
     for part in chosen.split(QUERIES_A_FIGURE):
-        shown = nearest[part, :NEIGHBOURS_SHOWN]
+        shown = nearest[part, :NEIGHBORS_SHOWN]
         yield gallery(queries.images[part], queries.labels[part], bank.images, bank.labels, shown, class_names)
 
 
-def draw_gallery(labelled: LabelledSet, nearest: Tensor) -> NDArray[np.uint8]:
+def draw_gallery(labeled: LabeledSet, nearest: Tensor) -> NDArray[np.uint8]:
     """Return the first of a set's :func:`galleries` as pixels, (height, width, 3)."""
-    canvas = FigureCanvasAgg(next(galleries(labelled, nearest, num_figures=1)))
+    canvas = FigureCanvasAgg(next(galleries(labeled, nearest, num_figures=1)))
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _show(axes: Axes, image: Tensor, text: str, colour: str, frame: float = 0.8) -> None:
+def _show(axes: Axes, image: Tensor, text: str, color: str, frame: float = 0.8) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(text, color=colour, fontsize=10)
+    axes.set_xlabel(text, color=color, fontsize=10)
     for spine in axes.spines.values():
-        spine.set(visible=True, color=colour, linewidth=frame)
+        spine.set(visible=True, color=color, linewidth=frame)
 
 
 DPI = 150
@@ -186,13 +186,13 @@ def _sections(run: Run) -> Iterator[tuple[str, list[Picture]]]:
     )
     yield "Training", [_picture(*curve) for curve in curves(run)]
     for name in run.looked_up:
-        yield f"Nearest images of the queries of {name} (bank train)", list(_neighbour_pictures(run, name))
+        yield f"Nearest images of the queries of {name} (bank train)", list(_neighbor_pictures(run, name))
 
 
-def _neighbour_pictures(run: Run, dataset: str) -> Iterator[Picture]:
+def _neighbor_pictures(run: Run, dataset: str) -> Iterator[Picture]:
     """Draw the confusion matrix and the gallery of a data set, with its train images as the bank."""
     bank, queries, class_names = run.datasets[dataset]
-    nearest = run.neighbours[dataset]["train"].long()
+    nearest = run.neighbors[dataset]["train"].long()
     confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
     yield _picture(f"confusion_{dataset}", f"confusion matrix of {dataset}", confusion)
     for i, shown in enumerate(galleries(run.datasets[dataset], nearest, GALLERY_FIGURES)):
@@ -220,7 +220,7 @@ def _tiles(run: Run) -> Iterator[Tile]:
         k = run.smallest_k
         student = run.accuracies(name, "train", k)
         before, after = student.get(0), latest(student)
-        teacher = latest(run.accuracies(name, "train", k, reference="teacher"))
+        teacher = latest(run.accuracies(name, "train", k, baseline="teacher"))
         assert after is not None  # dataset_names are those with one
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]

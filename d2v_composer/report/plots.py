@@ -1,6 +1,6 @@
 """Plot a run, as matplotlib figures.
 
-Shapes: N bank images, Q queries, K neighbours, C classes.
+Shapes: N bank images, Q queries, K neighbors, C classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from d2v_composer.report.tables import PROBE_HEADS
 
 # MERGED FROM d2v_composer/report/plots.py: The look of all figures.
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
 WIDTH, HEIGHT = 6.4, 3.6
 
@@ -45,7 +45,7 @@ def name_of(class_names: Sequence[str], label: int | Tensor) -> str:
 
 
 EMBEDDING_STYLES = dict(zip(EMBEDDINGS, product(["-", "--"], [BLUE, ORANGE, GREEN]), strict=True))
-REFERENCE_COLOURS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
+BASELINE_COLORS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
 
 
 class Curve(NamedTuple):
@@ -100,12 +100,12 @@ def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]]) -> Figur
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.subplots()
-        colours = [BLUE, ORANGE] if len(lines) <= 2 else mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
-        for (label, values), colour in zip(lines.items(), colours, strict=False):
+        colors = [BLUE, ORANGE] if len(lines) <= 2 else mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+        for (label, values), color in zip(lines.items(), colors, strict=False):
             steps, numbers = _arrays(values)
             numbers = 100 * numbers if curve.unit.startswith("%") else numbers
-            axes.plot(steps, numbers, color=colour, alpha=0.3, linewidth=0.7)
-            axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=colour, label=label)
+            axes.plot(steps, numbers, color=color, alpha=0.3, linewidth=0.7)
+            axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=color, label=label)
         positive = all(number > 0 for values in lines.values() for number in values.values())
         if curve.scale == "log" and positive:
             axes.set_yscale("log")
@@ -141,7 +141,7 @@ def _label(axes: Axes, title: str, unit: str) -> None:
 
 
 def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
-    """Plot accuracy over the steps, with the references as horizontal lines: a colour per model, a line style per k."""
+    """Plot accuracy over the steps, with the baselines as horizontal lines: a color per model, a line style per k."""
     ks = sorted(run.record["config"]["retrieval"]["ks"])
     return _accuracy_plot(run, dataset, bank, {k: f"top-{k}" for k in ks}, f"{dataset}, bank {bank}")
 
@@ -160,9 +160,9 @@ def share_plot(run: Run, dataset: str) -> Figure | None:
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.subplots()
         for name, values in shares.items():
-            style, colour = EMBEDDING_STYLES[name]
+            style, color = EMBEDDING_STYLES[name]
             steps, numbers = _arrays(values)
-            axes.plot(steps, numbers, style, color=colour, marker="o", markersize=4, label=name)
+            axes.plot(steps, numbers, style, color=color, marker="o", markersize=4, label=name)
         axes.axhline(1, color=GREY, linewidth=1)
         # Where the teacher has little advantage, shares of it are large and say little.
         axes.set_ylim(max(axes.get_ylim()[0], -0.3), min(axes.get_ylim()[1], 1.3))
@@ -186,10 +186,10 @@ def _accuracy_plot(run: Run, dataset: str, bank: str, measures: Mapping[Any, str
         for (label, accuracies), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
             steps, numbers = _arrays(accuracies())
             axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, {label}")
-            for reference, colour in REFERENCE_COLOURS.items():
-                value = latest(accuracies(reference=reference))
+            for baseline, color in BASELINE_COLORS.items():
+                value = latest(accuracies(baseline=baseline))
                 if value is not None:
-                    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{reference}, {label}")
+                    axes.axhline(value, color=color, linestyle=style, linewidth=1.2, label=f"{baseline}, {label}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _label(axes, title, "")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)

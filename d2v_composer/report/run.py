@@ -1,4 +1,4 @@
-"""Read a run's folder: its record, its log, and the neighbours that its last retrieval found."""
+"""Read a run's folder: its record, its log, and the neighbors that its last retrieval found."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.resume import LATEST, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.checkpoints.student_file import Headline
-from d2v_composer.data.labelled import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.metrics import PROBES, Measure, headline_fallbacks, metric_key, read_jsonl
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding
+from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.evaluation.metrics import PROBES, Measure, metric_key, primary_fallbacks, read_jsonl
 from d2v_composer.system.errors import InputError
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
 SECTIONS = ("config", "command", "versions", "hardware")
 
-Neighbours = Mapping[str, Mapping[str, Tensor]]
+Neighbors = Mapping[str, Mapping[str, Tensor]]
 
 
 class Run(NamedTuple):
@@ -28,9 +28,9 @@ class Run(NamedTuple):
     """The sections of run.yaml: config, command, versions, hardware, and teacher, or model of a fine-tuning."""
     log: Mapping[str, Mapping[int, float]]
     """key → step → value."""
-    neighbours: Neighbours
+    neighbors: Neighbors
     """As in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
-    datasets: Mapping[str, LabelledSet]
+    datasets: Mapping[str, LabeledSet]
     """The images of the data sets that can still be read."""
 
     @property
@@ -49,12 +49,12 @@ class Run(NamedTuple):
 
     @property
     def looked_up(self) -> list[str]:
-        """The data sets whose neighbours are known, for the same numbers of images."""
+        """The data sets whose neighbors are known, for the same numbers of images."""
         return [
             name
-            for name, labelled in self.datasets.items()
-            if name in self.neighbours
-            and tuple(len(self.neighbours[name][bank]) for bank in ("test", "train")) == labelled.num_images
+            for name, labeled in self.datasets.items()
+            if name in self.neighbors
+            and tuple(len(self.neighbors[name][bank]) for bank in ("test", "train")) == labeled.num_images
         ]
 
     @property
@@ -65,17 +65,15 @@ class Run(NamedTuple):
         """Return the latest value of a key; ``None`` if it was never logged."""
         return latest(self.log.get(key, {}))
 
-    def accuracies(
-        self, dataset: str, bank: str, measure: Measure, reference: str | None = None
-    ) -> Mapping[int, float]:
-        """Return step → accuracy in the present headline, of the student or a reference.
+    def accuracies(self, dataset: str, bank: str, measure: Measure, baseline: str | None = None) -> Mapping[int, float]:
+        """Return step → accuracy in the present primary embedding, of the student or a baseline.
 
-        The log's short keys are those of the headline at that step, and a resume may have chosen another.
+        The log's short keys are those of the primary embedding at that step, and a resume may have chosen another.
         """
         retrieval = self.record["config"]["retrieval"]
-        headline = Headline(retrieval["representation"], retrieval["pooling"]).name
-        names = [headline] if reference is None else headline_fallbacks(headline)
-        keys = [metric_key(dataset, bank, measure, name, reference) for name in (*names, None)]
+        primary = PrimaryEmbedding(retrieval["representation"], retrieval["pooling"]).name
+        names = [primary] if baseline is None else primary_fallbacks(primary)
+        keys = [metric_key(dataset, bank, measure, name, baseline) for name in (*names, None)]
         return next((self.log[key] for key in keys if key in self.log), {})
 
 
@@ -98,7 +96,7 @@ def sets_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_run(folder: Path) -> Run:
     """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
-    The neighbours are those of the newest checkpoint.
+    The neighbors are those of the newest checkpoint.
 
     Raises:
         InputError: It is not the folder of a run.
@@ -115,30 +113,30 @@ def read_run(folder: Path) -> Run:
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
     max_images = record["config"].get("retrieval", {}).get("max_images")
-    return Run(record, read_jsonl(log_file), _neighbours(folder / LATEST), dict(_datasets(chosen, max_images)))
+    return Run(record, read_jsonl(log_file), _neighbors(folder / LATEST), dict(_datasets(chosen, max_images)))
 
 
-def _neighbours(checkpoint: Path) -> Neighbours:
-    """Return the neighbours in a checkpoint; empty without a checkpoint or a retrieval."""
+def _neighbors(checkpoint: Path) -> Neighbors:
+    """Return the neighbors in a checkpoint; empty without a checkpoint or a retrieval."""
     if not checkpoint.is_file():
         return {}
     try:
         callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-        return callbacks.get("ZeroShotRetrieval", {}).get("neighbours", {})
+        return callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {})
     except (KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
 
 
 def _datasets(
     chosen: Mapping[str, Mapping[str, Any] | None], max_images: int | None
-) -> Iterator[tuple[str, LabelledSet]]:
+) -> Iterator[tuple[str, LabeledSet]]:
     """Yield the data sets that can be loaded; the report omits the pictures of the others."""
-    for name, labelled in chosen.items():
-        if labelled is None:
+    for name, labeled in chosen.items():
+        if labeled is None:
             continue
         try:
-            options = {key: labelled[key] for key in ("column", "label_column") if key in labelled}
+            options = {key: labeled[key] for key in ("column", "label_column") if key in labeled}
             options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic", "max_images": max_images}
-            yield name, load_labelled_set(labelled["format"], labelled["root"], **options).numbered()
+            yield name, load_labeled_set(labeled["format"], labeled["root"], **options).numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")

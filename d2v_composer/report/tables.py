@@ -42,7 +42,7 @@ PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linea
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return a table per data set with the headline accuracies of references and student, and the share recovered.
+    """Return a table per data set with the accuracies of baselines and student, and the share recovered.
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
@@ -51,21 +51,21 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
 def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
     columns = retrieval.measures
-    first, last, references = retrieval.history[0], retrieval.history[-1], retrieval.reference_metrics
+    first, last, baselines = retrieval.history[0], retrieval.history[-1], retrieval.baseline_metrics
     measured = {
-        **{name: (references, name) for name in retrieval.references or {} if name != "teacher"},
+        **{name: (baselines, name) for name in retrieval.baselines or {} if name != "teacher"},
         "student before": (first["metrics"] if first["batch"] == 0 else {}, None),
         "student after": (last["metrics"], None),
-        "teacher": (references, "teacher"),
+        "teacher": (baselines, "teacher"),
     }
     rows: dict[str, list[float]] = {}
-    for name, (metrics, reference) in measured.items():
-        keys = [metric_key(dataset, bank, measure, reference=reference) for bank, measure in columns]
+    for name, (metrics, baseline) in measured.items():
+        keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
         if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
             rows[name] = [metrics[key] for key in keys]
 
     head = _head(columns)
-    title = f"Zero-shot retrieval on {dataset}, {retrieval.headline}, batch {last['batch']}, accuracy in %"
+    title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
     cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
     lines = [title, format_table(head, cells)]
     if {"student before", "student after", "teacher"} <= rows.keys():
@@ -94,27 +94,27 @@ def evaluation_tables(evaluation: Evaluation) -> str:
 
 
 def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Sequence[tuple[str, Measure]]) -> str:
-    headlines, head = evaluation.headlines, _head(columns)
+    primaries, head = evaluation.primaries, _head(columns)
     rows = [
-        [name, *(_percent(headlines[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
+        [name, *(_percent(primaries[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
         for name in (candidate.name for candidate in evaluation.candidates)
     ]
     if ("train", "linear") in columns:
         head.append("L2 strength")
         for row in rows:
-            row.append(f"{headlines[row[0], dataset, 'train'].strength:g}")
+            row.append(f"{primaries[row[0], dataset, 'train'].strength:g}")
     shares = [evaluation.share_recovered(dataset, bank, measure) for bank, measure in columns]
     if any(shares):
         rows.append(["share recovered", *("–" if share is None else _percent(share) for share in shares)])
-    title = f"{what} on {dataset}, {evaluation.headline}, accuracy in % [95 % interval]"
+    title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
     return f"{title}\n{format_table(head, rows)}"
 
 
 def _class_table(evaluation: Evaluation, dataset: str) -> str:
     """Return the student's (or teacher's) top-1 of each class, and the class it is most often confused with."""
-    headlines = evaluation.headlines
-    name = "student" if ("student", dataset, "train") in headlines else "teacher"
-    found = headlines[name, dataset, "train"]
+    primaries = evaluation.primaries
+    name = "student" if ("student", dataset, "train") in primaries else "teacher"
+    found = primaries[name, dataset, "train"]
     rows = []
     for label, accuracy in enumerate(found.class_accuracy):
         others = found.confusion[label].copy()
@@ -158,9 +158,9 @@ class FinishedRun(NamedTuple):
             raise InputError(f"{path}: no such file; a study's base.yaml needs loggers: {{jsonl: {{}}}}")
         return cls(name, read_jsonl(path))
 
-    def accuracies(self, embedding: str, *, untrained: bool = False, reference: str | None = None) -> list[float]:
+    def accuracies(self, embedding: str, *, untrained: bool = False, baseline: str | None = None) -> list[float]:
         """Return the top-1 of the last evaluation, or of that before training, with each bank; empty: not measured."""
-        logs = [self.log.get(metric_key(DATASET, bank, 1, embedding, reference), {}) for bank in BANKS]
+        logs = [self.log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
         steps = [0 if untrained else max(values, default=0) for values in logs]
         return [values[step] for values, step in zip(logs, steps, strict=True) if step in values]
 
@@ -170,10 +170,10 @@ class FinishedRun(NamedTuple):
         return [name for name in EMBEDDINGS if self.accuracies(name)]
 
     @property
-    def has_references(self) -> bool:
+    def has_baselines(self) -> bool:
         """It measured its own untrained student and teacher."""
         first, *_ = self.embeddings
-        return bool(self.accuracies(first, untrained=True) and self.accuracies(first, reference="teacher"))
+        return bool(self.accuracies(first, untrained=True) and self.accuracies(first, baseline="teacher"))
 
     @property
     def loss(self) -> float:
@@ -196,19 +196,19 @@ def study_table(rows: Sequence[FinishedRun]) -> str:
     """
     first, *_ = rows
     names = first.embeddings
-    lines = [_references("untrained", first, names, untrained=True)]
+    lines = [_baselines("untrained", first, names, untrained=True)]
     for row in rows:
-        references = row if row.has_references else first
-        cells = [f"{_both_ways(row, name)} ({_share(references, row, name)})" for name in names]
+        baselines = row if row.has_baselines else first
+        cells = [f"{_both_ways(row, name)} ({_share(baselines, row, name)})" for name in names]
         lines.append([row.name, *cells, f"{row.loss:.3f}", "–" if row.seconds is None else f"{row.seconds:.0f}"])
-        if row.has_references and row is not first:
-            lines.append(_references("– its untrained", row, names, untrained=True))
-            lines.append(_references("– its teacher", row, names, reference="teacher"))
-    lines.append(_references("teacher", first, names, reference="teacher"))
+        if row.has_baselines and row is not first:
+            lines.append(_baselines("– its untrained", row, names, untrained=True))
+            lines.append(_baselines("– its teacher", row, names, baseline="teacher"))
+    lines.append(_baselines("teacher", first, names, baseline="teacher"))
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
 
 
-def _references(title: str, row: FinishedRun, names: Sequence[str], **options: Any) -> list[str]:
+def _baselines(title: str, row: FinishedRun, names: Sequence[str], **options: Any) -> list[str]:
     return [title, *(_both_ways(row, name, **options) for name in names), "", ""]
 
 
@@ -216,6 +216,6 @@ def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
     return " / ".join(f"{100 * accuracy:.1f}" for accuracy in row.accuracies(embedding, **options)) or "–"
 
 
-def _share(references: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = recovered_shares(row.log, DATASET, embedding, references=references.log)
+def _share(baselines: FinishedRun, row: FinishedRun, embedding: str) -> str:
+    shares = recovered_shares(row.log, DATASET, embedding, baselines=baselines.log)
     return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"

@@ -40,13 +40,13 @@ class S3Downloader:
     speed. One object serves all threads of a process, and processes forked from it.
 
     Args:
-        patience: Timeout of a connection and of an answer, in seconds, and the period in which a body must average
+        retry timeout: Timeout of a connection and of an answer, in seconds, and the period in which a body must average
             :data:`LEAST_RATE`. A body above this rate may take any time.
         attempts: Number of requests, for callers that do not retry.
     """
 
-    def __init__(self, patience: float, attempts: int = 1) -> None:
-        self.patience = patience
+    def __init__(self, retry_timeout: float, attempts: int = 1) -> None:
+        self.retry_timeout = retry_timeout
         self.attempts = attempts
         self._client: Any = None
         self._user: int | None = None  # process ID of the client's first use
@@ -77,7 +77,7 @@ class S3Downloader:
             raise FileNotFoundError(f"{address}: not found ({error})") from error
         # botocore's own reads block until they are full.
         with closing(response["Body"]) as body, path.open("wb") as file:
-            for chunk in _steady(body._raw_stream, self.patience, stop or threading.Event()):
+            for chunk in _steady(body._raw_stream, self.retry_timeout, stop or threading.Event()):
                 file.write(chunk)
             if file.tell() < (length := response.get("ContentLength", 0)):
                 raise ConnectionError(f"truncated after {file.tell()} of {length} bytes")
@@ -96,8 +96,8 @@ class S3Downloader:
 
     def _make_client(self) -> Any:
         config = Config(
-            connect_timeout=min(self.patience, retry.CONNECT_SECONDS),
-            read_timeout=self.patience,
+            connect_timeout=min(self.retry_timeout, retry.CONNECT_SECONDS),
+            read_timeout=self.retry_timeout,
             retries={"total_max_attempts": self.attempts, "mode": "standard"},
             max_pool_connections=MOST_CONNECTIONS,
             response_checksum_validation="when_required",  # the caller verifies
@@ -108,14 +108,14 @@ class S3Downloader:
         return self.__dict__ | {"_client": None, "_user": None}
 
 
-def _steady(body: BaseHTTPResponse, patience: float, stop: threading.Event) -> Iterator[bytes]:
+def _steady(body: BaseHTTPResponse, retry_timeout: float, stop: threading.Event) -> Iterator[bytes]:
     """Yield the chunks of a body as they arrive; raise an error if the rate is too low."""
     since, came = time.monotonic(), 0
     while chunk := body.read1(READ_BYTES):
         yield chunk
         came += len(chunk)
         seconds = time.monotonic() - since
-        if seconds > patience:
+        if seconds > retry_timeout:
             if came < LEAST_RATE * seconds:
                 raise TimeoutError(f"too slow: {came} bytes in {seconds:.0f} s")
             since, came = time.monotonic(), 0
@@ -128,7 +128,7 @@ LARGEST_FILE = 32 << 30
 # Timeout of an answer and of each part of a file.
 READ_SECONDS, S3_ATTEMPTS = 30.0, 3
 # Of one attempt at a run's own file, and of all.
-ATTEMPT_SECONDS, PATIENCE_SECONDS = 60.0, 600.0
+ATTEMPT_SECONDS, RETRY_SECONDS = 60.0, 600.0
 LONGEST_NAME = 100
 
 
@@ -204,13 +204,13 @@ def download(address: str, path: Path, timeout: float = 600) -> None:
         raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
 
 
-def download_existing(address: str, path: Path, patience: float = PATIENCE_SECONDS) -> bool:
+def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SECONDS) -> bool:
     """Fetch a file that may be missing, and retry while its store is unreachable.
 
     Args:
         address: As for :func:`download`.
         path: Exists, or is replaced, only once the file is complete.
-        patience: Time for retries, in seconds.
+        retry timeout: Time for retries, in seconds.
 
     Returns:
         Whether there is such a file.
@@ -224,7 +224,7 @@ def download_existing(address: str, path: Path, patience: float = PATIENCE_SECON
             transfer(address, partial, ATTEMPT_SECONDS)
 
     try:
-        retry.retry(download_once, address, patience)
+        retry.retry(download_once, address, retry_timeout)
     except Exception as error:
         if retry.is_missing(error):
             return False

@@ -19,15 +19,15 @@ from torch.nn.functional import normalize
 
 from d2v_composer.benchmarks.data import FEWEST_IMAGES, make_photos, take_photos
 from d2v_composer.benchmarks.measure import Rates, interleave, one_core
-from d2v_composer.benchmarks.retrieval import check_neighbours
+from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import build_equal_model, build_sized_model, check_losses
+from d2v_composer.commands import benchmark as benchmark_recipe
 from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.timm_teacher import TimmTeacher
 from d2v_composer.system.errors import InputError
-from helpers import ROOT, encoded_image, run_command
-from recipes import benchmark as benchmark_recipe
+from helpers import encoded_image, run_command
 
-SCRIPT = ROOT / "recipes" / "benchmark.py"
+COMMAND = ("-m", "d2v_composer.commands", "benchmark")
 
 ORIGINALS, RESIZED = "originals", "256 px"
 ROWS = [
@@ -59,7 +59,7 @@ def benchmark() -> Callable[[Sequence[str]], Any]:
 def test_data_rows_and_targets(tmp_path: Path) -> None:
     work, report = tmp_path / "work", tmp_path / "report.json"
     work.mkdir()
-    command = [sys.executable, SCRIPT, "data", "--num-images", str(FEWEST_IMAGES), "--repeats", "1"]
+    command = [sys.executable, *COMMAND, "data", "--num-images", str(FEWEST_IMAGES), "--repeats", "1"]
     ended = run_command(*command, "--workers", "0", "2", "--work", work, "--json", report, timeout=400)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(report.read_text())
@@ -191,7 +191,7 @@ def test_retrieval_rows_and_targets(
     sizes = ["--bank", "3000", "--queries", "200", "--dim", "64", "--k", "5", "--evaluation-images", "30"]
     benchmark(["retrieval", "--size", "quickstart", *sizes, "--repeats", "2", "--json", str(report)])
     found = json.loads(report.read_text())
-    rows = {row["name"]: row for row in found["neighbours"]}
+    rows = {row["name"]: row for row in found["neighbors"]}
     assert list(rows) == [
         "matrix product alone",
         "ours",
@@ -208,14 +208,14 @@ def test_retrieval_rows_and_targets(
     assert {target["what"] for target in found["targets"]} >= {"ours / matrix product alone"}
 
 
-def test_a_search_that_finds_other_neighbours_is_refused() -> None:
+def test_a_search_that_finds_other_neighbors_is_refused() -> None:
     bank, queries = torch.randn(50, 8), torch.randn(6, 8)
     right = (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(3).indices.numpy()
     wrong = right.copy()
     wrong[4, 1] = next(i for i in range(50) if i not in right[4])
-    check_neighbours(bank, queries, {"ours": right, "theirs": right})
-    with pytest.raises(RuntimeError, match="'theirs' finds other neighbours than 'ours'"):
-        check_neighbours(bank, queries, {"ours": right, "theirs": wrong})
+    check_neighbors(bank, queries, {"ours": right, "theirs": right})
+    with pytest.raises(RuntimeError, match="'theirs' finds other neighbors than 'ours'"):
+        check_neighbors(bank, queries, {"ours": right, "theirs": wrong})
 
 
 def test_contenders_that_find_another_loss_are_refused() -> None:
@@ -297,7 +297,7 @@ def test_photos_of_a_folder_are_rgb_jpegs(tmp_path: Path) -> None:
     jpegs = {encoded_image(i) for i in range(9)}
     for i, jpeg in enumerate(jpegs):
         (source / f"{i}.jpg").write_bytes(jpeg)
-    Image.fromarray(np.zeros((40, 30), np.uint8)).save(source / "grey.png")
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(source / "gray.png")
 
     photos = take_photos(str(source), tmp_path / "all", 100)
     assert photos.images == 10

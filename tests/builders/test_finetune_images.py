@@ -9,8 +9,8 @@ from PIL import Image
 
 from d2v_composer import load_teacher
 from d2v_composer.builders.finetune import build_images, count_classes, load_images
-from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabelledSetConfig
-from d2v_composer.data.labelled import LabelledImages, load_labelled_set
+from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabeledSetConfig
+from d2v_composer.data.labeled import LabeledImages, load_labeled_set
 from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_mds
@@ -26,8 +26,8 @@ def test_images_are_resized_with_the_models_interpolation(
         Image.fromarray(pixels.numpy()).save(tmp_path / name)
     model = load_teacher(GOLDEN / "tiny_base.pt")
     monkeypatch.setattr(ImageEncoderConfig, "interpolation", interpolation)
-    found = load_images(LabelledSetConfig("folder", str(tmp_path)), 2, model.encoder.config)
-    expected = load_labelled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
+    found = load_images(LabeledSetConfig("folder", str(tmp_path)), 2, model.encoder.config)
+    expected = load_labeled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
     assert torch.equal(found.train.images, expected.train.images)
 
 
@@ -43,7 +43,7 @@ def test_streamed_images_and_test_images_have_the_classes_of_train(tmp_path: Pat
     write_split(train, [0, 1, 2, 2], ["ant", "bee", "cat"])
     write_split(root / "test", [0, 1], ["bee", "cat"])
     loader = FinetuneLoaderConfig(stream=True, num_workers=0, remote=str(train) if is_remote else None)
-    config = FinetuneConfig(dataset=LabelledSetConfig("mds", str(root)), train_loader=loader, global_train_batch_size=4)
+    config = FinetuneConfig(dataset=LabeledSetConfig("mds", str(root)), train_loader=loader, global_train_batch_size=4)
     images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
     assert images.test.labels.tolist() == [1, 2]
     assert (images.class_names, images.num_classes) == (("ant", "bee", "cat"), 3)
@@ -60,12 +60,12 @@ def test_streamed_images_and_test_images_have_the_classes_of_train(tmp_path: Pat
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: list[int], fault: str) -> None:
-    images = LabelledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor(labels))
+    images = LabeledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor(labels))
     with pytest.raises(InputError, match=rf"^dataset\.root: data: {fault}$"):
         count_classes(Path("data"), (), images)
 
 
 def test_a_split_may_lack_classes() -> None:
-    images = LabelledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 9]))
+    images = LabeledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 9]))
     assert count_classes(Path("data"), (), images) == 10
     assert count_classes(Path("data"), tuple("abcdefghijkl"), images) == 12

@@ -36,11 +36,11 @@ CURVE_SIZE = (960, 648)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labelled: Path) -> tuple[Path, CompletedProcess]:
+def run(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Path) -> tuple[Path, CompletedProcess]:
     """A run with every logger, started in an empty folder: its folder, and what the command printed."""
     started_in = tmp_path_factory.mktemp("loggers")
     folder = started_in / "runs" / "mine"
-    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labelled}}}}}"
+    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
     arguments = small_run(folder, small_data, sets, "retrieval.interval=14ba", "report=true", "run_name=mine", *ALL)
     result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr

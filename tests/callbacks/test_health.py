@@ -21,8 +21,8 @@ from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.evaluation.metrics import HEALTH_STATES, read_jsonl
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.targets import Regression, normalise, regression_loss
-from helpers import GOLDEN, LabelledDevice, OnDevice, small_run
+from d2v_composer.models.targets import Regression, normalize, regression_loss
+from helpers import GOLDEN, LabeledDevice, OnDevice, small_run
 from recipes import train as train_recipe
 
 NUM_BATCHES = 20
@@ -200,7 +200,7 @@ def test_measures_the_last_microbatch_as_the_model_saw_it() -> None:
         max_duration="2ba",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
         callbacks=[health],
-        device=LabelledDevice(),
+        device=LabeledDevice(),
         device_train_microbatch_size=4,
         progress_bar=False,
     )
@@ -238,7 +238,7 @@ def test_layer_cosines_compare_with_each_layer(extra_tokens: str) -> None:
     regression = model(images[2:])
     skipped = teacher.num_extra_tokens if extra_tokens == "drop" else 0
     layer = list(teacher.ffn_outputs(teacher.encode(images[2:])))[1]
-    layer = normalise(layer, skipped)[:, model.regressed]
+    layer = normalize(layer, skipped)[:, model.regressed]
     expected = torch.cosine_similarity(regression.prediction, layer, dim=2).mean()
     torch.testing.assert_close(cosines[1], expected)
 

@@ -177,7 +177,7 @@ class Scaler(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         scaler = GradScaler("cpu", init_scale=self.scale if state.timestamp.batch >= 3 else 1024.0)
-        scaler.scale(torch.zeros(1))  # the first loss initialises it
+        scaler.scale(torch.zeros(1))  # the first loss initializes it
         state.scaler = cast(Any, scaler)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2v_composer.builders.loggers import build_pictures
 from d2v_composer.callbacks.zero_shot_retrieval import RetrievalPictures, log_picture_files, shows_pictures
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.data.labeled import LabeledImages, LabeledSet
 
 NEAREST = torch.zeros(8, 3, dtype=torch.int32)
 STATE: Any = None
@@ -33,10 +33,10 @@ class Shown:
 
 
 def retrieval(*batches: int) -> Any:
-    images = LabelledImages(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8))
+    images = LabeledImages(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8))
     history = [{"batch": batch, "metrics": {}} for batch in batches]
-    sets = {"squares": LabelledSet(images, images, ())}
-    return SimpleNamespace(history=history, datasets=sets, neighbours={"squares": {"train": NEAREST}})
+    sets = {"squares": LabeledSet(images, images, ())}
+    return SimpleNamespace(history=history, datasets=sets, neighbors={"squares": {"train": NEAREST}})
 
 
 def test_each_retrieval_is_drawn_once() -> None:

@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
-from d2v_composer.evaluation.nearest_neighbours import Ranks, retrieval_accuracy
+from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.evaluation.nearest_neighbors import Ranks, retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT, LabelledDevice, OnDevice, run_command, started_ranks
+from helpers import QUICKSTART, ROOT, LabeledDevice, OnDevice, run_command, started_ranks
 
 
-def load_cifar() -> LabelledSet:
-    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
+def load_cifar() -> LabeledSet:
+    return load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ class Classifier(ComposerModel):
         return self.backbone(images.flatten(1) / 255)
 
 
-def numbered_images(count: int, first: int) -> LabelledImages:
+def numbered_images(count: int, first: int) -> LabeledImages:
     """Return images whose first pixel is their number."""
     images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
     images[:, 0, 0, 0] = torch.arange(first, first + count)
-    return LabelledImages(images, torch.arange(count) % 4)
+    return LabeledImages(images, torch.arange(count) % 4)
 
 
 def train(
@@ -107,8 +107,8 @@ def train(
 def test_evaluates_at_the_interval_and_at_the_end(
     interval: str, max_duration: str, at_start: bool, batches: list[int]
 ) -> None:
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labelled}, interval, at_start=at_start, device_batch_size=4)
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labeled}, interval, at_start=at_start, device_batch_size=4)
     model = Classifier()
     train(model, callback, max_duration)
     assert [entry["batch"] for entry in callback.history] == batches
@@ -119,20 +119,20 @@ def test_evaluates_at_the_interval_and_at_the_end(
     assert model.training
 
 
-def test_logs_student_and_references_and_restores_them() -> None:
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2), references={"pixels": pixels})
+def test_logs_student_and_baselines_and_restores_them() -> None:
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labeled}, "10ba", ks=(1, 2), baselines={"pixels": pixels})
     model = Classifier()
     train(model, callback, "10ba")
     keys = {f"metrics/set/bank_{bank}/top{k}" for bank in ("train", "test") for k in (1, 2)}
     assert set(callback.history[-1]["metrics"]) == keys
-    assert set(callback.reference_metrics) == {key.replace("/set/", "/set/pixels/") for key in keys}
-    bank, queries = (pixels(images.images) for images in labelled[:2])
-    expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels, (1, 2))
-    assert callback.reference_metrics["metrics/set/pixels/bank_train/top1"] == pytest.approx(expected[1])
-    assert callback.reference_metrics["metrics/set/pixels/bank_train/top2"] == pytest.approx(expected[2])
+    assert set(callback.baseline_metrics) == {key.replace("/set/", "/set/pixels/") for key in keys}
+    bank, queries = (pixels(images.images) for images in labeled[:2])
+    expected = retrieval_accuracy(bank, labeled.train.labels, queries, labeled.test.labels, (1, 2))
+    assert callback.baseline_metrics["metrics/set/pixels/bank_train/top1"] == pytest.approx(expected[1])
+    assert callback.baseline_metrics["metrics/set/pixels/bank_train/top2"] == pytest.approx(expected[2])
 
-    restored = ZeroShotRetrieval({"set": labelled}, "10ba", ks=(1, 2))
+    restored = ZeroShotRetrieval({"set": labeled}, "10ba", ks=(1, 2))
     restored.load_state_dict(callback.state_dict())
     assert restored.history == callback.history
 
@@ -142,47 +142,47 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_resume_may_add_probes() -> None:
-    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
-    options: dict[str, Any] = {"embed": two_embeddings, "headline": "whole", "references": {"teacher": two_embeddings}}
-    first = ZeroShotRetrieval({"set": labelled}, "10ba", **options)
+    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
+    options: dict[str, Any] = {"embed": two_embeddings, "primary": "whole", "baselines": {"teacher": two_embeddings}}
+    first = ZeroShotRetrieval({"set": labeled}, "10ba", **options)
     train(Classifier(), first, "10ba")
-    more = ZeroShotRetrieval({"set": labelled}, "10ba", probes=["linear", "knn"], **options)
+    more = ZeroShotRetrieval({"set": labeled}, "10ba", probes=["linear", "knn"], **options)
     more.load_state_dict(first.state_dict())
     train(Classifier(), more, "20ba")
 
     metrics, key = more.history[-1]["metrics"], "metrics/set/knn/top1"
-    bank, queries = (pixels(images.images) for images in labelled[:2])
-    accuracy = knn_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
-    assert metrics[key] == metrics[f"{key}/whole"] == more.reference_metrics["metrics/set/teacher/knn/top1"] == accuracy
+    bank, queries = (pixels(images.images) for images in labeled[:2])
+    accuracy = knn_accuracy(bank, labeled.train.labels, queries, labeled.test.labels)
+    assert metrics[key] == metrics[f"{key}/whole"] == more.baseline_metrics["metrics/set/teacher/knn/top1"] == accuracy
     assert f"{key}/corner" in metrics
     probed = {"metrics/set/linear/top1", "metrics/set/knn_majority/top1", key}
     assert probed <= metrics.keys()
-    assert {name.replace("/set/", "/set/teacher/") for name in probed} <= more.reference_metrics.keys()
+    assert {name.replace("/set/", "/set/teacher/") for name in probed} <= more.baseline_metrics.keys()
     assert first.history[-1]["metrics"].items() <= metrics.items()  # the retrieval is the same
-    assert more.neighbours["set"]["train"].shape == (50, 3)
+    assert more.neighbors["set"]["train"].shape == (50, 3)
     head, *rows = retrieval_table(more).splitlines()[1:]
     assert head.endswith("20-NN weighted    20-NN majority    linear probe")
     assert all(f"{100 * accuracy:.1f}" in row for row in rows)
     with pytest.raises(ValueError, match="probes must be of knn, linear, got knm"):
-        ZeroShotRetrieval({"set": labelled}, probes=["knm"])
+        ZeroShotRetrieval({"set": labeled}, probes=["knm"])
 
 
 def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -> None:
     """Else a teacher's accuracy among few images would stand beside a student's among many."""
-    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
-    state = ZeroShotRetrieval({"set": labelled}).state_dict()
-    fewer = labelled.at_most(40)
+    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
+    state = ZeroShotRetrieval({"set": labeled}).state_dict()
+    fewer = labeled.at_most(40)
     with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: has other images than the checkpoint's"):
         ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
-    ZeroShotRetrieval({"set": labelled, "fewer": fewer}).load_state_dict(state)
+    ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
     del state["images"]  # as in a checkpoint of version 0.1.0
     ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
 
 
-def test_a_resume_may_change_headline_and_k() -> None:
-    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+def test_a_resume_may_change_primary_and_k() -> None:
+    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
     first = ZeroShotRetrieval(
-        {"set": labelled}, "10ba", embed=two_embeddings, headline="whole", references={"teacher": two_embeddings}
+        {"set": labeled}, "10ba", embed=two_embeddings, primary="whole", baselines={"teacher": two_embeddings}
     )
     train(Classifier(), first, "10ba")
     state = first.state_dict()
@@ -190,30 +190,30 @@ def test_a_resume_may_change_headline_and_k() -> None:
     metrics = state["history"][-1]["metrics"]
     assert metrics[key] == metrics[f"{key}/whole"] != metrics[f"{key}/corner"]
 
-    assert first.neighbours["set"]["train"].shape == (50, 3)
-    other = ZeroShotRetrieval({"set": labelled}, "10ba", headline="corner", references={"teacher": two_embeddings})
+    assert first.neighbors["set"]["train"].shape == (50, 3)
+    other = ZeroShotRetrieval({"set": labeled}, "10ba", primary="corner", baselines={"teacher": two_embeddings})
     other.load_state_dict(state)
-    assert other.neighbours == {}  # found with the other embedding
+    assert other.neighbors == {}  # found with the other embedding
     assert other.history[-1]["metrics"][key] == metrics[f"{key}/corner"]
     assert f"{metrics[f'{key}/corner']:.1%}".rstrip("%") in retrieval_table(other)
 
     more = ZeroShotRetrieval(
-        {"set": labelled},
+        {"set": labeled},
         "10ba",
         ks=(1, 5),
         embed=two_embeddings,
-        headline="whole",
-        references={"teacher": two_embeddings},
+        primary="whole",
+        baselines={"teacher": two_embeddings},
     )
     more.load_state_dict(state)
     assert "student after" not in retrieval_table(more)  # its top-5 was not measured
     train(Classifier(), more, "10ba")
-    assert "metrics/set/teacher/bank_train/top5" in more.reference_metrics
+    assert "metrics/set/teacher/bank_train/top5" in more.baseline_metrics
 
 
-def test_quick_references_are_logged_before_the_model_embeds() -> None:
+def test_quick_baselines_are_logged_before_the_model_embeds() -> None:
     """A first accuracy appears at once; the others come from one pass over the images."""
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
     events: list[str] = []
 
     def embed_as(name: str, images: Tensor) -> Tensor:
@@ -225,10 +225,10 @@ def test_quick_references_are_logged_before_the_model_embeds() -> None:
             events.extend(key for key in metrics if key.endswith("bank_train/top1"))
 
     callback = ZeroShotRetrieval(
-        {"set": labelled},
+        {"set": labeled},
         "10ba",
         embed=partial(embed_as, "student"),
-        references={name: partial(embed_as, name) for name in ("teacher", "pixels")},
+        baselines={name: partial(embed_as, name) for name in ("teacher", "pixels")},
         measured_first=["pixels"],
         at_start=True,
         device_batch_size=9,
@@ -237,10 +237,10 @@ def test_quick_references_are_logged_before_the_model_embeds() -> None:
     assert events[:3] == ["pixels", "pixels", "metrics/set/pixels/bank_train/top1"]  # embedded: train and test images
     assert events[3:7] == ["teacher", "student", "teacher", "student"]
     assert sorted(events[7:9]) == ["metrics/set/bank_train/top1", "metrics/set/teacher/bank_train/top1"]
-    assert callback.expected_reference_keys() == callback.reference_metrics.keys()
+    assert callback.expected_baseline_keys() == callback.baseline_metrics.keys()
     assert [entry["batch"] for entry in callback.history] == [0, 1]
 
-    restored = ZeroShotRetrieval({"set": labelled}, "10ba", references=callback.references, measured_first=["pixels"])
+    restored = ZeroShotRetrieval({"set": labeled}, "10ba", baselines=callback.baselines, measured_first=["pixels"])
     restored.load_state_dict(callback.state_dict())
     events.clear()
     train(Classifier(), restored, "1ba", logger=Log())
@@ -248,39 +248,39 @@ def test_quick_references_are_logged_before_the_model_embeds() -> None:
     assert "teacher" not in events  # not measured again
 
 
-def test_a_reference_without_layer_mean_falls_back_to_its_output() -> None:
+def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     """As the bare encoder, which has no layers to average."""
-    labelled = LabelledSet(numbered_images(90, 0), numbered_images(50, 100))
+    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
     students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
     callback = ZeroShotRetrieval(
-        {"set": labelled},
+        {"set": labeled},
         "10ba",
         embed=lambda images: {name: embed(images) for name, embed in students.items()},
-        headline="layer_mean_cls",
-        references={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
+        primary="layer_mean_cls",
+        baselines={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
     )
     train(Classifier(), callback, "10ba")
     key = "metrics/set/bank_train/top1"
-    metrics, references = callback.history[-1]["metrics"], callback.reference_metrics
-    assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == references["metrics/set/pixels/bank_train/top1"]
-    assert references["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
-    restored = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls")
+    metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
+    assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == baselines["metrics/set/pixels/bank_train/top1"]
+    assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
+    restored = ZeroShotRetrieval({"set": labeled}, "10ba", primary="layer_mean_cls")
     restored.load_state_dict(callback.state_dict())
-    assert (restored.history[-1]["metrics"], restored.reference_metrics) == (metrics, references)
+    assert (restored.history[-1]["metrics"], restored.baseline_metrics) == (metrics, baselines)
 
-    without = ZeroShotRetrieval({"set": labelled}, "10ba", headline="layer_mean_cls", embed=two_embeddings)
-    with pytest.raises(ValueError, match="headline must be one of whole, corner, got 'layer_mean_cls'"):
+    without = ZeroShotRetrieval({"set": labeled}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
+    with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
         train(Classifier(), without, "10ba")
 
 
 def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
     model = Classifier()
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Classifier has no method embed_all or embed"):
-        train(model, ZeroShotRetrieval({"set": labelled}, "1ba"), "1ba")
+        train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
     with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
-        ZeroShotRetrieval({"set": labelled}, ks=(1, 6))
+        ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
 
 
 @pytest.mark.parametrize("wraps", [[], [0], [1], [0, 1], [1, 0], [0, 1, 0]])
@@ -301,10 +301,10 @@ def test_embeddings_on_the_host_are_moved_to_the_device(monkeypatch: pytest.Monk
         return share[:num_images]
 
     monkeypatch.setattr(Ranks, "gather", gather)
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labelled}, "1ba", embed=lambda images: pixels(images).as_subclass(Tensor))
-    train(Classifier(), callback, "1ba", LabelledDevice())
-    assert len(gathered) == 4  # two sets of images, and the neighbours both ways
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labeled}, "1ba", embed=lambda images: pixels(images).as_subclass(Tensor))
+    train(Classifier(), callback, "1ba", LabeledDevice())
+    assert len(gathered) == 4  # two sets of images, and the neighbors both ways
     assert all(isinstance(share, OnDevice) for share in gathered)
 
 
@@ -325,8 +325,8 @@ class NoCollectives(Callback):
 
 def test_one_rank_uses_no_collective(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """gloo's threads would copy with OpenMP, and slow every later batch down."""
-    labelled = LabelledSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labelled}, "1ba", at_start=True, references={"pixels": pixels})
+    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    callback = ZeroShotRetrieval({"set": labeled}, "1ba", at_start=True, baselines={"pixels": pixels})
     nan_guard = NanGuard(lambda state, event: True)
     train(Classifier(), callback, "2ba", None, NoCollectives(monkeypatch), nan_guard)
     assert len(callback.history) == 3
@@ -362,11 +362,11 @@ def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
     assert metrics["metrics/odd/linear/top1"] == one_image
 
 
-def odd_set(full: LabelledSet) -> LabelledSet:
+def odd_set(full: LabeledSet) -> LabeledSet:
     """Return odd numbers of images, so that the ranks' shares differ in length."""
     parts = (full.train, 1199), (full.test, 601)
-    train_set, test_set = (LabelledImages(part.images[:count], part.labels[:count]) for part, count in parts)
-    return LabelledSet(train_set, test_set)
+    train_set, test_set = (LabeledImages(part.images[:count], part.labels[:count]) for part, count in parts)
+    return LabeledSet(train_set, test_set)
 
 
 def small(images: Tensor) -> Tensor:
@@ -388,8 +388,8 @@ class CountingThreads(ZeroShotRetrieval):
 def measure_odd_set(out: str) -> None:
     """Measure on each of two ranks; rank 0 saves the accuracies."""
     torch.set_num_threads(2)  # shared_fixtures.py sets one under pytest-xdist
-    labelled = odd_set(load_cifar())
-    callback = CountingThreads({"odd": labelled}, "1ba", embed=small, probes=["knn", "linear"])
+    labeled = odd_set(load_cifar())
+    callback = CountingThreads({"odd": labeled}, "1ba", embed=small, probes=["knn", "linear"])
     train(Classifier(), callback, "1ba")
     if dist.get_global_rank() == 0:
         torch.save(callback.history[-1]["metrics"], out)

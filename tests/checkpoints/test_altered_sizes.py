@@ -120,7 +120,7 @@ def sizes_of(path: Path) -> Sizes:
 
 
 def embeddings(model: Transformer) -> Tensor:
-    """Return all embeddings of the same images, as uint8 and as normalised floats."""
+    """Return all embeddings of the same images, as uint8 and as normalized floats."""
     size, _ = height_and_width(model.encoder.config.image_size)
     images = torch.randint(
         0, 256, (2, 3, size + 8, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8

@@ -21,13 +21,13 @@ from torch import Tensor
 from d2v_composer import load_student
 from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import Headline, choose_embedding, stored_headline
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, stored_primary
+from d2v_composer.commands import export as export_student
 from d2v_composer.models.data2vec2 import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
-from recipes import export_student
 
 TOLERANCE = 1e-5
 
@@ -51,7 +51,7 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory, expo
 
 @pytest.fixture(scope="module")
 def images(exported: Path) -> Tensor:
-    """Five images, normalised."""
+    """Five images, normalized."""
     config = load_student(exported).encoder.config
     shape = height_and_width(config.image_size)
     return torch.randn(5, 3, *shape, generator=torch.Generator().manual_seed(0))
@@ -62,8 +62,8 @@ def embed(student: Student, images: Tensor, **options: str) -> Tensor:
         return student.embed(images, **options)  # pyright: ignore[reportArgumentType]
 
 
-def headline(student: Student, images: Tensor) -> Tensor:
-    """The embedding of the run's headline, see :func:`helpers.small_run`."""
+def primary(student: Student, images: Tensor) -> Tensor:
+    """The embedding of the run's primary embedding, see :func:`helpers.small_run`."""
     return embed(student, images, representation="layer_mean", pooling="cls")
 
 
@@ -80,9 +80,9 @@ def create(name: str, **options: Any) -> TimmStudent:
 def test_timm(exported: Path, images: Tensor) -> None:
     model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
     with torch.inference_mode():
-        assert_close(model(images), headline(student, images))
+        assert_close(model(images), primary(student, images))
         features = model.forward_features(images)
-        assert_close(model.forward_head(features, pre_logits=True), headline(student, images))
+        assert_close(model.forward_head(features, pre_logits=True), primary(student, images))
         for pool, pooling in (("avg", "mean_patches"), ("mean", "mean")):
             model.reset_classifier(0, pool)
             assert_close(model(images), embed(student, images, representation="layer_mean", pooling=pooling))
@@ -142,21 +142,23 @@ def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path:
 
 
 def test_files_of_version_0_1_0_keep_their_embedding(images: Tensor) -> None:
-    """timm sees the tensors alone, which named no headline then; the record of the run did."""
+    """timm sees the tensors alone, which named no primary embedding then; the record of the run did."""
     old = GOLDEN / "release-0.1.0" / "student.safetensors"
     student = load_student(old)
     assert_close(create("d2v2_student", checkpoint_path=str(old))(images).detach(), embed(student, images))
-    assert stored_headline(student.provenance) == Headline("layer_mean", "cls")
+    assert stored_primary(student.provenance) == PrimaryEmbedding("layer_mean", "cls")
 
 
-def test_the_embedding_is_the_headline_unless_asked_otherwise(exported: Path) -> None:
+def test_the_embedding_is_the_primary_unless_asked_otherwise(exported: Path) -> None:
     student = load_student(exported)
 
     def chosen(provenance: dict[str, Any], pooling: Any = None, representation: Any = None) -> str:
         return str(choose_embedding(student, provenance, pooling, representation))
 
-    assert chosen(student.provenance) == "layer_mean_cls (the headline of the model's run)"
-    assert chosen(student.provenance, "mean").startswith("layer_mean_mean (the headline of the model's run, but poo")
+    assert chosen(student.provenance) == "layer_mean_cls (the primary embedding of the model's run)"
+    assert chosen(student.provenance, "mean").startswith(
+        "layer_mean_mean (the primary embedding of the model's run, but poo"
+    )
     assert chosen(student.provenance, "mean", "output") == "output_mean (as asked)"
     default = "output_cls (the default, since the file has no record of a run)"
     for provenance in ({}, {"config": 3}, {"config": {"retrieval": {"representation": [], "pooling": "cls"}}}):
@@ -204,7 +206,7 @@ def test_torch_export(exported: Path, images: Tensor, tmp_path: Path, export: Ex
     extra = {"preprocessing.json": "", "embedding": ""}
     program = torch.export.load(path, extra_files=extra).module()
     for batch in (images, images[:1]):
-        assert_close(program(batch), headline(load_student(exported), batch))
+        assert_close(program(batch), primary(load_student(exported), batch))
     assert extra["embedding"] == "layer_mean_cls"
     assert json.loads(extra["preprocessing.json"])["image_size"] == images.shape[-1]
 
@@ -224,7 +226,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     with pytest.raises(InputError, match="pooling: this model has no CLS token; allowed are mean, mean_patches"):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
-    assert choose_embedding(student, {}, None, None).headline == Headline("output", "mean_patches")
+    assert choose_embedding(student, {}, None, None).primary == PrimaryEmbedding("output", "mean_patches")
     assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
     cut = tmp_path / "truncated.safetensors"
     cut.write_bytes(exported.read_bytes()[:-100])

@@ -11,12 +11,14 @@ import torch
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.commands import embed, evaluate
+from d2v_composer.commands import export as export_student
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, load_checkpoint, small_run
-from recipes import embed, evaluate, export_student, train
+from recipes import train
 
 TEACHER = GOLDEN / "tiny_base.pt"
 
@@ -74,23 +76,23 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: 
     assert load_any(checkpoint, teacher_path=str(teacher))[0] is not None
 
 
-def test_a_checkpoint_gives_student_and_teacher_the_normalisation_of_its_run(
+def test_a_checkpoint_gives_student_and_teacher_the_normalization_of_its_run(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
     targets = contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["targets"]
-    assert targets["normalisation"] == "instance"
+    assert targets["normalization"] == "instance"
     for value, expected in (("layer", "layer"), (None, "instance")):
-        targets.pop("normalisation", None)
-        targets |= {"normalisation": value} if value else {}  # older checkpoints have none
+        targets.pop("normalization", None)
+        targets |= {"normalization": value} if value else {}  # older checkpoints have none
         torch.save(contents, tmp_path / "checkpoint.pt")
         for model in load_any(tmp_path / "checkpoint.pt"):
             assert model is not None
-            assert model.normalisation == expected
+            assert model.normalization == expected
 
 
-def test_a_student_keeps_the_number_of_shared_blocks(small_data: Path, labelled: Path, tmp_path: Path) -> None:
-    sets = f"retrieval.datasets={{four: {{format: mds, root: {labelled}}}}}"
+def test_a_student_keeps_the_number_of_shared_blocks(small_data: Path, labeled: Path, tmp_path: Path) -> None:
+    sets = f"retrieval.datasets={{four: {{format: mds, root: {labeled}}}}}"
     options = ["teacher.first_blocks=1", "targets.extra_tokens=only", sets, "callbacks={health: {interval: 1ba}}"]
     run, exported = tmp_path / "run", tmp_path / "student.safetensors"
     train.main(small_run(run, small_data, *options, "max_duration=4ba", "retrieval.interval=4ba"))

@@ -19,12 +19,12 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import student_file
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.commands import convert_teacher as convert_teacher_recipe
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
 from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, serving
-from recipes import convert_teacher as convert_teacher_recipe
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -56,7 +56,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def convert_command(*argv: str | Path) -> Any:
-    """Call ``recipes/convert_teacher.py`` in this process."""
+    """Call ``d2v convert-teacher`` in this process."""
     return convert_teacher_recipe.main([str(part) for part in argv])
 
 
@@ -475,29 +475,29 @@ def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path)
     assert files_in(path.parent) == [path.name]
 
 
-def test_an_exported_student_keeps_its_normalisation(tmp_path: Path) -> None:
-    student, path = load_teacher(golden()).build_student(depth=2, normalisation="layer"), tmp_path / "layer.safetensors"
+def test_an_exported_student_keeps_its_normalization(tmp_path: Path) -> None:
+    student, path = load_teacher(golden()).build_student(depth=2, normalization="layer"), tmp_path / "layer.safetensors"
     save_student(student, path)
     expected, loaded = embeddings(student), load_student(path)
-    assert loaded.normalisation == "layer"
+    assert loaded.normalization == "layer"
     assert all(torch.equal(each, expected[name]) for name, each in embeddings(loaded).items())
     assert not torch.equal(expected["layer_mean_mean"], embeddings(load_student(export_older(path)))["layer_mean_mean"])
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(path), representation="layer_mean").eval()
-    assert model.normalisation == "layer"
+    assert model.normalization == "layer"
     images = model.encoder.prepare(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
     with torch.no_grad():
         assert torch.equal(model(images), student.embed(images, "cls", "layer_mean"))
     _, teacher = load_any(path, teacher_path=str(golden()))
     assert teacher is not None
-    assert teacher.normalisation == "layer"
+    assert teacher.normalization == "layer"
 
 
 def export_older(path: Path) -> Path:
-    """Remove the normalisation from an exported file, as older versions wrote it."""
+    """Remove the normalization from an exported file, as older versions wrote it."""
     with safe_open(path, framework="pt") as stored:
         metadata = stored.metadata()
     sizes = json.loads(metadata["config"])
-    assert sizes["student"].pop("normalisation") == "layer"
+    assert sizes["student"].pop("normalization") == "layer"
     tensors = load_file(path)
     del tensors["config_json"]
     older = path.with_name("older.safetensors")

@@ -411,7 +411,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
         lambda path: changed(path, **{"rope.freqs": torch.ones(2, 6, 8)}),
         "no tensor rope.freqs",
     ),
-    "quantised": (
+    "quantized": (
         lambda path: changed(path, **{"blocks.0.attn.qkv.weight": torch.ones(192, 64, dtype=torch.int8)}),
         "tensor blocks.0.attn.qkv.weight is not a dense floating-point tensor",
     ),

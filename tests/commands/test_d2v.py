@@ -74,9 +74,9 @@ def test_the_next_step_can_be_copied(
     assert capsys.readouterr().out == "next: one\nnext: two\n"
 
 
-def test_the_steps_after_a_training_work(uninterrupted: Path, labelled: Path, small_data: Path, tmp_path: Path) -> None:
+def test_the_steps_after_a_training_work(uninterrupted: Path, labeled: Path, small_data: Path, tmp_path: Path) -> None:
     """The run has finished, so that the command prints its steps at once."""
-    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labelled}}}}}"
+    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
     folder = tmp_path / "run"
     run = run_command(sys.executable, ROOT / "recipes" / "train.py", *small_run(folder, small_data, sets))
     assert run.returncode == 0, run.stderr

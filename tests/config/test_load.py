@@ -101,7 +101,7 @@ def test_overrides_change_single_keys() -> None:
 
 
 REFUSED = {
-    "optimiser.lr=1": "optimiser: no such key; did you mean optimizer?",
+    "optimizer.lr=1": "optimizer: no such key; did you mean optimizer?",
     "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init,",
     "retrieval.datasets.cifar10.rot=x": "retrieval.datasets.cifar10.rot: no such key; did you mean root?",
     "optimizer.lr=fast": "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float",
@@ -180,11 +180,11 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     """Names, types, limits, arguments, this machine and its files, each once, in a line of its own."""
     wrong_yaml = tmp_path / "wrong.yaml"
     wrong_yaml.write_text(
-        "optimiser: {lr: 1, eps: 1}\nstudent: {depth: 1.5, mlp_ratio: wide}\ntrain_loader: {local: x}\n"
+        "optimizer: {lr: 1, eps: 1}\nstudent: {depth: 1.5, mlp_ratio: wide}\ntrain_loader: {local: x}\n"
     )
     overrides = ("seed=-1", "train_loader.flip=2", "precision=amp_fp16", "loggers.tensorbord={}", "load_path=y.pt")
     starts = [
-        "optimiser: no such key; did you mean optimizer?",
+        "optimizer: no such key; did you mean optimizer?",
         "student.depth: Value '1.5' of type 'float' could not be converted to Integer",
         "student.mlp_ratio: Value 'wide' of type 'str' could not be converted to Float",
         "seed: must be at least 0, got -1",

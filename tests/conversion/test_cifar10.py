@@ -10,7 +10,7 @@ import torch
 
 from d2v_composer.data import convert as conversion
 from d2v_composer.data.convert import convert_cifar10
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.system.files import sole_user
 from helpers import QUICKSTART, refused_by, wait_until
 from recipes import convert_cifar10 as recipe
@@ -20,30 +20,30 @@ def test_pixels_and_labels_are_unchanged(tmp_path: Path, monkeypatch: pytest.Mon
     torch.manual_seed(0)
     images = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
     labels = torch.tensor([3, 1, 4, 1, 5])
-    whole = LabelledSet(LabelledImages(images["train"], labels), LabelledImages(images["test"], labels))
-    monkeypatch.setattr(conversion, "load_labelled_set", lambda *arguments, **options: whole)
+    whole = LabeledSet(LabeledImages(images["train"], labels), LabeledImages(images["test"], labels))
+    monkeypatch.setattr(conversion, "load_labeled_set", lambda *arguments, **options: whole)
     (tmp_path / "out" / ".train.partial").mkdir(parents=True)  # of a killed conversion
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
-    found = load_labelled_set("mds", tmp_path / "out", image_size=32, interpolation="bicubic")
+    found = load_labeled_set("mds", tmp_path / "out", image_size=32, interpolation="bicubic")
     for split, num_images in (("train", 4), ("test", 3)):
         assert torch.equal(getattr(found, split).images, images[split][:num_images])
         assert torch.equal(getattr(found, split).labels, labels[:num_images])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
-    monkeypatch.delattr(conversion, "load_labelled_set")  # what exists is not made again
+    monkeypatch.delattr(conversion, "load_labeled_set")  # what exists is not made again
     convert_cifar10(tmp_path, tmp_path / "out", 4, 3)
 
 
 def test_a_second_conversion_waits_for_the_first_and_finds_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = LabelledImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
-    monkeypatch.setattr(conversion, "load_labelled_set", lambda *arguments, **options: LabelledSet(split, split))
+    split = LabeledImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+    monkeypatch.setattr(conversion, "load_labeled_set", lambda *arguments, **options: LabeledSet(split, split))
     write, written, go_on = conversion._write, list[Path](), threading.Event()
 
-    def write_slowly(labelled: LabelledImages, num_images: int, folder: Path) -> None:
+    def write_slowly(labeled: LabeledImages, num_images: int, folder: Path) -> None:
         written.append(folder)
         assert go_on.wait(60)
-        write(labelled, num_images, folder)
+        write(labeled, num_images, folder)
 
     monkeypatch.setattr(conversion, "_write", write_slowly)
     out = tmp_path / "out"
@@ -67,7 +67,7 @@ def test_a_conversion_that_does_not_end_is_not_waited_for(tmp_path: Path, monkey
 def test_a_split_of_other_images_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(conversion, "load_labelled_set")
+    monkeypatch.delattr(conversion, "load_labeled_set")
     convert = partial(convert_cifar10, tmp_path)
     assert "has 4480 images, not 50000: " in refused_by(convert, QUICKSTART / "cifar10")
     (tmp_path / "foreign" / "test").mkdir(parents=True)

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
 from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng, to_tensor
 from d2v_composer.data.index import read_index
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, write_mds
 
@@ -77,7 +77,7 @@ def test_pixels_are_pillows_except_for_rounding() -> None:
 
 
 def photo(width: int, height: int) -> np.ndarray:
-    """(height, width, 3) with colours that differ from pixel to pixel, so that a wrong neighbour shows."""
+    """(height, width, 3) with colors that differ from pixel to pixel, so that a wrong neighbor shows."""
     rng = np.random.default_rng((width, height))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
     return (np.asarray(coarse) // 2 + rng.integers(0, 128, (height, width, 3))).astype(np.uint8)
@@ -131,7 +131,7 @@ def test_pixels_of_a_jpeg_are_those_of_torchvision(width: int, height: int, samp
 
 RESTARTS = saved(photo(90, 70), restart_marker_blocks=3)
 OTHER_IMAGES = {
-    "greyscale": saved(photo(90, 70), mode="L"),
+    "grayscale": saved(photo(90, 70), mode="L"),
     "CMYK": saved(photo(90, 70), mode="CMYK"),
     "PNG": saved(photo(90, 70), "PNG"),
     "palette PNG": saved(photo(90, 70), "PNG", mode="P"),
@@ -314,32 +314,32 @@ def test_names_a_missing_column(tmp_path: Path) -> None:
         read_index(data, columns=("image", "label"))
 
 
-def test_reads_a_labelled_folder(tmp_path: Path) -> None:
+def test_reads_a_labeled_folder(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 (folder / f"{i}.png").write_bytes(encoded_image(100 * label + i, size=40))
-    labelled = load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
-    assert labelled.train.images.shape == (6, 3, 32, 32)
-    assert labelled.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert labelled.test.labels.tolist() == [0, 0, 1, 1]
+    labeled = load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
+    assert labeled.train.images.shape == (6, 3, 32, 32)
+    assert labeled.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labeled.test.labels.tolist() == [0, 0, 1, 1]
     first = Image.open(tmp_path / "train" / "cat" / "0.png")
     for interpolation, resampling in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
-        labelled = load_labelled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
-        assert torch.equal(labelled.train.images[0], to_tensor(first.resize((32, 32), resampling)))
+        labeled = load_labeled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
+        assert torch.equal(labeled.train.images[0], to_tensor(first.resize((32, 32), resampling)))
 
     (tmp_path / "test" / "dog" / "0.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"0.png: not an image that can be read"):
-        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "fish")
     with pytest.raises(InputError, match="fish: a class that the train folder lacks"):
-        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     with pytest.raises(InputError, match="no such folder"):
-        load_labelled_set("folder", tmp_path / "nowhere", image_size=32, interpolation="bicubic")
+        load_labeled_set("folder", tmp_path / "nowhere", image_size=32, interpolation="bicubic")
 
 
 def test_missing_cifar_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no readable CIFAR10 .*; set download: true to fetch it"):
-        load_labelled_set("cifar10", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("cifar10", tmp_path, image_size=32, interpolation="bicubic")

@@ -12,7 +12,7 @@ from streaming import MDSWriter
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data.images import CuttableJpeg, RandomResizedCropFlip, decode_rgb
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
@@ -84,10 +84,10 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
         write_as_streaming(tmp_path / split, files, encoding)
     expected = decode_rgb(files[3].read_bytes(), "file").getdata()
     collection = open_collection(str(tmp_path / "train"), 32, "bicubic", column="x")
-    labelled = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic", column="x", label_column="y")
-    for pixels in (collection.load(3), labelled.train.images[3]):
+    labeled = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic", column="x", label_column="y")
+    for pixels in (collection.load(3), labeled.train.images[3]):
         assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
-    assert labelled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
+    assert labeled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
     as_integers = open_collection(str(tmp_path / "test"), 32, "bicubic", column="x")
     assert as_integers.fingerprint != collection.fingerprint
 
@@ -96,7 +96,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
     "embedding": (lambda folder: open_collection(str(folder / "train"), 32, "bicubic"), "--column"),
     "retrieval": (
-        lambda folder: load_labelled_set("mds", folder, image_size=32, interpolation="bicubic"),
+        lambda folder: load_labeled_set("mds", folder, image_size=32, interpolation="bicubic"),
         "column and label_column",
     ),
 }
@@ -123,4 +123,4 @@ def test_names_a_label_that_is_not_a_number(files: list[Path], tmp_path: Path) -
     with MDSWriter(out=str(tmp_path / "train"), columns={"image": "bytes", "label": "str"}) as writer:
         writer.write({"image": files[0].read_bytes(), "label": "cat"})
     with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*'cat'"):
-        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")

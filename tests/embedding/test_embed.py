@@ -33,6 +33,7 @@ from torchvision.datasets import cifar
 
 from d2v_composer import embedding, load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import embed as embed_recipe
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.embedding import Embedding, EmbeddingFile, FolderImages, hash_weights
 from d2v_composer.models.data2vec2 import Data2Vec2, ImageEncoder, ImageEncoderConfig
@@ -43,9 +44,8 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
-from recipes import embed as embed_recipe
 
-SCRIPT = ROOT / "recipes" / "embed.py"
+COMMAND = ("-m", "d2v_composer.commands", "embed")
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
 SMALL_PARTS = ("--part-size", "10", "--batch-size", "4")
@@ -85,7 +85,7 @@ def embed(model: Path, source: Path | str, out: Path, *options: str | Path, work
 
 
 def run(*arguments: object) -> Embedding:
-    """Call ``recipes/embed.py`` in this process."""
+    """Call ``d2v embed`` in this process."""
     return embed_recipe.main([str(argument) for argument in arguments])
 
 
@@ -238,7 +238,7 @@ def test_embeds_with_a_student(
     student.provenance = {"config": {"retrieval": {"representation": "layer_mean", "pooling": "mean", "ks": [1]}}}
     save_student(student, path)
     embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # not read
-    assert "embedding: layer_mean_mean (the headline of the model's run)\n" in capsys.readouterr().out
+    assert "embedding: layer_mean_mean (the primary embedding of the model's run)\n" in capsys.readouterr().out
     ids, embeddings = loaded(tmp_path / "photos.npy")
     images = [(photos / path).read_bytes() for path in ids]
     want = expected(load_student(path), images, representation="layer_mean", pooling="mean")

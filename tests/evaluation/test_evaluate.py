@@ -1,4 +1,4 @@
-"""recipes/evaluate.py: accuracies with their intervals, for every kind of model file."""
+"""d2v evaluate: accuracies with their intervals, for every kind of model file."""
 
 import contextlib
 import csv
@@ -22,7 +22,9 @@ from d2v_composer import (
     retrieval_accuracy,
 )
 from d2v_composer.builders import models
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.commands import evaluate as evaluate_recipe
+from d2v_composer.commands import export as export_student
+from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import (
     Candidate,
     Evaluation,
@@ -34,8 +36,6 @@ from d2v_composer.evaluation.evaluate import (
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT
-from recipes import evaluate as evaluate_recipe
-from recipes import export_student
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 
@@ -50,7 +50,7 @@ def run_evaluate(*overrides: str) -> str:
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred of the quickstart's images as files: root/{train,test}/CLASS/*.png."""
     root = tmp_path_factory.mktemp("small_set")
-    cifar10 = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
+    cifar10 = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
     for name, count in (("train", 60), ("test", 40)):
         images, labels = getattr(cifar10, name)
         for i in range(count):
@@ -79,8 +79,12 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     probes = "probes=[knn, linear]"
     printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}", probes)
     chosen = run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}", "pooling=mean")
-    assert printed.startswith("embedding: layer_mean_cls (the headline of the model's run)\nZero-shot retrieval on ")
-    assert chosen.startswith("embedding: layer_mean_mean (the headline of the model's run, but pooling as asked)\n")
+    assert printed.startswith(
+        "embedding: layer_mean_cls (the primary embedding of the model's run)\nZero-shot retrieval on "
+    )
+    assert chosen.startswith(
+        "embedding: layer_mean_mean (the primary embedding of the model's run, but pooling as asked)\n"
+    )
 
     found = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (from_checkpoint, from_student)}
     names = [candidate["name"] for candidate in found[from_checkpoint]["candidates"]]
@@ -95,18 +99,18 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         }
 
     assert accuracies(from_checkpoint) == accuracies(from_student)
-    assert [each["headline"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
+    assert [each["primary"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
     assert found[from_student]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found[from_student]["machine"]["cores"] >= 1
 
     # The student's numbers are those of its own embeddings.
     sizes = load_student(student).encoder.config
-    labelled = load_labelled_set("folder", small_set, image_size=sizes.image_size, interpolation=sizes.interpolation)
+    labeled = load_labeled_set("folder", small_set, image_size=sizes.image_size, interpolation=sizes.interpolation)
     with torch.inference_mode():
         bank, queries = (
-            load_student(student).embed(images.images, representation="layer_mean") for images in labelled[:2]
+            load_student(student).embed(images.images, representation="layer_mean") for images in labeled[:2]
         )
-    expected = retrieval_accuracy(bank, labelled.train.labels, queries, labelled.test.labels)
+    expected = retrieval_accuracy(bank, labeled.train.labels, queries, labeled.test.labels)
     for k in (1, 3):
         assert accuracies(from_checkpoint)["student", "small", "train", "layer_mean_cls", k][0] == pytest.approx(
             expected[k]
@@ -119,7 +123,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     for row in rows:
         assert 0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1
     [by_vote] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "knn")]
-    sets = bank, labelled.train.labels, queries, labelled.test.labels
+    sets = bank, labeled.train.labels, queries, labeled.test.labels
     assert (by_vote["bank"], by_vote["k"], by_vote["strength"]) == ("train", "20", "")
     assert float(by_vote["value"]) == knn_accuracy(*sets)
     [by_line] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "linear")]
@@ -204,13 +208,13 @@ def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:
 def test_confusion_matrix_and_class_accuracies() -> None:
     """The embedding of an image is its first pixel."""
 
-    def numbered(numbers: list[int], labels: list[int]) -> LabelledImages:
+    def numbered(numbers: list[int], labels: list[int]) -> LabeledImages:
         images = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-        return LabelledImages(images, torch.tensor(labels))
+        return LabeledImages(images, torch.tensor(labels))
 
-    labelled = LabelledSet(numbered([0, 1, 2], [0, 1, 2]), numbered([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]))
+    labeled = LabeledSet(numbered([0, 1, 2], [0, 1, 2]), numbered([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]))
     candidates = [Candidate("student", labels_as_embeddings, 1_000_000, 2.0)]
-    retrievals = list(evaluate(candidates, {"set": labelled}, [1], "cpu", batch_size=2))
+    retrievals = list(evaluate(candidates, {"set": labeled}, [1], "cpu", batch_size=2))
     assert retrievals[0].bank == "train"
     assert retrievals[0].confusion.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]]
     assert retrievals[0].class_accuracy.tolist() == [0.5, 0.5, 1.0]
@@ -224,12 +228,12 @@ def test_confusion_matrix_and_class_accuracies() -> None:
 def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of products, or -1 for an unknown class: the tables name them, and have no rows for those between."""
 
-    def load(*arguments: Any, **options: Any) -> LabelledSet:
-        train, test, _ = load_labelled_set(*arguments, **options)
+    def load(*arguments: Any, **options: Any) -> LabeledSet:
+        train, test, _ = load_labeled_set(*arguments, **options)
         train, test = (each._replace(labels=each.labels * 200_000 - 1) for each in (train, test))
-        return LabelledSet(train, test)
+        return LabeledSet(train, test)
 
-    monkeypatch.setattr(models, "load_labelled_set", load)
+    monkeypatch.setattr(models, "load_labeled_set", load)
     printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), f"out={tmp_path}")
     expected = [str(200_000 * number - 1) for number in range(10)]
     assert [line.split()[0] for line in printed.splitlines() if line.split()[:1] == [expected[0]]] == ["-1"]
@@ -237,13 +241,13 @@ def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkey
 
 
 def test_labels_with_names_or_without_gaps_stay() -> None:
-    def labelled(labels: list[int], names: tuple[str, ...] = ()) -> LabelledSet:
-        images = LabelledImages(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), torch.tensor(labels))
-        return LabelledSet(images, images, names)
+    def labeled(labels: list[int], names: tuple[str, ...] = ()) -> LabeledSet:
+        images = LabeledImages(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), torch.tensor(labels))
+        return LabeledSet(images, images, names)
 
-    for kept in (labelled([1, 0, 2]), labelled([0, 2], ("a", "b", "c")), labelled([0])):
+    for kept in (labeled([1, 0, 2]), labeled([0, 2], ("a", "b", "c")), labeled([0])):
         assert kept.numbered() is kept
-    numbered = labelled([5, 0, 5], ("a", "b")).numbered()
+    numbered = labeled([5, 0, 5], ("a", "b")).numbered()
     assert (numbered.train.labels.tolist(), numbered.class_names) == ([1, 0, 1], ("a", "5"))
 
 

@@ -1,4 +1,4 @@
-"""Probes of frozen embeddings: the vote of neighbours equals a brute force, the linear probe is scikit-learn's."""
+"""Probes of frozen embeddings: the vote of neighbors equals a brute force, the linear probe is scikit-learn's."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
-from d2v_composer.evaluation.nearest_neighbours import Ranks, exact_neighbours
+from d2v_composer.evaluation.nearest_neighbors import Ranks, exact_neighbors
 from helpers import QUICKSTART
 
 
@@ -33,14 +33,14 @@ class Embedded(NamedTuple):
 @pytest.fixture(scope="module")
 def real() -> Embedded:
     """The quickstart's teacher's embeddings of shipped CIFAR images, rounded as those of a run in bfloat16."""
-    labelled = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(600)
+    labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(600)
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     train, test = (
         torch.cat([teacher.embed(part, representation="layer_mean") for part in split.images.split(64)])
-        for split in labelled[:2]
+        for split in labeled[:2]
     )
     train, test = train.bfloat16().float(), test.bfloat16().float()
-    return Embedded(train, labelled.train.labels, test, labelled.test.labels)
+    return Embedded(train, labeled.train.labels, test, labeled.test.labels)
 
 
 def brute_force(data: Embedded, k: int, temperature: float | None) -> Iterator[int]:
@@ -48,9 +48,9 @@ def brute_force(data: Embedded, k: int, temperature: float | None) -> Iterator[i
     unit = [(each / each.norm(dim=1, keepdim=True)).numpy() for each in (data.train.double(), data.test.double())]
     for similarities in unit[1] @ unit[0].T:
         votes = np.zeros(int(data.train_labels.max()) + 1)
-        for neighbour in np.argsort(-similarities, kind="stable")[:k]:
-            weight = 1 if temperature is None else np.exp(similarities[neighbour] / temperature)
-            votes[data.train_labels[neighbour]] += weight
+        for neighbor in np.argsort(-similarities, kind="stable")[:k]:
+            weight = 1 if temperature is None else np.exp(similarities[neighbor] / temperature)
+            votes[data.train_labels[neighbor]] += weight
         yield int(votes.argmax())
 
 
@@ -62,10 +62,10 @@ def test_votes_are_those_of_a_brute_force(real: Embedded, k: int, temperature: f
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
-def test_what_all_images_have_in_common_hides_no_neighbour(real: Embedded, offset: float) -> None:
+def test_what_all_images_have_in_common_hides_no_neighbor(real: Embedded, offset: float) -> None:
     """Cosines near 1 differ by less than float32 tells apart."""
     data = real._replace(train=real.train + offset, test=real.test + offset)
-    found = exact_neighbours(data.train, data.test, 20).indices
+    found = exact_neighbors(data.train, data.test, 20).indices
     units = [normalize(each.double(), dim=1) for each in (data.test, data.train)]
     expected = (units[0] @ units[1].T).sort(dim=1, descending=True, stable=True).indices[:, :20]
     assert torch.equal(found, expected)
@@ -73,8 +73,8 @@ def test_what_all_images_have_in_common_hides_no_neighbour(real: Embedded, offse
 
 def test_the_first_of_equal_images_is_found_first() -> None:
     bank = torch.ones(12, 4)
-    assert exact_neighbours(bank, torch.ones(2, 4), 12).indices.tolist() == [list(range(12))] * 2
-    assert exact_neighbours(bank, torch.ones(0, 4), 3).indices.shape == (0, 3)
+    assert exact_neighbors(bank, torch.ones(2, 4), 12).indices.tolist() == [list(range(12))] * 2
+    assert exact_neighbors(bank, torch.ones(0, 4), 3).indices.shape == (0, 3)
 
 
 def test_the_majority_is_scikit_learns(real: Embedded) -> None:

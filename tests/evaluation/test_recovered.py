@@ -21,10 +21,10 @@ def test_shares_are_the_mean_of_both_banks() -> None:
     assert recovered_shares(log, "cifar10", "output_cls") == {}
 
 
-def test_the_references_may_be_another_runs() -> None:
+def test_the_baselines_may_be_another_runs() -> None:
     student = {"train": {20: 0.45}, "test": {20: 0.4}}
     first = log_of({"train": {0: 0.2}, "test": {0: 0.1}}, {"train": 0.4, "test": 0.5})
-    assert recovered_shares(log_of(student, {}), "cifar10", CLS, references=first) == pytest.approx({20: 1.0})
+    assert recovered_shares(log_of(student, {}), "cifar10", CLS, baselines=first) == pytest.approx({20: 1.0})
 
 
 def test_a_bank_without_an_advantage_does_not_count() -> None:
@@ -41,5 +41,5 @@ def test_a_bank_without_an_advantage_does_not_count() -> None:
     ],
     ids=["no untrained student", "no teacher", "no advantage"],
 )
-def test_without_a_reference_there_is_no_share(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> None:
+def test_without_a_baseline_there_is_no_share(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> None:
     assert recovered_shares(log_of(student, teacher), "cifar10", CLS) == {}

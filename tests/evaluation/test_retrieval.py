@@ -1,4 +1,4 @@
-"""Exact nearest neighbours, and accuracies counted from them."""
+"""Exact nearest neighbors, and accuracies counted from them."""
 
 import numpy as np
 import pytest
@@ -7,46 +7,46 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from d2v_composer.benchmarks.measure import peak_allocated
-from d2v_composer.data.labelled import LabelledSet, load_labelled_set
-from d2v_composer.evaluation.nearest_neighbours import TopK, nearest_neighbours, retrieval_accuracy, top_k
+from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.evaluation.nearest_neighbors import TopK, nearest_neighbors, retrieval_accuracy, top_k
 from helpers import QUICKSTART
 
 
 @pytest.fixture(scope="module")
-def cifar() -> LabelledSet:
+def cifar() -> LabeledSet:
     """The shipped images: 4,480 for the bank, 2,000 queries."""
-    return load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
+    return load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
 
 
 def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() - 127
 
 
-def sklearn_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+def sklearn_neighbors(bank: Tensor, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Distances and indices by brute force."""
     brute = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(bank.double().numpy())
     return brute.kneighbors(queries.double().numpy())
 
 
-def assert_same_neighbours(bank: Tensor, queries: Tensor, k: int) -> None:
+def assert_same_neighbors(bank: Tensor, queries: Tensor, k: int) -> None:
     """Index for index, except where scikit-learn's own distances tie to float32's last digits."""
-    distances, expected = sklearn_neighbours(bank, queries, k + 1)
-    ours = nearest_neighbours(bank, queries, k).indices.numpy()
+    distances, expected = sklearn_neighbors(bank, queries, k + 1)
+    ours = nearest_neighbors(bank, queries, k).indices.numpy()
     gaps = np.diff(distances, axis=1)
     clear = np.minimum(gaps, np.pad(gaps, ((0, 0), (1, 0)), constant_values=1)[:, :k]) > 1e-6
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(ours[clear], expected[:, :k][clear])
 
 
-def test_neighbours_of_real_images_are_scikit_learns(cifar: LabelledSet) -> None:
-    assert_same_neighbours(pixels(cifar.train.images), pixels(cifar.test.images[:500]), k=3)
+def test_neighbors_of_real_images_are_scikit_learns(cifar: LabeledSet) -> None:
+    assert_same_neighbors(pixels(cifar.train.images), pixels(cifar.test.images[:500]), k=3)
 
 
-def test_neighbours_in_a_bank_of_several_parts_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_a_bank_of_several_parts_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     bank, queries = (torch.randn(count, 192, generator=generator) for count in (10_000, 500))
-    monkeypatch.setattr("d2v_composer.evaluation.nearest_neighbours.BANK_PART", 3_000)  # four parts, the last one short
-    assert_same_neighbours(bank, queries, k=20)
+    monkeypatch.setattr("d2v_composer.evaluation.nearest_neighbors.BANK_PART", 3_000)  # four parts, the last one short
+    assert_same_neighbors(bank, queries, k=20)
 
 
 @pytest.mark.parametrize("k", [1, 3, 40, 129, 130, 4000])
@@ -66,19 +66,19 @@ def test_the_memory_budget_is_kept(megabytes: int, dtype: torch.dtype) -> None:
     bank, queries = (torch.randn(count, 64, generator=generator).to(dtype) for count in (9_000, 500))
     found: list[TopK] = []
     budget = megabytes << 20
-    held = peak_allocated(lambda: found.append(nearest_neighbours(bank, queries, 5, budget)), "cpu")
+    held = peak_allocated(lambda: found.append(nearest_neighbors(bank, queries, 5, budget)), "cpu")
     assert held - found[0].indices.nbytes - found[0].similarities.nbytes <= budget
     if budget > 4 * len(bank) * len(queries):  # all at once would fit
         assert held > 4 * len(bank) * len(queries) / 2
-    assert torch.equal(found[0].indices, nearest_neighbours(bank, queries, 5).indices)
+    assert torch.equal(found[0].indices, nearest_neighbors(bank, queries, 5).indices)
 
 
 def test_any_k_works_with_any_budget() -> None:
     bank, queries = torch.randn(300, 16), torch.randn(7, 16)
-    everything = nearest_neighbours(bank, queries, 300, memory_budget=1).indices
+    everything = nearest_neighbors(bank, queries, 300, memory_budget=1).indices
     assert torch.equal(everything.sort(dim=1).values, torch.arange(300).expand(7, -1))
-    assert torch.equal(everything[:, :9], nearest_neighbours(bank, queries, 9, memory_budget=1).indices)
-    assert nearest_neighbours(bank, queries[:0], 3).indices.shape == (0, 3)
+    assert torch.equal(everything[:, :9], nearest_neighbors(bank, queries, 9, memory_budget=1).indices)
+    assert nearest_neighbors(bank, queries[:0], 3).indices.shape == (0, 3)
 
 
 def test_accuracy_by_hand() -> None:
@@ -91,8 +91,8 @@ def test_accuracy_by_hand() -> None:
 
 def test_the_length_of_vectors_does_not_matter() -> None:
     bank, queries = torch.randn(50, 8), torch.randn(20, 8)
-    scaled = nearest_neighbours(bank * torch.rand(50, 1).add(0.1), queries * 1000, 5)
-    found = nearest_neighbours(bank, queries, 5)
+    scaled = nearest_neighbors(bank * torch.rand(50, 1).add(0.1), queries * 1000, 5)
+    found = nearest_neighbors(bank, queries, 5)
     assert torch.equal(scaled.indices, found.indices)
     cosines = torch.nn.functional.cosine_similarity(queries[:, None], bank[found.indices], dim=2)
     torch.testing.assert_close(found.similarities, cosines)

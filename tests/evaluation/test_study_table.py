@@ -15,10 +15,10 @@ TRAINED: Log = {"loss/train/total": {0: 1.0}, "time/sample": {0: 64}, "throughpu
 def test_a_share_is_of_the_rows_own_teacher_if_it_measured_one() -> None:
     def finished(name: str, top1: dict[str | None, list[float]]) -> FinishedRun:
         log = {
-            metric_key("cifar10", bank, 1, embedding, reference): dict(enumerate(values))
+            metric_key("cifar10", bank, 1, embedding, baseline): dict(enumerate(values))
             for bank in BANKS
             for embedding in EMBEDDINGS
-            for reference, values in top1.items()
+            for baseline, values in top1.items()
         }
         return FinishedRun(
             name, {**log, "loss/train/total": {0: 1.0}, "time/sample": {0: 64}, "throughput/images_per_sec": {0: 8.0}}

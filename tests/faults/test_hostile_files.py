@@ -30,7 +30,7 @@ from d2v_composer.checkpoints.load import load_any, load_student, load_teacher, 
 from d2v_composer.checkpoints.safe_load import check_checkpoint, load_untrusted
 from d2v_composer.data.images import RandomResizedCropFlip, decode_rgb, sample_rng
 from d2v_composer.data.index import read_index
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.embedding import open_collection
 from d2v_composer.models.data2vec2 import ImageEncoderConfig
@@ -120,9 +120,9 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def frames(format: str, num: int) -> bytes:
-    """An animation whose first frame is grey, and the others black."""
+    """An animation whose first frame is gray, and the others black."""
     first, *others = [
-        Image.new("RGB", (40, 30), "grey"),
+        Image.new("RGB", (40, 30), "gray"),
         *(Image.new("RGB", (40, 30), (i % 2, 0, 0)) for i in range(num)),
     ]
     return saved(first, format, save_all=True, append_images=others)
@@ -256,7 +256,7 @@ INDEX_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 def labels_of(folder: Path) -> int:
-    return len(load_labelled_set("mds", folder, image_size=32, interpolation="bicubic").train.labels)
+    return len(load_labeled_set("mds", folder, image_size=32, interpolation="bicubic").train.labels)
 
 
 @pytest.mark.parametrize("lie", INDEX_LIES)

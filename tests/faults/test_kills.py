@@ -32,12 +32,12 @@ NUM_KILLS = 50
 POLL_SECONDS = 0.001
 
 
-def quickstart(folder: Path, labelled: Path) -> list[str]:
+def quickstart(folder: Path, labeled: Path) -> list[str]:
     """The quickstart's teacher, student and data, for 24 batches of 8."""
     return [
         str(ROOT / "yamls" / "quickstart.yaml"),
         f"save_folder={folder}",
-        f"retrieval.datasets.cifar10.root={labelled}",
+        f"retrieval.datasets.cifar10.root={labeled}",
         f"max_duration={NUM_BATCHES}ba",
         "scheduler.t_warmup=4ba",
         "global_train_batch_size=8",
@@ -135,14 +135,14 @@ MOMENTS = [in_start_up, in_training, in_a_checkpoint, in_retrieval]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Callable[[int], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, labeled: Path) -> Callable[[int], Path]:
     """Return the folder of a run that is not killed, by its number of ranks."""
     folders: dict[int, Path] = {}
 
     def run(ranks: int) -> Path:
         if ranks not in folders:
             folders[ranks] = tmp_path_factory.mktemp("undisturbed")
-            run_to_the_end(quickstart(folders[ranks], labelled), ranks)
+            run_to_the_end(quickstart(folders[ranks], labeled), ranks)
         return folders[ranks]
 
     return run
@@ -157,10 +157,10 @@ SLOW = [(2, 1)]
     [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else pytest.mark.campaign) for case in CASES],
 )
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(
-    number: int, ranks: int, undisturbed: Callable[[int], Path], labelled: Path, tmp_path: Path
+    number: int, ranks: int, undisturbed: Callable[[int], Path], labeled: Path, tmp_path: Path
 ) -> None:
     expected = undisturbed(ranks)
-    arguments = quickstart(tmp_path, labelled)
+    arguments = quickstart(tmp_path, labeled)
     moment = MOMENTS[number % len(MOMENTS)](random.Random(number))
     start = time.monotonic()
     with started(arguments, ranks) as programs:

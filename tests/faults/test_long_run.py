@@ -82,15 +82,15 @@ def step_of(folder: Path) -> int:
     return -1
 
 
-def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> list[str]:
+def long_run(folder: Path, labeled: Path, num_steps: int, interval: int) -> list[str]:
     return small_run(
         folder,
-        labelled / "train",
+        labeled / "train",
         f"max_duration={num_steps}ba",
         "global_train_batch_size=4",
         "student.depth=1",
         f"save_interval={interval}ba",
-        f"retrieval.datasets={{cifar10: {{format: mds, root: {labelled}}}}}",
+        f"retrieval.datasets={{cifar10: {{format: mds, root: {labeled}}}}}",
         f"retrieval.interval={interval}ba",
         "retrieval.references=[]",
         "retrieval.at_start=false",
@@ -104,11 +104,11 @@ def long_run(folder: Path, labelled: Path, num_steps: int, interval: int) -> lis
     [(900, 300, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
 )
 def test_a_long_run_does_not_leak(
-    labelled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int
+    labeled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int
 ) -> None:
     folder = tmp_path / "run"
     shared_memory: set[tuple[str, int]] = set()
-    arguments = long_run(folder, labelled, num_steps, interval)
+    arguments = long_run(folder, labeled, num_steps, interval)
 
     # Kill it in its first third, and restart it.
     with started(arguments, temporary) as program:

@@ -68,14 +68,14 @@ RECIPES = {
 }
 
 
-def small_config(recipe: Recipe, labelled: Path, save_folder: Path) -> dict[str, Any]:
+def small_config(recipe: Recipe, labeled: Path, save_folder: Path) -> dict[str, Any]:
     """Return the recipe's YAML, small enough for a run of seconds."""
     path = ROOT / "yamls" / recipe.yaml
     text = re.sub(r"\$\{here:([^}]*)\}", lambda match: str(path.parent / match[1]), path.read_text())
     config: dict[str, Any] = yaml.safe_load(text)
     places = {} if recipe.script == "evaluate.py" else {"save_folder": str(save_folder)}
     if recipe.script == "train.py":
-        places["train_loader.local"] = str(labelled / "train")
+        places["train_loader.local"] = str(labeled / "train")
     for key, value in {**recipe.changes, **places}.items():
         *sections, name = key.split(".")
         section = config
@@ -89,7 +89,7 @@ def small_config(recipe: Recipe, labelled: Path, save_folder: Path) -> dict[str,
         datasets = config["retrieval"]["datasets"] if recipe.script == "train.py" else config["datasets"]
         names = list(datasets)
     for name in names:
-        datasets[name] = {"format": "mds", "root": str(labelled), "download": False}
+        datasets[name] = {"format": "mds", "root": str(labeled), "download": False}
     return config
 
 
@@ -125,11 +125,9 @@ def refusal(load: Callable[[list[str]], Any], path: Path, mutation: Mutation) ->
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("all_slips", [False, pytest.param(True, marks=pytest.mark.campaign)])
-def test_each_slip_is_refused_or_accepted_as_written(
-    name: str, all_slips: bool, labelled: Path, tmp_path: Path
-) -> None:
+def test_each_slip_is_refused_or_accepted_as_written(name: str, all_slips: bool, labeled: Path, tmp_path: Path) -> None:
     recipe = RECIPES[name]
-    every = mutations(small_config(recipe, labelled, tmp_path / "run"), None if all_slips else NUM[name])
+    every = mutations(small_config(recipe, labeled, tmp_path / "run"), None if all_slips else NUM[name])
     accepted = []
     for mutation in every:
         line = refusal(recipe.load, tmp_path / "mutated.yaml", mutation)
@@ -178,10 +176,10 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, is_long: bool) -> 
 
 @pytest.mark.parametrize("name", NUM_RUNS)
 @pytest.mark.parametrize("all_slips", [False, pytest.param(True, marks=pytest.mark.campaign)])
-def test_an_accepted_slip_runs_or_is_refused(name: str, all_slips: bool, labelled: Path, tmp_path: Path) -> None:
+def test_an_accepted_slip_runs_or_is_refused(name: str, all_slips: bool, labeled: Path, tmp_path: Path) -> None:
     """An error that only teacher or data can show is one line as well, and leaves nothing behind."""
     recipe, num = RECIPES[name], None if all_slips else NUM_RUNS[name]
-    every = mutations(small_config(recipe, labelled, tmp_path / "run"), None if num is None else 10 * num)
+    every = mutations(small_config(recipe, labeled, tmp_path / "run"), None if num is None else 10 * num)
     accepted = (each for each in every if refusal(recipe.load, tmp_path / "mutated.yaml", each) is None)
     wrong = []
     for i, mutation in enumerate(islice(accepted, num)):

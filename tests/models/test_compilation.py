@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.models.attention import Block
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import compile_model
-from d2v_composer.models.targets import Normalisation, norm_mean
+from d2v_composer.models.targets import Normalization, norm_mean
 from helpers import QUICKSTART
 
 NUM_STEPS = 20
@@ -26,7 +26,7 @@ BATCH_SIZE = 16
 @pytest.fixture(scope="module")
 def batches() -> Tensor:
     """Real images, one batch for each step: (20, 16, 3, 32, 32) uint8."""
-    images = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").train.images
+    images = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").train.images
     return images[: NUM_STEPS * BATCH_SIZE].unflatten(0, (NUM_STEPS, BATCH_SIZE))
 
 
@@ -53,7 +53,7 @@ def train(model: DistillationModel, batches: Tensor) -> Iterator[float]:
 
 def evaluate(model: DistillationModel, images: Tensor) -> dict[str, Tensor]:
     """Embed with student and teacher in three batches, the last one smaller, as the callback does."""
-    embeds = {"student": model.embed_all, **model.retrieval_references()}
+    embeds = {"student": model.embed_all, **model.retrieval_baselines()}
     with torch.inference_mode():
         parts = [
             {f"{who}_{name}": embedding for who, embed in embeds.items() for name, embedding in embed(part).items()}
@@ -123,10 +123,10 @@ def test_compiled_losses_and_embeddings_are_close(
     assert not counters["graph_break"]
 
 
-def test_norm_mean_of_each_normalisation_is_one_graph() -> None:
+def test_norm_mean_of_each_normalization_is_one_graph() -> None:
     layers = [torch.randn(2, 5, 8) for _ in range(3)]
     torch._dynamo.reset()
     compiled = torch.compile(norm_mean, fullgraph=True, backend="eager")
-    for normalisation in get_args(Normalisation):
-        found = compiled(layers, 1, normalisation)
-        torch.testing.assert_close(found, norm_mean(layers, 1, normalisation))
+    for normalization in get_args(Normalization):
+        found = compiled(layers, 1, normalization)
+        torch.testing.assert_close(found, norm_mean(layers, 1, normalization))

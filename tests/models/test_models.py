@@ -22,7 +22,7 @@ from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
-from d2v_composer.models.targets import Normalisation, Regression, norm_mean, regression_loss
+from d2v_composer.models.targets import Normalization, Regression, norm_mean, regression_loss
 from d2v_composer.models.transformer import poolings
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -228,39 +228,39 @@ def test_norm_mean_equals_torchs_norms() -> None:
     normed = [nn.functional.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in layers]
     torch.testing.assert_close(norm_mean(layers), nn.functional.layer_norm(torch.stack(normed).mean(0), (16,)))
     layer_normed = nn.functional.layer_norm(torch.stack(layers), (16,)).mean(0)
-    found = norm_mean(layers, 1, normalisation="layer")
+    found = norm_mean(layers, 1, normalization="layer")
     torch.testing.assert_close(found, nn.functional.layer_norm(layer_normed, (16,)))
     with pytest.raises(ValueError, match="at least one layer"):
         norm_mean([])
-    with pytest.raises(ValueError, match="normalisation must be instance or layer, got 'batch'"):
-        norm_mean(layers, normalisation="batch")  # pyright: ignore[reportArgumentType]: a typo
+    with pytest.raises(ValueError, match="normalization must be instance or layer, got 'batch'"):
+        norm_mean(layers, normalization="batch")  # pyright: ignore[reportArgumentType]: a typo
 
 
 def test_layer_norm_alone_keeps_the_mean_over_time(teacher: Data2Vec2) -> None:
     images = images_for(teacher)
     x = teacher.encode(images)
     of_instance_norm = teacher.targets(x)
-    model = DistillationModel(teacher, teacher.build_student(depth=1, normalisation="layer"))
+    model = DistillationModel(teacher, teacher.build_student(depth=1, normalization="layer"))
     found = model(images)
-    torch.testing.assert_close(found.target, norm_mean(teacher.ffn_outputs(x), normalisation="layer"))
-    torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalisation="layer"))
+    torch.testing.assert_close(found.target, norm_mean(teacher.ffn_outputs(x), normalization="layer"))
+    torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalization="layer"))
     spread = [target.mean(dim=1).std() for target in (found.target, of_instance_norm)]
     assert spread[0] > 3 * spread[1]
-    with pytest.raises(ValueError, match="student normalisation must be instance or layer, got 'batch'"):
-        teacher.build_student(normalisation="batch")  # pyright: ignore[reportArgumentType]: a typo
+    with pytest.raises(ValueError, match="student normalization must be instance or layer, got 'batch'"):
+        teacher.build_student(normalization="batch")  # pyright: ignore[reportArgumentType]: a typo
 
 
-@pytest.mark.parametrize("normalisation", get_args(Normalisation))
+@pytest.mark.parametrize("normalization", get_args(Normalization))
 def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
-    teacher: Data2Vec2, normalisation: Normalisation
+    teacher: Data2Vec2, normalization: Normalization
 ) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=2, normalisation=normalisation)).eval()
+    model = DistillationModel(teacher, teacher.build_student(depth=2, normalization=normalization)).eval()
     images = images_for(teacher)
     with torch.no_grad():
         step = model(images)
     for found, expected in (
         (model.embed_all(images), step.prediction),
-        (model.retrieval_references()["teacher"](images), step.target),
+        (model.retrieval_baselines()["teacher"](images), step.target),
     ):
         for name, embedding in poolings(expected, "layer_mean", teacher.config).items():
             torch.testing.assert_close(found[name], embedding)
@@ -304,13 +304,13 @@ def test_random_init(teacher: Data2Vec2) -> None:
     assert bool((block.norm1.weight == 1).all())
 
 
-def test_uint8_images_are_normalised_as_float_ones(teacher: Data2Vec2) -> None:
+def test_uint8_images_are_normalized_as_float_ones(teacher: Data2Vec2) -> None:
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalised))
-    with pytest.raises(ValueError, match=r"float and normalised; got \(2, 3, 16, 16\) float32"):
-        teacher.encode(normalised[..., :16, :16])
+    normalized = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalized))
+    with pytest.raises(ValueError, match=r"float and normalized; got \(2, 3, 16, 16\) float32"):
+        teacher.encode(normalized[..., :16, :16])
 
 
 @pytest.mark.parametrize("size", [32, 20, 100])
@@ -367,7 +367,7 @@ def test_embeddings_take_no_gradient_and_training_beside_them_keeps_its_own(teac
 def test_images_of_another_layout_are_refused(
     teacher: Data2Vec2, shape: tuple[int, ...], dtype: torch.dtype, hint: str
 ) -> None:
-    expected = r"images must be \(B, 3, H, W\) uint8, or \(B, 3, 32, 32\) float and normalised; got "
+    expected = r"images must be \(B, 3, H, W\) uint8, or \(B, 3, 32, 32\) float and normalized; got "
     with pytest.raises(ValueError, match=f"^{expected}{hint}$"):
         teacher.embed(torch.zeros(shape, dtype=dtype))
 

@@ -133,7 +133,7 @@ def test_nothing_stays_gathered(plain_losses: list[float]) -> None:
 
 PARTS: dict[str, Callable[[DistillationModel, Tensor], Any]] = {
     "student": lambda model, images: model.embed_all(images),
-    "teacher": lambda model, images: model.retrieval_references()["teacher"](images),
+    "teacher": lambda model, images: model.retrieval_baselines()["teacher"](images),
     "encoder": lambda model, images: model.in_precision(model.teacher.encode)(images),
     "health": lambda model, images: model.layer_cosines(images, 4),
     "encoder by itself": lambda model, images: model.teacher.encode(images),

@@ -1,4 +1,4 @@
-"""Memory and synchronisation of a training step."""
+"""Memory and synchronization of a training step."""
 
 import copy
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def test_deeper_teachers_need_no_more_memory(model: DistillationModel) -> None:
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_a_step_does_not_synchronise_with_the_device() -> None:
+def test_a_step_does_not_synchronize_with_the_device() -> None:
     """Run a step on tensors without values; reading one, as ``.item()`` or a boolean index do, is an error."""
     with FakeTensorMode():
         model = build_model()

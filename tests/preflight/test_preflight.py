@@ -16,7 +16,7 @@ from d2v_composer.builders import data as builders_data
 from d2v_composer.config import load
 from d2v_composer.config.load import load_config
 from d2v_composer.data.index import read_index
-from d2v_composer.data.labelled import LabelledImages, LabelledSet
+from d2v_composer.data.labeled import LabeledImages, LabeledSet
 from d2v_composer.preflight import (
     Checks,
     CheckTable,
@@ -41,9 +41,9 @@ def brief_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "DECODING_SECONDS", 0.05)
 
 
-def small_preflight(folder: Path | str, data: Path, labelled: Path, *overrides: str) -> list[str]:
+def small_preflight(folder: Path | str, data: Path, labeled: Path, *overrides: str) -> list[str]:
     """Arguments of a tiny run with retrieval, health and a worker."""
-    sets = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
     return small_run(data, data, sets, f"save_folder={folder}", "train_loader.num_workers=1", *overrides)
 
 
@@ -55,8 +55,8 @@ def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, s
     return {row.name: row.found for row in table.rows if row.verdict == "FAILED"}
 
 
-def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labelled: Path) -> None:
-    arguments = small_preflight(tmp_path / "runs" / "good", small_data, labelled)
+def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labeled: Path) -> None:
+    arguments = small_preflight(tmp_path / "runs" / "good", small_data, labeled)
     result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()[1:]]
@@ -72,16 +72,16 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
 def test_every_fault_before_training_is_named_at_once(
     tmp_path: Path,
     small_data: Path,
-    labelled: Path,
+    labeled: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Teacher, data, a save_folder that is not writable any more, labelled sets, an MLflow server."""
+    """Teacher, data, a save_folder that is not writable any more, labeled sets, an MLflow server."""
     monkeypatch.setattr(load, "find_unwritable", lambda folder: None)  # when the YAML was read
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     next(data.glob("*.mds")).unlink()
-    arguments = small_preflight(Path("/proc/run"), data, labelled)
+    arguments = small_preflight(Path("/proc/run"), data, labeled)
     (tmp_path / "teacher.pt").write_bytes(b"cut")
     found = failures(capsys, *arguments, f"teacher.checkpoint={tmp_path / 'teacher.pt'}")
     assert "teacher.pt: truncated, or not a PyTorch checkpoint" in found["teacher"]
@@ -95,18 +95,18 @@ def test_every_fault_before_training_is_named_at_once(
     mlflow = f"loggers={{mlflow: {{tracking_uri: 'http://127.0.0.1:{free_port()}'}}}}"
     found = failures(capsys, *arguments, sets, "student.num_heads=7", mlflow)
     assert "refused" in found["loggers"]
-    assert "train/index.json: corrupt" in found["labelled sets"]
+    assert "train/index.json: corrupt" in found["labeled sets"]
     assert "must divide" in found["student"] or "7" in found["student"]
 
 
 def test_a_full_disk_is_named(
     tmp_path: Path,
     small_data: Path,
-    labelled: Path,
+    labeled: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    arguments = small_preflight(tmp_path / "run", small_data, labeled)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     found = failures(capsys, *arguments)
     assert "run: 3 checkpoints need" in found["room"]
@@ -114,11 +114,11 @@ def test_a_full_disk_is_named(
 
 
 def test_a_node_needs_room_only_for_its_share(
-    tmp_path: Path, many_shards: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, many_shards: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for two thirds of the data set suffices for one of two nodes."""
     overrides = ("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=2", "save_folder=null")
-    config = load_config(small_preflight(tmp_path, tmp_path / "cache", labelled, *overrides))
+    config = load_config(small_preflight(tmp_path, tmp_path / "cache", labeled, *overrides))
     node = Checks(config, Nodes(1, 2, 1, None))
     node.shards = read_index(many_shards, columns=("image",))
     total = node.num_bytes
@@ -138,13 +138,13 @@ def test_another_version_of_a_package_is_named(monkeypatch: pytest.MonkeyPatch) 
         preflight.check_versions()
 
 
-def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labeled: Path) -> None:
     """By hand: 30,000 batches of 256 at 1,280 images/s are 6,000 s; 6 retrievals of 8 s for 256 of 512 images, 96 s."""
     config = load_config(
         small_preflight(
             tmp_path,
             small_data,
-            labelled,
+            labeled,
             "max_duration=30000ba",
             "global_train_batch_size=256",
             "retrieval.interval=5000ba",
@@ -153,9 +153,9 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labelled: 
             "train_loader.num_workers=4",
         )
     )
-    images = LabelledImages(torch.zeros(256, 3, 1, 1, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64))
+    images = LabeledImages(torch.zeros(256, 3, 1, 1, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64))
     run = Checks(config, Nodes(0, 2, 4, None))
-    run.decoded_per_core, run.sets = 400.0, {"a": LabelledSet(images, images)}
+    run.decoded_per_core, run.sets = 400.0, {"a": LabeledSet(images, images)}
     run.shards = [{"samples": 1_281_167, "raw_data": {"bytes": 10**11}}]
     text = "\n".join(needs(run, Measured(1280.0, 0.2, 8.0, 0.0, 2 * 10**9, 354_500_000)))
     assert "1,280 images/s on 8 rank(s), 20% of it" in text
@@ -171,7 +171,7 @@ def test_durations_in_batches(text: str, batches: int) -> None:
 
 
 def test_few_images_are_evenly_spaced() -> None:
-    images = LabelledImages(torch.arange(10)[:, None, None, None], torch.arange(10))
+    images = LabeledImages(torch.arange(10)[:, None, None, None], torch.arange(10))
     assert images.at_most(4).labels.tolist() == [0, 2, 5, 7]
     assert images.at_most(4).images.flatten().tolist() == [0, 2, 5, 7]
     assert images.at_most(11) is images
@@ -184,22 +184,22 @@ def store(object_store: GatedStore, small_data: Path) -> GatedStore:
     return object_store
 
 
-def remote_preflight(tmp_path: Path, labelled: Path) -> list[str]:
+def remote_preflight(tmp_path: Path, labeled: Path) -> list[str]:
     """Arguments of a tiny run that reads from the store and saves to it."""
     remote = f"train_loader.remote=s3://{BUCKET}/images"
-    return small_preflight(f"s3://{BUCKET}/runs/small", tmp_path / "cache", labelled, remote)
+    return small_preflight(f"s3://{BUCKET}/runs/small", tmp_path / "cache", labeled, remote)
 
 
 def test_faults_of_a_store_are_named(
     store: GatedStore,
     small_data: Path,
     tmp_path: Path,
-    labelled: Path,
+    labeled: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A denied write, a missing shard and a full disk."""
-    arguments = remote_preflight(tmp_path, labelled)
+    arguments = remote_preflight(tmp_path, labeled)
     for variable, value in store.environment.items():
         monkeypatch.setenv(variable, value)
     assert failures(capsys, *arguments) == {}
@@ -220,9 +220,9 @@ def test_faults_of_a_store_are_named(
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_passes_and_nothing_is_left(store: GatedStore, tmp_path: Path, labelled: Path) -> None:
+def test_a_run_in_a_store_passes_and_nothing_is_left(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
     before = store.objects(BUCKET).keys()
-    arguments = remote_preflight(tmp_path, labelled)
+    arguments = remote_preflight(tmp_path, labeled)
     result = run_command(
         sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=store.environment
     )
@@ -267,14 +267,12 @@ worker_lifetime.end_with_parent = end_at_sigterm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", FAULTS)
-def test_a_planted_fault_is_found_by_the_rehearsal(
-    tmp_path: Path, small_data: Path, labelled: Path, phase: str
-) -> None:
+def test_a_planted_fault_is_found_by_the_rehearsal(tmp_path: Path, small_data: Path, labeled: Path, phase: str) -> None:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     shutil.copy(PREFLIGHT, recipes)
     (recipes / "train.py").write_text(PLANTED.format(fault=FAULTS[phase], train=str(ROOT / "recipes" / "train.py")))
-    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    arguments = small_preflight(tmp_path / "run", small_data, labeled)
     result = run_command(sys.executable, recipes / "preflight.py", *arguments, timeout=300)
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"\n{phase:14} FAILED" in result.stdout
@@ -283,8 +281,8 @@ def test_a_planted_fault_is_found_by_the_rehearsal(
 
 
 @pytest.mark.slow
-def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: Path, labelled: Path) -> None:
-    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: Path, labeled: Path) -> None:
+    arguments = small_preflight(tmp_path / "run", small_data, labeled)
     process = subprocess.Popen([sys.executable, str(PREFLIGHT), *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "run").glob("preflight-*/log.jsonl")) and time.monotonic() < deadline:
@@ -296,10 +294,10 @@ def test_a_preflight_that_is_stopped_leaves_nothing(tmp_path: Path, small_data: 
 
 
 @pytest.mark.slow
-def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labelled: Path) -> None:
+def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labeled: Path) -> None:
     """Both tables show the failures of either node, and both launchers exit with the same status."""
     port = str(free_port())
-    arguments = small_preflight(tmp_path / "run", small_data, labelled)
+    arguments = small_preflight(tmp_path / "run", small_data, labeled)
 
     def start(rank: int, *more: str) -> subprocess.Popen[str]:
         place = ["--nproc", "1", "--world_size", "2", "--node_rank", str(rank)]

@@ -225,12 +225,12 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in study.rows:
         overrides = [*(f"{key}={value}" for key, value in places.items()), *study.overrides(name)]
         config = load_config([str(study.base), *overrides])
-        is_another_reading = (config.targets.normalisation, config.teacher.first_blocks) != (
-            base.targets.normalisation,
+        is_another_reading = (config.targets.normalization, config.teacher.first_blocks) != (
+            base.targets.normalization,
             base.teacher.first_blocks,
         )
-        measures_references = config.retrieval.at_start and "teacher" in config.retrieval.references
-        assert measures_references == (name == "base" or is_another_reading), name
+        measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
+        assert measures_baselines == (name == "base" or is_another_reading), name
         with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
             model = build_model(config)
         assert len(model.student.blocks) == config.student.depth, name

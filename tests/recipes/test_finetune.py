@@ -23,8 +23,8 @@ from d2v_composer.builders.finetune import build_images
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.checkpoints.student_file import read_tensors
 from d2v_composer.config.load import load_finetune_config
-from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabelledSetConfig
-from d2v_composer.data.labelled import load_labelled_set
+from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabeledSetConfig
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
 from helpers import (
@@ -83,10 +83,10 @@ def model_of(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: Path) -> Path:
+def finetuned(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: Path) -> Path:
     """The folder of a fine-tuning that was never interrupted."""
     folder = tmp_path_factory.mktemp("finetuned") / "run"
-    result = finetune(*small_finetuning(folder, student, labelled))
+    result = finetune(*small_finetuning(folder, student, labeled))
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr  # the test images are fewer than a batch of an evaluation
     return folder
@@ -104,12 +104,12 @@ def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: P
 
 @pytest.mark.parametrize("batch", [5, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels_and_averaged_weights(
-    student: Path, labelled: Path, tmp_path: Path, batch: int
+    student: Path, labeled: Path, tmp_path: Path, batch: int
 ) -> None:
     options = ("algorithms.mixup={}", "algorithms.ema={half_life: 4ba}")
-    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
     assert whole.returncode == 0, whole.stderr
-    arguments = small_finetuning(tmp_path / "killed", student, labelled, *options)
+    arguments = small_finetuning(tmp_path / "killed", student, labeled, *options)
     train_until_killed(arguments, batch, "finetune")
     again = finetune(*arguments)
     assert again.returncode == 0, again.stderr
@@ -135,11 +135,11 @@ finetune.main(sys.argv[1:], [Kill()])
 
 @pytest.mark.slow
 def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
-    student: Path, labelled: Path, tmp_path: Path
+    student: Path, labeled: Path, tmp_path: Path
 ) -> None:
     options = ("algorithms.ema={half_life: 4ba}", "max_duration=4ba", "eval_interval=3ba")
-    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
-    arguments = small_finetuning(tmp_path / "killed", student, labelled, *options)
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
+    arguments = small_finetuning(tmp_path / "killed", student, labeled, *options)
     killed = run_command(sys.executable, "-c", KILLED_IN_LAST_EVALUATION, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(read_jsonl(tmp_path / "killed" / "log.jsonl")["metrics/test/top1"]) == [3]
@@ -156,8 +156,8 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_resumes(student: Path, labelled: Path, tmp_path: Path) -> None:
-    arguments = small_finetuning(tmp_path, student, labelled, "save_interval=1000ba", "max_duration=200ba")
+def test_sigterm_saves_and_the_same_command_resumes(student: Path, labeled: Path, tmp_path: Path) -> None:
+    arguments = small_finetuning(tmp_path, student, labeled, "save_interval=1000ba", "max_duration=200ba")
     program = start_python(SCRIPT, *arguments)
     wait_until(lambda: has_trained(tmp_path) or program.poll() is not None, seconds=60)
     os.kill(program.pid, signal.SIGTERM)
@@ -169,8 +169,8 @@ def test_sigterm_saves_and_the_same_command_resumes(student: Path, labelled: Pat
     assert sorted(losses_of(tmp_path)) == list(range(200))
 
 
-def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, labelled: Path, tmp_path: Path) -> None:
-    arguments = small_finetuning(tmp_path, student, labelled)
+def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, labeled: Path, tmp_path: Path) -> None:
+    arguments = small_finetuning(tmp_path, student, labeled)
     with started_ranks(SCRIPT, *arguments, ranks=2) as programs:
         for program in programs:
             assert program.wait(120) == 0, program.stderr
@@ -183,12 +183,12 @@ def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, lab
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_the_moving_average_goes_on_with_another_number_of_ranks(
-    student: Path, labelled: Path, tmp_path: Path, before: int, after: int
+    student: Path, labeled: Path, tmp_path: Path, before: int, after: int
 ) -> None:
     options = ("algorithms.ema={half_life: 4ba}", "save_num_checkpoints_to_keep=-1")
-    whole = finetune(*small_finetuning(tmp_path / "whole", student, labelled, *options))
+    whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
     assert whole.returncode == 0, whole.stderr
-    arguments = small_finetuning(tmp_path / "moved", student, labelled, *options)
+    arguments = small_finetuning(tmp_path / "moved", student, labeled, *options)
     for ranks in (before, after):
         with started_ranks(SCRIPT, *arguments, ranks=ranks) as programs:
             for program in programs:
@@ -207,10 +207,10 @@ def test_the_moving_average_goes_on_with_another_number_of_ranks(
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: Path) -> Path:
+def streamed(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: Path) -> Path:
     """The folder of a fine-tuning that streams its train images, never interrupted."""
     folder = tmp_path_factory.mktemp("streamed") / "run"
-    result = finetune(*small_finetuning(folder, student, labelled, "train_loader.stream=true", "algorithms.mixup={}"))
+    result = finetune(*small_finetuning(folder, student, labeled, "train_loader.stream=true", "algorithms.mixup={}"))
     assert result.returncode == 0, result.stderr
     assert "images    96 to train, 48 to evaluate, 4 classes" in result.stdout
     return folder
@@ -218,10 +218,10 @@ def streamed(tmp_path_factory: pytest.TempPathFactory, student: Path, labelled: 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_streamed_run_that_is_killed_resumes_bit_for_bit(
-    streamed: Path, student: Path, labelled: Path, tmp_path: Path, workers: int
+    streamed: Path, student: Path, labeled: Path, tmp_path: Path, workers: int
 ) -> None:
     options = ("train_loader.stream=true", "algorithms.mixup={}", f"train_loader.num_workers={workers}")
-    arguments = small_finetuning(tmp_path, student, labelled, *options)
+    arguments = small_finetuning(tmp_path, student, labeled, *options)
     train_until_killed(arguments, 5, "finetune")
     again = finetune(*arguments)
     assert again.returncode == 0, again.stderr
@@ -231,11 +231,11 @@ def test_a_streamed_run_that_is_killed_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_two_ranks_stream_from_a_remote_set_as_one_from_a_local(student: Path, labelled: Path, tmp_path: Path) -> None:
+def test_two_ranks_stream_from_a_remote_set_as_one_from_a_local(student: Path, labeled: Path, tmp_path: Path) -> None:
     cache = tmp_path / "images"
-    shutil.copytree(labelled / "test", cache / "test")
-    remote = ("train_loader.stream=true", f"train_loader.remote={labelled / 'train'}")
-    alone = finetune(*small_finetuning(tmp_path / "alone", student, labelled, "train_loader.stream=true"))
+    shutil.copytree(labeled / "test", cache / "test")
+    remote = ("train_loader.stream=true", f"train_loader.remote={labeled / 'train'}")
+    alone = finetune(*small_finetuning(tmp_path / "alone", student, labeled, "train_loader.stream=true"))
     assert alone.returncode == 0, alone.stderr
     with started_ranks(SCRIPT, *small_finetuning(tmp_path / "two", student, cache, *remote), ranks=2) as programs:
         for program in programs:
@@ -245,15 +245,15 @@ def test_two_ranks_stream_from_a_remote_set_as_one_from_a_local(student: Path, l
         np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
 
 
-def test_a_streamed_image_keeps_its_label(labelled: Path) -> None:
+def test_a_streamed_image_keeps_its_label(labeled: Path) -> None:
     """On every rank each pair of a batch is one of the set's."""
     config = FinetuneConfig(
-        dataset=LabelledSetConfig("mds", str(labelled)),
+        dataset=LabeledSetConfig("mds", str(labeled)),
         train_loader=FinetuneLoaderConfig(stream=True, num_workers=0, crop_scale=[1, 1], crop_ratio=[1, 1], flip=0),
         global_train_batch_size=16,
     )
     images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
-    train = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic").train
+    train = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").train
     expected = sorted((image.numpy().tobytes(), int(label)) for image, label in zip(*train, strict=True))
     found = [
         (image.numpy().tobytes(), int(label))
@@ -264,9 +264,9 @@ def test_a_streamed_image_keeps_its_label(labelled: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_label_beyond_the_classes_is_one_line(student: Path, labelled: Path, tmp_path: Path, workers: int) -> None:
+def test_a_label_beyond_the_classes_is_one_line(student: Path, labeled: Path, tmp_path: Path, workers: int) -> None:
     write_mds(tmp_path / "train", [encoded_image(i) for i in range(32)], [4] * 32)
-    shutil.copytree(labelled / "test", tmp_path / "test")
+    shutil.copytree(labeled / "test", tmp_path / "test")
     options = ("train_loader.stream=true", f"train_loader.num_workers={workers}")
     result = finetune(*small_finetuning(tmp_path / "run", student, tmp_path, *options))
     assert result.returncode == 2
@@ -275,18 +275,18 @@ def test_a_label_beyond_the_classes_is_one_line(student: Path, labelled: Path, t
     assert "Traceback" not in result.stderr
 
 
-def test_cutmix_runs_with_smoothed_labels(student: Path, labelled: Path, tmp_path: Path) -> None:
+def test_cutmix_runs_with_smoothed_labels(student: Path, labeled: Path, tmp_path: Path) -> None:
     """MixUp and EMA run in the test of a kill."""
-    result = finetune(*small_finetuning(tmp_path, student, labelled, "algorithms.cutmix={}", "max_duration=3ba"))
+    result = finetune(*small_finetuning(tmp_path, student, labeled, "algorithms.cutmix={}", "max_duration=3ba"))
     assert result.returncode == 0, result.stderr
     assert np.isfinite(list(losses_of(tmp_path).values())).all()
 
 
 @pytest.mark.slow
-def test_a_vit_of_timms_from_a_file(labelled: Path, tmp_path: Path) -> None:
+def test_a_vit_of_timms_from_a_file(labeled: Path, tmp_path: Path) -> None:
     before, weights = random_vit("test_vit").state_dict(), tmp_path / "weights.safetensors"
     save_file(before, weights)
-    arguments = small_finetuning(tmp_path / "run", Path("timm/test_vit"), labelled, "max_duration=5ba")
+    arguments = small_finetuning(tmp_path / "run", Path("timm/test_vit"), labeled, "max_duration=5ba")
     arguments += [f"checkpoint={weights}", "image_size=32x48"]
     result = finetune(*arguments, "first_blocks=4")
     assert result.returncode == 0, result.stderr
@@ -302,7 +302,7 @@ def test_a_vit_of_timms_from_a_file(labelled: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def shipped_images(tmp_path: Path) -> Path:
     """Some of the quickstart's CIFAR-10 images."""
-    shipped = load_labelled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
+    shipped = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
     for split, images, labels in (("train", *shipped.train.at_most(512)), ("test", *shipped.test.at_most(160))):
         write_mds(tmp_path / split, [to_png(each) for each in images], labels.tolist())
     return tmp_path
@@ -327,13 +327,13 @@ def test_a_teacher_learns_to_classify_real_images(shipped_images: Path, tmp_path
     assert (folder / "report" / "accuracy.png").is_file()
 
 
-def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labelled: Path, tmp_path: Path) -> None:
+def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Path, tmp_path: Path) -> None:
     out = tmp_path / "classifier.safetensors"
-    exported = run_command(sys.executable, ROOT / "recipes" / "export_student.py", finetuned / "latest-rank0.pt", out)
+    exported = run_command(sys.executable, "-m", "d2v_composer.commands", "export", finetuned / "latest-rank0.pt", out)
     assert exported.returncode == 0, exported.stderr
     assert "num_classes=4)" in exported.stdout
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
-    test = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic").test
+    test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
     with torch.no_grad():
         logits = model(model.encoder.prepare(test.images))
         student, teacher = load_any(finetuned / "latest-rank0.pt")
@@ -350,9 +350,9 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labelled: P
 
 
 def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
-    finetuned: Path, labelled: Path, tmp_path: Path
+    finetuned: Path, labeled: Path, tmp_path: Path
 ) -> None:
-    result = finetune(*small_finetuning(tmp_path, finetuned / "latest-rank0.pt", labelled, "max_duration=2ba"))
+    result = finetune(*small_finetuning(tmp_path, finetuned / "latest-rank0.pt", labeled, "max_duration=2ba"))
     assert result.returncode == 0, result.stderr
     assert not any(name.startswith("backbone.head.") for name in model_of(tmp_path))
     student, _ = load_any(tmp_path / "latest-rank0.pt")  # as export and evaluate do
@@ -390,10 +390,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_wrong_value_is_refused_in_one_line(
-    overrides: list[str], message: str, student: Path, labelled: Path, tmp_path: Path
+    overrides: list[str], message: str, student: Path, labeled: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
-        load_finetune_config(small_finetuning(tmp_path, student, labelled, *overrides))
+        load_finetune_config(small_finetuning(tmp_path, student, labeled, *overrides))
     assert len(caught.value.args) == 1
     assert str(caught.value).startswith(message)
 
@@ -408,17 +408,15 @@ def test_what_a_yaml_lacks_is_named_once(tmp_path: Path) -> None:
     ]
 
 
-def test_too_few_images_are_refused_before_anything_is_written(student: Path, labelled: Path, tmp_path: Path) -> None:
-    result = finetune(*small_finetuning(tmp_path / "run", student, labelled, "global_train_batch_size=97"))
+def test_too_few_images_are_refused_before_anything_is_written(student: Path, labeled: Path, tmp_path: Path) -> None:
+    result = finetune(*small_finetuning(tmp_path / "run", student, labeled, "global_train_batch_size=97"))
     assert result.returncode == 2
     assert result.stderr == "error: global_train_batch_size: must be at most the 96 train images, got 97\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resume_with_other_features_is_refused(
-    finetuned: Path, student: Path, labelled: Path, tmp_path: Path
-) -> None:
+def test_a_resume_with_other_features_is_refused(finetuned: Path, student: Path, labeled: Path, tmp_path: Path) -> None:
     changed = ["pooling=mean", f"load_path={finetuned / 'latest-rank0.pt'}"]
-    result = finetune(*small_finetuning(tmp_path, student, labelled, *changed))
+    result = finetune(*small_finetuning(tmp_path, student, labeled, *changed))
     assert result.returncode == 2
     assert "pooling: cls in the checkpoint, mean asked" in result.stderr

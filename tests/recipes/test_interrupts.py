@@ -175,10 +175,10 @@ def test_a_second_ctrl_c_ends_at_once(small_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
-    small_data: Path, labelled: Path, tmp_path: Path
+    small_data: Path, labeled: Path, tmp_path: Path
 ) -> None:
     def run(name: str) -> list[str]:
-        retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
+        retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
         options = (retrieval, "retrieval.references=[]", "retrieval.interval=5ba", "save_interval=1000ba")
         return small_run(tmp_path / name, small_data, *options)
 
@@ -220,7 +220,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [
-        (["convert_imagenet.py"], "finished shards are kept, the same command resumes"),
+        (["convert_images.py"], "finished shards are kept, the same command resumes"),
         (["embed.py", GOLDEN / "tiny_base.pt"], "0 of 3 images are done, the same command resumes"),
     ],
 )

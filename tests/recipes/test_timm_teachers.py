@@ -21,12 +21,14 @@ from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any
+from d2v_composer.commands import embed, evaluate
+from d2v_composer.commands import export as export_student
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.embedding import open_collection
 from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
-from recipes import embed, evaluate, export_student, train
+from recipes import train
 from small_vits import random_vit
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -52,10 +54,10 @@ def timm_run(folder: Path, data: Path, teacher: Path, *overrides: str) -> list[s
 
 
 @pytest.fixture(scope="session")
-def trained(teacher: Path, small_data: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(teacher: Path, small_data: Path, labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with retrieval and health, in one process."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    datasets = f"retrieval.datasets={{four: {{format: mds, root: {labelled}}}}}"
+    datasets = f"retrieval.datasets={{four: {{format: mds, root: {labeled}}}}}"
     references = "retrieval.references=[pixels,encoder,teacher]"
     options = [datasets, references, "retrieval.interval=4ba", "callbacks={health: {interval: 2ba}}"]
     done = run_command(sys.executable, ROOT / "recipes" / "train.py", *timm_run(folder, small_data, teacher, *options))
@@ -75,8 +77,8 @@ def test_train(trained: Path) -> None:
 def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
         train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
-    with pytest.raises(InputError, match=r"^targets\.normalisation: instance in the checkpoint, layer asked"):
-        train.main(timm_run(trained, small_data, teacher, "targets.normalisation=layer", "max_duration=6ba"))
+    with pytest.raises(InputError, match=r"^targets\.normalization: instance in the checkpoint, layer asked"):
+        train.main(timm_run(trained, small_data, teacher, "targets.normalization=layer", "max_duration=6ba"))
 
 
 def test_a_checkpoints_teacher_may_be_timms_pretrained_model(
@@ -93,33 +95,33 @@ def test_a_checkpoints_teacher_may_be_timms_pretrained_model(
 
 
 def test_export_evaluate_and_embed(
-    trained: Path, labelled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, labeled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = tmp_path / "student.safetensors"
     export_student.main([str(trained / "latest-rank0.pt"), str(student)])
-    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", f"teacher={teacher}", datasets]
     evaluation = evaluate.main([*arguments, "precision=fp32"])
     assert evaluation is not None
     names = [candidate.name for candidate in evaluation.candidates]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    embed.main([str(student), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+    embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (48, 64)
     assert "48 embeddings of 64 channels" in capsys.readouterr().out
 
 
 def test_evaluate_and_embed_a_teacher(
-    labelled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labeled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["model=timm/test_vit", f"checkpoint={teacher}", "first_blocks=2", "image_size=48x64"]
-    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     evaluation = evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), *options, datasets])
     assert evaluation is not None
     names = [candidate.name for candidate in evaluation.candidates]
     assert names == ["pixels", "encoder", "untrained student", "teacher"]
     same = ["--checkpoint", str(teacher), "--first-blocks", "2", "--image-size", "48x64"]
     assert capsys.readouterr().out.strip().endswith(shlex.join(["timm/test_vit", "IMAGES", "embeddings.npy", *same]))
-    out, images = tmp_path / "embeddings.npy", labelled / "test"
+    out, images = tmp_path / "embeddings.npy", labeled / "test"
     embed.main(["timm/test_vit", str(images), str(out), *same, "--representation", "layer_mean"])
     model = load_teacher(teacher, model="timm/test_vit", first_blocks=2, image_size=(48, 64))
     collection = open_collection(str(images), (48, 64), "bicubic")
@@ -130,7 +132,7 @@ def test_evaluate_and_embed_a_teacher(
 
 
 def test_images_are_resized_as_the_teachers_were(
-    teacher: Path, small_data: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of timm's with bilinear interpolation: every command resizes bilinearly."""
     used: list[str] = []
@@ -150,7 +152,7 @@ def test_images_are_resized_as_the_teachers_were(
     monkeypatch.setattr("d2v_composer.models.timm_teacher.resolve_data_config", resolve)
     monkeypatch.setattr(Image.Image, "resize", resize)
     monkeypatch.setattr(RandomResizedCropFlip, "__call__", augment)
-    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     options = ["teacher.image_size=48", "retrieval.interval=4ba", f"retrieval.{datasets}"]
     train.main(timm_run(tmp_path / "run", small_data, teacher, *options))
     assert set(used) == {"bilinear"}
@@ -162,7 +164,7 @@ def test_images_are_resized_as_the_teachers_were(
     used.clear()
     student = tmp_path / "student.safetensors"
     export_student.main([str(tmp_path / "run" / "latest-rank0.pt"), str(student)])
-    embed.main([str(student), str(labelled / "test"), str(tmp_path / "embeddings.npy"), "--workers", "0"])
+    embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy"), "--workers", "0"])
     assert used == ["bilinear"] * 48
 
 
@@ -172,7 +174,7 @@ def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
         export_student.main([str(trained / "latest-rank0.pt"), str(path)])
     images = torch.randn(3, 3, 48, 64)
     with torch.inference_mode():
-        expected = load_student(paths[0]).embed(images, representation="layer_mean")  # the run's headline
+        expected = load_student(paths[0]).embed(images, representation="layer_mean")  # the run's primary embedding
         program = torch.export.load(paths[2], extra_files=(extra := {"preprocessing.json": ""}))
         assert_close(program.module()(images), expected, rtol=0, atol=1e-5)
     assert json.loads(extra["preprocessing.json"])["image_size"] == [48, 64]
@@ -277,22 +279,22 @@ def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str
         (["model=timm/test_vit", "checkpoint=nowhere.pt"], "^checkpoint: nowhere.pt: no such file"),
     ],
 )
-def test_what_evaluate_refuses(teacher: Path, labelled: Path, arguments: list[str], message: str) -> None:
-    datasets = f"datasets={{four: {{format: mds, root: {labelled}}}}}"
+def test_what_evaluate_refuses(teacher: Path, labeled: Path, arguments: list[str], message: str) -> None:
+    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     with pytest.raises(InputError, match=message) as caught:
         evaluate.main([*(argument.format(teacher) for argument in arguments), datasets])
     assert "\n" not in str(caught.value)
 
 
-def test_embed_refuses_another_models_options(teacher: Path, labelled: Path, tmp_path: Path) -> None:
+def test_embed_refuses_another_models_options(teacher: Path, labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not name its model"):
-        embed.main([str(teacher), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+        embed.main([str(teacher), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     torch.save(load_file(teacher), tmp_path / "weights.pth")
     with pytest.raises(InputError, match="does not name its model"):
-        embed.main([str(tmp_path / "weights.pth"), str(labelled / "test"), str(tmp_path / "embeddings.npy")])
+        embed.main([str(tmp_path / "weights.pth"), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     with pytest.raises(InputError, match="--image-size: only for a model timm/NAME, got "):
-        embed.main([str(teacher), str(labelled), str(tmp_path / "embeddings.npy"), "--image-size", "48"])
-    timm_model = ["timm/test_vit", str(labelled), str(tmp_path / "embeddings.npy"), "--checkpoint", str(teacher)]
+        embed.main([str(teacher), str(labeled), str(tmp_path / "embeddings.npy"), "--image-size", "48"])
+    timm_model = ["timm/test_vit", str(labeled), str(tmp_path / "embeddings.npy"), "--checkpoint", str(teacher)]
     with pytest.raises(InputError, match=r"^--image-size must be a multiple of the patch"):
         embed.main([*timm_model, "--image-size", "40"])
 

@@ -139,7 +139,7 @@ def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path:
     assert header["images"] == f"4,480 in {ROOT}/yamls/quickstart/cifar10/train"
     assert header["model"] == "encoder 0.9 M, teacher 6 blocks 2.7 M, student 5 blocks 1.9 M"
     assert re.fullmatch(r"4 steps \(0\.\d epochs\) of \d+ images", header["training"])
-    assert re.fullmatch(r"cifar10 every \d+ba, headline layer_mean_cls", header["retrieval"])
+    assert re.fullmatch(r"cifar10 every \d+ba, primary embedding layer_mean_cls", header["retrieval"])
     assert len(header) == 6
     expected = r"retrieval at batch [04]: cifar10 top-1: \w.*%|batch [24]/4 \(\d+ %\)  loss .*  left \d\d:\d\d"
     lines = result.stderr.splitlines()
@@ -194,8 +194,8 @@ def test_a_run_leaves_checkpoints_log_and_record(uninterrupted: Path) -> None:
 
 def test_an_exported_student_has_the_weights_of_its_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
-    script = ROOT / "recipes" / "export_student.py"
-    result = run_command(sys.executable, script, uninterrupted / "latest-rank0.pt", out)
+    script = ("-m", "d2v_composer.commands", "export")
+    result = run_command(sys.executable, *script, uninterrupted / "latest-rank0.pt", out)
     assert result.returncode == 0, result.stderr
     exported = load_student(out)
     trained = {name.removeprefix("student."): tensor for name, tensor in student_of(uninterrupted).items()}
@@ -204,7 +204,7 @@ def test_an_exported_student_has_the_weights_of_its_checkpoint(uninterrupted: Pa
     assert torch.equal(exported.encode(images), load_teacher(GOLDEN / "tiny_base.pt").encode(images))
     assert exported.provenance["config"]["run_name"] == "quickstart"
 
-    failed = run_command(sys.executable, script, GOLDEN / "tiny_base.pt", tmp_path / "none.safetensors")
+    failed = run_command(sys.executable, *script, GOLDEN / "tiny_base.pt", tmp_path / "none.safetensors")
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"error: {GOLDEN / 'tiny_base.pt'}: is a teacher; expected a training checkpoint")
     assert not (tmp_path / "none.safetensors").exists()

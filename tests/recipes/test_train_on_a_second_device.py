@@ -15,15 +15,16 @@ from torch.utils.data import DataLoader
 from d2v_composer.builders.models import build_comparison
 from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
+from d2v_composer.commands import export as export_student
+from d2v_composer.commands import supervised_resnet, train
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
 from programs.second_device import MixedDevicesError, SecondDevice, second_device
-from recipes import export_student, supervised_resnet, train
 
 pytestmark = [
     pytest.mark.device,
@@ -72,21 +73,21 @@ EVERYTHING = (
 )
 
 
-def run_of_everything(folder: Path, data: Path, labelled: Path, *overrides: str) -> list[str]:
-    datasets = f"retrieval.datasets={{small: {{format: mds, root: {labelled}}}}}"
+def run_of_everything(folder: Path, data: Path, labeled: Path, *overrides: str) -> list[str]:
+    datasets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
     return small_run(folder, data, datasets, *EVERYTHING, *overrides)
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labelled: Path) -> Path:
+def here(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Path) -> Path:
     """Return the folder of the same run on the host."""
     folder = tmp_path_factory.mktemp("here") / "run"
-    train.main(run_of_everything(folder, small_data, labelled))
+    train.main(run_of_everything(folder, small_data, labeled))
     return folder
 
 
 def assert_same_log(ours: Path, expected: Path) -> None:
-    """Compare all measurements of model and training; equally near neighbours may differ."""
+    """Compare all measurements of model and training; equally near neighbors may differ."""
     ours_log, log = read_jsonl(ours / "log.jsonl"), read_jsonl(expected / "log.jsonl")
     measured = [name for name in log if name.startswith(("loss/", "health/", "l2_", "metrics/", "norm_", "moment"))]
     assert len(measured) > 100
@@ -98,10 +99,10 @@ def assert_same_log(ours: Path, expected: Path) -> None:
 
 @pytest.mark.usefixtures("train_there")
 def test_a_run_with_every_callback_measures_as_on_the_host(
-    here: Path, small_data: Path, labelled: Path, tmp_path: Path
+    here: Path, small_data: Path, labeled: Path, tmp_path: Path
 ) -> None:
     """With a stop by SIGTERM and a resume."""
-    arguments = run_of_everything(tmp_path / "run", small_data, labelled)
+    arguments = run_of_everything(tmp_path / "run", small_data, labeled)
     with pytest.raises(SystemExit, match="143"):
         train.main(arguments, [StopsAt(3)])
     assert (tmp_path / "run" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
@@ -117,9 +118,9 @@ def test_a_run_with_every_callback_measures_as_on_the_host(
 
 
 @pytest.mark.usefixtures("device")
-def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> None:
+def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> None:
     """With a checkpoint and all its comparisons."""
-    datasets = {"small": load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic")}
+    datasets = {"small": load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")}
     yaml = str(ROOT / "yamls" / "evaluate.yaml")
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
     accuracies = []
@@ -132,25 +133,25 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labelled: Path) -> No
 
 
 @pytest.mark.usefixtures("device")
-def test_an_exported_student_embeds_as_on_the_host(here: Path, labelled: Path, tmp_path: Path) -> None:
+def test_an_exported_student_embeds_as_on_the_host(here: Path, labeled: Path, tmp_path: Path) -> None:
     export_student.main([str(here / "latest-rank0.pt"), str(tmp_path / "student.safetensors")])
     student = load_student(tmp_path / "student.safetensors")
     embedded = []
     for device in ("xla", "cpu"):
         out = EmbeddingFile(tmp_path / f"{device}.npy")
         options = EmbeddingOptions(batch_size=40)
-        collection = open_collection(str(labelled / "test"), student.encoder.config.image_size, "bicubic")
+        collection = open_collection(str(labeled / "test"), student.encoder.config.image_size, "bicubic")
         embed_collection(student.to(device), collection, out, options, device=device, workers=0)
         embedded.append(np.load(tmp_path / f"{device}.npy"))
     np.testing.assert_allclose(*embedded, atol=1e-4)
 
 
 def test_another_projects_run_measures_retrieval(
-    device: SecondDevice, labelled: Path, monkeypatch: pytest.MonkeyPatch
+    device: SecondDevice, labeled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """recipes/supervised_resnet.py with few images."""
-    few = load_labelled_set("mds", labelled, image_size=32, interpolation="bicubic")
-    monkeypatch.setattr(supervised_resnet, "load_labelled_set", lambda *args, **options: few)
+    few = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")
+    monkeypatch.setattr(supervised_resnet, "load_labeled_set", lambda *args, **options: few)
     monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
     retrieval = supervised_resnet.main(["--epochs", "1"])
     assert [entry["batch"] for entry in retrieval.history] == [0, 2]
@@ -178,9 +179,9 @@ def some_images(num: int) -> torch.Tensor:
 
 
 def test_embeddings_may_return_to_the_host(device: SecondDevice) -> None:
-    images = LabelledImages(some_images(12), torch.arange(12) % 3)
+    images = LabeledImages(some_images(12), torch.arange(12) % 3)
     retrieval = ZeroShotRetrieval(
-        {"small": LabelledSet(images, images)}, "1ba", embed=lambda images: images.flatten(1).float().cpu()
+        {"small": LabeledSet(images, images)}, "1ba", embed=lambda images: images.flatten(1).float().cpu()
     )
     train_small(device, retrieval)
     assert len(retrieval.history) == 2

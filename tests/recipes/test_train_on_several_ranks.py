@@ -47,11 +47,13 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Pat
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Compare losses, and the accuracies up to two of 500 queries with equally near neighbours."""
+    """Compare losses, and the accuracies up to two of 500 queries with equally near neighbors."""
     assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
     ours, theirs = (read_jsonl(each / "log.jsonl") for each in (folder, expected))
     metrics = [name for name in theirs if name.startswith("metrics/")]
-    assert len(metrics) == 4 * (7 + 4 + 7)  # of student, encoder and teacher: the headline, and every embedding
+    assert len(metrics) == 4 * (
+        7 + 4 + 7
+    )  # of student, encoder and teacher: the primary embedding, and every embedding
     for name in metrics:
         at_the_same_steps = {step: ours[name][step] for step in theirs[name]}  # a resume measures the references anew
         assert at_the_same_steps == pytest.approx(theirs[name], abs=4.5e-3), name

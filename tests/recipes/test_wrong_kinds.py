@@ -144,13 +144,13 @@ def test_embed_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, t
     assert "must be a local file" in refused("embed", TEACHER, folder, "s3://bucket/a.npy")
 
 
-def test_convert_imagenet_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
+def test_convert_images_refuses_wrong_kinds(refused: Command, folder: Path, file: Path, tmp_path: Path) -> None:
     images = tmp_path / "images" / "train"
     images.mkdir(parents=True)
     shutil.copy(file, images / "a.jpg")
-    assert f"{file}: is not a folder" in refused("convert_imagenet", file, tmp_path / "out")
-    assert f"{file}: " in refused("convert_imagenet", images.parent, file)
-    assert str(folder) in refused("convert_imagenet", images.parent, tmp_path / "out", "--labels", folder)
+    assert f"{file}: is not a folder" in refused("convert_images", file, tmp_path / "out")
+    assert f"{file}: " in refused("convert_images", images.parent, file)
+    assert str(folder) in refused("convert_images", images.parent, tmp_path / "out", "--labels", folder)
 
 
 def test_report_refuses_wrong_kinds(refused: Command, folder: Path, file: Path) -> None:

@@ -18,7 +18,8 @@ from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
 from d2v_composer.builders import fit
-from d2v_composer.data.labelled import LabelledImages, LabelledSet, load_labelled_set
+from d2v_composer.commands import report
+from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, metric_key, read_jsonl
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import confusion_plot, retrieval_plot, running_mean, share_plot
@@ -26,18 +27,16 @@ from d2v_composer.report.run import read_run
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, load_checkpoint, small_run
-from recipes import report, train
+from recipes import train
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty coloured squares in three classes: root/{train,test}/CLASS/*.png."""
+    """Thirty colored squares in three classes: root/{train,test}/CLASS/*.png."""
     root = tmp_path_factory.mktemp("images")
-    cifar10 = load_labelled_set(
-        "mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32, interpolation="bicubic"
-    )
+    cifar10 = load_labeled_set("mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32, interpolation="bicubic")
     for split in ("train", "test"):
         for i in range(30):
             folder = root / split / ("cat", "dog", "<ship>")[i % 3]
@@ -89,8 +88,8 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
     }
     for path in (run_folder / "report").glob("*.png"):
-        colours = Image.open(path).convert("L").getextrema()
-        assert colours[0] != colours[1], f"{path} is empty"
+        colors = Image.open(path).convert("L").getextrema()
+        assert colors[0] != colors[1], f"{path} is empty"
     page = (run_folder / "report.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == len(pictures)
     assert "&lt;b&gt;mine" in page
@@ -136,15 +135,15 @@ def test_the_share_recovered_is_plotted_where_it_is_known(run_folder: Path) -> N
         assert list(drawn[name]) == pytest.approx([0, 0.25, 0.5])  # pyright: ignore[reportArgumentType]
 
 
-def test_a_resume_with_another_headline_shows_one_embedding(run_folder: Path, tmp_path: Path) -> None:
-    """The log's short keys are those of the headline before the resume, up to it."""
+def test_a_resume_with_another_primary_shows_one_embedding(run_folder: Path, tmp_path: Path) -> None:
+    """The log's short keys are those of the primary embedding before the resume, up to it."""
     run = read_run(run_folder)
-    headline = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
+    primary = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
     accuracies = {
         (None, None): {0: 0.9, 14: 0.4},
-        (headline, None): {0: 0.2, 14: 0.4},
+        (primary, None): {0: 0.2, 14: 0.4},
         (None, "teacher"): {0: 0.95, 7: 0.6},
-        (headline, "teacher"): {0: 0.6, 7: 0.6},
+        (primary, "teacher"): {0: 0.6, 7: 0.6},
         (None, "pixels"): {0: 0.1},
     }
     ks = run.record["config"]["retrieval"]["ks"]
@@ -203,35 +202,35 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
 
 
 def test_omits_images_that_have_changed_since_the_run(run_folder: Path) -> None:
-    """They would not match the neighbours."""
+    """They would not match the neighbors."""
     run = read_run(run_folder)
     (name,) = run.looked_up
     train, test, names = run.datasets[name]
-    fewer = LabelledSet(train, LabelledImages(test.images[1:], test.labels[1:]), names)
+    fewer = LabeledSet(train, LabeledImages(test.images[1:], test.labels[1:]), names)
     assert run._replace(datasets={name: fewer}).looked_up == []
 
 
-def test_the_gallery_shows_the_neighbours_that_were_counted(run_folder: Path, images: Path, tmp_path: Path) -> None:
+def test_the_gallery_shows_the_neighbors_that_were_counted(run_folder: Path, images: Path, tmp_path: Path) -> None:
     run = read_run(run_folder)
     callback = load_checkpoint(run_folder / "latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]
     torch.save(callback, tmp_path / "callback.pt")
-    stored = torch.load(tmp_path / "callback.pt", weights_only=True)["neighbours"]
-    labelled = run.datasets["squares"]
-    assert labelled.class_names == ("<ship>", "cat", "dog")
+    stored = torch.load(tmp_path / "callback.pt", weights_only=True)["neighbors"]
+    labeled = run.datasets["squares"]
+    assert labeled.class_names == ("<ship>", "cat", "dog")
     for bank, bank_set, query_set in (
-        ("train", labelled.train, labelled.test),
-        ("test", labelled.test, labelled.train),
+        ("train", labeled.train, labeled.test),
+        ("test", labeled.test, labeled.train),
     ):
-        nearest = run.neighbours["squares"][bank]
+        nearest = run.neighbors["squares"][bank]
         assert nearest.tolist() == stored["squares"][bank].tolist()
         hits = bank_set.labels[nearest[:, 0].long()] == query_set.labels
         assert hits.double().mean().item() == run.last(f"metrics/squares/bank_{bank}/top1")
 
 
-def test_right_and_wrong_neighbours_are_marked(run_folder: Path) -> None:
+def test_right_and_wrong_neighbors_are_marked(run_folder: Path) -> None:
     run = read_run(run_folder)
     bank, queries, names = run.datasets["squares"]
-    nearest = run.neighbours["squares"]["train"][:4, :3]
+    nearest = run.neighbors["squares"]["train"][:4, :3]
     figure = gallery(queries.images[:4], queries.labels[:4], bank.images, bank.labels, nearest, names)
     texts = np.array([axes.get_xlabel() for axes in figure.axes]).reshape(4, 4)
     for i in range(4):

@@ -61,7 +61,7 @@ def silent_store(silent_host: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("silent_store")
 def test_an_unreachable_store_times_out(tmp_path: Path) -> None:
     with pytest.raises(ConnectTimeoutError), time_limit(60):
-        S3Downloader(patience=600).download("s3://bucket/shard", tmp_path / "shard")
+        S3Downloader(retry_timeout=600).download("s3://bucket/shard", tmp_path / "shard")
     with pytest.raises(ConnectTimeoutError), time_limit(60):
         transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
 

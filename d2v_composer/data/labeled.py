@@ -1,4 +1,4 @@
-"""Batches of labelled images that are in memory: augmented ones to train on, plain ones to evaluate."""
+"""Batches of labeled images that are in memory: augmented ones to train on, plain ones to evaluate."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from streaming.base.format.mds import MDSReader
 
 
-# MERGED FROM d2v_composer/data/labelled.py: Read the samples of a labelled MDS data set, and the names of its classes.
+# MERGED FROM d2v_composer/data/labeled.py: Read the samples of a labeled MDS data set, and the names of its classes.
 
 
 def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
@@ -104,7 +104,7 @@ def whole_label(value: Any) -> int:
 
 
 def mds_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names that recipes/convert_imagenet.py wrote next to the index, if it did."""
+    """Return the names that d2v convert-images wrote next to the index, if it did."""
     try:
         return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
     except FileNotFoundError:
@@ -113,13 +113,13 @@ def mds_class_names(folder: Path) -> tuple[str, ...]:
         raise InputError(f"{folder / SUMMARY}: corrupt ({type(error).__name__})") from error
 
 
-def fetch_class_names(remote: str, local: Path, patience: float) -> None:
+def fetch_class_names(remote: str, local: Path, retry_timeout: float) -> None:
     """Fetch the names of a remote data set's classes next to its index, if they are not here and it has any.
 
     Args:
         remote: The data set's address.
         local: Its cache, which holds its index.
-        patience: Time for which an unreachable store is asked again, in seconds.
+        retry timeout: Time for which an unreachable store is asked again, in seconds.
 
     Raises:
         InputError: The store is unreachable.
@@ -128,13 +128,13 @@ def fetch_class_names(remote: str, local: Path, patience: float) -> None:
         return
     address = f"{remote.rstrip('/')}/{SUMMARY}"
     try:
-        download_existing(address, local / SUMMARY, patience)
+        download_existing(address, local / SUMMARY, retry_timeout)
     except Exception as error:
         if not is_lasting(error):  # some stores deny what they do not have
             raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
 
 
-# MERGED FROM d2v_composer/data/labelled.py: Load labelled images for retrieval into memory as uint8: CIFAR-10 and
+# MERGED FROM d2v_composer/data/labeled.py: Load labeled images for retrieval into memory as uint8: CIFAR-10 and
 
 # Images that are stacked before the next ones are decoded.
 STACKED_AT_ONCE = 1000
@@ -143,7 +143,7 @@ Format = Literal["cifar10", "cifar100", "folder", "mds"]
 CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """Images with one label each."""
 
     images: Tensor
@@ -151,28 +151,28 @@ class LabelledImages(NamedTuple):
     labels: Tensor
     """(N,) int64."""
 
-    def at_most(self, num_images: int) -> "LabelledImages":
+    def at_most(self, num_images: int) -> "LabeledImages":
         """Return at most this many images, evenly spaced, since a folder lists them class by class."""
         total = len(self.labels)
         if num_images >= total:
             return self
         chosen = torch.tensor(evenly_spaced(total, num_images))
-        return LabelledImages(self.images[chosen], self.labels[chosen])
+        return LabeledImages(self.images[chosen], self.labels[chosen])
 
 
-class LabelledSet(NamedTuple):
+class LabeledSet(NamedTuple):
     """Two splits: each is the bank for the other's queries."""
 
-    train: LabelledImages
-    test: LabelledImages
+    train: LabeledImages
+    test: LabeledImages
     class_names: tuple[str, ...] = ()
     """The name of each label; empty if the labels are only numbers."""
 
-    def at_most(self, num_images: int) -> "LabelledSet":
-        """Return at most this many images of each split, see :meth:`LabelledImages.at_most`."""
+    def at_most(self, num_images: int) -> "LabeledSet":
+        """Return at most this many images of each split, see :meth:`LabeledImages.at_most`."""
         return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
 
-    def numbered(self) -> "LabelledSet":
+    def numbered(self) -> "LabeledSet":
         """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each.
 
         Labels that all have a name, or have no gap, stay.
@@ -182,7 +182,7 @@ class LabelledSet(NamedTuple):
             return self
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_images)
-        return LabelledSet(
+        return LabeledSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
             tuple(known.get(label, str(label)) for label in found.tolist()),
@@ -200,10 +200,10 @@ class LabelledSet(NamedTuple):
 
 
 def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
-    """Return which folder of a labelled set is unusable at first sight; ``None`` if there is none.
+    """Return which folder of a labeled set is unusable at first sight; ``None`` if there is none.
 
     Args:
-        format: As :func:`load_labelled_set`'s, likewise the others.
+        format: As :func:`load_labeled_set`'s, likewise the others.
         root: The folder.
         download: Missing files of CIFAR are fetched.
     """
@@ -223,7 +223,7 @@ def find_missing_files(format: Format, root: Path, download: bool) -> str | None
     return None
 
 
-def load_labelled_set(
+def load_labeled_set(
     format: Format,
     root: str | Path,
     *,
@@ -233,8 +233,8 @@ def load_labelled_set(
     column: str = "image",
     label_column: str = "label",
     max_images: int | None = None,
-) -> LabelledSet:
-    """Load a labelled set.
+) -> LabeledSet:
+    """Load a labeled set.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
@@ -255,23 +255,23 @@ def load_labelled_set(
     root = Path(root)
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
-        labelled = whole if max_images is None else whole.at_most(max_images)
+        labeled = whole if max_images is None else whole.at_most(max_images)
     elif format == "folder":
-        labelled = _load_folders(root, image_size, interpolation, max_images)
+        labeled = _load_folders(root, image_size, interpolation, max_images)
     elif format == "mds":
         options = image_size, interpolation, column, label_column, max_images
         train, test = (load_mds(root / split, *options) for split in ("train", "test"))
-        labelled = LabelledSet(train, *with_classes_of_train(test, root))
+        labeled = LabeledSet(train, *with_classes_of_train(test, root))
     else:
         raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
-    for split in (labelled.train, labelled.test):
+    for split in (labeled.train, labeled.test):
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: the images that max_images={max_images} chooses are of one class: change it")
-    return labelled
+    return labeled
 
 
-def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
+def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
     dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
@@ -286,29 +286,28 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabelledSet:
         hint = f"; {unpacked}" if download else f"; set download: true to fetch it, or {unpacked}"
         raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}){hint}") from error
     train, test = (
-        LabelledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
-        for split in splits
+        LabeledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits
     )
-    return LabelledSet(train, test, tuple(splits[0].classes))
+    return LabeledSet(train, test, tuple(splits[0].classes))
 
 
 def _layout(root: Path) -> str:
     return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
 
 
-def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabelledSet:
+def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
     if (missing := find_missing_files("folder", root, download=False)) is not None:
         raise InputError(missing)
     class_names = list_subfolders(root / "train")
     train, test = (
         _load_folder(root / split, class_names, image_size, interpolation, max_images) for split in ("train", "test")
     )
-    return LabelledSet(train, test, tuple(class_names))
+    return LabeledSet(train, test, tuple(class_names))
 
 
 def _load_folder(
     folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str, max_images: int | None
-) -> LabelledImages:
+) -> LabeledImages:
     paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
     if not paths:
         raise InputError(f"{folder}: no images in its class folders; {_layout(folder.parent)}")
@@ -320,7 +319,7 @@ def _load_folder(
     images = (
         to_pixels(read_image_file(folder / paths[i]), str(folder / paths[i]), image_size, interpolation) for i in chosen
     )
-    return LabelledImages(_stacked(images), torch.tensor([class_names.index(names[i]) for i in chosen]))
+    return LabeledImages(_stacked(images), torch.tensor([class_names.index(names[i]) for i in chosen]))
 
 
 def load_mds(
@@ -330,8 +329,8 @@ def load_mds(
     column: str,
     label_column: str,
     max_images: int | None = None,
-) -> LabelledImages:
-    """Load one split of a labelled MDS data set, see :func:`load_labelled_set`."""
+) -> LabeledImages:
+    """Load one split of a labeled MDS data set, see :func:`load_labeled_set`."""
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
     chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
     labels: list[int] = []
@@ -344,10 +343,10 @@ def load_mds(
                 raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
             yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
 
-    return LabelledImages(_stacked(images()), torch.tensor(labels))
+    return LabeledImages(_stacked(images()), torch.tensor(labels))
 
 
-def with_classes_of_train(test: LabelledImages, root: Path) -> tuple[LabelledImages, tuple[str, ...]]:
+def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImages, tuple[str, ...]]:
     """Return the test images of MDS with the numbers that their classes have in train, and the names of these.
 
     The splits may have been converted by themselves, each with numbers for its own classes.
@@ -394,23 +393,23 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     any number of workers and ranks, and after any resume.
 
     Args:
-        labelled: The images.
+        labeled: The images.
         transform: The augmentation.
         seed: Its seed.
     """
 
-    def __init__(self, labelled: LabelledImages, transform: RandomResizedCropFlip, seed: int) -> None:
-        self.labelled = labelled
+    def __init__(self, labeled: LabeledImages, transform: RandomResizedCropFlip, seed: int) -> None:
+        self.labeled = labeled
         self.transform = transform
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.labelled.labels)
+        return len(self.labeled.labels)
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
         epoch, i = place
-        image = Image.fromarray(self.labelled.images[i].permute(1, 2, 0).numpy())
-        return self.transform(image, sample_rng(self.seed, epoch, i), f"image {i}"), self.labelled.labels[i]
+        image = Image.fromarray(self.labeled.images[i].permute(1, 2, 0).numpy())
+        return self.transform(image, sample_rng(self.seed, epoch, i), f"image {i}"), self.labeled.labels[i]
 
 
 class EpochSampler(DistributedSampler[Place]):
@@ -463,9 +462,9 @@ def train_batches(
     )
 
 
-def eval_batches(labelled: LabelledImages, batch_size: int) -> DataLoader:
+def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
     """Return the loader of this rank's share of all images, as they are; Composer drops the last ranks' padding."""
-    dataset = TensorDataset(labelled.images, labelled.labels)
+    dataset = TensorDataset(labeled.images, labeled.labels)
     return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())
 
 

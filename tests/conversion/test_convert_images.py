@@ -23,6 +23,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage.upload import S3Uploader
 from tqdm import tqdm
 
+from d2v_composer.commands import convert_images
 from d2v_composer.data import convert
 from d2v_composer.data import convert as conversion
 from d2v_composer.data.convert import Destination, as_rgb_jpeg, find_images
@@ -33,7 +34,6 @@ from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import encoded_image, wait_until
-from recipes import convert_imagenet
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -79,8 +79,8 @@ def forked(arguments: list[str]) -> BaseProcess:
 
 
 def main(arguments: Sequence[str]) -> convert.Conversion:
-    """Call ``recipes/convert_imagenet.py`` in this process."""
-    return convert_imagenet.main(arguments)
+    """Call ``d2v convert-images`` in this process."""
+    return convert_images.main(arguments)
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -270,7 +270,7 @@ def test_labels_for_missing_images_are_refused(tmp_path: Path):
 def test_a_missing_source_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(sys, "argv", ["convert_imagenet.py", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["convert_images.py", str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):
         command_line.run(main)
     assert capfd.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such folder\n"
@@ -298,7 +298,7 @@ def test_a_finished_data_set_is_not_overwritten(source: Path, tmp_path: Path):
     assert tree(tmp_path / "out") == before
 
 
-def colours(size: tuple[int, int] = (60, 40)) -> Image.Image:
+def colors(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.open(io.BytesIO(encoded_image(3, size=64))).resize(size)
 
 
@@ -311,11 +311,11 @@ BROKEN_EXIF = (
 
 
 ODD_FILES: dict[str, Callable[[], bytes]] = {
-    "PNG": lambda: saved(colours(), "PNG"),
-    "CMYK": lambda: saved(colours().convert("CMYK")),
-    "greyscale": lambda: saved(colours().convert("L")),
-    "broken EXIF": lambda: saved(colours(), exif=b"Exif\0\0" + BROKEN_EXIF[0]),
-    "GIF": lambda: saved(colours(), "GIF"),
+    "PNG": lambda: saved(colors(), "PNG"),
+    "CMYK": lambda: saved(colors().convert("CMYK")),
+    "grayscale": lambda: saved(colors().convert("L")),
+    "broken EXIF": lambda: saved(colors(), exif=b"Exif\0\0" + BROKEN_EXIF[0]),
+    "GIF": lambda: saved(colors(), "GIF"),
 }
 
 
@@ -323,7 +323,7 @@ def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     for i, (kind, make) in enumerate(ODD_FILES.items()):
         for copy in range(i + 1):
             write(tmp_path / "in" / f"{kind}{copy}.JPEG", make())
-    plain = write(tmp_path / "in" / "plain.JPEG", saved(colours(), exif=exif_with_orientation(), comment=b"kept"))
+    plain = write(tmp_path / "in" / "plain.JPEG", saved(colors(), exif=exif_with_orientation(), comment=b"kept"))
     result = main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
     assert result.converted == {kind: i + 1 for i, kind in enumerate(ODD_FILES)}
     found = images(tmp_path / "out")
@@ -345,28 +345,28 @@ def exif_with_orientation() -> Image.Exif:
 def test_odd_files_keep_their_picture(kind: str):
     converted, found = as_rgb_jpeg(ODD_FILES[kind](), "odd", None, quality=95)
     assert found == kind
-    difference = np.asarray(Image.open(io.BytesIO(converted))).astype(int) - np.asarray(colours())
+    difference = np.asarray(Image.open(io.BytesIO(converted))).astype(int) - np.asarray(colors())
     assert np.abs(difference).mean() < 4
 
 
 @pytest.mark.parametrize("exif", BROKEN_EXIF)
 def test_broken_exif_is_dropped(exif: bytes):
-    converted, kind = as_rgb_jpeg(saved(colours(), exif=b"Exif\0\0" + exif), "odd", None, quality=95)
+    converted, kind = as_rgb_jpeg(saved(colors(), exif=b"Exif\0\0" + exif), "odd", None, quality=95)
     assert kind == "broken EXIF"
     assert "exif" not in Image.open(io.BytesIO(converted)).info
 
 
 def test_sixteen_bit_png_is_not_clipped():
-    grey = np.full((20, 20), 100 << 8, np.uint16)
-    converted, kind = as_rgb_jpeg(saved(Image.fromarray(grey), "PNG"), "grey", None, quality=90)
+    gray = np.full((20, 20), 100 << 8, np.uint16)
+    converted, kind = as_rgb_jpeg(saved(Image.fromarray(gray), "PNG"), "gray", None, quality=90)
     assert kind == "PNG"
     assert abs(int(np.asarray(Image.open(io.BytesIO(converted))).mean()) - 100) <= 1
 
 
 def test_resizes_the_short_side(tmp_path: Path):
-    write(tmp_path / "in" / "wide.jpg", saved(colours((300, 200))))
-    write(tmp_path / "in" / "tall.jpg", saved(colours((101, 333))))
-    small = write(tmp_path / "in" / "small.jpg", saved(colours((50, 40))))
+    write(tmp_path / "in" / "wide.jpg", saved(colors((300, 200))))
+    write(tmp_path / "in" / "tall.jpg", saved(colors((101, 333))))
+    small = write(tmp_path / "in" / "small.jpg", saved(colors((50, 40))))
     for quality in ("90", "30"):
         main([str(tmp_path / "in"), str(tmp_path / quality), "--resize", "64", "--quality", quality, "--workers", "1"])
     found = images(tmp_path / "90")
@@ -376,11 +376,11 @@ def test_resizes_the_short_side(tmp_path: Path):
 
 
 def test_orientation_is_ignored_everywhere():
-    picture = colours((60, 40))
+    picture = colors((60, 40))
     stored = saved(picture, quality=95, exif=exif_with_orientation())
     assert as_rgb_jpeg(stored, "kept", None, quality=95) == (stored, None)
-    greyscale = saved(picture.convert("L"), quality=95, exif=exif_with_orientation())
-    for encoded, resize in ((stored, 20), (greyscale, None), (greyscale, 20)):
+    grayscale = saved(picture.convert("L"), quality=95, exif=exif_with_orientation())
+    for encoded, resize in ((stored, 20), (grayscale, None), (grayscale, 20)):
         found = Image.open(io.BytesIO(as_rgb_jpeg(encoded, "anew", resize, quality=95)[0]))
         # Neither rotated nor tagged: as a reader of the original bytes sees it.
         assert found.size == ((30, 20) if resize else (60, 40))

@@ -1,4 +1,4 @@
-"""A labelled set whose files lie otherwise than its format says."""
+"""A labeled set whose files lie otherwise than its format says."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from d2v_composer.data.labelled import find_missing_files, load_labelled_set
+from d2v_composer.data.labeled import find_missing_files, load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, write_mds
 
@@ -31,7 +31,7 @@ def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault
     for image in images:
         write_image(tmp_path / image)
     with pytest.raises(InputError) as caught:
-        load_labelled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     layout = f"{tmp_path}/train/CLASS/*.jpg and {tmp_path}/test/CLASS/*.jpg, with the same classes"
     assert str(caught.value) == f"{tmp_path}/{fault}; a folder's images are {layout}"
 
@@ -46,28 +46,28 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
             for number in range(7):
                 write_image(tmp_path / split / ("cat" if number < 4 else "dog") / f"{number}.jpg", seed=number)
     options: Any = {"image_size": 32, "interpolation": "bicubic"}
-    expected = load_labelled_set(format, tmp_path, **options).at_most(3)
+    expected = load_labeled_set(format, tmp_path, **options).at_most(3)
     files = sorted(path for path in (tmp_path / "train").rglob("*.*") if path.suffix in (".jpg", ".mds"))
     assert len(files) == 7
     for number in {*range(7)} - {0, 2, 4}:
         files[number].write_bytes(b"\0" * files[number].stat().st_size)
-    found = load_labelled_set(format, tmp_path, **options, max_images=3)
+    found = load_labeled_set(format, tmp_path, **options, max_images=3)
     for split, wanted in zip(found[:2], expected[:2], strict=True):
         assert torch.equal(split.images, wanted.images)
         assert torch.equal(split.labels, wanted.labels)
     with pytest.raises(InputError):
-        load_labelled_set(format, tmp_path, **options)
+        load_labeled_set(format, tmp_path, **options)
 
 
 def test_cifar_that_is_here_may_lie_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.data.labelled.find_unwritable", lambda folder: "cannot be written")
+    monkeypatch.setattr("d2v_composer.data.labeled.find_unwritable", lambda folder: "cannot be written")
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert find_missing_files("cifar10", tmp_path, download=True) is None
     assert find_missing_files("cifar100", tmp_path, download=True) == f"{tmp_path}: cannot be written"
 
 
 def write_named(folder: Path, labels: list[int], names: list[str] | None) -> None:
-    """A split as recipes/convert_imagenet.py writes it."""
+    """A split as d2v convert-images writes it."""
     write_mds(folder, [encoded_image(seed) for seed in range(len(labels))], labels)
     if names is not None:
         (folder / "conversion.json").write_text(json.dumps({"classes": names}))
@@ -88,7 +88,7 @@ def test_splits_that_were_converted_by_themselves_have_the_numbers_of_train(
 ) -> None:
     write_named(tmp_path / "train", [0, 1], train)
     write_named(tmp_path / "test", [0, 1, 0], test)
-    found = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
     assert found.train.labels.tolist() == [0, 1]
     assert found.test.labels.tolist() == labels
     assert found.class_names == tuple(names)
@@ -105,7 +105,7 @@ def test_a_class_that_train_lacks_is_refused(tmp_path: Path, names: list[str], f
     write_named(tmp_path / "train", [0, 1], ["ant", "bee"])
     write_named(tmp_path / "test", [0, 1], names)
     with pytest.raises(InputError) as caught:
-        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
     assert str(caught.value) == f"{tmp_path / 'test'}: {fault}"
 
 
@@ -115,8 +115,8 @@ def test_images_of_one_class_alone_are_not_chosen(tmp_path: Path) -> None:
         write_mds(tmp_path / split, [encoded_image(seed) for seed in range(18)], [0, 1, 2] * 6)
     options: Any = {"image_size": 32, "interpolation": "bicubic"}
     with pytest.raises(InputError, match="the images that max_images=6 chooses are of one class: change it"):
-        load_labelled_set("mds", tmp_path, **options, max_images=6)
-    assert len(load_labelled_set("mds", tmp_path, **options, max_images=7).train.labels.unique()) == 3
+        load_labeled_set("mds", tmp_path, **options, max_images=6)
+    assert len(load_labeled_set("mds", tmp_path, **options, max_images=7).train.labels.unique()) == 3
 
 
 def test_labels_are_whole_numbers(tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_labels_are_whole_numbers(tmp_path: Path) -> None:
             for seed, label in enumerate([1.0, 0.5]):
                 writer.write({"image": encoded_image(seed), "label": label})
     with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*0\.5 is none"):
-        load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
 
 
 def test_other_labels_have_another_fingerprint_and_other_pixels_the_same(tmp_path: Path) -> None:
     """Another machine may decode images otherwise, and must resume."""
     for split in ("train", "test"):
         write_mds(tmp_path / split, [encoded_image(seed) for seed in range(4)], [0, 1, 0, 1])
-    found = load_labelled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
-    relabelled = found._replace(test=found.test._replace(labels=1 - found.test.labels))
-    swapped = found._replace(train=relabelled.test)
-    assert len({each.fingerprint() for each in (found, found.at_most(2), relabelled, swapped)}) == 4
+    found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    relabeled = found._replace(test=found.test._replace(labels=1 - found.test.labels))
+    swapped = found._replace(train=relabeled.test)
+    assert len({each.fingerprint() for each in (found, found.at_most(2), relabeled, swapped)}) == 4
     decoded = found._replace(test=found.test._replace(images=found.test.images.clamp(max=200)))
     assert found.fingerprint() == decoded.fingerprint()

@@ -1,4 +1,4 @@
-"""Batches of labelled images in memory: the same for any number of workers and ranks."""
+"""Batches of labeled images in memory: the same for any number of workers and ranks."""
 
 from unittest.mock import patch
 
@@ -6,7 +6,7 @@ import torch
 from composer.utils import dist
 
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.labelled import AugmentedImages, EpochSampler, LabelledImages, train_batches
+from d2v_composer.data.labeled import AugmentedImages, EpochSampler, LabeledImages, train_batches
 from helpers import time_limit
 
 NUM_IMAGES, BATCH_SIZE = 23, 4
@@ -14,7 +14,7 @@ NUM_IMAGES, BATCH_SIZE = 23, 4
 
 def augmented() -> AugmentedImages:
     images = torch.randint(0, 256, (NUM_IMAGES, 3, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(1))
-    return AugmentedImages(LabelledImages(images, torch.arange(NUM_IMAGES)), RandomResizedCropFlip(8), seed=5)
+    return AugmentedImages(LabeledImages(images, torch.arange(NUM_IMAGES)), RandomResizedCropFlip(8), seed=5)
 
 
 def epoch_of(workers: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Embed a labelled set, look up each split's images among the other split's, and probe the embeddings.
+"""Embed a labeled set, look up each split's images among the other split's, and probe the embeddings.
 
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
@@ -9,22 +9,22 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from d2v_composer.data.labelled import LabelledSet
+from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.linear_probe import LinearProbe, fit_linear_probe
 from d2v_composer.evaluation.metrics import BANKS, Measure
-from d2v_composer.evaluation.nearest_neighbours import (
-    NUM_NEIGHBOURS,
+from d2v_composer.evaluation.nearest_neighbors import (
+    NUM_NEIGHBORS,
     ONE_RANK,
     Ranks,
     TopK,
-    exact_neighbours,
+    exact_neighbors,
     majority_vote,
     retrieval_hits,
     weighted_vote,
 )
 from d2v_composer.system.command_line import progress_bar
 
-# MERGED FROM d2v_composer/evaluation/labelled_retrieval.py: The type of a function that embeds images.
+# MERGED FROM d2v_composer/evaluation/labeled_retrieval.py: The type of a function that embeds images.
 
 Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
 """(B, 3, height, width) uint8 images on the model's device → (B, D), or several embeddings by name."""
@@ -37,7 +37,7 @@ EmbeddedSet = dict[str, dict[str, Tensor]]
 
 
 class Found(NamedTuple):
-    """The neighbours of one split's images in the other split, with one embedding."""
+    """The neighbors of one split's images in the other split, with one embedding."""
 
     embedding: str
     """'' for an only one without a name."""
@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 def embed_set(
     embeds: Mapping[ModelT, Embed],
-    labelled: LabelledSet,
+    labeled: LabeledSet,
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
@@ -64,7 +64,7 @@ def embed_set(
 
     Args:
         embeds: Model → embed function.
-        labelled: The images.
+        labeled: The images.
         batch_size: Images embedded at once on each rank.
         to_device: Moves a tensor to the model's device.
         ranks: The processes that share the images.
@@ -72,7 +72,7 @@ def embed_set(
     """
     embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
     for split in BANKS:
-        images = getattr(labelled, split).images
+        images = getattr(labeled, split).images
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
         parts = ranks.share(len(images)).split(batch_size)
         for indices in progress_bar(parts, desc=f"{progress} {split}", unit="batches", disable=progress is None):
@@ -90,7 +90,7 @@ def embed_set(
 
 def look_up(
     embedded: EmbeddedSet,
-    labelled: LabelledSet,
+    labeled: LabeledSet,
     ks: Sequence[int],
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
@@ -100,24 +100,24 @@ def look_up(
 
     Args:
         embedded: Of :func:`embed_set`, of one model; emptied, since all images in all embeddings would take gigabytes.
-        labelled: The labels.
+        labeled: The labels.
         ks: The k to count hits for.
         to_device: Moves a tensor to the device that searches.
         ranks: As given to :func:`embed_set`.
         probes: Names of ``PROBES``: classify the test images, too.
     """
-    labels = {split: getattr(labelled, split).labels for split in BANKS}
+    labels = {split: getattr(labeled, split).labels for split in BANKS}
     for name in list(embedded["train"]):
         images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
         for bank, query in (BANKS, BANKS[::-1]):
             votes = bank == "train" and "knn" in probes
-            k = max(*ks, min(NUM_NEIGHBOURS, len(labels[bank]))) if votes else max(ks)
-            neighbours = exact_neighbours(images[bank], ranks.take_share(images[query]), k)
-            nearest = ranks.gather(neighbours.indices[:, : max(ks)], len(labels[query]))
+            k = max(*ks, min(NUM_NEIGHBORS, len(labels[bank]))) if votes else max(ks)
+            neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), k)
+            nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
             bank_labels, query_labels = (labels[split].to(nearest.device) for split in (bank, query))
             hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, bank_labels, query_labels, ks)}
             if votes:
-                voters = TopK(*(each[:, :NUM_NEIGHBOURS] for each in neighbours))
+                voters = TopK(*(each[:, :NUM_NEIGHBORS] for each in neighbors))
                 for measure, vote in {"knn": weighted_vote, "knn_majority": majority_vote}.items():
                     hits[measure] = ranks.gather(vote(voters, bank_labels), len(query_labels)) == query_labels
             linear = None

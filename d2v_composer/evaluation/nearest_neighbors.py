@@ -1,6 +1,6 @@
-"""Classify images by a vote of their nearest neighbours. Pure functions of tensors.
+"""Classify images by a vote of their nearest neighbors. Pure functions of tensors.
 
-Shapes: N bank images, Q queries, K neighbours, D channels.
+Shapes: N bank images, Q queries, K neighbors, D channels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-# MERGED FROM d2v_composer/evaluation/nearest_neighbours.py: Zero-shot retrieval: find nearest neighbours and count
+# MERGED FROM d2v_composer/evaluation/nearest_neighbors.py: Zero-shot retrieval: find nearest neighbors and count
 
 MEMORY_BUDGET = 256 * 2**20
 # Bank images compared at once: larger matrix products are no faster.
@@ -21,7 +21,7 @@ BANK_PART = 1 << 13
 CPU_CACHE = 4 * 2**20
 # A vector that is shorter counts as this long, as in normalize.
 SHORTEST = 1e-12
-# Further neighbours in float32 among which float64 may find a nearer one.
+# Further neighbors in float32 among which float64 may find a nearer one.
 SPARE = 8
 # Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
@@ -31,12 +31,12 @@ class TopK(NamedTuple):
     """The nearest bank images of each query, nearest first."""
 
     similarities: Tensor
-    """(Q, K) float32; of :func:`exact_neighbours` float64."""
+    """(Q, K) float32; of :func:`exact_neighbors` float64."""
     indices: Tensor
     """(Q, K) int64."""
 
 
-def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> TopK:
+def nearest_neighbors(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> TopK:
     """Return each query's k nearest by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
     Exact in float32; ties come in any order.
@@ -66,14 +66,14 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, memory_budget: int
                 torch.mm(part.float(), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
                 nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
-            del unit_ND  # or it would be held while the next part is normalised
+            del unit_ND  # or it would be held while the next part is normalized
     for part, found in zip(query_parts, nearest, strict=True):
         found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
     return TopK(torch.cat([part.similarities for part in nearest]), torch.cat([part.indices for part in nearest]))
 
 
-def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
-    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbours`; of equal ones the first.
+def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
+    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbors`; of equal ones the first.
 
     Of more than k + ``SPARE`` equal ones, those that float32's search finds.
 
@@ -81,7 +81,7 @@ def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> TopK:
     are found in float32, and put in order in float64.
     """
     check_arguments(bank, queries, k)
-    found = nearest_neighbours(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
+    found = nearest_neighbors(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
     lengths_N, lengths_Q = (float64_lengths(each) for each in (bank, queries))
     budget = CPU_CACHE if bank.device.type == "cpu" else MEMORY_BUDGET
     at_once = max(1, budget // (12 * max(1, found.shape[1] * bank.shape[1])))
@@ -111,8 +111,8 @@ def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
 
 def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
     """Return the numbers of bank images and of queries to compare at once."""
-    budget = memory_budget - 2 * num_queries * k * 12  # the neighbours of each part, and all of them
-    unit_bytes = 8 * dim  # one image in float32, and normalised
+    budget = memory_budget - 2 * num_queries * k * 12  # the neighbors of each part, and all of them
+    unit_bytes = 8 * dim  # one image in float32, and normalized
     bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
     candidates = min(bank_part, (k + 1) * GROUP_SIZE)
     query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 8 * candidates + 100 * k
@@ -164,7 +164,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
     """Tell whether any of a query's k nearest bank images has its label.
 
     Args:
-        nearest: (Q, K) indices from :func:`exact_neighbours`.
+        nearest: (Q, K) indices from :func:`exact_neighbors`.
         bank_labels: (N,) int.
         query_labels: (Q,) int.
         ks: Each from 1 to K.
@@ -201,11 +201,11 @@ def retrieval_accuracy(
         )
     if not len(queries):
         raise ValueError("there is no query")
-    hits = retrieval_hits(exact_neighbours(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
+    hits = retrieval_hits(exact_neighbors(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}
 
 
-# MERGED FROM d2v_composer/evaluation/nearest_neighbours.py: Share work among the ranks of a run.
+# MERGED FROM d2v_composer/evaluation/nearest_neighbors.py: Share work among the ranks of a run.
 
 
 class Ranks(NamedTuple):
@@ -248,27 +248,27 @@ ONE_RANK = Ranks()
 
 
 # DINO's (Caron et al. 2021, https://arxiv.org/abs/2104.14294, and its eval_knn.py).
-NUM_NEIGHBOURS = 20
+NUM_NEIGHBORS = 20
 TEMPERATURE = 0.07
 
 
-def weighted_vote(neighbours: TopK, bank_labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Return each query's label by DINO's vote, (Q,): a neighbour counts exp(cosine / temperature).
+def weighted_vote(neighbors: TopK, bank_labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Return each query's label by DINO's vote, (Q,): a neighbor counts exp(cosine / temperature).
 
     The smallest label wins a tie.
 
     Args:
-        neighbours: (Q, K) from :func:`exact_neighbours`.
+        neighbors: (Q, K) from :func:`exact_neighbors`.
         bank_labels: (N,) int.
         temperature: The lower, the more the nearest count.
     """
-    differences_QK = neighbours.similarities - neighbours.similarities.amax(dim=1, keepdim=True)  # exp would overflow
-    return _vote(bank_labels[neighbours.indices], (differences_QK / temperature).exp())
+    differences_QK = neighbors.similarities - neighbors.similarities.amax(dim=1, keepdim=True)  # exp would overflow
+    return _vote(bank_labels[neighbors.indices], (differences_QK / temperature).exp())
 
 
-def majority_vote(neighbours: TopK, bank_labels: Tensor) -> Tensor:
-    """Return the label of most neighbours of each query, (Q,); the smallest of a tie, as scikit-learn's classifier."""
-    return _vote(bank_labels[neighbours.indices], torch.ones_like(neighbours.similarities))
+def majority_vote(neighbors: TopK, bank_labels: Tensor) -> Tensor:
+    """Return the label of most neighbors of each query, (Q,); the smallest of a tie, as scikit-learn's classifier."""
+    return _vote(bank_labels[neighbors.indices], torch.ones_like(neighbors.similarities))
 
 
 def _vote(labels_QK: Tensor, weights_QK: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ def knn_accuracy(
     bank_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
-    k: int = NUM_NEIGHBOURS,
+    k: int = NUM_NEIGHBORS,
     temperature: float | None = TEMPERATURE,
 ) -> float:
     """Return the share of queries whose label wins the vote of their k nearest bank images by cosine, from 0 to 1.
@@ -301,6 +301,6 @@ def knn_accuracy(
     Raises:
         ValueError: The shapes do not agree, or k is out of range.
     """
-    found = exact_neighbours(bank, queries, k)
+    found = exact_neighbors(bank, queries, k)
     voted = majority_vote(found, bank_labels) if temperature is None else weighted_vote(found, bank_labels, temperature)
     return (voted == query_labels).double().mean().item()
