@@ -34,12 +34,11 @@ from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.transformer import Pooling, PrecisionName, Representation, Transformer
 from d2v_composer.system.command_line import progress_bar
-from d2v_composer.system.errors import InputError, ShardError, UnreadableImageError
+from d2v_composer.system.errors import InputError, ShardError, UnreadableImageError, reason
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
 from d2v_composer.system.machine import install_command
 from d2v_composer.system.processes import FORK
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/embedding.py: Append embeddings to a file in a folder next to OUT, and move it to OUT
 

@@ -54,10 +54,9 @@ from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import Address, RunFolder
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import existing_folder
 from d2v_composer.system.machine import describe_machine, find_wrong_packages
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/preflight.py: Check the permissions that a run needs in its ``save_folder``.
 

@@ -23,7 +23,7 @@ from d2v_composer.data.streaming import (
     shared_memory_needed,
 )
 from d2v_composer.models.encoder import ImageSize, height_and_width
-from d2v_composer.system.errors import InputError, ShardError
+from d2v_composer.system.errors import InputError, ShardError, reason
 from d2v_composer.system.processes import FORK
 from d2v_composer.system.ranks import (
     COLLECTIVE_SECONDS,
@@ -32,7 +32,6 @@ from d2v_composer.system.ranks import (
     num_nodes,
     raise_on_all_ranks,
 )
-from d2v_composer.system.retry import reason
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300

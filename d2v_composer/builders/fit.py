@@ -21,9 +21,9 @@ from d2v_composer.report.page import write_report
 from d2v_composer.report.run import Run
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
+from d2v_composer.system.errors import reason
 from d2v_composer.system.processes import end_workers
 from d2v_composer.system.ranks import rank_zero_first
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/builders/fit.py: Run a Trainer to its end, and write the run's report.
 

@@ -17,9 +17,8 @@ from d2v_composer.callbacks.yaml_names import LOGGERS
 from d2v_composer.callbacks.zero_shot_retrieval import shows_pictures
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.ranks import rank_zero_first
-from d2v_composer.system.retry import reason
 
 OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` uploads it later"
 # MLflow's own retry timeout is for a server that goes away during a run: seven retries, 120 seconds each.

@@ -18,10 +18,9 @@ from d2v_composer.checkpoints.resume import (
 from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder, check_path
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
-from d2v_composer.system.retry import reason
 
 
 def build_load_path(config: TrainerConfig) -> str | None:

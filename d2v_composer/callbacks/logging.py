@@ -15,11 +15,10 @@ from composer.utils import dist, parse_uri
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints, due_every
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import download_existing
 from d2v_composer.system.files import partial_file
 from d2v_composer.system.ranks import rank_zero_first
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/callbacks/logging.py: Show a run's progress: a bar on a terminal, plain lines in a pipe
 

@@ -21,8 +21,7 @@ from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.labeled_retrieval import Embed, Found, embed_set, look_up
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.system.errors import InputError
-from d2v_composer.system.retry import reason
+from d2v_composer.system.errors import InputError, reason
 
 log = logging.getLogger(__name__)
 

@@ -32,10 +32,9 @@ from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.transformer import Pooling, Representation
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import out_file
 from d2v_composer.system.machine import install_command
-from d2v_composer.system.retry import reason
 
 OPSET = 18
 

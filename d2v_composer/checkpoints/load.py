@@ -38,9 +38,8 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_teacher import PREFIX, TimmEncoderConfig
 from d2v_composer.models.transformer import DATA2VEC2, Weights
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import is_remote
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/checkpoints/load.py: Load the student of a checkpoint of ``recipes/finetune.py``, with
 

@@ -25,9 +25,9 @@ from composer.utils.file_helpers import (
 from d2v_composer.checkpoints.safe_load import CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.system.addresses import RunFolder
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
-from d2v_composer.system.retry import reason, retry
+from d2v_composer.system.retry import retry
 
 # MERGED FROM d2v_composer/checkpoints/resume.py: Read a running run's newest checkpoint through its pointer.
 

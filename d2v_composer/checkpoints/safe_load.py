@@ -16,9 +16,8 @@ import torch
 from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 from torch.torch_version import TorchVersion
 
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import LARGEST_FILE
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/checkpoints/safe_load.py: Check the ZIP archive of a PyTorch file before torch reads it,
 

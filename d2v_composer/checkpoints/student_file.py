@@ -22,9 +22,8 @@ from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.timm_teacher import TimmEncoderConfig
 from d2v_composer.models.transformer import Pooling, Representation, Transformer
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import check_out_file, out_file
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/checkpoints/student_file.py: Our own model files: safetensors with sizes and provenance
 

@@ -24,10 +24,10 @@ from streaming.base.shared import SharedArray, SharedScalar
 from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
-from d2v_composer.system.errors import InputError, ShardError
+from d2v_composer.system.errors import InputError, ShardError, reason
 from d2v_composer.system.fetch import S3_SCHEME, S3Downloader
 from d2v_composer.system.files import acquire, find_partials, partial_file
-from d2v_composer.system.retry import reason, retry
+from d2v_composer.system.retry import retry
 
 # MERGED FROM d2v_composer/data/shards.py: Fetch the shards of an MDS data set, and compare them with its index
 

@@ -28,11 +28,10 @@ from d2v_composer.data.images import RandomResizedCropFlip, sample_rng
 from d2v_composer.data.index import keep_encoded
 from d2v_composer.data.labeled import whole_label
 from d2v_composer.data.shards import CacheFolder, Claim, Lookahead, ShardCache, ShardStates, VerifiedStream
-from d2v_composer.system.errors import InputError, ShardError
+from d2v_composer.system.errors import InputError, ShardError, reason
 from d2v_composer.system.files import acquire, is_last_user, machine_folder, share, sole_user
 from d2v_composer.system.processes import end_with_parent
 from d2v_composer.system.ranks import gather_objects, raise_on_all_ranks
-from d2v_composer.system.retry import reason
 from d2v_composer.system.third_party import (
     named_shared_memory,
     recorded_shared_memory,

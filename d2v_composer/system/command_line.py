@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.files import use_temporary_folder
 from d2v_composer.system.processes import end_with_launcher, end_workers, survive_closed_pipes
 from d2v_composer.system.ranks import global_rank
@@ -60,6 +60,8 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         return 2, [f"error: {line.removeprefix(kind)}" for line in found]
+    if isinstance(error, RunError):
+        return 1, [f"error: {hide_secrets(str(error))}"]
     if isinstance(error, IsADirectoryError | NotADirectoryError):
         # A folder instead of a file, or a file instead of a folder.
         return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]

@@ -1,11 +1,17 @@
-"""Exceptions for unusable input and data."""
+"""Exceptions that a command shows as one line each, and the two places where foreign exceptions become ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from d2v_composer.system.addresses import hide_secrets
 
 
 class InputError(ValueError):
-    """A file, setting or data set that cannot be used, or several of them.
+    """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
 
-    Each argument is one line that names it and what is allowed. The commands in ``recipes/`` print the lines without a
-    traceback and exit with status 2; other exceptions keep their traceback.
+    Args:
+        args: One line per problem, each of which names the thing and what is allowed.
     """
 
     def __str__(self) -> str:
@@ -16,5 +22,44 @@ class UnreadableImageError(InputError):
     """An image that is missing, corrupt or not an image; others may be readable."""
 
 
-class ShardError(RuntimeError):
+class RunError(RuntimeError):
+    """A foreseen failure while running, such as a full disk. A command prints the line and exits with status 1."""
+
+
+class ShardError(RunError):
     """A shard cannot be fetched, or is not what the index says."""
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's first line, without an address's secrets."""
+    lines = str(error).strip().splitlines()
+    return hide_secrets(lines[0]) if lines else type(error).__name__
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Read a file or folder in the block: any exception becomes one line with its path.
+
+    Raises:
+        InputError: The block raised an exception. An InputError passes unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+        raise InputError(f"{hide_secrets(str(path))}: cannot be read: {said}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Write a file or folder in the block: an OSError, such as a full disk, becomes one line with its path.
+
+    Raises:
+        RunError: The block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{hide_secrets(str(path))}: cannot be written: {error.strerror or reason(error)}") from error

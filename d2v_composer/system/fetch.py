@@ -20,9 +20,8 @@ from urllib3 import BaseHTTPResponse
 from d2v_composer.system import retry
 from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity, is_address
 from d2v_composer.system.command_line import progress_bar
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import find_partials, partial_file
-from d2v_composer.system.retry import reason
 
 # MERGED FROM d2v_composer/system/fetch.py: Download files from S3, one request each, with a minimum rate.
 

@@ -1,5 +1,6 @@
 """Survive a reader that leaves, as ``head`` does: the command goes on, and what it prints after that is lost."""
 
+import ctypes
 import io
 import multiprocessing
 import os
@@ -111,6 +112,17 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=end_with_parent.__name__, daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL at this process's parent's death; for a worker's initializer.
+
+    The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
+    """
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # the parent died before the call
+        os._exit(1)
 
 
 def end_workers() -> None:

@@ -15,8 +15,7 @@ import torch
 from composer.devices import Device
 from composer.utils import dist, get_device
 
-from d2v_composer.system.errors import InputError
-from d2v_composer.system.retry import reason
+from d2v_composer.system.errors import InputError, reason
 
 # MERGED FROM d2v_composer/system/ranks.py: Ranks of a run: how they join, wait for each other and fail together.
 

@@ -11,6 +11,7 @@ from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import reason
 
 # Timeout of a connection. A reachable host answers at once; clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
@@ -95,9 +96,3 @@ def _status(error: BaseException) -> int | None:
         *(getattr(error, name, None) for name in ("status_code", "code", "status")),
     )
     return next((value for value in candidates if isinstance(value, int)), None)
-
-
-def reason(error: BaseException) -> str:
-    """Return an error's first line, without an address's secrets."""
-    lines = str(error).strip().splitlines()
-    return hide_secrets(lines[0]) if lines else type(error).__name__

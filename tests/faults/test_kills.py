@@ -43,7 +43,7 @@ def quickstart(folder: Path, labeled: Path) -> list[str]:
         "global_train_batch_size=8",
         "precision=fp32",
         "retrieval.interval=8ba",
-        "retrieval.references=[pixels]",
+        "retrieval.baselines=[pixels]",
         "save_interval=3ba",
         "report=false",
     ]

@@ -92,7 +92,7 @@ def long_run(folder: Path, labeled: Path, num_steps: int, interval: int) -> list
         f"save_interval={interval}ba",
         f"retrieval.datasets={{cifar10: {{format: mds, root: {labeled}}}}}",
         f"retrieval.interval={interval}ba",
-        "retrieval.references=[]",
+        "retrieval.baselines=[]",
         "retrieval.at_start=false",
         "train_loader.num_workers=1",
         "callbacks.health.interval=100ba",

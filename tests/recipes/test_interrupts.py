@@ -179,7 +179,7 @@ def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
 ) -> None:
     def run(name: str) -> list[str]:
         retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
-        options = (retrieval, "retrieval.references=[]", "retrieval.interval=5ba", "save_interval=1000ba")
+        options = (retrieval, "retrieval.baselines=[]", "retrieval.interval=5ba", "save_interval=1000ba")
         return small_run(tmp_path / name, small_data, *options)
 
     undisturbed = run_command(*train_command(run("undisturbed")))

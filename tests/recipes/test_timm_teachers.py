@@ -58,7 +58,7 @@ def trained(teacher: Path, small_data: Path, labeled: Path, tmp_path_factory: py
     """The folder of a run with retrieval and health, in one process."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     datasets = f"retrieval.datasets={{four: {{format: mds, root: {labeled}}}}}"
-    references = "retrieval.references=[pixels,encoder,teacher]"
+    references = "retrieval.baselines=[pixels,encoder,teacher]"
     options = [datasets, references, "retrieval.interval=4ba", "callbacks={health: {interval: 2ba}}"]
     done = run_command(sys.executable, ROOT / "recipes" / "train.py", *timm_run(folder, small_data, teacher, *options))
     assert done.returncode == 0, done.stderr

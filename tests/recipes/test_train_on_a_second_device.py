@@ -16,7 +16,6 @@ from d2v_composer.builders.models import build_comparison
 from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.commands import export as export_student
-from d2v_composer.commands import supervised_resnet, train
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
@@ -25,6 +24,7 @@ from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
 from programs.second_device import MixedDevicesError, SecondDevice, second_device
+from recipes import supervised_resnet, train
 
 pytestmark = [
     pytest.mark.device,
@@ -62,7 +62,7 @@ EVERYTHING = (
     "save_num_checkpoints_to_keep=1",
     "retrieval.interval=2ba",
     "retrieval.at_start=true",
-    "retrieval.references=[pixels,encoder,teacher]",
+    "retrieval.baselines=[pixels,encoder,teacher]",
     "callbacks.health={interval: 1ba}",
     "callbacks.memory_monitor={}",
     "callbacks.nan_monitor={}",

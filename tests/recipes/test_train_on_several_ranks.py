@@ -33,7 +33,7 @@ WITH_RETRIEVAL = (
     "retrieval.interval=5ba",
     "retrieval.at_start=true",
     "retrieval.max_images=500",
-    "retrieval.references=[encoder,teacher]",
+    "retrieval.baselines=[encoder,teacher]",
 )
 
 
