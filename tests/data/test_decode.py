@@ -21,7 +21,8 @@ from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, r
 from d2v_composer.data.index import read_index
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
-from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, write_mds
+from helpers import NUM_IMAGES, encoded_image, write_mds
+from streams import open_batches, open_images
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

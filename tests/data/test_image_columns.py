@@ -16,7 +16,8 @@ from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
-from helpers import encoded_image, open_images, small_run
+from helpers import encoded_image, small_run
+from streams import open_images
 
 NUM_SAMPLES = 32
 

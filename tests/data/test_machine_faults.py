@@ -11,7 +11,8 @@ from d2v_composer.data.convert import Encoding, convert_images, find_images
 from d2v_composer.data.images import decode_rgb
 from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
-from helpers import encoded_image, open_images, read_epoch
+from helpers import encoded_image
+from streams import open_images, read_epoch
 
 NUM_IMAGES = 24
 OF_THE_MACHINE = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOTDIR]

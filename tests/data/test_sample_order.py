@@ -11,7 +11,7 @@ from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
 from d2v_composer.data.streaming import Share, draw_samples, shards_of_node
-from helpers import open_images
+from streams import open_images
 
 SEED = 17
 BLOCK = 64

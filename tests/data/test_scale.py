@@ -12,7 +12,7 @@ from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from d2v_composer.data.streaming import StreamingImages
-from helpers import open_images
+from streams import open_images
 
 RANKS_PER_NODE = 8
 WORKERS_PER_RANK = 8

@@ -19,7 +19,8 @@ from streaming.base.storage import LocalDownloader
 from d2v_composer.data import shards
 from d2v_composer.data.shards import FEWEST_AHEAD, Claim, Lookahead, ShardState
 from d2v_composer.system.errors import InputError, ShardError
-from helpers import NUM_IMAGES, open_images, read_epoch, wait_until
+from helpers import NUM_IMAGES, wait_until
+from streams import open_images, read_epoch
 
 ALL = list(range(NUM_IMAGES))
 

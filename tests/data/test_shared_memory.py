@@ -21,7 +21,8 @@ from d2v_composer.data import streaming
 from d2v_composer.data.streaming import Reservation, StreamingImages
 from d2v_composer.system import files
 from d2v_composer.system.errors import InputError
-from helpers import NUM_IMAGES, open_images, read_epoch, small_run, wait_until
+from helpers import NUM_IMAGES, small_run, wait_until
+from streams import open_images, read_epoch
 
 FORK = multiprocessing.get_context("fork")
 MEMORY = Path("/dev/shm")

@@ -26,7 +26,8 @@ from streaming.base.storage import LocalDownloader
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import sole_user
-from helpers import NUM_IMAGES, encoded_image, open_batches, open_images, read_epoch, time_limit, wait_until, write_mds
+from helpers import NUM_IMAGES, encoded_image, time_limit, wait_until, write_mds
+from streams import open_batches, open_images, read_epoch
 
 FORK = multiprocessing.get_context("fork")
 ALL = list(range(NUM_IMAGES))

@@ -16,8 +16,9 @@ import pytest
 from d2v_composer.data.index import fetch_index
 from d2v_composer.system.errors import InputError, ShardError
 from gated_store import GatedStore
-from helpers import ROOT, open_images, read_epoch, small_run, started_ranks, time_limit, wait_until
+from helpers import ROOT, small_run, started_ranks, time_limit, wait_until
 from programs.preloaded import Program
+from streams import open_images, read_epoch
 
 RECORD_SAMPLES = ROOT / "tests" / "programs" / "record_samples.py"
 REMOTE = "s3://cloud/images"

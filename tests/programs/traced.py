@@ -1,0 +1,64 @@
+"""Run a recipe with a callback of the tests': ``traced.py RECIPE.py ARGUMENTS``. Variables say what the callback does.
+
+SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-pixels`` to its own file in FOLDER.
+AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
+itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever).
+FORK_UPLOADS=1: uploads run in forked processes; each of seven spawned ones would import torch first.
+"""
+
+import multiprocessing.popen_fork
+import multiprocessing.popen_spawn_posix
+import os
+import runpy
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from composer import Callback, Event, Logger, State, Trainer
+from composer.utils import dist
+
+SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
+
+
+class Trace(Callback):
+    def __init__(self) -> None:
+        self.event, self.batch, self.action = os.environ.get("AT", "none -1 none").split(" ")
+        self.folder = Path(os.environ["SAMPLES"]) if "SAMPLES" in os.environ else None
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        batch = int(state.timestamp.batch)
+        if event.value == self.event and batch == int(self.batch) and dist.get_global_rank() == 0:
+            self.event = "none"
+            self.act()
+        if event is Event.BATCH_START and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"{dist.get_global_rank()}-{os.getpid()}").open("a") as file:
+                for sample_id, pixels in zip(state.batch["sample_id"].tolist(), state.batch["image"], strict=True):
+                    file.write(f"{batch} {sample_id} {zlib.crc32(pixels.contiguous().numpy())}\n")
+
+    def act(self) -> None:
+        if self.action == "hang":
+            print("hangs", flush=True)
+            time.sleep(600)
+        else:
+            os.kill(os.getpid(), SIGNALS[self.action])
+            time.sleep(0.3)
+
+
+initialize = Trainer.__init__
+
+
+def initialize_with_trace(self: Trainer, *args: Any, callbacks: Any = (), **options: Any) -> None:
+    initialize(self, *args, callbacks=[*callbacks, Trace()], **options)
+
+
+if __name__ == "__main__":
+    if "FORK_UPLOADS" in os.environ:
+        multiprocessing.popen_spawn_posix.Popen = multiprocessing.popen_fork.Popen
+    Trainer.__init__ = initialize_with_trace
+    sys.argv.pop(0)
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

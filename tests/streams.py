@@ -1,0 +1,38 @@
+"""Open the training images, and read epochs of them, in the test's own process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.streaming import StreamingImages
+from helpers import time_limit
+
+
+def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingImages:
+    """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
+    remote = None if remote is None else str(remote)
+    options = {"batch_size": 16, "timeout": 1, "seed": 5} | options
+    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
+
+
+@contextmanager
+def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
+    """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
+    batches = iter(DataLoader(dataset, 16, num_workers=workers, timeout=20 if workers else 0))
+    try:
+        yield batches
+    finally:
+        if workers:
+            with suppress(RuntimeError):  # a worker was killed
+                batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read_epoch(dataset: StreamingImages, workers: int = 0) -> list[int]:
+    """The sample ids of an epoch, sorted."""
+    with time_limit(30), open_batches(dataset, workers) as batches:
+        return sorted(i for batch in batches for i in batch["sample_id"].tolist())
