@@ -45,7 +45,8 @@ from d2v_composer.data.index import INDEX, SUMMARY, describe_data, read_index
 from d2v_composer.data.labeled import LabeledImages, load_labeled_set
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, UnreadableImageError, reason
-from d2v_composer.system.fetch import cache_folder, download, is_remote
+from d2v_composer.system.fetch import cache_folder, is_remote
+from d2v_composer.system.fetch import download_existing as download
 from d2v_composer.system.files import find_unwritable, sole_user, write_atomically
 from d2v_composer.system.processes import FORK, end_with_parent, end_workers
 

@@ -25,7 +25,7 @@ from streaming.base.storage import CloudDownloader
 from typing_extensions import override
 
 from d2v_composer.system.errors import InputError, ShardError, reason
-from d2v_composer.system.fetch import S3_SCHEME, S3Downloader
+from d2v_composer.system.fetch import transfer
 from d2v_composer.system.files import acquire, find_partials, partial_file
 from d2v_composer.system.retry import retry
 
@@ -55,9 +55,6 @@ class VerifiedStream(Stream):
     def __init__(self, *, local: str | Path, remote: str | None, timeout: float) -> None:
         super().__init__(local=str(local), remote=remote, download_timeout=min(timeout, REQUEST_SECONDS))
         self.timeout = timeout
-        self._s3 = S3Downloader(self.download_timeout) if remote is not None and remote.startswith(S3_SCHEME) else None
-        if self._s3 is not None:
-            self._s3.prepare()
         self._idle_downloaders: dict[int, list[CloudDownloader]] = {os.getpid(): [self._downloader]}
 
     @override
@@ -130,8 +127,8 @@ class VerifiedStream(Stream):
 
         def download() -> None:
             with self._partial(info) as partial:
-                if self._s3 is not None:
-                    self._s3.download(address, partial, stop)
+                if address.startswith("s3://"):
+                    transfer(address, partial, self.download_timeout, stop)
                 else:
                     self._download_with_streaming(address, partial)
 

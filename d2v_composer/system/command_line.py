@@ -1,12 +1,18 @@
-"""Name what comes next at the end of a command, ready to be copied."""
+"""The frame of a command: exit status and error lines, parser, progress, next steps.
+
+Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failure; 130 or 143 after a signal; 1 with a
+traceback for a fault of ours.
+"""
 
 import argparse
+import errno
 import gc
 import io
 import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +22,11 @@ from tqdm import tqdm
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError
-from d2v_composer.system.files import use_temporary_folder
+from d2v_composer.system.files import shorten_socket_paths
 from d2v_composer.system.processes import end_with_launcher, end_workers, survive_closed_pipes
-from d2v_composer.system.ranks import global_rank
-from d2v_composer.system.third_party import hide_foreign_warnings
 
-# MERGED FROM d2v_composer/system/command_line.py: Exit status of a command: 0; 2 with a line for each bad input;
+# A disk or a quota is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
@@ -35,7 +40,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     end_with_launcher()
     status = 0
     try:
-        use_temporary_folder()
+        shorten_socket_paths()
         main(sys.argv[1:])
     except BaseException as error:
         status, lines = explain(error)
@@ -47,6 +52,17 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         processes.keep_status()
         gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
     sys.exit(status)
+
+
+def hide_foreign_warnings() -> None:
+    """Hide warnings of other packages that no user can act on, in this process and its children."""
+    # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a killed process left in shared memory,
+    # and counts it. The tracker takes over this process's options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # Composer, about the last batch of an evaluation, which may be smaller than the others.
+    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    # torch 2.7's profiler, which the benchmarks use, logs as an error that there is no GPU. 5: nothing.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
@@ -62,9 +78,9 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         return 2, [f"error: {line.removeprefix(kind)}" for line in found]
     if isinstance(error, RunError):
         return 1, [f"error: {hide_secrets(str(error))}"]
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        # A folder instead of a file, or a file instead of a folder.
-        return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
+    if isinstance(error, OSError) and error.filename is not None:  # the machine's: a full disk, a file in the way
+        line = f"error: {error.filename2 or error.filename}: {error.strerror}"
+        return 1 if error.errno in FULL else 2, [line]
     return None, []
 
 
@@ -79,9 +95,6 @@ def show_help(argv: Sequence[str], text: str | None) -> None:
     if not {"-h", "--help"}.isdisjoint(argv):
         print(text)
         sys.exit(0)
-
-
-# MERGED FROM d2v_composer/system/command_line.py: Command lines: their parser, and types of arguments that need
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -99,10 +112,8 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be bytes or a size such as '60gb', got {text!r}") from error
 
 
-# MERGED FROM d2v_composer/system/command_line.py: Show the progress of long work: a bar on a terminal, elsewhere a
-
 LINE_SECONDS = 10.0
-"""Time between two lines; shorter work prints none."""
+"""Seconds between two lines; shorter work prints none."""
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, left {remaining}"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}"
 
@@ -143,7 +154,7 @@ EMBEDDINGS = "embeddings.npy"
 
 def print_next(*steps: str) -> None:
     """Print the steps on rank 0, one a line."""
-    if global_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         print("\n".join(f"next: {step}" for step in steps), flush=True)
 
 

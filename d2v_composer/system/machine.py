@@ -1,4 +1,4 @@
-"""Compare the installed packages with what this package and its extras need."""
+"""Describe the machine and the installed packages, and compare them with what this package needs."""
 
 import os
 import platform
@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 from packaging.requirements import Requirement
-
-# MERGED FROM d2v_composer/system/machine.py: Describe the machine and the package versions behind a result.
 
 OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
 

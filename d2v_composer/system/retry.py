@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -13,39 +14,42 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reason
 
-# Timeout of a connection. A reachable host answers at once; clients' defaults are a minute and several attempts.
+# Timeout of a connection: a reachable host answers immediately. Clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is starting may briefly answer that a file is missing or access denied.
 LASTING_ATTEMPTS = 4
 LASTING_STATUS = (401, 403, 404)
-NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-LOCAL_FAULTS = (*FULL, *FORBIDDEN, *IN_THE_WAY)
+LASTING = (NoCredentialsError, PartialCredentialsError, FileNotFoundError, ValueError)
+# Faults of the local disk: full, denied, or something else in the way.
+LOCAL = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 log = logging.getLogger(__name__)
 
+ResultT = TypeVar("ResultT")
+
 
 def retry(
-    attempt: Callable[[], None],
+    attempt: Callable[[], ResultT],
     what: str,
     timeout: float,
     stop: threading.Event | None = None,
     lasting_attempts: int = LASTING_ATTEMPTS,
-) -> None:
-    """Call ``attempt`` until it succeeds.
+) -> ResultT:
+    """Call ``attempt`` until it succeeds, and return its result.
 
-    Faults of the local disk are raised at once, lasting ones (missing, denied, corrupt) after ``lasting_attempts``,
-    others after ``timeout``. Each failure is logged.
+    Faults of the local disk are raised immediately, lasting ones (missing, denied, corrupt) after
+    ``lasting_attempts``, others after ``timeout``. Each failure is logged.
 
     Args:
         attempt: Called at least once.
-        what: Named in the log.
-        timeout: In seconds; a running attempt is not interrupted.
+        what: What is attempted, for the log.
+        timeout: Seconds; a running attempt is not interrupted.
         stop: If set, raise the next failure without another attempt.
-        lasting_attempts: 1: a wrong address or key is told at once.
+        lasting_attempts: 1 reports a wrong address or key immediately.
     """
     start, stop = time.monotonic(), stop or threading.Event()
     pause, num_lasting = FIRST_PAUSE, 0
@@ -65,24 +69,22 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return whether a fault is the local disk's: full, read-only, denied, a folder instead of a file."""
-    return isinstance(error, OSError) and error.errno in LOCAL_FAULTS
+    """Return whether a fault is the local disk's."""
+    return isinstance(error, OSError) and error.errno in LOCAL
 
 
 def is_lasting(error: BaseException) -> bool:
     """Return whether a fault is unlikely to pass."""
-    if _is_unreachable(error):
-        return False
-    return isinstance(error, (*NO_CREDENTIALS, FileNotFoundError, ValueError)) or _status(error) in LASTING_STATUS
+    return not _is_unreachable(error) and (isinstance(error, LASTING) or _status(error) in LASTING_STATUS)
 
 
 def is_missing(error: BaseException) -> bool:
     """Return whether a store answered that a file does not exist; denied access is another answer."""
-    return (isinstance(error, FileNotFoundError) and not _is_unreachable(error)) or _status(error) == 404
+    return not _is_unreachable(error) and (isinstance(error, FileNotFoundError) or _status(error) == 404)
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Return whether Hugging Face is unreachable; its client then reports that its cache lacks the file."""
+    # If Hugging Face is unreachable, its client reports that its cache lacks the file: a FileNotFoundError.
     return isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
 
 
@@ -91,8 +93,5 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    candidates = (
-        getattr(response, "status_code", None),
-        *(getattr(error, name, None) for name in ("status_code", "code", "status")),
-    )
-    return next((value for value in candidates if isinstance(value, int)), None)
+    found = [getattr(response, "status_code", None), *(getattr(error, name, None) for name in ("status_code", "code"))]
+    return next((value for value in [*found, getattr(error, "status", None)] if isinstance(value, int)), None)

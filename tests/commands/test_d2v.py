@@ -95,7 +95,7 @@ for descriptor in (1, 2):
     os.dup2(pipe[1], descriptor)
 os.close(pipe[0])
 sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
-from d2v_composer.system import cli
+from d2v_composer.system import command_line
 """
 
 
@@ -109,12 +109,12 @@ def piped() -> Callable[..., int]:
 
 def test_a_training_outlives_its_reader(piped: Callable[..., int], small_data: Path, tmp_path: Path) -> None:
     arguments = small_run(tmp_path / "run", small_data, "console_log_interval=1ba")
-    assert piped("from recipes import train; cli.run(train.main)", *arguments) == 0
+    assert piped("from recipes import train; command_line.run(train.main)", *arguments) == 0
     assert len(losses_of(tmp_path / "run")) == 14
 
 
 def test_a_command_ends_quietly_without_its_reader(tmp_path: Path) -> None:
-    code = "import sys; from d2v_composer.system import cli; cli.run(lambda _: print('line\\n' * 100_000))"
+    code = "from d2v_composer.system import command_line as line; line.run(lambda _: print('line\\n' * 100_000))"
     ended = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {shlex.join([sys.executable, '-c', code])} | head -n 1"],
         cwd=ROOT,

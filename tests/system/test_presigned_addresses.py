@@ -1,6 +1,5 @@
 """Signatures, logins and tokens in addresses are neither stored nor shown."""
 
-import hashlib
 import http.server
 import logging
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from d2v_composer.system import command_line
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.addresses import file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import cache_folder, cached_name, fetch
+from d2v_composer.system.fetch import cache_folder, fetch
 from d2v_composer.system.retry import retry
 from helpers import GOLDEN, serving, small_run
 
@@ -111,14 +110,6 @@ def test_another_version_is_another_file(server: Server) -> None:
     assert server.num_requests == 2
 
 
-def test_a_cached_name_fits_file_systems(server: Server) -> None:
-    address = "https://host/" + "long" * 100 + "/" + "name" * 100 + ".safetensors"
-    assert len(cached_name(address)) <= 117
-    assert cached_name(address).endswith("name.safetensors")
-    plain = "https://host/a/base.pt"
-    assert cached_name(plain) == f"{hashlib.sha256(plain.encode()).hexdigest()[:16]}-base.pt"  # as 0.1.0 did
-
-
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
@@ -165,7 +156,7 @@ def test_a_commands_error_shows_no_secrets(capsys: pytest.CaptureFixture[str], m
     def main(_: object) -> None:
         raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
 
-    for name in ("use_temporary_folder", "end_with_launcher"):
+    for name in ("shorten_socket_paths", "end_with_launcher"):
         monkeypatch.setattr(command_line, name, lambda: None)
     with pytest.raises(SystemExit, match="2"):
         command_line.run(main)

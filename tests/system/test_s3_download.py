@@ -15,7 +15,7 @@ from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.errors import ShardError
-from d2v_composer.system.fetch import S3Downloader
+from d2v_composer.system.fetch import transfer
 from helpers import serving, time_limit
 
 NUM_SAMPLES = 96
@@ -92,7 +92,7 @@ DRIPPING = Sending(bytes_at_a_time=1, pause=0.05)
 def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Server, tmp_path: Path) -> None:
     server.files["a/b"], server.sendings["a/b"] = FILE, Sending(bytes_at_a_time=1024, pause=0.05)
     begin = time.monotonic()
-    S3Downloader(retry_timeout=0.1).download("s3://bucket/a/b", tmp_path / "file")
+    transfer("s3://bucket/a/b", tmp_path / "file", 0.1)
     assert time.monotonic() - begin > 1
     assert (tmp_path / "file").read_bytes() == FILE
 
@@ -100,7 +100,7 @@ def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Serve
 def test_a_stalled_download_times_out(server: Server, tmp_path: Path) -> None:
     server.files["a"], server.sendings["a"] = FILE, DRIPPING
     with pytest.raises(TimeoutError, match=r"too slow: \d bytes in 0 s"), time_limit(20):
-        S3Downloader(retry_timeout=0.3).download("s3://bucket/a", tmp_path / "file")
+        transfer("s3://bucket/a", tmp_path / "file", 0.3)
 
 
 def test_an_event_stops_a_download(server: Server, tmp_path: Path) -> None:
@@ -108,27 +108,26 @@ def test_an_event_stops_a_download(server: Server, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedError), time_limit(20):
-        S3Downloader(retry_timeout=60).download("s3://bucket/a", tmp_path / "file", stop)
+        transfer("s3://bucket/a", tmp_path / "file", 60, stop)
 
 
 def test_a_broken_connection_is_not_a_lasting_fault(server: Server, tmp_path: Path) -> None:
     server.files["a"], server.sendings["a"] = FILE, Sending(ends_after=7000)
     with pytest.raises(ConnectionError, match=r"truncated after 7000 of 20480 bytes") as caught:
-        S3Downloader(retry_timeout=5).download("s3://bucket/a", tmp_path / "file")
+        transfer("s3://bucket/a", tmp_path / "file", 5)
     assert not retry_module.is_lasting(caught.value)
 
 
 def test_a_missing_file_is_an_error(server: Server, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"s3://bucket/a#b\?c: not found"):
-        S3Downloader(retry_timeout=5).download("s3://bucket/a#b?c", tmp_path / "file")
+        transfer("s3://bucket/a#b?c", tmp_path / "file", 5)
     assert server.requests == ["a%23b%3Fc"]
 
 
 def test_each_file_takes_one_request_on_one_connection(server: Server, tmp_path: Path) -> None:
-    downloader = S3Downloader(retry_timeout=5)
     for i in range(5):
         server.files[f"{i}"] = FILE * 1000  # 20 MB
-        downloader.download(f"s3://bucket/{i}", tmp_path / "file")
+        transfer(f"s3://bucket/{i}", tmp_path / "file", 5)
         assert (tmp_path / "file").read_bytes() == FILE * 1000
     assert server.requests == ["0", "1", "2", "3", "4"]
     assert server.num_connections == 1

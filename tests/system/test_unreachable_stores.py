@@ -17,9 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from d2v_composer.callbacks.checkpointing import PATIENT_CLIENT
-from d2v_composer.system import retry as retry_module
-from d2v_composer.system.fetch import S3Downloader, transfer
+from d2v_composer.system import fetch
+from d2v_composer.system.fetch import transfer
 from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
 from helpers import time_limit
 
@@ -42,7 +41,7 @@ def silent_host() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CONNECT_SECONDS <= 10
-    monkeypatch.setattr(retry_module, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "CONNECT_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -61,13 +60,7 @@ def silent_store(silent_host: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("silent_store")
 def test_an_unreachable_store_times_out(tmp_path: Path) -> None:
     with pytest.raises(ConnectTimeoutError), time_limit(60):
-        S3Downloader(retry_timeout=600).download("s3://bucket/shard", tmp_path / "shard")
-    with pytest.raises(ConnectTimeoutError), time_limit(60):
         transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
-
-
-def test_uploads_have_the_same_connection_timeout() -> None:
-    assert PATIENT_CLIENT["connect_timeout"] <= 10
 
 
 def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

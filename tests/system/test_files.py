@@ -1,0 +1,135 @@
+"""Files appear complete, or not at all; a lock has one holder."""
+
+import contextlib
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.files import (
+    acquire,
+    check_out_file,
+    find_partials,
+    out_file,
+    partial_file,
+    sole_user,
+    write_atomically,
+)
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "shard[0].mds"
+    write_atomically(path, "old")
+    with contextlib.suppress(KeyboardInterrupt), partial_file(path) as partial:
+        partial.write_text("half")
+        partial.with_name(f"{partial.name}.tmp").write_text("of a downloader")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with partial_file(path) as first, partial_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # renamed last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """Some writers give their files to the owner alone."""
+    before = os.umask(0o022)
+    try:
+        with out_file(tmp_path / "file") as partial:
+            partial.unlink()
+            partial.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_a_fault_of_the_disk_is_one_line(tmp_path: Path) -> None:
+    message = rf"^{tmp_path}/file: cannot be written: No space left on device$"
+    with pytest.raises(RunError, match=message), out_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_partial_file_is_found_by_its_file_alone(tmp_path: Path) -> None:
+    path, other = tmp_path / "ep0-ba1-rank0.pt", tmp_path / "other.pt"
+    with partial_file(path) as partial, partial_file(other) as others:
+        partial.touch()
+        others.touch()
+        assert list(find_partials([path])) == [partial]
+        assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("folder", "is a folder, expected a file to write"),
+        ("file/x.npy", "file: Not a directory"),
+        ("/proc/new/x.npy", "/proc/new/x.npy: cannot be written: /proc: "),
+        ("s3://bucket/x.npy", "expected a local file"),
+    ],
+)
+def test_refuses_what_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=message):
+        check_out_file(Path(path))
+
+
+def test_a_lock_has_one_holder_and_others_may_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lock"
+    with sole_user(path) as first, sole_user(path) as second:
+        assert (first, second) == (True, False)
+    descriptor = acquire(path)
+    assert descriptor is not None
+    start = time.monotonic()
+    assert acquire(path, wait=0.2) is None
+    assert time.monotonic() - start >= 0.2
+    threading.Timer(0.5, os.close, (descriptor,)).start()
+    with contextlib.suppress(KeyError), sole_user(path, wait=30) as alone:
+        assert alone
+        raise KeyError
+    with sole_user(path) as alone:
+        assert alone
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with sole_user(tmp_path / "lock") as alone:
+        assert alone
+    assert "this file system has no locks (Function not implemented)" in caplog.text
+
+
+# A DataLoader's workers and their parent pass tensors through sockets in multiprocessing's temporary folder.
+LOAD = """
+import torch
+from torch.utils.data import DataLoader
+from d2v_composer.system.files import shorten_socket_paths
+shorten_socket_paths()
+assert len(list(DataLoader(torch.zeros(8, 1000), 2, num_workers=1))) == 4
+"""
+
+
+def test_a_long_tmpdir_does_not_hang_a_data_loader(tmp_path: Path) -> None:
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    subprocess.run([sys.executable, "-c", LOAD], env=os.environ | {"TMPDIR": str(long)}, check=True, timeout=60)
