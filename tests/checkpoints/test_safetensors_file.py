@@ -214,7 +214,7 @@ def test_the_command_exits_with_2_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.safetensors"
-    for name in ("use_temporary_folder", "end_with_launcher"):
+    for name in ("shorten_socket_paths", "end_with_launcher"):
         monkeypatch.setattr(command_line, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
     with pytest.raises(SystemExit, match="2"):
