@@ -45,7 +45,7 @@ from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.resume import LATEST, find_newest_checkpoint
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.images import rgb_of, sample_rng
+from d2v_composer.data.images import decode_rgb, sample_rng
 from d2v_composer.data.index import check_room, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.data.shards import VerifiedStream
@@ -448,7 +448,7 @@ class Checks:
             while time.perf_counter() - start < DECODING_SECONDS:
                 i = done % reader.samples
                 stored, source = reader[i][loader.column], f"sample {i}"
-                image = rgb_of(stored, source) if isinstance(stored, Image.Image) else stored
+                image = decode_rgb(stored, source) if isinstance(stored, Image.Image) else stored
                 transform(image, sample_rng(self.config.seed, 0, i), source)
                 done += 1
             return done / (time.perf_counter() - start)

@@ -363,7 +363,7 @@ def take_photos(source: str, folder: Path, num_images: int, seed: int = 0) -> Ph
             encoded = (images.root / file.path).read_bytes()
         except OSError as error:
             raise InputError(f"{images.root / file.path}: cannot be read ({error.strerror})") from error
-        encoded, _ = as_rgb_jpeg(encoded, str(images.root / file.path), resize=None, quality=95)
+        encoded = as_rgb_jpeg(encoded, str(images.root / file.path), resize=None, quality=95)
         # The benchmark ignores labels.
         path = folder / f"class{i % NUM_CLASSES}" / f"{i:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

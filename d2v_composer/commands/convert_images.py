@@ -1,12 +1,15 @@
-"""Convert ImageNet, or any folder of images, to MDS shards.
+"""Convert ImageNet, any folder of images, or CIFAR-10 to MDS shards.
 
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/train --resize 256
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
     d2v convert-images photos datasets/photos --labels none --workers 8
+    d2v convert-images cifar10:datasets datasets/cifar10/train
+    d2v convert-images cifar10:datasets datasets/cifar10/test --split test
 
+cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels are unchanged.
 Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
-resume it. With other settings it starts over; old shards in an object store are listed at the end, not deleted.
+resume it; with other settings it starts over.
 Layouts and labels files: see find_images in d2v_composer/data/convert.py.
 """
 
@@ -24,9 +27,17 @@ from d2v_composer.system.errors import InputError
 if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
 
+LIMITS = {
+    "resize": (1, 65500),
+    "quality": (1, 100),
+    "workers": (1, 1024),
+    "seed": (0, 1 << 32),
+    "shard_size": (1, 1 << 31),
+}
+
 
 def main(argv: Sequence[str]) -> "Conversion":
-    """Convert, verify, and print a report."""
+    """Convert, and print a report."""
     arguments = parse(argv)
 
     from d2v_composer.data.convert import Encoding, convert_images, find_images
@@ -41,20 +52,25 @@ def main(argv: Sequence[str]) -> "Conversion":
         shard_bytes=arguments.shard_size,
         skip_unreadable=arguments.skip_unreadable,
     )
-    print_report(conversion, time.monotonic() - start)
-    print_next(f"composer recipes/train.py yamls/distill.yaml {train_overrides(arguments.out)}")
+    if conversion.resumed:
+        print(f"resumed an interrupted conversion after {conversion.resumed} shards")
+    classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"
+    print(
+        f"wrote {conversion.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
+        f"{conversion.shards} shards, in {time.monotonic() - start:.0f} s"
+    )
+    print("other files:", ", ".join(f"{count} {name}" for name, count in conversion.ignored.items()) or "none")
+    print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
+    out = arguments.out
+    data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
+    name = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
+    print_next(f"composer recipes/train.py yamls/{name}.yaml {shlex.quote(data)}")
     return conversion
-
-
-def train_overrides(out: str) -> str:
-    """Return what a training needs to read the result."""
-    is_remote = "://" in out
-    return shlex.quote(f"train_loader.remote={out}" if is_remote else f"train_loader.local={Path(out).resolve()}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images")
+    parser.add_argument("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
     parser.add_argument("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     parser.add_argument("--split", default="train", help="the split's folder; default: train")
     parser.add_argument("--labels", help="a file with the labels of a flat folder; none: no labels")
@@ -69,35 +85,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt"
     )
     arguments = parser.parse_args(argv)
-    for name, largest in (("resize", 65500), ("quality", 100), ("workers", 1024), ("shard_size", 1 << 31)):
+    for name, (smallest, largest) in LIMITS.items():
         value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= largest:
-            raise InputError(f"--{name.replace('_', '-')}: must be 1 to {largest}, got {value}")
-    if arguments.seed < 0:
-        raise InputError(f"--seed: must be 0 or more, got {arguments.seed}")
+        if value is not None and not smallest <= value <= largest:
+            raise InputError(f"--{name.replace('_', '-')}: must be {smallest} to {largest}, got {value}")
     return arguments
-
-
-def print_report(conversion: "Conversion", seconds: float) -> None:
-    if conversion.resumed:
-        print(f"resumed an interrupted conversion after {conversion.resumed} shards")
-    classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"
-    print(
-        f"wrote {conversion.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
-        f"{conversion.shards} shards, read back and verified, in {seconds:.0f} s"
-    )
-    converted, ignored = _counts(conversion.converted), _counts(conversion.ignored)
-    print(f"converted to RGB JPEG: {converted}; other files: {ignored}")
-    print(f"skipped as unreadable: {len(conversion.skipped) or 'none'}")
-    for line in conversion.skipped:
-        print(f"  {line}")
-    if conversion.leftover:
-        print(f"left by an earlier conversion, in no index, delete them by hand: {len(conversion.leftover)} shards")
-        for name in conversion.leftover:
-            print(f"  {conversion.out}/{name}")
-    if conversion.leftover is None:
-        print(f"left by an earlier conversion: unknown, {conversion.out} cannot be listed")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

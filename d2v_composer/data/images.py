@@ -1,4 +1,4 @@
-"""List the images of a folder, and read them."""
+"""Find image files, decode them to RGB, and augment them by random numbers that depend on the sample alone."""
 
 import errno
 import io
@@ -6,6 +6,8 @@ import math
 import os
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -19,80 +21,123 @@ from torch.nn import functional
 from d2v_composer.models.encoder import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, UnreadableImageError
 
-# MERGED FROM d2v_composer/data/images.py: Decode images to the pixels that a model sees.
-
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+# The suffixes that torchvision's ImageFolder reads.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CROP_ATTEMPTS = 10
 # Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
 Image.init()
 
 
-class Box(NamedTuple):
-    """A rectangle of an image, in pixels: left ≤ x < right, top ≤ y < bottom."""
+class ImageFile(NamedTuple):
+    """One image of a folder."""
 
-    left: int
-    top: int
-    right: int
-    bottom: int
+    path: str
+    """Relative to the folder, with slashes."""
+    num_bytes: int
+    mtime_ns: int
+    label: int | None
 
 
-def decode_rgb(encoded: bytes, source: str) -> Image.Image:
-    """Decode an image file to RGB; of an animation, the first frame.
+def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
+    """List the images of a folder and its subfolders by path, and count the other files by suffix.
+
+    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
+
+    Raises:
+        InputError: There are no images, or a folder cannot be listed.
+    """
+    files: list[ImageFile] = []
+    ignored: Counter[str] = Counter()
+    # Without onerror, os.walk would take a folder that cannot be listed for an empty one.
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() not in SUFFIXES:
+                ignored[path.suffix.lower() or "without suffix"] += 1
+                continue
+            try:  # a dangling link counts as unreadable when it is read, as a corrupt image does
+                status = path.stat() if path.exists() else path.lstat()
+            except OSError as error:
+                _cannot_list(error)
+            files.append(ImageFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
+    if not files:
+        raise InputError(f"{root}: no images; the suffixes read are {', '.join(SUFFIXES)}")
+    return sorted(files), dict(sorted(ignored.items()))
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+
+def list_subfolders(folder: Path) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one with a subfolder per class")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read an image file.
+
+    Raises:
+        UnreadableImageError: The file does not exist, or is a dangling link.
+        InputError: Access is denied: the folder's permissions are at fault, not the image.
+        OSError: The machine cannot read (too many open files, a failing disk, …).
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise UnreadableImageError(message) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise InputError(f"{message}: grant the permission, or remove it") from error
+        raise
+
+
+@contextmanager
+def decoding(stored: bytes | Image.Image, source: str) -> Iterator[None]:
+    """Decode an image in the block: an error becomes one line that blames the image.
 
     Args:
-        encoded: The file's bytes.
-        source: The image's name for errors.
+        stored: The encoded or decoded image.
+        source: The image's name.
 
     Raises:
-        UnreadableImageError: The bytes are not an image, are corrupt, or have more than ``PIL.Image.MAX_IMAGE_PIXELS``.
-            A fault of the machine is raised as it is.
+        UnreadableImageError: The image cannot be decoded. If memory or file descriptors run out, the error passes
+            unchanged; Pillow's own OSErrors have no number.
     """
     try:
-        return to_rgb(open_image(encoded))
-    except ImageSizeError as error:
+        yield
+    except UnreadableImageError as error:
         raise UnreadableImageError(f"{source}: {error}") from error
     except Exception as error:
-        if is_of_machine(error):
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise UnreadableImageError(f"{source}: not an image that can be read ({len(encoded)} bytes)") from error
-
-
-def is_of_machine(error: BaseException) -> bool:
-    """Return True if decoding failed because memory or file descriptors ran out; Pillow's own errors have no number."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-
-
-def rgb_of(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """Return a value of an image column in RGB: a file's bytes, or pixels (of the encoding ``pil``).
-
-    Raises:
-        UnreadableImageError: As :func:`decode_rgb`.
-    """
-    if not isinstance(stored, Image.Image):
-        return decode_rgb(stored, source)
-    try:
-        return to_rgb(stored)
-    except ValueError as error:
-        raise UnreadableImageError(f"{source}: not an image that can be read ({error})") from error
-
-
-class ImageSizeError(ValueError):
-    """An image would take too much memory."""
+        detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"mode {stored.mode}"
+        raise UnreadableImageError(f"{source}: not an image that can be read ({detail})") from error
 
 
 def open_image(encoded: bytes) -> Image.Image:
     """Read the header of an image file.
 
     Raises:
-        ImageSizeError: The image has too many pixels. Pillow alone would warn, and decode twice as many.
+        UnreadableImageError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow alone would warn, and
+            decode twice as many.
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageSizeError(f"has more than {limit} pixels") from error
+        raise UnreadableImageError(f"has more than {limit} pixels") from error
     if limit is not None and image.width * image.height > limit:
-        raise ImageSizeError(f"has {image.width} x {image.height} pixels, more than {limit}")
+        raise UnreadableImageError(f"has {image.width} x {image.height} pixels, more than {limit}")
     return image
 
 
@@ -100,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image to RGB; 16-bit values become 8-bit ones.
 
     Raises:
-        ValueError: The values are not colors; or any error of Pillow's if the file is corrupt.
+        ValueError: The values are not colors. Pillow raises other errors if the file is corrupt.
     """
     image.load()
     if image.mode.startswith("I"):  # Pillow would clip values above 255
@@ -111,6 +156,57 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("has floating-point numbers")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
+    """Decode an image file, or the decoded image of a ``pil`` column, to RGB; of an animation, the first frame.
+
+    Args:
+        stored: The file's bytes, or the image.
+        source: The image's name for errors.
+
+    Raises:
+        UnreadableImageError: As :func:`decoding`.
+    """
+    with decoding(stored, source):
+        return to_rgb(open_image(stored) if isinstance(stored, bytes) else stored)
+
+
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """Return the pixels as (3, height, width) uint8."""
+    pixels = np.array(image) if isinstance(image, Image.Image) else image
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize, interpolation: str) -> Tensor:
+    """Decode an image and resize the whole of it with Pillow's filter.
+
+    Args:
+        stored: An image file's bytes, or a decoded image.
+        source: The image's name for errors.
+        image_size: Pixels per side, or (height, width); the aspect ratio is not kept.
+        interpolation: bicubic or bilinear.
+
+    Returns:
+        (3, height, width) uint8.
+
+    Raises:
+        UnreadableImageError: The image cannot be decoded.
+    """
+    image = decode_rgb(stored, source)
+    height, width = height_and_width(image_size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    return to_tensor(image)
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels: left ≤ x < right, top ≤ y < bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 class CuttableJpeg(NamedTuple):
@@ -128,7 +224,7 @@ class CuttableJpeg(NamedTuple):
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
         """Read the header; return ``None`` for images that Pillow must decode: other kinds and truncated files."""
-        # Pillow refuses a file without its end, which a decoder that stops early cannot notice. A truncated file does
+        # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
             return None
@@ -167,25 +263,6 @@ class CuttableJpeg(NamedTuple):
         except ValueError:
             return np.array(decode_rgb(self.encoded, self.source).crop(box))
         return pixels[box.top : box.bottom, box.left : box.right]
-
-
-def resized(image: Image.Image, image_size: ImageSize, interpolation: str) -> Image.Image:
-    """Resize the whole image, ignoring its aspect ratio, with Pillow's filter bicubic or bilinear."""
-    height, width = height_and_width(image_size)
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling[interpolation.upper()])
-
-
-def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """Return the pixels as (3, height, width) uint8."""
-    pixels = np.array(image) if isinstance(image, Image.Image) else image
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-# MERGED FROM d2v_composer/data/images.py: Random crops and flips that depend on (seed, epoch, sample id) alone.
-
-CROP_ATTEMPTS = 10
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -247,110 +324,10 @@ class RandomResizedCropFlip(NamedTuple):
             UnreadableImageError: The image cannot be decoded.
         """
         jpeg = CuttableJpeg.parse(image, source) if isinstance(image, bytes) else None
-        whole = jpeg or rgb_of(image, source)
+        whole = jpeg or decode_rgb(image, source)
         box = random_crop_box(*whole.size, rng, self.scale, self.ratio)
         # Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ,
         # by one. Cropping comes first, because the filter must not see pixels outside of the crop.
         crop, size = to_tensor(whole.crop(box))[None], height_and_width(self.image_size)
         pixels = functional.interpolate(crop, size, mode=self.interpolation, antialias=True)[0]
         return pixels.flip(-1) if rng.random() < self.flip else pixels
-
-
-# Those of torchvision's ImageFolder.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# A dangling link, or a file deleted since it was listed: this image is missing.
-ABSENT = (errno.ENOENT, errno.ELOOP)
-FORBIDDEN = (errno.EACCES, errno.EPERM)
-
-
-class ImageFile(NamedTuple):
-    """One image of a folder."""
-
-    path: str
-    """Relative to the folder, with slashes."""
-    num_bytes: int
-    mtime_ns: int
-    label: int | None
-
-
-def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
-    """List the images of a folder and its subfolders by path, and count the other files by suffix.
-
-    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
-
-    Raises:
-        InputError: There are no images, or a folder cannot be listed.
-    """
-    files: list[ImageFile] = []
-    ignored: Counter[str] = Counter()
-    # A folder that cannot be listed must not count as an empty one.
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in SUFFIXES:
-                status = _status(path)
-                relative = path.relative_to(root).as_posix()
-                files.append(ImageFile(relative, status.st_size, status.st_mtime_ns, label=None))
-            else:
-                ignored[path.suffix.lower() or "without suffix"] += 1
-    if not files:
-        raise InputError(f"{root}: no images; the suffixes read are {', '.join(SUFFIXES)}")
-    return sorted(files), dict(sorted(ignored.items()))
-
-
-def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden.
-
-    Raises:
-        InputError: There is no such folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with a subfolder per class")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def read_image_file(path: Path) -> bytes:
-    """Read an image file.
-
-    Raises:
-        UnreadableImageError: The file does not exist.
-        InputError: Access is denied: the folder's permissions are at fault, not the image.
-        OSError: The machine cannot read (too many open files, a failing disk, …).
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in ABSENT:
-            raise UnreadableImageError(f"{path}: cannot be read ({error.strerror})") from error
-        if error.errno in FORBIDDEN:
-            raise InputError(
-                f"{path}: cannot be read ({error.strerror}): grant the permission, or remove it"
-            ) from error
-        raise
-
-
-def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize, interpolation: str) -> Tensor:
-    """Decode a file's bytes, or the value of an image column, to (3, height, width) uint8.
-
-    Args:
-        stored: The encoded or decoded image.
-        source: The name of the image for the error.
-        image_size: Pixels a side, or (height, width); the aspect ratio is not kept.
-        interpolation: bicubic or bilinear.
-
-    Raises:
-        UnreadableImageError: It is truncated, corrupt or not an image.
-    """
-    return to_tensor(resized(rgb_of(stored, source), image_size, interpolation))
-
-
-def _cannot_list(error: OSError) -> NoReturn:
-    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        # A dangling link counts as unreadable when it is read, as a corrupt image does.
-        return path.stat() if path.exists() else path.lstat()
-    except OSError as error:
-        _cannot_list(error)
