@@ -32,7 +32,8 @@ from d2v_composer.data.index import INDEX, check_room, fetch_index, keep_encoded
 from d2v_composer.data.labeled import CIFAR_FOLDERS, Format, load_labeled_set
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.execution import choose_precision
-from d2v_composer.models.transformer import Pooling, PrecisionName, Representation, Transformer
+from d2v_composer.models.names import Pooling, PrecisionName, Representation
+from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, ShardError, UnreadableImageError, reason
 from d2v_composer.system.fetch import is_remote

@@ -33,8 +33,8 @@ from d2v_composer.evaluation.evaluate import WITHOUT_MODEL, build_embeds
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.transformer import DATA2VEC2
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions

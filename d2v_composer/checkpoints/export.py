@@ -30,8 +30,8 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.models.encoder import height_and_width
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.models.transformer import Pooling, Representation
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import out_file
 from d2v_composer.system.machine import install_command

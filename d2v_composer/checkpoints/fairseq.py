@@ -25,7 +25,7 @@ from d2v_composer.checkpoints.student_file import (
     write_model_file,
 )
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
-from d2v_composer.models.transformer import Weights
+from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file

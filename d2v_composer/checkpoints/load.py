@@ -33,10 +33,10 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import ImageSize
+from d2v_composer.models.names import DATA2VEC2, Weights
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_teacher import PREFIX, TimmEncoderConfig
-from d2v_composer.models.transformer import DATA2VEC2, Weights
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import is_remote

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.benchmarks.step import SIZES
 from d2v_composer.models.execution import find_missing
-from d2v_composer.models.transformer import PrecisionChoice
+from d2v_composer.models.names import PrecisionChoice
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically

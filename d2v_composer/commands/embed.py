@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.models.transformer import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.system.command_line import make_parser, print_next, size
 from d2v_composer.system.errors import InputError
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import EMBEDDINGS, d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from d2v_composer.models.transformer import Pooling, Representation
+from d2v_composer.models.names import Pooling, Representation
 
 # MERGED FROM d2v_composer/evaluation/metrics.py: Names of metrics, and of the embeddings that retrieval measures.
 

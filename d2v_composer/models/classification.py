@@ -16,7 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.encoder import height_and_width
-from d2v_composer.models.transformer import Pooling, Representation, Transformer, poolings
+from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.errors import InputError
 
 Batch = Sequence[Tensor]

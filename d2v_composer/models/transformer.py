@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.attention import FfnBlock, autocast_dtype, mask_padding
 from d2v_composer.models.encoder import Encoder, EncoderConfig
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.targets import Normalization, norm_mean
-
-# MERGED FROM d2v_composer/models/transformer.py: The named choices of YAMLs and command lines, in a module that
-
-DATA2VEC2 = "data2vec2"
-"""The default of ``teacher.model``; others are timm's."""
-Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean"]
-PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
-PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
-"""``auto`` is the fastest that the machine has instructions for."""
-Weights = Literal["model", "ema"]
-"""Of a teacher's file: the trained ones, or their moving average."""
 
 
 def poolings(x_BTD: Tensor, representation: Representation, config: EncoderConfig) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from d2v_composer import load_teacher
 from d2v_composer.builders.training import build_layerwise_optimizer
 from d2v_composer.config.schema import LayerwiseOptimizerConfig
 from d2v_composer.models.classification import Classifier, randomize
-from d2v_composer.models.transformer import Representation
+from d2v_composer.models.names import Representation
 from helpers import GOLDEN
 
 

@@ -1,0 +1,13 @@
+"""Choices of YAMLs and command lines, in a module that imports no torch: ``--help`` shows them within a second."""
+
+from typing import Literal
+
+DATA2VEC2 = "data2vec2"
+"""Default of ``teacher.model``; others are timm's."""
+Pooling = Literal["cls", "mean", "mean_patches"]
+Representation = Literal["output", "layer_mean"]
+PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
+PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
+"""``auto`` is the fastest that the machine has instructions for."""
+Weights = Literal["model", "ema"]
+"""Weights of a teacher's file: the trained ones, or their moving average."""
