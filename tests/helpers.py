@@ -40,6 +40,7 @@ ServerT = TypeVar("ServerT", bound=BaseServer)
 
 # Six batches of 16 an epoch.
 NUM_IMAGES = 96
+D2V = ("-m", "d2v_composer.commands")
 
 
 def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None) -> Path:
@@ -136,6 +137,26 @@ def run_command(
     return subprocess.CompletedProcess(arguments, program.wait(timeout), program.stdout, program.stderr)
 
 
+def d2v(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``d2v NAME …``."""
+    return run_command(sys.executable, *D2V, *arguments, **options)
+
+
+def run_training(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python recipes/train.py …``, which must succeed."""
+    ended = run_command(*train_command(list(arguments)), **options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
+
+
+def failure(ended: "subprocess.CompletedProcess[str] | Program", status: int) -> str:
+    """Check that a command failed with a status and without a traceback, and return its last line."""
+    found = ended.poll() if isinstance(ended, Program) else ended.returncode
+    assert found == status, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.stderr.strip().splitlines()[-1]
+
+
 def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Program:
     """Start a Python program from a process that has imported what it needs."""
     variables = command_environment() | (environment or {})
@@ -163,7 +184,11 @@ def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) ->
 
 @contextmanager
 def started_ranks(
-    *arguments: str | Path, ranks: int, num_nodes: int = 1, environment: dict[str, str] | None = None
+    *arguments: str | Path,
+    ranks: int,
+    num_nodes: int = 1,
+    environment: dict[str, str] | None = None,
+    cwd: Path = ROOT,
 ) -> Iterator[list[Program]]:
     """Start a Python program on each rank, with the variables that Composer's launcher sets, and kill it afterwards."""
     shared = {
@@ -178,7 +203,7 @@ def started_ranks(
             node_rank, local_rank = divmod(rank, ranks // num_nodes)
             variables = shared | {"RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node_rank} if ranks > 1 else {}
             variables = {name: str(value) for name, value in variables.items()} | (environment or {})
-            programs.append(start_python(*arguments, environment=variables))
+            programs.append(start_python(*arguments, cwd=cwd, environment=variables))
         yield programs
     finally:
         for program in programs:
@@ -226,9 +251,20 @@ def student_of(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_student(folder: Path, expected: Path) -> None:
+    """Compare the students of two runs bit by bit."""
     ours, theirs = student_of(folder), student_of(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    """Return a process and all below it."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
+    assert psutil.wait_procs(processes, timeout=seconds)[1] == []
 
 
 def losses_of(folder: Path) -> dict[int, float]:

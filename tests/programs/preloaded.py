@@ -5,6 +5,7 @@ has its own pid, session, environment, directory, output and exit status, and en
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -20,8 +21,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-__all__ = ["PreloadedPython", "Program"]
 
 REQUEST_BYTES, ANSWER_BYTES = 1 << 20, 1 << 8
 START_SECONDS = 120
@@ -65,6 +64,11 @@ class Program:
             raise subprocess.TimeoutExpired(self.arguments, timeout, self.stdout, self.stderr)
         return status
 
+    @property
+    def peak_megabytes(self) -> int:
+        """The largest resident memory of a program that has ended."""
+        return self._server.megabytes[self.pid]
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -79,6 +83,8 @@ class PreloadedPython:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._statuses: dict[int, int] = {}
+        self.megabytes: dict[int, int] = {}
+        """pid → the program's peak memory, which includes the imports' 600 MB."""
         # OpenMP and OpenBLAS read it when they load; one thread also means that no thread exists when the server forks.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(theirs.fileno())]
@@ -112,6 +118,7 @@ class PreloadedPython:
             raise RuntimeError("the server of preloaded programs has ended")
         if message["status"] is not None:
             self._statuses[message["pid"]] = message["status"]
+            self.megabytes[message["pid"]] = message["megabytes"]
         return message
 
 
@@ -123,7 +130,8 @@ def serve(connection: socket.socket) -> dict[str, Any]:
             if ready in running:
                 pid = running.pop(ready)
                 os.close(ready)
-                answer(connection, pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                _, status, usage = os.wait4(pid, 0)
+                answer(connection, pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss >> 10)
                 continue
             message, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 2)
             if not message:
@@ -143,9 +151,9 @@ def serve(connection: socket.socket) -> dict[str, Any]:
             answer(connection, pid, None)
 
 
-def answer(connection: socket.socket, pid: int, status: int | None) -> None:
+def answer(connection: socket.socket, pid: int, status: int | None, megabytes: int = 0) -> None:
     with suppress(BrokenPipeError):  # the test process has ended
-        connection.send(json.dumps({"pid": pid, "status": status}).encode())
+        connection.send(json.dumps({"pid": pid, "status": status, "megabytes": megabytes}).encode())
 
 
 def run(request: dict[str, Any]) -> None:
@@ -162,6 +170,9 @@ def run(request: dict[str, Any]) -> None:
         code, *rest = rest
         sys.argv, sys.path[0] = ["-c", *rest], ""
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv, sys.path[0] = rest, ""
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = [first, *rest], str(Path(first).parent)
         runpy.run_path(first, run_name="__main__")
@@ -170,8 +181,9 @@ def run(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import torch
 
-    import d2v_composer.builders.run
-    import d2v_composer.report.page  # noqa: F401
+    for name in ("composer", "streaming", "d2v_composer.builders.run", "d2v_composer.report.page"):
+        with suppress(ImportError):  # its place may change, and a later import takes only longer
+            importlib.import_module(name)
 
     gc.collect()
     gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s

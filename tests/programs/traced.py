@@ -2,10 +2,13 @@
 
 SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-pixels`` to its own file in FOLDER.
 AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
-itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever).
+itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
+when the model is next evaluated).
+HANG="MODULE CLASS FUNCTION": another library's function hangs.
 FORK_UPLOADS=1: uploads run in forked processes; each of seven spawned ones would import torch first.
 """
 
+import importlib
 import multiprocessing.popen_fork
 import multiprocessing.popen_spawn_posix
 import os
@@ -32,20 +35,36 @@ class Trace(Callback):
         batch = int(state.timestamp.batch)
         if event.value == self.event and batch == int(self.batch) and dist.get_global_rank() == 0:
             self.event = "none"
-            self.act()
+            self.act(state)
         if event is Event.BATCH_START and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"{dist.get_global_rank()}-{os.getpid()}").open("a") as file:
                 for sample_id, pixels in zip(state.batch["sample_id"].tolist(), state.batch["image"], strict=True):
                     file.write(f"{batch} {sample_id} {zlib.crc32(pixels.contiguous().numpy())}\n")
 
-    def act(self) -> None:
+    def act(self, state: State) -> None:
         if self.action == "hang":
-            print("hangs", flush=True)
-            time.sleep(600)
+            hang()
+        elif self.action == "pause":
+            print("pauses", flush=True)
+            time.sleep(3)
+        elif self.action == "retrieval_int":
+            evaluate = state.model.eval
+
+            def eval() -> Any:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+                return evaluate()
+
+            state.model.eval = eval  # pyright: ignore[reportAttributeAccessIssue]
         else:
             os.kill(os.getpid(), SIGNALS[self.action])
             time.sleep(0.3)
+
+
+def hang(*_: Any, **__: Any) -> None:
+    print("hangs", flush=True)
+    time.sleep(600)
 
 
 initialize = Trainer.__init__
@@ -58,6 +77,9 @@ def initialize_with_trace(self: Trainer, *args: Any, callbacks: Any = (), **opti
 if __name__ == "__main__":
     if "FORK_UPLOADS" in os.environ:
         multiprocessing.popen_spawn_posix.Popen = multiprocessing.popen_fork.Popen
+    if "HANG" in os.environ:
+        module, owner, name = os.environ["HANG"].split(" ")
+        setattr(getattr(importlib.import_module(module), owner), name, hang)
     Trainer.__init__ = initialize_with_trace
     sys.argv.pop(0)
     sys.path[0] = str(Path(sys.argv[0]).parent)

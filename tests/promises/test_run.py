@@ -1,0 +1,329 @@
+"""Promises 10 to 15: a run resumes after any kill, stops on signals, and leaves whole checkpoints."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from helpers import (
+    ROOT,
+    assert_gone,
+    assert_same_losses,
+    assert_same_student,
+    checkpoints_of,
+    command_environment,
+    d2v,
+    failure,
+    family_of,
+    has_trained,
+    load_checkpoint,
+    log_of,
+    losses_of,
+    run_command,
+    run_ranks,
+    run_training,
+    small_run,
+    start_python,
+    started_ranks,
+    traced,
+    train_command,
+    train_until_killed,
+    wait_until,
+)
+from programs.preloaded import Program
+
+ENDLESS = ("max_duration=100000ba", "save_interval=3ba")
+UNSAVED = "save_interval=1000ba"
+
+
+def batch_of(checkpoint: Path) -> int:
+    return int(load_checkpoint(checkpoint)["state"]["timestamp"]["Timestamp"]["batch"])
+
+
+# Batch 6 starts an epoch, 3 and 9 are within one; the checkpoints before them are those of batches 6, 2 and 8.
+@pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
+    """3, 10: the same bits as without the kill; on two ranks, the same losses."""
+    alone = small_run(tmp_path / "alone", small_data)
+    train_until_killed(alone, batch)
+    assert len(losses_of(tmp_path / "alone")) == batch
+    shutil.copytree(tmp_path / "alone", tmp_path / "together", symlinks=True)
+    run_training(*alone)
+    assert_same_student(tmp_path / "alone", uninterrupted)
+    assert losses_of(tmp_path / "alone") == losses_of(uninterrupted)
+    run_ranks(small_run(tmp_path / "together", small_data, "train_loader.num_workers=1"))
+    assert_same_losses(losses_of(tmp_path / "together"), losses_of(uninterrupted), num_steps=14)
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_all"),
+    [
+        (signal.SIGTERM, True),
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_ends(
+    sent: signal.Signals, to_all: bool, uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """10, 11: SLURM, systemd and a terminal signal every process, kill and Docker one; the same command resumes."""
+    arguments = small_run(tmp_path, small_data, UNSAVED, "train_loader.num_workers=2")
+    program = start_python(*train_command(arguments)[1:])
+    wait_until(lambda: has_trained(tmp_path), seconds=60)
+    family = family_of(program.pid)
+    (os.killpg if to_all else os.kill)(program.pid, sent)
+    assert program.wait(timeout=60) == 128 + sent, program.stderr
+    assert_gone(family)
+    batch = batch_of(tmp_path / "latest-rank0.pt")
+    name = "SIGTERM" if sent == signal.SIGTERM else "Interrupted"
+    assert f"{name}: saved at batch {batch} in {tmp_path}; the same command resumes" in program.stdout
+    assert batch == len(losses_of(tmp_path)) < 14
+    assert program.stderr == ""
+    run_training(*arguments)
+    assert_same_student(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("moment", ["before_forward 0", "batch_start 3"])
+def test_a_second_ctrl_c_ends_at_once(moment: str, small_data: Path, tmp_path: Path) -> None:
+    """11: the first one does before the first batch, when there is nothing to save."""
+    arguments = small_run(tmp_path, small_data, UNSAVED, "train_loader.num_workers=1")
+    program = start_python(*traced(arguments), environment={"AT": f"{moment} hang"})
+    wait_until(lambda: "hangs" in program.stdout, seconds=60)
+    family = family_of(program.pid)
+    assert len(family) > 1
+    os.killpg(program.pid, signal.SIGINT)
+    if moment == "batch_start 3":
+        wait_until(lambda: "a second Ctrl-C ends the run at once" in program.stdout)
+        os.killpg(program.pid, signal.SIGINT)
+    assert program.wait(timeout=20) == 128 + signal.SIGINT
+    assert len(program.stderr.splitlines()) == 1
+    assert checkpoints_of(tmp_path) == set()
+    assert_gone(family)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_at_once(small_data: Path, tmp_path: Path) -> None:
+    """11: one of them waits for the other in a collective."""
+    environment = {"AT": "batch_start 0 hang"}
+    with started_ranks(*traced(small_run(tmp_path, small_data)), ranks=2, environment=environment) as programs:
+        wait_until(lambda: "hangs" in programs[0].stdout, seconds=60)
+        for program in programs:
+            program.send_signal(signal.SIGINT)
+        assert [program.wait(timeout=20) for program in programs] == [128 + signal.SIGINT] * 2
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)),
+    ],
+)
+def test_ranks_save_at_one_batch_when_their_launcher_ends(
+    small_data: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """11: all get the signal, and the launcher passes it on once more; or the launcher alone is killed."""
+    command = train_command(small_run(tmp_path, small_data, UNSAVED, "max_duration=10000ba"), ranks=2)
+    # Not start_python: the ranks may know the launcher by its command line, which a fork has not.
+    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
+    try:
+        wait_until(lambda: has_trained(tmp_path), seconds=300)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        to_all = sent in (signal.SIGTERM, signal.SIGINT)
+        (os.killpg if to_all else os.kill)(launcher.pid, sent)
+        assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
+        assert_gone(ranks, seconds=60)
+    finally:  # a failure must not leave them running beside the other tests
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
+    """10, 11: the other rank does not wait, and the launcher names the killed one."""
+    launcher = start_python(*train_command(small_run(tmp_path, small_data, *ENDLESS), ranks=2))
+    wait_until(lambda: has_trained(tmp_path), seconds=90)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    ranks[victim].kill()
+    assert launcher.wait(timeout=60) != 0
+    assert_gone(ranks)
+    assert f"Rank {victim} crashed with exit code -9" in launcher.stdout + launcher.stderr
+
+
+def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
+    small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """10, 11: the signal comes as the retrieval of batch 10 starts."""
+    retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
+    options = (retrieval, "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED)
+    runs = {name: small_run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped")}
+    run_training(*runs["undisturbed"])
+    stopped = run_command(sys.executable, *traced(runs["stopped"]), environment={"AT": "batch_start 9 retrieval_int"})
+    assert stopped.returncode == 130, stopped.stderr
+    assert f"Interrupted: saved at batch 10 in {tmp_path / 'stopped'}; the same command resumes" in stopped.stdout
+    key = "metrics/small/bank_train/top1"
+    assert list(log_of(tmp_path / "stopped")[key]) == [0, 5]
+    run_training(*runs["stopped"])
+    assert_same_student(tmp_path / "stopped", tmp_path / "undisturbed")
+    ours, theirs = (log_of(tmp_path / name)[key] for name in runs)
+    assert ours == theirs
+    assert list(ours) == [0, 5, 10, 14]
+
+
+@pytest.mark.parametrize(
+    ("sent", "name"),
+    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Interrupted", marks=pytest.mark.slow)],
+)
+def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
+    sent: signal.Signals, name: str, small_data: Path, tmp_path: Path
+) -> None:
+    """11: a plot hangs."""
+    arguments = small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true")
+    program = start_python(*traced(arguments), environment={"HANG": "matplotlib.figure Figure savefig"})
+    wait_until(lambda: "hangs" in program.stdout, seconds=60)
+    program.send_signal(sent)
+    assert program.wait(timeout=20) == 128 + sent
+    line = program.stderr.splitlines()[-1]
+    assert line.startswith(f"{name}: the model is saved, not its report; later: ")
+    assert line.endswith(f" report {tmp_path}")
+    assert len(checkpoints_of(tmp_path)) == 1
+    run_training(*arguments)
+    assert (tmp_path / "report.html").is_file()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, pytest.param(lambda path: path.write_bytes(b""), marks=pytest.mark.slow)]
+)
+def test_a_damaged_newest_checkpoint_is_skipped(
+    damage: Callable[[Path], None], uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """12: with a warning; the run ends with the same bits."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    damage(folder / "ep2-ba14-rank0.pt")
+    ended = run_training(*small_run(folder, small_data))
+    assert "ep2-ba14-rank0.pt" in ended.stderr
+    assert f"from {folder}/ep1-ba12-rank0.pt at batch 12" in ended.stdout
+    assert_same_student(folder, uninterrupted)
+
+
+def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:
+    """10."""
+    before = (uninterrupted / "latest-rank0.pt").read_bytes()
+    ended = run_training(*small_run(uninterrupted, small_data))
+    assert f"{uninterrupted}: finished at 14ba" in ended.stdout
+    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+
+
+def test_a_run_whose_folder_vanishes_ends_in_one_line(small_data: Path, tmp_path: Path) -> None:
+    """14."""
+    folder = tmp_path / "run"
+    program = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])
+    wait_until(lambda: has_trained(folder), seconds=60)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # it may have written meanwhile
+    assert program.wait(60) in (1, 2), program.stderr
+    assert str(folder) in failure(program, program.wait(1))
+
+
+def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) -> None:
+    """15: and what the run was."""
+    names = {path.name for path in uninterrupted.iterdir() if not path.name.startswith(".")}
+    assert names == {"ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"}
+    record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
+    assert record["config"]["optimizer"]["lr"] == 0.004
+    assert record["versions"]["mosaicml"]
+    assert record["teacher"]["source"] == "tiny_base.pt"
+    checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
+    assert all(name.startswith("student.blocks.") for name in checkpoint["model"])
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert all("step" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def saving(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator[tuple[Program, Path]]:
+    """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
+    folder = tmp_path_factory.mktemp("saving") / "run"
+    options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
+    program = start_python(*train_command(small_run(folder, small_data, *options))[1:])
+    try:
+        wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=90)
+        yield program, folder
+    finally:
+        program.kill()
+
+
+def test_a_second_run_in_a_folder_is_refused(saving: tuple[Program, Path], small_data: Path) -> None:
+    """7, 18: the line names the process to stop."""
+    program, folder = saving
+    line = failure(run_command(*train_command(small_run(folder, small_data, *ENDLESS))), 2)
+    assert str(folder) in line
+    assert f"process {program.pid} of {platform.node()}" in line
+    assert program.poll() is None
+
+
+def test_readers_beside_a_run_that_saves(saving: tuple[Program, Path], labeled: Path, tmp_path: Path) -> None:
+    """20: evaluate, export, embed and report, again and again; 15: and at its end five checkpoints are left."""
+    program, folder = saving
+    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    for i in range(3):
+        for ended in (
+            d2v("export", newest, tmp_path / f"{i}.safetensors"),
+            d2v("embed", newest, labeled / "test", tmp_path / f"{i}.npy", "--workers", "0"),
+            d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / str(i)}"),
+            d2v("report", folder),
+        ):
+            assert ended.returncode == 0, ended.stderr
+            assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == 143, program.stderr
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss/" in line]
+    assert steps == list(range(len(steps)))  # one run wrote them
+    assert len(checkpoints_of(folder)) == 5
+
+
+def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
+    """19: in a fresh process, with the warnings of all imports; in a pipe there are lines, no bar."""
+    folder = tmp_path / "run"
+    options = ("precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "console_log_interval=2ba")
+    options += ("retrieval.max_images=48", "callbacks.health=null", f"save_folder={folder}")
+    command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options])
+    ended = run_command("env", *command, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    header = dict(line.split(maxsplit=1) for line in ended.stdout.partition("\n\n")[0].splitlines())
+    assert header["run"] == f"quickstart, saved in {folder}"
+    assert {"device", "images", "model", "training", "retrieval"} <= header.keys()
+    lines = ended.stderr.splitlines()
+    assert [line for line in lines if not line.startswith(("retrieval at batch ", "batch 2/4 ", "batch 4/4 "))] == []
+    assert sum("loss" in line for line in lines) == 2
+    for command in ("evaluate", "export"):  # the next commands are named
+        assert f" {command} " in ended.stdout
+    model = torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]["model"]
+    assert all(tensor.isfinite().all() for tensor in model.values())
