@@ -1,0 +1,422 @@
+"""Promises 4 to 9: every sample once an epoch, whatever store, cache, machine or neighbor does; whole conversions."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+
+from gated_store import FAULTS, GatedStore
+from helpers import (
+    D2V,
+    GOLDEN,
+    NUM_IMAGES,
+    QUICKSTART,
+    assert_gone,
+    d2v,
+    encoded_image,
+    failure,
+    family_of,
+    inode_of,
+    run_command,
+    run_ranks,
+    shared_memory_of,
+    small_run,
+    start_python,
+    started_ranks,
+    traced,
+    train_command,
+    wait_until,
+    write_mds,
+)
+from programs.preloaded import Program
+
+REMOTE = "s3://cloud/images"
+BATCH_SIZE = 16
+BATCHES_PER_EPOCH = NUM_IMAGES // BATCH_SIZE
+# Of 118 kB of shards and index, so that most shards are fetched again in every epoch.
+CACHE_LIMIT = 40_000
+NAMED = "images/shard.00007.mds"
+
+Record = dict[int, dict[int, str]]
+"""Batch → sample id → the pixels' checksum."""
+
+
+@pytest.fixture(scope="module")
+def store(object_store: GatedStore, many_shards: Path) -> GatedStore:
+    """The store with the images. A test that changes it restores it."""
+    object_store.create_bucket_of_images("cloud", many_shards)
+    return object_store
+
+
+@contextmanager
+def recorded(folder: Path, cache: Path, *overrides: str, ranks: int = 1, **environment: str) -> Iterator[list[Program]]:
+    """Start a run of two epochs that records its samples in ``folder``/samples."""
+    arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *overrides]
+    variables = {"SAMPLES": str(folder / "samples"), **environment}
+    command = traced(small_run(folder / "run", cache, *arguments))
+    with started_ranks(*command, ranks=ranks, environment=variables) as programs:
+        yield programs
+
+
+def from_store(*overrides: str) -> list[str]:
+    """Return the overrides of a run that fetches most shards again in every epoch."""
+    return [f"train_loader.remote={REMOTE}", f"train_loader.cache_limit={CACHE_LIMIT}", *overrides]
+
+
+def read_record(folder: Path) -> Record:
+    """Read the samples that were trained on; a batch that a resume repeated must be the same."""
+    record: Record = {}
+    for file in sorted((folder / "samples").iterdir()):
+        for line in file.read_text().splitlines():
+            batch, sample_id, checksum = line.split(" ")
+            assert record.setdefault(int(batch), {}).setdefault(int(sample_id), checksum) == checksum
+    return record
+
+
+def assert_whole(record: Record) -> None:
+    """Check that every epoch has each sample once, in full batches."""
+    assert sorted(record) == list(range(2 * BATCHES_PER_EPOCH))
+    assert all(len(samples) == BATCH_SIZE for samples in record.values())
+    for first in (0, BATCHES_PER_EPOCH):
+        ids = Counter(i for batch in range(first, first + BATCHES_PER_EPOCH) for i in record[batch])
+        assert ids == Counter(range(NUM_IMAGES))
+
+
+def assert_succeed(programs: list[Program]) -> None:
+    for program in programs:
+        assert program.wait(120) == 0, program.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The samples of a run from the local folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with recorded(folder, many_shards) as programs:
+        assert_succeed(programs)
+    record = read_record(folder)
+    assert_whole(record)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 0), (1, 0), (2, 3)])],
+)
+def test_epochs_are_whole_though_killed(
+    store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
+) -> None:
+    """3, 4, 8: killed at a random batch and resumed on 3 - ranks: same samples, batches, pixels; in a small cache."""
+    overrides, cache = from_store(f"train_loader.num_workers={workers}"), tmp_path / "cache"
+    kill_at = random.randint(BATCHES_PER_EPOCH + 1, 2 * BATCHES_PER_EPOCH - 1)
+    kill = {"AT": f"batch_start {kill_at} kill"}
+    with recorded(tmp_path, cache, *overrides, ranks=ranks, **store.environment, **kill) as programs:
+        wait_until(lambda: any(program.poll() == -signal.SIGKILL for program in programs), seconds=120)
+    assert kill_at - 1 <= max(read_record(tmp_path)) <= kill_at  # the other rank may have had the batch
+    largest = 0
+    with recorded(tmp_path, cache, *overrides, ranks=3 - ranks, **store.environment) as programs:
+        while any(program.poll() is None for program in programs):
+            largest = max(largest, bytes_in(cache))
+            time.sleep(0.02)
+        assert_succeed(programs)
+    assert_whole(read_record(tmp_path))
+    assert read_record(tmp_path) == undisturbed
+    assert CACHE_LIMIT // 2 < largest <= CACHE_LIMIT + (1 << 14), largest  # one shard, 4 kB, may be on its way
+
+
+def bytes_in(folder: Path) -> int:
+    """Return the size of a cache's shards."""
+    total = 0
+    for path in folder.glob("*.mds") if folder.exists() else ():
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), pytest.param(2, 0, marks=pytest.mark.slow)])
+def test_epochs_are_whole_though_the_store_fails(
+    store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
+) -> None:
+    """4, 6: answers are cut, empty, errors, short, slow and wrong; later it is down for two seconds."""
+    for number, fault in enumerate(FAULTS):
+        store.faults[f"cloud/images/shard.{3 * number:05}.mds"] = [fault]
+    overrides = from_store(f"train_loader.num_workers={workers}")
+    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, **store.environment) as programs:
+        wait_for_batch(tmp_path, 2)
+        with store.unreachable():
+            time.sleep(2)
+            assert [program.poll() for program in programs] == [None] * ranks
+            assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
+        assert_succeed(programs)
+    assert not any(store.faults.values())
+    assert_whole(read_record(tmp_path))
+    assert read_record(tmp_path) == undisturbed
+
+
+def wait_for_batch(folder: Path, batch: int) -> None:
+    wait_until(lambda: any(f"\n{batch} " in file.read_text() for file in folder.glob("samples/*")), seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [(2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+)
+def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: Path, ranks: int, workers: int) -> None:
+    """4, 6, 18: once train_loader.timeout is over, in one line that names a shard."""
+    overrides = from_store(f"train_loader.num_workers={workers}", "train_loader.timeout=3")
+    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, **store.environment) as programs:
+        wait_for_batch(tmp_path, 2)
+        with store.unreachable():
+            assert 0 not in [program.wait(60) for program in programs]
+        said = "".join(program.stderr for program in programs)
+    assert f"{REMOTE}/shard.000" in said
+    assert "Could not connect to the endpoint URL" in said
+    assert "Traceback" not in said
+    assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [None, flip_bit, pytest.param(truncated, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["folder", "store"])
+def test_a_damaged_shard_is_named(
+    store: GatedStore, many_shards: Path, tmp_path: Path, damage: Callable[[bytes], bytes] | None, place: str
+) -> None:
+    """4, 5, 18: a missing, altered or truncated shard ends the epoch in one line; it leaves no such file behind."""
+    images = shutil.copytree(many_shards, tmp_path / "images")
+    content = (many_shards / "shard.00007.mds").read_bytes()
+    overrides, environment, data = ["train_loader.num_workers=1"], {}, images
+    put = {"Bucket": "cloud", "Key": NAMED}
+    if place == "folder":
+        (images / "shard.00007.mds").unlink()
+        if damage is not None:
+            (images / "shard.00007.mds").write_bytes(damage(content))
+    else:
+        data, environment = tmp_path / "cache", store.environment
+        overrides = from_store("train_loader.num_workers=1", "train_loader.timeout=2")
+        store.client().delete_object(**put) if damage is None else store.client().put_object(
+            **put, Body=damage(content)
+        )
+    try:
+        with recorded(tmp_path, data, *overrides, **environment) as [program]:
+            status = program.wait(60)
+    finally:
+        store.client().put_object(**put, Body=content)
+    assert status in (1, 2)  # a missing one may be found before the run starts
+    assert "shard.00007.mds" in failure(program, status)
+    assert place == "folder" or not (data / "shard.00007.mds").exists()
+
+
+def test_a_cached_shard_is_verified(store: GatedStore, many_shards: Path, undisturbed: Record, tmp_path: Path) -> None:
+    """5, 7: an altered shard of an earlier run is fetched again; a file that is not ours stays."""
+    cache = shutil.copytree(many_shards, tmp_path / "cache")
+    for name, damage in {"shard.00003.mds": flip_bit, "shard.00011.mds": truncated}.items():
+        (cache / name).write_bytes(damage((cache / name).read_bytes()))
+    (cache / "notes.txt").write_text("mine")
+    overrides = (f"train_loader.remote={REMOTE}", "train_loader.num_workers=1")
+    with recorded(tmp_path, cache, *overrides, **store.environment) as programs:
+        assert_succeed(programs)
+    assert read_record(tmp_path) == undisturbed
+    assert (cache / "notes.txt").read_text() == "mine"
+    for name in ("shard.00003.mds", "shard.00011.mds"):
+        assert (cache / name).read_bytes() == (many_shards / name).read_bytes()
+
+
+@pytest.mark.parametrize("shared_cache", [False, True])
+def test_runs_beside_each_other_do_not_disturb(
+    store: GatedStore, undisturbed: Record, tmp_path: Path, shared_cache: bool
+) -> None:
+    """7: each has its own TMPDIR; in one cache, one of them may be refused in a line."""
+    overrides = from_store("train_loader.num_workers=1")
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        (folder / "tmp").mkdir(parents=True)
+    caches = [tmp_path / "cache" if shared_cache else folder / "cache" for folder in folders]
+    environments = [store.environment | {"TMPDIR": str(folder / "tmp")} for folder in folders]
+    with (
+        recorded(folders[0], caches[0], *overrides, **environments[0]) as [first],
+        recorded(folders[1], caches[1], *overrides, **environments[1]) as [second],
+    ):
+        statuses = first.wait(120), second.wait(120)
+    assert 0 in statuses, first.stderr + second.stderr
+    for folder, program, status in zip(folders, (first, second), statuses, strict=True):
+        if status == 0:
+            assert read_record(folder) == undisturbed
+        else:
+            assert shared_cache
+            assert "cache" in failure(program, 2)
+
+
+@pytest.mark.slow
+def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tmp_path: Path) -> None:
+    """7: a running run keeps its own."""
+
+    def endless(name: str) -> list[str]:
+        return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))[
+            1:
+        ]
+
+    beside, killed = (start_python(*endless(name)) for name in ("beside", "killed"))
+    try:
+        for name in ("beside", "killed"):
+            wait_until(lambda name=name: (tmp_path / name / "log.jsonl").exists(), seconds=90)
+        kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
+        assert kept.isdisjoint(left)
+        killed.kill()
+        killed.wait(30)
+        run_command(*train_command(small_run(tmp_path / "next", small_data)))
+        assert [path for path, inode in left if inode_of(path) == inode] == []
+        assert all(inode_of(path) == inode for path, inode in kept)
+        assert beside.poll() is None
+    finally:
+        beside.kill()
+        killed.kill()
+
+
+@pytest.mark.slow
+def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8: two nodes of one rank each, with their own folders."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SAMPLES", str(tmp_path / "samples"))
+    options = ("max_duration=6ba", f"train_loader.remote={REMOTE}")
+    run_ranks(small_run(tmp_path / "run", tmp_path / "cache", *options), num_nodes=2)
+    ids = Counter(i for samples in read_record(tmp_path).values() for i in samples)
+    assert ids == Counter(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+        ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect to the endpoint URL"),
+    ],
+)
+def test_says_why_the_store_refuses_access(
+    store: GatedStore, tmp_path: Path, change: dict[str, str], cause: str
+) -> None:
+    """6, 18."""
+    arguments = small_run(tmp_path / "run", tmp_path / "cache", *from_store("train_loader.timeout=2"))
+    ended = run_command(*train_command(arguments), environment=store.environment | change)
+    line = failure(ended, ended.returncode)
+    assert ended.returncode in (1, 2)
+    assert f"{REMOTE}/index.json" in line
+    assert cause in line
+
+
+@pytest.mark.parametrize("bad", ["truncated", "missing", "of another data set"])
+def test_a_bad_index_in_the_store_is_one_line(store: GatedStore, many_shards: Path, tmp_path: Path, bad: str) -> None:
+    """5, 18: and the cache's stays as it was."""
+    put, client = {"Bucket": "cloud", "Key": "images/index.json"}, store.client()
+    index = (many_shards / "index.json").read_bytes()
+    other = json.loads(index)
+    other["shards"].pop()
+    cache = shutil.copytree(many_shards, tmp_path / "cache")
+    client.delete_object(**put) if bad == "missing" else client.put_object(
+        **put, Body=truncated(index) if bad == "truncated" else json.dumps(other).encode()
+    )
+    try:
+        arguments = small_run(tmp_path / "run", cache, f"train_loader.remote={REMOTE}", "train_loader.timeout=2")
+        ended = run_command(*train_command(arguments), environment=store.environment)
+    finally:
+        client.put_object(**put, Body=index)
+    assert str(cache) in failure(ended, 2) or f"{REMOTE}/index.json" in failure(ended, 2)
+    assert (cache / "index.json").read_bytes() == index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
+    """4, 18."""
+    data = write_mds(tmp_path / "data", [*(encoded_image(i) for i in range(31)), b"not a picture"])
+    arguments = small_run(tmp_path / "run", data, f"train_loader.num_workers={workers}")
+    line = failure(run_command(*train_command(arguments)), 2)
+    assert "sample 31 of " in line
+    assert "not an image that can be read (13 bytes)" in line
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two thousand JPEGs in two folders of classes, one of which is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    images = [encoded_image(i, size=64) for i in range(8)]
+    for i, label in product(range(1000), "ab"):
+        path = folder / label / f"{i:04}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(images[i % 8])
+    (folder / "b" / "0500.jpg").write_bytes(b"not a picture")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
+    """9: killed twice, the same command goes on to the same bytes, which Streaming reads; a bad image is named."""
+    arguments = ["--workers", "2", "--resize", "48", "--shard-size", "200kb"]
+    refused = d2v("convert-images", photos, tmp_path / "refused", *arguments)
+    assert "0500.jpg" in failure(refused, 2)
+    assert not (tmp_path / "refused" / "index.json").exists()
+    arguments.append("--skip-unreadable")
+    ended = d2v("convert-images", photos, tmp_path / "whole", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "0500.jpg" in ended.stdout + ended.stderr
+    out = tmp_path / "killed"
+    for number in (1, 3):
+        program = start_python(*D2V, "convert-images", photos, out, *arguments)
+        wait_until(lambda number=number: len(list(out.glob("shard.*.mds"))) >= number, seconds=60)
+        family = family_of(program.pid)
+        program.kill()
+        program.wait(30)
+        assert_gone(family)
+        assert not (out / "index.json").exists()
+    ended = d2v("convert-images", photos, out, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert tree(out) == tree(tmp_path / "whole")
+    dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
+    assert len(dataset) == 1999
+    assert Counter(int(dataset[i]["label"]) for i in range(len(dataset))) == {0: 1000, 1: 999}
+
+
+def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """21: killed and interrupted at random moments; one line says how to go on."""
+    model, source = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train"
+    options = ("--workers", "1", "--part-size", "500", "--batch-size", "50")
+    ended = d2v("embed", model, source, tmp_path / "whole.npy", *options)
+    assert ended.returncode == 0, ended.stderr
+    command = [*D2V, "embed", model, source, tmp_path / "killed.npy", *options]
+    for number, sent in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)):
+        program = start_python(*command)
+        wait_until(lambda program=program: len(family_of(program.pid)) > 1, seconds=60)
+        time.sleep(0.3 + number / 2)
+        family = family_of(program.pid)
+        os.killpg(program.pid, sent)
+        assert program.wait(30) == (-sent if sent == signal.SIGKILL else 128 + sent), program.stderr
+        assert_gone(family)
+        assert sent == signal.SIGKILL or "the same command resumes" in program.stderr.splitlines()[-1]
+        assert not (tmp_path / "killed.npy").exists()
+    ended = d2v(*command[2:])
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "killed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert np.isfinite(np.load(tmp_path / "killed.npy")).all()
