@@ -71,13 +71,11 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         end_workers()
         said = error.args if isinstance(error, KeyboardInterrupt) else ()
         return processes.status(signum), [": ".join([processes.NAMES[signum], *said])]
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | RunError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
-        return 2, [f"error: {line.removeprefix(kind)}" for line in found]
-    if isinstance(error, RunError):
-        return 1, [f"error: {hide_secrets(str(error))}"]
+        return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
     if isinstance(error, OSError) and error.filename is not None:  # the machine's: a full disk, a file in the way
         line = f"error: {error.filename2 or error.filename}: {error.strerror}"
         return 1 if error.errno in FULL else 2, [line]
