@@ -34,7 +34,7 @@ from d2v_composer.benchmarks.measure import (
 from d2v_composer.benchmarks.step import build_sized_model
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labeled import LabeledImages, LabeledSet
-from d2v_composer.evaluation.nearest_neighbors import MEMORY_BUDGET, full_float32, nearest_neighbors
+from d2v_composer.evaluation.nearest_neighbors import full_float32, nearest_neighbors
 from d2v_composer.models.encoder import Encoder, height_and_width
 from d2v_composer.models.execution import choose_precision
 
@@ -90,8 +90,7 @@ def benchmark_retrieval(setting: Setting) -> Result:
         )
     vectors = f"{setting.k} of {setting.num_bank} × {setting.dim}, {setting.device}"
     return Result(
-        title=f"median and range of {setting.rounds} interleaved rounds; memory: the peak that torch allocates, of a "
-        f"budget of {MEMORY_BUDGET >> 20} MiB for ours",
+        title=f"median and range of {setting.rounds} interleaved rounds; memory: the peak that torch allocates",
         packages=PACKAGES,
         facts={"setting": setting._asdict(), "evaluation_seconds": seconds},
         tables=[

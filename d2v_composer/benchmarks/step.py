@@ -32,7 +32,7 @@ from d2v_composer.benchmarks.measure import (
     synchronize,
 )
 from d2v_composer.callbacks import Health
-from d2v_composer.models.attention import Attention, Block, FfnBlock, autocast_dtype, init_linear_layers
+from d2v_composer.models.attention import Attention, Block, FfnBlock, init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Encoder, height_and_width
@@ -68,7 +68,7 @@ class NaiveDistillation(nn.Module):
             x = self.student.encode(images)
         bias = None
         if self.alibi is not None:
-            bias = self.alibi(x.shape[1], autocast_dtype(x), x.device).repeat(len(x), 1, 1, 1)
+            bias = self.alibi(x).repeat(len(x), 1, 1, 1)
         return mse_loss(norm_mean(self.student.ffn_outputs(x, bias)), target)
 
 
@@ -101,14 +101,14 @@ def run_block(block: Block, x: Tensor, bias: Tensor | None = None) -> tuple[Tens
 
 
 def attention(layer: Attention, x_BTD: Tensor, bias_BHTT: Tensor | None) -> Tensor:
-    num_inputs, num_steps, dim = x_BTD.shape
-    qkv = layer.qkv(x_BTD).reshape(num_inputs, num_steps, 3, layer.num_heads, dim // layer.num_heads)
+    num_inputs, num_tokens, dim = x_BTD.shape
+    qkv = layer.qkv(x_BTD).reshape(num_inputs, num_tokens, 3, layer.num_heads, dim // layer.num_heads)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias_BHTT is not None:
         scores = scores + bias_BHTT
     attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    return layer.proj(attended.transpose(1, 2).reshape(num_inputs, num_steps, dim))
+    return layer.proj(attended.transpose(1, 2).reshape(num_inputs, num_tokens, dim))
 
 
 def norm_mean(layers: list[Tensor]) -> Tensor:
@@ -448,7 +448,7 @@ def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) ->
     """Return a matrix product of the shape of the teacher's first MLP layer, and its number of operations."""
     layers = [layer for layer in model.teacher.block_list[0].modules() if isinstance(layer, nn.Linear)]
     weight = max((layer.weight for layer in layers), key=torch.numel).detach().to(dtype)
-    num_rows = len(images) * model.teacher.config.num_steps
+    num_rows = len(images) * model.teacher.config.num_tokens
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
     return functools.partial(torch.mm, x, weight.T), 2 * num_rows * weight.numel()
 

@@ -243,9 +243,6 @@ def retrieval_metrics(dataset: str, found: Sequence[Found], primary: str, baseli
         for measure, hits in each.hits.items():
             accuracy = hits.double().mean().item()
             metrics |= {metric_key(dataset, each.bank, measure, name, baseline): accuracy for name in names}
-        doubt = None if each.linear is None else each.linear.doubt
-        if doubt is not None and each.embedding == primary and dist.get_global_rank() == 0:
-            log.warning("linear probe of %s on %s, %s: %s", baseline or "the model", dataset, primary, doubt)
     return metrics
 
 

@@ -40,20 +40,20 @@ OPSET = 18
 
 
 class FixedAlibi(Alibi):
-    """ALiBi with its bias stored in the program, for one length."""
+    """ALiBi with its bias stored in the program."""
 
     bias: Tensor
 
-    def __init__(self, alibi: Alibi, num_steps: int) -> None:
+    def __init__(self, alibi: Alibi) -> None:
         super().__init__(
-            alibi.distance,
+            alibi.grid_size,
             num_heads=alibi.num_heads,
             num_alibi_heads=alibi.num_alibi_heads,
             num_extra_tokens=alibi.num_extra_tokens,
         )
-        self.register_buffer("bias", alibi.build(num_steps))
+        self.register_buffer("bias", alibi.build())
 
-    def unscaled(self, num_steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def unscaled(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.bias.to(dtype)
 
 
@@ -68,9 +68,8 @@ class Embedder(nn.Module):
     def __init__(self, student: Student, primary: PrimaryEmbedding) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
-        num_steps = student.encoder.config.num_steps
         for part in (self.student, self.student.encoder):
-            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, num_steps)
+            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi)
         self.primary = primary
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Shapes: Q queries, C classes.
 import csv
 import io
 import json
-import logging
 import math
 import sys
 import time
@@ -31,9 +30,14 @@ from d2v_composer.models.encoder import Encoder, height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
 
-# MERGED FROM d2v_composer/evaluation/evaluate.py: 95 % intervals of accuracies, and the share of the teacher's
-
 NUM_RESAMPLES = 2000
+OUT_FILES = ("evaluation.json", "evaluation.csv")
+SPEED_BATCHES = 3  # the first one also warms up
+WITHOUT_MODEL = ("pixels",)
+"""Names of the embed functions of :func:`build_embeds` that run no model."""
+
+Log = Mapping[str, Mapping[int, float]]
+"""Key → step → value."""
 
 
 class Interval(NamedTuple):
@@ -49,23 +53,54 @@ def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
     return Interval(float(hits.mean()), *_middle_95_percent(resample(hits)))
 
 
-def share_interval(
+def gap_closed_interval(
     untrained: NDArray[np.bool_], student: NDArray[np.bool_], teacher: NDArray[np.bool_]
 ) -> Interval | None:
-    """Return :func:`share_recovered` with its interval, from the hits on the same queries, (Q,) each."""
-    value = share_recovered(untrained.mean(), student.mean(), teacher.mean())
+    """Return :func:`gap_closed` with its interval, from the hits on the same queries, (Q,) each."""
+    value = gap_closed(untrained.mean(), student.mean(), teacher.mean())
     if value is None:
         return None
-    resampled = [share_recovered(*accuracies) for accuracies in resample(untrained, student, teacher)]
-    return Interval(value, *_middle_95_percent([share for share in resampled if share is not None]))
+    resampled = [gap_closed(*accuracies) for accuracies in resample(untrained, student, teacher)]
+    return Interval(value, *_middle_95_percent([each for each in resampled if each is not None]))
 
 
-def share_recovered(untrained: float, student: float, teacher: float) -> float | None:
-    """Return the part of the teacher's advantage over the untrained student that the student has.
+def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
+    """Return the teacher gap closed: the part of the gap from the untrained student to the teacher, 1 for all of it.
 
-    1 means all of it; ``None`` that the teacher has no advantage.
+    ``None`` if the teacher is no better than the untrained student.
     """
     return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
+
+
+def gap_closed_by_step(
+    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
+) -> dict[int, float]:
+    """Return step → teacher gap closed: the mean of both banks, or of the one in which there is a gap.
+
+    Args:
+        log: Log of the student's run.
+        dataset: Name of the labeled set.
+        embedding: Embedding of student and teacher alike.
+        k: The k of top-k.
+        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
+            (``retrieval.baselines``); default ``log``.
+
+    Returns:
+        Empty if either is missing, or there is no gap at all.
+    """
+    baselines = log if baselines is None else baselines
+    found: dict[int, list[float]] = {}
+    for bank in BANKS:
+        key = metric_key(dataset, bank, k, embedding)
+        teacher = baselines.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
+        untrained = baselines.get(key, {}).get(0)
+        if untrained is None or not teacher:
+            continue
+        for step, accuracy in log.get(key, {}).items():
+            closed = gap_closed(untrained, accuracy, teacher[max(teacher)])
+            if closed is not None:
+                found.setdefault(step, []).append(closed)
+    return {step: mean(found[step]) for step in sorted(found)}
 
 
 def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -74,7 +109,7 @@ def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
     Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
 
     Args:
-        hits: (Q,) of each candidate.
+        hits: Hits of each candidate, (Q,) each.
     """
     kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
     num_queries = counts.sum()
@@ -85,12 +120,6 @@ def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
 def _middle_95_percent(values: NDArray[np.float64] | list[float]) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-
-
-# MERGED FROM d2v_composer/evaluation/evaluate.py: Embed with models on one encoder and with the baselines that
-
-WITHOUT_MODEL = ("pixels",)
-"""Names of the embed functions of :func:`build_embeds` that run no model."""
 
 
 class EncodeOnce:
@@ -135,12 +164,6 @@ def pixels(encoder: Encoder, images: Tensor) -> Tensor:
     return interpolate(encoder.prepare(images), (min(32, height), min(32, width)), mode="area").flatten(1)
 
 
-OUT_FILES = ("evaluation.json", "evaluation.csv")
-SPEED_BATCHES = 3  # the first one also warms up
-
-log = logging.getLogger(__name__)
-
-
 class Candidate(NamedTuple):
     """A model to compare."""
 
@@ -157,14 +180,14 @@ class Retrieval(NamedTuple):
     dataset: str
     bank: str
     embedding: str
-    """'' for a candidate with only one."""
+    """'' for a candidate with a single one."""
     hits: dict[Measure, NDArray[np.bool_]]
-    """k → (Q,): whether any of the k nearest has the query's label; with bank 'train', also what a probe measures."""
+    """k → whether any of the k nearest has the query's label, (Q,); with bank 'train', also what a probe measures."""
     confusion: NDArray[np.int64]
     """(C, C): queries of class i whose nearest bank image is of class j."""
     images_per_second: float
     strength: float | None = None
-    """Of the linear probe's L2 penalty, if there is a linear probe."""
+    """L2 penalty strength of the linear probe, if there is one."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
@@ -209,16 +232,13 @@ class Evaluation(NamedTuple):
             if each.embedding == shown[each.candidate]
         }
 
-    def share_recovered(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
-        """Return the part of the teacher's advantage over the untrained student that the student has.
-
-        ``None``: the teacher has no advantage, or one of the three was not evaluated.
-        """
+    def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
+        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three was not evaluated."""
         primaries = self.primaries
         keys = [(name, dataset, bank) for name in ("untrained student", "student", "teacher")]
         if not all(key in primaries for key in keys):
             return None
-        return share_interval(*(primaries[key].hits[measure] for key in keys))
+        return gap_closed_interval(*(primaries[key].hits[measure] for key in keys))
 
     def class_name(self, dataset: str, label: int) -> str:
         """Return a label's name; the number if it has none."""
@@ -247,11 +267,11 @@ class Evaluation(NamedTuple):
             "primary": self.primary,
             "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
             "results": self.rows(),
-            "share_recovered": [
-                {"dataset": dataset, "bank": bank, **describe_measure(measure), **share._asdict()}
+            "teacher_gap_closed": [
+                {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
                 for dataset in self.datasets
                 for bank, measure in self.measures
-                if (share := self.share_recovered(dataset, bank, measure)) is not None
+                if (closed := self.gap_closed(dataset, bank, measure)) is not None
             ],
             "confusion": [
                 {"candidate": candidate, "dataset": dataset, "bank": bank, "matrix": each.confusion.tolist()}
@@ -298,7 +318,7 @@ def evaluate(
     """Embed every image once, with all candidates, look up each split's images among the other's, and probe them.
 
     Args:
-        candidates: On ``device``, in eval mode.
+        candidates: Models on ``device``, in eval mode.
         datasets: Name → images.
         ks: The k to count hits for; each at most the size of the smallest split.
         device: cpu or cuda.
@@ -315,8 +335,6 @@ def evaluate(
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
         for name, of_candidate in embedded.items():
             for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
-                if found.linear is not None and found.linear.doubt is not None:
-                    log.warning("linear probe of %s on %s, %s: %s", name, dataset, found.embedding, found.linear.doubt)
                 query = "test" if found.bank == "train" else "train"
                 labels, bank_labels = (getattr(labeled, split).labels for split in (query, found.bank))
                 yield Retrieval(
@@ -327,14 +345,14 @@ def evaluate(
                     hits={measure: hits.cpu().numpy() for measure, hits in found.hits.items()},
                     confusion=confusion_matrix(labels, bank_labels[found.nearest[:, 0].cpu()]),
                     images_per_second=speeds[name],
-                    strength=None if found.linear is None else found.linear.strength,
+                    strength=found.strength,
                 )
 
 
 def measure_speed(embed: Embed, labeled: LabeledSet, batch_size: int, device: str) -> float:
-    """Return the images per second that a model embeds from the host, its encoder included: the best of a few batches.
+    """Return the images per second that a model embeds from the host: the best of a few batches.
 
-    A pass over all images cannot tell: models share the encoder there.
+    Models share the encoder in a pass over all images; here it is included.
     """
     fastest = math.inf
     for _ in range(SPEED_BATCHES):
@@ -352,45 +370,3 @@ def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDA
     num_classes = max(num_classes, int(torch.stack([labels, found]).max()) + 1)
     counts = torch.bincount(labels * num_classes + found, minlength=num_classes**2)
     return counts.view(num_classes, num_classes).numpy()
-
-
-# MERGED FROM d2v_composer/evaluation/evaluate.py: The share of the teacher's advantage that a student recovers in
-
-Log = Mapping[str, Mapping[int, float]]
-
-
-def recovered_shares(
-    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
-) -> dict[int, float]:
-    """Return step → share of the teacher's advantage over the untrained student.
-
-    It is the mean of both banks, or of the one with which the teacher has an advantage.
-
-    Args:
-        log: Key → step → value, of the student's run.
-        dataset: Name of the labeled set.
-        embedding: Of student and teacher alike.
-        k: Of top-k.
-        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
-            (``retrieval.baselines``); default ``log``.
-
-    Returns:
-        Empty if either is missing, or the teacher has no advantage at all.
-    """
-    baselines = log if baselines is None else baselines
-    by_bank = [_shares_of(log, baselines, dataset, embedding, k, bank) for bank in BANKS]
-    steps = sorted({step for shares in by_bank for step in shares})
-    return {step: mean(shares[step] for shares in by_bank if step in shares) for step in steps}
-
-
-def _shares_of(log: Log, baselines: Log, dataset: str, embedding: str, k: int, bank: str) -> dict[int, float]:
-    """Return step → share with one bank."""
-    key = metric_key(dataset, bank, k, embedding)
-    teacher = baselines.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
-    untrained = baselines.get(key, {}).get(0)
-    if untrained is None or not teacher:
-        return {}
-    shares = {
-        step: share_recovered(untrained, accuracy, teacher[max(teacher)]) for step, accuracy in log.get(key, {}).items()
-    }
-    return {step: share for step, share in shares.items() if share is not None}

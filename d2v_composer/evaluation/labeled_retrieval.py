@@ -10,26 +10,22 @@ import torch
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.linear_probe import LinearProbe, fit_linear_probe
+from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.metrics import BANKS, Measure
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_NEIGHBORS,
     ONE_RANK,
+    TEMPERATURE,
     Ranks,
     TopK,
     exact_neighbors,
-    majority_vote,
     retrieval_hits,
-    weighted_vote,
+    vote,
 )
 from d2v_composer.system.command_line import progress_bar
 
-# MERGED FROM d2v_composer/evaluation/labeled_retrieval.py: The type of a function that embeds images.
-
 Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
-"""(B, 3, height, width) uint8 images on the model's device → (B, D), or several embeddings by name."""
-
-
+"""Embeds images: (B, 3, height, width) uint8 on the model's device → (B, D), or several embeddings by name."""
 ModelT = TypeVar("ModelT", bound=Hashable)
 
 EmbeddedSet = dict[str, dict[str, Tensor]]
@@ -40,16 +36,16 @@ class Found(NamedTuple):
     """The neighbors of one split's images in the other split, with one embedding."""
 
     embedding: str
-    """'' for an only one without a name."""
+    """'' for a single one without a name."""
     bank: str
-    """The split that was searched: 'train' or 'test'."""
+    """The split that was searched."""
     nearest: Tensor
     """(Q, K) int64: bank indices, nearest first."""
     hits: dict[Measure, Tensor]
     """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
     → (Q,) bool: whether it gives the query its label."""
-    linear: LinearProbe | None = None
-    """Of bank 'train', if it was asked for."""
+    strength: float | None = None
+    """L2 penalty strength of the linear probe, if there is one."""
 
 
 def embed_set(
@@ -99,29 +95,30 @@ def look_up(
     """Look up each split among the other, one embedding after the other; each rank takes its share of the queries.
 
     Args:
-        embedded: Of :func:`embed_set`, of one model; emptied, since all images in all embeddings would take gigabytes.
+        embedded: One model's result of :func:`embed_set`; emptied, since all images in all embeddings take gigabytes.
         labeled: The labels.
         ks: The k to count hits for.
         to_device: Moves a tensor to the device that searches.
         ranks: As given to :func:`embed_set`.
-        probes: Names of ``PROBES``: classify the test images, too.
+        probes: Names of ``PROBES``, which classify the test images, too.
     """
     labels = {split: getattr(labeled, split).labels for split in BANKS}
     for name in list(embedded["train"]):
         images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
         for bank, query in (BANKS, BANKS[::-1]):
-            votes = bank == "train" and "knn" in probes
-            k = max(*ks, min(NUM_NEIGHBORS, len(labels[bank]))) if votes else max(ks)
-            neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), k)
+            is_probed = bank == "train"
+            num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if is_probed and "knn" in probes else 0
+            neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
             nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
             bank_labels, query_labels = (labels[split].to(nearest.device) for split in (bank, query))
             hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, bank_labels, query_labels, ks)}
-            if votes:
-                voters = TopK(*(each[:, :NUM_NEIGHBORS] for each in neighbors))
-                for measure, vote in {"knn": weighted_vote, "knn_majority": majority_vote}.items():
-                    hits[measure] = ranks.gather(vote(voters, bank_labels), len(query_labels)) == query_labels
-            linear = None
-            if bank == "train" and "linear" in probes:
-                linear = fit_linear_probe(images[bank], bank_labels, ranks=ranks)
-                hits["linear"] = linear.predict(images[query]) == query_labels
-            yield Found(name, bank, nearest, hits, linear)
+            if num_voters:
+                voters = TopK(*(each[:, :num_voters] for each in neighbors))
+                for measure, temperature in {"knn": TEMPERATURE, "knn_majority": None}.items():
+                    voted = ranks.gather(vote(voters, bank_labels, temperature), len(query_labels))
+                    hits[measure] = voted == query_labels
+            strength = None
+            if is_probed and "linear" in probes:  # each rank fits it alone: a probe takes seconds
+                probe = fit_linear_probe(images[bank], bank_labels)
+                hits["linear"], strength = probe.predict(images[query]) == query_labels, probe.strength
+            yield Found(name, bank, nearest, hits, strength)

@@ -1,4 +1,4 @@
-"""Classify images by a vote of their nearest neighbors. Pure functions of tensors.
+"""Exact nearest neighbors by cosine, accuracies and votes from them, and the ranks that share the work.
 
 Shapes: N bank images, Q queries, K neighbors, D channels.
 """
@@ -12,64 +12,63 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-# MERGED FROM d2v_composer/evaluation/nearest_neighbors.py: Zero-shot retrieval: find nearest neighbors and count
-
-MEMORY_BUDGET = 256 * 2**20
-# Bank images compared at once: larger matrix products are no faster.
-BANK_PART = 1 << 13
-# A CPU puts as many bytes in order at once as stay in its cache: allocating more took longer than the rest.
-CPU_CACHE = 4 * 2**20
-# A vector that is shorter counts as this long, as in normalize.
+# Bank images and queries compared at once: 64 MiB of similarities. Larger matrix products are no faster.
+BANK_PART, QUERY_PART = 1 << 13, 1 << 11
+# Bytes put in order in float64 at once. On a CPU they stay in its cache: allocating more took longer than the rest.
+CPU_PART, GPU_PART = 4 << 20, 256 << 20
+# A shorter vector counts as this long, as in normalize.
 SHORTEST = 1e-12
 # Further neighbors in float32 among which float64 may find a nearer one.
 SPARE = 8
 # Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
+# DINO's (Caron et al. 2021, arXiv:2104.14294, eval_knn.py).
+NUM_NEIGHBORS = 20
+TEMPERATURE = 0.07
 
 
 class TopK(NamedTuple):
-    """The nearest bank images of each query, nearest first."""
+    """Nearest bank images of each query, nearest first."""
 
     similarities: Tensor
-    """(Q, K) float32; of :func:`exact_neighbors` float64."""
+    """(Q, K) float32; from :func:`exact_neighbors` float64."""
     indices: Tensor
     """(Q, K) int64."""
 
 
-def nearest_neighbors(bank: Tensor, queries: Tensor, k: int, memory_budget: int = MEMORY_BUDGET) -> TopK:
+def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
-    Exact in float32; ties come in any order.
+    Exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
 
     Args:
         bank: (N, D), any float dtype, any length.
         queries: (Q, D), likewise.
         k: From 1 to N.
-        memory_budget: Most memory used besides the arguments and the result, in bytes. A few images and the
-            similarities of one query to them are always held.
 
     Raises:
         ValueError: The shapes do not agree, or k is out of range.
     """
     check_arguments(bank, queries, k)
-    bank_part, query_part = part_sizes(bank.shape[1], len(queries), k, memory_budget)
-    bank_part, query_parts = min(bank_part, len(bank)), queries.split(query_part)
+    parts = queries.split(QUERY_PART)
     # Reused: allocating memory for each part would take as long as searching it.
-    buffer = bank.new_empty(len(query_parts[0]) * bank_part, dtype=torch.float32)
-    nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in query_parts]
+    buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)
+    nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in parts]
     with full_float32(bank.device.type):
-        for first in range(0, len(bank), bank_part):
+        for first, bank_ND in zip(range(0, len(bank), BANK_PART), bank.split(BANK_PART), strict=True):
             # The length of a query does not change the order: its cosines are divided by it at the end.
-            unit_ND = normalize(bank[first : first + bank_part].float(), dim=1)
-            for i, part in enumerate(query_parts):
+            unit_ND = normalize(bank_ND.float(), dim=1)
+            for i, part in enumerate(parts):
                 similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
                 torch.mm(part.float(), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
-                nearest[i] = merge(nearest[i], more._replace(indices=more.indices + first), k)
-            del unit_ND  # or it would be held while the next part is normalized
-    for part, found in zip(query_parts, nearest, strict=True):
+                similarities = torch.cat([nearest[i].similarities, more.similarities], dim=1)
+                indices = torch.cat([nearest[i].indices, more.indices + first], dim=1)
+                similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
+                nearest[i] = TopK(similarities, indices.gather(1, chosen))
+    for part, found in zip(parts, nearest, strict=True):
         found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
-    return TopK(torch.cat([part.similarities for part in nearest]), torch.cat([part.indices for part in nearest]))
+    return TopK(*(torch.cat(each) for each in zip(*nearest, strict=True)))
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
@@ -77,27 +76,22 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
     Of more than k + ``SPARE`` equal ones, those that float32's search finds.
 
-    Where all images have much in common, cosines are close to 1 and differ less than float32 can tell. So more than k
-    are found in float32, and put in order in float64.
+    Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So more than
+    k are found in float32, and put in order in float64.
     """
     check_arguments(bank, queries, k)
     found = nearest_neighbors(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
-    lengths_N, lengths_Q = (float64_lengths(each) for each in (bank, queries))
-    budget = CPU_CACHE if bank.device.type == "cpu" else MEMORY_BUDGET
-    at_once = max(1, budget // (12 * max(1, found.shape[1] * bank.shape[1])))
+    part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
+    at_once = max(1, part_bytes // (12 * max(1, found.shape[1] * bank.shape[1])))
     nearest = []
-    for indices_QK, part_QD, part_Q in zip(*(each.split(at_once) for each in (found, queries, lengths_Q)), strict=True):
-        products_QK = (bank[indices_QK].double() @ part_QD.double()[:, :, None])[:, :, 0]
-        cosines_QK = products_QK / lengths_N[indices_QK] / part_Q[:, None]
+    for indices_QK, part_QD in zip(found.split(at_once), queries.split(at_once), strict=True):
+        bank_QKD, query_QD1 = bank[indices_QK].double(), part_QD.double()[:, :, None]
+        lengths_QK = vector_norm(bank_QKD, dim=2).clamp(min=SHORTEST)
+        lengths_Q1 = vector_norm(query_QD1, dim=1).clamp(min=SHORTEST)
+        cosines_QK = (bank_QKD @ query_QD1)[:, :, 0] / lengths_QK / lengths_Q1
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
         nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
     return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
-
-
-def float64_lengths(vectors_ND: Tensor) -> Tensor:
-    """Return the lengths, (N,), at least ``SHORTEST``; in parts, since a float64 copy of a bank takes gigabytes."""
-    parts = vectors_ND.split(BANK_PART)
-    return torch.cat([vector_norm(part, dim=1, dtype=torch.float64) for part in parts]).clamp_(min=SHORTEST)
 
 
 def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
@@ -107,16 +101,6 @@ def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
-
-
-def part_sizes(dim: int, num_queries: int, k: int, memory_budget: int) -> tuple[int, int]:
-    """Return the numbers of bank images and of queries to compare at once."""
-    budget = memory_budget - 2 * num_queries * k * 12  # the neighbors of each part, and all of them
-    unit_bytes = 8 * dim  # one image in float32, and normalized
-    bank_part = max(k, min(BANK_PART, budget // 2 // unit_bytes))
-    candidates = min(bank_part, (k + 1) * GROUP_SIZE)
-    query_bytes = 4 * dim + 4 * bank_part + 8 * (bank_part // GROUP_SIZE) + 8 * candidates + 100 * k
-    return bank_part, max(1, (budget - bank_part * unit_bytes) // query_bytes)
 
 
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
@@ -161,16 +145,13 @@ def full_float32(device: str) -> Iterator[None]:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Tell whether any of a query's k nearest bank images has its label.
+    """Return k → whether any of a query's k nearest bank images has its label, (Q,) bool.
 
     Args:
         nearest: (Q, K) indices from :func:`exact_neighbors`.
         bank_labels: (N,) int.
         query_labels: (Q,) int.
         ks: Each from 1 to K.
-
-    Returns:
-        k → (Q,) bool.
     """
     right_QK = bank_labels[nearest] == query_labels[:, None]
     return {k: right_QK[:, :k].any(dim=1) for k in ks}
@@ -205,9 +186,6 @@ def retrieval_accuracy(
     return {k: hit.double().mean().item() for k, hit in hits.items()}
 
 
-# MERGED FROM d2v_composer/evaluation/nearest_neighbors.py: Share work among the ranks of a run.
-
-
 class Ranks(NamedTuple):
     """This process among those that share an evaluation."""
 
@@ -228,55 +206,37 @@ class Ranks(NamedTuple):
         """Return the shares of all ranks in the order of the images, (N, …)."""
         if self.world_size == 1:
             return share[:num_images]
-        return self._all_gather(share).transpose(0, 1).flatten(0, 1)[:num_images]
-
-    def _all_gather(self, share: Tensor) -> Tensor:
-        """Return all shares, which have one shape: (W, …)."""
         shares = share.new_empty(self.world_size, *share.shape)
-        if not share.is_cpu:
+        if share.is_cpu:
+            # gloo's all_gather copies in its own threads, each of which starts a pool of OpenMP threads. Once there are
+            # more of them than cores, they sleep at every barrier, and every later operation takes longer.
+            shares[self.rank] = share
+            for rank, received in enumerate(shares):
+                torch.distributed.broadcast(received, src=rank)
+        else:
             torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
-            return shares
-        # gloo's all_gather copies in its own threads, each of which starts a pool of OpenMP threads. Once there are
-        # more of them than cores, they sleep at every barrier, and every later operation takes longer.
-        shares[self.rank] = share
-        for rank, received in enumerate(shares):
-            torch.distributed.broadcast(received, src=rank)
-        return shares
+        return shares.transpose(0, 1).flatten(0, 1)[:num_images]
 
 
 ONE_RANK = Ranks()
 
 
-# DINO's (Caron et al. 2021, https://arxiv.org/abs/2104.14294, and its eval_knn.py).
-NUM_NEIGHBORS = 20
-TEMPERATURE = 0.07
-
-
-def weighted_vote(neighbors: TopK, bank_labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Return each query's label by DINO's vote, (Q,): a neighbor counts exp(cosine / temperature).
-
-    The smallest label wins a tie.
+def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Tensor:
+    """Return the label of each query by its neighbors' votes, (Q,). The smallest label wins a tie.
 
     Args:
         neighbors: (Q, K) from :func:`exact_neighbors`.
         bank_labels: (N,) int.
-        temperature: The lower, the more the nearest count.
+        temperature: As in DINO, a neighbor counts exp(cosine / temperature); ``None``: all count the same.
     """
-    differences_QK = neighbors.similarities - neighbors.similarities.amax(dim=1, keepdim=True)  # exp would overflow
-    return _vote(bank_labels[neighbors.indices], (differences_QK / temperature).exp())
-
-
-def majority_vote(neighbors: TopK, bank_labels: Tensor) -> Tensor:
-    """Return the label of most neighbors of each query, (Q,); the smallest of a tie, as scikit-learn's classifier."""
-    return _vote(bank_labels[neighbors.indices], torch.ones_like(neighbors.similarities))
-
-
-def _vote(labels_QK: Tensor, weights_QK: Tensor) -> Tensor:
-    """Return the label with the largest sum of weights; argmax returns the first, here the smallest, of a tie."""
-    labels_QK, order_QK = labels_QK.sort(dim=1)
-    weights_QK = weights_QK.gather(1, order_QK)
+    labels_QK, order_QK = bank_labels[neighbors.indices].sort(dim=1)
+    weights_QK = torch.ones_like(neighbors.similarities)
+    if temperature is not None:  # less the largest, or exp would overflow
+        differences_QK = neighbors.similarities - neighbors.similarities.amax(dim=1, keepdim=True)
+        weights_QK = (differences_QK / temperature).exp().gather(1, order_QK)
     is_same_QKK = labels_QK[:, :, None] == labels_QK[:, None, :]
     votes_QK = torch.where(is_same_QKK, weights_QK[:, None, :], 0).sum(dim=2)
+    # argmax returns the first of equal ones, which has the smallest label.
     return labels_QK.gather(1, votes_QK.argmax(dim=1, keepdim=True))[:, 0]
 
 
@@ -296,11 +256,10 @@ def knn_accuracy(
         queries: (Q, D), Q ≥ 1.
         query_labels: (Q,) int.
         k: From 1 to N.
-        temperature: Of :func:`weighted_vote`; ``None``: :func:`majority_vote`.
+        temperature: As for :func:`vote`.
 
     Raises:
         ValueError: The shapes do not agree, or k is out of range.
     """
-    found = exact_neighbors(bank, queries, k)
-    voted = majority_vote(found, bank_labels) if temperature is None else weighted_vote(found, bank_labels, temperature)
+    voted = vote(exact_neighbors(bank, queries, k), bank_labels, temperature)
     return (voted == query_labels).double().mean().item()

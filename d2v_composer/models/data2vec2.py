@@ -1,40 +1,34 @@
-"""The teacher of data2vec 2.0: a frozen image model.
+"""The data2vec 2.0 image teacher and its encoder, both frozen.
 
-Shapes: B images, T time steps, D channels.
+Shapes: B images, T tokens, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, FfnBlock, autocast_dtype
+from d2v_composer.models.attention import Block, FfnBlock
 from d2v_composer.models.encoder import (
     MAX_DEPTH,
     MAX_PATCHES,
     MAX_WIDTH,
-    MEAN_RANGE,
-    STD_RANGE,
     Encoder,
     build_alibi,
-    check_channels,
     check_mlp_ratio,
+    check_number,
+    check_pixel_statistics,
     check_whole,
-    is_number,
 )
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
-# MERGED FROM d2v_composer/models/data2vec2.py: The modality encoder of data2vec 2.0 for images.
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-MAX_NORM_EPS = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,47 +58,31 @@ class ImageEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "image_size", "patch_size", "in_chans"):
             check_whole(name, getattr(self, name), 1, MAX_WIDTH)
-        for name in ("num_extra_tokens", "num_alibi_heads"):
-            check_whole(name, getattr(self, name), 0, MAX_WIDTH)
+        check_whole("num_extra_tokens", self.num_extra_tokens, 0, MAX_WIDTH)
+        check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
         check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
         check_mlp_ratio(self.mlp_ratio, self.embed_dim)
-        if not is_number(self.norm_eps, math.ulp(0), MAX_NORM_EPS):
-            raise ValueError(f"norm_eps must be above 0 and at most {MAX_NORM_EPS}, got {self.norm_eps!r}")
+        check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
-        if self.num_patches > MAX_PATCHES:
-            raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {self.num_patches}")
-        if self.num_alibi_heads > self.num_heads:
-            raise ValueError(f"num_alibi_heads must be at most num_heads {self.num_heads}, got {self.num_alibi_heads}")
-        check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
-        check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
+        check_whole("number of patches", self.num_patches, 1, MAX_PATCHES)
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
 
-    def check_alibi_scale(self, num_layers: Container[int]) -> None:
-        """Check the shape of ALiBi's scale.
-
-        Args:
-            num_layers: The allowed numbers of layers of the whole model.
-
-        Raises:
-            ValueError: Another shape is needed.
-        """
+    def check_alibi_scale(self, num_layers: Iterable[int]) -> None:
+        """Raise ValueError unless ALiBi's scale fits a model of one of these numbers of layers."""
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
-        if shape is None:
-            return
-        if not heads:
-            raise ValueError(f"alibi_scale_shape must be null without ALiBi heads, got {shape!r}")
-        if not isinstance(shape, tuple) or len(shape) != 5 or not all(type(size) is int for size in shape):
-            raise ValueError(f"alibi_scale_shape must be 5 whole numbers, got {shape!r}")
-        layers, *others = shape
-        if (layers != 1 and layers not in num_layers) or others not in [[1, 1, 1, 1], [1, heads, 1, 1]]:
-            raise ValueError(f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), got {shape!r}")
+        allowed = [(layers, 1, per_head, 1, 1) for layers in (1, *num_layers) for per_head in {1, heads} - {0}]
+        if shape is not None and not (heads and shape in allowed and all(type(size) is int for size in shape)):
+            raise ValueError(
+                f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), null without ALiBi, got {shape!r}"
+            )
 
     @property
     def has_cls_token(self) -> bool:
-        """True if there are extra tokens: the first is CLS."""
+        """True if there are extra tokens. The first is CLS."""
         return self.num_extra_tokens > 0
 
     @property
@@ -122,10 +100,10 @@ class ImageEncoderConfig:
 
     @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid_size)
 
     @property
-    def num_steps(self) -> int:
+    def num_tokens(self) -> int:
         return self.num_extra_tokens + self.num_patches
 
 
@@ -137,6 +115,7 @@ class ImageEncoder(Encoder):
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__(config)
         dim, patch = config.embed_dim, config.patch_size
+        self.stem_macs = config.num_patches * dim * config.in_chans * patch**2
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
         self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
         self.extra_tokens = (
@@ -165,17 +144,16 @@ class ImageEncoder(Encoder):
         """Return the attention biases of this encoder's blocks and of the teacher's blocks after them.
 
         Args:
-            x_BTD: The blocks' input.
+            x_BTD: Input of the blocks.
             num_layers: Number of blocks; default ``prenet_depth``.
         """
         num_layers = self.config.prenet_depth if num_layers is None else num_layers
         if self.alibi is None:
             return [None] * num_layers
-        shape = (x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
         if self.alibi_scale is None or len(self.alibi_scale) == 1:
             scale = None if self.alibi_scale is None else self.alibi_scale[0]
-            return [self.alibi(*shape, scale)] * num_layers
-        return [self.alibi(*shape, layer_scale) for layer_scale in self.alibi_scale]
+            return [self.alibi(x_BTD, scale)] * num_layers
+        return [self.alibi(x_BTD, layer_scale) for layer_scale in self.alibi_scale]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +176,10 @@ class Data2Vec2Config(ImageEncoderConfig):
 
 
 class Data2Vec2(Teacher):
-    """The teacher, frozen and in eval mode.
+    """A data2vec 2.0 teacher, frozen and in eval mode.
 
     Args:
-        config: The sizes.
+        config: Sizes.
         provenance: Origin of the weights, stored with what is derived from them.
     """
 

@@ -1,17 +1,18 @@
 """The model that Composer trains: teacher and student on one encoder.
 
-Shapes: B images, S pixels a side, E extra tokens, N patches, T = E + N time steps, D channels, L teacher blocks.
+Shapes: B images, S pixels per side, E extra tokens, N patches, T = E + N tokens, D channels, L teacher blocks.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from d2v_composer.models.encoder import check_choice
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, normalize, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
@@ -41,7 +42,7 @@ class DistillationModel(ComposerModel):
         student: On the teacher's encoder.
         prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
             block's output, not normalized.
-        extra_tokens: ``regress`` all time steps alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
+        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
             tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
             target with weight 0.01; ``only``: regress no patch.
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
@@ -71,14 +72,11 @@ class DistillationModel(ComposerModel):
         super().__init__()
         if student.encoder is not teacher.encoder:
             raise ValueError("teacher and student must share one encoder: build the student with teacher.build_student")
-        if prediction not in ("layer_mean", "last_block"):
-            raise ValueError(f"prediction must be layer_mean or last_block, got {prediction!r}")
-        if extra_tokens not in get_args(ExtraTokens):
-            raise ValueError(f"extra_tokens must be one of {', '.join(get_args(ExtraTokens))}, got {extra_tokens!r}")
+        check_choice("prediction", prediction, Prediction)
+        check_choice("extra_tokens", extra_tokens, ExtraTokens)
+        check_choice("target_source", target_source, TargetSource)
         if extra_tokens == "only" and not student.num_extra_tokens:
             raise ValueError("extra_tokens must not be only: this teacher has none")
-        if target_source not in ("ffn", "block"):
-            raise ValueError(f"target_source must be ffn or block, got {target_source!r}")
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
@@ -94,8 +92,8 @@ class DistillationModel(ComposerModel):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         # Hooks instead of overrides: DDP's wrapper calls only the hooks of inner modules.
         self.register_state_dict_post_hook(keep_trained_tensors)
-        self.register_load_state_dict_pre_hook(check_trained_shapes)
-        self.register_load_state_dict_post_hook(check_trained_tensors)
+        self.register_load_state_dict_pre_hook(check_trained_tensors)
+        self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of a batch."""
@@ -114,12 +112,12 @@ class DistillationModel(ComposerModel):
 
     @property
     def ignored_tokens(self) -> int:
-        """Number of leading time steps excluded from target and statistics."""
+        """Number of leading tokens excluded from target and statistics."""
         return self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
 
     @property
     def regressed(self) -> slice:
-        """The time steps in the loss."""
+        """The tokens in the loss."""
         return slice(self.student.num_extra_tokens) if self.extra_tokens == "only" else slice(self.ignored_tokens, None)
 
     def predict(self, x_BTD: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ class DistillationModel(ComposerModel):
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
         """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
 
-        Each layer is normalized as in the target. The mean is over images and time steps.
+        Each layer is normalized as in the target. The mean is over images and tokens.
 
         Args:
             batch: As for :meth:`forward`.
@@ -202,29 +200,25 @@ def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str,
             del state_dict[name]
 
 
-def check_trained_shapes(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Check the shapes of a state dict's tensors before it is loaded.
+def check_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    """Check that a state dict has exactly the student's tensors; Composer loads without ``strict``.
 
     Raises:
-        InputError: A shape differs from the student's.
+        InputError: A tensor is missing, unknown or misshapen.
     """
-    for name, tensor in module.state_dict(prefix=prefix).items():
-        if name in state_dict and state_dict[name].shape != tensor.shape:
-            found, expected = tuple(state_dict[name].shape), tuple(tensor.shape)
-            raise InputError(f"the checkpoint's tensor {name} has shape {found}, the student's is {expected}")
-
-
-def check_trained_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:
-    """Check that a loaded state dict had exactly the tensors of the student's blocks.
-
-    Raises:
-        InputError: A tensor is missing or unknown.
-    """
-    missing = [name for name in incompatible_keys.missing_keys if TRAINED in name]
-    unknown = incompatible_keys.unexpected_keys
-    # Strict loading must not expect the frozen parts, which are never in a checkpoint.
-    incompatible_keys.missing_keys[:] = missing
+    expected = module.state_dict(prefix=prefix)
+    missing = [name for name in expected if name not in state_dict]
+    unknown = [name for name in state_dict if name.startswith(prefix) and name not in expected]
     if missing:
         raise InputError(f"the checkpoint lacks {len(missing)} of the student's tensors, first {missing[0]}")
     if unknown:
         raise InputError(f"the checkpoint has {len(unknown)} tensors that are not the student's, first {unknown[0]}")
+    for name, tensor in expected.items():
+        if state_dict[name].shape != tensor.shape:
+            shapes = tuple(state_dict[name].shape), tuple(tensor.shape)
+            raise InputError(f"the checkpoint's tensor {name} has shape {shapes[0]}, the student's is {shapes[1]}")
+
+
+def expect_no_frozen_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Let strict loading accept a state dict without the frozen parts."""
+    incompatible_keys.missing_keys.clear()

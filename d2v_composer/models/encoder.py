@@ -1,20 +1,79 @@
-"""An encoder: images to time steps, frozen, shared by teacher and student.
+"""A frozen encoder that teacher and student share: images to tokens; and checks of sizes from files.
 
-Shapes: B images, S pixels a side (or height and width), N patches, E extra tokens, T = E + N time steps, D channels.
+Shapes: B images, S pixels per side (or height and width), E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
+import re
 from abc import abstractmethod
-from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from typing_extensions import Self
 
-from d2v_composer.models.attention import Alibi, FfnBlock, manhattan_distance
+from d2v_composer.models.attention import Alibi, FfnBlock
 
-# MERGED FROM d2v_composer/models/encoder.py: Modules that do not train.
+ImageSize = int | tuple[int, int]
+"""Pixels per side of a square, or (height, width)."""
+
+# Far above any vision transformer's. Larger sizes mean a corrupt file, or one that would exhaust the memory.
+MAX_WIDTH = 1 << 16
+MAX_DEPTH = 1000
+MAX_PATCHES = 1 << 14
+
+
+def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
+    """Raise ValueError, with the name of the size, unless it is a whole number within the range."""
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
+
+
+def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
+    """Raise ValueError, with the name of the size, unless it is a number within the range."""
+    if type(value) not in (int, float) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def check_mlp_ratio(mlp_ratio: Any, embed_dim: int) -> None:
+    """Raise ValueError unless the ratio gives 1 to ``MAX_WIDTH`` hidden units."""
+    check_number("mlp_ratio", mlp_ratio, 1 / embed_dim, MAX_WIDTH / embed_dim)
+
+
+def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
+    """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
+    for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
+        if not isinstance(values, tuple) or len(values) != in_chans:
+            raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {values!r}")
+        for value in values:
+            check_number(name, value, minimum, 1.0)
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return (height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def parse_image_size(image_size: Any) -> ImageSize:
+    """Return an image size from any source: pixels per side, or (height, width) if they differ.
+
+    Raises:
+        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
+    """
+    shape = image_size if isinstance(image_size, tuple) else (image_size,)
+    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
+        shape = tuple(map(int, image_size.split("x")))
+    if len(shape) not in (1, 2):
+        raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")
+    for size in shape:
+        check_whole("image_size", size, 1, MAX_WIDTH)
+    return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
 
 
 class Frozen(nn.Module):
@@ -41,64 +100,6 @@ class Frozen(nn.Module):
         return self
 
 
-# MERGED FROM d2v_composer/models/encoder.py: Limits for the sizes of a model, and checks of sizes from files.
-
-ImageSize = int | tuple[int, int]
-"""Pixels a side of a square, or (height, width)."""
-
-# Far above any vision transformer's. Larger ones mean a corrupt file, or one that would exhaust the memory.
-MAX_WIDTH = 1 << 16
-MAX_DEPTH = 1000
-MAX_PATCHES = 1 << 14
-# Allowed means and standard deviations of pixels from 0 to 1.
-MEAN_RANGE, STD_RANGE = (0.0, 1.0), (1e-3, 1.0)
-
-
-def check_whole(name: str, value: int, minimum: int, maximum: int) -> None:
-    """Check that a size is a whole number within a range.
-
-    Raises:
-        ValueError: It is not; the message names the size.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
-
-
-def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
-    """Check that a ratio gives a valid number of hidden units.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if not is_number(mlp_ratio, 0, MAX_WIDTH) or not 1 <= mlp_ratio * embed_dim <= MAX_WIDTH:
-        raise ValueError(
-            f"mlp_ratio must give from 1 to {MAX_WIDTH} hidden units for a width of {embed_dim}, got {mlp_ratio!r}"
-        )
-
-
-def check_channels(name: str, values: Any, in_chans: int, limits: tuple[float, float]) -> None:
-    """Check that a size is a number within a range for each channel of an image.
-
-    Raises:
-        ValueError: It is not; the message names the size.
-    """
-    minimum, maximum = limits
-    if not isinstance(values, tuple) or len(values) != in_chans:
-        raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {values!r}")
-    if not all(is_number(value, minimum, maximum) for value in values):
-        raise ValueError(f"{name} must be numbers from {minimum:g} to {maximum:g}, got {values!r}")
-
-
-def is_number(value: Any, minimum: float, maximum: float) -> bool:
-    """Return whether a value is a number within a range; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-def height_and_width(image_size: ImageSize) -> tuple[int, int]:
-    """Return (height, width) in pixels."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
 class EncoderConfig(Protocol):
     """Sizes of an encoder."""
 
@@ -108,7 +109,7 @@ class EncoderConfig(Protocol):
     def num_heads(self) -> int: ...
     @property
     def norm_eps(self) -> float:
-        """For a student's LayerNorms too."""
+        """Epsilon of the LayerNorms of a student, too."""
         ...
 
     @property
@@ -118,7 +119,7 @@ class EncoderConfig(Protocol):
 
     @property
     def has_cls_token(self) -> bool:
-        """True if the first extra token is CLS; some models have registers only."""
+        """True if the first extra token is CLS. Some models have registers only."""
         ...
 
     @property
@@ -130,23 +131,14 @@ class EncoderConfig(Protocol):
     @property
     def image_std(self) -> tuple[float, ...]: ...
     @property
-    def interpolation(self) -> str:
-        """``bicubic`` or ``bilinear``, for resizing images."""
-        ...
-
+    def interpolation(self) -> str: ...  # bicubic or bilinear
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        ...
-
+    def grid_size(self) -> tuple[int, int]: ...  # rows and columns of patches
     @property
-    def num_steps(self) -> int:
-        """T."""
-        ...
-
+    def num_tokens(self) -> int: ...
     @property
     def is_normalized(self) -> bool:
-        """True if the output comes from a LayerNorm; the scale of a pre-norm residual stream has no bound."""
+        """True if a LayerNorm computes the output. The scale of a pre-norm residual stream has no bound."""
         ...
 
 
@@ -156,12 +148,14 @@ class Encoder(Frozen):
     Attributes:
         alibi: The bias of its blocks, if they have one.
         alibi_scale: Learned factors of that bias.
+        stem_macs: Multiply-accumulates for one image before the blocks.
     """
 
     image_mean: Tensor
     image_std: Tensor
     alibi: Alibi | None
     alibi_scale: Tensor | None
+    stem_macs: int
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -177,7 +171,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def embed_patches(self, images: Tensor) -> Tensor:
-        """Return the first block's input, (B, T, D), of images as in :meth:`forward`."""
+        """Return the first block's input, (B, T, D), from images as in :meth:`forward`."""
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
@@ -200,7 +194,7 @@ class Encoder(Frozen):
         return self.encode_with_gradient(images)
 
     def encode_with_gradient(self, images: Tensor) -> Tensor:
-        """Encode images as :meth:`forward` does, with the gradient of what is trained here."""
+        """Encode images as :meth:`forward` does, with the gradient of what trains here."""
         x_BTD = self.embed_patches(images)
         for block, context in zip(self.block_list, self.block_contexts(x_BTD), strict=False):
             x_BTD, _ = block(x_BTD, context)
@@ -212,59 +206,30 @@ class Encoder(Frozen):
         Raises:
             ValueError: The images have another shape or dtype.
         """
-        self.check_images(images)
-        if images.dtype != torch.uint8:
+        channels, size = self.config.in_chans, height_and_width(self.config.image_size)
+        is_uint8, is_batch = images.dtype == torch.uint8, images.ndim == 4 and images.shape[1] == channels
+        if not is_batch or not (is_uint8 or (images.is_floating_point() and images.shape[2:] == size)):
+            raise ValueError(
+                f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
+                f"normalized; got {tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+            )
+        if not is_uint8:
             return images
-        shape = height_and_width(self.config.image_size)
-        if images.shape[-2:] != shape:
-            images = resize(images, shape, self.config.interpolation)
+        if images.shape[2:] != size:
+            images = resize(images, size, self.config.interpolation)
         return images.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
-
-    def check_images(self, images: Tensor) -> None:
-        """Refuse images that :meth:`forward` cannot encode.
-
-        Raises:
-            ValueError: Names the shape that is expected, and the one found.
-        """
-        channels, size, shape = self.config.in_chans, height_and_width(self.config.image_size), tuple(images.shape)
-        is_uint8 = images.dtype == torch.uint8
-        is_batch = len(shape) == 4 and shape[1] == channels
-        if is_batch and (is_uint8 or (images.is_floating_point() and shape[2:] == size)):
-            return
-        hint = ""
-        if len(shape) == 3 and shape[0] == channels:
-            hint = "; for one image: images[None]"
-        elif len(shape) == 4 and shape[3] == channels and not is_batch:
-            hint = "; for channels last: images.permute(0, 3, 1, 2)"
-        raise ValueError(
-            f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
-            f"normalized; got {shape} {str(images.dtype).removeprefix('torch.')}{hint}"
-        )
 
     def forward_macs(self) -> int:
         """Return the multiply-accumulates for one image."""
-        return self.stem_macs + sum(block.forward_macs(self.config.num_steps) for block in self.block_list)
-
-    @cached_property  # a speed monitor asks in every batch
-    def stem_macs(self) -> int:
-        """Those of what comes before the blocks: one convolution of the patches."""
-        config = self.config
-        rows, columns = config.grid_size
-        height, width = height_and_width(config.image_size)
-        pixels_of_a_patch = (height // rows) * (width // columns)
-        return rows * columns * config.embed_dim * config.in_chans * pixels_of_a_patch
+        return self.stem_macs + sum(block.forward_macs(self.config.num_tokens) for block in self.block_list)
 
 
 def build_alibi(config: EncoderConfig, num_heads: int, num_alibi_heads: int) -> Alibi | None:
-    """Build 2-D ALiBi for blocks on this encoder's grid; ``None`` for 0 ALiBi heads."""
+    """Build ALiBi for blocks on this encoder's grid; ``None`` for 0 ALiBi heads."""
     if not num_alibi_heads:
         return None
-    return Alibi(
-        partial(manhattan_distance, num_columns=config.grid_size[1]),
-        num_heads=num_heads,
-        num_alibi_heads=num_alibi_heads,
-        num_extra_tokens=config.num_extra_tokens,
-    )
+    extra = config.num_extra_tokens
+    return Alibi(config.grid_size, num_heads=num_heads, num_alibi_heads=num_alibi_heads, num_extra_tokens=extra)
 
 
 def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
@@ -276,7 +241,7 @@ def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
 
 
 def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize like :func:`resize` without its uint8 kernel: rows, then columns, each time clamping the overshoot."""
+    """Resize as the uint8 kernel does, which only CPUs have: rows, then columns, clamping the overshoot each time."""
     pixels = images.float()
     for each_shape in ((images.shape[-2], shape[1]), shape):
         pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)

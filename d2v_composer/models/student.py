@@ -1,17 +1,25 @@
 """The student: a few trainable blocks on the teacher's frozen encoder.
 
-Shapes: B images, T time steps, D channels.
+Shapes: B images, T tokens, D channels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, EntranceBlock, autocast_dtype, init_linear_layers
-from d2v_composer.models.encoder import MAX_DEPTH, MAX_WIDTH, Encoder, build_alibi, check_mlp_ratio, check_whole
+from d2v_composer.models.attention import Block, EntranceBlock, init_linear_layers
+from d2v_composer.models.encoder import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    Encoder,
+    build_alibi,
+    check_choice,
+    check_mlp_ratio,
+    check_whole,
+)
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
 
@@ -32,15 +40,13 @@ class StudentConfig:
     num_alibi_heads: int = 12
     """0: no ALiBi."""
     normalization: Normalization = "instance"
-    """Of each layer, in the prediction and in ``layer_mean``."""
+    """Normalization of each layer in the prediction and in ``layer_mean``."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
         check_whole("student num_heads", self.num_heads, 1, MAX_WIDTH)
         check_whole("student num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
-        allowed = get_args(Normalization)
-        if self.normalization not in allowed:
-            raise ValueError(f"student normalization must be {' or '.join(allowed)}, got {self.normalization!r}")
+        check_choice("student normalization", self.normalization, Normalization)
 
 
 class Student(Transformer):
@@ -48,7 +54,7 @@ class Student(Transformer):
 
     Args:
         encoder: Shared with the teacher.
-        config: The sizes.
+        config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
 
     Raises:
@@ -74,14 +80,13 @@ class Student(Transformer):
         return cast("list[Block]", list(self.blocks))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        bias = None if self.alibi is None else self.alibi(x_BTD.shape[1], autocast_dtype(x_BTD), x_BTD.device)
-        return [bias] * len(self.blocks)
+        return [None if self.alibi is None else self.alibi(x_BTD)] * len(self.blocks)
 
     def backward_macs(self) -> int:
         """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
         first = self.block_list[0]
         first_qkv = 0 if isinstance(first, EntranceBlock) else first.attn.qkv.weight.numel()
-        return 2 * self.forward_macs() - self.encoder.config.num_steps * first_qkv
+        return 2 * self.forward_macs() - self.encoder.config.num_tokens * first_qkv
 
 
 @torch.no_grad()

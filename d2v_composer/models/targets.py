@@ -1,6 +1,6 @@
 """Regression targets and the loss, as pure functions of tensors.
 
-Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
+Shapes: B images, E extra tokens, N patches, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
 """
 
@@ -15,8 +15,10 @@ NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
 Normalization = Literal["instance", "layer"]
-"""Of each layer, before the average: over time (fairseq's ``instance_norm_target_layer``, the image models'), or over
-channels (``layer_norm_target_layer``), which keeps each channel's mean over time, and with it what a mean pooling sees.
+"""Normalization of each layer before the average.
+
+``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
+(``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
 
 
@@ -62,7 +64,7 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
-        normalization: Of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
+        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
 
     Raises:
         ValueError: There are no layers, or ``normalization`` is unknown.

@@ -1,18 +1,18 @@
 """The base of teachers: frozen blocks on an encoder, regression targets, students on the same encoder.
 
-Shapes: B images, E extra tokens, N patches, T = E + N time steps, D channels.
+Shapes: B images, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import Encoder, EncoderConfig, Frozen
+from d2v_composer.models.encoder import Encoder, EncoderConfig, Frozen, check_choice, check_whole
 from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
@@ -58,20 +58,17 @@ class Teacher(Transformer, Frozen):
         """Return the attentions or the blocks that a student's may start from.
 
         Raises:
-            ValueError: They are of another kind than the student's.
+            ValueError: The student's are of another kind.
         """
 
     def target_layers(self, x: Tensor, source: TargetSource) -> Iterator[Tensor]:
-        """Return what the target is made of, (B, T, D) for each block: its FFN output, or its output.
+        """Return each block's FFN output, or its output, (B, T, D): the layers of the target.
 
         Raises:
             ValueError: ``source`` is unknown.
         """
-        if source not in get_args(TargetSource):
-            raise ValueError(f"source must be {' or '.join(get_args(TargetSource))}, got {source!r}")
-        if source == "ffn":
-            return self.ffn_outputs(x)
-        return (output for output, _ in self._iterate_blocks(x, None, needs_last_output=True))
+        check_choice("source", source, TargetSource)
+        return self.ffn_outputs(x) if source == "ffn" else (output for output, _ in self.iterate_blocks(x))
 
     @torch.no_grad()
     def targets(
@@ -91,7 +88,8 @@ class Teacher(Transformer, Frozen):
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
-            normalization: Of each layer: ``instance`` over time, or ``layer`` over channels; default this teacher's.
+            normalization: Normalization of each layer: ``instance`` over time, or ``layer`` over channels; default
+                this teacher's.
 
         Returns:
             (B, T, D) float32; (B, N, D) without the extra tokens, (B, E, D) of these only.
@@ -101,8 +99,7 @@ class Teacher(Transformer, Frozen):
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
-        if not 1 <= top_k <= depth:
-            raise ValueError(f"average_top_k_layers must be from 1 to the teacher's depth {depth}, got {top_k}")
+        check_whole("average_top_k_layers", top_k, 1, depth)
         normalization = self.normalization if normalization is None else normalization
         layers = islice(self.target_layers(x, source), depth - top_k, None)
         if extra_tokens == "drop":
@@ -130,14 +127,13 @@ class Teacher(Transformer, Frozen):
                 ``teacher_blocks`` if the MLP ratios agree.
             num_heads: Default: the teacher's.
             num_alibi_heads: Default: all heads.
-            normalization: Of each layer, in the prediction and in ``layer_mean``: ``instance`` over time, as in the
-                paper, or ``layer`` over channels.
+            normalization: Normalization of each layer in the prediction and in ``layer_mean``: ``instance`` over
+                time, as in the paper, or ``layer`` over channels.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
         """
-        if init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
+        check_choice("init", init, Init)
         num_heads = self.config.num_heads if num_heads is None else num_heads
         num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads
         config = StudentConfig(

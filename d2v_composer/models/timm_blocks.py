@@ -1,10 +1,9 @@
-"""Contexts of a timm ViT's blocks, beside their input: rotary positions, or BEiT's relative bias.
+"""timm's blocks as blocks that return their FFN outputs, and their contexts: rotary positions, or BEiT's relative bias.
 
-They are constants of a frozen model at one image size, and computed once.
-Shapes: T time steps, L blocks, H heads.
+Contexts are constants of a frozen model at one image size, and computed once.
+Shapes: T tokens, L blocks, H heads.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +13,16 @@ from typing_extensions import Self
 
 from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
 
-# MERGED FROM d2v_composer/models/timm_blocks.py: timm's transformer blocks as blocks that return their FFN outputs.
-
 
 class Kind(NamedTuple):
-    """How a class of blocks is computed."""
+    """How a class of blocks computes."""
 
     context: str = ""
-    """The argument of its attention that takes the context; empty: there is none."""
+    """Argument of its attention that takes the context; empty: none."""
     is_post_norm: bool = False
     """Each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
-    """The attribute with the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
+    """Attribute with the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
 
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -38,11 +35,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 def check_block(block: nn.Module) -> None:
-    """Check that a block has an FFN output.
-
-    Raises:
-        ValueError: Its kind is not supported.
-    """
+    """Raise ValueError if a block's kind is not supported."""
     if type(block) not in KINDS:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
         raise ValueError(f"blocks of kind {type(block).__name__} are not supported; supported are {allowed}")
@@ -58,13 +51,13 @@ def fuse_biases(attention: Any) -> None:
 
 
 class TimmBlock(FfnBlock):
-    """One of timm's blocks: attention branch, then MLP branch, each added to the residual stream.
+    """A timm block: attention branch, then MLP branch, each added to the residual stream.
 
     The FFN output is what the MLP branch adds, after LayerScale. It calls timm's own submodules: a hook on them would
     break torch.compile.
 
     Args:
-        block: Of a supported kind.
+        block: A block of a supported kind.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -73,6 +66,7 @@ class TimmBlock(FfnBlock):
         self.block: Any = block
         self.kind = KINDS[type(block)]
         fuse_biases(self.block.attn)
+        self.attention_width = self.block.attn.proj.in_features
 
     def forward(
         self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /
@@ -93,10 +87,6 @@ class TimmBlock(FfnBlock):
             return x_BTD
         return scale(x_BTD) if isinstance(scale, nn.Module) else scale * x_BTD
 
-    @property
-    def attention_width(self) -> int:
-        return self.block.attn.proj.in_features
-
 
 class FixedContexts(nn.Module):
     """The contexts of some blocks, as a buffer that moves with the model and is stored in exported files.
@@ -115,9 +105,10 @@ class FixedContexts(nn.Module):
 
     def of_blocks(self, start: int, stop: int) -> Self:
         """Return the contexts of blocks from ``start`` to before ``stop``."""
-        if self.table is None:
-            return type(self)(None, stop - start)
-        return type(self)((self.table if len(self.table) == 1 else self.table[start:stop]).clone(), stop - start)
+        table = self.table
+        if table is not None:
+            table = (table if len(table) == 1 else table[start:stop]).clone()
+        return type(self)(table, stop - start)
 
     def forward(self, x_BTD: Tensor) -> list[Tensor | None]:
         """Return the context of each block for an input."""
@@ -132,41 +123,15 @@ class FixedContexts(nn.Module):
 
 
 class RelativeBias(FixedContexts):
-    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them.
-
-    Args:
-        table: As for :class:`FixedContexts`. Its copy in another dtype is kept, until it moves or is loaded.
-        num_blocks: L.
-    """
-
-    def __init__(self, table: Tensor | None, num_blocks: int) -> None:
-        super().__init__(table, num_blocks)
-        self.cast: Tensor | None = None
-        self.register_load_state_dict_post_hook(forget_cast)
+    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them."""
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        dtype = autocast_dtype(x_BTD)
-        if table.dtype != dtype:
-            if self.cast is None or self.cast.dtype != dtype:
-                with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
-                    self.cast = table.to(dtype)
-            table = self.cast
-        return table[..., : table.shape[-2]]
+        return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
 
     def reset_parameters(self) -> None:
         """Set the learned biases to 0."""
         if self.table is not None:
             self.table.zero_()
-        self.cast = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.cast = None
-        return super()._apply(fn, recurse)
-
-
-def forget_cast(contexts: RelativeBias, incompatible_keys: Any) -> None:
-    """Forget the copy of a table that is replaced."""
-    contexts.cast = None
 
 
 @torch.no_grad()
@@ -197,5 +162,5 @@ def take_relative_bias(model: Any) -> Tensor | None:
 
 
 def gather(part: Any) -> Tensor:
-    """Return the bias of each pair of time steps, (1, H, T, T)."""
+    """Return the bias of each pair of tokens, (1, H, T, T)."""
     return part.relative_position_bias_table[part.relative_position_index].permute(2, 0, 1)[None]

@@ -1,14 +1,14 @@
-"""A teacher from timm: any of its VisionTransformer, Eva and Beit models.
+"""Teachers from timm: its VisionTransformer, Eva and Beit models, and their frozen encoders.
 
-Shapes: B images, T time steps, D channels, L blocks.
+Shapes: B images, T tokens, D channels, L blocks.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import timm
 import torch
@@ -24,28 +24,29 @@ from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import (
     MAX_DEPTH,
     MAX_PATCHES,
-    MAX_WIDTH,
-    MEAN_RANGE,
-    STD_RANGE,
     Encoder,
     ImageSize,
-    check_channels,
+    check_choice,
+    check_number,
+    check_pixel_statistics,
     check_whole,
     height_and_width,
-    is_number,
+    parse_image_size,
 )
+from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, RelativeBias, TimmBlock, check_block, take_contexts
 
-# MERGED FROM d2v_composer/models/timm_teacher.py: Sizes of timm's ViTs as encoders and teachers; this module does
+CLASSES = (VisionTransformer, Eva, Beit)
+STEMS = (PatchEmbed, HybridEmbed)
+# What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
+OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
+ATTENTION_TENSORS = "proj.bias, proj.weight, qkv.bias, qkv.weight"  # of a student's attention
+# Outputs of an encoder in an exported file, and the prime that spreads them over tokens and channels.
+NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
 
-PREFIX = "timm/"
-INTERPOLATIONS = ("bicubic", "bilinear")
-# Of the students.
-NORM_EPS = 1e-6
-NUM_OUTPUTS = 32
-"""How many of an encoder's outputs an exported file has."""
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +72,26 @@ class TimmEncoderConfig:
     image_std: tuple[float, ...]
     interpolation: str
     timm: str
-    """The version of timm that built it."""
+    """Version of timm that built it."""
     outputs: tuple[float, ...] = ()
-    """A few numbers of what it computes of a fixed image, in an exported file: another version of timm may build
-    something else under the same name."""
+    """A few numbers that it computes from a fixed image, in an exported file. Another version of timm may silently
+    build something else under the same name."""
 
     def __post_init__(self) -> None:
+        # Only what a file says of itself; TimmEncoder compares all other fields with timm's model.
+        check_whole("first_blocks", self.first_blocks, 0, MAX_DEPTH)
         if not isinstance(self.model, str):
             raise ValueError(f"model must be timm/NAME, got {self.model!r}")
-        check_whole("first_blocks", self.first_blocks, 0, MAX_DEPTH)
         if parse_image_size(self.image_size) != self.image_size:
             raise ValueError(f"image_size must be one number for a square, else two, got {self.image_size!r}")
-        check_whole("in_chans", self.in_chans, 1, MAX_WIDTH)
-        check_channels("image_mean", self.image_mean, self.in_chans, MEAN_RANGE)
-        check_channels("image_std", self.image_std, self.in_chans, STD_RANGE)
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+        check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
         if not isinstance(self.timm, str) or not re.fullmatch(r"[\w.+-]{1,50}", self.timm):
             raise ValueError(f"timm must be a version, got {self.timm!r}")
         if not isinstance(self.outputs, tuple) or len(self.outputs) not in (0, NUM_OUTPUTS):
             raise ValueError(f"outputs must be {NUM_OUTPUTS} numbers, or none")
-        if not all(is_number(each, -1e30, 1e30) for each in self.outputs):
-            raise ValueError("outputs must be numbers")
+        for each in self.outputs:
+            check_number("outputs", each, -1e30, 1e30)
 
     @property
     def is_normalized(self) -> bool:
@@ -100,7 +99,7 @@ class TimmEncoderConfig:
 
     @property
     def norm_eps(self) -> float:
-        return NORM_EPS
+        return 1e-6
 
     @property
     def patch_size(self) -> int:
@@ -112,12 +111,8 @@ class TimmEncoderConfig:
         return self.first_blocks
 
     @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def num_steps(self) -> int:
-        return self.num_extra_tokens + self.num_patches
+    def num_tokens(self) -> int:
+        return self.num_extra_tokens + math.prod(self.grid_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,41 +132,12 @@ class TimmTeacherConfig(TimmEncoderConfig):
         return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
 
 
-def parse_image_size(image_size: Any) -> ImageSize:
-    """Return an image size from any source: pixels a side, or (height, width) if they differ.
-
-    Raises:
-        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
-    """
-    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
-        image_size = tuple(map(int, image_size.split("x")))
-    elif isinstance(image_size, str):
-        raise ValueError(f"image_size must be a number of pixels or HEIGHTxWIDTH, got {image_size!r}")
-    shape: Any = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    if len(shape) not in (1, 2):
-        raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")
-    for size in shape:
-        check_whole("image_size", size, 1, MAX_WIDTH)
-    return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
-
-
-# MERGED FROM d2v_composer/models/timm_teacher.py: The frozen encoder of a timm ViT: what comes before its blocks,
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-CLASSES = (VisionTransformer, Eva, Beit)
-STEMS = (PatchEmbed, HybridEmbed)
-# What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
-OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
-# Spreads a few outputs over time steps and channels; it is prime.
-OUTPUT_STEP = 1_000_003
-
-
 def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
-    """Build one of timm's models on the meta device, without a classifier; :func:`materialize` gives it memory.
+    """Build a timm model on the meta device, without a classifier; :func:`materialize` gives it memory.
 
     Args:
         model: ``timm/NAME``.
-        image_size: Default: that of timm's data config, less what is left of a patch.
+        image_size: Default: the size of timm's data config, less what is left of a patch.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
@@ -183,29 +149,24 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
     if not isinstance(built, CLASSES):
         allowed = ", ".join(kind.__name__ for kind in CLASSES)
         raise ValueError(f"{model} is a {type(built).__name__}; only timm's classes {allowed} can be teachers")
-    for block in built.blocks:
-        check_block(block)
-    data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    patch = patch_shape(model, built.patch_embed)
-    if image_size is None:  # timm leaves out what is left of a patch at the edge
-        shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
-    else:
-        shape = height_and_width(parse_image_size(image_size))
-    check_patches(shape, patch)
-    return create_on_meta(name, num_classes=0, img_size=shape).eval()
-
-
-def patch_shape(model: str, stem: Any) -> tuple[int, int]:
-    """Return the pixels of a time step: of a patch, times the stride of the convolutions before it.
-
-    Raises:
-        ValueError: The stem's kind is not supported.
-    """
+    stem: Any = built.patch_embed
     if type(stem) not in STEMS:
         allowed = ", ".join(kind.__name__ for kind in STEMS)
         raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; supported are {allowed}")
-    (height, width), (rows, columns) = stem.img_size, stem.grid_size
-    return height // rows, width // columns
+    for block in built.blocks:
+        check_block(block)
+    # Pixels of a token: a patch, times the stride of the convolutions before it.
+    patch = tuple(size // count for size, count in zip(stem.img_size, stem.grid_size, strict=True))
+    if image_size is None:  # timm leaves out what is left of a patch at the edge
+        data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
+        shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
+    else:
+        shape = height_and_width(parse_image_size(image_size))
+    if any(size % each for size, each in zip(shape, patch, strict=True)):
+        expected, found = (" x ".join(map(str, each)) for each in (patch, shape))
+        raise ValueError(f"image_size must be a multiple of the patch, {expected} pixels, got {found}")
+    check_whole("number of patches", math.prod(shape) // math.prod(patch), 1, MAX_PATCHES)
+    return create_on_meta(name, num_classes=0, img_size=shape).eval()
 
 
 def create_on_meta(name: str, **options: Any) -> Any:
@@ -221,31 +182,25 @@ def create_on_meta(name: str, **options: Any) -> Any:
         raise ValueError(f"timm/{name}: {error}") from error
 
 
-def check_patches(shape: tuple[int, int], patch_shape: tuple[int, int]) -> None:
-    """Check the size of images against a patch's.
-
-    Raises:
-        ValueError: The patch does not divide it, or there would be too many patches.
-    """
-    if any(size % patch for size, patch in zip(shape, patch_shape, strict=True)):
-        patch, found = (" x ".join(map(str, each)) for each in (patch_shape, shape))
-        raise ValueError(f"image_size must be a multiple of the patch, {patch} pixels, got {found}")
-    num_patches = math.prod(shape) // math.prod(patch_shape)
-    if num_patches > MAX_PATCHES:
-        raise ValueError(f"images must have at most {MAX_PATCHES} patches, got {num_patches}")
-
-
-def encoder_config(model: str, built: Any, first_blocks: int) -> TimmEncoderConfig:
+def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> TimmTeacherConfig:
     """Return the sizes of a built model.
+
+    Args:
+        model: ``timm/NAME``.
+        built: The model.
+        first_blocks: Blocks in the encoder; default a sixth of all, as in data2vec 2.0 base.
 
     Raises:
         ValueError: ``first_blocks`` leaves no block to the teacher.
     """
-    check_whole("first_blocks", first_blocks, 0, len(built.blocks) - 1)
+    num_blocks = len(built.blocks)
+    first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
+    check_whole("first_blocks", first_blocks, 0, num_blocks - 1)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    return TimmEncoderConfig(
+    return TimmTeacherConfig(
         model=model,
         first_blocks=first_blocks,
+        depth=num_blocks - first_blocks,
         embed_dim=built.embed_dim,
         num_heads=built.blocks[0].attn.num_heads,
         num_extra_tokens=built.num_prefix_tokens,
@@ -267,7 +222,6 @@ class TimmParts(NamedTuple):
     """The model without the other parts: its ``forward_features`` is what comes before the blocks."""
     blocks: list[TimmBlock]
     contexts: FixedContexts
-    """Of all blocks."""
     norm: nn.Module
     """The final norm; an Identity in some models."""
 
@@ -283,7 +237,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Give a module from the meta device memory, unless meta is the current device; its parameters are not set."""
+    """Give a module on the meta device memory, unless meta is the default device; its parameters are not set."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -294,11 +248,11 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmEncoder(Encoder):
-    """The encoder.
+    """A timm ViT's encoder: what comes before its blocks, and the first of them.
 
     Args:
-        config: The sizes.
-        parts: The parts of a model of these sizes; default: new ones, into which a state dict must be loaded.
+        config: Sizes.
+        parts: Parts of a model of these sizes; default: new ones, into which a state dict must be loaded.
 
     Raises:
         ValueError: There is no such model, or it has other sizes.
@@ -311,7 +265,7 @@ class TimmEncoder(Encoder):
         is_new = parts is None
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
-            found = encoder_config(config.model, model, config.first_blocks)
+            found = teacher_config(config.model, model, config.first_blocks).encoder_config()
             found = replace(found, **{name: getattr(config, name) for name in OF_A_FILE})
             if config != found:
                 name = next(name for name, value in vars(found).items() if value != getattr(config, name))
@@ -321,6 +275,10 @@ class TimmEncoder(Encoder):
                 )
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
+        image = torch.empty(1, config.in_chans, *height_and_width(config.image_size), device="meta")
+        with FlopCounterMode(display=False) as counter:
+            deepcopy(self.stem.patch_embed).to("meta")(image)
+        self.stem_macs = counter.get_total_flops() // 2
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
@@ -331,16 +289,6 @@ class TimmEncoder(Encoder):
     def block_list(self) -> list[FfnBlock]:
         return cast("list[FfnBlock]", list(self.blocks))
 
-    @cached_property
-    def stem_macs(self) -> int:
-        if isinstance(self.stem.patch_embed, PatchEmbed):
-            return super().stem_macs
-        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
-        model: Any = build_timm_model(self.config.model, self.config.image_size)  # without memory
-        with FlopCounterMode(display=False) as counter:
-            model.patch_embed(torch.empty(shape, device="meta"))
-        return counter.get_total_flops() // 2
-
     def embed_patches(self, images: Tensor) -> Tensor:
         return self.stem.forward_features(self.prepare(images))
 
@@ -348,7 +296,7 @@ class TimmEncoder(Encoder):
         return self.contexts(x_BTD)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers of what this encoder, on a CPU and in float32, computes of a fixed image."""
+        """Return a few numbers that this encoder, on a CPU and in float32, computes from a fixed image."""
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):
@@ -356,32 +304,11 @@ class TimmEncoder(Encoder):
         return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())
 
 
-ATTENTION_TENSORS = "proj.bias, proj.weight, qkv.bias, qkv.weight"
-"""Of a student's attention."""
-
-
-def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> TimmTeacherConfig:
-    """Return the sizes of a built model.
-
-    Args:
-        model: ``timm/NAME``.
-        built: The model.
-        first_blocks: Blocks in the encoder; default a sixth of all, as in data2vec 2.0 base.
-
-    Raises:
-        ValueError: ``first_blocks`` leaves no block to the teacher.
-    """
-    num_blocks = len(built.blocks)
-    first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
-    encoder = encoder_config(model, built, first_blocks)
-    return TimmTeacherConfig(**vars(encoder), depth=num_blocks - first_blocks)
-
-
 class TimmTeacher(Teacher):
-    """The teacher, frozen and in eval mode.
+    """A timm teacher, frozen and in eval mode.
 
     Args:
-        model: timm's model with its weights; it is taken apart.
+        model: A timm model with its weights; it is taken apart.
         config: Its sizes.
         provenance: Origin of the weights, stored with what is derived from them.
     """
@@ -414,14 +341,9 @@ class TimmTeacher(Teacher):
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         return self.contexts(x_BTD)
 
-    def mask_padding(
-        self, contexts: list[Tensor | None], padding_mask_BT: Tensor, dtype: torch.dtype
-    ) -> list[Tensor | None]:
-        raise ValueError("a timm teacher takes no padding mask: images have no padding")
-
-    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return what timm's ``forward_features`` gives, with the final norm, and every FFN output, (B, T, D) each."""
-        output_BTD, ffn_outputs = super().forward_blocks(x, padding_mask)
+        output_BTD, ffn_outputs = super().forward_blocks(x)
         return self.norm(output_BTD), ffn_outputs
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:

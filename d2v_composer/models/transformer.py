@@ -1,6 +1,6 @@
-"""Blocks on a modality encoder: the base of teachers and students.
+"""Blocks on a shared encoder: the base of teachers and students. Also the named choices of YAMLs and command lines.
 
-Shapes: B images, T time steps, D channels, H heads.
+Shapes: B images, T tokens, D channels, H heads.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d2v_composer.models.attention import FfnBlock, autocast_dtype, mask_padding
+from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, EncoderConfig
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.targets import Normalization, norm_mean
@@ -48,7 +48,8 @@ class Transformer(nn.Module, ABC):
     Args:
         encoder: Shared, not copied; frozen.
         blocks: The blocks after it.
-        normalization: Of each layer, in ``layer_mean``; see :func:`~d2v_composer.models.targets.norm_mean`.
+        normalization: Normalization of each layer in ``layer_mean``; see
+            :func:`~d2v_composer.models.targets.norm_mean`.
 
     Attributes:
         norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or its compiled version.
@@ -65,7 +66,7 @@ class Transformer(nn.Module, ABC):
     _fsdp_wrap = False
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Return whether FSDP makes a module a unit: gathers its weights for a call and frees them after it."""
+        """Return True if FSDP gathers a module's weights for each call and frees them after it."""
         return isinstance(module, Encoder | FfnBlock)
 
     @property
@@ -89,37 +90,21 @@ class Transformer(nn.Module, ABC):
         """Run the shared encoder: images as in :meth:`embed_all` → (B, T, D), without gradient."""
         return self.encoder(images)
 
-    def ffn_outputs(self, x: Tensor, padding_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the FFN output of each block, (B, T, D), without computing the last block's output.
-
-        Args:
-            x: (B, T, D), from :meth:`encode`.
-            padding_mask: (B, T) bool, true for padding, which is not attended to.
-        """
-        return (ffn_output for _, ffn_output in self._iterate_blocks(x, padding_mask, needs_last_output=False))
-
-    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the last block's output and every FFN output, (B, T, D) each; see :meth:`ffn_outputs`."""
-        layers = list(self._iterate_blocks(x, padding_mask, needs_last_output=True))
-        return layers[-1][0], [ffn_output for _, ffn_output in layers]
-
-    def _iterate_blocks(
-        self, x_BTD: Tensor, padding_mask_BT: Tensor | None, needs_last_output: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        contexts = self.block_contexts(x_BTD)
-        if padding_mask_BT is not None:
-            contexts = self.mask_padding(contexts, padding_mask_BT, autocast_dtype(x_BTD))
+    def iterate_blocks(self, x: Tensor, needs_last_output: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the output and the FFN output of each block, (B, T, D) each, from :meth:`encode`'s (B, T, D)."""
         last = self.block_list[-1]
-        for block, context in zip(self.block_list, contexts, strict=True):
-            x_BTD, ffn_output_BTD = block(x_BTD, context, needs_last_output or block is not last)
-            yield x_BTD, ffn_output_BTD
+        for block, context in zip(self.block_list, self.block_contexts(x), strict=True):
+            x, ffn_output_BTD = block(x, context, needs_last_output or block is not last)
+            yield x, ffn_output_BTD
 
-    def mask_padding(
-        self, contexts: list[Tensor | None], padding_mask_BT: Tensor, dtype: torch.dtype
-    ) -> list[Tensor | None]:
-        """Mask padding in each block's bias; blocks that share a bias share the result."""
-        masked = {id(bias): mask_padding(bias, padding_mask_BT, dtype) for bias in contexts}
-        return [masked[id(bias)] for bias in contexts]
+    def ffn_outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the FFN output of each block, (B, T, D), without computing the last block's output."""
+        return (ffn_output for _, ffn_output in self.iterate_blocks(x, needs_last_output=False))
+
+    def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the last block's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D)."""
+        layers = list(self.iterate_blocks(x))
+        return layers[-1][0], [ffn_output for _, ffn_output in layers]
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
@@ -169,4 +154,4 @@ class Transformer(nn.Module, ABC):
 
     def forward_macs(self) -> int:
         """Return the multiply-accumulates for one image in the blocks, without the encoder."""
-        return sum(block.forward_macs(self.encoder.config.num_steps) for block in self.block_list)
+        return sum(block.forward_macs(self.encoder.config.num_tokens) for block in self.block_list)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.evaluate import share_recovered
+from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import BANKS, HEALTH_STATES
 from d2v_composer.report.plots import (
     GREEN,
@@ -225,7 +225,7 @@ def _tiles(run: Run) -> Iterator[Tile]:
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
         yield Tile(f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes))
-        share = None if before is None or teacher is None else share_recovered(before, after, teacher)
+        share = None if before is None or teacher is None else gap_closed(before, after, teacher)
         if share is not None:
             yield Tile("of the teacher's advantage", f"{100 * share:.0f} %", f"recovered on {name}, bank train")
     if (loss := run.last("loss/train/total")) is not None:

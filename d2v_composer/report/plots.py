@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMeth
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import confusion_matrix, recovered_shares
+from d2v_composer.evaluation.evaluate import confusion_matrix, gap_closed_by_step
 from d2v_composer.evaluation.metrics import EMBEDDINGS
 from d2v_composer.report.run import Run, latest
 from d2v_composer.report.tables import PROBE_HEADS
@@ -152,7 +152,7 @@ def share_plot(run: Run, dataset: str) -> Figure | None:
     Returns:
         ``None`` if the log lacks the untrained student or the teacher.
     """
-    shares = {name: recovered_shares(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
+    shares = {name: gap_closed_by_step(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
     shares = {name: values for name, values in shares.items() if values}
     if not shares:
         return None

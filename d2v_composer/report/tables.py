@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import Evaluation, Interval, recovered_shares, share_recovered
+from d2v_composer.evaluation.evaluate import Evaluation, Interval, gap_closed, gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, Measure, metric_key, read_jsonl
 from d2v_composer.system.errors import InputError
 
@@ -69,7 +69,7 @@ def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
     cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
     lines = [title, format_table(head, cells)]
     if {"student before", "student after", "teacher"} <= rows.keys():
-        share = share_recovered(rows["student before"][0], rows["student after"][0], rows["teacher"][0])
+        share = gap_closed(rows["student before"][0], rows["student after"][0], rows["teacher"][0])
         what = f"of the teacher's advantage over the untrained student ({head[1]})"
         lines.append(f"none {what}: the teacher has none" if share is None else f"{100 * share:.0f} % {what} recovered")
     return "\n".join(lines)
@@ -103,7 +103,7 @@ def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Se
         head.append("L2 strength")
         for row in rows:
             row.append(f"{primaries[row[0], dataset, 'train'].strength:g}")
-    shares = [evaluation.share_recovered(dataset, bank, measure) for bank, measure in columns]
+    shares = [evaluation.gap_closed(dataset, bank, measure) for bank, measure in columns]
     if any(shares):
         rows.append(["share recovered", *("–" if share is None else _percent(share) for share in shares)])
     title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
@@ -217,5 +217,5 @@ def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
 
 
 def _share(baselines: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = recovered_shares(row.log, DATASET, embedding, baselines=baselines.log)
+    shares = gap_closed_by_step(row.log, DATASET, embedding, baselines=baselines.log)
     return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"

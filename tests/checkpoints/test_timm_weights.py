@@ -178,7 +178,7 @@ def test_convolutions_before_the_patches_are_counted_once(tmp_path: Path, monkey
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
     model.patch_embed(images_of(64, 64)[:1])
-    steps = teacher.encoder.config.num_steps
+    steps = teacher.encoder.config.num_tokens
     blocks = sum(block.forward_macs(steps) for block in teacher.encoder.block_list)
     assert teacher.encoder.forward_macs() == sum(macs) + blocks
     monkeypatch.delattr(timm_teacher, "build_timm_model")

@@ -31,7 +31,7 @@ from d2v_composer.evaluation.evaluate import (
     accuracy_interval,
     confusion_matrix,
     evaluate,
-    share_interval,
+    gap_closed_interval,
 )
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
@@ -140,7 +140,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         matrix = np.array(entry["matrix"])
         assert matrix.sum() == (40 if entry["bank"] == "train" else 60)
     probed = {("train", "knn"), ("train", "knn_majority"), ("train", "linear")}
-    for share in found[from_checkpoint]["share_recovered"]:
+    for share in found[from_checkpoint]["teacher_gap_closed"]:
         assert (share["bank"], share["measure"]) in {*probed, ("train", "retrieval"), ("test", "retrieval")}
 
 
@@ -259,14 +259,14 @@ def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
     assert [interval.low, interval.high] == pytest.approx([0.25 - half_width, 0.25 + half_width], abs=0.003)
 
 
-def test_the_share_recovered_is_paired_by_query() -> None:
+def test_the_gap_closed_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
-    assert share_interval(untrained, teacher, teacher) == (1, 1, 1)
-    assert share_interval(untrained, untrained, teacher) == (0, 0, 0)
+    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1)
+    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0)
     half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
-    share = share_interval(untrained, half, teacher)
+    share = gap_closed_interval(untrained, half, teacher)
     assert share is not None
     assert share.low < 0.5 < share.high
     assert share.high - share.low < 0.3
-    assert share_interval(teacher, half, untrained) is None
+    assert gap_closed_interval(teacher, half, untrained) is None

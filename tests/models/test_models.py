@@ -22,7 +22,7 @@ from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
-from d2v_composer.models.targets import Normalization, Regression, norm_mean, regression_loss
+from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
 from d2v_composer.models.transformer import poolings
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -113,16 +113,6 @@ def test_one_step_of_the_paper_model(paper_model: DistillationModel, cpu_bf16: b
     assert not torch.equal(trained[0], before)
 
 
-def test_the_encoder_runs_once_a_step(teacher: Data2Vec2) -> None:
-    calls: list[Any] = []
-    teacher.encoder.register_forward_hook(lambda module, inputs, output: calls.append(output))
-    model = DistillationModel(teacher, teacher.build_student(depth=2))
-    model(images_for(teacher))
-    assert len(calls) == 1
-    assert not calls[0].requires_grad
-    assert model.student.encoder is model.teacher.encoder
-
-
 def test_frozen_parts_stay_in_eval(teacher: Data2Vec2) -> None:
     model = DistillationModel(teacher, teacher.build_student(depth=1))
     model.train(mode=True)
@@ -138,7 +128,10 @@ def test_frozen_parts_stay_in_eval(teacher: Data2Vec2) -> None:
 def test_every_trainable_parameter_gets_a_gradient(teacher: Data2Vec2, prediction: str, extra_tokens: str) -> None:
     model = DistillationModel(teacher, teacher.build_student(depth=2), prediction, extra_tokens)  # pyright: ignore
     images = images_for(teacher)
+    calls: list[Tensor] = []
+    teacher.encoder.register_forward_hook(lambda module, inputs, output: calls.append(output))
     model.loss(model(images), images).backward()
+    assert [output.requires_grad for output in calls] == [False]  # the encoder runs once, without gradient
     without = [name for name, tensor in model.named_parameters() if tensor.requires_grad and tensor.grad is None]
     assert without == []
 
@@ -167,12 +160,6 @@ def test_cls_alone_is_the_first_step_of_the_whole_regression(teacher: Data2Vec2)
     assert alone.cls_prediction is None
 
 
-def test_cls_alone_needs_one() -> None:
-    teacher = Data2Vec2(Data2Vec2Config(embed_dim=24, num_heads=2, prenet_depth=1, depth=2, average_top_k_layers=2))
-    with pytest.raises(ValueError, match="extra_tokens must not be only: this teacher has none"):
-        DistillationModel(teacher, teacher.build_student(depth=1), extra_tokens="only")
-
-
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
 def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
     whole = load_teacher(GOLDEN / f"{name}.pt")
@@ -195,17 +182,11 @@ def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
         assert macs_of(teacher) == macs_of(whole)
 
 
-@pytest.mark.parametrize("first_blocks", [-1, 5, 1.5, True])
-def test_the_encoder_leaves_a_block_to_the_teacher(first_blocks: Any) -> None:
-    with pytest.raises(InputError, match=f"first_blocks must be a whole number from 0 to 4, got {first_blocks}"):
-        load_teacher(GOLDEN / "tiny_base.pt", first_blocks=first_blocks)
-
-
 def test_top_k_layers_are_the_last(teacher: Data2Vec2) -> None:
     x = teacher.encode(images_for(teacher))
     _, ffn_outputs = teacher.forward_blocks(x)
     torch.testing.assert_close(teacher.targets(x, average_top_k_layers=2), norm_mean(ffn_outputs[-2:]))
-    with pytest.raises(ValueError, match="from 1 to the teacher's depth 3, got 4"):
+    with pytest.raises(ValueError, match="average_top_k_layers must be a whole number from 1 to 3, got 4"):
         teacher.targets(x, average_top_k_layers=4)
 
 
@@ -246,7 +227,7 @@ def test_layer_norm_alone_keeps_the_mean_over_time(teacher: Data2Vec2) -> None:
     torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalization="layer"))
     spread = [target.mean(dim=1).std() for target in (found.target, of_instance_norm)]
     assert spread[0] > 3 * spread[1]
-    with pytest.raises(ValueError, match="student normalization must be instance or layer, got 'batch'"):
+    with pytest.raises(ValueError, match="student normalization must be one of instance, layer, got 'batch'"):
         teacher.build_student(normalization="batch")  # pyright: ignore[reportArgumentType]: a typo
 
 
@@ -273,12 +254,6 @@ def test_ddp_broadcasts_no_constant(teacher: Data2Vec2) -> None:
         wrapped: Any = DistributedDataParallel(model)
         assert list(wrapped.module.buffers())
         assert not wrapped.modules_buffers
-
-
-def test_loss_is_a_plain_mean() -> None:
-    prediction, target = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    expected = ((prediction - target) ** 2).sum() / prediction.numel()
-    torch.testing.assert_close(regression_loss(Regression(prediction, target)), expected)
 
 
 def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
@@ -355,20 +330,19 @@ def test_embeddings_take_no_gradient_and_training_beside_them_keeps_its_own(teac
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "hint"),
+    ("shape", "dtype", "found"),
     [
-        ((3, 32, 32), torch.uint8, r"\(3, 32, 32\) uint8; for one image: images\[None\]"),
-        ((4, 40, 50, 3), torch.uint8, r"\(4, 40, 50, 3\) uint8; for channels last: images\.permute\(0, 3, 1, 2\)"),
+        ((3, 32, 32), torch.uint8, r"\(3, 32, 32\) uint8"),
         ((4, 1, 32, 32), torch.uint8, r"\(4, 1, 32, 32\) uint8"),
         ((4, 3, 40, 40), torch.float32, r"\(4, 3, 40, 40\) float32"),
         ((4, 3, 32, 32), torch.int64, r"\(4, 3, 32, 32\) int64"),
     ],
 )
 def test_images_of_another_layout_are_refused(
-    teacher: Data2Vec2, shape: tuple[int, ...], dtype: torch.dtype, hint: str
+    teacher: Data2Vec2, shape: tuple[int, ...], dtype: torch.dtype, found: str
 ) -> None:
     expected = r"images must be \(B, 3, H, W\) uint8, or \(B, 3, 32, 32\) float and normalized; got "
-    with pytest.raises(ValueError, match=f"^{expected}{hint}$"):
+    with pytest.raises(ValueError, match=f"^{expected}{found}$"):
         teacher.embed(torch.zeros(shape, dtype=dtype))
 
 

@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
     "deit3_small_patch16_224": (SMALL, 3),
     "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
     "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
-    "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one step of the stem
+    "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one pixel of the stem
     "eva02_tiny_patch14_224": (SMALL_14, 1),
     "eva02_base_patch16_clip_224": (WIDE, 0),
     "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches
@@ -185,31 +185,12 @@ def test_relative_biases_are_gathered_once_and_aligned(name: str) -> None:
         x = teacher.encode(images_for(teacher.config))
         first, again = ([bias for bias in teacher.block_contexts(x.bfloat16()) if bias is not None] for _ in range(2))
     assert len(first) == teacher.config.depth
-    num_steps = teacher.config.num_steps
+    num_tokens = teacher.config.num_tokens
     for bias, same in zip(first, again, strict=True):
-        assert bias.shape == (1, 4, num_steps, num_steps)
+        assert bias.shape == (1, 4, num_tokens, num_tokens)
         assert (bias.dtype, bias.stride(-2) % 8) == (torch.bfloat16, 0)
         assert bias.data_ptr() == same.data_ptr()
     assert not [each for each in teacher.state_dict() if "relative_position" in each or "q_bias" in each]
-
-
-def test_a_relative_bias_is_cast_once() -> None:
-    teacher = build_teacher("beit_base_patch16_224")
-    x = teacher.encode(images_for(teacher.config))
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.inference_mode():
-            first = teacher.block_contexts(x)[0]
-        again = teacher.block_contexts(x)[0]
-        assert first is not None
-        assert again is not None
-        assert first.dtype == torch.bfloat16
-        assert first.data_ptr() == again.data_ptr()
-        assert not again.is_inference()
-        table = teacher.contexts.table
-        assert table is not None
-        teacher.load_state_dict({name: 2 * tensor for name, tensor in teacher.state_dict().items()})
-        assert_close(teacher.block_contexts(x)[0], 2 * again)
-    assert torch.equal(teacher.contexts(x)[0], table[0, ..., : table.shape[-2]])
 
 
 def test_registers_are_not_cls() -> None:
@@ -227,20 +208,6 @@ def test_registers_are_not_cls() -> None:
     assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("vit_base_r50_s16_224", "patch, 16 x 16 pixels"), ("vit_base_mci_224", "patch, 16 x 16")]
-)
-def test_patches_behind_convolutions(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_timm_model(f"timm/{name}", 100)
-
-
-def test_an_unknown_source_is_refused() -> None:
-    teacher = build_teacher("test_vit")
-    with pytest.raises(ValueError, match="source must be ffn or block, got 'attention'"):
-        teacher.targets(torch.zeros(1, 101, 64), source="attention")  # pyright: ignore[reportArgumentType]: a typo
-
-
 def test_the_scale_of_the_residual_stream_does_not_reach_the_student() -> None:
     teacher = build_teacher("vit_small_patch14_dinov2")
     student = teacher.build_student(depth=2)
@@ -252,7 +219,7 @@ def test_the_scale_of_the_residual_stream_does_not_reach_the_student() -> None:
 def test_a_students_alibi_is_the_distance_on_the_encoders_grid() -> None:
     student = build_teacher("vit_base_patch16_clip_224").build_student(depth=1)  # CLS and 2 × 4 patches
     assert student.alibi is not None
-    bias = student.alibi(9, torch.float32, torch.device("cpu"))[0, 0]
+    bias = student.alibi(torch.zeros(1, 9, 48))[0, 0]
     assert not bias[0].any()
     assert torch.equal(bias[1, 1:] / bias[1, 2], torch.tensor([0, 1, 2, 3, 1, 2, 3, 4.0]))
 
@@ -292,13 +259,6 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
         build_teacher("vit_small_patch16_dinov3").build_student(init="teacher_attention")
 
 
-def test_images_have_no_padding() -> None:
-    teacher = build_teacher("test_vit")
-    x = teacher.encode(images_for(teacher.config))
-    with pytest.raises(ValueError, match="takes no padding mask"):
-        teacher.forward_blocks(x, torch.zeros(x.shape[:2], dtype=torch.bool))
-
-
 @pytest.mark.parametrize(
     ("model", "image_size", "message"),
     [
@@ -307,13 +267,12 @@ def test_images_have_no_padding() -> None:
         ("timm/hf-hub:timm/vit_small_patch14_dinov2", None, "no model 'timm/hf-hub"),
         ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
         ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
-        ("timm/swin_tiny_patch4_window7_224", None, "is a SwinTransformer; only timm's classes"),
         ("timm/vit_base_patch16_xp_224", None, "kind ParallelScalingBlock are not supported; supported are Block, Eva"),
         ("timm/vit_small_patch14_dinov2", 112.0, "image_size must be a whole number from 1 to 65536, got 112.0"),
         ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch, 14 x 14 pixels, got 100 x 100"),
         ("timm/vit_small_patch14_dinov2", "112x15", "must be a multiple of the patch, 14 x 14 pixels, got 112 x 15"),
         ("timm/vit_small_patch14_dinov2", (1, 2, 3), "must be a whole number, or height and width"),
-        ("timm/vit_small_patch14_dinov2", 14 * 1000, "at most 16384 patches, got 1000000"),
+        ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused(model: str, image_size: Any, message: str) -> None:
@@ -322,18 +281,13 @@ def test_what_cannot_be_a_teacher_is_refused(model: str, image_size: Any, messag
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("first_blocks", [-1, 12, 1.5, True])
-def test_the_encoder_leaves_a_block_to_the_teacher(first_blocks: Any) -> None:
-    built = build_timm_model("timm/vit_small_patch14_dinov2")
-    with pytest.raises(ValueError, match=f"first_blocks must be a whole number from 0 to 11, got {first_blocks}"):
-        teacher_config("timm/vit_small_patch14_dinov2", built, first_blocks)
-
-
 def test_a_sixth_of_the_blocks_is_the_encoders() -> None:
     built = build_timm_model("timm/vit_small_patch14_dinov2", "112x168")
     config = teacher_config("timm/vit_small_patch14_dinov2", built)
+    with pytest.raises(ValueError, match="first_blocks must be a whole number from 0 to 11, got 12"):
+        teacher_config("timm/vit_small_patch14_dinov2", built, 12)
     assert (config.first_blocks, config.depth, config.average_top_k_layers) == (2, 10, 10)
-    assert (config.image_size, config.grid_size, config.num_steps) == ((112, 168), (8, 12), 97)
+    assert (config.image_size, config.grid_size, config.num_tokens) == ((112, 168), (8, 12), 97)
     assert config.prenet_depth == 2
 
 
