@@ -98,7 +98,7 @@ def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder | Non
         remote = None if folder.address is None or "filename" in arguments else f"{folder.address}/log.jsonl"
         return {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
     if name == "tensorboard":
-        return {"log_dir": str(local / "tensorboard_logs"), "remote_folder": folder.prefix} | arguments
+        return {"log_dir": str(local / "tensorboard_logs")} | arguments
     if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
         return {"tracking_uri": (local / "mlruns").as_uri()} | arguments
     if name == "wandb" and "WANDB_DIR" not in os.environ:

@@ -1,32 +1,37 @@
-"""Log how fast training is, and how much of its time it waits for images."""
+"""Loggers of a run: progress, JSON lines and MLflow; and the throughput that they show."""
 
 import json
 import re
 import sys
 import time
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from composer.core import Callback, Event, State, Time, TimeUnit
-from composer.loggers import Logger, LoggerDestination, MLFlowLogger, RemoteUploaderDownloader, TensorboardLogger
+from composer.loggers import Logger, LoggerDestination, MLFlowLogger, RemoteUploaderDownloader
 from composer.utils import dist, parse_uri
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints, due_every
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import download_existing
-from d2v_composer.system.files import partial_file
 from d2v_composer.system.ranks import rank_zero_first
 
-# MERGED FROM d2v_composer/callbacks/logging.py: Show a run's progress: a bar on a terminal, plain lines in a pipe
-
-# metrics/DATASET/[REFERENCE/]bank_train/topK: the accuracy of the primary embedding.
-TOP_K = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
-
-# Of a fine-tuned classifier.
+# metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding.
+RETRIEVED = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
+# The accuracy of a fine-tuned classifier.
 CLASSIFIED = re.compile(r"metrics/test/top(\d+)")
+# An accuracy, and those of several embeddings below it.
+BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
+# Logged number → how progress shows it.
+SHOWN = {
+    "loss/train/total": "loss {:.4f}",
+    "throughput/images_per_sec": "{:.0f} images/s",
+    "throughput/data_wait": "data wait {:.0%}",
+}
+SECONDS_BETWEEN_LINES = 10.0
+POLL_SECONDS = 0.2
 
 
 class ProgressLogger(LoggerDestination):
@@ -39,7 +44,8 @@ class ProgressLogger(LoggerDestination):
 
     Args:
         bar: Show a bar, which needs a terminal.
-        lines_interval: Interval of the printed lines, a Composer time string; ``None``: print none.
+        lines_interval: Longest interval of the printed lines, a Composer time string; a line follows another within
+            ten seconds and a batch in any case. ``None``: print none.
         stream: Output stream; default stderr.
     """
 
@@ -51,11 +57,11 @@ class ProgressLogger(LoggerDestination):
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
         self.first_batch = self.last_line = 0
-        self.started_at = 0.0
+        self.started_at = self.last_line_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.first_batch = self.last_line = int(state.timestamp.batch)
-        self.started_at = time.monotonic()
+        self.started_at = self.last_line_at = time.monotonic()
         if self.shows_bar and dist.get_global_rank() == 0:
             self.bar = tqdm(
                 desc=state.run_name,
@@ -69,13 +75,14 @@ class ProgressLogger(LoggerDestination):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
+        when = "" if step is None else f" at batch {step}"
+        if top_k := classified(metrics):
+            self.write(f"evaluation{when}: {', '.join(top_k)}")
         found: dict[str, list[str]] = {}
-        for (dataset, reference), (k, accuracy) in accuracies(metrics).items():
-            found.setdefault(f"{dataset} top-{k}", []).append(f"{reference or 'student'} {100 * accuracy:.1f}%")
-        if top_k := [f"top-{match[1]} {100 * value:.1f}%" for match, value in classified(metrics)]:
-            self.write(f"evaluation{'' if step is None else f' at batch {step}'}: {', '.join(top_k)}")
+        for (dataset, baseline), (k, accuracy) in retrieved(metrics).items():
+            found.setdefault(f"{dataset} top-{k}", []).append(f"{baseline or 'student'} {accuracy:.1%}")
         for measured, values in found.items():
-            self.write(f"retrieval{'' if step is None else f' at batch {step}'}: {measured}: {', '.join(values)}")
+            self.write(f"retrieval{when}: {measured}: {', '.join(values)}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
@@ -93,13 +100,14 @@ class ProgressLogger(LoggerDestination):
 
     def print_line(self, state: State, event: Event) -> None:
         """Print one plain line, if it is due."""
-        if self.line_is_due is None or dist.get_global_rank() != 0 or not self.line_is_due(state, event):
+        batch, total, now = int(state.timestamp.batch), num_batches(state), time.monotonic()
+        # A line may have been printed at the end of the batch, or the run was resumed at the end of an epoch.
+        if self.line_is_due is None or batch == self.last_line:
             return
-        batch, total = int(state.timestamp.batch), num_batches(state)
-        if batch == self.last_line:  # printed at the end of the batch, or the run was resumed at the end of an epoch
+        if not self.line_is_due(state, event) and now - self.last_line_at < SECONDS_BETWEEN_LINES:
             return
-        self.last_line = batch
-        left = (time.monotonic() - self.started_at) / (batch - self.first_batch) * (total - batch)
+        self.last_line, self.last_line_at = batch, now
+        left = (now - self.started_at) / (batch - self.first_batch) * (total - batch)
         place = f"batch {batch}/{total} ({100 * batch // total} %)"
         self.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]))
 
@@ -111,30 +119,29 @@ class ProgressLogger(LoggerDestination):
 
     def status(self) -> list[str]:
         """Return the latest numbers that were logged."""
-        templates = {
-            "loss/train/total": "loss {:.4f}",
-            "throughput/images_per_sec": "{:.0f} images/s",
-            "throughput/data_wait": "data wait {:.0%}",
-        }
-        known = [template.format(self.latest[key]) for key, template in templates.items() if key in self.latest]
-        latest = {name: value for (name, reference), value in accuracies(self.latest).items() if not reference}
-        known += [f"top-{match[1]} {100 * value:.1f}%" for match, value in classified(self.latest)[:1]]
-        return known + [f"{name} top-{k} {100 * accuracy:.1f}%" for name, (k, accuracy) in latest.items()]
+        known = [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
+        latest = {dataset: value for (dataset, baseline), value in retrieved(self.latest).items() if not baseline}
+        known += classified(self.latest)[:1]
+        return known + [f"{dataset} top-{k} {accuracy:.1%}" for dataset, (k, accuracy) in latest.items()]
 
 
-def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Map data set and reference ('' for the model) to the smallest k and its accuracy, with the primary embedding."""
+def retrieved(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Map data set and baseline ('' for the model) to the smallest k and its accuracy, with the primary embedding."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for key, accuracy in metrics.items():
-        if (match := TOP_K.fullmatch(key)) is not None:
+        if (match := RETRIEVED.fullmatch(key)) is not None:
             name, k = (match[1], match[2] or ""), int(match[3])
             found[name] = min(found.get(name, (k, accuracy)), (k, accuracy))
     return found
 
 
-def classified(metrics: Mapping[str, Any]) -> list[tuple[re.Match[str], float]]:
-    """Return the accuracies of a classifier, each with the match of its key, by k."""
-    return [(match, metrics[key]) for key in sorted(metrics) if (match := CLASSIFIED.fullmatch(key)) is not None]
+def classified(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the accuracies of a classifier, by k."""
+    return [
+        f"top-{match[1]} {metrics[key]:.1%}"
+        for key in sorted(metrics)
+        if (match := CLASSIFIED.fullmatch(key)) is not None
+    ]
 
 
 def num_batches(state: State) -> int:
@@ -146,11 +153,6 @@ def num_batches(state: State) -> int:
     assert duration.unit == TimeUnit.EPOCH
     assert state.dataloader_len is not None
     return duration.value * int(state.dataloader_len)
-
-
-# MERGED FROM d2v_composer/callbacks/logging.py: Log metrics as JSON lines, for plots and scripts.
-
-POLL_SECONDS = 0.2
 
 
 class JSONLLogger(LoggerDestination):
@@ -176,14 +178,22 @@ class JSONLLogger(LoggerDestination):
         self.saved = SavedCheckpoints(state)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Take over the store's log, if the run resumes.
+        """Take over the store's log if the run resumes and that log is the longer one: another machine went on.
 
         Raises:
             InputError: It cannot be read, and the next upload would replace it.
         """
-        if self.remote is not None and dist.get_global_rank() == 0 and state.timestamp.batch > 0:
-            self._close()
-            take_over(self.remote, self.path)
+        if self.remote is None or dist.get_global_rank() != 0 or state.timestamp.batch == 0:
+            return
+        self._close()
+        stored = self.path.with_name(f"{self.path.name}.stored")
+        try:
+            is_stored = download_existing(self.remote, stored)
+        except Exception as error:
+            raise InputError(f"{self.remote}: the run's log cannot be read ({reason(error)})") from error
+        if is_stored and (not self.path.exists() or stored.stat().st_size > self.path.stat().st_size):
+            stored.replace(self.path)
+        stored.unlink(missing_ok=True)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() != 0 or not metrics:
@@ -221,88 +231,19 @@ class JSONLLogger(LoggerDestination):
 
 
 def wait_for_uploads(logger: Logger) -> None:
-    """Wait until Composer has begun all uploads, or failed; it waits too, but while other ranks are in a collective."""
+    """Wait until all uploads have started, or failed; Composer waits too, but while other ranks are in a collective."""
     for uploader in logger.destinations:
         if isinstance(uploader, RemoteUploaderDownloader):
             while uploader._logged_objects and uploader._exception_queue.empty():
                 time.sleep(POLL_SECONDS)
 
 
-def take_over(remote: str, path: Path) -> None:
-    """Add to a log the lines of the store's that it lacks: another machine has logged them since.
-
-    Raises:
-        InputError: The store's log cannot be read.
-    """
-    stored = path.with_name(f"{path.name}.stored")
-    try:
-        if not download_existing(remote, stored):
-            return
-    except Exception as error:
-        raise InputError(f"{remote}: the run's log cannot be read ({reason(error)})") from error
-    ours, theirs = (file.read_bytes().splitlines() if file.exists() else [] for file in (path, stored))
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
-    with partial_file(path) as merged:  # of a step logged twice, the later line counts
-        merged.write_bytes(b"".join(line + b"\n" for line in [*ours, *theirs[common:]]))
-    stored.unlink()
-
-
-# MERGED FROM d2v_composer/callbacks/logging.py: Log to TensorBoard as Composer does, in the run's own place and on
-
-
-class RunTensorboardLogger(TensorboardLogger):
-    """Composer's TensorboardLogger, whose files are uploaded below the run's folder instead of the bucket's root.
-
-    With ``rank_zero_only``, the other ranks write no files; Composer leaves an empty one of each.
-
-    Args:
-        log_dir: The folder of several runs' logs; this run's is in its subfolder ``run_name``.
-        flush_interval: Batches between two files.
-        rank_zero_only: Log on rank 0 alone.
-        remote_folder: Key of the run's folder in the checkpoints' object store; ``None`` without a store.
-    """
-
-    def __init__(
-        self,
-        log_dir: str | None = None,
-        flush_interval: int = 100,
-        rank_zero_only: bool = True,
-        remote_folder: str | None = None,
-    ) -> None:
-        super().__init__(log_dir, flush_interval, rank_zero_only)
-        self.remote_folder = remote_folder
-
-    def init(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0 or not self.rank_zero_only:
-            super().init(state, logger)
-
-    def _flush(self, logger: Logger) -> None:
-        uploads: Any = logger if self.remote_folder is None else _UploadsBelow(self.remote_folder, logger)
-        super()._flush(uploads)
-
-
-class _UploadsBelow(NamedTuple):
-    """The logger that Composer's TensorboardLogger uploads with, for one folder of the store."""
-
-    folder: str
-    logger: Logger
-
-    def upload_file(self, remote_file_name: str, file_path: Path, *, overwrite: bool) -> None:
-        self.logger.upload_file(f"{self.folder}/{remote_file_name}".lstrip("/"), file_path, overwrite=overwrite)
-
-
-# MERGED FROM d2v_composer/callbacks/logging.py: Log to MLflow as Composer does, under names that MLflow can keep
-
-# An accuracy, and those of several embeddings below it.
-BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
-
-
 class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``.
 
     MLflow's store of files keeps each metric as a file of that name. ``top1`` would be a file and a folder, and MLflow
-    loses all the metrics of a call in which one cannot be written. Pictures have no ``/`` in their names either: MLflow
-    writes ``#`` for it, and refuses to read such files.
+    silently loses all metrics of a call in which one cannot be written. It writes ``#`` for a ``/`` in a picture's
+    name, and cannot read such files.
     """
 
     def rename(self, key: str) -> str:

@@ -1,10 +1,10 @@
 """Names of the callbacks and loggers that a YAML may choose."""
 
 from composer import callbacks as composer_callbacks
-from composer.loggers import WandBLogger
+from composer.loggers import TensorboardLogger, WandBLogger
 
 from d2v_composer.callbacks.health import Health
-from d2v_composer.callbacks.logging import JSONLLogger, RunMLFlowLogger, RunTensorboardLogger
+from d2v_composer.callbacks.logging import JSONLLogger, RunMLFlowLogger
 
 CALLBACKS = {
     "health": Health,
@@ -20,6 +20,6 @@ CALLBACKS = {
 LOGGERS = {
     "jsonl": JSONLLogger,
     "mlflow": RunMLFlowLogger,
-    "tensorboard": RunTensorboardLogger,
+    "tensorboard": TensorboardLogger,
     "wandb": WandBLogger,
 }

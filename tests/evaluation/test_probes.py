@@ -164,6 +164,7 @@ def test_warns_of_a_fit_that_has_not_converged_and_of_no_other(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 the loss of the last line search hardly changes, far from the least gradient."""
+    labels = train = torch.empty(0)
     for seed in range(6):
         torch.manual_seed(seed)
         labels = torch.randint(7, (600,))
