@@ -121,7 +121,7 @@ def run_data(arguments: argparse.Namespace) -> "Result":
 
 def run_step(arguments: argparse.Namespace) -> "Result":
     from d2v_composer.benchmarks.step import benchmark_step
-    from d2v_composer.models.timm_teacher import PREFIX
+    from d2v_composer.models.names import PREFIX
 
     device = choose_device(arguments)
     on_gpu = device == "cuda"

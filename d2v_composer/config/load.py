@@ -35,8 +35,7 @@ from d2v_composer.config.schema import (
 from d2v_composer.data.index import find_missing_index
 from d2v_composer.data.labeled import find_missing_files
 from d2v_composer.models.execution import choose_precision, find_missing, name_precision
-from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.models.timm_teacher import PREFIX
+from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import find_missing_file

@@ -14,9 +14,8 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from d2v_composer.evaluation.metrics import PROBES
-from d2v_composer.models.encoder import MAX_WIDTH
-from d2v_composer.models.names import DATA2VEC2, Pooling, PrecisionChoice, Representation
-from d2v_composer.models.timm_teacher import PREFIX, parse_image_size
+from d2v_composer.models.encoder import MAX_WIDTH, parse_image_size
+from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 
 # MERGED FROM d2v_composer/config/schema.py: Limits of a config's fields, and the one checker that walks the

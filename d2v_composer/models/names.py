@@ -3,7 +3,9 @@
 from typing import Literal
 
 DATA2VEC2 = "data2vec2"
-"""Default of ``teacher.model``; others are timm's."""
+"""Default of ``teacher.model``."""
+PREFIX = "timm/"
+"""What a timm model's name begins with."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]

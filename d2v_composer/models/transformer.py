@@ -1,4 +1,4 @@
-"""Blocks on a shared encoder: the base of teachers and students. Also the named choices of YAMLs and command lines.
+"""Blocks on a shared encoder: the base of teachers and students.
 
 Shapes: B images, T tokens, D channels, H heads.
 """
