@@ -1,4 +1,4 @@
-"""Build loggers, ask their servers whether they accept the run, and build the pictures that they show."""
+"""Build loggers, ask their servers whether they accept the run."""
 
 import os
 import sys
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
-from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
 
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
-from d2v_composer.callbacks import ProgressLogger, RetrievalPictures, ZeroShotRetrieval
+from d2v_composer.callbacks import ProgressLogger
 from d2v_composer.callbacks.checkpointing import PATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import LOGGERS
-from d2v_composer.callbacks.zero_shot_retrieval import shows_pictures
+from d2v_composer.callbacks.zero_shot_retrieval import Draw, shows_pictures
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, reason
@@ -73,13 +72,13 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
     return loggers
 
 
-def build_pictures(retrieval: ZeroShotRetrieval | None, loggers: Sequence[LoggerDestination]) -> list[Callback]:
-    """Build the callback that logs what retrieval finds, if a logger shows pictures."""
-    if retrieval is None or not shows_pictures(loggers):
-        return []
+def draw_for(loggers: Sequence[LoggerDestination]) -> Draw | None:
+    """Return the function that draws what retrieval finds, if a logger shows pictures."""
+    if not shows_pictures(loggers):
+        return None
     from d2v_composer.report.page import draw_gallery  # matplotlib, which other runs do not need
 
-    return [RetrievalPictures(retrieval, draw_gallery)]
+    return draw_gallery
 
 
 def _build_progress(config: TrainerConfig) -> ProgressLogger:

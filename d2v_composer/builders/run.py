@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from composer.core import Callback
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, build_pictures
+from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, draw_for
 from d2v_composer.builders.models import build_model
 from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.builders.training import (
@@ -63,7 +63,8 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
     }
-    arguments["callbacks"] += build_pictures(retrieval, arguments["loggers"])
+    if retrieval is not None:
+        retrieval.draw = draw_for(arguments["loggers"])
     return BuiltRun(arguments, model, record, retrieval)
 
 

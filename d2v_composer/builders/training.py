@@ -29,11 +29,10 @@ from d2v_composer.config.schema import (
     TrainerConfig,
 )
 from d2v_composer.data.index import describe_data
-from d2v_composer.evaluation.evaluate import WITHOUT_MODEL, build_embeds
+from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
@@ -160,17 +159,6 @@ FIXED_IN_A_FINETUNING = (
     "model.num_classes",
     "model.class_names",
 )
-# What checkpoints from before these keys were trained with.
-BEFORE_THESE_KEYS = {
-    "config.teacher.model": DATA2VEC2,
-    "config.targets.source": "ffn",
-    "config.targets.normalization": "instance",
-    "config.optimizer.decay_norms_and_biases": False,
-    "config.train_loader.stream": False,
-    "config.train_loader.shuffle": True,
-    "config.train_loader.num_canonical_nodes": 1,
-    "config.train_loader.shuffle_block_size": 1 << 16,
-}
 
 
 def build_folder_callbacks(config: TrainerConfig) -> list[Callback]:
@@ -244,7 +232,7 @@ def _build_record(config: TrainerConfig, contents: Mapping[str, Any], fixed: tup
     }
     folder = find_run_folder(config)
     local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
-    return RunRecord(record, local, prefix, fixed, BEFORE_THESE_KEYS)
+    return RunRecord(record, local, prefix, fixed)
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
@@ -268,7 +256,6 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             embed=embeds["student"],
             primary=PrimaryEmbedding(retrieval.representation, retrieval.pooling).name,
             baselines={name: embeds[name] for name in retrieval.baselines},
-            measured_first=WITHOUT_MODEL,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             device_batch_size=config.device_eval_batch_size,

@@ -5,7 +5,7 @@ from d2v_composer.callbacks.checkpointing import CheckpointRetention, GracefulSt
 from d2v_composer.callbacks.health import Health
 from d2v_composer.callbacks.logging import JSONLLogger, ProgressLogger, Throughput
 from d2v_composer.callbacks.run_record import RunRecord
-from d2v_composer.callbacks.zero_shot_retrieval import RetrievalPictures, ZeroShotRetrieval
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
 __all__ = [
     "CheckpointRetention",
@@ -15,7 +15,6 @@ __all__ = [
     "JSONLLogger",
     "NanGuard",
     "ProgressLogger",
-    "RetrievalPictures",
     "RunFolderLock",
     "RunRecord",
     "SeededBatches",

@@ -1,4 +1,4 @@
-"""Seed each batch anew, so that what draws random numbers does so alike after a resume."""
+"""Composer's EMA for any number of ranks, the gradient's norm before clipping, and a seed for each batch."""
 
 from typing import Any
 
@@ -12,17 +12,14 @@ from composer.utils.reproducibility import seed_all
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-# MERGED FROM d2v_composer/callbacks/algorithms.py: Composer's moving average of the weights, in checkpoints that
-
 DDP_PREFIX = "module."
 
 
 class EMA(ComposerEMA):
     """Composer's EMA, whose state has the model's own names.
 
-    Composer's has DDP's names on several ranks, and skips names that it does not know: a run that resumed on another
-    number of ranks would train on from the average, and average no more. The class keeps its name, which checkpoints
-    have.
+    Composer's has DDP's names on several ranks, and silently skips names that it does not know: a run that resumes on
+    another number of ranks would resume from the averaged weights and stop averaging. Checkpoints name the class.
     """
 
     def match(self, event: Event, state: State) -> bool:
@@ -44,9 +41,6 @@ class EMA(ComposerEMA):
 
 def renamed(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {prefix + name.removeprefix(DDP_PREFIX): tensor for name, tensor in tensors.items()}
-
-
-# MERGED FROM d2v_composer/callbacks/algorithms.py: Log the norm of the gradient before it is clipped.
 
 
 class GradientNorm(Algorithm):
@@ -78,7 +72,7 @@ class SeededBatches(Callback):
     not restore the states of the generators.
 
     Args:
-        seed: The run's.
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Measure a run's health beyond its loss, and warn when something goes wrong.
 
-Shapes: B images, T time steps, N patches of them, D channels, L layers of the teacher.
+Shapes: B images, T tokens, N patches of them, D channels, L layers of the teacher.
 """
 
 import logging
@@ -51,10 +51,10 @@ class Health(Callback):
 
     Logged, below ``health/``:
 
-    - ``prediction_variance``, ``target_variance``: over the images, mean of all time steps and channels; the target's
+    - ``prediction_variance``, ``target_variance``: over the images, mean of all tokens and channels; the target's
       is the loss of the best prediction that is the same for all images;
-    - ``effective_rank`` of the predictions' means over time, see :func:`effective_rank`;
-    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these time steps;
+    - ``effective_rank`` of the predictions' means over tokens, see :func:`effective_rank`;
+    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these tokens;
     - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalized as in the target;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
@@ -65,7 +65,7 @@ class Health(Callback):
 
     The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; or pass ``regression``.
     The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many images:
-    at most 1 % of the training, at the default interval.
+    at most 1 % of a training run, at the default interval.
 
     Args:
         interval: Composer time string.
@@ -73,7 +73,7 @@ class Health(Callback):
             the warm-up; '0.2dur' is a fifth of the run.
         regression: (outputs, batch) → prediction and target, for a model that returns something else; both of the
             last microbatch, on the model's device.
-        num_extra_tokens: Number of leading time steps that are not patches; default: the model's own, or 0.
+        num_extra_tokens: Number of leading tokens that are not patches; default: the model's own, or 0.
     """
 
     def __init__(
@@ -83,10 +83,6 @@ class Health(Callback):
         regression: Callable[[Any, Any], Regression] | None = None,
         num_extra_tokens: int | None = None,
     ) -> None:
-        if regression is not None and not callable(regression):
-            raise TypeError(f"regression must be a function, got {regression!r}")
-        if num_extra_tokens is not None and (not isinstance(num_extra_tokens, int) or num_extra_tokens < 0):
-            raise ValueError(f"num_extra_tokens must be at least 0, got {num_extra_tokens!r}")
         self.is_due = due_every(interval)
         self.grace = Time.from_timestring(grace)
         self.regression = regression
@@ -119,9 +115,15 @@ class Health(Callback):
         outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
         if not isinstance(outputs, Regression):
             raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
-        student = getattr(unwrapped(state), "student", None)
-        metrics = self.compare(outputs, self.extra_tokens(state), getattr(student, "has_cls_token", True))
-        metrics |= self.compare_layers(state, len(outputs.target))
+        model: Any = unwrapped(state)
+        student, num_extra_tokens = getattr(model, "student", None), self.num_extra_tokens
+        if num_extra_tokens is None:
+            num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
+        metrics = self.compare(outputs, num_extra_tokens, getattr(student, "has_cls_token", True))
+        if hasattr(model, "layer_cosines"):  # in the run's precision; on all ranks, as FSDP requires
+            with get_precision_context(state.precision, state.precision_config):
+                layers = model.layer_cosines(self.microbatch, len(outputs.target))
+            metrics |= {f"cosine/layer_{i}": each for i, each in enumerate(layers)}
         # Waits for the device only once.
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         loss = sum(self.losses) / len(self.losses)
@@ -137,19 +139,12 @@ class Health(Callback):
             log.warning("health: %s at batch %d: %s", name, int(state.timestamp.batch), present[name])
         self.present = set(present)
 
-    def extra_tokens(self, state: State) -> int:
-        if self.num_extra_tokens is not None:
-            return self.num_extra_tokens
-        model = unwrapped(state)
-        student = getattr(model, "student", None)
-        return getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
-
     def compare(self, outputs: Regression, num_extra_tokens: int, has_cls_token: bool = True) -> dict[str, Tensor]:
         """Compare prediction and target; (B, D) counts as one patch.
 
         Args:
-            outputs: Of the model.
-            num_extra_tokens: Leading time steps in them that are not patches.
+            outputs: Output of the model.
+            num_extra_tokens: Leading tokens that are not patches.
             has_cls_token: The first of these is CLS.
         """
         prediction, target = (
@@ -169,14 +164,6 @@ class Health(Callback):
             metrics["target_variance"] = target.var(dim=0).mean()
         return metrics
 
-    def compare_layers(self, state: State, num_images: int) -> dict[str, Tensor]:
-        """Compare prediction and each teacher layer, in the run's precision; on all ranks, as FSDP requires."""
-        layer_cosines = getattr(unwrapped(state), "layer_cosines", None)
-        if layer_cosines is None:
-            return {}
-        with get_precision_context(state.precision, state.precision_config):
-            return {f"cosine/layer_{i}": each for i, each in enumerate(layer_cosines(self.microbatch, num_images))}
-
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
         """Yield the name of each state that the run is in, with the reason."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
@@ -185,20 +172,17 @@ class Health(Callback):
                 "collapse",
                 f"the prediction's variance over the images is {prediction:.2g}, its target's {target:.2g}",
             )
-        if math.isfinite(loss) and loss >= target and self.is_past_grace(state):
+        if math.isfinite(loss) and loss >= target and is_past(self.grace, state):
             yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
-            yield (
-                "diverging",
-                f"the loss {loss:.4g} is more than {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}",
-            )
+            yield "diverging", f"the loss {loss:.4g} is over {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:
             yield "scaler_skips", f"the loss scale fell from {self.previous_scale:g} to {self.scale:g}"
 
-    def is_past_grace(self, state: State) -> bool:
-        if self.grace.unit == TimeUnit.DURATION:
-            elapsed = state.get_elapsed_duration()
-            return elapsed is not None and elapsed >= self.grace
-        return state.timestamp.get(self.grace.unit) >= self.grace
+
+def is_past(grace: Time, state: State) -> bool:
+    """Return True if so much of the run is over."""
+    elapsed = state.get_elapsed_duration() if grace.unit == TimeUnit.DURATION else state.timestamp.get(grace.unit)
+    return elapsed is not None and elapsed >= grace

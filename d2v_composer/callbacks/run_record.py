@@ -13,7 +13,7 @@ from composer.utils import dist
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
-# The words of keys that are no field of a YAML.
+# Words for keys that are no field of a YAML.
 WORDS = {
     "teacher.sha256": "teacher.checkpoint (its sha256)",
     "model.sha256": "model (its sha256)",
@@ -25,10 +25,10 @@ WORDS = {
 
 
 class RunRecord(Callback):
-    """Write the run's record into its folder, and refuse to resume with changed settings.
+    """Write the run's record into its folder, and stop a resume with changed settings.
 
     A resume takes learning rate and weight decay from the checkpoint and ignores the YAML's; and it would silently
-    continue with another teacher, seed or data set. This callback raises an error instead.
+    continue with another teacher, seed or data set.
 
     Args:
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
@@ -36,22 +36,15 @@ class RunRecord(Callback):
         folder: The folder of ``run.yaml``, or ``None``.
         remote_folder: A prefix in the checkpoints' object store to upload the file to, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
-        before_keys: Some of these keys → the value that a record without them stands for; default ``None``.
     """
 
     def __init__(
-        self,
-        record: dict[str, Any],
-        folder: Path | None,
-        remote_folder: str | None,
-        fixed: tuple[str, ...],
-        before_keys: Mapping[str, Any] | None = None,
+        self, record: dict[str, Any], folder: Path | None, remote_folder: str | None, fixed: tuple[str, ...]
     ) -> None:
         self.record = record
         self.folder = folder
         self.remote_folder = remote_folder
         self.fixed = fixed
-        self.before_keys = before_keys or {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
@@ -70,19 +63,18 @@ class RunRecord(Callback):
         self.check(state["record"])
 
     def check(self, before: Mapping[str, Any]) -> None:
-        """Refuse to resume a run with another record.
+        """Check that a run with another record may resume from a checkpoint.
 
         Args:
             before: The record in the checkpoint.
 
         Raises:
-            InputError: A fixed key has changed, or the data set; names each change.
+            InputError: A fixed key or the data set has changed; names each change.
         """
         check_data(before, self.record)
-        changes = []
-        for key in self.fixed:
-            found, now = lookup(before, key), lookup(self.record, key)
-            changes += find_changes(key, self.before_keys.get(key) if found is None else found, now)
+        changes = [
+            change for key in self.fixed for change in find_changes(key, lookup(before, key), lookup(self.record, key))
+        ]
         if changes:
             raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
 
@@ -102,14 +94,12 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume with another data set: the position in the order of samples is that of the old one.
-
-    Checkpoints of version 0.1.0 do not record theirs.
+    """Check that the data set is the same: the position in the order of samples is the old one's.
 
     Raises:
         InputError: The data set has changed.
     """
-    if lookup(before, "data.sha256") in (None, lookup(now, "data.sha256")):
+    if lookup(before, "data.sha256") == lookup(now, "data.sha256"):
         return
     if lookup(now, "config.dataset") is not None:
         key = "dataset.root"

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 """Metric key → accuracy."""
+Draw = Callable[[LabeledSet, Tensor], NDArray[np.uint8]]
+"""Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
+(height, width, 3)."""
 
 
 class ZeroShotRetrieval(Callback):
@@ -49,17 +52,17 @@ class ZeroShotRetrieval(Callback):
         datasets: Name → labeled images; each split is the bank for the other's queries.
         interval: Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
-        embed: Replaces the model's own method.
+        embed: Function to use instead of the model's own method.
         primary: The embedding that the short key reports, for a model with several.
         baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_baselines()``, if it has that method.
-        measured_first: Baselines that are measured in a pass of their own, before the others, so that a first accuracy
-            appears soon.
         at_start: Evaluate the untrained model as well.
         probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
             and the majority), ``linear``, by a logistic regression (seconds for each embedding).
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
+        draw: Draws what the test images find among the train images after each evaluation, logged as
+            ``retrieval/{dataset}`` on rank 0; ``None``: no pictures.
 
     Attributes:
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
@@ -79,11 +82,11 @@ class ZeroShotRetrieval(Callback):
         embed: Embed | None = None,
         primary: str = "output_cls",
         baselines: Mapping[str, Embed] | None = None,
-        measured_first: Collection[str] = (),
         at_start: bool = False,
         probes: Collection[str] = (),
         device_batch_size: int = 256,
         progress_bar: bool = True,
+        draw: Draw | None = None,
     ) -> None:
         for name, labeled in datasets.items():
             smallest = min(labeled.num_images)
@@ -96,11 +99,11 @@ class ZeroShotRetrieval(Callback):
         self.embed = embed
         self.primary = primary
         self.baselines = baselines
-        self.measured_first = frozenset(measured_first)
         self.at_start = at_start
         self.probes = tuple(probes)
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
+        self.draw = draw
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
@@ -117,10 +120,8 @@ class ZeroShotRetrieval(Callback):
             embeds = {**self.baselines}
         if self.at_start and state.timestamp.batch == 0:
             embeds[None] = self.embed or embed_method(unwrapped(state))
-        for is_first in (True, False):
-            together = {name: embed for name, embed in embeds.items() if (name in self.measured_first) == is_first}
-            if together:
-                self.record(self.measure(together, state, logger), state, logger)
+        if embeds:
+            self.record(self.measure(embeds, state, logger), state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.BATCH_END):
@@ -145,22 +146,22 @@ class ZeroShotRetrieval(Callback):
         Raises:
             InputError: A set has other images than before, whose accuracies cannot be compared.
         """
-        before = state.get("images", {})  # checkpoints of version 0.1.0 have neither these nor neighbors
-        changed = [name for name, now in self.fingerprints().items() if before.get(name, now) != now]
-        if changed:
-            raise InputError(
-                f"retrieval.datasets.{changed[0]}: has other images than the checkpoint's, whose accuracies cannot be "
-                "compared: give the set another name, or set it and max_images back"
-            )
+        for name, now in self.fingerprints().items():
+            if state["images"].get(name, now) != now:
+                raise InputError(
+                    f"retrieval.datasets.{name}: has other images than the checkpoint's, whose accuracies cannot be "
+                    "compared: give the set another name, or set it and max_images back"
+                )
         self.history = [{**entry, "metrics": self.with_primary(entry["metrics"])} for entry in state["history"]]
         self.baseline_metrics = self.with_primary(state["baseline_metrics"])
-        self.neighbors = state["neighbors"] if state.get("primary") == self.primary else {}
+        self.neighbors = state["neighbors"] if state["primary"] == self.primary else {}
 
     def fingerprints(self) -> dict[str, str]:
         """Return name → what tells a set's images from others."""
         return {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
 
-    def with_primary(self, metrics: dict[str, float]) -> dict[str, float]:
+    def with_primary(self, metrics: Metrics) -> Metrics:
+        """Return metrics whose short keys are the primary embedding's."""
         for name in reversed(primary_fallbacks(self.primary)):
             suffix = f"/{name}"
             metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
@@ -198,9 +199,13 @@ class ZeroShotRetrieval(Callback):
             else:
                 self.baseline_metrics |= metrics
         logger.log_metrics({key: accuracy for metrics in measured.values() for key, accuracy in metrics.items()})
+        if self.draw is not None and None in measured and dist.get_global_rank() == 0:
+            for name, labeled in self.datasets.items():
+                nearest = self.neighbors[name]["train"].long()
+                log_picture(logger, f"retrieval/{name}", partial(self.draw, labeled, nearest))
 
     def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
-        """Return the accuracies of baselines and (under ``None``) the model, under their keys; log the time."""
+        """Return the accuracies of baselines and (under ``None``) the model by key; log the time."""
         start = time.monotonic()
         model, was_training = state.model, state.model.training
         metrics: dict[str | None, Metrics] = {baseline: {} for baseline in embeds}
@@ -258,60 +263,6 @@ def embed_method(model: torch.nn.Module) -> Embed:
     raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")
 
 
-# MERGED FROM d2v_composer/callbacks/zero_shot_retrieval.py: Log pictures to the loggers that show them: W&B,
-
-log = logging.getLogger(__name__)
-
-
-class RetrievalPictures(Callback):
-    """Log a picture of what each retrieval finds, ``retrieval/{dataset}``, on rank 0.
-
-    The pictures are those of the test images as queries and the train images as the bank. Training continues if one
-    cannot be drawn or logged.
-
-    Args:
-        retrieval: The retrieval of the run. It must be before this callback among the Trainer's callbacks.
-        draw: Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
-            (height, width, 3) uint8.
-    """
-
-    def __init__(self, retrieval: ZeroShotRetrieval, draw: Callable[[LabeledSet, Tensor], NDArray[np.uint8]]) -> None:
-        self.retrieval = retrieval
-        self.draw = draw
-        self.last_drawn: int | None = None
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        self.last_drawn = self._last_retrieval()
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        self._log_news(logger)
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self._log_news(logger)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        self._log_news(logger)
-
-    def _last_retrieval(self) -> int | None:
-        """Return the batch of the last retrieval."""
-        history = self.retrieval.history
-        return history[-1]["batch"] if history else None
-
-    def _log_news(self, logger: Logger) -> None:
-        """Draw the last retrieval, unless this was done."""
-        last = self._last_retrieval()
-        if last == self.last_drawn:
-            return
-        self.last_drawn = last
-        if dist.get_global_rank() != 0:
-            return
-        for name, labeled in self.retrieval.datasets.items():
-            log_picture(logger, f"retrieval/{name}", partial(self._draw, name, labeled))
-
-    def _draw(self, name: str, labeled: LabeledSet) -> NDArray[np.uint8]:
-        return self.draw(labeled, self.retrieval.neighbors[name]["train"].long())
-
-
 def log_picture_files(logger: Logger, files: Iterable[Path]) -> None:
     """Log PNG files, such as a report's, as ``report/{name}``, if a logger shows pictures."""
     if shows_pictures(logger.destinations):
@@ -325,7 +276,7 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
 
 
 def log_picture(logger: Logger, name: str, draw: Callable[[], NDArray[np.uint8]]) -> None:
-    """Draw and log a picture, (height, width, 3) uint8; if it fails, warn, since a picture is not worth a training."""
+    """Draw and log a picture, (height, width, 3) uint8. A failure is a warning: a picture is not worth a run."""
     try:
         # An array: TensorBoard's logger would take the values of a tensor for 0 to 1. A table of W&B has no steps.
         logger.log_images(draw(), name, channels_last=True, use_table=False)
@@ -334,5 +285,5 @@ def log_picture(logger: Logger, name: str, draw: Callable[[], NDArray[np.uint8]]
 
 
 def shows_pictures(loggers: Sequence[LoggerDestination]) -> bool:
-    """Tell whether one of the loggers shows pictures."""
+    """Return True if one of the loggers shows pictures."""
     return any(isinstance(each, MLFlowLogger | TensorboardLogger | WandBLogger) for each in loggers)

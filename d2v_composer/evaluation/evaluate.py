@@ -33,8 +33,6 @@ from d2v_composer.system.files import write_atomically
 NUM_RESAMPLES = 2000
 OUT_FILES = ("evaluation.json", "evaluation.csv")
 SPEED_BATCHES = 3  # the first one also warms up
-WITHOUT_MODEL = ("pixels",)
-"""Names of the embed functions of :func:`build_embeds` that run no model."""
 
 Log = Mapping[str, Mapping[int, float]]
 """Key → step → value."""

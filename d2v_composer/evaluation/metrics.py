@@ -10,6 +10,8 @@ from d2v_composer.models.names import Pooling, Representation
 
 # MERGED FROM d2v_composer/evaluation/metrics.py: Names of metrics, and of the embeddings that retrieval measures.
 
+log = logging.getLogger(__name__)
+
 BANKS = ("train", "test")
 # Of a student and a teacher; without CLS the first of each representation is missing.
 EMBEDDINGS = [
@@ -42,7 +44,7 @@ def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> st
 
     Args:
         primary: The embedding asked for.
-        names: The model's embeddings; an only one without a name ('') is its own primary embedding.
+        names: The model's embeddings; a single one without a name ('') is its own primary embedding.
         fall_back: Accept :func:`primary_fallbacks`, as for a baseline.
 
     Raises:
@@ -55,11 +57,6 @@ def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> st
     return found
 
 
-LARGEST_STEP = 1 << 40
-
-log = logging.getLogger(__name__)
-
-
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
     """Read a log as key → step → value; of a step that a restart logged again, the later value.
 
@@ -67,32 +64,21 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
     """
     series: dict[str, dict[int, float]] = {}
     lines = path.read_bytes().splitlines()
-    num_corrupt = 0
-    for line in lines:
-        entry = _parse_line(line)
-        if entry is None:
-            num_corrupt += 1
-            continue
+    entries = [entry for line in lines if (entry := _parse_line(line)) is not None]
+    for entry in entries:
         step = entry.pop("step")
         for key, value in entry.items():
             series.setdefault(key, {})[step] = value
-    if num_corrupt:
-        log.warning("%s: skipped %d of %d lines: corrupt", path, num_corrupt, len(lines))
+    if len(entries) < len(lines):
+        log.warning("%s: skipped %d of %d lines: corrupt", path, len(lines) - len(entries), len(lines))
     return series
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """Return the step and the numbers by name; ``None`` for any other line."""
     try:
-        entry = json.loads(line.decode())
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or not all(_is_number(value) for value in entry.values()):
-        return None
-    step = entry.get("step")
-    return entry if isinstance(step, int) and 0 <= step <= LARGEST_STEP else None
-
-
-def _is_number(value: Any) -> bool:
-    """Tell whether a plot can show the value; Python parses integers of any size, and NaN."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1000)
+    is_entry = isinstance(entry, dict) and type(entry.get("step")) is int
+    return entry if is_entry and all(isinstance(value, int | float) for value in entry.values()) else None

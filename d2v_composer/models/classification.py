@@ -1,6 +1,6 @@
 """A classifier: a linear head on an embedding of a student or a teacher, which Composer trains.
 
-Shapes: B images, S pixels a side, T time steps, D channels, C classes.
+Shapes: B images, S pixels per side, T tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ class Classifier(ComposerModel):
     :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
     Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen: DDP
-    refuses those without gradient.
+    accepts none without gradient.
 
     Args:
-        backbone: Changed: what trains takes a gradient.
+        backbone: Student or teacher; changed: what trains takes a gradient.
         num_classes: C.
-        representation: Of the embedding.
-        pooling: Of the embedding.
+        representation: Representation of the embedding.
+        pooling: Pooling of the embedding.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -139,7 +139,7 @@ class Classifier(ComposerModel):
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw all weights anew: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1.
+    """Draw all weights again: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1.
 
     A frozen model's relative biases become 0. Learned rotary frequencies stay: they are a table of rotations here.
     """

@@ -1,4 +1,4 @@
-"""FSDP of a distillation model: one root over its units, the encoder and the blocks."""
+"""How a distillation model runs: torch.compile block by block, precision, and FSDP with one root over its units."""
 
 import atexit
 import functools
@@ -20,8 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
 from d2v_composer.system.processes import block_stop_signals
-
-# MERGED FROM d2v_composer/models/execution.py: torch.compile of a distillation model, block by block.
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,9 +87,6 @@ def compiled_norm_mean(
     return _norm_mean_of_list(list(layers), num_extra_tokens, normalization)
 
 
-# MERGED FROM d2v_composer/models/execution.py: Find the compiler that torch.compile needs.
-
-
 def find_missing() -> str | None:
     """Return what torch.compile needs and this machine lacks ('needs …'), or ``None``."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
@@ -101,8 +96,6 @@ def find_missing() -> str | None:
         return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
     return None
 
-
-# MERGED FROM d2v_composer/models/execution.py: The meaning of a precision's name: fp32, amp_fp16, amp_bf16 or auto.
 
 # Name → compute dtype of linear layers.
 PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""Pictures of retrievals are drawn once each, and one that fails does not stop the training."""
+"""Pictures of retrievals are drawn, and one that fails does not stop the run."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +11,11 @@ from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.utils import dist
 from PIL import Image
 
-from d2v_composer.builders.loggers import build_pictures
-from d2v_composer.callbacks.zero_shot_retrieval import RetrievalPictures, log_picture_files, shows_pictures
+from d2v_composer.builders.loggers import draw_for
+from d2v_composer.callbacks.zero_shot_retrieval import Draw, ZeroShotRetrieval, log_picture_files
 from d2v_composer.data.labeled import LabeledImages, LabeledSet
 
-NEAREST = torch.zeros(8, 3, dtype=torch.int32)
-STATE: Any = None
+STATE: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=6))
 
 
 class Shown:
@@ -26,55 +25,43 @@ class Shown:
         self.destinations = destinations
         self.pictures: list[tuple[str, tuple[int, ...]]] = []
 
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        pass
+
     def log_images(self, images: np.ndarray, name: str, *, channels_last: bool, use_table: bool) -> None:
         assert channels_last
         assert images.dtype == np.uint8
         self.pictures.append((name, images.shape))
 
 
-def retrieval(*batches: int) -> Any:
+def measured(logger: Any, draw: Draw | None) -> None:
+    """Log a retrieval of a set."""
     images = LabeledImages(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8))
-    history = [{"batch": batch, "metrics": {}} for batch in batches]
-    sets = {"squares": LabeledSet(images, images, ())}
-    return SimpleNamespace(history=history, datasets=sets, neighbors={"squares": {"train": NEAREST}})
-
-
-def test_each_retrieval_is_drawn_once() -> None:
-    logger: Any = Shown()
-    found = retrieval(6)
-    (pictures,) = build_pictures(found, [TensorboardLogger()])
-    pictures.after_load(STATE, logger)  # a resume: batch 6 was drawn before
-    pictures.fit_start(STATE, logger)
+    retrieval = ZeroShotRetrieval({"squares": LabeledSet(images, images, ())}, draw=draw)
+    retrieval.neighbors = {"squares": {"train": torch.zeros(8, 3, dtype=torch.int32)}}
+    retrieval.record({"teacher": {}}, STATE, logger)
     assert logger.pictures == []
-    found.history.append({"batch": 12, "metrics": {}})
-    pictures.batch_end(STATE, logger)
-    pictures.epoch_end(STATE, logger)
+    retrieval.record({None: {}}, STATE, logger)
+
+
+def test_a_retrieval_is_drawn_on_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = Shown()
+    measured(logger, draw_for([TensorboardLogger()]))
     assert logger.pictures == [("retrieval/squares", (688, 640, 3))]
-
-
-def test_only_rank_zero_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    logger: Any = Shown()
     monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
-    RetrievalPictures(retrieval(6), lambda *_: pytest.fail("drawn")).batch_end(STATE, logger)
+    measured(Shown(), lambda *_: pytest.fail("drawn"))
 
 
 def test_a_failure_to_draw_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     def draw(*_: object) -> Any:
         raise OSError("no font")
 
-    logger: Any = Shown()
-    pictures = RetrievalPictures(retrieval(6), draw)
-    pictures.batch_end(STATE, logger)
-    pictures.batch_end(STATE, logger)
-    assert [record.getMessage() for record in caplog.records] == [
-        "picture retrieval/squares: cannot be logged (OSError: no font)"
-    ]
+    measured(Shown(), draw)
+    assert caplog.messages == ["picture retrieval/squares: cannot be logged (OSError: no font)"]
 
 
 def test_nothing_is_drawn_without_a_logger_that_shows_it(tmp_path: Path) -> None:
-    assert not shows_pictures([InMemoryLogger()])
-    assert build_pictures(retrieval(), [InMemoryLogger()]) == []
-    assert build_pictures(None, [TensorboardLogger()]) == []
+    assert draw_for([InMemoryLogger()]) is None
     logger: Any = Shown(InMemoryLogger())
     log_picture_files(logger, [tmp_path / "missing.png"])
     assert logger.pictures == []

@@ -36,6 +36,8 @@ class Clock:
     def perf_counter(self) -> float:
         return self.seconds
 
+    monotonic = perf_counter
+
 
 class Numbers(Dataset[Tensor]):
     """Twelve rows of eight, each of which takes 20 ms."""
@@ -142,30 +144,19 @@ def test_plain_lines_show_the_logged_numbers() -> None:
     assert re.search(r"  \d+ images/s  data wait \d+%  some top-1 4\.0%  left", first)
     assert "some top-1 6.0%" in last
 
-    stream = io.StringIO()
-    train(max_duration="2ep", loggers=[ProgressLogger(bar=False, lines_interval="1ep", stream=stream)])
-    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
-        "batch 6/12 (50 %)",
-        "batch 12/12 (100 %)",
-    ]
 
+def test_a_slow_run_prints_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = Clock(), io.StringIO()
+    monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
 
-def test_a_run_resumed_at_the_end_of_an_epoch_prints_no_line_for_it() -> None:
-    """Its first event is the end of the epoch, before any batch."""
-    stream = io.StringIO()
-    progress = ProgressLogger(bar=False, lines_interval="1ep", stream=stream)
-    model = Linear()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(Numbers(), batch_size=2),
-        max_duration="1ep",
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        progress_bar=False,
-    )
-    trainer.fit()
-    progress.fit_start(trainer.state, trainer.logger)
-    progress.epoch_end(trainer.state, trainer.logger)
-    assert stream.getvalue() == ""
+    class Slow(Callback):
+        def after_forward(self, state: State, logger: Logger) -> None:
+            clock.seconds += 4
+
+    train(loggers=[ProgressLogger(bar=False, lines_interval="100ba", stream=stream)], callbacks=[Slow()])
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["batch 3/6 (50 %)", "batch 6/6 (100 %)"]
+    assert lines[0].endswith("left 00:12")
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labeled import LabeledImages, LabeledSet
-from d2v_composer.evaluation.evaluate import EncodeOnce, build_embeds
+from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.evaluation.labeled_retrieval import embed_set
 from d2v_composer.models.data2vec2 import Data2Vec2
 from helpers import QUICKSTART
@@ -39,15 +38,3 @@ def test_each_image_is_encoded_once_for_all_models(teacher: Data2Vec2) -> None:
     finally:
         hook.remove()
     assert together.keys() == {"pixels", "encoder", "student", "teacher"}
-
-
-def test_an_encoding_lives_as_long_as_its_images() -> None:
-    calls: list[Tensor] = []
-    encode = EncodeOnce(lambda images: calls.append(images.sum()) or images + 1)
-    images = torch.ones(2)
-    assert encode(images) is encode(images)
-    assert len(encode.encoded) == 1
-    assert encode(torch.ones(2)) is not encode(images)  # equal, but another batch
-    del images
-    assert len(encode.encoded) == 0
-    assert len(calls) == 2

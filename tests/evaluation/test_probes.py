@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -75,12 +74,6 @@ def test_the_first_of_equal_images_is_found_first() -> None:
     bank = torch.ones(12, 4)
     assert exact_neighbors(bank, torch.ones(2, 4), 12).indices.tolist() == [list(range(12))] * 2
     assert exact_neighbors(bank, torch.ones(0, 4), 3).indices.shape == (0, 3)
-
-
-def test_the_majority_is_scikit_learns(real: Embedded) -> None:
-    """Ties included."""
-    classifier = KNeighborsClassifier(20, metric="cosine").fit(real.train, real.train_labels)
-    assert knn_accuracy(*real, temperature=None) == classifier.score(real.test, real.test_labels)
 
 
 def test_the_smallest_label_wins_a_tie() -> None:

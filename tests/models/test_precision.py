@@ -1,13 +1,9 @@
 """The precision that "auto" stands for on each machine."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from d2v_composer.config.load import load_config
 from d2v_composer.models.execution import choose_precision, name_precision
-from helpers import QUICKSTART
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, gpu: bool, gpu_bf16: bool, cpu_bf16: bool) -> None:
@@ -37,10 +33,3 @@ def test_auto_is_what_the_machine_has_instructions_for(
     assert (name_precision("auto"), *choose_precision("auto")) == expected
     for explicit in ("fp32", "amp_bf16", "amp_fp16"):
         assert name_precision(explicit) == explicit
-
-
-@pytest.mark.parametrize("cpu_bf16", [False, True])
-def test_a_config_names_the_precision_of_auto(monkeypatch: pytest.MonkeyPatch, cpu_bf16: bool, tmp_path: Path) -> None:
-    pretend(monkeypatch, False, False, cpu_bf16)
-    config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), f"save_folder={tmp_path}"])
-    assert config.precision == ("amp_bf16" if cpu_bf16 else "fp32")

@@ -15,12 +15,11 @@ import timm
 import torch
 from huggingface_hub import configure_http_backend, constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.load import load_any
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.images import RandomResizedCropFlip
@@ -77,21 +76,6 @@ def test_train(trained: Path) -> None:
 def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
         train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
-    with pytest.raises(InputError, match=r"^targets\.normalization: instance in the checkpoint, layer asked"):
-        train.main(timm_run(trained, small_data, teacher, "targets.normalization=layer", "max_duration=6ba"))
-
-
-def test_a_checkpoints_teacher_may_be_timms_pretrained_model(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    configure_http_backend()
-    try:
-        with pytest.raises(InputError, match=r"^timm/test_vit: no pretrained weights of timm/test_vit.r160_in1k"):
-            load_any(trained / "latest-rank0.pt", teacher_path="timm/test_vit")
-    finally:
-        configure_http_backend()  # one made offline stays offline
 
 
 def test_export_evaluate_and_embed(
@@ -184,16 +168,6 @@ def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_data: Path, tmp_path: Path) -> None:
-    options = ["parallelism_config.fsdp={}", "activation_checkpointing=true"]
-    arguments = timm_run(tmp_path, small_data, teacher, *options)
-    with started_ranks(PROGRAMS / "fsdp_on_cpu.py", *arguments, ranks=2) as programs:
-        for program in programs:
-            assert program.wait(120) == 0, program.stderr
-    assert losses_of(tmp_path) == pytest.approx(losses_of(trained), rel=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small_beit", "small_mixed_rope", "small_dinov3"])
 def test_sharded_position_encodings_compute_the_same(name: str, small_data: Path, tmp_path: Path) -> None:
     """Relative biases of a block and of all, learned and fixed rotary positions."""
@@ -237,26 +211,13 @@ def refused(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "teacher.model=timm/resnet18",
-            "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers",
-        ),
-        ("teacher.model=timm/swin_tiny_patch4_window7_224", "is a SwinTransformer; only timm's classes"),
+        ("teacher.model=timm/resnet18", "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teach"),
         ("teacher.model=timm/vit_tyni", "no model 'timm/vit_tyni'; allowed are timm/NAME"),
-        ("teacher.model=dinov2", "teacher.model: must be data2vec2 or timm/NAME, got 'dinov2'"),
         ("teacher.model=timm/vit_small_patch16_224", "has shape (1, 1, 64), the sizes ask for (1, 1, 384)"),
         ("teacher.first_blocks=6", "error: teacher.first_blocks must be a whole number from 0 to 5, got 6"),
-        ("teacher.first_blocks=-1", "teacher.first_blocks: must be at least 0, got -1"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
-        (
-            "teacher.image_size=big",
-            "teacher.image_size: must be a number of pixels or HEIGHTxWIDTH, each from 1 to 65536, got 'b",
-        ),
-        ("teacher.weights=ema", "teacher.weights: must be model for timm/test_vit, got ema"),
-        ("targets.source=blocks", "targets.source: Invalid value 'blocks', expected one of ['ffn', 'block']"),
         ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),
         ("student.init=teacher_blocks", "init teacher_blocks needs data2vec 2.0's post-norm blocks"),
-        ("teacher.model=data2vec2", "teacher.image_size: must be null for data2vec2, whose file fixes it"),
     ],
 )
 def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str, message: str) -> None:
@@ -267,16 +228,9 @@ def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str
     ("arguments", "message"),
     [
         (["model={}"], "does not name its model; if it has the weights of one of timm's, give timm/NAME as the model"),
-        (["model={}", "image_size=48"], "image_size: must be null unless the model is timm/NAME, got 48"),
         (["model=timm/test_vit", "checkpoint={}", "teacher={}"], "timm/test_vit: is not a student, so a teacher"),
-        (["model=timm/test_vit", "checkpoint={}", "image_size=0"], "image_size: must be a number of pixels or HEIGHTx"),
         (["model=timm/test_vit", "checkpoint={}", "image_size=40"], "^image_size must be a multiple of the patch"),
-        (
-            ["model=timm/test_vit", "checkpoint={}", "first_blocks=6"],
-            "^first_blocks must be a whole number from 0 to 5",
-        ),
         (["model=timm/test_vit", "checkpoint={}", "weights=ema"], "^weights: timm/test_vit has no ema weights"),
-        (["model=timm/test_vit", "checkpoint=nowhere.pt"], "^checkpoint: nowhere.pt: no such file"),
     ],
 )
 def test_what_evaluate_refuses(teacher: Path, labeled: Path, arguments: list[str], message: str) -> None:
@@ -284,19 +238,6 @@ def test_what_evaluate_refuses(teacher: Path, labeled: Path, arguments: list[str
     with pytest.raises(InputError, match=message) as caught:
         evaluate.main([*(argument.format(teacher) for argument in arguments), datasets])
     assert "\n" not in str(caught.value)
-
-
-def test_embed_refuses_another_models_options(teacher: Path, labeled: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not name its model"):
-        embed.main([str(teacher), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
-    torch.save(load_file(teacher), tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="does not name its model"):
-        embed.main([str(tmp_path / "weights.pth"), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
-    with pytest.raises(InputError, match="--image-size: only for a model timm/NAME, got "):
-        embed.main([str(teacher), str(labeled), str(tmp_path / "embeddings.npy"), "--image-size", "48"])
-    timm_model = ["timm/test_vit", str(labeled), str(tmp_path / "embeddings.npy"), "--checkpoint", str(teacher)]
-    with pytest.raises(InputError, match=r"^--image-size must be a multiple of the patch"):
-        embed.main([*timm_model, "--image-size", "40"])
 
 
 class Code:
