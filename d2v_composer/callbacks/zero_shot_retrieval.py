@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,17 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.labeled_retrieval import Embed, Found, embed_set, look_up
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError, reason
 
+if TYPE_CHECKING:
+    from d2v_composer.data.labeled import LabeledSet  # and with it all that reads images
+
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 """Metric key → accuracy."""
-Draw = Callable[[LabeledSet, Tensor], NDArray[np.uint8]]
+Draw = Callable[["LabeledSet", Tensor], NDArray[np.uint8]]
 """Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
 (height, width, 3)."""
 
@@ -75,7 +77,7 @@ class ZeroShotRetrieval(Callback):
 
     def __init__(
         self,
-        datasets: Mapping[str, LabeledSet],
+        datasets: "Mapping[str, LabeledSet]",
         interval: str = "5000ba",
         ks: Sequence[int] = (1, 3),
         *,

@@ -4,12 +4,11 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.metrics import BANKS, Measure
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -23,6 +22,9 @@ from d2v_composer.evaluation.nearest_neighbors import (
     vote,
 )
 from d2v_composer.system.command_line import progress_bar
+
+if TYPE_CHECKING:
+    from d2v_composer.data.labeled import LabeledSet
 
 Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
 """Embeds images: (B, 3, height, width) uint8 on the model's device → (B, D), or several embeddings by name."""
@@ -50,7 +52,7 @@ class Found(NamedTuple):
 
 def embed_set(
     embeds: Mapping[ModelT, Embed],
-    labeled: LabeledSet,
+    labeled: "LabeledSet",
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
@@ -86,7 +88,7 @@ def embed_set(
 
 def look_up(
     embedded: EmbeddedSet,
-    labeled: LabeledSet,
+    labeled: "LabeledSet",
     ks: Sequence[int],
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
