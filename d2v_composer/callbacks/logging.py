@@ -14,7 +14,7 @@ from composer.utils import dist, parse_uri
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints, due_every
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import reading
 from d2v_composer.system.fetch import download_existing
 from d2v_composer.system.ranks import rank_zero_first
 
@@ -187,10 +187,8 @@ class JSONLLogger(LoggerDestination):
             return
         self._close()
         stored = self.path.with_name(f"{self.path.name}.stored")
-        try:
+        with reading(self.remote):
             is_stored = download_existing(self.remote, stored)
-        except Exception as error:
-            raise InputError(f"{self.remote}: the run's log cannot be read ({reason(error)})") from error
         if is_stored and (not self.path.exists() or stored.stat().st_size > self.path.stat().st_size):
             stored.replace(self.path)
         stored.unlink(missing_ok=True)

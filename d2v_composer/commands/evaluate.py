@@ -14,7 +14,7 @@ and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, 
 teacher, datasets, max_images, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ from d2v_composer.system.ranks import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.data.labeled import LabeledSet
     from d2v_composer.evaluation.evaluate import Evaluation
 
 
@@ -48,12 +47,14 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     config = load_evaluate_config(argv)
     if global_rank() != 0:
         return None
-    if config.out is not None:
-        check_out_folder(Path(config.out), OUT_FILES)
+    for name in OUT_FILES if config.out is not None else ():  # before minutes of work
+        check_out_file(Path(config.out, name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, sizes, embedding = build_comparison(config, device)
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
-    check_ks(config.ks, datasets)
+    for name, labeled in datasets.items():
+        if max(config.ks) > min(labeled.num_images):
+            raise InputError(f"ks: must be at most {min(labeled.num_images)}, the images of {name}'s smaller set")
     print(f"embedding: {embedding}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     batch_size = config.device_eval_batch_size
@@ -64,13 +65,14 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
         about = {"config": hide_all_secrets(asdict(config)), "machine": describe_machine(), "versions": versions}
+        Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
     print_next(hide_secrets(next_step(config, has_student=any(each.name == "student" for each in candidates))))
     return evaluation
 
 
 def next_step(config: "EvaluateConfig", has_student: bool) -> str:
-    """Return the command that follows: export a checkpoint's student, or embed with another model."""
+    """Return the next command: export a checkpoint's student, or embed with another model."""
     if has_student and config.model.endswith(".pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
@@ -84,21 +86,3 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
     }
     given = [str(part) for option in options.items() if option[1] is not None for part in option]
     return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)
-
-
-def check_out_folder(folder: Path, names: Sequence[str]) -> None:
-    """Make the folder, and refuse it if the files cannot be written: an evaluation takes minutes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {folder}: cannot be created ({error.strerror})") from error
-    for name in names:
-        check_out_file(folder / name)
-
-
-def check_ks(ks: Sequence[int], datasets: "Mapping[str, LabeledSet]") -> None:
-    """Refuse to look up more neighbors than a data set has."""
-    for name, labeled in datasets.items():
-        smallest = min(labeled.num_images)
-        if max(ks) > smallest:
-            raise InputError(f"ks: must be at most {smallest}, the images of {name}'s smaller set, got {list(ks)}")

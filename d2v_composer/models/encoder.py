@@ -108,20 +108,11 @@ class EncoderConfig(Protocol):
     @property
     def num_heads(self) -> int: ...
     @property
-    def norm_eps(self) -> float:
-        """Epsilon of the LayerNorms of a student, too."""
-        ...
-
+    def norm_eps(self) -> float: ...  # of a student's LayerNorms, too
     @property
-    def num_extra_tokens(self) -> int:
-        """Tokens before the patches: CLS and registers."""
-        ...
-
+    def num_extra_tokens(self) -> int: ...  # before the patches: CLS and registers
     @property
-    def has_cls_token(self) -> bool:
-        """True if the first extra token is CLS. Some models have registers only."""
-        ...
-
+    def has_cls_token(self) -> bool: ...  # the first extra token is CLS; some models have registers only
     @property
     def image_size(self) -> ImageSize: ...
     @property
@@ -137,9 +128,7 @@ class EncoderConfig(Protocol):
     @property
     def num_tokens(self) -> int: ...
     @property
-    def is_normalized(self) -> bool:
-        """True if a LayerNorm computes the output. The scale of a pre-norm residual stream has no bound."""
-        ...
+    def is_normalized(self) -> bool: ...  # by a LayerNorm; a pre-norm residual stream has no bounded scale
 
 
 class Encoder(Frozen):

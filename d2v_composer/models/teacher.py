@@ -25,14 +25,9 @@ class TeacherConfig(EncoderConfig, Protocol):
     """Sizes of a teacher."""
 
     @property
-    def depth(self) -> int:
-        """Number of blocks after the encoder."""
-        ...
-
+    def depth(self) -> int: ...  # number of blocks after the encoder
     @property
-    def average_top_k_layers(self) -> int:
-        """Number of last blocks in the target, unless another is asked for."""
-        ...
+    def average_top_k_layers(self) -> int: ...  # number of last blocks in the target, unless another is asked for
 
 
 class Teacher(Transformer, Frozen):

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -140,23 +140,6 @@ def test_the_lowest_loss_is_kept_in_checkpoints(caplog: pytest.LogCaptureFixture
     again = Health("5ba")
     again.load_state_dict(first.state_dict())
     assert train(Regressor(errors=dict.fromkeys(range(20), 0.2)), again)["diverging"] == [1.0] * 4
-
-
-def test_regression_reads_the_outputs_of_another_model() -> None:
-    """(B, D) embeddings in a dict."""
-
-    class Other(Regressor):
-        def forward(self, batch: Tensor) -> Any:
-            return {"student": batch.mean(dim=1), "teacher": batch.mean(dim=1)}
-
-        def loss(self, outputs: Any, batch: Tensor) -> Tensor:
-            return self.scale * 0.1
-
-    health = Health("5ba", regression=lambda outputs, batch: Regression(outputs["student"], outputs["teacher"]))
-    measured = train(Other(), health)
-    assert measured["cosine/patch"] == pytest.approx([1.0] * 4)
-    assert "cosine/cls" not in measured
-    assert measured["target_variance"] == pytest.approx([0.2] * 4, abs=0.1)
 
 
 def test_measures_the_last_microbatch_as_the_model_saw_it() -> None:

@@ -121,7 +121,7 @@ def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(logging, "download_existing", fail)
     jsonl = JSONLLogger(str(tmp_path / "log.jsonl"), "s3://bucket/run/log.jsonl")
     state: Any = SimpleNamespace(callbacks=[jsonl], timestamp=SimpleNamespace(batch=3))
-    with pytest.raises(InputError, match=r"s3://bucket/run/log\.jsonl: the run's log cannot be read \(.*no answer"):
+    with pytest.raises(InputError, match=r"^s3://bucket/run/log\.jsonl: cannot be read: no answer"):
         jsonl.after_load(state, Uploads(tmp_path / "log.jsonl"))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy
-from d2v_composer.callbacks import NanGuard, ZeroShotRetrieval
+from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks, retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
@@ -261,30 +261,6 @@ def test_embeddings_on_the_host_are_moved_to_the_device(monkeypatch: pytest.Monk
     train(Classifier(), callback, "1ba", LabeledDevice())
     assert len(gathered) == 4  # two sets of images, and the neighbors both ways
     assert all(isinstance(share, OnDevice) for share in gathered)
-
-
-class NoCollectives(Callback):
-    """Lets collectives fail during training, except for the single numbers that Composer's loop sends."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        def refuse(sent: Any, *args: Any, **kwargs: Any) -> None:
-            assert isinstance(sent, Tensor), "a collective in a world of one"
-            assert sent.numel() == 1, "a collective in a world of one"
-
-        for name in ("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"):
-            self.monkeypatch.setattr(torch.distributed, name, refuse)
-
-
-def test_one_rank_uses_no_collective(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo's threads would copy with OpenMP, and slow every later batch down."""
-    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labeled}, "1ba", at_start=True, baselines={"pixels": pixels})
-    nan_guard = NanGuard(lambda state, event: True)
-    train(Classifier(), callback, "2ba", None, NoCollectives(monkeypatch), nan_guard)
-    assert len(callback.history) == 3
 
 
 def test_two_ranks_measure_as_one(tmp_path: Path) -> None:

@@ -168,11 +168,11 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
         ([f"model={ROOT / 'README.md'}"], "README.md: truncated, or not a PyTorch checkpoint"),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"],
-            "ks: must be at most 2000, the images of cifar10's smaller",
+            "ks: must be at most 2000, the images of cifar10's smaller set",
         ),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
-            "README.md is not a folder",
+            "README.md: Not a directory",
         ),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", "probes=[knn, liner]"],

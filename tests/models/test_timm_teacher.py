@@ -126,19 +126,6 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_its_frozen_passes_are_whole_graphs(name: str) -> None:
-    """As compile_model makes them on a CPU, contexts included."""
-    teacher = build_teacher(name).cast_weights(torch.bfloat16)
-    images, encoder = images_for(teacher.config), teacher.encoder
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = teacher.targets(teacher.encode(images))
-        torch._dynamo.reset()
-        encoder.forward = torch.compile(encoder.forward, fullgraph=True, backend="eager")
-        targets = torch.compile(teacher.targets, fullgraph=True, backend="eager")
-        assert_close(targets(teacher.encode(images)), expected)
-
-
 @pytest.mark.parametrize("source", ["ffn", "block"])
 @pytest.mark.parametrize("name", SOME)
 def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
@@ -252,13 +239,11 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
     [
         ("vit_small_patch14_dinov2", None, "no model 'vit_small_patch14_dinov2'; allowed are timm/NAME"),
         ("timm/vit_smal", None, "no model 'timm/vit_smal'"),
-        ("timm/hf-hub:timm/vit_small_patch14_dinov2", None, "no model 'timm/hf-hub"),
         ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
         ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
         ("timm/vit_base_patch16_xp_224", None, "kind ParallelScalingBlock are not supported; supported are Block, Eva"),
         ("timm/vit_small_patch14_dinov2", 112.0, "image_size must be a whole number from 1 to 65536, got 112.0"),
         ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch, 14 x 14 pixels, got 100 x 100"),
-        ("timm/vit_small_patch14_dinov2", "112x15", "must be a multiple of the patch, 14 x 14 pixels, got 112 x 15"),
         ("timm/vit_small_patch14_dinov2", (1, 2, 3), "must be a whole number, or height and width"),
         ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
