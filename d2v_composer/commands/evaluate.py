@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     config = load_evaluate_config(argv)
     if global_rank() != 0:
         return None
-    for name in OUT_FILES if config.out is not None else ():  # before minutes of work
-        check_out_file(Path(config.out, name))
+    if config.out is not None:  # before minutes of work
+        for name in OUT_FILES:
+            check_out_file(Path(config.out, name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, sizes, embedding = build_comparison(config, device)
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
