@@ -333,7 +333,7 @@ class MdsImages(ImageCollection):
         remote: str | None = None,
         cache_limit: int | None = None,
     ) -> None:
-        from d2v_composer.data.streaming import VerifiedDataset  # Streaming and Composer: seconds
+        from d2v_composer.data.shards import Shards  # Streaming: seconds
 
         self.name = remote or str(local)
         self.image_size = image_size
@@ -350,17 +350,15 @@ class MdsImages(ImageCollection):
         contents = place.encode() + (local / INDEX).read_bytes() + other_column.encode()
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         try:
-            self.dataset = VerifiedDataset(
-                local=local, remote=remote, cache_limit=cache_limit, batch_size=1, shuffle=False
-            )
+            self.samples = Shards(local=local, remote=remote, cache_limit=cache_limit)
         except InputError:
             raise
         except (ShardError, ValueError) as error:  # the cache limit is too small for the shards
             raise InputError(f"{self.name}: {error}") from error
-        keep_encoded(self.dataset.shards, column)
+        keep_encoded(self.samples.readers, column)
 
     def __len__(self) -> int:
-        return self.dataset.num_samples
+        return len(self.samples)
 
     @override
     def ids(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -369,7 +367,7 @@ class MdsImages(ImageCollection):
     @override
     def load(self, index: int) -> Tensor:
         try:
-            stored = self.dataset[index][self.column]
+            stored = self.samples[index][self.column]
         except ShardError as error:
             raise InputError(str(error)) from error
         return to_pixels(stored, f"sample {index} of {self.name}", self.image_size, self.interpolation)

@@ -31,7 +31,6 @@ from composer.utils import maybe_create_object_store_from_uri
 from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 from PIL import Image
-from streaming.base.format import reader_from_json
 from streaming.base.util import bytes_to_int
 from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which pyright does not see there
 from typing_extensions import Self
@@ -48,7 +47,7 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import decode_rgb, sample_rng
 from d2v_composer.data.index import check_room, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.data.shards import VerifiedStream
+from d2v_composer.data.shards import Shards
 from d2v_composer.data.streaming import check_shared_memory
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.encoder import ImageSize
@@ -379,18 +378,19 @@ class Checks:
     def check_shards(self) -> str:
         """Fetch and verify a shard of each kind (compression and encodings), and measure the pace of decoding."""
         loader = self.config.train_loader
-        kinds = {(shard["compression"], *shard["column_encodings"]): shard for shard in reversed(self.shards)}
+        kinds = {
+            (shard["compression"], *shard["column_encodings"]): i for i, shard in reversed([*enumerate(self.shards)])
+        }
         with TemporaryDirectory() as folder:
             local = loader.local if loader.remote is None else folder
-            stream = VerifiedStream(local=local, remote=loader.remote, timeout=SHARD_TIMEOUT)
+            shards = Shards(local=local, remote=loader.remote, timeout=SHARD_TIMEOUT)
+            keep_encoded(shards.readers, loader.column)
             rates = []
-            for shard in kinds.values():
-                reader = reader_from_json(local, "", shard)
-                stream.fetch_shard(reader)
-                keep_encoded([reader], loader.column)
-                rates.append(self._measure_decoding(reader))
+            for shard_id in kinds.values():
+                shards.prepare(shard_id)
+                rates.append(self._measure_decoding(shards.readers[shard_id]))
         self.decoded_per_core = min(rates)
-        names = ", ".join(shard["raw_data"]["basename"] for shard in kinds.values())
+        names = ", ".join(self.shards[i]["raw_data"]["basename"] for i in kinds.values())
         return f"{names}: verified; one core decodes {self.decoded_per_core:.0f} images/s"
 
     def check_shared_memory(self) -> str:
@@ -404,7 +404,7 @@ class Checks:
         """Compare the free disk space with what this node's cache and checkpoints need."""
         found = []
         if self.config.train_loader.remote is not None:
-            need = room_of_node(self.config, self.shards, self.nodes.rank, self.nodes.num_nodes)
+            need = room_of_node(self.config, self.shards, self.nodes.num_nodes)
             check_room([need])
             found.append(f"cache in {need.local}: {need.bytes / 1e9:.1f} GB of {need.free / 1e9:.1f} GB free")
         if (run_folder := find_run_folder(self.config)) is not None:
@@ -735,7 +735,7 @@ def _from_store(checks: Checks, epochs: float) -> str:
     limit = bytes_to_int(config.train_loader.cache_limit or 0)
     if limit and limit < total:
         return f"up to {total * epochs / 1e9:,.1f} GB read by each node: cache_limit holds a part of an epoch"
-    to_come = room_of_node(config, checks.shards, checks.nodes.rank, checks.nodes.num_nodes).bytes
+    to_come = room_of_node(config, checks.shards, checks.nodes.num_nodes).bytes
     return f"{to_come / 1e9:,.1f} GB read once by each node, {total / 1e9:,.1f} GB in the store"
 
 

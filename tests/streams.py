@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.system.processes import FORK
 from helpers import time_limit
 
 
@@ -23,7 +24,10 @@ def open_images(local: Path, remote: Path | str | None = None, **options: Any) -
 @contextmanager
 def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
     """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
-    batches = iter(DataLoader(dataset, 16, num_workers=workers, timeout=20 if workers else 0))
+    options: dict[str, Any] = (
+        {"num_workers": workers, "multiprocessing_context": FORK, "timeout": 20} if workers else {}
+    )
+    batches = iter(DataLoader(dataset, 16, sampler=dataset.order, **options))
     try:
         yield batches
     finally:

@@ -118,7 +118,7 @@ def our_loader(local: Path, remote: str | None, workers: int, shuffle_block_size
         seed=SEED,
         shuffle_block_size=shuffle_block_size,
     )
-    return DataLoader(dataset, BATCH_SIZE, **_in_processes(workers))
+    return DataLoader(dataset, BATCH_SIZE, sampler=dataset.order, **_in_processes(workers))
 
 
 def decode_alone(name: str, stored: str, images: Sequence[bytes]) -> Reader:

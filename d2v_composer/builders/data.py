@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from composer.utils import dist
 from streaming.base.util import bytes_to_int
@@ -16,10 +15,8 @@ from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.index import RoomNeeded, check_room, describe_data, fetch_index, read_image_index, room_needed
 from d2v_composer.data.streaming import (
     LabelColumn,
-    Share,
     StreamingImages,
     check_shared_memory,
-    shards_of_node,
     shared_memory_needed,
 )
 from d2v_composer.models.encoder import ImageSize, height_and_width
@@ -145,7 +142,8 @@ def build_train_loader(
     has_workers = loader.num_workers > 0
     return DataLoader(
         dataset,
-        batch_size=dataset.batch_size,
+        batch_size=dataset.order.batch_size,
+        sampler=dataset.order,
         collate_fn=None if labels is None else collate_pairs,
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor if has_workers else None,
@@ -178,18 +176,17 @@ def epoch_size(config: StreamedRun, shards: list[dict[str, Any]]) -> int:
     return count_samples(shards) // config.global_train_batch_size * config.global_train_batch_size
 
 
-def room_of_node(config: StreamedRun, shards: list[dict[str, Any]], node: int, num_nodes: int) -> RoomNeeded:
-    """Return the disk space that this node still needs for the shards of node number ``node``."""
+def room_of_node(config: StreamedRun, shards: list[dict[str, Any]], num_nodes: int) -> RoomNeeded:
+    """Return the disk space that this node still needs for its share of the shards."""
     loader = config.train_loader
-    shard_sizes = np.array([shard["samples"] for shard in shards])
-    share = Share(node, num_nodes, loader.num_canonical_nodes, config.seed if loader.shuffle else None)
-    read = shards_of_node(shard_sizes, epoch_size(config, shards), share)
-    return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), read)
+    parts = loader.num_canonical_nodes  # of the order, each with its own shards
+    share = 1 / num_nodes if parts % num_nodes == 0 else 1 / parts if num_nodes % parts == 0 else 1.0
+    return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), share)
 
 
 def build_room_needs(config: StreamedRun, shards: list[dict[str, Any]]) -> list[RoomNeeded]:
     """Return the disk space that each node still needs; the same list on every rank."""
-    need = room_of_node(config, shards, dist.get_node_rank(), num_nodes())
+    need = room_of_node(config, shards, num_nodes())
     return [need for local_rank, need in gather_objects((dist.get_local_rank(), need)) if local_rank == 0]
 
 
@@ -197,6 +194,4 @@ def shared_memory_of_node(config: StreamedRun, shards: list[dict[str, Any]], ima
     """Return the bytes of shared memory that the ranks of a node need for their data."""
     loader, ranks = config.train_loader, dist.get_local_world_size()
     batch_bytes = config.global_train_batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(image_size))
-    return shared_memory_needed(
-        len(shards), count_samples(shards), ranks, loader.num_workers, loader.prefetch_factor, batch_bytes
-    )
+    return shared_memory_needed(ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)

@@ -159,7 +159,7 @@ def _batches(config: FinetuneConfig, train: LabeledImages, sizes: EncoderConfig)
     loader, batch_size = config.train_loader, config.global_train_batch_size
     height, width = height_and_width(sizes.image_size)
     ranks, on_each = dist.get_local_world_size(), batch_size // dist.get_world_size()
-    needed = shared_memory_needed(0, 0, ranks, loader.num_workers, loader.prefetch_factor, on_each * 3 * height * width)
+    needed = shared_memory_needed(ranks, loader.num_workers, loader.prefetch_factor, on_each * 3 * height * width)
     raise_on_all_ranks(check_shared_memory(needed))
     transform = build_transform(loader, sizes.image_size, sizes.interpolation)
     dataset = AugmentedImages(train, transform, config.seed)

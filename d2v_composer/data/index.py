@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import transfer
@@ -22,7 +18,7 @@ from d2v_composer.system.files import existing_folder, partial_file
 from d2v_composer.system.retry import is_lasting, is_local, reason, retry
 
 INDEX = "index.json"
-# Of one attempt to fetch it.
+# Timeout of one attempt to fetch it.
 INDEX_SECONDS = 60.0
 SUMMARY = "conversion.json"
 # Encodings of a column of images: files as bytes, files that Streaming would decode, raw pixels.
@@ -34,31 +30,31 @@ log = logging.getLogger(__name__)
 def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
     """Fetch the index of a remote data set into its cache.
 
-    If the store is unreachable, an index that is here is used, with a warning; shards are verified by it.
+    If the store is unreachable, use an index that is here, with a warning; shards are verified by it.
 
     Args:
         remote: The data set's address.
         local: The cache.
-        retry timeout: Time for which an unreachable store is asked again if no index is here, in seconds.
+        retry_timeout: How long an unreachable store is retried if no index is here, in seconds.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
     """
     index, address = local / INDEX, f"{remote.rstrip('/')}/{INDEX}"
-    is_here = index.exists() and _is_json(index)
+    here = index.read_bytes() if index.exists() and _is_json(index) else None
     with partial_file(index) as fetched:
         try:
-            wait = 0.0 if is_here else retry_timeout
-            retry(partial(transfer, address, fetched, INDEX_SECONDS), address, wait, lasting_attempts=1)
+            timeout = retry_timeout if here is None else 0.0
+            retry(partial(transfer, address, fetched, INDEX_SECONDS), address, timeout, lasting_attempts=1)
         except Exception as error:
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
-            if not is_here or is_lasting(error) or is_local(error):
+            if here is None or is_lasting(error) or is_local(error):
                 raise InputError(message) from error
             log.warning("%s; the index in %s is used", message, local)
-            shutil.copyfile(index, fetched)
+            fetched.write_bytes(here)
         if not _is_json(fetched):
             raise InputError(f"{address}: corrupt, or not an MDS index")
-        if is_here and index.read_bytes() != fetched.read_bytes():
+        if here not in (None, fetched.read_bytes()):
             raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
 
 
@@ -71,7 +67,7 @@ def _is_json(path: Path) -> bool:
 
 
 class RoomNeeded(NamedTuple):
-    """The space that a node needs on a disk."""
+    """The disk space that a node needs."""
 
     disk: tuple[str, int]
     """The machine, and the disk's number there."""
@@ -83,24 +79,23 @@ class RoomNeeded(NamedTuple):
 
 
 def room_needed(
-    shards: list[dict[str, Any]], local: Path, cache_limit: int | None, read: NDArray[np.int64] | None = None
+    shards: list[dict[str, Any]], local: Path, cache_limit: int | None = None, share: float = 1.0
 ) -> RoomNeeded:
-    """Add up the shards that a node has yet to fetch.
+    """Estimate the size of the shards that a node has yet to fetch.
 
     Args:
         shards: The shards as :func:`read_index` returns them.
         local: The node's cache.
         cache_limit: The most bytes that the cache may hold; ``None`` or 0: no limit.
-        read: The places in the index of the shards that the node reads, from ``shards_of_node``; default: all.
+        share: The part of the data set that the node reads.
     """
     files = [shard["raw_data"] for shard in shards]
-    here = {i: file["bytes"] for i, file in enumerate(files) if _size(local / file["basename"]) == file["bytes"]}
-    is_read = set(range(len(files)) if read is None else read.tolist())
-    to_come = sum(files[i]["bytes"] for i in is_read - here.keys())
+    held = sum(file["bytes"] for file in files if _size(local / file["basename"]) == file["bytes"])
+    to_come = max(0, int(share * sum(file["bytes"] for file in files)) - held)
     if to_come:  # a compressed file is deleted once it is decompressed
         to_come += max(shard["zip_data"]["bytes"] if shard["zip_data"] else 0 for shard in shards)
     if cache_limit:  # which includes shards of an earlier run
-        to_come = min(to_come, max(0, cache_limit - sum(here.values())))
+        to_come = min(to_come, max(0, cache_limit - held))
     existing = existing_folder(local)
     disk = (platform.node(), existing.stat().st_dev)
     return RoomNeeded(disk, str(local), to_come, shutil.disk_usage(existing).free)
@@ -126,10 +121,10 @@ def check_room(needs: Iterable[RoomNeeded]) -> None:
 
 
 def find_missing_index(folder: Path) -> str | None:
-    """Return why a folder is no MDS data set at first sight; ``None`` if it has an index."""
-    if os.path.isfile(folder / INDEX):
+    """Return an error message if a folder has no index, else ``None``."""
+    if (folder / INDEX).is_file():
         return None
-    return f"no {INDEX}: {'not an MDS data set' if os.path.isdir(folder) else 'no such folder'}"
+    return f"no {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
 
 
 def read_index(
@@ -153,16 +148,14 @@ def read_index(
     try:
         shards = json.loads(index.read_bytes())["shards"]
         for shard in shards:
-            _check_shard(folder, shard)
-            _check_columns(folder, shard, columns, option)
+            _check_shard(folder, shard, columns, option)
             if not shards_may_be_missing:
                 _check_files(folder, shard)
-        num_samples = sum(shard["samples"] for shard in shards)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: corrupt, or not an MDS index ({type(error).__name__}: {error})") from error
-    if not num_samples:
+    if not shards:
         raise InputError(f"{folder}: the data set is empty: its {INDEX} lists no samples")
     return shards
 
@@ -191,11 +184,16 @@ def read_image_index(
     """
     columns = (column, *other_columns)
     shards = read_index(folder, columns=columns, option=option, shards_may_be_missing=shards_may_be_missing)
-    _check_image_column(shards, column, source or str(folder))
+    encodings = {shard["column_encodings"][shard["column_names"].index(column)] for shard in shards}
+    if not encodings <= set(IMAGE_ENCODINGS):
+        raise InputError(
+            f"{source or folder}: its column {column!r} is {', '.join(sorted(encodings))}; "
+            f"expected one of {', '.join(IMAGE_ENCODINGS)}"
+        )
     return shards
 
 
-def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
+def _check_shard(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], option: str | None) -> None:
     for file in _files(shard):
         name = Path(file["basename"])
         if name.is_absolute() or ".." in name.parts:
@@ -203,26 +201,22 @@ def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
     if "pkl" in shard["column_encodings"]:
         raise InputError(f"{folder}: has a column of pickles, which may run code: it is not read")
     # Each sample takes at least the four bytes of its offset; a larger number would take memory for no samples.
-    raw, num_samples = shard["raw_data"], shard["samples"]
-    if not 0 < 4 * num_samples <= raw["bytes"]:
-        raise InputError(f"{folder}: its {INDEX} claims {num_samples} samples in {raw['bytes']} bytes")
-
-
-def _check_columns(folder: Path, shard: dict[str, Any], columns: tuple[str, ...], option: str | None) -> None:
-    missing = [column for column in columns if column not in shard["column_names"]]
-    if missing:
+    num_bytes, num_samples = shard["raw_data"]["bytes"], shard["samples"]
+    if not 0 < 4 * num_samples <= num_bytes:
+        raise InputError(f"{folder}: its {INDEX} claims {num_samples} samples in {num_bytes} bytes")
+    if missing := [column for column in columns if column not in shard["column_names"]]:
         hint = f"; choose with {option}" if option else ""
         names = ", ".join(shard["column_names"])
         raise InputError(f"{folder}: no column {missing[0]!r}; the data set has: {names}{hint}")
 
 
 def _check_files(folder: Path, shard: dict[str, Any]) -> None:
-    sizes = {folder / file["basename"]: (_size(folder / file["basename"]), file["bytes"]) for file in _files(shard)}
-    if all(found is None for found, _ in sizes.values()):
-        raise InputError(f"{next(iter(sizes))}: the shard is missing")
-    for path, (found, expected) in sizes.items():
-        if found is not None and found != expected:
-            raise InputError(f"{path}: the shard has {found} bytes, the index says {expected}")
+    found = {folder / file["basename"]: (_size(folder / file["basename"]), file["bytes"]) for file in _files(shard)}
+    if all(size is None for size, _ in found.values()):
+        raise InputError(f"{next(iter(found))}: the shard is missing")
+    for path, (size, expected) in found.items():
+        if size not in (None, expected):
+            raise InputError(f"{path}: the shard has {size} bytes, the index says {expected}")
 
 
 def _files(shard: dict[str, Any]) -> list[dict[str, Any]]:
@@ -232,15 +226,6 @@ def _files(shard: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _check_image_column(shards: list[dict[str, Any]], column: str, source: str) -> None:
-    encodings = {dict(zip(shard["column_names"], shard["column_encodings"], strict=True))[column] for shard in shards}
-    if not encodings <= set(IMAGE_ENCODINGS):
-        raise InputError(
-            f"{source}: its column {column!r} is {', '.join(sorted(encodings))}; "
-            f"expected one of {', '.join(IMAGE_ENCODINGS)}"
-        )
 
 
 def keep_encoded(readers: Sequence[Any], column: str) -> None:
@@ -255,11 +240,7 @@ def keep_encoded(readers: Sequence[Any], column: str) -> None:
 
 
 def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the content of a data set; its place and the names of its files do not matter.
-
-    Args:
-        shards: The shards as an index lists them.
-    """
+    """Describe the content of a data set; its place and the names of its files do not matter."""
     contents = [(shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"].get("hashes")) for shard in shards]
     return {
         "sha256": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),

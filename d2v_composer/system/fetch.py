@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import os
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -113,14 +112,13 @@ def _download(address: str, path: Path, retry_timeout: float, lasting_attempts: 
     retry(attempt, address, retry_timeout, lasting_attempts=lasting_attempts)
 
 
-def transfer(address: str, path: Path, timeout: float, stop: threading.Event | None = None) -> None:
+def transfer(address: str, path: Path, timeout: float) -> None:
     """Fetch a file without retries; a failure raises the client's error and leaves a partial file.
 
     Args:
         address: The file's, see :func:`fetch`.
         path: The local file.
         timeout: Seconds until an answer, and between parts; a steady download may take longer.
-        stop: If set, break off a download from S3.
 
     Raises:
         FileNotFoundError: The file does not exist in S3.
@@ -131,7 +129,7 @@ def transfer(address: str, path: Path, timeout: float, stop: threading.Event | N
     if address.startswith(("https://", "http://")):
         _transfer_from_web(address, path, timeout)
     elif address.startswith("s3://"):
-        _transfer_from_s3(address, path, timeout, stop or threading.Event())
+        _transfer_from_s3(address, path, timeout)
     else:
         from streaming.base.storage import CloudDownloader  # takes seconds
 
@@ -150,7 +148,7 @@ def _transfer_from_web(address: str, path: Path, timeout: float) -> None:
                 bar.update(len(chunk))
 
 
-def _transfer_from_s3(address: str, path: Path, timeout: float, stop: threading.Event) -> None:
+def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
     """Fetch a file in one request.
 
     Streaming's downloader has no limit for the time of a read, and sends two or more requests for a file, at half the
@@ -174,8 +172,6 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, stop: threading.
                 if (came := file.tell() - before) < LEAST_RATE * seconds:
                     raise TimeoutError(f"too slow: {came} bytes in {seconds:.0f} s")
                 since, before = time.monotonic(), file.tell()
-            if stop.is_set():
-                raise InterruptedError("the download was stopped")
         if file.tell() < (length := response.get("ContentLength", 0)):
             raise ConnectionError(f"truncated after {file.tell()} of {length} bytes")
 

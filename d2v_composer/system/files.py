@@ -170,25 +170,3 @@ def shorten_socket_paths() -> None:
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
-
-
-def share(descriptor: int) -> bool:
-    """Turn a lock into a shared one; return ``False`` if another process took it instead."""
-    return _try(descriptor, fcntl.LOCK_SH)
-
-
-def is_last_user(descriptor: int) -> bool:
-    """Turn a shared lock into an exclusive one; return ``False`` if others hold it, and the lock may be lost."""
-    return _try(descriptor, fcntl.LOCK_EX)
-
-
-def _try(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def machine_folder() -> Path:
-    return Path(tempfile.gettempdir())

@@ -3,7 +3,6 @@
 import errno
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -36,7 +35,6 @@ def retry(
     attempt: Callable[[], ResultT],
     what: str,
     timeout: float,
-    stop: threading.Event | None = None,
     lasting_attempts: int = LASTING_ATTEMPTS,
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
@@ -48,10 +46,9 @@ def retry(
         attempt: Called at least once.
         what: What is attempted, for the log.
         timeout: Seconds; a running attempt is not interrupted.
-        stop: If set, raise the next failure without another attempt.
         lasting_attempts: 1 reports a wrong address or key immediately.
     """
-    start, stop = time.monotonic(), stop or threading.Event()
+    start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0
     dice = random.Random()  # not the global generator, which training uses
     while True:
@@ -63,8 +60,7 @@ def retry(
             if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
             log.warning("%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
-            if stop.wait(min(pause * dice.uniform(0.5, 1), left)):
-                raise
+            time.sleep(min(pause * dice.uniform(0.5, 1), left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

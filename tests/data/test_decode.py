@@ -40,7 +40,8 @@ def epochs(data: Path, num_epochs: int, num_workers: int = 0, seed: int = 5) -> 
 
 
 def test_an_epoch_has_every_sample_once_without_labels(small_data: Path) -> None:
-    samples = list(open_images(small_data))
+    dataset = open_images(small_data)
+    samples = [dataset[sample] for sample in dataset.order]
     assert sorted(sample["sample_id"] for sample in samples) == list(range(NUM_IMAGES))
     assert all(sample.keys() == {"image", "sample_id"} for sample in samples)
     assert samples[0]["image"].shape == (3, 24, 24)

@@ -75,7 +75,9 @@ def test_decodes_only_the_needed_rows_of_a_jpeg_column(
         return crop(jpeg, box)
 
     monkeypatch.setattr(CuttableJpeg, "crop", counted)
-    list(open_images(data, column="x"))
+    dataset = open_images(data, column="x")
+    for sample_id in range(NUM_SAMPLES):
+        dataset[sample_id]
     assert len(cropped) == NUM_SAMPLES
 
 

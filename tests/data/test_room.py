@@ -5,15 +5,13 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 from composer.utils import dist
 
 from d2v_composer.builders import data as builders_data
-from d2v_composer.builders.data import build_room_needs, build_train_loader, check_same_data, read_train_index
+from d2v_composer.builders.data import build_train_loader, check_same_data, read_train_index, room_of_node
 from d2v_composer.config.load import load_config
-from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.index import RoomNeeded, check_room, read_index, room_needed
 from d2v_composer.system.errors import InputError
 from helpers import small_run
@@ -22,21 +20,12 @@ GB = 10**9
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture
-def shards(many_shards: Path) -> list[dict[str, Any]]:
-    """As the index lists them, but of 1 GB each."""
-    shards = read_index(many_shards, columns=())
-    for shard in shards:
-        shard["raw_data"]["bytes"] = GB
-    return shards
-
-
-def test_refuses_a_disk_that_is_too_small(shards: list[dict[str, Any]], tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    check_room([room_needed(shards[:1], tmp_path, None)._replace(bytes=free // 2)])
+def test_refuses_a_disk_that_is_too_small(many_shards: Path, tmp_path: Path) -> None:
+    shards, free = read_index(many_shards, columns=()), shutil.disk_usage(tmp_path).free
+    check_room([room_needed(shards[:1], tmp_path)._replace(bytes=free // 2)])
     shards[0]["raw_data"]["bytes"] = 2 * free
     with pytest.raises(InputError, match=r"GB of shards are still to come, .* GB of the disk are free: make room, or"):
-        check_room([room_needed(shards[:1], tmp_path, None)])
+        check_room([room_needed(shards[:1], tmp_path)])
     check_room([room_needed(shards[:1], tmp_path, free // 2)])
 
 
@@ -46,66 +35,44 @@ def test_complete_shards_that_are_here_need_no_room(many_shards: Path, tmp_path:
     for shard in shards[:3]:
         shutil.copy(many_shards / shard["raw_data"]["basename"], tmp_path)
     (tmp_path / shards[3]["raw_data"]["basename"]).write_bytes(b"cut")
-    assert room_needed(shards, tmp_path, None).bytes == sum(sizes[3:])
+    assert room_needed(shards, tmp_path).bytes == sum(sizes[3:])
     assert room_needed(shards, tmp_path, sum(sizes[:5])).bytes == sum(sizes[3:5])
     assert room_needed(shards, tmp_path, 100).bytes == 0
     shards[0]["zip_data"] = {"basename": "shard.zstd", "bytes": 70}
-    assert room_needed(shards, tmp_path, None).bytes == sum(sizes[3:]) + 70  # beside the decompressed file
-
-
-def as_node(patch: pytest.MonkeyPatch, node: int, num_nodes: int) -> None:
-    patch.setattr(dist, "get_world_size", lambda: num_nodes)
-    patch.setattr(dist, "get_node_rank", lambda: node)
-    patch.setattr("d2v_composer.builders.data.node_leaders_first", contextlib.nullcontext)
-    patch.setattr(dist, "all_gather_object", lambda this: [this])
-
-
-def config_of(folder: Path, many_shards: Path, parts: int, *overrides: str) -> TrainConfig:
-    remote = (f"train_loader.remote={many_shards}", f"train_loader.num_canonical_nodes={parts}")
-    return load_config(small_run(folder / "run", folder, *remote, *overrides))
-
-
-def test_a_node_needs_room_for_its_share(
-    shards: list[dict[str, Any]], many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = [need.bytes for need in build_room_needs(config_of(tmp_path, many_shards, 1), shards)]
-    assert whole == [len(shards) * GB]
-    shares, halves = [], config_of(tmp_path, many_shards, 2)
-    for node in (0, 1):
-        as_node(monkeypatch, node, 2)
-        [need] = build_room_needs(halves, shards)
-        shares.append(need.bytes // GB)
-        [all_of_it] = build_room_needs(config_of(tmp_path, many_shards, 1), shards)
-        assert all_of_it.bytes == whole[0]  # both read the same part of the order
-    assert all(len(shards) / 2 - 1 <= share <= len(shards) / 2 + 1 for share in shares)
-    assert sum(shares) >= len(shards)
+    assert room_needed(shards, tmp_path).bytes == sum(sizes[3:]) + 70  # beside the decompressed file
 
 
 class ReachedError(Exception):
     """The loader would be built now."""
 
 
-@pytest.mark.parametrize(("parts", "has_room"), [(2, True), (1, False)])
-def test_a_disk_needs_room_only_for_the_nodes_share(
-    shards: list[dict[str, Any]],
-    many_shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    parts: int,
-    has_room: bool,
+@pytest.mark.parametrize(("parts", "share"), [(1, 1), (2, 1 / 2), (4, 1 / 2)])
+def test_a_node_needs_room_for_its_share(
+    many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, share: float
 ) -> None:
+    """Of two nodes that cut the order into this many parts."""
+    shards = read_index(many_shards, columns=())
+    for shard in shards:
+        shard["raw_data"]["bytes"] = GB
     remote = tmp_path / "remote"
     remote.mkdir()
     (remote / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
-    config = config_of(tmp_path, remote, parts)
-    as_node(monkeypatch, 1, 2)
+    options = (f"train_loader.remote={remote}", f"train_loader.num_canonical_nodes={parts}")
+    config = load_config(small_run(tmp_path / "run", tmp_path / "cache", *options))
+    assert room_of_node(config, shards, 2).bytes == share * len(shards) * GB
+    assert room_of_node(config, shards, 1).bytes == len(shards) * GB
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_node_rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda this: [this])
+    monkeypatch.setattr("d2v_composer.builders.data.node_leaders_first", contextlib.nullcontext)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0.6 * len(shards) * GB))
 
     def reached(**_: object) -> None:
         raise ReachedError
 
     monkeypatch.setattr(builders_data, "StreamingImages", reached)
-    with pytest.raises(ReachedError if has_room else InputError):
+    with pytest.raises(ReachedError if share < 1 else InputError):
         build_train_loader(config, read_train_index(config), 24, "bicubic")
 
 

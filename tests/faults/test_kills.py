@@ -15,9 +15,7 @@ from helpers import (
     assert_same_losses,
     checkpoints_of,
     has_trained,
-    inode_of,
     losses_of,
-    shared_memory_of,
     small_run,
     start_python,
     started_ranks,
@@ -179,27 +177,6 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(
             torch.testing.assert_close(ours[name], theirs[name])
     partial = [path.name for path in tmp_path.iterdir() if "partial" in path.name]
     assert partial == []
-
-
-def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tmp_path: Path) -> None:
-    """A running run keeps its own."""
-
-    def endless(name: str) -> list[str]:
-        return small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba")
-
-    with started(endless("beside")) as [beside], started(endless("killed")) as [killed]:
-        for name in ("beside", "killed"):
-            wait_until(lambda name=name: has_trained(tmp_path / name), seconds=90)
-        kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
-        assert kept
-        assert left
-        assert kept.isdisjoint(left)
-        kill_all([killed])
-        assert all(inode_of(path) == inode for path, inode in left)  # not removed yet
-        run_to_the_end(small_run(tmp_path / "next", small_data))
-        assert [path for path, inode in left if inode_of(path) == inode] == []
-        assert all(inode_of(path) == inode for path, inode in kept)
-        assert beside.poll() is None
 
 
 @pytest.mark.parametrize(

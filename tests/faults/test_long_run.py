@@ -135,7 +135,6 @@ def test_a_long_run_does_not_leak(
     assert megabytes[1] - megabytes[0] < 8, megabytes
     print(f"\n{num_steps} steps: {first[0]} at the beginning, {last[-1]} at the end")
 
-    assert shared_memory != set()
     assert [path for path, inode in shared_memory if inode_of(path) == inode] == []
     # A lock cannot be removed while others may wait for it; torch keeps its cache.
     left = {str(path.relative_to(temporary)) for path in temporary.rglob("*")}

@@ -1,0 +1,147 @@
+"""The order of samples: Streaming's, on any number of ranks and workers, resumed in the middle, on 512 ranks."""
+
+import time
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.world import World
+
+from d2v_composer.data.streaming import EpochOrder, draw_samples
+from helpers import NUM_IMAGES, encoded_image, write_mds
+from streams import open_batches, open_images, read_epoch
+
+SEED = 17
+RANKS_PER_NODE, NODES, FEWER_NODES = 8, 64, 48
+# 6 samples a rank on 512 ranks, 8 on 384.
+GLOBAL_BATCH = 3072
+EPOCH = 3
+
+
+def test_the_order_is_streamings(many_shards: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 10, "shuffle_block_size": 40, "epoch_size": 90, "num_canonical_nodes": 1}
+    theirs = StreamingDataset(
+        local=str(many_shards), shuffle=True, shuffle_algo="py1e", shuffle_seed=SEED, predownload=16, **options
+    )
+    ours = open_images(many_shards, seed=SEED, **options)
+    for epoch in range(3):
+        samples = list(ours.order)
+        assert {sample.epoch for sample in samples} == {epoch}
+        images = [ours.shards[sample.sample_id]["image"] for sample in samples]
+        assert images == [sample["image"] for sample in theirs]
+
+
+@pytest.mark.parametrize("changes", [True, False])
+@pytest.mark.parametrize(
+    ("num_shards", "smallest", "largest", "batch"),
+    [(1, 97, 97, 16), (30, 1, 5, 1000), (7, 3, 90, 32), (400, 60, 70, 256)],
+)
+def test_draws_the_samples_that_streaming_draws(
+    num_shards: int, smallest: int, largest: int, batch: int, changes: bool
+) -> None:
+    sizes = np.random.default_rng((num_shards, smallest, largest)).integers(smallest, largest + 1, num_shards)
+    num_samples = int(sizes.sum())
+    for num_drawn in {max(1, num_samples // batch * batch), num_samples, max(1, num_samples // 2)}:
+        dataset = SimpleNamespace(
+            shuffle_seed=SEED,
+            sampling_method="balanced",
+            sampling_granularity=1,
+            epoch_seed_change=changes,
+            num_streams=1,
+            streams=[SimpleNamespace(choose=num_drawn)],
+            shard_offset_per_stream=np.array([0]),
+            shards_per_stream=np.array([len(sizes)]),
+            samples_per_shard=sizes,
+            sample_offset_per_shard=sizes.cumsum() - sizes,
+        )
+        for epoch in (0, 1, 5):
+            expected = StreamingDataset.resample_streams(dataset, epoch)  # pyright: ignore[reportArgumentType]
+            ours = draw_samples(sizes, num_drawn, SEED + epoch if changes else SEED, SEED + epoch)
+            for mine, theirs in zip(ours, expected, strict=True):
+                assert mine.dtype == theirs.dtype
+                assert np.array_equal(mine, theirs)
+
+
+def batches_of(data: Path, workers: int, state: dict[str, int] | None = None) -> list[list[list[int]]]:
+    """The sample ids of two epochs, by batch."""
+    dataset, epochs = open_images(data), []
+    if state is not None:
+        dataset.load_state_dict(state)
+        assert dataset.state_dict(state["sample_in_epoch"], from_beginning=True) == state
+    for _ in range(2):
+        with open_batches(dataset, workers) as batches:
+            epochs.append([batch["sample_id"].tolist() for batch in batches])
+    return epochs
+
+
+def test_any_number_of_workers_reads_the_same_batches_also_after_a_resume(many_shards: Path) -> None:
+    first, second = batches_of(many_shards, workers=0)
+    assert first != second
+    assert batches_of(many_shards, workers=2) == [first, second]
+    dataset = open_images(many_shards)
+    with open_batches(dataset, workers=2) as batches:
+        assert [next(batches)["sample_id"].tolist() for _ in range(2)] == first[:2]
+        state = dataset.state_dict(32, from_beginning=True)
+    assert (state["epoch"], state["sample_in_epoch"]) == (0, 32)
+    assert batches_of(many_shards, 1, state) == [first[2:], second]
+    assert batches_of(many_shards, 0, state | {"sample_in_epoch": NUM_IMAGES}) == [[], second]
+    with open_batches(dataset, workers=1) as batches:  # the epoch that was left is over
+        assert [batch["sample_id"].tolist() for batch in batches] == second
+
+
+def test_reads_every_sample_if_the_batches_do_not_divide_the_epoch(tmp_path: Path) -> None:
+    dataset = open_images(write_mds(tmp_path / "data", [encoded_image(i) for i in range(97)]))
+    for _ in range(2):
+        assert read_epoch(dataset, workers=2) == list(range(97))
+
+
+def test_refuses_an_epoch_of_more_samples_than_there_are(many_shards: Path) -> None:
+    with pytest.raises(ValueError, match=f"epoch_size must be at most the {NUM_IMAGES} samples, got 97"):
+        open_images(many_shards, batch_size=1, epoch_size=97)
+
+
+def global_batches(order: EpochOrder, num_nodes: int, first_sample: int = 0) -> NDArray[np.int64]:
+    """The samples of each global batch, (batches, samples)."""
+    order.batch_size = GLOBAL_BATCH // (num_nodes * RANKS_PER_NODE)
+    work = order.arrange(EPOCH, first_sample, World(num_nodes, RANKS_PER_NODE, 1, 0))
+    assert work.shape[:3] == (num_nodes, RANKS_PER_NODE, 1)
+    return work.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "num_samples"), [(2_000, 25_600), pytest.param(100_000, 1_281_167, marks=pytest.mark.slow)]
+)
+def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) -> None:
+    """And 384 ranks resume in the middle of the epoch."""
+    num_batches = num_samples // GLOBAL_BATCH
+    sizes = np.diff(np.arange(num_shards + 1) * num_samples // num_shards)
+    order = EpochOrder(sizes, batch_size=6, num_canonical_nodes=NODES, epoch_size=num_batches * GLOBAL_BATCH, seed=SEED)
+    tracemalloc.start()
+    start = time.monotonic()
+    batches = global_batches(order, NODES)
+    megabytes = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    print(f"\n{num_samples:,} samples: ordered in {time.monotonic() - start:.1f} s, {megabytes:.0f} MB")
+    assert len(batches) == num_batches
+    seen = np.bincount(batches.ravel(), minlength=num_samples)
+    assert len(seen) == num_samples
+    assert seen.max() == 1
+
+    trained = num_batches // 2
+    order.load_state_dict(order.state_dict(0) | {"epoch": EPOCH, "initial_physical_nodes": NODES})
+    rest = global_batches(order, FEWER_NODES, trained * GLOBAL_BATCH)
+    assert np.array_equal(np.sort(rest), np.sort(batches[trained:]))
+
+
+def test_shards_are_fetched_before_their_samples_are_read(many_shards: Path) -> None:
+    dataset = open_images(many_shards)
+    asked: list[int] = []
+    for sample in dataset.order:
+        asked += sample.ahead
+        assert dataset.shards.shard_of(sample.sample_id) in asked
+    assert set(asked) == set(range(32))
