@@ -4,16 +4,14 @@ import pytest
 
 # Those with the longest tests.
 LONG_FILES = (
-    "test_store_faults.py",
-    "test_kills.py",
-    "test_train_from_a_store.py",
-    "test_mutated_configs.py",
-    "test_train.py",
-    "test_long_run.py",
-    "test_train_on_several_ranks.py",
+    "test_data.py",
+    "test_run.py",
+    "test_files.py",
+    "test_commands.py",
+    "test_run_store.py",
+    "test_run_ranks.py",
     "test_preflight.py",
     "test_checkpoint_retention.py",
-    "test_interrupts.py",
 )
 
 

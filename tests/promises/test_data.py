@@ -28,10 +28,8 @@ from helpers import (
     encoded_image,
     failure,
     family_of,
-    inode_of,
     run_command,
     run_ranks,
-    shared_memory_of,
     small_run,
     start_python,
     started_ranks,
@@ -265,32 +263,6 @@ def test_runs_beside_each_other_do_not_disturb(
         else:
             assert shared_cache
             assert "cache" in failure(program, 2)
-
-
-@pytest.mark.slow
-def test_the_next_start_removes_a_killed_runs_shared_memory(small_data: Path, tmp_path: Path) -> None:
-    """7: a running run keeps its own."""
-
-    def endless(name: str) -> list[str]:
-        return train_command(small_run(tmp_path / name, small_data, "max_duration=100000ba", "save_interval=1000ba"))[
-            1:
-        ]
-
-    beside, killed = (start_python(*endless(name)) for name in ("beside", "killed"))
-    try:
-        for name in ("beside", "killed"):
-            wait_until(lambda name=name: (tmp_path / name / "log.jsonl").exists(), seconds=90)
-        kept, left = shared_memory_of(beside.pid), shared_memory_of(killed.pid)
-        assert kept.isdisjoint(left)
-        killed.kill()
-        killed.wait(30)
-        run_command(*train_command(small_run(tmp_path / "next", small_data)))
-        assert [path for path, inode in left if inode_of(path) == inode] == []
-        assert all(inode_of(path) == inode for path, inode in kept)
-        assert beside.poll() is None
-    finally:
-        beside.kill()
-        killed.kill()
 
 
 @pytest.mark.slow

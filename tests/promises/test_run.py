@@ -36,6 +36,7 @@ from helpers import (
     small_run,
     start_python,
     started_ranks,
+    student_of,
     traced,
     train_command,
     train_until_killed,
@@ -64,6 +65,21 @@ def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path,
     assert losses_of(tmp_path / "alone") == losses_of(uninterrupted)
     run_ranks(small_run(tmp_path / "together", small_data, "train_loader.num_workers=1"))
     assert_same_losses(losses_of(tmp_path / "together"), losses_of(uninterrupted), num_steps=14)
+
+
+def test_a_run_whose_worker_is_killed_ends_and_resumes(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """10, 18: as the kernel does when memory is short."""
+    arguments = small_run(tmp_path, small_data, "train_loader.num_workers=1")
+    program = start_python(*traced(arguments), environment={"AT": "batch_end 8 pause"})
+    wait_until(lambda: "pauses" in program.stdout, seconds=60)
+    _, *workers = family_of(program.pid)
+    assert workers
+    for worker in workers:
+        worker.kill()
+    assert program.wait(60) == 1, program.stderr
+    assert "killed" in failure(program, 1)
+    run_training(*arguments)
+    assert_same_student(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +250,56 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert_same_student(folder, uninterrupted)
 
 
+def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
+    """12: each change is named."""
+    changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
+    changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}"]
+    before = (uninterrupted / "latest-rank0.pt").read_bytes()
+    line = failure(run_command(*train_command(small_run(uninterrupted, small_data, *changes))), 2)
+    assert "seed: 17 in the checkpoint, 18 asked" in line or "seed: checkpoint has 17, config has 18" in line, line
+    for name in ("student.depth", "student.alibi", "optimizer.lr", "targets.extra_tokens", "global_train_batch_size"):
+        assert f"{name}: " in line
+    other = run_command(*train_command(small_run(uninterrupted, labeled / "test", "seed=17")))
+    assert "train_loader" in failure(other, 2)
+    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+
+
 def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:
     """10."""
     before = (uninterrupted / "latest-rank0.pt").read_bytes()
     ended = run_training(*small_run(uninterrupted, small_data))
     assert f"{uninterrupted}: finished at 14ba" in ended.stdout
     assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+
+
+def test_a_run_with_a_nan_loss_ends_before_it_saves(small_data: Path, tmp_path: Path) -> None:
+    """13, 18."""
+    options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
+    line = failure(run_command(*train_command(small_run(tmp_path, small_data, *options))), 1)
+    batch = batch_of(tmp_path / "latest-rank0.pt")
+    assert f"batch {batch}: the training loss is nan; earlier checkpoints are kept" in line
+    assert all(tensor.isfinite().all() for tensor in student_of(tmp_path).values())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one and a half checkpoints of 1.1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "none", folder]).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_ends_the_run_in_one_line(small_data: Path, small_disk: Path) -> None:
+    """14: the checkpoint before is whole, and the run goes on where there is room."""
+    arguments = small_run(small_disk / "run", small_data)
+    line = failure(run_command(*train_command(arguments)), 1)
+    assert "No space left" in line
+    assert str(small_disk) in line
+    assert checkpoints_of(small_disk / "run") == {"ep0-ba2-rank0.pt"}
+    assert batch_of(small_disk / "run" / "latest-rank0.pt") == 2
 
 
 def test_a_run_whose_folder_vanishes_ends_in_one_line(small_data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Several ranks train like one process: compiled, sharded, in microbatches, and on several nodes."""
+"""Promises 3, 8 and 10: several ranks train like one process: compiled, sharded, in microbatches, on several nodes."""
 
 import shutil
 import subprocess
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.preflight import free_port
 from gated_store import GatedStore
 from helpers import (
     QUICKSTART,
     ROOT,
     assert_same_losses,
     command_environment,
+    free_port,
+    log_of,
     losses_of,
     run_command,
     run_ranks,
+    run_training,
     small_run,
     student_of,
-    train_command,
 )
 
 LAUNCHER = Path(sys.executable).parent / "composer"
@@ -41,19 +41,16 @@ WITH_RETRIEVAL = (
 def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run in one process that measures retrieval."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    result = run_command(*train_command(small_run(folder, small_data, *WITH_RETRIEVAL)))
-    assert result.returncode == 0, result.stderr
+    run_training(*small_run(folder, small_data, *WITH_RETRIEVAL))
     return folder
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
     """Compare losses, and the accuracies up to two of 500 queries with equally near neighbors."""
     assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
-    ours, theirs = (read_jsonl(each / "log.jsonl") for each in (folder, expected))
+    ours, theirs = (log_of(each) for each in (folder, expected))
     metrics = [name for name in theirs if name.startswith("metrics/")]
-    assert len(metrics) == 4 * (
-        7 + 4 + 7
-    )  # of student, encoder and teacher: the primary embedding, and every embedding
+    assert len(metrics) >= 4 * (7 + 4 + 7)  # of student, encoder and teacher: the primary and every embedding
     for name in metrics:
         at_the_same_steps = {step: ours[name][step] for step in theirs[name]}  # a resume measures the references anew
         assert at_the_same_steps == pytest.approx(theirs[name], abs=4.5e-3), name
@@ -62,8 +59,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     """Sixteen images in parts of 6, 6 and 4."""
     options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
-    result = run_command(*train_command(small_run(tmp_path, small_data, *options)))
-    assert result.returncode == 0, result.stderr
+    run_training(*small_run(tmp_path, small_data, *options))
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
@@ -109,8 +105,7 @@ def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, t
 
     checkpoint = tmp_path / "sharded" / "ep1-ba8-rank0.pt"
     alone = small_run(tmp_path / "alone", small_data, f"load_path={checkpoint}")
-    result = run_command(*train_command(alone))
-    assert result.returncode == 0, result.stderr
+    run_training(*alone)
     after = {step: loss for step, loss in losses_of(evaluated).items() if step >= 8}
     assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
 

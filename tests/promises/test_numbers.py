@@ -1,0 +1,122 @@
+"""Promise 23: retrieval, kNN and the linear probe are those of a brute force in float64 and of scikit-learn."""
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from streaming import StreamingDataset
+
+from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher, retrieval_accuracy
+from helpers import GOLDEN, QUICKSTART, d2v, write_mds
+
+Embedded = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    """The pixels of CIFAR-10 images in 16 × 16 blocks of averages and their labels: bank and queries."""
+    found = []
+    for split in ("train", "test"):
+        dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
+        samples = [dataset[i] for i in range(800)]
+        images = torch.stack([decoded(sample["image"]) for sample in samples]).double() / 255
+        found += [torch.nn.functional.avg_pool2d(images, 4).flatten(1).numpy()]
+        found += [np.array([int(sample["label"]) for sample in samples])]
+    return tuple(found)  # pyright: ignore[reportReturnType]
+
+
+def decoded(encoded: object) -> torch.Tensor:
+    image = Image.open(io.BytesIO(encoded)) if isinstance(encoded, bytes) else encoded
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # pyright: ignore
+
+
+def similarities(embedded: Embedded) -> NDArray[np.float64]:
+    """Cosines of queries and bank in float64, (queries, bank)."""
+    bank, _, queries, _ = embedded
+    return (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
+        bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    ).T
+
+
+def tensors(embedded: Embedded) -> list[torch.Tensor]:
+    return [torch.from_numpy(each).float() if i % 2 == 0 else torch.from_numpy(each) for i, each in enumerate(embedded)]
+
+
+def test_retrieval_is_a_brute_force(embedded: Embedded) -> None:
+    """23: the share of queries with one of their label among the k nearest."""
+    _, bank_labels, _, query_labels = embedded
+    nearest = np.argsort(-similarities(embedded), axis=1, kind="stable")
+    accuracies = retrieval_accuracy(*tensors(embedded), ks=(1, 3, 10))  # pyright: ignore
+    for k, accuracy in accuracies.items():
+        hits = (bank_labels[nearest[:, :k]] == query_labels[:, None]).any(axis=1)
+        assert accuracy == pytest.approx(hits.mean(), abs=1.1 / len(hits)), k  # one tie
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (5, 0.5)])
+def test_knn_is_a_brute_force(embedded: Embedded, k: int, temperature: float) -> None:
+    """23: each of the k nearest votes with exp(cosine / temperature)."""
+    _, bank_labels, _, query_labels = embedded
+    cosines = similarities(embedded)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    votes = np.zeros((len(query_labels), bank_labels.max() + 1))
+    weights = np.exp(np.take_along_axis(cosines, nearest, axis=1) / temperature)
+    np.add.at(votes, (np.arange(len(votes))[:, None], bank_labels[nearest]), weights)
+    expected = (votes.argmax(axis=1) == query_labels).mean()
+    accuracy = knn_accuracy(*tensors(embedded), k=k, temperature=temperature)  # pyright: ignore
+    assert accuracy == pytest.approx(expected, abs=1.1 / len(query_labels))
+
+
+def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
+    """23: to 0.3 points, at the strength that is best for scikit-learn on the queries, among those near ours."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    bank, bank_labels, queries, query_labels = embedded
+    strength = 1e-2
+    ours = linear_probe_accuracy(*tensors(embedded), strength=strength)  # pyright: ignore
+    scaler = StandardScaler().fit(bank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LogisticRegression(C=1 / (strength * len(bank)), max_iter=2000, tol=1e-6)
+        theirs = model.fit(scaler.transform(bank), bank_labels).score(scaler.transform(queries), query_labels)
+    assert float(getattr(ours, "accuracy", ours)) == pytest.approx(theirs, abs=0.003)
+
+
+def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
+    """23: d2v evaluate's accuracies of a teacher, from embeddings that the teacher gives here, in float64."""
+    teacher, parts = load_teacher(GOLDEN / "tiny_base.pt"), []
+    for split, num in (("train", 200), ("test", 100)):
+        dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
+        samples = [dataset[i] for i in range(num)]
+        labels = [int(each["label"]) for each in samples]
+        write_mds(tmp_path / split, [each["image"] for each in samples], labels)
+        with torch.inference_mode():
+            images = torch.stack([decoded(each["image"]) for each in samples])
+            parts.append(teacher.embed(images, pooling="cls", representation="output").double().numpy())
+        parts.append(np.array(labels))
+    datasets = f"datasets={{small: {{format: mds, root: {tmp_path}}}}}"
+    ended = d2v("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets, "ks=[1]", f"out={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    found = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
+    for bank, queries in ((0, 2), (2, 0)):
+        nearest = similarities((parts[bank], parts[bank + 1], parts[queries], parts[queries + 1])).argmax(axis=1)
+        accuracy = (parts[bank + 1][nearest] == parts[queries + 1]).mean()
+        assert 0.05 < accuracy < 0.5
+        assert any(number == pytest.approx(accuracy) for number in found), accuracy
+
+
+def numbers(found: Any) -> Iterator[float]:
+    """Yield all numbers in what JSON holds."""
+    if isinstance(found, dict | list):
+        for each in found.values() if isinstance(found, dict) else found:
+            yield from numbers(each)
+    elif isinstance(found, float):
+        yield found

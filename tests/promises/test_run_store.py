@@ -1,0 +1,166 @@
+"""Promises 6, 8, 10, 12 and 15 with data, teacher and checkpoints in an object store: a real S3 server on loopback."""
+
+import os
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gated_store import GatedStore
+from helpers import (
+    GOLDEN,
+    assert_same_losses,
+    assert_same_student,
+    checkpoints_of,
+    failure,
+    has_trained,
+    losses_of,
+    run_command,
+    run_training,
+    small_run,
+    start_python,
+    started_ranks,
+    traced,
+    train_command,
+    wait_until,
+)
+
+BUCKET = "training"
+POINTER = "latest-rank0.pt.symlink"
+
+
+@pytest.fixture(scope="module")
+def store(object_store: GatedStore, small_data: Path) -> GatedStore:
+    """The store with the small data set and a teacher."""
+    object_store.create_bucket_of_images(BUCKET, small_data)
+    object_store.client().upload_file(str(GOLDEN / "tiny_base.pt"), BUCKET, "teachers/tiny_base.pt")
+    return object_store
+
+
+def run_in_store(name: str, cache: Path, *overrides: str) -> list[str]:
+    return small_run(
+        Path("unused"),
+        cache,
+        f"save_folder=s3://{BUCKET}/runs/{name}",
+        f"teacher.checkpoint=s3://{BUCKET}/teachers/tiny_base.pt",
+        f"train_loader.remote=s3://{BUCKET}/images",
+        "train_loader.num_workers=1",
+        *overrides,
+    )
+
+
+@pytest.fixture
+def variables(store: GatedStore, tmp_path: Path) -> dict[str, str]:
+    """The variables with which runs reach the store."""
+    return store.environment | {"TORCH_HOME": str(tmp_path / "torch"), "FORK_UPLOADS": "1"}
+
+
+def test_a_killed_run_resumes_on_another_machine(
+    store: GatedStore, variables: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """6, 10, 15: from the store, which is down for a while; it ends with the same bits and keeps two checkpoints."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    arguments = run_in_store("killed", tmp_path / "cache", "save_interval=5ba", "report=true")
+    kill = variables | {"AT": "batch_start 12 kill"}
+    with started_ranks(*traced(arguments), ranks=1, environment=kill, cwd=here) as [killed]:
+        assert killed.wait(180) == -signal.SIGKILL, killed.stderr
+    before = losses_of(here / "runs" / "killed")
+
+    with started_ranks(*traced(arguments), ranks=1, environment=variables, cwd=there) as [again]:
+        folder = there / "runs" / "killed"
+        wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=120)
+        with store.unreachable():
+            time.sleep(3)
+            assert again.poll() is None
+        assert again.wait(180) == 0, again.stderr
+    assert " at batch 5" in again.stdout or " at batch 10" in again.stdout or "resumed" not in again.stdout
+    assert_same_student(folder, uninterrupted)
+    assert_same_losses(before | losses_of(folder), losses_of(uninterrupted), num_steps=14)
+
+    stored = store.objects(BUCKET, "runs/killed/")
+    assert {POINTER, "log.jsonl", "report.html", "run.yaml"} <= stored.keys()
+    assert {name for name in stored if name.endswith(".pt")} == {"ep1-ba10-rank0.pt", "ep2-ba14-rank0.pt"}
+    assert stored[POINTER].decode().strip() == "runs/killed/ep2-ba14-rank0.pt"
+    assert stored["log.jsonl"] == (folder / "log.jsonl").read_bytes()
+    assert yaml.safe_load(stored["run.yaml"])["config"]["train_loader"]["remote"] == f"s3://{BUCKET}/images"
+
+    # A third machine finds that the run has finished.
+    third = tmp_path / "third"
+    third.mkdir()
+    run_training(*arguments, cwd=third, environment=variables)
+    assert (third / "runs" / "killed" / "log.jsonl").read_bytes() == stored["log.jsonl"]
+
+
+def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
+    store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """12: with a warning; where none is whole, or reading is denied, the run does not start over in silence."""
+    before, newest = "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt"
+    whole = (uninterrupted / before).read_bytes()
+    put = partial(store.client().put_object, Bucket=BUCKET)
+    for name, content in {before: whole, newest: whole[:1000]}.items():
+        put(Key=f"runs/damaged/{name}", Body=content)
+    put(Key=f"runs/damaged/{POINTER}", Body=f"runs/damaged/{newest}".encode())
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/damaged")
+    denied = run_command(
+        *train_command(arguments), cwd=tmp_path, environment=variables | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    )
+    assert f"s3://{BUCKET}/runs/damaged" in failure(denied, denied.returncode)
+    assert denied.returncode in (1, 2)
+
+    with started_ranks(*traced(arguments), ranks=1, environment=variables, cwd=tmp_path) as [program]:
+        assert program.wait(180) == 0, program.stderr
+    assert newest in program.stderr
+    assert " at batch 12" in program.stdout
+    assert_same_student(tmp_path / "runs" / "damaged", uninterrupted)
+
+    for name in (before, newest):
+        put(Key=f"runs/hopeless/{name}", Body=whole[:1000])
+    put(Key=f"runs/hopeless/{POINTER}", Body=f"runs/hopeless/{newest}".encode())
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/hopeless")
+    hopeless = run_command(*train_command(arguments), cwd=tmp_path, environment=variables)
+    assert "runs/hopeless" in failure(hopeless, hopeless.returncode)
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_still_uploads_the_checkpoint(
+    store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """10, 11: data workers and uploaders receive the signal as well, and another machine resumes."""
+    del variables["FORK_UPLOADS"]
+    overrides = (f"save_folder=s3://{BUCKET}/runs/everyone", "save_interval=1000ba", "train_loader.num_workers=1")
+    arguments, folder = small_run(Path("unused"), small_data, *overrides), tmp_path / "runs" / "everyone"
+    program = start_python(*train_command(arguments)[1:], cwd=tmp_path, environment=variables)
+    wait_until(lambda: has_trained(folder), seconds=90)
+    os.killpg(program.pid, signal.SIGTERM)
+    assert program.wait(timeout=90) == 143, program.stderr
+    [name] = checkpoints_of(folder)
+    stored = store.objects(BUCKET, "runs/everyone/")
+    assert stored[POINTER].decode().strip() == f"runs/everyone/{name}"
+    assert stored[name] == (folder / name).read_bytes()
+    shutil.rmtree(folder)  # as on another machine
+    run_training(*arguments, cwd=tmp_path, environment=variables, timeout=300)
+    assert_same_student(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train_loader.remote=s3://nobody/images", "s3://nobody/images/index.json"),
+        (f"train_loader.remote=s3://{BUCKET}/nothing", f"s3://{BUCKET}/nothing/index.json"),
+        (f"teacher.checkpoint=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt"),
+        (f"load_path=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt"),
+    ],
+)
+def test_a_missing_object_is_one_line(variables: dict[str, str], tmp_path: Path, override: str, message: str) -> None:
+    """18."""
+    arguments = small_run(tmp_path / "run", tmp_path / "cache", f"train_loader.remote=s3://{BUCKET}/images", override)
+    ended = run_command(*train_command(arguments), environment=variables)
+    assert message in failure(ended, 2)
+    assert not checkpoints_of(tmp_path / "run")
