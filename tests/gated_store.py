@@ -152,7 +152,11 @@ class GatedStore:
 
     def client(self, **config: Any) -> Any:
         """Return a boto3 client; ``config`` are arguments of :class:`botocore.config.Config`."""
-        keys = {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": "us-east-1"}
+        keys: dict[str, Any] = {
+            "aws_access_key_id": ACCESS_KEY,
+            "aws_secret_access_key": SECRET_KEY,
+            "region_name": "us-east-1",
+        }
         return Session().client("s3", endpoint_url=self.endpoint, config=Config(**config), **keys)
 
     def create_bucket(self, name: str) -> str:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from composer.devices import DeviceCPU
 from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from programs.preloaded import PreloadedPython, Program
 
@@ -100,6 +102,19 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
         "report=false",  # seconds
         *overrides,
     ]
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Return the peak of what torch allocates on the CPU while a function runs, beyond what is held, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    before = changes[0]["args"]["Total Allocated"] - changes[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in changes) - before
 
 
 def checkpoints_of(folder: Path) -> set[str]:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -28,87 +28,16 @@ from d2v_composer.report.plots import (
     WIDTH,
     confusion_plot,
     curves,
+    gap_plot,
     name_of,
     probe_plot,
     retrieval_plot,
-    share_plot,
 )
 from d2v_composer.report.run import Run, latest, weights_section
 from d2v_composer.system.files import write_atomically
 
-# MERGED FROM d2v_composer/report/page.py: Show queries and the images that they find, as matplotlib figures.
-
-QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 4, 3
-
-
-def gallery(
-    queries: Tensor,
-    query_labels: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    nearest: Tensor,
-    class_names: Sequence[str],
-) -> Figure:
-    """Show queries, one per row, and their nearest bank images, marked as right (tick, green) or wrong (cross, red).
-
-    Args:
-        queries: (Q, 3, height, width) uint8.
-        query_labels: (Q,).
-        bank: (N, 3, height, width) uint8.
-        bank_labels: (N,).
-        nearest: (Q, K) bank indices, nearest first.
-        class_names: The name of each label; the number of a label without one is shown.
-    """
-    num_queries, num_shown = nearest.shape
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.72 * num_queries))
-        grid = figure.subplots(num_queries, num_shown + 1, squeeze=False)
-        for row, query, label, indices in zip(grid, queries, query_labels, nearest.long(), strict=True):
-            _show(row[0], query, name_of(class_names, label), "k")
-            for axes, index in zip(row[1:], indices, strict=True):
-                is_right = bool(bank_labels[index] == label)
-                mark, color = ("✓", GREEN) if is_right else ("✗", VERMILION)
-                _show(axes, bank[index], f"{mark} {name_of(class_names, bank_labels[index])}", color, frame=4)
-        for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, num_shown + 1))]):
-            grid[0][column].set_title(head, fontsize=10, fontweight="bold")
-    return figure
-
-
-def galleries(labeled: LabeledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
-    """Yield galleries of a set: its test images as queries, the same random ones in every run, its train images found.
-
-    Args:
-        labeled: Its two splits.
-        nearest: (Q, K) bank indices of each query's nearest images, nearest first.
-        num_figures: The number of galleries, fewer for a small set.
-    """
-    bank, queries, class_names = labeled
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(queries.labels), generator=generator)[: num_figures * QUERIES_A_FIGURE]
-    for part in chosen.split(QUERIES_A_FIGURE):
-        shown = nearest[part, :NEIGHBORS_SHOWN]
-        yield gallery(queries.images[part], queries.labels[part], bank.images, bank.labels, shown, class_names)
-
-
-def draw_gallery(labeled: LabeledSet, nearest: Tensor) -> NDArray[np.uint8]:
-    """Return the first of a set's :func:`galleries` as pixels, (height, width, 3)."""
-    canvas = FigureCanvasAgg(next(galleries(labeled, nearest, num_figures=1)))
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
-
-
-def _show(axes: Axes, image: Tensor, text: str, color: str, frame: float = 0.8) -> None:
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(text, color=color, fontsize=10)
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=color, linewidth=frame)
-
-
 DPI = 150
-GALLERY_FIGURES = 3
+GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
 
 
 class Picture(NamedTuple):
@@ -134,7 +63,7 @@ class Tile(NamedTuple):
 def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
-    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``share_DATASET``, ``probes_DATASET``,
+    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``gap_closed_DATASET``, ``probes_DATASET``,
     ``confusion_DATASET``, ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
 
     Returns:
@@ -167,36 +96,29 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 
 
 def _sections(run: Run) -> Iterator[tuple[str, list[Picture]]]:
-    retrievals = [(name, bank) for name in run.dataset_names for bank in BANKS]
-    yield (
-        "Retrieval",
-        [
-            _picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
-            for name, bank in retrievals
-        ]
-        + [
-            _picture(f"share_{name}", f"share of the teacher's advantage on {name}", figure)
-            for name in run.dataset_names
-            if (figure := share_plot(run, name)) is not None
-        ],
-    )
-    yield (
-        "Probes",
-        [_picture(f"probes_{name}", f"probes on {name}", probe_plot(run, name)) for name in run.probed],
-    )
+    retrieval = [
+        _picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
+        for name in run.dataset_names
+        for bank in BANKS
+    ]
+    for name in run.dataset_names:
+        if (figure := gap_plot(run, name)) is not None:
+            retrieval.append(_picture(f"gap_closed_{name}", f"teacher gap closed on {name}", figure))
+    yield "Retrieval", retrieval
+    yield "Probes", [_picture(f"probes_{name}", f"probes on {name}", probe_plot(run, name)) for name in run.probed]
     yield "Training", [_picture(*curve) for curve in curves(run)]
     for name in run.looked_up:
-        yield f"Nearest images of the queries of {name} (bank train)", list(_neighbor_pictures(run, name))
-
-
-def _neighbor_pictures(run: Run, dataset: str) -> Iterator[Picture]:
-    """Draw the confusion matrix and the gallery of a data set, with its train images as the bank."""
-    bank, queries, class_names = run.datasets[dataset]
-    nearest = run.neighbors[dataset]["train"].long()
-    confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
-    yield _picture(f"confusion_{dataset}", f"confusion matrix of {dataset}", confusion)
-    for i, shown in enumerate(galleries(run.datasets[dataset], nearest, GALLERY_FIGURES)):
-        yield _picture(f"gallery_{dataset}_{i + 1}", f"queries of {dataset} and their nearest images", shown)
+        bank, queries, class_names = run.datasets[name]
+        nearest = run.neighbors[name]["train"].long()
+        confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
+        shown = enumerate(galleries(run.datasets[name], nearest, GALLERY_FIGURES), 1)
+        yield (
+            f"Nearest images of the queries of {name} (bank train)",
+            [
+                _picture(f"confusion_{name}", f"confusion matrix of {name}", confusion),
+                *(_picture(f"gallery_{name}_{i}", f"queries of {name} and their nearest images", e) for i, e in shown),
+            ],
+        )
 
 
 def _picture(name: str, title: str, figure: Figure) -> Picture:
@@ -225,9 +147,9 @@ def _tiles(run: Run) -> Iterator[Tile]:
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
         yield Tile(f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes))
-        share = None if before is None or teacher is None else gap_closed(before, after, teacher)
-        if share is not None:
-            yield Tile("of the teacher's advantage", f"{100 * share:.0f} %", f"recovered on {name}, bank train")
+        closed = None if before is None or teacher is None else gap_closed(before, after, teacher)
+        if closed is not None:
+            yield Tile("teacher gap closed", f"{100 * closed:.0f} %", f"{name}, bank train")
     if (loss := run.last("loss/train/total")) is not None:
         yield Tile("training loss", f"{loss:.4f}", "of the last batch")
     if speeds := run.log.get("throughput/images_per_sec"):
@@ -247,3 +169,56 @@ def _warnings(run: Run) -> Iterator[str]:
 
 def _as_yaml(section: object) -> str:
     return yaml.safe_dump(section, sort_keys=False, allow_unicode=True).rstrip()
+
+
+@mpl.rc_context(STYLE)
+def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
+    """Show test images, one per row, and their nearest train images, marked as right (tick) or wrong (cross).
+
+    Args:
+        labeled: A data set.
+        chosen: Indices of the test images, (Q,).
+        nearest: Indices of their nearest train images, nearest first, (Q, K).
+    """
+    bank, queries, class_names = labeled
+    figure = Figure(figsize=(WIDTH, 1.72 * len(chosen)))
+    grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
+    for row, query, indices in zip(grid, chosen, nearest.long(), strict=True):
+        label = queries.labels[query]
+        _show(row[0], queries.images[query], name_of(class_names, label), "k")
+        for axes, index in zip(row[1:], indices, strict=True):
+            mark, color = ("✓", GREEN) if bank.labels[index] == label else ("✗", VERMILION)
+            _show(axes, bank.images[index], f"{mark} {name_of(class_names, bank.labels[index])}", color, frame=4)
+    for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, nearest.shape[1] + 1))]):
+        grid[0][column].set_title(head, fontsize=10, fontweight="bold")
+    return figure
+
+
+def galleries(labeled: LabeledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
+    """Yield galleries of test images, the same random ones in every run, fewer for a small set.
+
+    Args:
+        labeled: A data set.
+        nearest: Indices of the nearest train images of all test images, nearest first, (Q, K).
+        num_figures: The most galleries.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(nearest), generator=generator)[: num_figures * QUERIES_A_FIGURE]
+    for part in chosen.split(QUERIES_A_FIGURE):
+        yield gallery(labeled, part, nearest[part, :NEIGHBORS_SHOWN])
+
+
+def draw_gallery(labeled: LabeledSet, nearest: Tensor) -> NDArray[np.uint8]:
+    """Return the first of a set's :func:`galleries` as pixels, (height, width, 3)."""
+    canvas = FigureCanvasAgg(next(galleries(labeled, nearest, num_figures=1)))
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _show(axes: Axes, image: Tensor, text: str, color: str, frame: float = 0.8) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.grid(visible=False)
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(text, color=color, fontsize=10)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=color, linewidth=frame)

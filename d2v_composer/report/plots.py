@@ -4,7 +4,6 @@ Shapes: N bank images, Q queries, K neighbors, C classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import cycle, product
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ from d2v_composer.evaluation.metrics import EMBEDDINGS
 from d2v_composer.report.run import Run, latest
 from d2v_composer.report.tables import PROBE_HEADS
 
-# MERGED FROM d2v_composer/report/plots.py: The look of all figures.
-
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8a8f98"
 WIDTH, HEIGHT = 6.4, 3.6
+EMBEDDING_STYLES = dict(zip(EMBEDDINGS, product(["-", "--"], [BLUE, ORANGE, GREEN]), strict=True))
+BASELINE_COLORS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -42,10 +41,6 @@ STYLE: dict[Any, Any] = {
 def name_of(class_names: Sequence[str], label: int | Tensor) -> str:
     """Return the name of a label; ``class N`` if it has none."""
     return class_names[int(label)] if int(label) < len(class_names) else f"class {int(label)}"
-
-
-EMBEDDING_STYLES = dict(zip(EMBEDDINGS, product(["-", "--"], [BLUE, ORANGE, GREEN]), strict=True))
-BASELINE_COLORS = {"teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
 
 
 class Curve(NamedTuple):
@@ -96,26 +91,26 @@ def _matching(log: Mapping[str, object], key: str, label: str) -> list[tuple[str
     return [(f"{prefix}{number}", f"{label} {number}") for number in numbers]
 
 
+@mpl.rc_context(STYLE)
 def _curve_plot(curve: Curve, lines: Mapping[str, Mapping[int, float]]) -> Figure:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.subplots()
-        colors = [BLUE, ORANGE] if len(lines) <= 2 else mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
-        for (label, values), color in zip(lines.items(), colors, strict=False):
-            steps, numbers = _arrays(values)
-            numbers = 100 * numbers if curve.unit.startswith("%") else numbers
-            axes.plot(steps, numbers, color=color, alpha=0.3, linewidth=0.7)
-            axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=color, label=label)
-        positive = all(number > 0 for values in lines.values() for number in values.values())
-        if curve.scale == "log" and positive:
-            axes.set_yscale("log")
-            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        if curve.scale == "linear" and positive:
-            axes.set_ylim(bottom=0)
-        if len(lines) > 1:
-            axes.legend(ncols=1 if len(lines) <= 6 else 2, fontsize=9)
-        _label(axes, curve.title, curve.unit)
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.subplots()
+    colors = [BLUE, ORANGE] if len(lines) <= 2 else mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+    for (label, values), color in zip(lines.items(), colors, strict=False):
+        steps, numbers = _arrays(values)
+        numbers = 100 * numbers if curve.unit.startswith("%") else numbers
+        axes.plot(steps, numbers, color=color, alpha=0.3, linewidth=0.7)
+        axes.plot(steps, running_mean(numbers, max(1, len(numbers) // 100)), color=color, label=label)
+    positive = all(number > 0 for values in lines.values() for number in values.values())
+    if curve.scale == "log" and positive:
+        axes.set_yscale("log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if curve.scale == "linear" and positive:
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(ncols=1 if len(lines) <= 6 else 2, fontsize=9)
+    _label(axes, curve.title, curve.unit)
     return figure
 
 
@@ -142,34 +137,8 @@ def _label(axes: Axes, title: str, unit: str) -> None:
 
 def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
     """Plot accuracy over the steps, with the baselines as horizontal lines: a color per model, a line style per k."""
-    ks = sorted(run.record["config"]["retrieval"]["ks"])
-    return _accuracy_plot(run, dataset, bank, {k: f"top-{k}" for k in ks}, f"{dataset}, bank {bank}")
-
-
-def share_plot(run: Run, dataset: str) -> Figure | None:
-    """Plot the share of the teacher's advantage that each embedding has recovered, over the steps.
-
-    Returns:
-        ``None`` if the log lacks the untrained student or the teacher.
-    """
-    shares = {name: gap_closed_by_step(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
-    shares = {name: values for name, values in shares.items() if values}
-    if not shares:
-        return None
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.subplots()
-        for name, values in shares.items():
-            style, color = EMBEDDING_STYLES[name]
-            steps, numbers = _arrays(values)
-            axes.plot(steps, numbers, style, color=color, marker="o", markersize=4, label=name)
-        axes.axhline(1, color=GREY, linewidth=1)
-        # Where the teacher has little advantage, shares of it are large and say little.
-        axes.set_ylim(max(axes.get_ylim()[0], -0.3), min(axes.get_ylim()[1], 1.3))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _label(axes, f"Share of the teacher's advantage on {dataset}, top-{run.smallest_k}", "")
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    return figure
+    measures = {k: f"top-{k}" for k in sorted(run.record["config"]["retrieval"]["ks"])}
+    return _accuracy_plot(run, dataset, bank, measures, f"{dataset}, bank {bank}")
 
 
 def probe_plot(run: Run, dataset: str) -> Figure:
@@ -177,49 +146,74 @@ def probe_plot(run: Run, dataset: str) -> Figure:
     return _accuracy_plot(run, dataset, "train", PROBE_HEADS, f"{dataset}, probes fitted to train, judged on test")
 
 
+@mpl.rc_context(STYLE)
 def _accuracy_plot(run: Run, dataset: str, bank: str, measures: Mapping[Any, str], title: str) -> Figure:
-    found = {label: partial(run.accuracies, dataset, bank, measure) for measure, label in measures.items()}
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
-        axes = figure.subplots()
-        logged = {label: accuracies for label, accuracies in found.items() if accuracies()}
-        for (label, accuracies), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
-            steps, numbers = _arrays(accuracies())
-            axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, {label}")
-            for baseline, color in BASELINE_COLORS.items():
-                value = latest(accuracies(baseline=baseline))
-                if value is not None:
-                    axes.axhline(value, color=color, linestyle=style, linewidth=1.2, label=f"{baseline}, {label}")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _label(axes, title, "")
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    figure = Figure(figsize=(WIDTH, 1.2 * HEIGHT))
+    axes = figure.subplots()
+    logged = {label: measure for measure, label in measures.items() if run.accuracies(dataset, bank, measure)}
+    for (label, measure), style in zip(logged.items(), cycle(["-", "--", ":", "-."])):
+        steps, numbers = _arrays(run.accuracies(dataset, bank, measure))
+        axes.plot(steps, numbers, style, color=BLUE, marker="o", markersize=4, label=f"student, {label}")
+        for baseline, color in BASELINE_COLORS.items():
+            if (value := latest(run.accuracies(dataset, bank, measure, baseline))) is not None:
+                axes.axhline(value, color=color, linestyle=style, linewidth=1.2, label=f"{baseline}, {label}")
+    _finish_shares(axes, title)
     return figure
 
 
+@mpl.rc_context(STYLE)
+def gap_plot(run: Run, dataset: str) -> Figure | None:
+    """Plot the teacher gap closed in each embedding over the steps.
+
+    Returns:
+        ``None`` if the log lacks the untrained student or the teacher.
+    """
+    closed = {name: gap_closed_by_step(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
+    if not any(closed.values()):
+        return None
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.subplots()
+    for name, values in closed.items():
+        style, color = EMBEDDING_STYLES[name]
+        if values:
+            axes.plot(*_arrays(values), style, color=color, marker="o", markersize=4, label=name)
+    axes.axhline(1, color=GREY, linewidth=1)
+    # Where the gap is small, its parts are large and say little.
+    axes.set_ylim(max(axes.get_ylim()[0], -0.3), min(axes.get_ylim()[1], 1.3))
+    _finish_shares(axes, f"Teacher gap closed on {dataset}, top-{run.smallest_k}")
+    return figure
+
+
+def _finish_shares(axes: Axes, title: str) -> None:
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _label(axes, title, "")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+
+
+@mpl.rc_context({**STYLE, "axes.grid": False})
 def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
     """Plot how often queries of a class find each class, in % of the class's queries.
 
     Args:
-        labels: (Q,) int64, the labels of the queries.
-        found: (Q,) int64, the labels of their nearest images.
-        class_names: The name of each label; the number of a label without one is shown.
+        labels: Labels of the queries, (Q,) int64.
+        found: Labels of their nearest images, (Q,) int64.
+        class_names: The name of each label; a label without one is shown as its number.
     """
     counts = confusion_matrix(labels, found, len(class_names)).astype(float)
     with np.errstate(invalid="ignore"):
         shares = 100 * counts / counts.sum(axis=1, keepdims=True)
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(WIDTH, WIDTH))
-        axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0)
-        figure.colorbar(image, ax=axes, shrink=0.75, format="%d %%")
-        if len(shares) <= 20:
-            names = [name_of(class_names, label) for label in range(len(shares))]
-            axes.set_xticks(range(len(shares)), names, rotation=45, ha="right")
-            axes.set_yticks(range(len(shares)), names)
-            for (i, j), share in np.ndenumerate(shares):
-                if np.isfinite(share):
-                    dark = share > 0.6 * np.nanmax(shares)
-                    axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
-        axes.set_title("Class of the nearest image", loc="left", fontweight="bold", fontsize=11)
-        axes.set_ylabel("class of the query")
+    figure = Figure(figsize=(WIDTH, WIDTH))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=axes, shrink=0.75, format="%d %%")
+    if len(shares) <= 20:
+        names = [name_of(class_names, label) for label in range(len(shares))]
+        axes.set_xticks(range(len(shares)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(shares)), names)
+        for (i, j), share in np.ndenumerate(shares):
+            if np.isfinite(share):
+                dark = share > 0.6 * np.nanmax(shares)
+                axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+    axes.set_title("Class of the nearest image", loc="left", fontweight="bold", fontsize=11)
+    axes.set_ylabel("class of the query")
     return figure

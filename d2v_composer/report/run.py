@@ -1,6 +1,7 @@
 """Read a run's folder: its record, its log, and the neighbors that its last retrieval found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.metrics import PROBES, Measure, metric_key, primary_fallbacks, read_jsonl
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
@@ -25,7 +26,7 @@ class Run(NamedTuple):
     """The contents of a report."""
 
     record: Mapping[str, Any]
-    """The sections of run.yaml: config, command, versions, hardware, and teacher, or model of a fine-tuning."""
+    """The sections of run.yaml: config, command, versions, hardware, and teacher (or model, after fine-tuning)."""
     log: Mapping[str, Mapping[int, float]]
     """key → step → value."""
     neighbors: Neighbors
@@ -42,10 +43,10 @@ class Run(NamedTuple):
     @property
     def probed(self) -> list[str]:
         """The data sets with a probe in the log."""
-        measures = [measure for measures in PROBES.values() for measure in measures]
-        return [
-            name for name in self.dataset_names if any(metric_key(name, "train", each) in self.log for each in measures)
-        ]
+        keys = {
+            name: [metric_key(name, "train", each) for each in chain(*PROBES.values())] for name in self.dataset_names
+        }
+        return [name for name, of_set in keys.items() if not self.log.keys().isdisjoint(of_set)]
 
     @property
     def looked_up(self) -> list[str]:
@@ -83,12 +84,12 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def weights_section(record: Mapping[str, Any]) -> str:
-    """Return the section of a record that tells the origin of the weights: a fine-tuning's is ``model``."""
+    """Return the section of a record about the source of the weights; a fine-tuning run's is ``model``."""
     return "model" if "model" in record else "teacher"
 
 
 def sets_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the data sets of a run's retrieval; a fine-tuning has none."""
+    """Return the data sets of a run's retrieval; a fine-tuning run has none."""
     config = record["config"]
     return {} if "dataset" in config else config["retrieval"]["datasets"]
 
@@ -96,47 +97,32 @@ def sets_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_run(folder: Path) -> Run:
     """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
-    The neighbors are those of the newest checkpoint.
+    The neighbors are those of the newest checkpoint; images that cannot be read are left out, with a printed line.
 
     Raises:
-        InputError: It is not the folder of a run.
+        InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a run's save_folder")
-    record_file, log_file = folder / "run.yaml", folder / "log.jsonl"
-    for file in (record_file, log_file):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; a report needs a run's run.yaml and log.jsonl")
-    try:
+    record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
+    with reading(record_file):
         record = yaml.safe_load(record_file.read_text())
-        chosen = sets_of({section: record[section] for section in (*SECTIONS, weights_section(record))})
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
-    max_images = record["config"].get("retrieval", {}).get("max_images")
-    return Run(record, read_jsonl(log_file), _neighbors(folder / LATEST), dict(_datasets(chosen, max_images)))
-
-
-def _neighbors(checkpoint: Path) -> Neighbors:
-    """Return the neighbors in a checkpoint; empty without a checkpoint or a retrieval."""
-    if not checkpoint.is_file():
-        return {}
     try:
-        callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-        return callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {})
+        chosen = sets_of({section: record[section] for section in (*SECTIONS, weights_section(record))})
+        max_images = record["config"].get("retrieval", {}).get("max_images")
     except (KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}: not a checkpoint of recipes/train.py (no {error})") from error
-
-
-def _datasets(
-    chosen: Mapping[str, Mapping[str, Any] | None], max_images: int | None
-) -> Iterator[tuple[str, LabeledSet]]:
-    """Yield the data sets that can be loaded; the report omits the pictures of the others."""
+        raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
+    with reading(log_file):
+        log = read_jsonl(log_file)
+    neighbors: Neighbors = {}
+    if checkpoint.is_file():
+        with reading(checkpoint):
+            callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
+            neighbors = callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {})
+    datasets = {}
     for name, labeled in chosen.items():
-        if labeled is None:
-            continue
+        options = {"download": False, "image_size": SHOWN_SIZE, "interpolation": "bicubic", "max_images": max_images}
         try:
-            options = {key: labeled[key] for key in ("column", "label_column") if key in labeled}
-            options |= {"image_size": SHOWN_SIZE, "interpolation": "bicubic", "max_images": max_images}
-            yield name, load_labeled_set(labeled["format"], labeled["root"], **options).numbered()
+            if labeled is not None:
+                datasets[name] = load_labeled_set(**labeled | options).numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")
+    return Run(record, log, neighbors, datasets)

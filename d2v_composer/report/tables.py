@@ -1,4 +1,4 @@
-"""Format the results of a training and of an evaluation as text."""
+"""Format the results of a run, an evaluation and a study as text tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
@@ -14,9 +14,6 @@ from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-
-
-# MERGED FROM d2v_composer/report/tables.py: Format rows as a table of plain text or Markdown.
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
@@ -42,41 +39,39 @@ PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linea
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return a table per data set with the accuracies of baselines and student, and the share recovered.
+    """Return a table per data set: accuracy of the baselines and of the student, and the teacher gap closed.
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
-    return "\n\n".join(_dataset_table(retrieval, dataset) for dataset in retrieval.datasets)
-
-
-def _dataset_table(retrieval: "ZeroShotRetrieval", dataset: str) -> str:
-    columns = retrieval.measures
-    first, last, baselines = retrieval.history[0], retrieval.history[-1], retrieval.baseline_metrics
+    columns, baselines = retrieval.measures, retrieval.baseline_metrics
+    first, last = retrieval.history[0], retrieval.history[-1]
+    before, after, teacher = "student before", "student after", "teacher"
     measured = {
-        **{name: (baselines, name) for name in retrieval.baselines or {} if name != "teacher"},
-        "student before": (first["metrics"] if first["batch"] == 0 else {}, None),
-        "student after": (last["metrics"], None),
-        "teacher": (baselines, "teacher"),
+        **{name: (baselines, name) for name in retrieval.baselines or {} if name != teacher},
+        before: (first["metrics"] if first["batch"] == 0 else {}, None),
+        after: (last["metrics"], None),
+        teacher: (baselines, teacher),
     }
-    rows: dict[str, list[float]] = {}
-    for name, (metrics, baseline) in measured.items():
-        keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
-        if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
-            rows[name] = [metrics[key] for key in keys]
-
-    head = _head(columns)
-    title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
-    cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
-    lines = [title, format_table(head, cells)]
-    if {"student before", "student after", "teacher"} <= rows.keys():
-        share = gap_closed(rows["student before"][0], rows["student after"][0], rows["teacher"][0])
-        what = f"of the teacher's advantage over the untrained student ({head[1]})"
-        lines.append(f"none {what}: the teacher has none" if share is None else f"{100 * share:.0f} % {what} recovered")
-    return "\n".join(lines)
+    head, tables = _head(columns), []
+    for dataset in retrieval.datasets:
+        rows: dict[str, list[float]] = {}
+        for name, (metrics, baseline) in measured.items():
+            keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
+            if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
+                rows[name] = [metrics[key] for key in keys]
+        cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
+        title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
+        lines = [title, format_table(head, cells)]
+        if {before, after, teacher} <= rows.keys():
+            closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
+            said = "none: the teacher is no better than before training" if closed is None else f"{100 * closed:.0f} %"
+            lines.append(f"teacher gap closed ({head[1]}): {said}")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
-    """Return accuracies with their intervals, the share recovered, the accuracy of each class, and costs."""
+    """Return accuracies with intervals, the teacher gap closed, the accuracy of each class, and costs."""
     parts = []
     looked_up = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, int)]
     probed = [column for column in evaluation.measures if column not in looked_up]
@@ -103,9 +98,9 @@ def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Se
         head.append("L2 strength")
         for row in rows:
             row.append(f"{primaries[row[0], dataset, 'train'].strength:g}")
-    shares = [evaluation.gap_closed(dataset, bank, measure) for bank, measure in columns]
-    if any(shares):
-        rows.append(["share recovered", *("–" if share is None else _percent(share) for share in shares)])
+    closed = [evaluation.gap_closed(dataset, bank, measure) for bank, measure in columns]
+    if any(closed):
+        rows.append(["teacher gap closed", *("–" if each is None else _percent(each) for each in closed)])
     title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
     return f"{title}\n{format_table(head, rows)}"
 
@@ -135,13 +130,11 @@ def _percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-# MERGED FROM d2v_composer/report/tables.py: The table of a study's runs: what each retrieves, and how much of the
-
 DATASET = "cifar10"
 
 
 class FinishedRun(NamedTuple):
-    """A finished run."""
+    """A finished run of a study, on the data set ``DATASET``."""
 
     name: str
     log: Mapping[str, Mapping[int, float]]
@@ -151,7 +144,7 @@ class FinishedRun(NamedTuple):
         """Read a run's log.
 
         Raises:
-            InputError: It has none.
+            InputError: There is none.
         """
         path = folder / "log.jsonl"
         if not path.is_file():
@@ -159,63 +152,48 @@ class FinishedRun(NamedTuple):
         return cls(name, read_jsonl(path))
 
     def accuracies(self, embedding: str, *, untrained: bool = False, baseline: str | None = None) -> list[float]:
-        """Return the top-1 of the last evaluation, or of that before training, with each bank; empty: not measured."""
+        """Return top-1 of the last evaluation, or of the one before training, with each bank; empty: not measured."""
         logs = [self.log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
         steps = [0 if untrained else max(values, default=0) for values in logs]
         return [values[step] for values, step in zip(logs, steps, strict=True) if step in values]
 
     @property
     def embeddings(self) -> list[str]:
-        """Those that it measured: a model without CLS has fewer."""
+        """The measured embeddings; a model without CLS has fewer."""
         return [name for name in EMBEDDINGS if self.accuracies(name)]
 
     @property
     def has_baselines(self) -> bool:
-        """It measured its own untrained student and teacher."""
+        """True if it measured its own untrained student and teacher."""
         first, *_ = self.embeddings
         return bool(self.accuracies(first, untrained=True) and self.accuracies(first, baseline="teacher"))
 
-    @property
-    def loss(self) -> float:
-        """The mean of the last 100 batches."""
-        losses = self.log["loss/train/total"]
-        return mean(losses[step] for step in sorted(losses)[-100:])
-
-    @property
-    def seconds(self) -> float | None:
-        """The time of training, without evaluations; ``None``: it was too short to tell."""
-        paces = self.log.get("throughput/images_per_sec", {}).values()
-        return max(self.log["time/sample"].values()) * mean(1 / pace for pace in paces) if paces else None
+    def cells(self, embeddings: Sequence[str], **options: Any) -> list[str]:
+        """Return top-1 in % with both banks, for each embedding; see :meth:`accuracies`."""
+        values = [self.accuracies(name, **options) for name in embeddings]
+        return [" / ".join(f"{100 * accuracy:.1f}" for accuracy in both) or "–" for both in values]
 
 
 def study_table(rows: Sequence[FinishedRun]) -> str:
-    """Return top-1 of every row and embedding in %, bank train / test, and the share of the teacher's advantage.
+    """Return top-1 of each run and embedding in %, bank train / test, and the teacher gap closed.
 
-    The share is the mean of both directions, from the untrained student to the teacher: the first row's, or the row's
-    own, which then stand below it.
+    The gap closed is the mean of both banks. The untrained student and the teacher are the first run's, or the run's
+    own, which then stand below it. Loss: mean of the last 100 batches; s: seconds of training without evaluations.
     """
     first, *_ = rows
     names = first.embeddings
-    lines = [_baselines("untrained", first, names, untrained=True)]
+    lines = [["untrained", *first.cells(names, untrained=True)]]
     for row in rows:
-        baselines = row if row.has_baselines else first
-        cells = [f"{_both_ways(row, name)} ({_share(baselines, row, name)})" for name in names]
-        lines.append([row.name, *cells, f"{row.loss:.3f}", "–" if row.seconds is None else f"{row.seconds:.0f}"])
+        baselines = (row if row.has_baselines else first).log
+        closed = [gap_closed_by_step(row.log, DATASET, name, baselines=baselines) for name in names]
+        shown = [f" ({100 * each[max(each)]:.0f} %)" if each else " (–)" for each in closed]
+        losses, paces = row.log["loss/train/total"], row.log.get("throughput/images_per_sec", {}).values()
+        loss = mean(losses[step] for step in sorted(losses)[-100:])
+        seconds = f"{max(row.log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
+        cells = [accuracy + gap for accuracy, gap in zip(row.cells(names), shown, strict=True)]
+        lines.append([row.name, *cells, f"{loss:.3f}", seconds])
         if row.has_baselines and row is not first:
-            lines.append(_baselines("– its untrained", row, names, untrained=True))
-            lines.append(_baselines("– its teacher", row, names, baseline="teacher"))
-    lines.append(_baselines("teacher", first, names, baseline="teacher"))
+            lines.append(["– its untrained", *row.cells(names, untrained=True)])
+            lines.append(["– its teacher", *row.cells(names, baseline="teacher")])
+    lines.append(["teacher", *first.cells(names, baseline="teacher")])
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
-
-
-def _baselines(title: str, row: FinishedRun, names: Sequence[str], **options: Any) -> list[str]:
-    return [title, *(_both_ways(row, name, **options) for name in names), "", ""]
-
-
-def _both_ways(row: FinishedRun, embedding: str, **options: Any) -> str:
-    return " / ".join(f"{100 * accuracy:.1f}" for accuracy in row.accuracies(embedding, **options)) or "–"
-
-
-def _share(baselines: FinishedRun, row: FinishedRun, embedding: str) -> str:
-    shares = gap_closed_by_step(row.log, DATASET, embedding, baselines=baselines.log)
-    return f"{100 * shares[max(shares)]:.0f} %" if shares else "–"

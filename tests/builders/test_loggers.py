@@ -23,9 +23,8 @@ from wandb.sdk.internal.datastore import DataStore
 from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.preflight import free_port
 from d2v_composer.system.errors import InputError
-from helpers import run_command, serving, small_run, started_ranks, train_command
+from helpers import free_port, run_command, serving, small_run, started_ranks, train_command
 
 ALL = ("loggers.tensorboard={}", "loggers.mlflow={experiment_name: mine}", "loggers.wandb={project: mine}")
 KEY = "k" * 40

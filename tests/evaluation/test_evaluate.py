@@ -153,7 +153,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
     assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
-    assert "share recovered" not in printed
+    assert "gap closed" not in printed
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     size = sum(parameter.numel() for parameter in teacher.parameters())
     [costs] = [line for line in lines[7:] if line.startswith("teacher ")][-1:]

@@ -81,7 +81,7 @@ def test_the_ablations_table_is_markdown() -> None:
     assert rows[0] == ["bank train / bank test", *EMBEDDINGS, "loss", "s"]
     assert [row[:2] for row in rows[2:]] == [
         ["untrained", "25.0 / 50.0"],
-        ["base", "50.0 / 75.0 (50 %)"],  # the teacher has no advantage with bank test
+        ["base", "50.0 / 75.0 (50 %)"],  # no gap with bank test
         ["teacher", "75.0 / 50.0"],
     ]
     assert rows[3][-2:] == ["1.500", "2"]

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
-from d2v_composer.benchmarks.measure import peak_allocated
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
+from helpers import peak_allocated
 
 MIB = 2**20
 
@@ -62,7 +62,7 @@ def test_checkpointed_activations_save_memory(model: DistillationModel) -> None:
     """The gradients are the same."""
     checkpointed, images = copy.deepcopy(model), random_images(8)
     checkpointed.student.checkpoint_activations()
-    peaks = {each: peak_allocated(lambda each=each: backward(each, images), "cpu") for each in (model, checkpointed)}
+    peaks = {each: peak_allocated(lambda each=each: backward(each, images)) for each in (model, checkpointed)}
     assert peaks[checkpointed] < 0.7 * peaks[model]
     assert_same_gradient(checkpointed, model)
 
@@ -73,7 +73,7 @@ def test_memory_grows_linearly_with_the_batch(model: DistillationModel, cpu_bf16
     model.cpu_bf16 = cpu_bf16
     backward(model, random_images(1))  # the gradients, and ALiBi's bias, are there from now on
     images = random_images(16)
-    peaks = [peak_allocated(lambda n=n: backward(model, images[:n]), "cpu") for n in (4, 8, 16)]
+    peaks = [peak_allocated(lambda n=n: backward(model, images[:n])) for n in (4, 8, 16)]
     first, second = peaks[1] - peaks[0], (peaks[2] - peaks[1]) / 2
     assert first > MIB
     assert second == pytest.approx(first, rel=0.02)

@@ -19,10 +19,10 @@ from torchvision.io import write_png
 
 from d2v_composer.builders import fit
 from d2v_composer.commands import report
-from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, metric_key, read_jsonl
 from d2v_composer.report.page import gallery, write_report
-from d2v_composer.report.plots import confusion_plot, retrieval_plot, running_mean, share_plot
+from d2v_composer.report.plots import confusion_plot, gap_plot, retrieval_plot, running_mean
 from d2v_composer.report.run import read_run
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
@@ -35,7 +35,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty colored squares in three classes: root/{train,test}/CLASS/*.png."""
-    root = tmp_path_factory.mktemp("images")
+    root = tmp_path_factory.mktemp("images") / "<b>"
     cifar10 = load_labeled_set("mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32, interpolation="bicubic")
     for split in ("train", "test"):
         for i in range(30):
@@ -57,7 +57,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
         "retrieval.probes=[knn]",
         "retrieval.max_images=24",
         "callbacks.health={interval: 2ba}",
-        "run_name=<b>mine",
+        "run_name=mine",
         "report=true",
     )
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -81,7 +81,7 @@ def browser() -> Iterator[Browser]:
 
 def test_training_ends_with_a_report(run_folder: Path) -> None:
     pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
-    assert pictures - {"share_squares"} == {  # the share if the random teacher has an advantage
+    assert pictures - {"gap_closed_squares"} == {  # if the random teacher is better
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
         *("cosines", "layers", "variance", "effective_rank"),
         *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
@@ -92,20 +92,12 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
         assert colors[0] != colors[1], f"{path} is empty"
     page = (run_folder / "report.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == len(pictures)
-    assert "&lt;b&gt;mine" in page
-    assert "<b>mine" not in page
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
     for shown in ("recipes/train.py", "mosaicml: 0.32.1", "global_train_batch_size: 16", "tiny_base.pt", "cores:"):
         assert shown in page, shown
     final = read_jsonl(run_folder / "log.jsonl")["metrics/squares/bank_train/top1"][14]
     assert f"{100 * final:.1f} %" in page
-
-
-def test_a_pipe_gets_plain_lines(run_folder: Path) -> None:
-    printed = (run_folder / "stderr.txt").read_text()
-    assert "\r" not in printed
-    lines = [line for line in printed.splitlines() if line.startswith("batch ")]
-    line = r"batch 14/14 \(100 %\)  loss \d\.\d{4}  \d+ images/s  data wait \d+%  squares top-1 \d+\.\d%  left 00:00"
-    assert [re.fullmatch(line, each) is not None for each in lines] == [True], lines
 
 
 def test_the_command_writes_the_same_report(run_folder: Path, tmp_path: Path) -> None:
@@ -121,13 +113,13 @@ def test_the_command_writes_the_same_report(run_folder: Path, tmp_path: Path) ->
     assert not list(copy.rglob("*.partial"))
 
 
-def test_the_share_recovered_is_plotted_where_it_is_known(run_folder: Path) -> None:
+def test_the_gap_closed_is_plotted_where_it_is_known(run_folder: Path) -> None:
     run = read_run(run_folder)
     keys = {(bank, name): metric_key("squares", bank, 1, name) for bank in BANKS for name in EMBEDDINGS}
     log = {key: {0: 0.2, 7: 0.3, 14: 0.4} for key in keys.values()}
     teacher = {metric_key("squares", bank, 1, name, "teacher"): {0: 0.6} for bank, name in keys}
-    assert share_plot(run._replace(log=log), "squares") is None
-    figure = share_plot(run._replace(log={**run.log, **log, **teacher}), "squares")
+    assert gap_plot(run._replace(log=log), "squares") is None
+    figure = gap_plot(run._replace(log={**run.log, **log, **teacher}), "squares")
     assert figure is not None
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert drawn.keys() >= set(EMBEDDINGS)
@@ -151,7 +143,7 @@ def test_a_resume_with_another_primary_shows_one_embedding(run_folder: Path, tmp
     run = run._replace(log=log)
     write_report(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    for shown in ("untrained 20.0 %", "teacher 60.0 %", "40.0 %", "50 %", "recovered on squares, bank train"):
+    for shown in ("untrained 20.0 %", "teacher 60.0 %", "40.0 %", "50 %", "teacher gap closed"):
         assert shown in page, shown
     (axes,) = retrieval_plot(run, "squares", "train").axes
     lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
@@ -169,7 +161,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     fetched: list[str] = []
     page.on("request", lambda request: fetched.append(request.url))
     page.goto((run_folder / "report.html").as_uri())
-    assert page.title() == "<b>mine"
+    assert page.title() == "mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
     shown = page.eval_on_selector_all("img", "all => all.map(img => [img.complete && img.naturalWidth, img.width])")
     assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 16
@@ -201,15 +193,6 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
     assert "diverging at batches 7 to 9 (2 measurements)" in (folder / "report.html").read_text()
 
 
-def test_omits_images_that_have_changed_since_the_run(run_folder: Path) -> None:
-    """They would not match the neighbors."""
-    run = read_run(run_folder)
-    (name,) = run.looked_up
-    train, test, names = run.datasets[name]
-    fewer = LabeledSet(train, LabeledImages(test.images[1:], test.labels[1:]), names)
-    assert run._replace(datasets={name: fewer}).looked_up == []
-
-
 def test_the_gallery_shows_the_neighbors_that_were_counted(run_folder: Path, images: Path, tmp_path: Path) -> None:
     run = read_run(run_folder)
     callback = load_checkpoint(run_folder / "latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]
@@ -231,7 +214,7 @@ def test_right_and_wrong_neighbors_are_marked(run_folder: Path) -> None:
     run = read_run(run_folder)
     bank, queries, names = run.datasets["squares"]
     nearest = run.neighbors["squares"]["train"][:4, :3]
-    figure = gallery(queries.images[:4], queries.labels[:4], bank.images, bank.labels, nearest, names)
+    figure = gallery(run.datasets["squares"], torch.arange(4), nearest)
     texts = np.array([axes.get_xlabel() for axes in figure.axes]).reshape(4, 4)
     for i in range(4):
         assert texts[i, 0] == names[int(queries.labels[i])]
@@ -252,14 +235,6 @@ def test_the_confusion_matrix_is_in_percent_of_the_querys_class(run_folder: Path
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
 
 
-def test_the_confusion_matrix_shows_classes_without_queries_or_names() -> None:
-    labels = torch.tensor([0, 0, 1])
-    figure = confusion_plot(labels, labels, ["cat", "dog", "ship"])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["100", "0", "0", "0", "100", "0"]
-    figure = confusion_plot(labels, labels, ["cat"])
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "class 1"]
-
-
 def test_the_running_mean_skips_nan() -> None:
     numbers = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(numbers, 2), [1, 2, 3, 5, 6])
@@ -267,29 +242,17 @@ def test_the_running_mean_skips_nan() -> None:
 
 
 def test_refuses_a_folder_that_is_not_a_runs(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        read_run(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"run\.yaml: no such file"):
-        read_run(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere/run\.yaml: cannot be read: No such file"):
+        report.main([str(tmp_path / "nowhere")])
     (tmp_path / "log.jsonl").touch()
     for text in ("[1, 2]", "config: {}", "\t:"):
         (tmp_path / "run.yaml").write_text(text)
-        with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'run.yaml'}: not the record of a run")):
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'run.yaml'}: ")):
             read_run(tmp_path)
     shutil.copy(run_folder / "run.yaml", tmp_path)
     (tmp_path / "latest-rank0.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(InputError, match=r"latest-rank0\.pt"):
         read_run(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
-        report.main([str(tmp_path / "nowhere")])
-
-
-def test_writes_the_report_of_a_corrupt_log(run_folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run_folder, copy, symlinks=True)
-    with (copy / "log.jsonl").open("ab") as file:
-        file.write(b'null\n{"step": 3, "loss/train/total": [1.0]}\n{"step": 3, "loss/tr')
-    assert write_report(read_run(copy), copy)[0] == copy / "report.html"
 
 
 @pytest.mark.parametrize("log", [b"\xff\n7\n", b"", b'{"step": 0, "metrics/x": 1}'])
