@@ -1,30 +1,29 @@
 """Embed a collection of images into one file, a part after the other: a kill costs at most one part.
 
-A batch never has images of two parts, so a part does not depend on what was computed before it.
+A part is a whole number of batches, so a batch does not depend on what was computed before it.
 Shapes: N images, B images of a batch, D channels.
 """
 
 import hashlib
-import io
 import json
+import math
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from typing_extensions import override
 
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
@@ -35,221 +34,17 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.command_line import progress_bar
-from d2v_composer.system.errors import InputError, ShardError, UnreadableImageError, reason
+from d2v_composer.system.errors import InputError, RunError, ShardError, UnreadableImageError, writing
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
 from d2v_composer.system.machine import install_command
-from d2v_composer.system.processes import FORK
+from d2v_composer.system.processes import die_with_parent
 
-# MERGED FROM d2v_composer/embedding.py: Append embeddings to a file in a folder next to OUT, and move it to OUT
-
-LOCK_TIMEOUT = 10  # the workers of a killed run end within a second
-ROW_GROUP = 4096  # rows, or ids, that are in memory at a time
-
-Ids = Callable[[NDArray[np.int64]], NDArray]
-Unreadable = tuple[int, str]
-"""The index of an image, and the reason why it cannot be read."""
-
-
-class EmbeddingFile:
-    """The file OUT: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet.
-
-    Parquet has the columns ``id`` and ``embedding``, a list of D numbers. OUT appears when it is complete; NAME.ids.npy
-    just before. Until then the rows are in :attr:`folder`, with a record of the progress, from which a killed run
-    resumes.
-
-    Args:
-        out: The path.
-        overwrite: Replace a file that exists, once the new one is complete.
-
-    Raises:
-        InputError: The suffix is unknown, the file exists, or it cannot be written.
-    """
-
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        if out.suffix not in (".npy", ".parquet"):
-            raise InputError(f"{out}: must end in .npy or .parquet")
-        if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-            raise InputError(f"{out}: .parquet needs pyarrow: {install_command('parquet', 'pyarrow')}")
-        self.out = out
-        self.overwrite = overwrite
-        self.ids = out.with_name(f"{out.stem}.ids.npy")
-        self.folder = out.with_name(f".{out.name}.partial")
-        self.num_rows = 0
-        self.skipped: list[Unreadable] = []
-        self._refuse_existing()
-
-    def _refuse_existing(self) -> None:
-        check_out_file(self.out, overwrite=self.overwrite)
-        # With our folder next to it, the ids are ours: a run was killed between the two files.
-        if self.out.suffix == ".npy" and not self.folder.exists():
-            check_out_file(self.ids, overwrite=self.overwrite)
-
-    @property
-    def num_images(self) -> int:
-        """Images that are done: embedded or skipped."""
-        return self.num_rows + len(self.skipped)
-
-    @contextmanager
-    def open(self, plan: dict[str, Any], channels: int, dtype: str) -> Iterator[None]:
-        """Lock the file while the block lasts, and resume where an interrupted run of the same plan ended.
-
-        Args:
-            plan: Everything that the embeddings depend on.
-            channels: D.
-            dtype: The type of the stored numbers.
-
-        Raises:
-            InputError: Another process writes the file, it exists by now, or an interrupted run had another plan.
-        """
-        self.plan, self.channels, self.dtype = plan, channels, np.dtype(dtype)
-        with ExitStack() as stack:
-            with self._disk_errors():
-                alone = stack.enter_context(sole_user(self.folder / ".lock", LOCK_TIMEOUT))
-            if not alone:
-                raise InputError(f"{self.out}: another process is writing it")
-            self._refuse_existing()  # again: that process may have finished it
-            self._resume()
-            yield
-
-    def append(self, embeddings: NDArray, skipped: Sequence[Unreadable]) -> None:
-        """Add the rows of the next images, (B, D), and record the progress.
-
-        Args:
-            embeddings: One row for each readable image.
-            skipped: The unreadable images between them.
-
-        Raises:
-            InputError: The disk is full or fails.
-        """
-        with self._disk_errors():
-            with _synced(self._rows, "r+b") as file:
-                file.seek(self._size(self.num_rows))
-                file.write(embeddings.astype(self.dtype, copy=False).tobytes())
-            self._record(self.num_rows + len(embeddings), [*self.skipped, *skipped])
-
-    def rewind(self, num_images: int) -> None:
-        """Drop what came after the first images, none of which was skipped."""
-        with self._disk_errors():
-            self._record(num_images, [])
-
-    def finish(self, ids: Ids) -> None:
-        """Move the complete file to OUT, replacing an old one, and remove the folder.
-
-        Args:
-            ids: Return the ids of images by index.
-
-        Raises:
-            InputError: The disk is full or fails.
-        """
-        readable = np.delete(np.arange(self.num_images), [index for index, _ in self.skipped])
-        chunks = [readable[first : first + ROW_GROUP] for first in range(0, self.num_rows, ROW_GROUP)]
-        with self._disk_errors():
-            if self.out.suffix == ".npy":
-                self._write_ids(chunks, ids)
-                complete = self._complete_npy()
-            else:
-                complete = self._write_parquet(chunks, ids)
-            complete.replace(self.out)
-            shutil.rmtree(self.folder)
-
-    @property
-    def _rows(self) -> Path:
-        """An .npy file without its header, which is written when the number of rows is known."""
-        return self.folder / "embeddings.npy"
-
-    @property
-    def _progress(self) -> Path:
-        return self.folder / "progress.json"
-
-    def _size(self, num_rows: int) -> int:
-        header = len(_npy_header((num_rows, self.channels), self.dtype))
-        return header + num_rows * self.channels * self.dtype.itemsize
-
-    def _resume(self) -> None:
-        progress: dict[str, Any] = {"plan": self.plan, "rows": 0, "skipped": []}
-        if self._progress.is_file():
-            progress = json.loads(self._progress.read_bytes())
-        num_rows, skipped = progress["rows"], [(index, why) for index, why in progress["skipped"]]
-        changed = [key.replace("_", " ") for key, value in self.plan.items() if progress["plan"].get(key) != value]
-        if changed and (num_rows or skipped):
-            raise InputError(
-                f"{self.folder}: an interrupted run had another {', '.join(changed)}: delete that folder, or choose "
-                "another OUT"
-            )
-        with self._disk_errors():
-            self._rows.touch()
-            if num_rows and self._rows.stat().st_size < self._size(num_rows):  # the rows were deleted
-                num_rows, skipped = 0, []
-            self._record(num_rows, skipped)
-
-    def _record(self, num_rows: int, skipped: list[Unreadable]) -> None:
-        write_atomically(self._progress, json.dumps({"plan": self.plan, "rows": num_rows, "skipped": skipped}))
-        self.num_rows, self.skipped = num_rows, skipped
-
-    def _write_ids(self, chunks: list[NDArray[np.int64]], ids: Ids) -> None:
-        dtype = np.result_type(*(ids(chunk).dtype for chunk in chunks))  # unicode is as wide as its longest string
-        partial = self.folder / "ids.npy"
-        with _synced(partial, "wb") as file:
-            file.write(_npy_header((self.num_rows,), dtype))
-            for chunk in chunks:
-                file.write(ids(chunk).astype(dtype, copy=False).tobytes())
-        self.out.unlink(missing_ok=True)  # new ids must not lie beside old embeddings
-        partial.replace(self.ids)
-
-    def _complete_npy(self) -> Path:
-        with _synced(self._rows, "r+b") as file:
-            file.write(_npy_header((self.num_rows, self.channels), self.dtype))
-            file.truncate(self._size(self.num_rows))
-        return self._rows
-
-    def _write_parquet(self, chunks: list[NDArray[np.int64]], ids: Ids) -> Path:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        id_type = pa.int64() if ids(chunks[0]).dtype.kind == "i" else pa.string()
-        number = pa.float16() if self.dtype == np.float16 else pa.float32()
-        schema = pa.schema([("id", id_type), ("embedding", pa.list_(number, self.channels))])
-        path, offset = self.folder / "embeddings.parquet", self._size(0)
-        with (
-            _synced(path, "wb") as file,
-            # Hardly a number occurs twice: a dictionary of them would only take time.
-            parquet.ParquetWriter(file, schema, use_dictionary=False) as writer,
-        ):
-            for chunk in chunks:
-                numbers = np.fromfile(self._rows, self.dtype, count=len(chunk) * self.channels, offset=offset)
-                offset += numbers.nbytes
-                embeddings = pa.FixedSizeListArray.from_arrays(pa.array(numbers, number), self.channels)
-                writer.write_table(pa.Table.from_arrays([pa.array(ids(chunk), id_type), embeddings], schema=schema))
-        return path
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
-
-
-@contextmanager
-def _synced(path: Path, mode: str) -> Iterator[IO[bytes]]:
-    with open(path, mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _npy_header(shape: tuple[int, ...], dtype: DTypeLike) -> bytes:
-    """Return the beginning of an .npy file; numpy pads it to the same length for any number of rows."""
-    buffer = io.BytesIO()
-    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(buffer, {"descr": description, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-# MERGED FROM d2v_composer/embedding.py: Read images in a fixed order, each with an id: those of a folder, of an
-
+LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
+ROW_GROUP = 4096  # of a Parquet file
 CIFAR_FORMATS: dict[str, Format] = {folder: format for format, folder in CIFAR_FOLDERS.items()}
+# Beginnings of torch's RuntimeErrors if a worker was killed, or /dev/shm or the open files ran short.
+MACHINE_FAULTS = ("DataLoader worker (pid", "unable to write to file", "unable to open shared memory", "unable to mmap")
 
 
 class ImageCollection(ABC):
@@ -282,14 +77,10 @@ class FolderImages(ImageCollection):
     """The images of a folder and its subfolders in the order of their paths, which are their ids."""
 
     def __init__(self, root: Path, image_size: ImageSize, interpolation: str) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.interpolation = interpolation
+        self.root, self.image_size, self.interpolation = root, image_size, interpolation
         files, _ = list_images(root)
-        digest = hashlib.sha256(repr(str(root.resolve())).encode())
-        for file in files:
-            digest.update(repr(tuple(file)).encode())
-        self.fingerprint = digest.hexdigest()
+        described = [str(root.resolve()), *map(tuple, files)]
+        self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()
         try:
             # An array, not a list: reading a Python object copies its memory page in a forked worker.
             self.paths = np.array([file.path.encode() for file in files])
@@ -314,11 +105,11 @@ class MdsImages(ImageCollection):
 
     Args:
         local: The data set, or the folder for the shards of a remote one.
-        image_size: Images are resized to this many pixels a side.
+        image_size: Images are resized to this many pixels per side.
         interpolation: bicubic or bilinear.
         column: The column that holds the images.
         remote: The address in an object store.
-        cache_limit: The most bytes of shards in ``local``; ``None``: no limit.
+        cache_limit: Maximum size of the shards in ``local``, in bytes; ``None``: no limit.
 
     Raises:
         InputError: The data set cannot be used.
@@ -335,10 +126,8 @@ class MdsImages(ImageCollection):
     ) -> None:
         from d2v_composer.data.shards import Shards  # Streaming: seconds
 
-        self.name = remote or str(local)
-        self.image_size = image_size
-        self.interpolation = interpolation
-        self.column = column
+        self.name, self.column = remote or str(local), column
+        self.image_size, self.interpolation = image_size, interpolation
         if remote is not None:
             fetch_index(remote, local)
         shards = read_image_index(
@@ -346,8 +135,7 @@ class MdsImages(ImageCollection):
         )
         if remote is not None:
             check_room([room_needed(shards, local, cache_limit)])
-        place, other_column = remote or str(local.resolve()), "" if column == "image" else column
-        contents = place.encode() + (local / INDEX).read_bytes() + other_column.encode()
+        contents = (remote or str(local.resolve())).encode() + (local / INDEX).read_bytes() + column.encode()
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         try:
             self.samples = Shards(local=local, remote=remote, cache_limit=cache_limit)
@@ -366,15 +154,12 @@ class MdsImages(ImageCollection):
 
     @override
     def load(self, index: int) -> Tensor:
-        try:
-            stored = self.samples[index][self.column]
-        except ShardError as error:
-            raise InputError(str(error)) from error
+        stored = self.samples[index][self.column]
         return to_pixels(stored, f"sample {index} of {self.name}", self.image_size, self.interpolation)
 
 
 class CifarImages(ImageCollection):
-    """CIFAR-10 or CIFAR-100 in memory, 32 pixels a side; ids are train/00000, …, test/00000, …"""
+    """CIFAR-10 or CIFAR-100 in memory, 32 pixels per side; ids are train/00000, …, test/00000, …"""
 
     def __init__(self, root: Path, format: Format) -> None:
         train, test, _ = load_labeled_set(format, root, image_size=32, interpolation="bicubic")
@@ -388,8 +173,7 @@ class CifarImages(ImageCollection):
     @override
     def ids(self, indices: ArrayLike) -> NDArray[np.str_]:
         train = self.num_train
-        names = [f"train/{i:05}" if i < train else f"test/{i - train:05}" for i in np.asarray(indices)]
-        return np.array(names, dtype=np.str_)
+        return np.array([f"train/{i:05}" if i < train else f"test/{i - train:05}" for i in np.asarray(indices)])
 
     @override
     def load(self, index: int) -> Tensor:
@@ -410,10 +194,10 @@ def open_collection(
     Args:
         source: A folder with an ``index.json`` or an object store's address: an MDS data set. A folder that holds, or
             is, ``cifar-10-batches-py`` or ``cifar-100-python``: CIFAR. Another folder: the images in it.
-        image_size: Images are resized to this many pixels a side; CIFAR's keep their size.
-        interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
+        image_size: Images are resized to this many pixels per side; CIFAR's keep their size.
+        interpolation: bicubic or bilinear, as the model's config says.
         local: The folder for the shards of a remote data set.
-        cache_limit: The most bytes of shards in ``local``; default no limit.
+        cache_limit: Maximum size of the shards in ``local``, in bytes; default no limit.
         column: The column of an MDS data set that holds the images; default ``image``.
 
     Raises:
@@ -442,12 +226,146 @@ def open_collection(
     return FolderImages(root, image_size, interpolation)
 
 
-# Beginnings of torch's RuntimeErrors if a worker was killed, or /dev/shm or the open files ran short.
-MACHINE_FAULTS = ("DataLoader worker (pid", "unable to write to file", "unable to open shared memory", "unable to mmap")
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Write an .npy file's header; numpy pads it to the same length for any number of rows."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+class EmbeddingFile:
+    """The file OUT: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet.
+
+    Parquet has the columns ``id`` and ``embedding``, a list of D numbers. OUT appears when it is complete; NAME.ids.npy
+    just before. Until then the rows are in :attr:`folder`, with a record of the progress, from which a killed run
+    resumes.
+
+    Args:
+        out: The path.
+        overwrite: Replace a file that exists, once the new one is complete.
+
+    Raises:
+        InputError: The suffix is unknown, the file exists, or it cannot be written.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        if out.suffix not in (".npy", ".parquet"):
+            raise InputError(f"{out}: must end in .npy or .parquet")
+        if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise InputError(f"{out}: .parquet needs pyarrow: {install_command('parquet', 'pyarrow')}")
+        self.out, self.overwrite = out, overwrite
+        self.ids = out.with_name(f"{out.stem}.ids.npy")
+        self.folder = out.with_name(f".{out.name}.partial")
+        self.num_images = 0
+        """Images that are done: embedded or skipped."""
+        self.skipped: list[tuple[int, str]] = []
+        """The index of each unreadable image, and why it cannot be read."""
+        self._check_absent()
+
+    def _check_absent(self) -> None:
+        check_out_file(self.out, overwrite=self.overwrite)
+        # With our folder next to it, the ids are ours: a run was killed between the two files.
+        if self.out.suffix == ".npy" and not self.folder.exists():
+            check_out_file(self.ids, overwrite=self.overwrite)
+
+    @contextmanager
+    def open(self, plan: dict[str, Any], shape: tuple[int, int], dtype: str) -> Iterator[None]:
+        """Lock the file in the block, and resume where an interrupted run of the same plan stopped.
+
+        Args:
+            plan: Everything that the embeddings depend on.
+            shape: (N, D), if all images can be read.
+            dtype: The type of the stored numbers.
+
+        Raises:
+            InputError: Another process writes the file, it exists by now, or an interrupted run had another plan.
+            RunError: The disk is too small, or fails.
+        """
+        self._plan, self._rows, self._progress = plan, self.folder / "embeddings.npy", self.folder / "progress.json"
+        with writing(self.out), sole_user(self.folder / ".lock", LOCK_SECONDS) as alone:
+            if not alone:
+                raise InputError(f"{self.out}: another process is writing it")
+            self._check_absent()  # again: that process may have finished it
+            progress: dict[str, Any] = {"images": 0}
+            if self._progress.exists() and self._rows.exists():
+                progress = json.loads(self._progress.read_bytes())
+            if progress["images"]:
+                changed = [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]
+                if changed:
+                    raise InputError(
+                        f"{self.folder}: an interrupted run had another {', '.join(changed)}: delete that folder, or "
+                        "choose another OUT"
+                    )
+                self.num_images, self.skipped = progress["images"], [(i, why) for i, why in progress["skipped"]]
+            else:
+                self._record()
+                with self._rows.open("wb") as file:
+                    _write_header(file, shape, np.dtype(dtype))
+                    # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
+            self._map = np.load(self._rows, mmap_mode="r+")
+            yield
+
+    def append(self, embeddings: NDArray, skipped: list[tuple[int, str]]) -> None:
+        """Add the rows of the next images, (B, D), and record the progress.
+
+        Args:
+            embeddings: One row for each readable image.
+            skipped: The unreadable images between them.
+        """
+        first = self.num_images - len(self.skipped)
+        self._map[first : first + len(embeddings)] = embeddings
+        self._map.flush()
+        self.num_images += len(embeddings) + len(skipped)
+        self.skipped += skipped
+        self._record()
+
+    def _record(self) -> None:
+        progress = {"plan": self._plan, "images": self.num_images, "skipped": self.skipped}
+        write_atomically(self._progress, json.dumps(progress))
+
+    def finish(self, ids: Callable[[NDArray[np.int64]], NDArray]) -> int:
+        """Move the complete file to OUT, replacing an old one, and remove the folder; return the number of rows.
+
+        Args:
+            ids: Return the ids of images by index.
+        """
+        readable = np.delete(np.arange(self.num_images), [index for index, _ in self.skipped])
+        complete = self._rows
+        if self.out.suffix == ".parquet":
+            complete = self._write_parquet(readable, ids)
+        else:
+            np.save(self.folder / "ids.npy", ids(readable))
+            if self.skipped:  # fewer rows than were reserved
+                os.truncate(self._rows, self._map.offset + self._map[: len(readable)].nbytes)
+                with self._rows.open("r+b") as file:
+                    _write_header(file, (len(readable), self._map.shape[1]), self._map.dtype)
+            self.out.unlink(missing_ok=True)  # new ids must not be beside old embeddings
+            (self.folder / "ids.npy").replace(self.ids)
+        complete.replace(self.out)
+        shutil.rmtree(self.folder)
+        return len(readable)
+
+    def _write_parquet(self, readable: NDArray[np.int64], ids: Callable[[NDArray[np.int64]], NDArray]) -> Path:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        path, channels = self.folder / "embeddings.parquet", self._map.shape[1]
+        id_type = pa.int64() if ids(readable[:1]).dtype.kind == "i" else pa.string()
+        number = pa.float16() if self._map.dtype == np.float16 else pa.float32()
+        schema = pa.schema([("id", id_type), ("embedding", pa.list_(number, channels))])
+        # Hardly a number occurs twice: a dictionary of them would only take time.
+        with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+            for first in range(0, len(readable), ROW_GROUP):
+                group = readable[first : first + ROW_GROUP]
+                numbers = pa.array(self._map[first : first + len(group)].ravel(), number)
+                embeddings = pa.FixedSizeListArray.from_arrays(numbers, channels)
+                columns = [pa.array(ids(group), id_type), embeddings]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        return path
 
 
 class EmbeddingOptions(NamedTuple):
-    """Settings that change the embeddings: a run resumes only with the same ones."""
+    """Settings of a run; it resumes only with the same ones, except the part size."""
 
     pooling: Pooling = "cls"
     representation: Representation = "output"
@@ -459,7 +377,7 @@ class EmbeddingOptions(NamedTuple):
     batch_size: int = 256
     """Images embedded at once; another number rounds differently."""
     part_size: int = 4096
-    """Images between two records of the progress."""
+    """Images between two records of the progress, rounded down to whole batches."""
 
 
 class Embedding(NamedTuple):
@@ -469,7 +387,7 @@ class Embedding(NamedTuple):
     images: int
     channels: int
     skipped: list[str]
-    """The reason of each unreadable image."""
+    """The reason for each unreadable image."""
     resumed: int
     """Images that an interrupted run had done."""
     seconds: float
@@ -498,33 +416,32 @@ def embed_collection(
         skip_unreadable: Skip and list unreadable images instead of stopping.
 
     Raises:
-        InputError: An image is unreadable, an embedding is not finite, or the file cannot be written, exists, or
-            belongs to an interrupted run with other settings.
+        InputError: An image is unreadable, an embedding is not finite, or the file exists or belongs to an interrupted
+            run with other settings.
+        RunError: The disk or a shard fails, or a worker was killed.
     """
-    plan = {
-        "model": hash_weights(model),
-        "source": collection.fingerprint,
-        "images": len(collection),
-        "device": device,
-        **options._asdict(),
-    }
-    channels = model.encoder.config.embed_dim
-    with file.open(plan, channels, options.dtype):
+    num_images, channels = len(collection), model.encoder.config.embed_dim
+    plan = {"model": hash_weights(model), "source": collection.fingerprint, "images": num_images, "device": device}
+    plan |= {name: value for name, value in options._asdict().items() if name != "part_size"}
+    with file.open(plan, (num_images, channels), options.dtype):
         if file.skipped and not skip_unreadable:
-            file.rewind(file.skipped[0][0] // options.part_size * options.part_size)
+            raise InputError(f"{file.skipped[0][1]}; --skip-unreadable skips such images")
         resumed, start = file.num_images, time.monotonic()
-        parts = _embed_parts(model, collection, resumed, options, device, workers, skip_unreadable)
-        try:
-            for embeddings, skipped in parts:
+        starts = range(resumed, num_images, options.batch_size)
+        batches = [range(first, min(first + options.batch_size, num_images)) for first in starts]
+        loaded = _load(collection, batches, workers, skip_unreadable)
+        part = max(1, options.part_size // options.batch_size)
+        with progress_bar(total=num_images, initial=resumed, desc="embedding", unit="images") as bar:
+            for first in range(0, len(batches), part):
+                images = (next(loaded) for _ in batches[first : first + part])
+                embeddings, skipped = _embed_part(model, images, collection, options, device)
                 file.append(embeddings, skipped)
-        except KeyboardInterrupt:
-            done = f"{file.num_images} of {len(collection)} images are done"
-            raise KeyboardInterrupt(f"{done}, the same command resumes") from None
+                bar.update(len(embeddings) + len(skipped))
         seconds = time.monotonic() - start
-        if not file.num_rows:
-            raise InputError(f"{file.out}: none of the {len(collection)} images can be read")
-        file.finish(collection.ids)
-    return Embedding(file.out, file.num_rows, channels, [reason for _, reason in file.skipped], resumed, seconds)
+        if len(file.skipped) == num_images:
+            raise InputError(f"{file.out}: none of the {num_images} images can be read")
+        num_rows = file.finish(collection.ids)
+    return Embedding(file.out, num_rows, channels, [why for _, why in file.skipped], resumed, seconds)
 
 
 def hash_weights(model: Transformer) -> str:
@@ -536,56 +453,12 @@ def hash_weights(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _embed_parts(
-    model: Transformer,
-    collection: ImageCollection,
-    first: int,
-    options: EmbeddingOptions,
-    device: str,
-    workers: int,
-    skip_unreadable: bool,
-) -> Iterator[tuple[NDArray, list[Unreadable]]]:
-    """Yield the parts from an image on; meanwhile the workers decode the next ones."""
-    images, step = range(len(collection)), options.batch_size
-    parts = [images[start : start + options.part_size] for start in range(first, len(images), options.part_size)]
-    batches = [[part[start : start + step] for start in range(0, len(part), step)] for part in parts]
-    if not parts:
-        return
-    loader = DataLoader(
-        _Batches(collection),
-        batch_size=None,  # they are batches already
-        sampler=list(chain.from_iterable(batches)),
-        num_workers=workers,
-        multiprocessing_context=FORK if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
-    loaded = _one_line_errors(loader, workers)
-    with progress_bar(total=len(images), initial=first, desc="embedding", unit="images") as bar:
-        for part in batches:
-            of_part = _readable(islice(loaded, len(part)), skip_unreadable, bar)
-            yield _embed_part(model, of_part, collection, options, device)
-
-
-def _one_line_errors(loader: DataLoader, workers: int) -> Iterator["_Batch"]:
-    """Yield the batches; faults of the machine that end a worker become one line."""
-    try:
-        yield from loader
-    except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
-        if isinstance(error, RuntimeError) and not cause.startswith(MACHINE_FAULTS):
-            raise
-        raise InputError(
-            f"--workers {workers}: the images cannot be read further ({cause}): run the command again to resume, with "
-            "fewer workers if memory or /dev/shm is short"
-        ) from error
-
-
 class _Batch(NamedTuple):
     indices: list[int]
     """The index of each readable image."""
     images: Tensor
     """(B, 3, height, width) uint8; B is 0 if none is readable."""
-    unreadable: list[Unreadable]
+    unreadable: list[tuple[int, str]]
 
 
 class _Batches(Dataset[_Batch]):
@@ -596,7 +469,7 @@ class _Batches(Dataset[_Batch]):
 
     def __getitem__(self, indices: range) -> _Batch:
         images: dict[int, Tensor] = {}
-        unreadable: list[Unreadable] = []
+        unreadable: list[tuple[int, str]] = []
         for index in indices:
             try:
                 images[index] = self.collection.load(index)
@@ -606,12 +479,30 @@ class _Batches(Dataset[_Batch]):
         return _Batch([*images], pixels, unreadable)
 
 
-def _readable(batches: Iterator[_Batch], skip_unreadable: bool, bar: tqdm) -> Iterator[_Batch]:
-    for batch in batches:
-        if batch.unreadable and not skip_unreadable:
-            raise InputError(f"{batch.unreadable[0][1]}; --skip-unreadable skips such images")
-        yield batch
-        bar.update(len(batch.indices) + len(batch.unreadable))
+def _load(collection: ImageCollection, batches: list[range], workers: int, skip_unreadable: bool) -> Iterator[_Batch]:
+    """Yield the batches, which the workers decode ahead; faults of the machine become one line."""
+    loader = DataLoader(
+        _Batches(collection),
+        batch_size=None,  # they are batches already
+        sampler=batches,
+        num_workers=workers,
+        multiprocessing_context=get_context("fork") if workers else None,
+        worker_init_fn=lambda _: die_with_parent(),
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        for batch in loader:
+            if batch.unreadable and not skip_unreadable:
+                raise InputError(f"{batch.unreadable[0][1]}; --skip-unreadable skips such images")
+            yield batch
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1]  # a worker's error has its traceback before it
+        if isinstance(error, RuntimeError) and not cause.startswith(MACHINE_FAULTS):
+            raise
+        raise RunError(
+            f"--workers {workers}: the images cannot be read further ({cause}): run the command again to resume, with "
+            "fewer workers if memory or /dev/shm is short"
+        ) from error
 
 
 def _embed_part(
@@ -620,10 +511,10 @@ def _embed_part(
     collection: ImageCollection,
     options: EmbeddingOptions,
     device: str,
-) -> tuple[NDArray, list[Unreadable]]:
+) -> tuple[NDArray, list[tuple[int, str]]]:
     autocast_dtype = choose_precision(options.precision).autocast_dtype
     indices: list[int] = []
-    skipped: list[Unreadable] = []
+    skipped: list[tuple[int, str]] = []
     embedded = [torch.empty(0, model.encoder.config.embed_dim, device=device)]
     with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
         for batch in batches:

@@ -70,20 +70,17 @@ def main(argv: Sequence[str]) -> "Conversion":
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
-    parser.add_argument("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
-    parser.add_argument("--split", default="train", help="the split's folder; default: train")
-    parser.add_argument("--labels", help="a file with the labels of a flat folder; none: no labels")
-    parser.add_argument(
-        "--resize", type=int, metavar="N", help="shrink the short side to N pixels; default: keep bytes"
-    )
-    parser.add_argument("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order; default: 0")
-    parser.add_argument("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
-    parser.add_argument(
-        "--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt"
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
+    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
+    add("--split", default="train", help="the split's folder; default: train")
+    add("--labels", help="a file with the labels of a flat folder; none: no labels")
+    add("--resize", type=int, metavar="N", help="shrink the short side to N pixels; default: keep bytes")
+    add("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
+    add("--seed", type=int, default=0, help="seed of the order; default: 0")
+    add("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
+    add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
     arguments = parser.parse_args(argv)
     for name, (smallest, largest) in LIMITS.items():
         value = getattr(arguments, name)

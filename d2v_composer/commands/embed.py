@@ -22,9 +22,7 @@ from d2v_composer.system.command_line import make_parser, print_next, size
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.student_file import ChosenEmbedding
     from d2v_composer.embedding import Embedding
-    from d2v_composer.models.transformer import Transformer
 
 
 HOW_TO_READ = {
@@ -33,12 +31,17 @@ HOW_TO_READ = {
 }
 
 
+LIMITS = {"batch_size": (1, 1 << 16), "part_size": (1, 1 << 20), "workers": (0, 1024)}
+
+
 def main(argv: Sequence[str]) -> "Embedding":
     """Embed, and print a report."""
     arguments = parse(argv)
 
     import torch
 
+    from d2v_composer.checkpoints.load import TimmWeights, load_any
+    from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
     from d2v_composer.models.execution import name_precision
 
@@ -47,7 +50,13 @@ def main(argv: Sequence[str]) -> "Embedding":
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
     file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
-    model, chosen = load_model(arguments)
+    timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
+    student, teacher = load_any(
+        arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
+    )
+    model = teacher if student is None else student
+    assert model is not None  # load_any gives one of them
+    chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
     arguments.representation, arguments.pooling = chosen.primary
     sizes = model.encoder.config
     collection = open_collection(
@@ -60,7 +69,7 @@ def main(argv: Sequence[str]) -> "Embedding":
     )
     print(f"embedding: {chosen}")
     embedding = embed_collection(
-        model.to(device),
+        model.eval().to(device),
         collection,
         file,
         EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
@@ -68,99 +77,47 @@ def main(argv: Sequence[str]) -> "Embedding":
         workers=arguments.workers,
         skip_unreadable=arguments.skip_unreadable,
     )
-    print_report(embedding)
+    if embedding.resumed:
+        print(f"resumed an interrupted run after {embedding.resumed} images")
+    print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
+    num_now = embedding.images + len(embedding.skipped) - embedding.resumed
+    rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
+    print(f"wrote {embedding.out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
     print_next(HOW_TO_READ[embedding.out.suffix].format(str(embedding.out)))
     return embedding
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint, an exported student, or a teacher: a path, s3://, …; or timm/NAME, a ViT of timm's",
-    )
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
-    parser.add_argument("--teacher", help="the checkpoint's teacher, if it was moved since the training")
-    parser.add_argument(
-        "--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model"
-    )
-    timm = parser.add_argument_group("of a model timm/NAME")
-    timm.add_argument("--checkpoint", metavar="FILE", help="its weights; default: timm's pretrained ones")
-    timm.add_argument(
-        "--first-blocks", type=int, metavar="N", help="blocks without a part in layer_mean; default: a sixth of all"
-    )
-    timm.add_argument("--image-size", metavar="SIZE", help="pixels a side, or HEIGHTxWIDTH; default: timm's")
-    parser.add_argument(
-        "--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run"
-    )
-    parser.add_argument(
-        "--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run"
-    )
-    parser.add_argument(
-        "--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster"
-    )
-    parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the stored numbers; default: float32",
-    )
-    parser.add_argument("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
-    parser.add_argument(
-        "--part-size", type=int, default=4096, help="images between two records of the progress; default: 4096"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core"
-    )
-    parser.add_argument("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
-    parser.add_argument(
-        "--cache-limit",
-        type=size,
-        metavar="SIZE",
-        help="most bytes of shards in --local, such as 60gb; default: no limit",
-    )
-    parser.add_argument("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
-    parser.add_argument("--skip-unreadable", action="store_true", help="skip and list unreadable images")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete"
-    )
-    arguments = parser.parse_args(argv)
-    for name, smallest, largest in (("batch_size", 1, 1 << 16), ("part_size", 1, 1 << 20), ("workers", 0, 1024)):
-        value = getattr(arguments, name)
-        if not smallest <= value <= largest:
-            raise InputError(f"{option(name)}: must be {smallest} to {largest}, got {value}")
-    return arguments
-
-
-def load_model(arguments: argparse.Namespace) -> "tuple[Transformer, ChosenEmbedding]":
-    """Load the student, or a teacher from its own file, and choose the embedding."""
-    from d2v_composer.checkpoints.load import TimmWeights, load_any
-    from d2v_composer.checkpoints.student_file import choose_embedding
-
-    timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
-    student, teacher = load_any(
-        arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
-    )
-    model = teacher if student is None else student
-    assert model is not None  # load_any gives one of them
-    chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
-    return model.eval(), chosen
-
-
 def option(name: str) -> str:
-    """Return the option for an argument of :func:`~d2v_composer.checkpoints.load.load_teacher`."""
+    """Return the option for an argument of :func:`~d2v_composer.checkpoints.load.load_any`."""
     return f"--{name.replace('_', '-')}"
 
 
-def print_report(embedding: "Embedding") -> None:
-    num_now = embedding.images + len(embedding.skipped) - embedding.resumed
-    if embedding.resumed:
-        print(f"resumed an interrupted run after {embedding.resumed} images")
-    print(f"skipped as unreadable: {len(embedding.skipped) or 'none'}")
-    for line in embedding.skipped:
-        print(f"  {line}")
-    rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
-    print(f"wrote {embedding.out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
+    add("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
+    add("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
+    add("--teacher", help="the checkpoint's teacher, if it was moved since the training run")
+    add("--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model")
+    add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
+    add("--first-blocks", type=int, metavar="N", help="a timm model's blocks without a part in layer_mean")
+    add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
+    add("--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run")
+    add("--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run")
+    add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
+    add("--normalize", action="store_true", help="scale embeddings to length 1")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="type of the numbers; default: float32")
+    add("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
+    add("--part-size", type=int, default=4096, help="images between two records of the progress; default: 4096")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core")
+    add("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
+    add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
+    add("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
+    add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
+    arguments = parser.parse_args(argv)
+    for name, (smallest, largest) in LIMITS.items():
+        if not smallest <= getattr(arguments, name) <= largest:
+            raise InputError(f"{option(name)}: must be {smallest} to {largest}, got {getattr(arguments, name)}")
+    return arguments

@@ -1,14 +1,15 @@
-"""Batches of labeled images that are in memory: augmented ones to train on, plain ones to evaluate."""
+"""Load labeled images into memory as uint8, for retrieval and fine-tuning, and make batches of them."""
 
 import hashlib
 import json
 import os
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import accumulate, chain
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from composer.utils import dist
@@ -29,17 +30,15 @@ from d2v_composer.data.images import (
 from d2v_composer.data.index import SUMMARY, find_missing_index, keep_encoded, read_image_index
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import download_existing
 from d2v_composer.system.files import find_unwritable
-from d2v_composer.system.processes import FORK, end_with_parent
-from d2v_composer.system.retry import is_lasting, reason
+from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.retry import is_lasting
 
-if TYPE_CHECKING:
-    from streaming.base.format.mds import MDSReader
-
-
-# MERGED FROM d2v_composer/data/labeled.py: Read the samples of a labeled MDS data set, and the names of its classes.
+Format = Literal["cifar10", "cifar100", "folder", "mds"]
+CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+Place = tuple[int, int]
 
 
 def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
@@ -47,100 +46,6 @@ def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
     if most is None or most >= total:
         return range(total)
     return [number * total // most for number in range(most)]
-
-
-def read_samples(
-    folder: Path, shards: Sequence[dict[str, Any]], column: str, chosen: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield samples of a data set with their numbers; shards of which none is wanted are not read.
-
-    Args:
-        folder: The data set's.
-        shards: As :func:`read_image_index` returns them.
-        column: The column of images; they stay encoded.
-        chosen: The numbers of the samples, ascending.
-
-    Raises:
-        InputError: A shard cannot be read.
-    """
-    first = 0
-    for shard in shards:
-        end = first + shard["samples"]
-        inside = range(bisect_left(chosen, first), bisect_left(chosen, end))
-        if inside:
-            reader = _open_shard(folder, shard, column)
-            for number in map(chosen.__getitem__, inside):
-                yield number, _read_sample(reader, number - first, folder / shard["raw_data"]["basename"])
-        first = end
-
-
-def _open_shard(folder: Path, shard: dict[str, Any], column: str) -> "MDSReader":
-    from streaming.base.format.mds import MDSReader  # takes seconds
-
-    reader = MDSReader.from_json(str(folder), None, shard)
-    keep_encoded([reader], column)
-    return reader
-
-
-def _read_sample(reader: "MDSReader", place: int, path: Path) -> dict[str, Any]:
-    try:
-        return reader[place]
-    except OSError as error:
-        raise InputError(f"{path}: the shard cannot be read ({reason(error)})") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the shard is corrupt ({reason(error)})") from error
-
-
-def whole_label(value: Any) -> int:
-    """Return a label as a number.
-
-    Raises:
-        ValueError: It is no whole number; likewise TypeError.
-    """
-    label = int(value)
-    if not isinstance(value, str) and label != value:
-        raise ValueError(f"{value} is none")
-    return label
-
-
-def mds_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names that d2v convert-images wrote next to the index, if it did."""
-    try:
-        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
-    except FileNotFoundError:
-        return ()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / SUMMARY}: corrupt ({type(error).__name__})") from error
-
-
-def fetch_class_names(remote: str, local: Path, retry_timeout: float) -> None:
-    """Fetch the names of a remote data set's classes next to its index, if they are not here and it has any.
-
-    Args:
-        remote: The data set's address.
-        local: Its cache, which holds its index.
-        retry timeout: Time for which an unreachable store is asked again, in seconds.
-
-    Raises:
-        InputError: The store is unreachable.
-    """
-    if (local / SUMMARY).exists():
-        return
-    address = f"{remote.rstrip('/')}/{SUMMARY}"
-    try:
-        download_existing(address, local / SUMMARY, retry_timeout)
-    except Exception as error:
-        if not is_lasting(error):  # some stores deny what they do not have
-            raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
-
-
-# MERGED FROM d2v_composer/data/labeled.py: Load labeled images for retrieval into memory as uint8: CIFAR-10 and
-
-# Images that are stacked before the next ones are decoded.
-STACKED_AT_ONCE = 1000
-
-Format = Literal["cifar10", "cifar100", "folder", "mds"]
-CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 class LabeledImages(NamedTuple):
@@ -319,7 +224,7 @@ def _load_folder(
     images = (
         to_pixels(read_image_file(folder / paths[i]), str(folder / paths[i]), image_size, interpolation) for i in chosen
     )
-    return LabeledImages(_stacked(images), torch.tensor([class_names.index(names[i]) for i in chosen]))
+    return LabeledImages(_stacked(images, len(chosen)), torch.tensor([class_names.index(names[i]) for i in chosen]))
 
 
 def load_mds(
@@ -330,20 +235,69 @@ def load_mds(
     label_column: str,
     max_images: int | None = None,
 ) -> LabeledImages:
-    """Load one split of a labeled MDS data set, see :func:`load_labeled_set`."""
+    """Load one split of a labeled MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
+    from streaming.base.format.mds import MDSReader  # takes seconds
+
     shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
-    chosen = evenly_spaced(sum(shard["samples"] for shard in shards), max_images)
+    readers = [MDSReader.from_json(str(folder), None, shard) for shard in shards]
+    keep_encoded(readers, column)
+    ends = list(accumulate(shard["samples"] for shard in shards))
+    chosen = evenly_spaced(ends[-1], max_images)
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
-        for number, sample in read_samples(folder, shards, column, chosen):
+        for number in chosen:
+            shard = bisect_right(ends, number)
+            with reading(folder / shards[shard]["raw_data"]["basename"]):
+                sample = readers[shard][number - ends[shard]]  # negative: from the shard's end
             try:
                 labels.append(whole_label(sample[label_column]))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
             yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
 
-    return LabeledImages(_stacked(images()), torch.tensor(labels))
+    return LabeledImages(_stacked(images(), len(chosen)), torch.tensor(labels))
+
+
+def whole_label(value: Any) -> int:
+    """Return a label as a number.
+
+    Raises:
+        ValueError: It is no whole number; likewise TypeError.
+    """
+    label = int(value)
+    if not isinstance(value, str) and label != value:
+        raise ValueError(f"{value} is none")
+    return label
+
+
+def mds_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names that d2v convert-images wrote next to the index, if it did."""
+    if not (folder / SUMMARY).exists():
+        return ()
+    with reading(folder / SUMMARY):
+        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
+
+
+def fetch_class_names(remote: str, local: Path, retry_timeout: float) -> None:
+    """Fetch the names of a remote data set's classes next to its index, if they are not here and it has any.
+
+    Args:
+        remote: The data set's address.
+        local: Its cache, which holds its index.
+        retry_timeout: Time for which an unreachable store is asked again, in seconds.
+
+    Raises:
+        InputError: The store is unreachable.
+    """
+    if (local / SUMMARY).exists():
+        return
+    address = f"{remote.rstrip('/')}/{SUMMARY}"
+    try:
+        download_existing(address, local / SUMMARY, retry_timeout)
+    except Exception as error:
+        if not is_lasting(error):  # some stores deny what they do not have
+            raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
 
 
 def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImages, tuple[str, ...]]:
@@ -369,21 +323,13 @@ def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImage
     return test._replace(labels=numbers[test.labels]), names
 
 
-def _stacked(images: Iterator[Tensor]) -> Tensor:
-    """Stack images as they are decoded; memory holds each once, while torch.stack of all would need it twice."""
-    parts: list[Tensor] = []
-    while some := list(islice(images, STACKED_AT_ONCE)):
-        parts.append(torch.stack(some))
-    stacked = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])  # takes memory only where it is written
-    rest = stacked
-    while parts:
-        part = parts.pop(0)
-        rest[: len(part)] = part
-        rest = rest[len(part) :]
+def _stacked(images: Iterator[Tensor], num_images: int) -> Tensor:
+    """Stack images as they are decoded: torch.stack of all would need their memory twice."""
+    first = next(images)
+    stacked = first.new_empty(num_images, *first.shape)
+    for place, image in zip(stacked, chain([first], images), strict=True):
+        place.copy_(image)
     return stacked
-
-
-Place = tuple[int, int]
 
 
 class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
@@ -456,8 +402,8 @@ def train_batches(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
-        multiprocessing_context=FORK if has_workers else None,
-        worker_init_fn=_start_worker if has_workers else None,
+        multiprocessing_context=get_context("fork") if has_workers else None,
+        worker_init_fn=lambda _: die_with_parent(),
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -466,7 +412,3 @@ def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
     """Return the loader of this rank's share of all images, as they are; Composer drops the last ranks' padding."""
     dataset = TensorDataset(labeled.images, labeled.labels)
     return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())
-
-
-def _start_worker(number: int) -> None:
-    end_with_parent()

@@ -11,13 +11,12 @@ from streaming import MDSWriter
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
-from d2v_composer.data.images import CuttableJpeg, RandomResizedCropFlip, decode_rgb
+from d2v_composer.data.images import RandomResizedCropFlip, decode_rgb
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, small_run
-from streams import open_images
 
 NUM_SAMPLES = 32
 
@@ -63,24 +62,6 @@ def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp
     assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
 
 
-def test_decodes_only_the_needed_rows_of_a_jpeg_column(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a ``bytes`` column; Pillow would decode each to its last row."""
-    data = write_as_streaming(tmp_path / "data", files, "jpeg")
-    cropped, crop = [], CuttableJpeg.crop
-
-    def counted(jpeg: CuttableJpeg, box: Any) -> Any:
-        cropped.append(jpeg.source)
-        return crop(jpeg, box)
-
-    monkeypatch.setattr(CuttableJpeg, "crop", counted)
-    dataset = open_images(data, column="x")
-    for sample_id in range(NUM_SAMPLES):
-        dataset[sample_id]
-    assert len(cropped) == NUM_SAMPLES
-
-
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
 def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: Path, encoding: str) -> None:
     for split in ("train", "test"):
@@ -120,10 +101,3 @@ def test_refuses_a_column_without_images(files: list[Path], tmp_path: Path) -> N
     folder = files[0].parent
     with pytest.raises(InputError, match=r"has no index\.json: --column is for an MDS data set"):
         open_collection(str(folder), 32, "bicubic", column="x")
-
-
-def test_names_a_label_that_is_not_a_number(files: list[Path], tmp_path: Path) -> None:
-    with MDSWriter(out=str(tmp_path / "train"), columns={"image": "bytes", "label": "str"}) as writer:
-        writer.write({"image": files[0].read_bytes(), "label": "cat"})
-    with pytest.raises(InputError, match=r"train: its labels must be whole numbers \(.*'cat'"):
-        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")

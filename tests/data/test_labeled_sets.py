@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from d2v_composer.data.labeled import find_missing_files, load_labeled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, write_mds
 
@@ -57,13 +57,6 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
         assert torch.equal(split.labels, wanted.labels)
     with pytest.raises(InputError):
         load_labeled_set(format, tmp_path, **options)
-
-
-def test_cifar_that_is_here_may_lie_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.data.labeled.find_unwritable", lambda folder: "cannot be written")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    assert find_missing_files("cifar10", tmp_path, download=True) is None
-    assert find_missing_files("cifar100", tmp_path, download=True) == f"{tmp_path}: cannot be written"
 
 
 def write_named(folder: Path, labels: list[int], names: list[str] | None) -> None:
