@@ -40,7 +40,7 @@ from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, run_command, wait_until
 
-COMMAND = ("-m", "d2v_composer.commands", "embed")
+COMMAND = (Path(sys.executable).with_name("d2v"), "embed")
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
 SMALL_PARTS = ("--part-size", "10", "--batch-size", "4")
@@ -233,9 +233,7 @@ def test_a_corrupt_shard_is_named(many_shards: Path, tmp_path: Path) -> None:
     shard = data / "shard.00005.mds"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     # --skip-unreadable is for images, not for shards.
-    ended = run_command(
-        sys.executable, *COMMAND, TEACHER, data, tmp_path / "mds.npy", "--skip-unreadable", "--workers", "1"
-    )
+    ended = run_command(*COMMAND, TEACHER, data, tmp_path / "mds.npy", "--skip-unreadable", "--workers", "1")
     assert ended.returncode == 1
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(r"shard\.00005\.mds: its content has changed \(xxh64\)", line)
@@ -398,7 +396,7 @@ def test_unreadable_images_stop_or_are_skipped(
     out = tmp_path / "out.npy"
     named = f"{source / '05.jpg'}: cannot be read" if kind == "folder" else f"sample 5 of {source}: not an image"
     small = ("--part-size", "4", "--batch-size", "4")
-    ended = run_command(sys.executable, *COMMAND, TEACHER, source, out, *small, "--workers", "1")
+    ended = run_command(*COMMAND, TEACHER, source, out, *small, "--workers", "1")
     assert ended.returncode == 2
     assert re.fullmatch(f"error: {re.escape(named)}.*; --skip-unreadable skips such images", ended.stderr.strip())
     result = embed(TEACHER, source, out, *small, "--skip-unreadable")
