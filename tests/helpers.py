@@ -137,7 +137,7 @@ def inode_of(path: str) -> int:
 
 
 def run_command(
-    *command: str | Path, timeout: float = 120, cwd: Path = ROOT, environment: dict[str, str] | None = None
+    *command: str | Path, timeout: float = 300, cwd: Path = ROOT, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and collect its output."""
     arguments = [str(part) for part in command]
@@ -190,7 +190,7 @@ def has_trained(folder: Path) -> bool:
     return log.exists() and log.read_text().count("loss/train/total") > 1
 
 
-def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 120) -> None:
+def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 300) -> None:
     """Train on two ranks, on one node or two. Both must succeed."""
     with started_ranks(*train_command(arguments)[1:], ranks=2, num_nodes=num_nodes) as programs:
         for program in programs:

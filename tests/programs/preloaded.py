@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 REQUEST_BYTES, ANSWER_BYTES = 1 << 20, 1 << 8
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 class Program:
