@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -28,8 +29,10 @@ from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
+from d2v_composer.system.processes import if_interrupted
 
 ROOT = Path(__file__).parent.parent
+STOP_SECONDS = 60.0
 STUDIES = ROOT / "yamls" / "ablations"
 DEFAULT_STUDY = str(STUDIES / "data2vec2")
 
@@ -106,13 +109,19 @@ class Runs:
         self.started.append(process)
         if self.is_stopping:  # since before it was in the list
             process.terminate()
-        return process.wait()
+        status = process.wait()
+        if self.is_stopping:
+            time.sleep(STOP_SECONDS)  # until this command has ended
+        return status
 
-    def stop(self) -> None:
+    def stop(self) -> str:
         """Let all save and end, by SIGTERM: a terminal's Ctrl-C reaches them too, and a second one would end them."""
         self.is_stopping = True
         for process in self.started:
             process.terminate()
+        for process in self.started:
+            process.wait()
+        return "the same command resumes"
 
 
 def main(argv: Sequence[str]) -> list[FinishedRun]:
@@ -164,16 +173,11 @@ def train_rows(study: Study, folders: Mapping[str, Path], images: Path, jobs: in
     """
     runs = Runs(max(1, (os.cpu_count() or 1) // jobs))
     problems: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            rows = [pool.submit(train, study, name, folder, images, runs) for name, folder in folders.items()]
-            for problem in failures(rows):
-                print(f"{problem}; the other rows go on", file=sys.stderr)
-                problems.append(problem)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            runs.stop()
-            raise KeyboardInterrupt("the same command resumes") from None
+    with ThreadPoolExecutor(jobs) as pool, if_interrupted(runs.stop):
+        rows = [pool.submit(train, study, name, folder, images, runs) for name, folder in folders.items()]
+        for problem in failures(rows):
+            print(f"{problem}; the other rows go on", file=sys.stderr)
+            problems.append(problem)
     if problems:
         raise InputError(*problems)
 

@@ -21,7 +21,6 @@ from d2v_composer.data.streaming import (
 )
 from d2v_composer.models.encoder import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError, reason
-from d2v_composer.system.processes import FORK
 from d2v_composer.system.ranks import (
     COLLECTIVE_SECONDS,
     gather_objects,
@@ -148,7 +147,7 @@ def build_train_loader(
         num_workers=loader.num_workers,
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
-        multiprocessing_context=FORK if has_workers else None,
+        multiprocessing_context="fork" if has_workers else None,
         # For a worker that hangs. It ends after the worker's own error would have named the shard.
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -22,7 +22,7 @@ from d2v_composer.report.run import Run
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import reason
-from d2v_composer.system.processes import end_workers
+from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.ranks import rank_zero_first
 
 # MERGED FROM d2v_composer/builders/fit.py: Run a Trainer to its end, and write the run's report.
@@ -50,9 +50,7 @@ def fit_and_close(
             report(is_new)
         with rank_zero_first("uploads"):
             trainer.engine.close()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            end_workers()  # their uploads may take minutes
+    except BaseException:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
         raise
@@ -104,10 +102,9 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable
     if not is_new and (folder / "report.html").is_file():
         return
     try:
-        written = write_report(make_run(read_jsonl(folder / "log.jsonl")), folder)
+        with if_interrupted(lambda: f"the model is saved, not its report; later: {d2v('report', folder)}"):
+            written = write_report(make_run(read_jsonl(folder / "log.jsonl")), folder)
         log_picture_files(trainer.logger, written[1:])
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"the model is saved, not its report; later: {d2v('report', folder)}") from error
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)

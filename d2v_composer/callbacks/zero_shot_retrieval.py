@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ Metrics = dict[str, float]
 Draw = Callable[["LabeledSet", Tensor], NDArray[np.uint8]]
 """Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
 (height, width, 3)."""
+
+
+class _StoppedError(Exception):
+    """Leaves a measurement when the run is to stop."""
 
 
 class ZeroShotRetrieval(Callback):
@@ -73,6 +78,9 @@ class ZeroShotRetrieval(Callback):
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
+        should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
+            first. On several ranks it must return the same to all.
+        was_stopped: Whether that happened in this batch; kept in checkpoints.
     """
 
     def __init__(
@@ -110,6 +118,8 @@ class ZeroShotRetrieval(Callback):
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
         self.neighbors: dict[str, dict[str, Tensor]] = {}
+        self.should_stop: Callable[[], bool] = lambda: False
+        self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
@@ -124,6 +134,8 @@ class ZeroShotRetrieval(Callback):
             embeds[None] = self.embed or embed_method(unwrapped(state))
         if embeds:
             self.record(self.measure(embeds, state, logger), state, logger)
+        if self.was_stopped:
+            self.evaluate(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.BATCH_END):
@@ -140,6 +152,7 @@ class ZeroShotRetrieval(Callback):
             "primary": self.primary,
             "neighbors": self.neighbors,
             "images": self.fingerprints(),
+            "was_stopped": self.was_stopped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,6 +170,7 @@ class ZeroShotRetrieval(Callback):
         self.history = [{**entry, "metrics": self.with_primary(entry["metrics"])} for entry in state["history"]]
         self.baseline_metrics = self.with_primary(state["baseline_metrics"])
         self.neighbors = state["neighbors"] if state["primary"] == self.primary else {}
+        self.was_stopped = state["was_stopped"]
 
     def fingerprints(self) -> dict[str, str]:
         """Return name → what tells a set's images from others."""
@@ -187,11 +201,14 @@ class ZeroShotRetrieval(Callback):
         }
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log it, unless this was done for this batch."""
+        """Measure the model and log it, unless this was done for this batch or the run is to stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         embed = self.embed or embed_method(unwrapped(state))
-        self.record(self.measure({None: embed}, state, logger), state, logger)
+        self.was_stopped = True
+        with suppress(_StoppedError):
+            self.record(self.measure({None: embed}, state, logger), state, logger)
+            self.was_stopped = False
 
     def record(self, measured: Mapping[str | None, Metrics], state: State, logger: Logger) -> None:
         """Keep and log the accuracies of baselines and (under ``None``) the model."""
@@ -226,6 +243,8 @@ class ZeroShotRetrieval(Callback):
 
     def measure_set(self, dataset: str, embeds: Mapping[str | None, Embed], state: State) -> dict[str | None, Metrics]:
         """Return the accuracies on one set, in both directions, for every embedding."""
+        self.stop_if_asked()  # also on a rank that has no images
+        embeds = {name: self.stoppable(embed) for name, embed in embeds.items()}
         labeled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
         to_device = state.device.tensor_to_device
@@ -240,6 +259,19 @@ class ZeroShotRetrieval(Callback):
                     each.bank: each.nearest.int().cpu() for each in found if each.embedding == primary
                 }
         return metrics
+
+    def stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise _StoppedError
+
+    def stoppable(self, embed: Embed) -> Embed:
+        """Return an embed function that first asks whether to stop."""
+
+        def embed_unless_stopped(images: Tensor) -> Tensor | dict[str, Tensor]:
+            self.stop_if_asked()
+            return embed(images)
+
+        return embed_unless_stopped
 
 
 def retrieval_metrics(dataset: str, found: Sequence[Found], primary: str, baseline: str | None) -> Metrics:

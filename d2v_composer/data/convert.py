@@ -45,7 +45,7 @@ from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import find_unwritable, sole_user, write_atomically
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.processes import die_with_parent, if_interrupted
 
 LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
 SPLITS = ("train", "val", "validation", "test")
@@ -461,7 +461,8 @@ def _groups(source: ImageSource, encoding: Encoding, seed: int, shard_bytes: int
 def _convert(task: Task, workers: int) -> list[tuple[Shard, bool]]:
     """Finish all shards; return them in their order, each with True if it existed."""
     pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task,))
-    with pool, progress_bar(total=len(task.source.files), desc="converting", unit="images") as bar:
+    left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
+    with pool, left, progress_bar(total=len(task.source.files), desc="converting", unit="images") as bar:
         try:
             futures = {pool.submit(_finish_shard, number): len(group) for number, group in enumerate(task.groups)}
             for future in as_completed(futures):

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
-from d2v_composer.system.processes import block_stop_signals
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,8 +39,7 @@ def compile_model(model: DistillationModel, packs_weights: bool = False) -> None
         packs_weights: Compile the frozen passes as whole graphs with their weights in the layout of a CPU's matrix
             products, which holds the weights twice.
     """
-    with block_stop_signals():  # starts the compiling processes, which a run that is stopped may still need
-        compiling = importlib.import_module("torch._inductor.async_compile")
+    compiling = importlib.import_module("torch._inductor.async_compile")
     # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
     atexit.unregister(compiling.shutdown_compile_workers)
     torch._dynamo.config.recompile_limit = MAX_GRAPHS

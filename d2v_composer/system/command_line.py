@@ -23,7 +23,6 @@ from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.files import shorten_socket_paths
-from d2v_composer.system.processes import end_with_launcher, end_workers, survive_closed_pipes
 
 # A disk or a quota is full.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,43 +33,30 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # in a pipe too
-    hide_foreign_warnings()
-    survive_closed_pipes()
-    processes.handle_interrupts()
-    end_with_launcher()
-    status = 0
+    _prepare()
+    processes.survive_closed_pipes()
+    status: int | None = 0
     try:
         shorten_socket_paths()
         main(sys.argv[1:])
+    except SystemExit:
+        raise
     except BaseException as error:
+        if (signum := processes.received()) is not None:
+            processes.end_by_signal(signum)
         status, lines = explain(error)
         if status is None:
             raise
         for line in lines:
             print(line, file=sys.stderr)
     finally:
-        processes.keep_status()
+        processes.defer_signals()  # Composer's launcher sends SIGTERM to the last ranks, whose status is decided
         gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
     sys.exit(status)
 
 
-def hide_foreign_warnings() -> None:
-    """Hide warnings of other packages that no user can act on, in this process and its children."""
-    # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a killed process left in shared memory,
-    # and counts it. The tracker takes over this process's options.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # Composer, about the last batch of an evaluation, which may be smaller than the others.
-    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
-    # torch 2.7's profiler, which the benchmarks use, logs as an error that there is no GPU. 5: nothing.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-
-
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
     """Return the exit status and the lines to print; the status ``None`` for an error that needs its traceback."""
-    if (signum := processes.received()) is not None:
-        end_workers()
-        said = error.args if isinstance(error, KeyboardInterrupt) else ()
-        return processes.status(signum), [": ".join([processes.NAMES[signum], *said])]
     if isinstance(error, InputError | RunError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
@@ -82,10 +68,22 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     return None, []
 
 
+def _prepare() -> None:
+    """Handle signals, and hide the warnings of other packages that no user can act on, here and in child processes."""
+    # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
+    # left in shared memory, and counts it. The tracker takes over this process's options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # Composer, of the last batch of an evaluation, which may be smaller than the others.
+    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    # torch 2.7's profiler, which the benchmarks use, logs as an error that there is no GPU. 5: nothing.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    processes.handle_signals()
+
+
 def begin(text: str | None) -> None:
-    """Begin a recipe whose imports take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    """Start a recipe whose imports take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    _prepare()
     show_help(sys.argv[1:], text)
-    processes.end_at_interrupt()
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:

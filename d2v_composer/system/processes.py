@@ -1,117 +1,155 @@
-"""Survive a reader that leaves, as ``head`` does: the command goes on, and what it prints after that is lost."""
+"""Signals, child processes and open files of a command.
+
+A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
+to the whole group, as schedulers and terminals send it, reaches a data worker or an upload. One thread waits for them.
+"""
 
 import ctypes
 import io
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import popen_fork, popen_spawn_posix, resource_tracker
-from multiprocessing.context import ForkContext, SpawnContext
-from multiprocessing.process import BaseProcess
+from multiprocessing import popen_fork, resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import psutil
-
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.when_imported import when_imported
 
-# MERGED FROM d2v_composer/system/processes.py: Lifetimes of processes: a worker lives as long as its parent, a
+NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
+PR_SET_PDEATHSIG = 1
+# python /…/bin/composer …, or python -m composer.cli.launcher …
+LAUNCHER = re.compile(rb"[^\0]*python[^\0]*\0(-[^\0]*\0)*([^\0]*/)?composer[.\0]")
 
-POLL_SECONDS = 0.5
-# The signal with which a parent ends its workers; no scheduler sends it.
-END = signal.SIGRTMIN
-# Time for a worker to end before it is killed.
-END_SECONDS = 5.0
+_is_watching = False
+_received: signal.Signals | None = None
+_is_deferred = False
+_notice: str | None = None
+_explanations: list[Callable[[], str | None]] = []
+_previous: dict[signal.Signals, Any] = {}
+
+
+def handle_signals() -> None:
+    """Let SIGINT and SIGTERM end this command at once with status 130 or 143, unless :func:`defer_signals` is called.
+
+    Call it in the first line, before imports that start threads. A shell lets jobs in the background ignore SIGINT;
+    they go on ignoring it. A rank also receives SIGTERM when Composer's launcher dies.
+    """
+    global _is_watching
+    if _is_watching:
+        return
+    _is_watching = True
+    resource_tracker.ensure_running()  # its start would unblock the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
+    # Children inherit the mask: SIGTERM would not end them, and multiprocessing would wait for them for ever at exit.
+    popen_fork.Popen.terminate = popen_fork.Popen.kill
+    threading.Thread(target=_watch, args=(_not_ignored(),), daemon=True).start()
+    if "LOCAL_RANK" in os.environ and LAUNCHER.match(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
+        _at_parents_death(signal.SIGTERM)
+
+
+def received() -> signal.Signals | None:
+    """Return the first signal that arrived; later exceptions are its consequence, such as a lost rank."""
+    return _received
+
+
+def defer_signals(notice: str | None = None) -> None:
+    """From now on, let the first signal only change what :func:`received` returns, and a second Ctrl-C end the process.
+
+    Args:
+        notice: Printed by rank 0 after the first Ctrl-C.
+    """
+    global _is_deferred, _notice
+    if not (_is_deferred or _is_watching):  # a program of somebody else's, which has its own handlers
+        _previous.update(
+            {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
+        )
+    _is_deferred, _notice = True, notice
+
+
+def obey_signals() -> None:
+    """End the process at the next signal, or now if one has arrived."""
+    global _is_deferred
+    _is_deferred = False
+    _restore_handlers()
+    if _received is not None:
+        end_by_signal(_received)
+
+
+def forget_signals() -> None:
+    """Give a program of somebody else's its own handlers back; a command stays as it is, since it is about to exit."""
+    global _is_deferred, _received
+    if not _is_watching:
+        _restore_handlers()
+        _is_deferred, _received = False, None
+
+
+def _restore_handlers() -> None:
+    while _previous:
+        signal.signal(*_previous.popitem())
 
 
 @contextmanager
-def block_stop_signals() -> Iterator[None]:
-    """Block SIGTERM and SIGINT in processes started within the block, from their first instruction on.
+def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
+    """Clean up, and print what is left and how to go on, if a signal ends the process in this block.
 
-    A signal that arrives meanwhile reaches this process at the end of the block.
+    Args:
+        explain: Returns the end of the line. It runs in another thread, and may end what the block has started.
     """
-    resource_tracker.ensure_running()  # its start would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, END})
+    _explanations.append(explain)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _explanations.remove(explain)
 
 
-class _StartAndEnd:
-    """Mixin for multiprocessing's Popen classes: start with signals blocked, end with :data:`END`."""
-
-    def _launch(self, process: Any) -> None:
-        popen: Any = super()
-        with block_stop_signals():
-            popen._launch(process)
-
-    def terminate(self) -> None:
-        popen: Any = self
-        popen._send_signal(END)
-        if popen.wait(END_SECONDS) is None:
-            popen.kill()
+def end_by_signal(signum: signal.Signals) -> None:
+    """Print the signal's line, and end this process and its children at once. Files are written atomically."""
+    said = [explain() for explain in reversed(_explanations)]
+    _end(": ".join([NAMES[signum], *filter(None, said)]))
 
 
-class _ForkPopen(_StartAndEnd, popen_fork.Popen):
-    pass
+def _not_ignored() -> list[signal.Signals]:
+    return [each for each in NAMES if signal.getsignal(each) is not signal.SIG_IGN]
 
 
-class _SpawnPopen(_StartAndEnd, popen_spawn_posix.Popen):
-    pass
+def _watch(signals: list[signal.Signals]) -> None:
+    while True:
+        _receive(signal.sigwait(signals))
 
 
-class Worker(BaseProcess):
-    """A process that outlives SIGTERM and Ctrl-C, but not its parent."""
-
-    def run(self) -> None:
-        end_with_parent()
-        super().run()
-
-
-class ForkedWorker(Worker):
-    _start_method, _Popen = "fork", _ForkPopen
-
-
-class SpawnedWorker(Worker):
-    _start_method, _Popen = "spawn", _SpawnPopen
+def _receive(number: int) -> None:
+    global _received
+    if _received is None:
+        _received = signal.Signals(number)
+        if not _is_deferred:
+            # In a thread, so that a second Ctrl-C is heard meanwhile.
+            threading.Thread(target=end_by_signal, args=(_received,), daemon=True).start()
+        elif _notice is not None and _received == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            _print(_notice, sys.stdout)
+    elif number == signal.SIGINT:  # Composer's launcher sends SIGTERM right after the first Ctrl-C
+        _end("Interrupted again: ended at once")
 
 
-FORK: Any = ForkContext()
-SPAWN: Any = SpawnContext()
-FORK.Process, SPAWN.Process = ForkedWorker, SpawnedWorker
+def _end(line: str) -> None:
+    _print(line, sys.stderr)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + (_received or signal.SIGINT))
 
 
-def end_with_parent() -> None:
-    """End this worker process when its parent ends or asks for it. Elsewhere, or called again, do nothing.
-
-    An orphan would otherwise wait forever for its siblings and hold the locks that it inherited.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None or any(thread.name == end_with_parent.__name__ for thread in threading.enumerate()):
-        return
-
-    started_by = os.getppid()  # the parent, or a server that forks for it
-
-    def watch() -> None:
-        # After a fork, siblings hold the parent's sentinel too.
-        while os.getppid() == started_by and parent.is_alive():
-            received = signal.sigtimedwait({END}, POLL_SECONDS)
-            # After SIGSTOP and SIGCONT, Python returns a signal that nobody sent.
-            if received is not None and (received.si_signo, received.si_pid) == (END, parent.pid):
-                os._exit(0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name=end_with_parent.__name__, daemon=True).start()
+def _print(line: str, stream: Any) -> None:
+    """Print a line over a progress bar, even if the main thread is printing."""
+    with suppress(OSError, ValueError):  # a killed launcher may have closed the terminal
+        clear = "\r\033[K" if stream.isatty() else ""
+        os.write(stream.fileno(), f"{clear}{line}\n".encode())
 
 
 def die_with_parent() -> None:
@@ -119,49 +157,14 @@ def die_with_parent() -> None:
 
     The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
     """
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent died before the call
+    _at_parents_death(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before
         os._exit(1)
 
 
-def end_workers() -> None:
-    """Kill this process's workers, whose work is lost, and wait for their end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed data worker
-    workers = multiprocessing.active_children()
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
-
-
-def end_with_launcher() -> None:
-    """Send this rank SIGTERM when Composer's launcher ends; without a launcher, do nothing.
-
-    A killed launcher leaves its ranks running. After SIGTERM, a rank that trains saves and exits.
-    """
-    launcher = os.getppid()
-    if "LOCAL_RANK" not in os.environ or not _is_launcher(launcher):
-        return
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(POLL_SECONDS)
-        with suppress(OSError):  # stderr may be closed
-            print(f"the launcher, process {launcher}, is gone: this rank ends", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name=end_with_launcher.__name__, daemon=True).start()
-
-
-def _is_launcher(pid: int) -> bool:
-    try:
-        command = psutil.Process(pid).cmdline()
-    except psutil.Error:
-        return False
-    # python /…/bin/composer …, or python -m composer.cli.launcher …
-    program = next((part for part in command[1:] if not part.startswith("-")), "")
-    return Path(program).name == "composer" or program.startswith("composer.")
+def _at_parents_death(signum: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 def allow_open_files(needed: int) -> None:
@@ -178,111 +181,6 @@ def allow_open_files(needed: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-# MERGED FROM d2v_composer/system/processes.py: Ctrl-C (SIGINT) and SIGTERM end a command by an exception, so that
-
-NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
-
-Handler = Callable[[int, FrameType | None], Any]
-
-_is_ignored = False
-_handlers: dict[signal.Signals, Handler] = {}
-_received: signal.Signals | None = None
-
-
-def handle_interrupts() -> None:
-    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM.
-
-    A shell lets jobs in the background ignore SIGINT; they go on ignoring it.
-    """
-    for signum in NAMES:
-        _handle(signum, _interrupt)
-
-
-def end_at_interrupt() -> None:
-    """End this process at SIGINT, as long as it has begun nothing."""
-    _handle(signal.SIGINT, _end_before_start)
-
-
-def is_ignored() -> bool:
-    """Tell whether this process ignores SIGINT."""
-    return _is_ignored or signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def received() -> signal.Signals | None:
-    """Return the signal that raised KeyboardInterrupt; a later exception is its consequence, such as a lost rank."""
-    return _received
-
-
-def status(signum: int) -> int:
-    """Return the exit status of a process that a signal ends, as shells give it."""
-    return 128 + signum
-
-
-def second_ends_at_once() -> None:
-    """End this process and its workers at the next SIGINT, without clean-up."""
-    _handle(signal.SIGINT, _end_at_once)
-
-
-def keep_status() -> None:
-    """Let no SIGTERM end this process any more, whose exit status is known.
-
-    If all ranks end by one error, Composer's launcher sends it to those that need a moment longer to exit.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _handle(signum: signal.Signals, handler: Handler) -> None:
-    global _is_ignored
-    _is_ignored = is_ignored()
-    _handlers[signum] = handler
-    _install(signum)
-
-
-def _install(signum: signal.Signals) -> None:
-    ignores = signum == signal.SIGINT and _is_ignored
-    with suppress(ValueError):  # in another thread, where Composer installs none either
-        signal.signal(signum, signal.SIG_IGN if ignores else _handlers[signum])
-
-
-def _install_all() -> None:
-    for signum in _handlers:
-        _install(signum)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    global _received
-    _received = signal.Signals(signum)
-    second_ends_at_once()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Composer's launcher sends it right after Ctrl-C
-    raise KeyboardInterrupt
-
-
-def _end_before_start(signum: int, frame: Any) -> None:
-    with suppress(OSError):
-        os.write(2, b"Interrupted\n")
-    os._exit(status(signum))
-
-
-def _end_at_once(signum: int, frame: Any) -> None:
-    with suppress(OSError):
-        os.write(2, b"Interrupted again: ended at once\n")
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(status(_received or signum))
-
-
-def _end_as_usual() -> None:
-    """Let a signal end a forked process, such as a worker of another package, even while it runs no Python."""
-    for signum in _handlers:
-        if callable(signal.getsignal(signum)):
-            signal.signal(signum, signal.SIG_DFL)
-    _handlers.clear()
-
-
-os.register_at_fork(after_in_child=_end_as_usual)
-when_imported("composer.core.engine", _install_all)  # its import installs handlers of Composer's
-
-
 class _Pipe(io.FileIO):
     """A pipe that becomes /dev/null when its reader leaves, for child processes too."""
 
@@ -297,15 +195,30 @@ class _Pipe(io.FileIO):
 
 
 def survive_closed_pipes() -> None:
-    """Let standard output and errors of this process survive the end of their readers."""
+    """Let a command outlive the reader of its output, as in ``d2v report runs/a | head``: a run goes on training."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        try:
-            descriptor = stream.fileno()
-        except (AttributeError, OSError, ValueError):  # none, or replaced by something without a file
-            continue
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        if isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
             stream.flush()
-            pipe = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
-            text = io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True)
-            setattr(sys, name, text)
+            pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))
+
+
+# Names of before, until nothing uses them.
+FORK: Any = multiprocessing.get_context("fork")
+
+
+class SpawnedWorker(SpawnProcess):
+    def run(self) -> None:
+        die_with_parent()
+        super().run()
+
+
+SPAWN: Any = SpawnContext()
+SPAWN.Process = SpawnedWorker
+
+
+def end_with_parent() -> None:
+    """Call :func:`die_with_parent` in a worker; elsewhere do nothing."""
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()

@@ -204,5 +204,7 @@ def let_first_rank_report() -> None:
     When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher prints nothing of a process that the signal killed
+        # The launcher prints nothing of a process that the signal killed.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         time.sleep(REPORT_SECONDS)

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Precision
-from composer.utils import dist
 
-from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval, checkpointing
-from helpers import wait_until
+from d2v_composer.callbacks import GracefulStop, ZeroShotRetrieval
+from d2v_composer.system import processes
 
 LAST_BATCH = 5
+
+
+class Timestamp(int):
+    """The number of a batch, as Composer gives it."""
+
+    @property
+    def batch(self) -> int:
+        return int(self)
 
 
 class Run:
@@ -41,7 +48,9 @@ class Run:
         return SimpleNamespace(log_metrics=self.log_metrics)
 
     def measure_set(self, dataset: str, embeds: Any, state: Any) -> dict[str | None, dict[str, float]]:
+        self.retrieval.stop_if_asked()
         self.while_measuring()
+        self.retrieval.stoppable(embeds[None])(torch.zeros(1))
         return {None: {"accuracy": 0.5}}
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -54,31 +63,16 @@ class Run:
         self.retrieval.evaluate(self.state, self.logger)
 
 
-class Timestamp(int):
-    """The number of a batch, as Composer gives it."""
-
-    @property
-    def batch(self) -> int:
-        return int(self)
-
-
-def ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.setattr(checkpointing, "NOTICE_SECONDS", 1000.0)
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+def run() -> Iterator[Run]:
     yield Run()
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+    processes.forget_signals()
 
 
 def test_a_measurement_is_cut_short(run: Run) -> None:
-    run.while_measuring = ctrl_c
+    run.while_measuring = lambda: signal.raise_signal(signal.SIGINT)
     run.end_batch(3)
-    assert run.stop.retrieval_is_missing
+    assert run.retrieval.was_stopped
     assert run.stop.stopped_by == signal.SIGINT
     assert run.retrieval.history == run.logged == []
 
@@ -86,12 +80,12 @@ def test_a_measurement_is_cut_short(run: Run) -> None:
 def test_what_was_measured_is_recorded(run: Run) -> None:
     run.while_logging = lambda: signal.raise_signal(signal.SIGTERM)
     run.end_batch(3)
-    assert not run.stop.retrieval_is_missing
+    assert not run.retrieval.was_stopped
     assert [entry["batch"] for entry in run.retrieval.history] == [3]
     assert [list(metrics) for metrics in run.logged] == [["time/zero_shot_retrieval"], ["accuracy"]]
     run.end_batch(4)
     assert run.stop.stopped_by == signal.SIGTERM
-    assert run.stop.retrieval_is_missing
+    assert run.retrieval.was_stopped
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -99,58 +93,15 @@ def test_in_the_last_batch_the_retrieval_is_finished_and_the_run_exits(run: Run,
     run.while_measuring = lambda: signal.raise_signal(signum)
     run.end_batch(LAST_BATCH)
     assert [entry["batch"] for entry in run.retrieval.history] == [LAST_BATCH]
-    assert not run.stop.retrieval_is_missing
+    assert not run.retrieval.was_stopped
     with pytest.raises(SystemExit) as ended:
         run.stop.end_training(run.state, run.logger)
     assert ended.value.code == 128 + signum
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_before_the_first_batch_and_after_the_last_a_signal_ends_the_run_at_once(
-    run: Run, signum: signal.Signals
-) -> None:
-    def end_at_once(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    run.stop.previous[signum] = end_at_once
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signum)
+def test_before_the_first_batch_and_after_the_last_the_programs_own_handlers_are_in_place(run: Run) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     run.end_batch(LAST_BATCH)
+    assert signal.getsignal(signal.SIGTERM) != before
     run.stop.end_training(run.state, run.logger)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signum)
-
-
-def test_a_signal_while_the_ranks_agree_waits_until_they_have(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that left before would fail the others, which wait for it."""
-    events: list[str] = []
-
-    def end_at_once(*_: Any) -> None:
-        events.append("ended")
-        raise KeyboardInterrupt
-
-    def get_world_size() -> int:
-        ctrl_c()
-        events.append("agreed")
-        return 1
-
-    run.stop.previous[signal.SIGINT] = end_at_once
-    run.end_batch(LAST_BATCH)
-    monkeypatch.setattr(dist, "get_world_size", get_world_size)
-    with pytest.raises(KeyboardInterrupt):
-        run.stop.end_training(run.state, run.logger)
-    assert events == ["agreed", "ended"]
-
-
-@pytest.mark.parametrize(
-    ("batch", "line"), [(3, checkpointing.NOTICE), (LAST_BATCH, checkpointing.LAST_NOTICE)], ids=["earlier", "last"]
-)
-def test_the_notice_tells_what_ctrl_c_waits_for(
-    run: Run, batch: int, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(checkpointing, "show", shown.append)
-    monkeypatch.setattr(checkpointing, "NOTICE_SECONDS", 0.0)
-    run.end_batch(batch)
-    ctrl_c()
-    wait_until(lambda: shown == [line])
+    assert signal.getsignal(signal.SIGTERM) == before

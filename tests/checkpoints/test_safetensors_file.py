@@ -22,7 +22,7 @@ from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.commands import convert_teacher as convert_teacher_recipe
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.student import Student
-from d2v_composer.system import command_line
+from d2v_composer.system import command_line, processes
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, serving
 
@@ -214,8 +214,9 @@ def test_the_command_exits_with_2_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.safetensors"
-    for name in ("shorten_socket_paths", "end_with_launcher"):
-        monkeypatch.setattr(command_line, name, lambda: None)
+    monkeypatch.setattr(command_line, "shorten_socket_paths", lambda: None)
+    for name in ("handle_signals", "defer_signals"):
+        monkeypatch.setattr(processes, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
     with pytest.raises(SystemExit, match="2"):
         command_line.run(convert_teacher_recipe.main)

@@ -13,7 +13,7 @@ from composer import Callback, Logger, State, Trainer
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.models import build_comparison
-from d2v_composer.callbacks import GracefulStop, Health, ZeroShotRetrieval
+from d2v_composer.callbacks import Health, ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
@@ -45,14 +45,14 @@ def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class StopsAt(Callback):
-    """Tell the run after a batch that SIGTERM came."""
+    """Send SIGTERM to the run before a batch."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) == self.batch - 1:
-            next(each for each in state.callbacks if isinstance(each, GracefulStop)).received.add(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 EVERYTHING = (

@@ -13,7 +13,7 @@ from d2v_composer.builders.data import read_train_index
 from d2v_composer.builders.training import build_run_record
 from d2v_composer.checkpoints.load import load_any, load_teacher
 from d2v_composer.config.load import load_config
-from d2v_composer.system import command_line
+from d2v_composer.system import command_line, processes
 from d2v_composer.system import retry as retry_module
 from d2v_composer.system.addresses import file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError
@@ -156,8 +156,9 @@ def test_a_commands_error_shows_no_secrets(capsys: pytest.CaptureFixture[str], m
     def main(_: object) -> None:
         raise InputError("https://user:hunter2@host/f?token=topsecret: no such file")
 
-    for name in ("shorten_socket_paths", "end_with_launcher"):
-        monkeypatch.setattr(command_line, name, lambda: None)
+    monkeypatch.setattr(command_line, "shorten_socket_paths", lambda: None)
+    for name in ("handle_signals", "defer_signals"):
+        monkeypatch.setattr(processes, name, lambda: None)
     with pytest.raises(SystemExit, match="2"):
         command_line.run(main)
     said = capsys.readouterr().err

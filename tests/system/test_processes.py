@@ -1,0 +1,88 @@
+"""Signals reach one thread of a command; its children live no longer than it does."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import psutil
+import pytest
+
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.processes import LAUNCHER, allow_open_files, die_with_parent
+
+# A command that ends while it has a worker that sleeps for ever, which multiprocessing would wait for.
+WITH_WORKER = """
+import multiprocessing, time
+from d2v_composer.system import command_line
+
+def main(argv):
+    import numpy, torch
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+    masks = [each.read_text().split("SigBlk:")[1].split()[0] for each in Path("/proc/self/task").glob("*/status")]
+    print(len(masks), *{int(mask, 16) & 0x4002 for mask in masks})
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+
+from pathlib import Path
+command_line.run(main)
+"""
+
+
+def test_all_threads_block_the_signals_and_a_command_ends_its_workers() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
+    ended = subprocess.run([sys.executable, "-c", WITH_WORKER], capture_output=True, env=environment, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    threads, *masks = map(int, ended.stdout.split())
+    assert threads > 2
+    # SIGINT is number 2, SIGTERM 15. The kernel shows none of them as blocked in the thread that waits for them.
+    assert sorted(masks) == [0, 0x4002]
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    receive, send = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=_start_worker, args=(send,))
+    parent.start()
+    worker = psutil.Process(receive.recv())
+    parent.kill()
+    parent.join()
+    worker.wait(timeout=30)
+
+
+def _start_worker(send: Connection) -> None:
+    multiprocessing.get_context("fork").Process(target=_work, args=(send,)).start()
+    time.sleep(600)
+
+
+def _work(send: Connection) -> None:
+    die_with_parent()
+    send.send(os.getpid())
+    time.sleep(600)
+
+
+def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(32, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, limit: limits.append(limit))
+    allow_open_files(300)
+    allow_open_files(200)
+    assert limits == [(32, 4096), (300, 4096)]
+    with pytest.raises(InputError, match=r"^this run needs 5000 open files, the limit is 4096 "):
+        allow_open_files(5000)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        ("/usr/bin/python /opt/bin/composer -n 2", True),
+        ("python3 -m composer.cli.launcher -n 2", True),
+        ("python -u composer -n 2", True),
+        ("python nohup.py composer", False),
+        ("bash composer", False),
+        ("python -c import_composer", False),
+    ],
+)
+def test_only_composers_launcher_is_one(command: str, is_launcher: bool) -> None:
+    """A shell or nohup that started a rank may end before it."""
+    assert bool(LAUNCHER.match(command.replace(" ", "\0").encode() + b"\0")) == is_launcher
