@@ -21,6 +21,7 @@ from d2v_composer.data.streaming import (
 )
 from d2v_composer.models.encoder import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, ShardError, reason
+from d2v_composer.system.processes import die_with_parent
 from d2v_composer.system.ranks import (
     COLLECTIVE_SECONDS,
     gather_objects,
@@ -148,6 +149,7 @@ def build_train_loader(
         prefetch_factor=loader.prefetch_factor if has_workers else None,
         persistent_workers=has_workers,
         multiprocessing_context="fork" if has_workers else None,
+        worker_init_fn=lambda _: die_with_parent(),
         # For a worker that hangs. It ends after the worker's own error would have named the shard.
         timeout=2 * loader.timeout + HANGING_SECONDS if has_workers else 0,
         pin_memory=torch.cuda.is_available(),
