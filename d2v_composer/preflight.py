@@ -37,7 +37,7 @@ from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import existing_folder
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.processes import die_with_parent, if_interrupted
 
 FOLDER = ".d2v-preflight"
 """Folder of a rehearsal, in the run's folder and cache; removed at the start and at the end."""
@@ -123,7 +123,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     checks = Checks(config, node)
     passed = [node.check(name, look) for name, look in checks.by_name().items()]
     ready = all(passed)
-    with Rehearsal(argv, config, train_script, node) as rehearsal:
+    with Rehearsal(argv, config, train_script, node) as rehearsal, if_interrupted(rehearsal.close):
         for name, phase in rehearsal.phases().items():
             if ready:
                 ready = node.check(name, phase)
@@ -310,6 +310,9 @@ class Rehearsal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Kill what still runs, and remove the files."""
         for command in self.commands:
             command.signal(signal.SIGKILL)
