@@ -1,4 +1,4 @@
-"""Read the metrics that a run logged as JSON lines."""
+"""Names of metrics and embeddings; and a run's log of metrics, in JSON lines."""
 
 import json
 import logging
@@ -8,12 +8,10 @@ from typing import Any, get_args
 
 from d2v_composer.models.names import Pooling, Representation
 
-# MERGED FROM d2v_composer/evaluation/metrics.py: Names of metrics, and of the embeddings that retrieval measures.
-
 log = logging.getLogger(__name__)
 
 BANKS = ("train", "test")
-# Of a student and a teacher; without CLS the first of each representation is missing.
+# Embeddings of a student and a teacher; without CLS the first of each representation is missing.
 EMBEDDINGS = [
     f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
 ]

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from d2v_composer import (
     load_teacher,
     retrieval_accuracy,
 )
-from d2v_composer.builders import models
 from d2v_composer.commands import evaluate as evaluate_recipe
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
@@ -210,21 +208,6 @@ def test_confusion_matrix_and_class_accuracies() -> None:
     rows = [line.split() for line in table.partition("confused with\n")[2].partition("confused with\n")[2].splitlines()]
     assert rows[:3] == [["cat", "50.0", "2"], ["dog", "50.0", "cat"], ["2", "100.0", "–"]]  # a label without a name
     assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
-
-
-def test_any_whole_number_may_be_a_label(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers of products, or -1 for an unknown class: the tables name them, and have no rows for those between."""
-
-    def load(*arguments: Any, **options: Any) -> LabeledSet:
-        train, test, _ = load_labeled_set(*arguments, **options)
-        train, test = (each._replace(labels=each.labels * 200_000 - 1) for each in (train, test))
-        return LabeledSet(train, test)
-
-    monkeypatch.setattr(models, "load_labeled_set", load)
-    printed = run_evaluate(f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), f"out={tmp_path}")
-    expected = [str(200_000 * number - 1) for number in range(10)]
-    assert [line.split()[0] for line in printed.splitlines() if line.split()[:1] == [expected[0]]] == ["-1"]
-    assert json.loads((tmp_path / "evaluation.json").read_text())["class_names"] == {"small": expected}
 
 
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:

@@ -127,14 +127,6 @@ def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
         assert macs_of(teacher) == macs_of(whole)
 
 
-def test_top_k_layers_are_the_last(teacher: Data2Vec2) -> None:
-    x = teacher.encode(images_for(teacher))
-    _, ffn_outputs = teacher.forward_blocks(x)
-    torch.testing.assert_close(teacher.targets(x, average_top_k_layers=2), norm_mean(ffn_outputs[-2:]))
-    with pytest.raises(ValueError, match="average_top_k_layers must be a whole number from 1 to 3, got 4"):
-        teacher.targets(x, average_top_k_layers=4)
-
-
 def test_norm_mean_equals_torchs_norms() -> None:
     layers = [torch.randn(3, 7, 16) * 5 + 2 for _ in range(3)]
     normed = [nn.functional.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in layers]
