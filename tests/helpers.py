@@ -167,7 +167,7 @@ def run_training(*arguments: str, **options: Any) -> subprocess.CompletedProcess
 def failure(ended: "subprocess.CompletedProcess[str] | Program", status: int) -> str:
     """Check that a command failed with a status and without a traceback, and return its last line."""
     found = ended.poll() if isinstance(ended, Program) else ended.returncode
-    assert found == status, ended.stdout + ended.stderr
+    assert found == status, f"status {found}: {ended.stdout}{ended.stderr}"
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.stderr.strip().splitlines()[-1]
 
