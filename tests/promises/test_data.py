@@ -386,7 +386,7 @@ def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         os.killpg(program.pid, sent)
         assert program.wait(30) == (-sent if sent == signal.SIGKILL else 128 + sent), program.stderr
         assert_gone(family)
-        assert sent == signal.SIGKILL or "the same command resumes" in program.stderr.splitlines()[-1]
+        assert sent == signal.SIGKILL or program.stderr.splitlines()[-1].startswith(("Interrupted", "SIGTERM"))
         assert not (tmp_path / "killed.npy").exists()
     ended = d2v(*command[2:])
     assert ended.returncode == 0, ended.stderr
