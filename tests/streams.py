@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.streaming import StreamingImages
-from d2v_composer.system.processes import FORK
+from d2v_composer.system.processes import die_with_parent
 from helpers import time_limit
 
 
@@ -24,9 +24,9 @@ def open_images(local: Path, remote: Path | str | None = None, **options: Any) -
 @contextmanager
 def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
     """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
-    options: dict[str, Any] = (
-        {"num_workers": workers, "multiprocessing_context": FORK, "timeout": 20} if workers else {}
-    )
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"num_workers": workers, "worker_init_fn": lambda _: die_with_parent(), "timeout": 20}
     batches = iter(DataLoader(dataset, 16, sampler=dataset.order, **options))
     try:
         yield batches
