@@ -14,8 +14,6 @@ import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the en
 
 # isort: split
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 from d2v_composer.system import command_line
 
@@ -33,7 +31,7 @@ from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.resume import LATEST
 from d2v_composer.checkpoints.safe_load import read_checkpoint
 from d2v_composer.config.load import load_config
-from d2v_composer.config.schema import LabeledSetConfig, TrainConfig
+from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.execution import join_units
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
@@ -85,16 +83,14 @@ def name_next_steps(config: TrainConfig) -> None:
     if run_folder is None:
         return
     checkpoint = run_folder.local / LATEST
-    retrieval = config.retrieval
-    used = {name: differing(labeled) for name, labeled in retrieval.datasets.items() if labeled is not None}
+    used = {
+        name: labeled.model_dump(exclude_defaults=True)
+        for name, labeled in config.retrieval.datasets.items()
+        if labeled is not None
+    }
     datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
     evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
     print_next(*evaluate, d2v("export", checkpoint, run_folder.local / "student.safetensors"))
-
-
-def differing(section: LabeledSetConfig) -> dict[str, Any]:
-    """Return the fields of a section that are not the default."""
-    return {name: value for name, value in asdict(section).items() if value != getattr(LabeledSetConfig, name, None)}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+from d2v_composer.config.load import find_section
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, Section, TrainConfig
 from helpers import ROOT
 
 READMES = [
@@ -49,18 +48,14 @@ def test_files_in_commands_and_tables_exist(readme: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[str]:
+def keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a config, without those of the user's own names."""
-    hints = get_type_hints(schema)
-    for field in fields(schema):
-        inner = [
-            kind for kind in (hints[field.name], *getattr(hints[field.name], "__args__", ())) if is_dataclass(kind)
-        ]
-        if inner and "dict" not in str(hints[field.name]):
-            assert isinstance(inner[0], type)
-            yield from keys(inner[0], f"{prefix}{field.name}.")
+    for name, field in schema.model_fields.items():
+        section = find_section(field.annotation)
+        if section is not None and "dict" not in str(field.annotation):
+            yield from keys(section, f"{prefix}{name}.")
         else:
-            yield prefix + field.name
+            yield prefix + name
 
 
 def listed(title: str) -> list[str]:
@@ -74,7 +69,7 @@ def listed(title: str) -> list[str]:
     ("schema", "title"),
     [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabeledSetConfig, "Labeled sets")],
 )
-def test_every_field_is_listed_once_and_no_other(schema: type, title: str) -> None:
+def test_every_field_is_listed_once_and_no_other(schema: type[Section], title: str) -> None:
     assert listed(title) == sorted(keys(schema))
 
 

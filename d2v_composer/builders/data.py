@@ -1,4 +1,4 @@
-"""Build the loader of training images, and compute its needs of a node."""
+"""Build the loader of training images, and compute the disk space and shared memory that it needs on a node."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import torch
 from composer.utils import dist
-from streaming.base.util import bytes_to_int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import LoaderConfig, ShardLoaderConfig, TrainLoaderConfig
+from d2v_composer.builders.run_folder import errors_of
+from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.index import RoomNeeded, check_room, describe_data, fetch_index, read_image_index, room_needed
 from d2v_composer.data.streaming import (
@@ -38,6 +38,8 @@ LATE_SECONDS = 60
 INDEX_SECONDS = 60.0
 # More than any run was seen to need. Each tensor that a worker has ready is an open file.
 OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 16
+# Fields of the section that are StreamingImages' arguments.
+PASSED_ON = {"column", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
 
 
 class StreamedRun(Protocol):
@@ -56,7 +58,7 @@ def build_collective_timeout(loader: ShardLoaderConfig) -> float:
     return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
 
 
-def count_open_files(loader: LoaderConfig) -> int:
+def count_open_files(loader: ShardLoaderConfig) -> int:
     """Return the number of files that a training process may have open."""
     return OPEN_FILES + OPEN_FILES_PER_WORKER * loader.num_workers
 
@@ -65,8 +67,8 @@ def read_train_index(config: StreamedRun, label_column: str | None = None) -> li
     """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
 
     Args:
-        config: The run's.
-        label_column: A column that a fine-tuning needs, too.
+        config: The run's config.
+        label_column: Column of labels, which a fine-tuning run needs too.
 
     Raises:
         InputError: The data cannot be used, or is smaller than a batch.
@@ -75,13 +77,14 @@ def read_train_index(config: StreamedRun, label_column: str | None = None) -> li
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
-    shards = read_image_index(
-        local,
-        loader.column,
-        option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
-        other_columns=() if label_column is None else (label_column,),
-        shards_may_be_missing=loader.remote is not None,
-    )
+    with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
+        shards = read_image_index(
+            local,
+            loader.column,
+            option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
+            other_columns=() if label_column is None else (label_column,),
+            shards_may_be_missing=loader.remote is not None,
+        )
     check_same_data(local, shards)
     num_samples, batch_size = count_samples(shards), config.global_train_batch_size
     if num_samples < batch_size:
@@ -109,13 +112,13 @@ def build_train_loader(
     interpolation: str,
     labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` pairs with these.
+    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` (image, label) pairs.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
-    few samples left over are others in each epoch.
+    few samples left over differ from epoch to epoch.
 
     Raises:
-        InputError: The node has too little room or shared memory, or the cache limit is too small.
+        InputError: The node has too little disk space or shared memory, or the cache limit is too small.
     """
     loader = config.train_loader
     if loader.remote is not None:
@@ -127,15 +130,10 @@ def build_train_loader(
             remote=loader.remote,
             batch_size=config.global_train_batch_size // dist.get_world_size(),
             transform=build_transform(loader, image_size, interpolation),
-            column=loader.column,
             seed=config.seed,
-            shuffle=loader.shuffle,
-            shuffle_block_size=loader.shuffle_block_size,
-            num_canonical_nodes=loader.num_canonical_nodes,
             epoch_size=epoch_size(config, shards),
-            cache_limit=loader.cache_limit,
-            timeout=loader.timeout,
             labels=labels,
+            **loader.model_dump(include=PASSED_ON),
         )
     except (ShardError, ValueError) as error:  # a cache_limit that is too small for these shards
         raise InputError(f"train_loader: {reason(error)}") from error
@@ -157,15 +155,13 @@ def build_train_loader(
 
 
 def collate_pairs(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a batch: Composer's algorithms that mix them want a pair."""
+    """Return a batch's images and labels as the pair that Composer's mixing algorithms need."""
     return torch.stack([sample["image"] for sample in samples]), torch.tensor([sample["label"] for sample in samples])
 
 
-def build_transform(loader: LoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
+def build_transform(loader: ShardLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
     """Build the augmentation of the training images."""
-    (smallest, largest), (narrowest, widest) = loader.crop_scale, loader.crop_ratio
-    scale, ratio = (smallest, largest), (narrowest, widest)
-    return RandomResizedCropFlip(image_size, scale, ratio, loader.flip, interpolation)
+    return RandomResizedCropFlip(image_size, loader.crop_scale, loader.crop_ratio, loader.flip, interpolation)
 
 
 def count_samples(shards: list[dict[str, Any]]) -> int:
@@ -182,7 +178,7 @@ def room_of_node(config: StreamedRun, shards: list[dict[str, Any]], num_nodes: i
     loader = config.train_loader
     parts = loader.num_canonical_nodes  # of the order, each with its own shards
     share = 1 / num_nodes if parts % num_nodes == 0 else 1 / parts if num_nodes % parts == 0 else 1.0
-    return room_needed(shards, Path(loader.local), bytes_to_int(loader.cache_limit or 0), share)
+    return room_needed(shards, Path(loader.local), loader.cache_limit, share)
 
 
 def build_room_needs(config: StreamedRun, shards: list[dict[str, Any]]) -> list[RoomNeeded]:

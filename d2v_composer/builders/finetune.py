@@ -1,9 +1,8 @@
-"""Build a whole fine-tuning from its config: the entry of this package for recipes/finetune.py."""
+"""Build a whole fine-tuning run from its config, for recipes/finetune.py."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,16 @@ from d2v_composer.builders.loggers import ask_logging_servers
 from d2v_composer.builders.models import load_trained_model
 from d2v_composer.builders.run import build_trainer_arguments
 from d2v_composer.builders.training import (
-    build_classifier_algorithms,
-    build_finetuning_record,
+    FIXED_IN_A_FINETUNING,
+    build_algorithms,
     build_layerwise_optimizer,
+    build_run_record,
     build_scheduler,
 )
 from d2v_composer.callbacks import RunRecord, SeededBatches
 from d2v_composer.checkpoints.load import without_head
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding, sizes_of
-from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, ShardLoaderConfig, TrainLoaderConfig
+from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import (
     AugmentedImages,
@@ -50,24 +50,22 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 
-# MERGED FROM d2v_composer/builders/finetune.py: Build the images of a fine-tuning: the train images in memory or
-
-# So many numbers may there be for each class; a split may lack some classes.
+# Label numbers per class: a split may lack some classes.
 LARGEST_GAPS = 100
 
 
 class FinetuneImages(NamedTuple):
-    """The images of a fine-tuning."""
+    """Images of a fine-tuning run."""
 
     train_loader: DataLoader
     """Augmented uint8 images of this rank, with their labels."""
     test: LabeledImages
     num_train: int
     class_names: tuple[str, ...]
-    """The name of each label; empty if the labels are only numbers."""
+    """Name of each label; empty if the labels are only numbers."""
     num_classes: int
     about: Mapping[str, Any]
-    """The train images, for the run's record; ``sha256`` identifies them and their labels."""
+    """Description of the train images for the run's record; ``sha256`` identifies them and their labels."""
 
 
 class StreamedImages(NamedTuple):
@@ -82,18 +80,15 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
     """Build the sections ``dataset`` and ``train_loader`` for an encoder.
 
     Raises:
-        InputError: The data set cannot be used, or is smaller than a batch; or the node has too little room or shared
-            memory.
+        InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
+            shared memory.
     """
-    assert config.dataset is not None  # the config's checks
-    if config.train_loader.stream:
-        return _streamed(config, config.dataset, sizes)
-    return _in_memory(config, config.dataset, sizes)
+    return (_streamed if config.train_loader.stream else _in_memory)(config, config.dataset, sizes)
 
 
 def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     root = Path(dataset.root)
-    options = {each.name: getattr(config.train_loader, each.name) for each in fields(ShardLoaderConfig)}
+    options = config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
     shards = read_train_index(streamed, dataset.label_column)
@@ -131,7 +126,9 @@ def load_images(dataset: LabeledSetConfig, batch_size: int, sizes: EncoderConfig
         InputError: The data set cannot be used, or is smaller than a batch.
     """
     with node_leaders_first("the data set"):
-        labeled = load_labeled_set(**asdict(dataset), image_size=sizes.image_size, interpolation=sizes.interpolation)
+        labeled = load_labeled_set(
+            **dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
+        )
     if (num_images := labeled.num_images[0]) < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
     return labeled
@@ -141,7 +138,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabeledImag
     """Return the number of classes, by their names and the largest label.
 
     Raises:
-        InputError: There are less than two, or a label is negative or far beyond the others.
+        InputError: There are fewer than two, or a label is negative or far beyond the others.
     """
     labels = torch.cat([split.labels for split in splits]).unique()
     largest, num_known = int(labels.max()), max(len(class_names), len(labels))
@@ -171,7 +168,7 @@ EVALUATOR = "test"
 
 
 class BuiltFinetuning(NamedTuple):
-    """A fine-tuning that is ready to train."""
+    """A fine-tuning run that is ready to train."""
 
     trainer_arguments: dict[str, Any]
     """Arguments of Composer's Trainer."""
@@ -181,7 +178,7 @@ class BuiltFinetuning(NamedTuple):
 
 
 def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
-    """Build everything that a fine-tuning needs, and lock its folder.
+    """Build everything that a fine-tuning run needs, and lock its folder.
 
     Call it on every rank, after they have joined.
 
@@ -198,7 +195,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding.primary, config.train_encoder, cpu_bf16)
     eval_loader = eval_batches(images.test, config.device_eval_batch_size)
-    record = build_finetuning_record(config, about, images.about)
+    record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=images.about)
     arguments = {
         "model": model,
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),
@@ -208,14 +205,14 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         "eval_interval": config.eval_interval,
         "optimizers": build_layerwise_optimizer(config.optimizer, model),
         "schedulers": build_scheduler(config, len(images.train_loader)),
-        "algorithms": build_classifier_algorithms(config.algorithms),
+        "algorithms": build_algorithms(config.algorithms),
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
     return BuiltFinetuning(arguments, model, record, images)
 
 
 def load_backbone(config: FinetuneConfig) -> Student | Teacher:
-    """Load the student or teacher of ``model``, without the head of an earlier fine-tuning.
+    """Load the student or teacher of ``model``, without the head of an earlier fine-tuning run.
 
     Raises:
         InputError: Its file cannot be used.

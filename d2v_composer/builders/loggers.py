@@ -17,6 +17,7 @@ from d2v_composer.callbacks.zero_shot_retrieval import Draw, shows_pictures
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.machine import find_wrong_packages
 from d2v_composer.system.ranks import rank_zero_first
 
 OFFLINE = "WANDB_MODE=offline logs without a login or network, and `wandb sync` uploads it later"
@@ -28,7 +29,7 @@ def ask_logging_servers(config: TrainerConfig) -> None:
     """Let rank 0, the only one that logs in, ask the servers of the run's loggers. Call it on every rank.
 
     Raises:
-        InputError: On every rank: a server does not accept the run.
+        InputError: A server does not accept the run; raised on every rank.
     """
     with rank_zero_first("the loggers"):
         if dist.get_global_rank() == 0:
@@ -36,15 +37,19 @@ def ask_logging_servers(config: TrainerConfig) -> None:
 
 
 def check_logging_servers(config: TrainerConfig) -> None:
-    """Ask the servers of W&B and MLflow, of those that the run logs to, whether they accept it.
+    """Check the packages of the run's loggers, and ask the servers of W&B and MLflow whether they accept it.
 
     Raises:
-        InputError: A login is missing or refused, or a server does not answer.
+        InputError: A package or a login is missing, or a server does not answer.
     """
-    for name, check in {"wandb": _check_wandb, "mlflow": _check_mlflow}.items():
-        if (arguments := config.loggers.get(name)) is not None:
+    checks = {"wandb": _check_wandb, "mlflow": _check_mlflow}
+    for name, arguments in config.loggers.items():
+        if arguments is not None:
             with errors_of(f"loggers.{name}"):
-                check(arguments)
+                if wrong := list(find_wrong_packages(extra=name)):
+                    raise InputError("; ".join(wrong))
+                if name in checks:
+                    checks[name](arguments)
 
 
 def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
@@ -62,7 +67,8 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
             if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
                 continue
             with errors_of(f"loggers.{name}"):
-                loggers.append(LOGGERS[name](**_in_run_folder(name, arguments, folder)))
+                in_folder = arguments if folder is None else _in_run_folder(name, arguments, folder)
+                loggers.append(LOGGERS[name](**in_folder))
     if folder is not None and folder.address is not None:
         uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
         assert uploader is not None  # None only if the loggers had one already
@@ -88,10 +94,8 @@ def _build_progress(config: TrainerConfig) -> ProgressLogger:
     return ProgressLogger(config.progress_bar and on_terminal, config.console_log_interval if prints_lines else None)
 
 
-def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder | None) -> dict[str, Any]:
+def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Add the run's folder to a logger's arguments where neither they nor the environment name a place."""
-    if folder is None:
-        return arguments
     local = folder.local.absolute()
     if name == "jsonl":
         remote = None if folder.address is None or "filename" in arguments else f"{folder.address}/log.jsonl"

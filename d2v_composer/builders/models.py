@@ -1,12 +1,12 @@
-"""Build the labeled sets of a retrieval, and the models that an evaluation compares."""
+"""Build teacher, student and the model that distils them; the models that an evaluation compares; labeled sets."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.checkpoints.load import TimmWeights, load_any, load_teacher
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
@@ -14,14 +14,12 @@ from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Encoder, EncoderConfig, ImageSize
-from d2v_composer.models.execution import choose_precision, compile_model
+from d2v_composer.models.execution import choose_precision, compile_model, find_missing
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
-
-# MERGED FROM d2v_composer/builders/models.py: Build teacher, student and the model that distils them.
 
 
 def build_model(config: TrainConfig) -> DistillationModel:
@@ -33,18 +31,24 @@ def build_model(config: TrainConfig) -> DistillationModel:
     with node_leaders_first("the teacher"):
         teacher = build_teacher(config.teacher)
     check_fit(config, teacher)
-    try:
-        student = teacher.build_student(**asdict(config.student), normalization=config.targets.normalization)
-    except ValueError as error:
-        raise InputError(f"student: {error}") from error
-    precision = choose_precision(config.precision)
+    targets, precision = config.targets, choose_precision(config.precision)
+    with errors_of("student"):
+        student = teacher.build_student(**config.student.model_dump(), normalization=targets.normalization)
     uses_fsdp = config.parallelism_config.fsdp is not None
-    if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
-        teacher.cast_weights(getattr(torch, config.frozen_dtype) if config.frozen_dtype else precision.dtype)
-    targets, cpu_bf16 = config.targets, precision.cpu_bf16
-    options = (targets.extra_tokens, targets.average_top_k_layers, cpu_bf16, targets.source)
-    model = DistillationModel(teacher, student, config.prediction, *options)
+    if not uses_fsdp and config.frozen_dtype is None:  # FSDP casts what it gathers, and needs one dtype in a block
+        teacher.cast_weights(precision.dtype)
+    model = DistillationModel(
+        teacher,
+        student,
+        config.prediction,
+        targets.extra_tokens,
+        targets.average_top_k_layers,
+        precision.cpu_bf16,
+        targets.source,
+    )
     if config.compile:
+        if (missing := find_missing()) is not None:
+            raise InputError(f"compile: {missing}; install it, or compile=false")
         compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
     if config.activation_checkpointing:
         student.checkpoint_activations()
@@ -57,18 +61,16 @@ def build_teacher(config: TeacherConfig) -> Teacher:
     Raises:
         InputError: Its file cannot be used.
     """
-    return load_teacher(
-        config.checkpoint,
-        config.weights,
-        model=config.model,
-        first_blocks=config.first_blocks,
-        image_size=config.image_size,
-        option="teacher.{}".format,
-    )
+    with errors_of("teacher.checkpoint", InputError):
+        return load_teacher(config.checkpoint, option="teacher.{}".format, **config.model_dump(exclude={"checkpoint"}))
 
 
 def check_fit(config: TrainConfig, teacher: Teacher) -> None:
-    """Refuse settings that this teacher does not allow."""
+    """Check the settings that depend on the teacher.
+
+    Raises:
+        InputError: This teacher does not allow one of them.
+    """
     top_k, depth = config.targets.average_top_k_layers, teacher.config.depth
     if top_k is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
@@ -78,9 +80,6 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError("targets.extra_tokens: this teacher has no extra tokens; allowed here: regress")
     if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
         raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
-
-
-# MERGED FROM d2v_composer/builders/models.py: Load the model that an evaluation or a fine-tuning begins with.
 
 
 def load_trained_model(config: ModelConfig) -> tuple[Student | None, Teacher | None]:
@@ -120,7 +119,9 @@ def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolatio
     """
     load = partial(load_labeled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
     return {
-        name: load(**asdict(labeled)).numbered() for name, labeled in lookup.datasets.items() if labeled is not None
+        name: load(**labeled.model_dump()).numbered()
+        for name, labeled in lookup.datasets.items()
+        if labeled is not None
     }
 
 

@@ -1,6 +1,5 @@
 """Build a whole training run from its config: the entry of this package for recipes/train.py."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,23 +8,35 @@ from composer.core import Callback
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, draw_for
 from d2v_composer.builders.models import build_model
-from d2v_composer.builders.run_folder import build_load_path, check_record
+from d2v_composer.builders.run_folder import build_load_path, check_record, find_run_folder
 from d2v_composer.builders.training import (
+    FIXED_BY_A_CHECKPOINT,
     build_algorithms,
     build_callbacks,
-    build_folder_callbacks,
-    build_graceful_stop,
     build_optimizer,
     build_parallelism,
     build_retrieval,
     build_run_record,
     build_scheduler,
 )
-from d2v_composer.callbacks import NanGuard, RunRecord, Throughput, ZeroShotRetrieval
+from d2v_composer.callbacks import (
+    CheckpointRetention,
+    GracefulStop,
+    NanGuard,
+    RunFolderLock,
+    RunRecord,
+    Throughput,
+    ZeroShotRetrieval,
+)
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
+from d2v_composer.data.index import describe_data
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import find_missing_file
+from d2v_composer.system.ranks import node_leaders_first
 
 
 class BuiltRun(NamedTuple):
@@ -47,18 +58,18 @@ def build_run(config: TrainConfig) -> BuiltRun:
         InputError: A file, data set or setting cannot be used.
     """
     ask_logging_servers(config)
-    model = build_model(config)
     shards = read_train_index(config)
-    sizes = model.teacher.config
+    model = build_model(config)
+    sizes, loader = model.teacher.config, config.train_loader
     train_loader = build_train_loader(config, shards, sizes.image_size, sizes.interpolation)
-    scheduler = build_scheduler(config, len(train_loader))
     retrieval = build_retrieval(config, model)
-    record = build_run_record(config, model.teacher, shards)
+    data = {"location": loader.remote or loader.local, **describe_data(shards)}
+    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     arguments = {
         "model": model,
         "train_dataloader": train_loader,
         "optimizers": build_optimizer(config.optimizer, model),
-        "schedulers": scheduler,
+        "schedulers": build_scheduler(config, len(train_loader)),
         "algorithms": build_algorithms(config.algorithms),
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
@@ -68,29 +79,36 @@ def build_run(config: TrainConfig) -> BuiltRun:
     return BuiltRun(arguments, model, record, retrieval)
 
 
-def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: Sequence[Callback]) -> dict[str, Any]:
+def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: list[Callback]) -> dict[str, Any]:
     """Build the Trainer's arguments that do not depend on the model and its data, and lock the run's folder.
 
     Args:
-        config: The run's.
-        record: Its record.
+        config: The run's config.
+        record: The run's record.
         others: Further callbacks.
 
     Raises:
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
     """
-    chosen_callbacks = build_callbacks(config)
+    chosen = build_callbacks(config)
+    with node_leaders_first("load_path"):  # before the folder exists
+        if config.load_path is not None and (missing := find_missing_file(config.load_path)) is not None:
+            raise InputError(f"load_path: {config.load_path}: {missing}")
     # First lock the folder, then select the checkpoint in it: another run could still write one.
-    folder_callbacks = build_folder_callbacks(config)
+    folder, in_folder = find_run_folder(config), []
+    if folder is not None:
+        lock = RunFolderLock(folder.local, folder.address)
+        in_folder = [lock, CheckpointRetention(folder.local, folder.prefix, config.save_num_checkpoints_to_keep)]
     load_path = build_load_path(config)
     if load_path is not None:
         check_record(load_path, record)
-    graceful_stop = build_graceful_stop(config)
+    advice = "; the same command resumes" if config.autoresume else ""
+    saved = "; save_folder is null" if folder is None else f" in {hide_secrets(str(config.save_folder))}{advice}"
+    graceful_stop = GracefulStop(config.save_interval, saved)
     save_interval = graceful_stop.save_interval
-    callbacks: list[Callback] = [*folder_callbacks, record, Throughput(), NanGuard(save_interval), graceful_stop]
     return {
         "max_duration": config.max_duration,
-        "callbacks": [*callbacks, *others, *chosen_callbacks],
+        "callbacks": [*in_folder, record, Throughput(), NanGuard(save_interval), graceful_stop, *others, *chosen],
         "loggers": build_loggers(config),
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,

@@ -48,7 +48,8 @@ def build_load_path(config: TrainerConfig) -> str | None:
         if dist.get_local_rank() == 0:
             if is_remote:
                 download_checkpoint(config.load_path, path)
-            check_checkpoint(path)
+            with errors_of("load_path", InputError):
+                check_checkpoint(path)
     return str(path)
 
 
@@ -86,17 +87,15 @@ def find_run_folder(config: TrainerConfig) -> RunFolder | None:
     return None if config.save_folder is None else RunFolder.parse(config.save_folder)
 
 
-# MERGED FROM d2v_composer/builders/run_folder.py: Name the YAML key in an error that another package raises.
-
-
 @contextmanager
-def errors_of(key: str) -> Iterator[None]:
-    """Turn an error of the block into one line that names a key.
+def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turn an error of the block into one line that names a key of its section.
 
     Raises:
-        InputError: The block failed.
+        InputError: The block raised a ``kind``.
     """
     try:
         yield
-    except Exception as error:
-        raise InputError(f"{key}: {reason(error)}") from error
+    except kind as error:
+        said = str(error) if isinstance(error, InputError) else reason(error)
+        raise InputError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error

@@ -15,7 +15,6 @@ teacher, datasets, max_images, pooling, representation, ks, probes, precision, d
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +64,11 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     print(evaluation_tables(evaluation))
     if config.out is not None:
         versions = package_versions(*OUR_PACKAGES)
-        about = {"config": hide_all_secrets(asdict(config)), "machine": describe_machine(), "versions": versions}
+        about = {
+            "config": hide_all_secrets(config.model_dump(mode="json")),
+            "machine": describe_machine(),
+            "versions": versions,
+        }
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
     print_next(hide_secrets(next_step(config, has_student=any(each.name == "student" for each in candidates))))

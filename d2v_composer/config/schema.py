@@ -1,105 +1,57 @@
-"""Every field of a YAML: name, type, default and limits.
+"""Every field of a YAML: name, type, limits and default.
 
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
 import difflib
-import math
+import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from omegaconf import MISSING
+import torch
+from composer.core import Time, TimeUnit
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from streaming.base.util import bytes_to_int
+from typing_extensions import Self
 
-from d2v_composer.evaluation.metrics import PROBES
-from d2v_composer.models.encoder import MAX_WIDTH, parse_image_size
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation
+from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
+from d2v_composer.models.distillation import Prediction
+from d2v_composer.models.encoder import parse_image_size
+from d2v_composer.models.execution import name_precision
+from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.student import Init
+from d2v_composer.models.targets import Normalization
+from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
-
-# MERGED FROM d2v_composer/config/schema.py: Limits of a config's fields, and the one checker that walks the
+from d2v_composer.system.ranks import num_ranks
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 LARGEST_INT = (1 << 31) - 1
 # float32 ends at 1e-38 and 3e38.
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30
-
-Check = Callable[[Any], object]
-
-
-def limited(default: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> Any:
-    """Return a dataclass field with a default and limits.
-
-    Args:
-        default: Copied for each config.
-        least: Of the number, or of each number in a list.
-        most: Likewise.
-        check: Raises ValueError if the value is not allowed.
-    """
-    return field(default_factory=lambda: copy(default), metadata={"least": least, "most": most, "check": check})
+SECONDS_PER_WEEK = 7 * 24 * 3600.0
+# Composer divides by these arguments of its callbacks and loggers without a check.
+DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every_n_steps", "window_size")
 
 
-def find_wrong_values(section: Any, prefix: str = "") -> Iterator[str]:
-    """Yield a line for each field, nested sections included, whose value is outside its limits."""
-    for each in fields(section):
-        key, value = prefix + each.name, getattr(section, each.name)
-        try:
-            if value is not None:
-                _test(value, **each.metadata)
-        except ValueError as error:
-            yield f"{key}: {error}"
-        inner = {f"{key}.{name}": it for name, it in value.items()} if isinstance(value, Mapping) else {key: value}
-        for name, it in inner.items():
-            if is_dataclass(it):
-                yield from find_wrong_values(it, f"{name}.")
+class Section(BaseModel):
+    """A section of a YAML: unknown keys, other types and non-finite numbers are errors."""
 
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-def _test(value: Any, least: float | None = None, most: float | None = None, check: Check | None = None) -> None:
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
-            smallest, largest = -largest if least is None else least, largest if most is None else most
-            if not math.isfinite(number):
-                raise ValueError(f"must be finite, got {value}")
-            if number < smallest:
-                raise ValueError(f"must be at least {smallest}, got {value}")
-            if number > largest:
-                raise ValueError(f"must be at most {largest}, got {value}")
-    if check is not None:
-        check(value)
+    def contradictions(self) -> Iterator[str]:
+        """Yield '.key: problem' for each value that does not go with another one; each alone is within its limits."""
+        yield from ()
 
-
-def must(rule: str, holds: Callable[[Any], bool]) -> Check:
-    """Return a check of one rule: 'be …' or 'have …'."""
-
-    def check(value: Any) -> None:
-        if not holds(value):
-            raise ValueError(f"must {rule}, got {value!r}")
-
-    return check
-
-
-def duration(*units: str, least: int = 1) -> Check:
-    """Return a check of Composer time strings: 'ba' batches, 'ep' epochs, 'dur' a share of the run."""
-    example = " or ".join("'0.1dur'" if unit == "dur" else f"'5{unit}'" for unit in units)
-
-    def check(text: str) -> None:
-        from composer.core import Time, TimeUnit  # takes seconds, and only a training has durations
-
-        try:
-            time = Time.from_timestring(text)
-        except (TypeError, ValueError):
-            time = None
-        if time is None or time.unit.value not in units:
-            raise ValueError(f"must be a duration such as {example}, got {text!r}")
-        if time.unit == TimeUnit.DURATION:
-            if not 0 <= time.value <= 1:
-                raise ValueError(f"must be from 0dur to 1dur, got {text!r}")
-        elif time.value < least:
-            raise ValueError(f"must be positive, got {text!r}")
-
-    return check
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if lines := list(self.contradictions()):
+            raise ValueError("\n".join(lines))
+        return self
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
@@ -109,299 +61,411 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
     return f"{hint} (allowed: {', '.join(allowed)})" if allowed else hint
 
 
-# MERGED FROM d2v_composer/config/schema.py: Checks of single fields that need more than a comparison; each raises
+def checked(check: Callable[[Any], object]) -> AfterValidator:
+    """Validate by a function that raises ValueError."""
 
-BASELINES = ("pixels", "encoder", "teacher")
+    def validate(value: Any) -> Any:
+        check(value)
+        return value
+
+    return AfterValidator(validate)
 
 
-def check_cache_limit(limit: int | str) -> None:
-    from streaming.base.util import bytes_to_int  # takes seconds
+def must(rule: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """Validate by one rule: 'be …' or 'have …'."""
 
+    def validate(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"must {rule}, got {value!r}")
+        return value
+
+    return AfterValidator(validate)
+
+
+def read_number(value: Any) -> Any:
+    """Read a number in quotes, or one that a reference such as ${oc.env:LR} gives as text."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def write_number(value: Any) -> Any:
+    """Write a number as text where a YAML needs text, such as run_name=2026."""
+    return str(value) if type(value) in (int, float) else value
+
+
+def duration(*units: str, least: int = 1) -> PlainValidator:
+    """Validate a Composer time string: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
+    example = " or ".join("'0.1dur'" if unit == "dur" else f"'5{unit}'" for unit in units)
+
+    def validate(text: Any) -> str:
+        time = None
+        with suppress(TypeError, ValueError):
+            time = Time.from_timestring(text)
+        if time is None or time.unit.value not in units:
+            raise ValueError(f"must be a duration such as {example}, got {text!r}")
+        first, last = (0, 1) if time.unit == TimeUnit.DURATION else (least, LARGEST_INT)
+        if not first <= time.value <= last:
+            raise ValueError(f"must be from {first}{time.unit.value} to {last}{time.unit.value}, got {text!r}")
+        return text
+
+    return PlainValidator(validate)
+
+
+def read_image_size(size: Any) -> int | str:
+    """Write each size in one way only: a resume compares them."""
     try:
-        bytes_to_int(limit)
-    except ValueError:
-        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}") from None
+        parsed = parse_image_size(size)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("image_size ")) from None
+    return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
+
+
+def read_cache_limit(limit: Any) -> int:
+    """Return the bytes of a number or of text such as '100gb'."""
+    num_bytes = 0
+    with suppress(ValueError):
+        num_bytes = bytes_to_int(limit) if type(limit) in (int, str) else 0
+    if num_bytes < 1:
+        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}")
+    return num_bytes
+
+
+def check_microbatch(size: Any) -> Any:
+    if size != "auto" and (type(size) is not int or size < 1):
+        raise ValueError(f"must be at least 1, 'auto' or null, got {size!r}")
+    return size
+
+
+def read_precision(choice: str) -> str:
+    """Return the precision that ``auto`` stands for, so that log and checkpoint name it."""
+    if choice == "amp_fp16" and not has_gpu():
+        allowed = "precision=fp32 or amp_bf16 or auto"
+        raise ValueError(f"amp_fp16 needs a GPU, and this machine has none; on a CPU: {allowed}")
+    return name_precision(choice)
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def check_load_path(text: str) -> None:
-    """Refuse an address or path that Composer would look up elsewhere."""
+    """Check that Composer reads a local path as it is written."""
     if not Address.parse(text).is_remote:
         check_path(text)
 
 
-def check_image_size(size: int | str) -> None:
-    try:
-        parse_image_size(size)
-    except ValueError:
-        raise ValueError(
-            f"must be a number of pixels or HEIGHTxWIDTH, each from 1 to {MAX_WIDTH}, got {size!r}"
-        ) from None
+def is_plain(value: Any) -> bool:
+    """Return True if a value is of text, finite numbers, lists and sections."""
+    with suppress(TypeError, ValueError):
+        json.dumps(value, allow_nan=False)
+        return True
+    return False
 
 
-def check_probes(names: list[str]) -> None:
-    for name in names:
-        if name not in PROBES:
-            raise ValueError(f"no such probe {name!r}{suggest(name, list(PROBES))}")
+def arguments_of(known: Mapping[str, type]) -> AfterValidator:
+    """Validate name → arguments of callbacks or loggers."""
+
+    def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
+        lines = [f".{name}: no such name{suggest(name, list(known))}" for name in chosen if name not in known]
+        for name, arguments in chosen.items():
+            signature = inspect.getfullargspec(known[name]) if name in known and arguments else None
+            allowed = signature.args[1:] + signature.kwonlyargs if signature else []
+            for argument, value in (arguments or {}).items() if signature else ():
+                key = f".{name}.{argument}"
+                if argument not in allowed:
+                    lines.append(f"{key}: no such argument{suggest(argument, allowed)}")
+                elif argument in DIVISORS and (type(value) is not int or value < 1):
+                    lines.append(f"{key}: must be a number of at least 1, got {value!r}")
+                elif not is_plain(value):
+                    lines.append(f"{key}: must be text, finite numbers, or lists of these, got {value!r}")
+        if lines:
+            raise ValueError("\n".join(lines))
+
+    return checked(check)
 
 
-def check_baselines(names: list[str]) -> None:
-    for name in names:
-        if name not in BASELINES:
-            raise ValueError(f"no such baseline {name!r}{suggest(name, BASELINES)}")
+NUMBER = BeforeValidator(read_number)
+IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
+IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
+IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
+Text = Annotated[str, BeforeValidator(write_number), IS_PRINTABLE]
+AddressText = Annotated[Text, checked(Address.parse)]
+LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST_INT), NUMBER]
+Count = Annotated[int, Field(ge=1, le=LARGEST_INT), NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+Positive = Annotated[float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT), NUMBER]
+# Many processes or blocks, or a wide layer, beyond which a number is a slip.
+Up1000 = Annotated[int, Field(ge=1, le=1000), NUMBER]
+Alpha = Annotated[float, Field(ge=0, le=1000), NUMBER]
+Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
+Precision = Annotated[PrecisionChoice, AfterValidator(read_precision)]
+Interval = Annotated[str, duration("ba", "ep")]
 
 
-SECONDS_OF_A_WEEK = 7 * 24 * 3600
+class TimmSizes(Section):
+    """Sizes of a timm model."""
 
-is_teacher = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
-is_here = must("be a folder of this machine", lambda folder: "://" not in folder)
-is_pair = must("be two numbers, 0 < smallest <= largest", lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1])
-are_betas = must("be two numbers from 0 to below 1", lambda pair: len(pair) == 2 and min(pair) >= 0 and max(pair) < 1)
-are_ks = must("be one or more numbers from 1", lambda ks: ks and min(ks) >= 1)
-is_kept = must("be at least 1, or -1 for all", lambda number: number == -1 or number >= 1)
-is_microbatch = must(
-    "be at least 1, 'auto' or null", lambda size: size >= 1 if isinstance(size, int) else size == "auto"
-)
+    first_blocks: Whole | None = None
+    """Blocks in the shared encoder; default: a sixth of a timm model's, and data2vec2's prenet."""
+    image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
+    """Pixels per side, or HEIGHTxWIDTH; default: the timm model's own."""
 
 
-@dataclass
-class TimmSizes:
-    """Sizes of a model timm/NAME."""
-
-    first_blocks: int | None = limited(None, least=0)
-    """Blocks in the shared encoder; default: a sixth of all, for data2vec2 those of its modality encoder."""
-    image_size: int | str | None = limited(None, check=check_image_size)
-    """Pixels a side, or HEIGHTxWIDTH; default: timm's for this model."""
-
-    def __post_init__(self) -> None:
-        """Write each size in one way only: a resume compares them. A wrong one is found with the other wrong values."""
-        with suppress(ValueError):
-            size = None if self.image_size is None else parse_image_size(self.image_size)
-            self.image_size = size if isinstance(size, int | None) else "x".join(map(str, size))
-
-
-@dataclass
 class TeacherConfig(TimmSizes):
-    model: str = limited(DATA2VEC2, check=is_teacher)
-    """data2vec2, or timm/NAME, NAME as timm.create_model takes it."""
-    checkpoint: str | None = limited(MISSING, check=Address.parse)
-    """A path, https://, s3://, gs://, …: of data2vec2 fairseq's .pt or a converted .safetensors, of timm a .safetensors
-    or PyTorch file; null: timm's pretrained weights, from the Hugging Face hub."""
-    weights: Literal["model", "ema"] = "model"
-    """Of data2vec2."""
+    """The frozen teacher."""
+
+    model: Annotated[Text, IS_TEACHER] = DATA2VEC2
+    """data2vec2, or timm/NAME with NAME as timm.create_model takes it."""
+    checkpoint: AddressText | None
+    """Path or address of fairseq's .pt or a converted .safetensors, for timm of a .safetensors or PyTorch file; null:
+    timm's pretrained weights, from the Hugging Face hub."""
+    weights: Weights = "model"
+    """Weights in a data2vec2 file: the trained model's or their moving average."""
 
 
-@dataclass
-class StudentOptions:
-    depth: int = limited(5, least=1, most=1000)
-    mlp_ratio: float = limited(3.0, least=SMALLEST_FLOAT, most=1000)
+class StudentOptions(Section):
+    """The student's blocks: the arguments of Teacher.build_student."""
+
+    depth: Up1000 = 5
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000), NUMBER] = 3.0
     alibi: bool = True
-    init: Literal["random", "teacher_attention", "teacher_blocks"] = "random"
-    num_heads: int | None = limited(None, least=1)
+    init: Init = "random"
+    num_heads: Count | None = None
     """Default: the teacher's."""
-    num_alibi_heads: int | None = limited(None, least=1)
+    num_alibi_heads: Count | None = None
     """Default: all heads."""
 
 
-@dataclass
-class TargetsConfig:
-    extra_tokens: Literal["regress", "drop", "only"] = "regress"
-    """Regress CLS and registers like patches; drop them, as data2vec's own pre-training; or regress no patch."""
-    average_top_k_layers: int | None = limited(None, least=1)
-    """Default: the teacher's."""
-    source: Literal["ffn", "block"] = "ffn"
+class TargetsConfig(Section):
+    """What the student regresses."""
+
+    extra_tokens: ExtraTokens = "regress"
+    """CLS and registers: regress them like patches; drop them, as in data2vec's pre-training; or regress only them."""
+    average_top_k_layers: Count | None = None
+    """Number of last teacher blocks in the target; default: the teacher's own."""
+    source: TargetSource = "ffn"
     """The teacher's FFN outputs, or its blocks' outputs: the residual stream of a pre-norm ViT."""
-    normalization: Literal["instance", "layer"] = "instance"
-    """Of each layer, of target and prediction: over time, as the paper, or over channels."""
+    normalization: Normalization = "instance"
+    """Normalization of each layer, in target and prediction: over tokens, as in the paper, or over channels."""
 
 
-@dataclass
-class LoaderConfig:
-    """Workers and augmentation of a training's images."""
+class ShardLoaderConfig(Section):
+    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
-    num_workers: int = limited(8, least=0, most=1000)
-    prefetch_factor: int = limited(2, least=1, most=1000)
-    crop_scale: list[float] = limited([0.08, 1.0], most=1, check=is_pair)
-    crop_ratio: list[float] = limited([3 / 4, 4 / 3], check=is_pair)
-    flip: float = limited(0.5, least=0, most=1)
-
-
-@dataclass
-class ShardLoaderConfig(LoaderConfig):
-    """How images are streamed from MDS shards."""
-
-    remote: str | None = limited(None, check=Address.parse)
+    num_workers: Annotated[int, Field(ge=0, le=1000), NUMBER] = 8
+    prefetch_factor: Up1000 = 2
+    crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    remote: AddressText | None = None
     """s3://, gs://, …; default: the data set is on this machine."""
-    timeout: float = limited(600.0, least=1, most=SECONDS_OF_A_WEEK)
-    """Seconds for which an unreachable store is retried before the run ends."""
+    timeout: Annotated[float, Field(ge=1, le=SECONDS_PER_WEEK), NUMBER] = 600.0
+    """Seconds for which an unreachable store is retried before the run fails."""
     shuffle: bool = True
-    shuffle_block_size: int = limited(1 << 16, least=1)
+    shuffle_block_size: Count = 1 << 16
     """Samples that are shuffled together; their shards are in use at the same time."""
-    num_canonical_nodes: int = limited(1, least=1)
-    cache_limit: int | str | None = limited(None, most=math.inf, check=check_cache_limit)
+    num_canonical_nodes: Count = 1
+    cache_limit: Annotated[int, PlainValidator(read_cache_limit)] | None = None
     """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
 
 
-@dataclass
 class TrainLoaderConfig(ShardLoaderConfig):
-    local: str = limited(MISSING, check=is_here)
+    """The training images."""
+
+    local: LocalFolder
     """An MDS folder, or the cache of ``remote``."""
-    column: str = "image"
-    """The column of images; Streaming's own converters call it x."""
+    column: Text = "image"
+    """Column of images; Streaming's own converters call it x."""
 
 
-@dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """torch.optim.AdamW."""
 
-    lr: float = limited(5e-4, least=SMALLEST_FLOAT)
-    betas: list[float] = limited([0.9, 0.98], check=are_betas)
-    eps: float = limited(1e-6, least=SMALLEST_FLOAT)
-    weight_decay: float = limited(0.01, least=0)
+    lr: Positive = 5e-4
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER] = 0.01
     decay_norms_and_biases: bool = False
-    """Decay 1-D parameters too, norms and biases."""
+    """Decay 1-D parameters too: norms and biases."""
 
 
-@dataclass
-class SchedulerConfig:
+class SchedulerConfig(Section):
     """Composer's CosineAnnealingWithWarmupScheduler."""
 
-    t_warmup: str = limited("3000ba", check=duration("ba", "ep", "dur", least=0))
-    alpha_f: float = limited(0.0, least=0, most=1)
+    t_warmup: Annotated[str, duration("ba", "ep", "dur", least=0)] = "3000ba"
+    alpha_f: Fraction = 0.0
 
 
-@dataclass
-class GradientClippingConfig:
-    clipping_threshold: float = limited(2.0, least=SMALLEST_FLOAT)
+class GradientClippingConfig(Section):
+    """Composer's GradientClipping."""
+
+    clipping_threshold: Positive = 2.0
     """Largest global norm of the gradient."""
 
 
-@dataclass
-class AlgorithmsConfig:
-    gradient_clipping: GradientClippingConfig | None = field(default_factory=GradientClippingConfig)
+class AlgorithmsConfig(Section):
+    """Composer's algorithms; null: off."""
+
+    gradient_clipping: GradientClippingConfig | None = GradientClippingConfig()
 
 
-@dataclass
-class FSDPConfig:
+class FSDPConfig(Section):
     """torch's fully_shard (FSDP2), through Composer."""
 
     reshard_after_forward: bool = True
     """Free a block's weights after its forward pass and gather them again for its backward pass."""
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
-    """Composer's: the precision of gathered weights and reduced gradients."""
+    """Composer's name for the precision of gathered weights and reduced gradients."""
 
 
-@dataclass
-class ParallelismConfig:
+class ParallelismConfig(Section):
+    """How weights are distributed."""
+
     fsdp: FSDPConfig | None = None
     """Default: every device holds all weights (DDP)."""
 
 
-@dataclass
-class LabeledSetConfig:
-    format: Literal["cifar10", "cifar100", "folder", "mds"] = MISSING
-    root: str = limited(MISSING, check=is_here)
+class LabeledSetConfig(Section):
+    """A labeled data set with train and test images."""
+
+    format: Literal["cifar10", "cifar100", "folder", "mds"]
+    root: LocalFolder
     download: bool = False
-    column: str = "image"
-    """The column of images in an MDS data set."""
-    label_column: str = "label"
-    """The column of labels in an MDS data set."""
+    column: Text = "image"
+    """Column of images in an MDS data set."""
+    label_column: Text = "label"
+    """Column of labels in an MDS data set."""
 
 
-@dataclass
-class LookupConfig:
+class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
-    ks: list[int] = limited([1, 3], check=are_ks)
-    probes: list[str] = limited([], check=check_probes)
-    """Of knn, linear: classify the test images, too."""
-    datasets: dict[str, LabeledSetConfig | None] = field(default_factory=dict)
-    """Name → location; null: off."""
-    max_images: int | None = limited(None, least=1)
+    ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
+    probes: list[Literal["knn", "linear"]] = []
+    """Probes that classify the test images, besides retrieval."""
+    datasets: dict[str, LabeledSetConfig | None] = {}
+    """Name → data set; null: off."""
+    max_images: Count | None = None
     """Use at most this many images of each split, evenly spaced; default: all."""
 
 
-@dataclass
 class RetrievalConfig(LookupConfig):
+    """ZeroShotRetrieval."""
+
     pooling: Pooling = "cls"
     representation: Representation = "output"
-    interval: str = limited("5000ba", check=duration("ba", "ep", "dur"))
+    interval: Interval = "5000ba"
     at_start: bool = False
-    baselines: list[str] = limited(["teacher"], check=check_baselines)
+    baselines: list[Literal["pixels", "encoder", "teacher"]] = ["teacher"]
 
 
-@dataclass
-class RunConfig:
+class RunConfig(Section):
     """Fields of training and of evaluation."""
 
-    seed: int = limited(17, least=0)
-    precision: PrecisionChoice = "fp32"
-    device_eval_batch_size: int = limited(256, least=1)
+    seed: Whole = 17
+    precision: Precision = "fp32"
+    device_eval_batch_size: Count = 256
 
 
-@dataclass
 class TrainerConfig(RunConfig):
     """Fields of every run of Composer's Trainer."""
 
-    run_name: str = limited("distill", check=check_run_name)
-    precision: PrecisionChoice = "amp_fp16"
+    run_name: Annotated[Text, checked(check_run_name)] = "distill"
+    precision: Precision = "amp_fp16"
     allow_tf32: bool = True
-    """Allow a GPU to multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
-    max_duration: str = limited("30000ba", check=duration("ba", "ep"))
-    global_train_batch_size: int = limited(256, least=1)
-    device_train_microbatch_size: int | str | None = limited(None, check=is_microbatch)
+    """Let a GPU multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
+    max_duration: Interval = "30000ba"
+    global_train_batch_size: Count = 256
+    device_train_microbatch_size: Annotated[int | str, PlainValidator(check_microbatch)] | None = None
     """Default: the whole batch of a device; 'auto' on a GPU."""
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    callbacks: dict[str, Any] = field(default_factory=dict)
+    scheduler: SchedulerConfig = SchedulerConfig()
+    callbacks: Annotated[dict[str, dict[str, Any] | None], arguments_of(CALLBACKS)] = {}
     """Name of Composer's callback → its arguments; null: off."""
-    loggers: dict[str, Any] = field(default_factory=dict)
+    loggers: Annotated[dict[str, dict[str, Any] | None], arguments_of(LOGGERS)] = {}
     """Name of the logger → its arguments; null: off."""
     progress_bar: bool = True
     log_to_console: bool = False
-    console_log_interval: str = limited("100ba", check=duration("ba", "ep"))
+    console_log_interval: Interval = "100ba"
     report: bool = True
     """Write report.html at the end of the run; d2v report writes one at any time."""
-    save_folder: str | None = limited("runs/${run_name}", check=RunFolder.parse)
+    save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
     """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
-    save_interval: str = limited("1000ba", check=duration("ba"))
-    save_num_checkpoints_to_keep: int = limited(3, check=is_kept)
+    save_interval: Annotated[str, duration("ba")] = "1000ba"
+    save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool), NUMBER] = 3
     autoresume: bool = True
-    load_path: str | None = limited(None, check=check_load_path)
+    load_path: Annotated[Text, checked(check_load_path)] | None = None
+    """Checkpoint to resume from if ``save_folder`` has none."""
+
+    def contradictions(self) -> Iterator[str]:
+        warmup, length = map(Time.from_timestring, (self.scheduler.t_warmup, self.max_duration))
+        if warmup.unit == length.unit and warmup > length:
+            yield f".{self.long_warmup()}"
+        if (size := self.global_train_batch_size) % num_ranks():
+            yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"
+        if self.device_train_microbatch_size == "auto" and not has_gpu():
+            yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
+        if "remote" in (self.loggers.get("jsonl") or {}):
+            yield ".loggers.jsonl.remote: follows from save_folder, beside whose checkpoints the log is uploaded"
+
+    def uneven_nodes(self, parts: int) -> Iterator[str]:
+        """Yield a line if a batch has no whole number of samples of each canonical node."""
+        if self.global_train_batch_size % parts:
+            limit = f"must divide global_train_batch_size {self.global_train_batch_size}"
+            yield f".train_loader.num_canonical_nodes: {limit}, got {parts}"
+
+    def long_warmup(self, why: str = "") -> str:
+        """Return the line for a warm-up that is longer than the run: Composer would never reach ``lr``, in silence."""
+        return (
+            f"scheduler.t_warmup: must not be longer than max_duration {self.max_duration}, "
+            f"got {self.scheduler.t_warmup}{why}; scheduler.t_warmup=0.1dur is a tenth of any run"
+        )
 
 
-@dataclass
 class TrainConfig(TrainerConfig):
     """Fields of recipes/train.py."""
 
     compile: bool = False
-    frozen_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Storage of the frozen linear and convolution weights; default: the compute dtype of ``precision``."""
+    frozen_dtype: Literal["float32"] | None = None
+    """Dtype of frozen linear and convolution weights; default: the compute dtype of ``precision``."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
-    parallelism_config: ParallelismConfig = field(default_factory=ParallelismConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentOptions = field(default_factory=StudentOptions)
-    prediction: Literal["layer_mean", "last_block"] = "layer_mean"
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    train_loader: TrainLoaderConfig = field(default_factory=TrainLoaderConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    parallelism_config: ParallelismConfig = ParallelismConfig()
+    teacher: TeacherConfig
+    student: StudentOptions = StudentOptions()
+    prediction: Prediction = "layer_mean"
+    targets: TargetsConfig = TargetsConfig()
+    train_loader: TrainLoaderConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    algorithms: AlgorithmsConfig = AlgorithmsConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from self.uneven_nodes(self.train_loader.num_canonical_nodes)
+        with_fsdp = self.parallelism_config.fsdp is not None
+        if with_fsdp and self.device_train_microbatch_size == "auto":
+            yield ".device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
+        if with_fsdp and not has_gpu():
+            yield ".parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 
 
-@dataclass
 class ModelConfig(TimmSizes):
-    """A model that somebody has trained, and which of its embeddings to use."""
+    """A trained model, and which of its embeddings to use."""
 
-    model: str = MISSING
+    model: Text
     """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
     timm/NAME."""
-    checkpoint: str | None = limited(None, check=Address.parse)
-    """Of a model timm/NAME: a .safetensors or PyTorch file; default: timm's pretrained weights, from the Hugging Face
-    hub."""
-    weights: Literal["model", "ema"] = "model"
-    """Weights of a teacher's file."""
-    teacher: str | None = None
+    checkpoint: AddressText | None = None
+    """Weights of a timm model: a .safetensors or PyTorch file; default: pretrained ones, from the Hugging Face hub."""
+    weights: Weights = "model"
+    """Weights in a teacher's file."""
+    teacher: Text | None = None
     """The student's teacher; default: a checkpoint's own, if it is still there; none for an exported student."""
     pooling: Pooling | None = None
     """Default: as in the model's run; without one, cls."""
@@ -409,74 +473,95 @@ class ModelConfig(TimmSizes):
     """Default: as in the model's run; without one, output."""
 
 
-# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for recipes/finetune.py, beside those of any
-
-
-@dataclass
 class FinetuneLoaderConfig(ShardLoaderConfig):
+    """The train images of a fine-tuning run."""
+
     stream: bool = False
     """Read the train images of an MDS data set from its shards in each epoch, instead of once into memory. With
     ``remote``, ROOT/train is the cache."""
 
+    def contradictions(self) -> Iterator[str]:
+        for name in ("remote", "timeout", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit"):
+            if not self.stream and getattr(self, name) != ShardLoaderConfig.model_fields[name].default:
+                yield f".{name}: needs train_loader.stream=true"
 
-@dataclass
+
 class LayerwiseOptimizerConfig(OptimizerConfig):
-    layer_decay: float = limited(1.0, least=0.01, most=1)
-    """The learning rate of a block over that of the block after it; the head's is ``lr``."""
+    """torch.optim.AdamW with a learning rate for each depth."""
+
+    layer_decay: Annotated[float, Field(ge=0.01, le=1), NUMBER] = 1.0
+    """Learning rate of a block over that of the block after it; the head's is ``lr``."""
 
 
-@dataclass
-class LabelSmoothingConfig:
-    smoothing: float = limited(0.1, least=0, most=1)
+class LabelSmoothingConfig(Section):
+    """Composer's LabelSmoothing."""
+
+    smoothing: Fraction = 0.1
 
 
-@dataclass
-class MixUpConfig:
-    alpha: float = limited(0.2, least=0, most=1000)
+class MixUpConfig(Section):
+    """Composer's MixUp."""
+
+    alpha: Alpha = 0.2
 
 
-@dataclass
-class CutMixConfig:
-    alpha: float = limited(1.0, least=0, most=1000)
+class CutMixConfig(Section):
+    """Composer's CutMix."""
+
+    alpha: Alpha = 1.0
 
 
-@dataclass
-class EMAConfig:
-    half_life: str = limited("1000ba", check=duration("ba"))
+class EMAConfig(Section):
+    """Moving average of the weights."""
+
+    half_life: Annotated[str, duration("ba")] = "1000ba"
 
 
-@dataclass
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
-    """Composer's algorithms; null: off."""
+    """Composer's algorithms, in their order; null: off."""
 
-    label_smoothing: LabelSmoothingConfig | None = None
     mixup: MixUpConfig | None = None
     cutmix: CutMixConfig | None = None
+    label_smoothing: LabelSmoothingConfig | None = None
     ema: EMAConfig | None = None
     """Evaluate and save a moving average of the weights."""
 
+    def contradictions(self) -> Iterator[str]:
+        if self.mixup is not None and self.cutmix is not None:
+            yield ".cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 
-@dataclass
+
 class FinetuneConfig(TrainerConfig, ModelConfig):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
     from_scratch: bool = False
     """Forget the weights: the same network, with random ones."""
-    dataset: LabeledSetConfig | None = None
-    """Required. Its train images train, its test images are the evaluation's."""
-    train_loader: FinetuneLoaderConfig = field(default_factory=FinetuneLoaderConfig)
-    eval_interval: str = limited("1ep", check=duration("ba", "ep"))
-    optimizer: LayerwiseOptimizerConfig = field(default_factory=LayerwiseOptimizerConfig)
-    algorithms: ClassifierAlgorithmsConfig = field(default_factory=ClassifierAlgorithmsConfig)
+    dataset: LabeledSetConfig
+    """Its train images train, its test images are the evaluation's."""
+    train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()
+    eval_interval: Interval = "1ep"
+    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
+    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from self.uneven_nodes(self.train_loader.num_canonical_nodes)
+        if self.from_scratch and not self.train_encoder:
+            yield ".from_scratch: needs train_encoder=true: a frozen encoder would keep its random weights"
+        if self.train_loader.stream and self.dataset.format != "mds":
+            yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
+        if self.callbacks.get("health") is not None:
+            yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher's targets"
 
 
-# MERGED FROM d2v_composer/config/schema.py: Every field of a YAML for d2v evaluate.
-
-
-@dataclass
 class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
     """Fields of d2v evaluate."""
 
-    out: str | None = limited(None, check=is_here)
+    out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not any(self.datasets.values()):
+            example = "'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'"
+            yield f".datasets: must have at least one data set that is not null, such as {example}"

@@ -26,7 +26,7 @@ def test_images_are_resized_with_the_models_interpolation(
         Image.fromarray(pixels.numpy()).save(tmp_path / name)
     model = load_teacher(GOLDEN / "tiny_base.pt")
     monkeypatch.setattr(ImageEncoderConfig, "interpolation", interpolation)
-    found = load_images(LabeledSetConfig("folder", str(tmp_path)), 2, model.encoder.config)
+    found = load_images(LabeledSetConfig(format="folder", root=str(tmp_path)), 2, model.encoder.config)
     expected = load_labeled_set("folder", tmp_path, image_size=32, interpolation=interpolation)
     assert torch.equal(found.train.images, expected.train.images)
 
@@ -43,7 +43,8 @@ def test_streamed_images_and_test_images_have_the_classes_of_train(tmp_path: Pat
     write_split(train, [0, 1, 2, 2], ["ant", "bee", "cat"])
     write_split(root / "test", [0, 1], ["bee", "cat"])
     loader = FinetuneLoaderConfig(stream=True, num_workers=0, remote=str(train) if is_remote else None)
-    config = FinetuneConfig(dataset=LabeledSetConfig("mds", str(root)), train_loader=loader, global_train_batch_size=4)
+    dataset = LabeledSetConfig(format="mds", root=str(root))
+    config = FinetuneConfig(model="x", dataset=dataset, train_loader=loader, global_train_batch_size=4)
     images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
     assert images.test.labels.tolist() == [1, 2]
     assert (images.class_names, images.num_classes) == (("ant", "bee", "cat"), 3)

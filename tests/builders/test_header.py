@@ -22,7 +22,7 @@ from helpers import ROOT
 )
 def test_the_batch_of_each_device(ranks: int, micro: int | str | None, text: str) -> None:
     config = load_config([str(ROOT / "yamls" / "quickstart.yaml"), "global_train_batch_size=256"])
-    config.device_train_microbatch_size = micro
+    config = config.model_copy(update={"device_train_microbatch_size": micro})
     assert describe_batch(config, ranks) == text
 
 

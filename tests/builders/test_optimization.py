@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and the schedule that the Trainer follows."""
+"""Parameter groups, and the schedule that the Trainer follows."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from composer.core import Time, Timestamp
 
 from d2v_composer.builders.training import build_optimizer, build_scheduler
-from d2v_composer.config.schema import OptimizerConfig, SchedulerConfig, TrainConfig
+from d2v_composer.config.schema import OptimizerConfig, SchedulerConfig, TrainerConfig
 from d2v_composer.system.errors import InputError
 
 BATCHES_PER_EPOCH = 6
@@ -28,7 +28,7 @@ def test_weight_decay_spares_norms_and_biases_unless_asked(decay_norms_and_biase
 
 def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:
     """The factors of the learning rate at the first batches; a warning would fail the test."""
-    config = TrainConfig(max_duration=max_duration, scheduler=SchedulerConfig(t_warmup=t_warmup))
+    config = TrainerConfig(max_duration=max_duration, scheduler=SchedulerConfig(t_warmup=t_warmup))
     scheduler = build_scheduler(config, BATCHES_PER_EPOCH)
     duration = Time.from_timestring(max_duration)
     states: list[Any] = [
@@ -56,7 +56,7 @@ def test_a_short_run_needs_no_warmup(t_warmup: str) -> None:
     assert learning_rates("4ba", t_warmup, 4) == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
 
 
-def test_a_warmup_longer_than_the_run_is_refused_in_other_units_too() -> None:
+def test_a_warmup_is_not_longer_than_the_run_in_other_units_either() -> None:
     with pytest.raises(InputError, match=r"2ep, got 13ba with 6 batches an epoch; scheduler.t_warmup=0\.1dur"):
         learning_rates("2ep", "13ba", 1)
     assert learning_rates("2ep", "12ba", 2) == pytest.approx([0, 1 / 12])

@@ -125,16 +125,10 @@ def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, monkeypatch: 
         jsonl.after_load(state, Uploads(tmp_path / "log.jsonl"))
 
 
-@pytest.mark.parametrize("remote", ["s3://elsewhere/log.jsonl", "/tmp/log.jsonl", f"s3://{BUCKET}"])
-def test_the_logs_own_address_must_be_in_save_folders_bucket(small_data: Path, remote: str) -> None:
-    kept = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/run")
-    config = load_config([*kept, f"loggers.jsonl.remote=s3://{BUCKET}/logs/a.jsonl"])
+def test_the_log_follows_save_folder_into_the_store(small_data: Path) -> None:
+    config = load_config([*small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/run")])
     jsonl = next(each for each in build_loggers(config) if isinstance(each, JSONLLogger))
-    assert (jsonl.path, jsonl.remote) == (Path("run/log.jsonl"), f"s3://{BUCKET}/logs/a.jsonl")
-    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be a file in save_folder's bucket"):
-        load_config([*kept, f"loggers.jsonl.remote={remote}"])
-    with pytest.raises(InputError, match=r"^loggers\.jsonl\.remote: must be null with save_folder unused, got"):
-        load_config([*small_run(Path("unused"), small_data), f"loggers.jsonl.remote={remote}"])
+    assert (jsonl.path, jsonl.remote) == (Path("run/log.jsonl"), f"s3://{BUCKET}/run/log.jsonl")
 
 
 CORRUPT = [

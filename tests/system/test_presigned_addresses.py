@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import requests
 
-from d2v_composer.builders.data import read_train_index
 from d2v_composer.builders.training import build_run_record
 from d2v_composer.checkpoints.load import load_any, load_teacher
 from d2v_composer.config.load import load_config
@@ -74,7 +73,7 @@ def test_a_presigned_teacher_is_cached_without_its_query(server: Server, small_d
     assert sorted(name[17:] for name in names) == ["base.pt", "base.pt.lock"]
 
     config = load_config(small_run(small_data, small_data, f"teacher.checkpoint={server.address('second-signature')}"))
-    record = build_run_record(config, teacher, read_train_index(config)).record
+    record = build_run_record(config, (), teacher=teacher.provenance).record
     assert record["config"]["teacher"]["checkpoint"] == server.address("").partition("?")[0]
     assert not [secret for secret in SECRETS if secret in str(record)]
     assert fetch(record["config"]["teacher"]["checkpoint"]) == fetch(
@@ -89,7 +88,7 @@ def test_the_command_line_is_recorded_without_secrets(
     monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
     config = load_config(small_run(small_data, small_data, override))
     teacher = load_teacher(server.address("first-signature"))
-    command = build_run_record(config, teacher, read_train_index(config)).record["command"]
+    command = build_run_record(config, (), teacher=teacher.provenance).record["command"]
     assert command.startswith("recipes/train.py yamls/quickstart.yaml teacher.checkpoint=http://127.0.0.1:")
     assert command.endswith("/models/base.pt seed=3")
 
