@@ -1,12 +1,15 @@
-"""Distil a frozen, self-supervised data2vec 2.0 image teacher, or a ViT of timm's, into a small student.
+"""Distil a frozen, self-supervised data2vec 2.0 image teacher, or a timm ViT, into a small student.
 
 A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module, metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from d2v_composer.system.when_imported import when_imported
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks import ZeroShotRetrieval
@@ -59,4 +62,25 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
     return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
 
 
-when_imported("timm", lambda: import_module("timm.models").register_model(d2v2_student))
+class _FindTimm(MetaPathFinder):
+    """Find timm as usual; once it is imported, and not merely looked up, it knows the student."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "timm" else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                import_module("timm.models").register_model(d2v2_student)
+
+            spec.loader.exec_module = exec_module  # of this import alone
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("timm.models").register_model(d2v2_student)
+else:
+    sys.meta_path.insert(0, _FindTimm())

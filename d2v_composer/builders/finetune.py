@@ -218,10 +218,8 @@ def load_backbone(config: FinetuneConfig) -> Student | Teacher:
         InputError: Its file cannot be used.
     """
     with node_leaders_first("the model"):
-        student, teacher = load_trained_model(config)
-    backbone = teacher if student is None else without_head(student)
-    assert backbone is not None  # one of them is there
-    return backbone
+        model = load_trained_model(config).model
+    return without_head(model) if isinstance(model, Student) else model
 
 
 def describe_model(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from d2v_composer.builders.run_folder import errors_of
-from d2v_composer.checkpoints.load import TimmWeights, load_any, load_teacher
+from d2v_composer.checkpoints.load import Loaded, TimmWeights, load_any, load_teacher
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
@@ -82,7 +82,7 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
 
 
-def load_trained_model(config: ModelConfig) -> tuple[Student | None, Teacher | None]:
+def load_trained_model(config: ModelConfig) -> Loaded:
     """Load a student, and its teacher if known; or a teacher alone.
 
     Raises:
@@ -131,14 +131,11 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    student, teacher = load_trained_model(config)
+    student, teacher = loaded = load_trained_model(config)
+    model = loaded.model
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        if student is not None:
-            model, untrained = student, Student(student.encoder, student.config)
-        else:
-            assert teacher is not None  # one of them is there
-            model, untrained = teacher, teacher.build_student()
+        untrained = Student(model.encoder, model.config) if isinstance(model, Student) else model.build_student()
     embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: model.eval().to(device) for name, model in named.items() if model is not None}

@@ -22,9 +22,8 @@ from d2v_composer.checkpoints.student_file import (
     StoredEncoderConfig,
     build_encoder,
     check_student,
-    check_tensors,
     config_tensor,
-    parse_config_tensor,
+    pop_sizes,
     sizes_of,
 )
 from d2v_composer.models.attention import Alibi
@@ -32,7 +31,7 @@ from d2v_composer.models.data2vec2 import ImageEncoderConfig
 from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file
 from d2v_composer.system.machine import install_command
 
@@ -248,21 +247,12 @@ class TimmStudent(Student):
             ValueError: The pooling asked for needs a CLS token that the file's model lacks.
         """
         tensors = dict(state_dict)
-        stored = tensors.pop(CONFIG_TENSOR, None)
-        if stored is None:
-            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file of d2v export, or from an old version")
-        try:
-            sizes, primary = parse_config_tensor(stored)
-        except ValueError as error:
-            raise InputError(f"{CONFIG_TENSOR}: unusable sizes ({reason(error)})") from error
+        sizes, primary = pop_sizes(CONFIG_TENSOR, tensors)
         head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
         self._become(*check_student(CONFIG_TENSOR, sizes, tensors))
         self.set_features(primary)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        head = own_head | head
-        check_tensors(CONFIG_TENSOR, {name: tuple(tensor.shape) for name, tensor in own_head.items()}, head)
-        tensors |= head
-        tensors[CONFIG_TENSOR] = getattr(self, CONFIG_TENSOR)
+        tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
         return super().load_state_dict(tensors, strict, assign)
 
     def _become(self, encoder_config: StoredEncoderConfig, student_config: StudentConfig) -> Self:

@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from d2v_composer.checkpoints.resume import fetch_model
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted, plain
 from d2v_composer.checkpoints.student_file import (
-    ModelFile,
-    check_teacher,
+    check_fits,
     is_safetensors,
     read_config,
     read_model_file,
@@ -27,7 +26,7 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import check_out_file
 
 IMAGE = "modality_encoders.IMAGE."
@@ -87,7 +86,7 @@ def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCh
 
     left = [name for name in stored if name.startswith(LEFT)]
     tensors = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
-    check_teacher(path, config, tensors, their_name=_their_name)
+    check_fits(path, lambda: Data2Vec2(config), tensors)
     return FairseqCheckpoint(config, {name: tensor.float() for name, tensor in tensors.items()}, left)
 
 
@@ -191,10 +190,6 @@ def _our_name(name: str) -> str:
     return ENCODER + name.removeprefix(IMAGE) if name.startswith(IMAGE) else name
 
 
-def _their_name(name: str) -> str:
-    return IMAGE + name.removeprefix(ENCODER) if name.startswith(ENCODER) else name
-
-
 # MERGED FROM d2v_composer/checkpoints/fairseq.py: Load and convert the files of data2vec 2.0 teachers: fairseq's
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
@@ -211,14 +206,14 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
         config, tensors, _ = read_fairseq_checkpoint(file, weights)
         provenance = _provenance(path, file, weights) | {"licence": LICENCE_NOTE}
         return _build_teacher(config, tensors, provenance)
-    stored = read_model_file(file, "teacher")
-    stored_weights, source_hash = (stored.provenance.get(name) for name in ("weights", "sha256"))
-    if stored_weights not in get_args(Weights) or not isinstance(source_hash, str):
-        raise InputError(f"{path}: unusable metadata: its provenance lacks weights or sha256 of its source")
-    if stored_weights != weights:
-        raise InputError(f"{path}: was converted with --weights {stored_weights}, and holds no {weights} weights")
-    config = read_config(path, Data2Vec2Config, stored.config)
-    check_teacher(path, config, stored.tensors)
+    stored = read_model_file(file)
+    stored.expect(path, "teacher")
+    with reading(path):
+        found = stored.provenance["weights"]
+        config = read_config(Data2Vec2Config, stored.config)
+    if found != weights:
+        raise InputError(f"{path}: was converted with --weights {found}, and holds no {weights} weights")
+    check_fits(path, lambda: Data2Vec2(config), stored.tensors)
     return _build_teacher(config, stored.tensors, stored.provenance)
 
 
@@ -271,5 +266,5 @@ def convert_teacher(
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
-    write_model_file(out, "teacher", ModelFile(asdict(checkpoint.config), provenance, tensors))
+    write_model_file(out, "teacher", asdict(checkpoint.config), provenance, tensors)
     return ConvertedTeacher(checkpoint.config, provenance, list(tensors), checkpoint.left)

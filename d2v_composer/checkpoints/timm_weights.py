@@ -4,18 +4,17 @@ Files are those of timm, or of a model's authors if timm converts them. timm's o
 resample positions to another image size.
 """
 
-import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.layers.hybrid_embed import HybridEmbed
@@ -23,19 +22,21 @@ from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transfo
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.resume import fetch_model
-from d2v_composer.checkpoints.safe_load import Stub, load_untrusted
-from d2v_composer.checkpoints.student_file import FLOATS, check_tensors, is_safetensors, read_tensors, sha256
+from d2v_composer.checkpoints.safe_load import load_untrusted
+from d2v_composer.checkpoints.student_file import (
+    FLOATS,
+    check_numbers,
+    is_safetensors,
+    loading_fault,
+    read_model_file,
+    sha256,
+)
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
-from d2v_composer.system.errors import InputError
-from d2v_composer.system.retry import is_lasting, reason
+from d2v_composer.system.errors import InputError, reason
 
-log = logging.getLogger(__name__)
-
-Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-# In the errors of a model's sizes.
+# Arguments named in the errors of a model's sizes.
 SIZE = re.compile(r"^(first_blocks|image_size)\b")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
@@ -47,10 +48,8 @@ HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
 TOKENS = ("patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
 TRUNK = (*TOKENS, "blocks.", "rel_pos_bias.", "rope.")
-# timm's filters drop this one for a model without it; DINOv3's authors wrote zeros there.
-QKV_BIAS = "attn.qkv.bias"
-# Of the models' authors too, whose names timm's filters change.
-PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "patchifier.proj.weight", "vision_embed.proj.weight")
+# timm's filters drop the first for a model without biases; DINOv3's authors wrote zeros there.
+BIASES = ("attn.qkv.bias", "attn.q_bias", "attn.q_proj.bias")
 
 
 def load_timm_teacher(
@@ -67,7 +66,7 @@ def load_timm_teacher(
             pretrained weights, from the hub or its cache.
         model: ``timm/NAME``.
         first_blocks: Blocks in the shared encoder; default a sixth of all.
-        image_size: Pixels a side, or (height, width); default timm's for this model.
+        image_size: Pixels per side, or (height, width); default timm's for this model.
         option: The name of one of these arguments → what the user sets it with, for errors.
 
     Raises:
@@ -81,21 +80,18 @@ def load_timm_teacher(
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
     source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
-    stored = {name: with_own_memory(in_float32(tensor)) for name, tensor in read_state_dict(file).items()}
-    tensors = to_timm(file, built, model, stored)
-    expected = {name: tuple(each.shape) for name, each in built.state_dict().items() if not name.startswith(HEADS)}
-    foreign = [name for name in tensors if name not in expected and name.startswith(TRUNK)]
-    if foreign:
+    materialize(built)
+    converted = to_timm(file, built, model, read_state_dict(file))
+    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(HEADS)}
+    check_numbers(file, {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)})
+    try:
+        missing, unknown = built.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
+    if missing := [name for name in missing if not name.startswith(HEADS)]:
+        raise InputError(f"{file}: not weights of {model}: tensor {missing[0]} is missing")
+    if foreign := [name for name in unknown if name.startswith(TRUNK)]:
         raise InputError(f"{file}: not weights of {model}: it has no tensor {foreign[0]}")
-    used = {name: tensor for name, tensor in tensors.items() if name in expected}
-    check_tensors(file, expected, used)
-    left = unused_names(stored, used, partial(to_timm, file, built, model))
-    biases = [name for name in left if name.endswith(QKV_BIAS) and stored[name].any()]
-    if biases:
-        raise InputError(f"{file}: not weights of {model}, which has no {biases[0]}; timm has names ending in _qkvb")
-    if any(unwrapped(name).startswith("norm.") for name in left):
-        log.warning("%s: its final norm is not used, since timm's %s has none", file, model)
-    materialize(built).load_state_dict(used, strict=False)
     provenance = {
         "model": model,
         "tag": pretrained.get("tag") if path is None else None,
@@ -103,7 +99,6 @@ def load_timm_teacher(
         "source": source,
         "sha256": sha256(file),
         "licence": licence_of(pretrained, is_pretrained=path is None),
-        "left": left,
     }
     return TimmTeacher(built, config, provenance)
 
@@ -115,7 +110,7 @@ def licence_of(pretrained: Mapping[str, Any], is_pretrained: bool) -> str:
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable[[str], str]) -> Path:
-    """Return timm's pretrained weights in the hub's cache, after fetching them.
+    """Return timm's pretrained weights in the hub's cache, after fetching them if they are not there.
 
     The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
@@ -126,24 +121,20 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable
     if not repository:
         raise InputError(f"{model}: timm has no pretrained weights on the hub: give {option('checkpoint')}, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
-    problem, is_unreachable = "it has none of " + ", ".join(names), False
-    for name in names:
+    problem = f"none of {', '.join(names)}"
+    for from_cache, name in product((True, False), names):
         try:
-            # An unreachable hub is not asked again, which takes half a minute; the cache may have the next name.
-            options = {"revision": revision or None, "local_files_only": is_unreachable}
-            return Path(hf_hub_download(repository, name, **options))
-        except LocalEntryNotFoundError as error:
-            if not is_unreachable:
-                problem = f"not in the cache, and the hub cannot be reached ({reason(error)[:200]})"
-            is_unreachable = is_unreachable or not is_lasting(error)
-        except EntryNotFoundError:
-            continue
+            return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=from_cache))
+        except EntryNotFoundError as error:
+            if not from_cache and isinstance(error, LocalEntryNotFoundError):
+                problem = f"the hub cannot be reached ({reason(error)[:200]})"
+                break  # each attempt takes half a minute
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
             break
     raise InputError(
-        f"{model}: no pretrained weights of {repository} on the Hugging Face hub: {problem}; fetch them once with "
-        f"network access, or give {option('checkpoint')}, a file"
+        f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
+        f"them once with network access, or give {option('checkpoint')}, a file"
     )
 
 
@@ -153,35 +144,17 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: It is truncated, or holds anything that would be code.
     """
-    if is_safetensors(file):
-        return read_tensors(file)
     if file.suffix == ".npz":
-        raise InputError(f"{file}: NumPy's files (JAX weights) are not read: use timm's .safetensors of this model")
-    contents = load_untrusted(file)
-    while isinstance(contents, dict):
-        refuse_calls(file, contents)
-        nested = next((name for name in NESTED if isinstance(contents.get(name), dict)), None)
-        if nested is None:
-            break
-        contents = contents[nested]
+        raise InputError(f"{file}: NumPy's files (JAX weights) are not supported; use timm's .safetensors")
+    contents = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
+    while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
+        contents = contents[nested[0]]
     found = contents.items() if isinstance(contents, dict) else ()
     tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
     if not tensors:
         raise InputError(f"{file}: not a file of weights: it has no dict of tensors")
-    return tensors
-
-
-def refuse_calls(file: Path, contents: Mapping[Any, Any]) -> None:
-    """Refuse a file in which a value comes from calling a function, though it was not called.
-
-    An object with attributes, such as a program's arguments, is left alone.
-
-    Raises:
-        InputError: It names the value.
-    """
-    for name, value in contents.items():
-        if isinstance(value, Stub) and not (value.args == () and isinstance(value.state, dict) and value.state):
-            raise InputError(f"{file}: {name} would run code when loaded, or is no plain tensor: use a .safetensors")
+    # Other numbers stay as they are, such as quantized weights, which are no weights of a timm model.
+    return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
 def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,13 +168,23 @@ def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor])
         if (bare := unwrapped(name)) in named:
             raise InputError(f"{file}: holds {bare} twice, the second one as {name}: keep one of both models")
         named[bare] = tensor
-    check_patches(file, built, model, named)
+    built_patch = built.patch_embed.proj
+    if isinstance(built_patch, nn.Conv2d):  # timm would resample patches of another size
+        size = built_patch.weight.numel()
+        kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
+        if not any(each.numel() == size for each in kernels):
+            kernel = " x ".join(map(str, built_patch.kernel_size))
+            raise InputError(f"{file}: not weights of {model}: it has no patches of {kernel} pixels in its width")
+    biases = [name for name, each in named.items() if name.endswith(BIASES[0]) and each.any()]
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
-            warnings.simplefilter("ignore")  # of the speed of timm's resampling
-            return checkpoint_filter(built, model)(named, built)
+            warnings.simplefilter("ignore")  # about the speed of timm's resampling
+            tensors = checkpoint_filter(built, model)(named, built)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not weights of {model} ({reason(error)[:200]})") from error
+    if biases and not any(name.endswith(BIASES) for name in tensors):
+        raise InputError(f"{file}: not weights of {model}, which has no {biases[0]}; timm has names ending in _qkvb")
+    return tensors
 
 
 def unwrapped(name: str) -> str:
@@ -209,31 +192,6 @@ def unwrapped(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.removeprefix(wrapper)
     return name
-
-
-def check_patches(file: Path, built: Any, model: str, stored: Mapping[str, Tensor]) -> None:
-    """Refuse weights of patches of another size, which timm would resample.
-
-    Raises:
-        InputError: It names both sizes.
-    """
-    if not isinstance(built.patch_embed.proj, nn.Conv2d):
-        return
-    expected = built.patch_embed.proj.kernel_size
-    for name, tensor in stored.items():
-        if (name.endswith(PATCHES) or name == "conv1.weight") and tensor.ndim == 4 and tensor.shape[2:] != expected:
-            found = tuple(tensor.shape[2:])
-            raise InputError(f"{file}: not weights of {model}: its patches have {found} pixels, not {expected}")
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, unless it holds other numbers, such as quantized weights."""
-    return tensor.float() if tensor.dtype in FLOATS else tensor
-
-
-def with_own_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor that is no part of another one's memory, by which :func:`unused_names` tells tensors apart."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]]:
@@ -250,41 +208,3 @@ def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]
         is_aligned = any(name in model for name in aligned) or None
         options = {"interpolation": "bilinear", "antialias": False, "align_corners": is_aligned}
     return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True, **options)
-
-
-def unused_names(stored: dict[str, Tensor], used: Mapping[str, Tensor], convert: Convert) -> list[str]:
-    """Return the file's names of tensors that the teacher does not use.
-
-    timm's filters rename, join and resample tensors: one is used if a teacher's tensor has its memory or depends on it.
-    """
-    memory = {address(tensor) for tensor in used.values()}
-    suspects = [name for name, tensor in stored.items() if name not in used and address(tensor) not in memory]
-    read = find_read(suspects, stored, used, convert)
-    return [name for name in suspects if name not in read]
-
-
-def find_read(names: Sequence[str], stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> set[str]:
-    """Return those of some tensors that reach the teacher, by halves: most often none does."""
-    if not names or not are_read(names, stored, used, convert):
-        return set()
-    if len(names) == 1:
-        return set(names)
-    middle = len(names) // 2
-    return set().union(*(find_read(half, stored, used, convert) for half in (names[:middle], names[middle:])))
-
-
-def are_read(names: Sequence[str], stored: dict[str, Tensor], used: Iterable[str], convert: Convert) -> bool:
-    """Return whether the values of any of these tensors reach the teacher: NaN in their place would."""
-    unchanged = {address(tensor) for tensor in stored.values()}
-    nan = torch.full((), torch.nan)
-    try:
-        converted = convert(stored | {name: nan.expand(stored[name].shape) for name in names})
-    except InputError:  # of a computation with NaN
-        return True
-    computed = [converted[each] for each in used if address(converted[each]) not in unchanged]
-    return any(tensor.isnan().any() for tensor in computed)
-
-
-def address(tensor: Tensor) -> int:
-    """Return where a tensor's memory begins; views share it."""
-    return tensor.untyped_storage().data_ptr()
