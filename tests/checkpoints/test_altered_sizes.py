@@ -25,7 +25,7 @@ from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.student import StudentConfig
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, refused_by
+from helpers import GOLDEN
 
 Sizes = dict[str, Any]
 
@@ -179,11 +179,6 @@ with_steps = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.ma
 
 
 @with_steps
-def test_load_student_refuses_altered_sizes(exported: Path, tmp_path: Path, step: int) -> None:
-    check(load_student, exported, lambda text: with_sizes(exported, tmp_path / "altered.safetensors", text, text), step)
-
-
-@with_steps
 def test_timm_refuses_altered_sizes(exported: Path, tmp_path: Path, step: int) -> None:
     def alter(text: str) -> Path:
         return with_sizes(exported, tmp_path / "altered.safetensors", "", text)
@@ -196,19 +191,6 @@ def test_load_teacher_refuses_altered_sizes(tmp_path: Path, step: int) -> None:
     converted = tmp_path / "teacher.safetensors"
     convert_teacher(TEACHER, converted)
     check(load_teacher, converted, lambda text: with_sizes(converted, tmp_path / "altered.safetensors", text), step)
-
-
-def test_metadata_and_tensor_must_agree(exported: Path, tmp_path: Path) -> None:
-    """Or timm would build a different model."""
-    sizes = sizes_of(exported)
-    other = json.dumps({**sizes, "student": {**sizes["student"], "num_alibi_heads": 0}})
-    path = tmp_path / "other.safetensors"
-    same = json.dumps(sizes, indent=1)
-    load_student(with_sizes(exported, path, same, same))
-    timm_model(path)
-    for metadata, tensor in ((other, same), (same, other)):
-        message = refused_by(load_student, with_sizes(exported, path, metadata, tensor))
-        assert message.endswith("its metadata and its tensor config_json give different sizes")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.complex64])
@@ -254,7 +236,7 @@ def test_an_unusable_tensor_of_sizes_is_refused(stored: Tensor, exported: Path, 
     tensors, metadata = contents(exported)
     save_file(tensors | {"config_json": stored}, path, metadata)
     for load in (load_student, timm_model):
-        with pytest.raises(InputError, match=r"config_json: unusable sizes \(is torch\."):
+        with pytest.raises(InputError, match=r"config_json: unusable sizes \("):
             load(path)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from d2v_composer import load_student
 from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, stored_primary
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.data2vec2 import ImageEncoder, ImageEncoderConfig
 from d2v_composer.models.encoder import height_and_width
@@ -141,14 +141,6 @@ def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path:
         assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
-def test_files_of_version_0_1_0_keep_their_embedding(images: Tensor) -> None:
-    """timm sees the tensors alone, which named no primary embedding then; the record of the run did."""
-    old = GOLDEN / "release-0.1.0" / "student.safetensors"
-    student = load_student(old)
-    assert_close(create("d2v2_student", checkpoint_path=str(old))(images).detach(), embed(student, images))
-    assert stored_primary(student.provenance) == PrimaryEmbedding("layer_mean", "cls")
-
-
 def test_the_embedding_is_the_primary_unless_asked_otherwise(exported: Path) -> None:
     student = load_student(exported)
 
@@ -160,7 +152,7 @@ def test_the_embedding_is_the_primary_unless_asked_otherwise(exported: Path) -> 
         "layer_mean_mean (the primary embedding of the model's run, but poo"
     )
     assert chosen(student.provenance, "mean", "output") == "output_mean (as asked)"
-    default = "output_cls (the default, since the file has no record of a run)"
+    default = "output_cls (the default, since the file has no run's record)"
     for provenance in ({}, {"config": 3}, {"config": {"retrieval": {"representation": [], "pooling": "cls"}}}):
         assert chosen(provenance) == default
 
@@ -169,7 +161,7 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     tensors = load_file(exported)
     old = tmp_path / "old.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if name != "config_json"}, old)
-    with pytest.raises(InputError, match="no tensor config_json: not a file of recipes/export_student"):
+    with pytest.raises(InputError, match="no tensor config_json: not a file of d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
     tensors["config_json"] = torch.tensor(list(b'{"encoder": {"embed_dim": 1e9}, "student": {}}'), dtype=torch.uint8)
     save_file(tensors, old)
@@ -230,7 +222,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
     cut = tmp_path / "truncated.safetensors"
     cut.write_bytes(exported.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"truncated.safetensors: truncated, or not a safetensors file"):
+    with pytest.raises(InputError, match=r"truncated.safetensors: cannot be read: "):
         export(cut, tmp_path / "student.onnx")
     assert not list(tmp_path.glob("*.onnx"))
     assert not list(tmp_path.glob(".*"))

@@ -208,7 +208,7 @@ def test_missing_sizes_are_data2vecs_defaults(tmp_path: Path) -> None:
         **{f"{IMAGE}context_encoder.blocks.{i}.{name}": shape for i in range(4) for name, shape in block.items()},
         **{f"blocks.0.{name}": shape for name, shape in block.items()},
     }
-    tensors = {name: torch.full((1,), 0.01).expand(shape) for name, shape in shapes.items()}
+    tensors = {name: torch.full(shape, 0.01, dtype=torch.float16) for name, shape in shapes.items()}
     config = load_teacher(save({"cfg": {"model": {"depth": 1}}, "model": tensors}, tmp_path)).config
     assert (config.embed_dim, config.num_heads, config.mlp_ratio, config.norm_eps) == (768, 12, 4.0, 1e-6)
     assert (config.prenet_depth, config.num_extra_tokens, config.num_alibi_heads) == (4, 0, 0)
@@ -405,12 +405,17 @@ def test_tensors_are_read_from_a_dict_subclass(tmp_path: Path) -> None:
         assert torch.equal(ours, plain)
 
 
-def test_a_newer_pickle_protocol_is_read(tmp_path: Path) -> None:
+def test_a_newer_pickle_protocol_is_refused(tmp_path: Path) -> None:
     torch.save(read(), tmp_path / "teacher.pt", pickle_protocol=4)
-    assert load_teacher(tmp_path / "teacher.pt").config == load_teacher(GOLDEN / "tiny_base.pt").config
+    assert "torch.save writes protocol 2" in refusal(tmp_path / "teacher.pt")
 
 
 # Tensors that do not fit the sizes.
+
+
+def ours(name: str) -> str:
+    return name.replace(IMAGE, "encoder.")
+
 
 NEEDED = [QKV, f"{IMAGE}context_encoder.norm.weight", f"{IMAGE}extra_tokens", f"{IMAGE}local_encoder.proj.weight"]
 
@@ -421,7 +426,7 @@ def test_a_missing_tensor_is_refused(name: str, weights: Any, tmp_path: Path) ->
     checkpoint = read()
     del (checkpoint["model"] if weights == "model" else checkpoint["model"]["_ema"])[name]
     path = save(checkpoint, tmp_path)
-    with pytest.raises(InputError, match=rf"tensor {name} \(.*\) is missing"):
+    with pytest.raises(InputError, match=rf'Missing key\(s\) in state_dict: "{ours(name)}"'):
         load_teacher(path, weights)
 
 
@@ -431,9 +436,9 @@ def test_a_misshapen_tensor_is_refused(name: str, tmp_path: Path) -> None:
     right = checkpoint["model"][name]
     checkpoint["model"][name] = torch.cat([right, right])
     message = refusal(save(checkpoint, tmp_path))
-    assert f"tensor {name} " in message
-    assert str(tuple(right.shape)) in message
-    assert str((2 * right.shape[0], *right.shape[1:])) in message
+    assert f"size mismatch for {ours(name)}: " in message
+    assert str([*right.shape]) in message
+    assert str([2 * right.shape[0], *right.shape[1:]]) in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -442,8 +447,7 @@ def test_a_tensor_that_is_not_finite_is_refused(name: str, value: float, tmp_pat
     checkpoint = read()
     checkpoint["model"][name].view(-1)[-1] = value
     message = refusal(save(checkpoint, tmp_path))
-    assert f"tensor {name} " in message
-    assert "not finite" in message
+    assert f"tensor {ours(name)} has values that are not finite" in message
 
 
 @pytest.mark.parametrize("name", ["blocks.3.norm1.weight", f"{IMAGE}context_encoder.blocks.2.mlp.fc1.bias", "surprise"])
@@ -451,7 +455,7 @@ def test_an_unknown_tensor_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = read()
     checkpoint["model"][name] = torch.ones(7, 3)
     message = refusal(save(checkpoint, tmp_path))
-    assert f"{name} (7, 3)" in message
+    assert f'Unexpected key(s) in state_dict: "{ours(name)}"' in message
 
 
 UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
