@@ -225,8 +225,8 @@ def _check_pickle(file: BinaryIO, sizes: Mapping[str, int]) -> set[str]:
         for _ in needed:
             taken.insert(0, stack.pop())
         if opcode.name == "GLOBAL":
-            names.add(_python3_name(argument))
-            stack.append(_python3_name(argument))
+            stack.append(_python3_name(str(argument)))
+            names.add(stack[-1])
         elif opcode.name == "MARK":
             stack.append(mark)
         elif opcode.name.startswith("TUPLE"):

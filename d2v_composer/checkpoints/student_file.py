@@ -199,7 +199,8 @@ def read_config(config_class: type[ConfigT], fields: Any) -> ConfigT:
     """
     if missing := {field.name for field in dataclasses.fields(config_class)} - dict(fields).keys():
         raise ValueError(f"{min(missing)} is missing")
-    return config_class(**{name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()})
+    values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}
+    return config_class(**values)
 
 
 class PrimaryEmbedding(NamedTuple):
@@ -379,8 +380,8 @@ def check_student(
             else.
     """
     try:
-        is_timm = "model" in sizes["encoder"]
-        encoder_config = read_config(TimmEncoderConfig if is_timm else ImageEncoderConfig, sizes["encoder"])
+        config_class: type[Any] = TimmEncoderConfig if "model" in sizes["encoder"] else ImageEncoderConfig
+        encoder_config = read_config(config_class, sizes["encoder"])
         student_config = read_config(StudentConfig, sizes["student"])
         kind = encoder_class(encoder_config)  # imports torch._dynamo, which fails on the meta device
         check_fits(source, lambda: Student(kind(encoder_config), student_config), tensors)

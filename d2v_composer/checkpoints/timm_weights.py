@@ -146,7 +146,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     """
     if file.suffix == ".npz":
         raise InputError(f"{file}: NumPy's files (JAX weights) are not supported; use timm's .safetensors")
-    contents = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
+    contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
         contents = contents[nested[0]]
     found = contents.items() if isinstance(contents, dict) else ()
@@ -157,7 +157,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
-def to_timm(file: Path, built: nn.Module, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_timm(file: Path, built: Any, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply timm's filter: the model's names, and positions resampled to its grid.
 
     Raises:

@@ -51,11 +51,9 @@ def main(argv: Sequence[str]) -> "Embedding":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
     file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
     timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
-    student, teacher = load_any(
+    model = load_any(
         arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
-    )
-    model = teacher if student is None else student
-    assert model is not None  # load_any gives one of them
+    ).model
     chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
     arguments.representation, arguments.pooling = chosen.primary
     sizes = model.encoder.config

@@ -15,13 +15,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v_composer import load_teacher
 from d2v_composer.builders.finetune import build_finetuning, build_images
 from d2v_composer.checkpoints.load import load_any, save_student
-from d2v_composer.checkpoints.student_file import read_tensors
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabeledSetConfig
 from d2v_composer.data.labeled import load_labeled_set
@@ -93,7 +92,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: 
 
 
 def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: Path, student: Path) -> None:
-    before, after = read_tensors(student), model_of(finetuned)
+    before, after = load_file(student), model_of(finetuned)
     encoder = [name for name in before if name.startswith("encoder.")]
     blocks = [name for name in before if name.startswith("blocks.")]
     assert encoder
