@@ -282,5 +282,5 @@ def pretrained_cfg(config: StoredEncoderConfig) -> dict[str, Any]:
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
     """Build the paper's student for timm; loading a file changes its sizes, see :class:`TimmStudent`."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
-    kwargs.setdefault("pretrained_cfg", pretrained_cfg(PAPER_ENCODER))
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)
