@@ -59,10 +59,12 @@ def store(object_store: GatedStore, many_shards: Path) -> GatedStore:
 
 
 @contextmanager
-def recorded(folder: Path, cache: Path, *overrides: str, ranks: int = 1, **environment: str) -> Iterator[list[Program]]:
+def recorded(
+    folder: Path, cache: Path, *overrides: str, ranks: int = 1, environment: dict[str, str] | None = None
+) -> Iterator[list[Program]]:
     """Start a run of two epochs that records its samples in ``folder``/samples."""
     arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *overrides]
-    variables = {"SAMPLES": str(folder / "samples"), **environment}
+    variables = {"SAMPLES": str(folder / "samples"), **(environment or {})}
     command = traced(small_run(folder / "run", cache, *arguments))
     with started_ranks(*command, ranks=ranks, environment=variables) as programs:
         yield programs
@@ -119,11 +121,11 @@ def test_epochs_are_whole_though_killed(
     overrides, cache = from_store(f"train_loader.num_workers={workers}"), tmp_path / "cache"
     kill_at = random.randint(BATCHES_PER_EPOCH + 1, 2 * BATCHES_PER_EPOCH - 1)
     kill = {"AT": f"batch_start {kill_at} kill"}
-    with recorded(tmp_path, cache, *overrides, ranks=ranks, **store.environment, **kill) as programs:
+    with recorded(tmp_path, cache, *overrides, ranks=ranks, environment=store.environment | kill) as programs:
         wait_until(lambda: any(program.poll() == -signal.SIGKILL for program in programs), seconds=120)
     assert kill_at - 1 <= max(read_record(tmp_path)) <= kill_at  # the other rank may have had the batch
     largest = 0
-    with recorded(tmp_path, cache, *overrides, ranks=3 - ranks, **store.environment) as programs:
+    with recorded(tmp_path, cache, *overrides, ranks=3 - ranks, environment=store.environment) as programs:
         while any(program.poll() is None for program in programs):
             largest = max(largest, bytes_in(cache))
             time.sleep(0.02)
@@ -152,7 +154,7 @@ def test_epochs_are_whole_though_the_store_fails(
     for number, fault in enumerate(FAULTS):
         store.faults[f"cloud/images/shard.{3 * number:05}.mds"] = [fault]
     overrides = from_store(f"train_loader.num_workers={workers}")
-    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, **store.environment) as programs:
+    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, environment=store.environment) as programs:
         wait_for_batch(tmp_path, 2)
         with store.unreachable():
             time.sleep(2)
@@ -175,7 +177,7 @@ def wait_for_batch(folder: Path, batch: int) -> None:
 def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: Path, ranks: int, workers: int) -> None:
     """4, 6, 18: once train_loader.timeout is over, in one line that names a shard."""
     overrides = from_store(f"train_loader.num_workers={workers}", "train_loader.timeout=3")
-    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, **store.environment) as programs:
+    with recorded(tmp_path, tmp_path / "cache", *overrides, ranks=ranks, environment=store.environment) as programs:
         wait_for_batch(tmp_path, 2)
         with store.unreachable():
             assert 0 not in [program.wait(60) for program in programs]
@@ -216,7 +218,7 @@ def test_a_damaged_shard_is_named(
             **put, Body=damage(content)
         )
     try:
-        with recorded(tmp_path, data, *overrides, **environment) as [program]:
+        with recorded(tmp_path, data, *overrides, environment=environment) as [program]:
             status = program.wait(60)
     finally:
         store.client().put_object(**put, Body=content)
@@ -232,7 +234,7 @@ def test_a_cached_shard_is_verified(store: GatedStore, many_shards: Path, undist
         (cache / name).write_bytes(damage((cache / name).read_bytes()))
     (cache / "notes.txt").write_text("mine")
     overrides = (f"train_loader.remote={REMOTE}", "train_loader.num_workers=1")
-    with recorded(tmp_path, cache, *overrides, **store.environment) as programs:
+    with recorded(tmp_path, cache, *overrides, environment=store.environment) as programs:
         assert_succeed(programs)
     assert read_record(tmp_path) == undisturbed
     assert (cache / "notes.txt").read_text() == "mine"
@@ -252,8 +254,8 @@ def test_runs_beside_each_other_do_not_disturb(
     caches = [tmp_path / "cache" if shared_cache else folder / "cache" for folder in folders]
     environments = [store.environment | {"TMPDIR": str(folder / "tmp")} for folder in folders]
     with (
-        recorded(folders[0], caches[0], *overrides, **environments[0]) as [first],
-        recorded(folders[1], caches[1], *overrides, **environments[1]) as [second],
+        recorded(folders[0], caches[0], *overrides, environment=environments[0]) as [first],
+        recorded(folders[1], caches[1], *overrides, environment=environments[1]) as [second],
     ):
         statuses = first.wait(120), second.wait(120)
     assert 0 in statuses, first.stderr + second.stderr

@@ -201,7 +201,7 @@ def code_in_a_checkpoint(path: Path) -> None:
 
 
 PAIR = b"q\x010(h\x01K\x01\x86h\x01K\x02\x86\x91"
-HOSTILE: dict[str, Callable[[Path], None]] = {
+HOSTILE: dict[str, Callable[[Path], object]] = {
     "a terabyte of safetensors": terabyte_of_safetensors,
     "a zip bomb": zip_bomb,
     # An object at memo position 2^31, for which C's pickle allocates 16 GB.
@@ -215,9 +215,9 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a tar archive": tar_archive,
     "code in a teacher": code_in_a_teacher,
     "code in a checkpoint": code_in_a_checkpoint,
-    "text": lambda path: path.write_text("weights") and None,
+    "text": lambda path: path.write_text("weights"),
     "nothing": lambda path: path.touch(),
-    "a truncated teacher": lambda path: path.write_bytes(TEACHER.read_bytes()[:100_000]) and None,
+    "a truncated teacher": lambda path: path.write_bytes(TEACHER.read_bytes()[:100_000]),
     "a folder": lambda path: path.mkdir(),
     "a link to itself": lambda path: path.symlink_to(path),
 }
