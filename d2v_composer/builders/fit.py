@@ -21,7 +21,7 @@ from d2v_composer.report.page import write_report
 from d2v_composer.report.run import Run
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import reason
+from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.ranks import rank_zero_first
 
@@ -50,9 +50,11 @@ def fit_and_close(
             report(is_new)
         with rank_zero_first("uploads"):
             trainer.engine.close()
-    except BaseException:
+    except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
+        if (fault := find_full_disk(error)) is not None:
+            raise RunError(f"{config.save_folder}: cannot be written: {fault.strerror}") from error
         raise
     trainer.close()
 

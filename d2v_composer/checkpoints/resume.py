@@ -63,7 +63,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 def _target(path: Path) -> Path:
     for _ in range(POINTER_ATTEMPTS):
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a link to itself
             return path.resolve(strict=True)
         time.sleep(POINTER_PAUSE)
     return path

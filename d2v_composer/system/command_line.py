@@ -5,7 +5,6 @@ traceback for a fault of ours.
 """
 
 import argparse
-import errno
 import gc
 import io
 import os
@@ -21,11 +20,8 @@ from tqdm import tqdm
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.errors import InputError, RunError, find_full_disk
 from d2v_composer.system.files import shorten_socket_paths
-
-# A disk or a quota is full.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
@@ -57,14 +53,15 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
     """Return the exit status and the lines to print; the status ``None`` for an error that needs its traceback."""
-    if isinstance(error, InputError | RunError):
+    if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
-    if isinstance(error, OSError) and error.filename is not None:  # the machine's: a full disk, a file in the way
-        line = f"error: {error.filename2 or error.filename}: {error.strerror}"
-        return 1 if error.errno in FULL else 2, [line]
+    if (fault := find_full_disk(error)) is not None:
+        return 1, [f"error: {fault.filename or 'a file'}: cannot be written: {fault.strerror}"]
+    if isinstance(error, OSError) and error.filename is not None:  # the machine's, such as a file in the way
+        return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
     return None, []
 
 

@@ -1,5 +1,6 @@
 """Exceptions that a command shows as one line each, and the two places where foreign exceptions become ours."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,15 @@ def reason(error: BaseException) -> str:
     """Return an error's first line, without an address's secrets."""
     lines = str(error).strip().splitlines()
     return hide_secrets(lines[0]) if lines else type(error).__name__
+
+
+def find_full_disk(error: BaseException | None) -> OSError | None:
+    """Return the full disk or quota behind an error: torch's archive writer raises an error of its own above it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
