@@ -98,4 +98,5 @@ def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
         yield
     except kind as error:
         said = str(error) if isinstance(error, InputError) else reason(error)
-        raise InputError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error
+        section = key.partition(".")[0]
+        raise InputError(said if said.startswith(f"{section}.") else f"{key}: {said}") from error
