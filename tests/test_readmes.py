@@ -78,8 +78,8 @@ def test_the_fields_of_a_finetuning_alone_are_listed_once() -> None:
 
 
 def test_the_tree_is_the_real_one() -> None:
-    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
-    rooms = re.findall(r"^  (\w+)/", tree, flags=re.MULTILINE)
+    tree = (ROOT / "README.md").read_text().split("## The code")[1].split("```")[1]
+    rooms = re.findall(r"^  (\w+(?:/|\.py))", tree, flags=re.MULTILINE)
     package = ROOT / "d2v_composer"
-    assert sorted(rooms) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
-    assert [path.name for path in package.glob("*.py")] == ["__init__.py"]
+    folders = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    assert sorted(rooms) == sorted([*folders, *(path.name for path in package.glob("[!_]*.py"))])
