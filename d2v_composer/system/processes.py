@@ -198,7 +198,11 @@ def survive_closed_pipes() -> None:
     """Let a command outlive the reader of its output, as in ``d2v report runs/a | head``: a run goes on training."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+        try:
+            is_pipe = isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+        except OSError:  # replaced by something without a file
+            continue
+        if is_pipe:
             stream.flush()
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))

@@ -358,7 +358,10 @@ def write_other(path: Path, name: str = NAME, **options: Any) -> None:
 Write = Callable[[Path], object]
 # What a file is → how to write it, and the error.
 REFUSED: dict[str, tuple[Write, str]] = {
-    "wide": (lambda path: write_other(path, "deit_tiny_patch16_224", depth=6), "it has no patches of 16 x 16 pixels in its width"),
+    "wide": (
+        lambda path: write_other(path, "deit_tiny_patch16_224", depth=6),
+        "it has no patches of 16 x 16 pixels in its width",
+    ),
     "deep": (lambda path: write_other(path, depth=7), "it has no tensor blocks.6.attn"),
     "shallow": (lambda path: write_other(path, depth=5), r"tensor blocks.5.\S+ is missing"),
     "patch": (lambda path: write_other(path, patch_size=8), "it has no patches of 16 x 16 pixels"),
