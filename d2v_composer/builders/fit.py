@@ -1,4 +1,4 @@
-"""Describe a run in a few lines, before it trains."""
+"""Run a Trainer to its end, describe the run before, and write its report after."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -24,8 +24,6 @@ from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.ranks import rank_zero_first
-
-# MERGED FROM d2v_composer/builders/fit.py: Run a Trainer to its end, and write the run's report.
 
 Log = Mapping[str, Mapping[int, float]]
 

@@ -1,4 +1,7 @@
-"""Save a checkpoint and exit on SIGTERM, which schedulers and spot instances send, and on Ctrl-C (SIGINT)."""
+"""Checkpoints of a run: save when a signal stops it, none with numbers that are not finite, as many as are asked for.
+
+The run's folder is locked, so that one run at a time uses it.
+"""
 
 import logging
 import math
@@ -30,8 +33,6 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import acquire
 from d2v_composer.system.ranks import gather_objects, rank_zero_first
 from d2v_composer.system.retry import CONNECT_SECONDS, reason
-
-# MERGED FROM d2v_composer/callbacks/checkpointing.py: Complete Composer's CheckpointSaver: uploads that are
 
 # botocore's legacy mode pauses for up to 2^(n-1) s before attempt n, so that uploads are retried for some ten minutes.
 # The other modes have a quota of retries, which the parts of one large file use up within a second.
@@ -167,8 +168,6 @@ def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[st
     return checkpoints[num_to_keep:] if pointed_at in checkpoints else []
 
 
-# MERGED FROM d2v_composer/callbacks/checkpointing.py: Lock a run's folder, so that one run at a time uses it.
-
 # Workers of a killed run may hold its lock for a while.
 LOCK_WAIT_SECONDS = 10.0
 LONGEST_NOTE = 4096
@@ -244,8 +243,6 @@ class RunFolderLock(Callback):
             self.lock = None
             self.release()
 
-
-# MERGED FROM d2v_composer/callbacks/checkpointing.py: Stop a run whose numbers are no longer finite, before they
 
 # fairseq's --min-loss-scale: below it every step is skipped.
 MIN_LOSS_SCALE = 1e-4

@@ -1,7 +1,4 @@
-"""Export a student's embedding as a program for machines without this package: ONNX and torch.export.
-
-Shapes: B images, S pixels a side, D channels.
-"""
+"""Export a student: ONNX, torch.export, and a timm model that loads its file."""
 
 import copy
 import json
@@ -133,8 +130,6 @@ def trace(embedder: Embedder) -> torch.export.ExportedProgram:
     with torch.no_grad():
         return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
 
-
-# MERGED FROM d2v_composer/checkpoints/export.py: An exported student as a timm model:
 
 # The paper's sizes; loading a file replaces them.
 PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)

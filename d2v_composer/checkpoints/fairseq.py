@@ -1,8 +1,4 @@
-"""Read data2vec 2.0 image checkpoints of fairseq, without fairseq.
-
-A checkpoint is a dict: ``cfg`` (nested; ``cfg["model"]`` holds the sizes) and ``model`` (name → tensor, plus one
-nested dict under ``_ema``).
-"""
+"""Read fairseq's data2vec 2.0 checkpoints, and load and convert teachers."""
 
 import datetime
 from collections.abc import Mapping
@@ -189,8 +185,6 @@ def _alibi_scale_shape(stored: Mapping[str, Tensor], num_layers: int, num_heads:
 def _our_name(name: str) -> str:
     return ENCODER + name.removeprefix(IMAGE) if name.startswith(IMAGE) else name
 
-
-# MERGED FROM d2v_composer/checkpoints/fairseq.py: Load and convert the files of data2vec 2.0 teachers: fairseq's
 
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 

@@ -29,8 +29,6 @@ from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
 from d2v_composer.system.retry import retry
 
-# MERGED FROM d2v_composer/checkpoints/resume.py: Read a running run's newest checkpoint through its pointer.
-
 LATEST = "latest-rank0.pt"
 
 ReadT = TypeVar("ReadT")

@@ -208,21 +208,13 @@ def survive_closed_pipes() -> None:
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))
 
 
-# Names of before, until nothing uses them.
-FORK: Any = multiprocessing.get_context("fork")
+class UploadProcess(SpawnProcess):
+    """A process of Composer's uploader, which dies with the run."""
 
-
-class SpawnedWorker(SpawnProcess):
     def run(self) -> None:
         die_with_parent()
         super().run()
 
 
 SPAWN: Any = SpawnContext()
-SPAWN.Process = SpawnedWorker
-
-
-def end_with_parent() -> None:
-    """Call :func:`die_with_parent` in a worker; elsewhere do nothing."""
-    if multiprocessing.parent_process() is not None:
-        die_with_parent()
+SPAWN.Process = UploadProcess

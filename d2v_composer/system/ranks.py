@@ -1,4 +1,4 @@
-"""This process's place among a run's, as Composer's launcher puts it in the environment; no Composer is imported."""
+"""Ranks of a run: how they join, wait for each other and fail together."""
 
 import functools
 import itertools
@@ -16,8 +16,6 @@ from composer.devices import Device
 from composer.utils import dist, get_device
 
 from d2v_composer.system.errors import InputError, reason
-
-# MERGED FROM d2v_composer/system/ranks.py: Ranks of a run: how they join, wait for each other and fail together.
 
 # Composer's default timeout of every collective: how long a rank waits after another one crashed.
 COLLECTIVE_SECONDS = 300.0
