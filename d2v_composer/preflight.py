@@ -30,7 +30,7 @@ from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
 from d2v_composer.callbacks.checkpointing import IMPATIENT_CLIENT
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.index import check_room, fetch_index, read_image_index
 from d2v_composer.evaluation.metrics import read_jsonl

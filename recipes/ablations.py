@@ -20,16 +20,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from d2v_composer.report.tables import DATASET, FinishedRun, study_table
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.processes import if_interrupted
+
+if TYPE_CHECKING:
+    from d2v_composer.report.tables import FinishedRun
 
 ROOT = Path(__file__).parent.parent
 STOP_SECONDS = 60.0
@@ -124,7 +126,7 @@ class Runs:
         return "the same command resumes"
 
 
-def main(argv: Sequence[str]) -> list[FinishedRun]:
+def main(argv: Sequence[str]) -> "list[FinishedRun]":
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -150,6 +152,7 @@ def main(argv: Sequence[str]) -> list[FinishedRun]:
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
+    from d2v_composer.report.tables import FinishedRun, study_table
 
     if arguments.whole:
         images = arguments.images / "cifar10"
@@ -193,6 +196,8 @@ def failures(rows: Sequence[Future[None]]) -> Iterator[str]:
 
 def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> None:
     """Train one row in a subprocess."""
+    from d2v_composer.report.tables import DATASET
+
     own = {
         "run_name": folder.name,
         "save_folder": folder,

@@ -29,8 +29,7 @@ from d2v_composer.builders.data import build_collective_timeout, count_open_file
 from d2v_composer.builders.finetune import EVALUATOR, BuiltFinetuning, build_finetuning
 from d2v_composer.builders.fit import describe_finetuning, fit_and_close, write_run_report
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.checkpoints.resume import LATEST
-from d2v_composer.checkpoints.safe_load import read_checkpoint
+from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
 from d2v_composer.report.run import Run

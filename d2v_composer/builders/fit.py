@@ -1,5 +1,6 @@
 """Run a Trainer to its end, describe the run before, and write its report after."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 
@@ -53,6 +54,8 @@ def fit_and_close(
         trainer.engine.close()
         if (fault := find_full_disk(error)) is not None:
             raise RunError(f"{config.save_folder}: cannot be written: {fault.strerror}") from error
+        if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
+            raise RunError(f"{reason(error)}; the same command resumes") from error
         raise
     trainer.close()
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from d2v_composer.callbacks.logging import JSONLLogger
 from d2v_composer.callbacks.trainer_state import SavedCheckpoints, find_callback, loss_scale, unwrapped
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.resume import LATEST, newest_first
+from d2v_composer.checkpoints.resume import newest_first
+from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system import processes
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import acquire

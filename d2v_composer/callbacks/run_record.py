@@ -1,7 +1,7 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,8 @@ class RunRecord(Callback):
         Raises:
             InputError: A fixed key or the data set has changed; names each change.
         """
-        check_data(before, self.record)
-        changes = [
-            change for key in self.fixed for change in find_changes(key, lookup(before, key), lookup(self.record, key))
-        ]
+        found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
+        changes = [*find_other_data(before, self.record), *chain.from_iterable(found)]
         if changes:
             raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
 
@@ -93,22 +91,15 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
 
 
-def check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that the data set is the same: the position in the order of samples is the old one's.
-
-    Raises:
-        InputError: The data set has changed.
-    """
+def find_other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Describe a change of the data set: the position in the order of samples is the old one's."""
     if lookup(before, "data.sha256") == lookup(now, "data.sha256"):
         return
     if lookup(now, "config.dataset") is not None:
         key = "dataset.root"
     else:
         key = f"train_loader.{'local' if lookup(now, 'config.train_loader.remote') is None else 'remote'}"
-    raise InputError(
-        f"{key}: {data_words(now)}, but the checkpoint to resume from was trained on another data set, "
-        f"{data_words(before)}: set it back; a new run needs another run_name or save_folder"
-    )
+    yield f"{key}: {data_words(now)}, but the checkpoint was trained on another data set, {data_words(before)}"
 
 
 def data_words(record: Mapping[str, Any]) -> str:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.resume import fetch_model
-from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted, plain
+from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, plain
 from d2v_composer.checkpoints.student_file import (
     check_fits,
     is_safetensors,

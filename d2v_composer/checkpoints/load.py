@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, overload
 from torch import Tensor
 
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.resume import fetch_model, read_newest
-from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
+from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, read_newest
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     DEFAULT_PRIMARY,
@@ -29,10 +28,10 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import ImageSize
-from d2v_composer.models.names import DATA2VEC2, Weights
+from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_teacher import PREFIX, TimmEncoderConfig
+from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import is_remote

@@ -6,12 +6,10 @@ store that denies access from one without checkpoints.
 
 import logging
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from composer.utils import dist
@@ -22,59 +20,12 @@ from composer.utils.file_helpers import (
     parse_uri,
 )
 
-from d2v_composer.checkpoints.safe_load import CorruptCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.safe_load import LATEST, CorruptCheckpointError, check_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, reason
-from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
+from d2v_composer.system.fetch import RETRY_SECONDS, download_existing
 from d2v_composer.system.retry import retry
-
-LATEST = "latest-rank0.pt"
-
-ReadT = TypeVar("ReadT")
-
-# Composer removes a pointer before it writes the next one.
-POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
-# A reader may be too late for a checkpoint this often; each time the run has saved a newer one.
-READ_ATTEMPTS = 5
-
-
-def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file or a pointer's target; retry if the run has meanwhile saved another checkpoint and removed this one.
-
-    Args:
-        path: The file, or a run's pointer.
-        read: Called with the file.
-
-    Raises:
-        InputError, OSError: ``read``'s, of a file that is still the newest.
-    """
-    for _ in range(READ_ATTEMPTS - 1):
-        file = _target(path)
-        try:
-            return read(file)
-        except (InputError, OSError):
-            if file == path or _target(path) == file:
-                raise
-    return read(_target(path))
-
-
-def _target(path: Path) -> Path:
-    for _ in range(POINTER_ATTEMPTS):
-        with suppress(OSError, RuntimeError):  # RuntimeError: a link to itself
-            return path.resolve(strict=True)
-        time.sleep(POINTER_PAUSE)
-    return path
-
-
-def fetch_model(path: str | Path) -> Path:
-    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
-    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
-        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
-    if str(path).endswith((".yaml", ".yml")):
-        raise InputError(f"{path}: is a YAML, expected the file of a model")
-    return fetch(path)
-
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 

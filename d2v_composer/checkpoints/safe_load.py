@@ -9,14 +9,15 @@ import io
 import pickle
 import pickletools
 import re
+import time
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from d2v_composer.system.errors import InputError, reason
-from d2v_composer.system.fetch import LARGEST_FILE
+from d2v_composer.system.fetch import LARGEST_FILE, fetch, is_remote
 
 # Bytes of pickled Python objects, without the tensors' numbers. A data2vec 2.0 checkpoint has 0.3 MB.
 LARGEST_PICKLE = 8 << 20
@@ -38,6 +39,10 @@ DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
 
 RECONSTRUCT = np.array(0).__reduce__()[0]
 # Globals of our checkpoints beyond those that torch allows; numpy 1 has another name for its function.
+LATEST = "latest-rank0.pt"
+
+ReadT = TypeVar("ReadT")
+
 OUR_GLOBALS = [
     datetime.timedelta,
     np.dtype,
@@ -132,6 +137,8 @@ def check_checkpoint(path: Path) -> None:
     try:
         state = read_checkpoint(path, mmap=True)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
+    except RuntimeError as error:  # torch's reader of archives
+        raise CorruptCheckpointError(f"{path}: truncated or corrupt ({_reason(error)})") from error
     except Exception as error:
         raise InputError(f"{foreign} ({_reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
@@ -260,3 +267,46 @@ def _check_storage(reference: list[Any], sizes: Mapping[str, int]) -> None:
     item_size = 1 if is_untyped else torch.serialization.StorageType(kind.rpartition(".")[2]).dtype.itemsize
     if not 0 <= num_items * item_size <= sizes[f"data/{key}"]:
         raise ValueError(f"its storage {key} has fewer than {num_items} numbers")
+
+
+# Composer removes a pointer before it writes the next one.
+POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
+# A reader may be too late for a checkpoint this often; each time the run has saved a newer one.
+READ_ATTEMPTS = 5
+
+
+def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
+    """Read a file or a pointer's target; retry if the run has meanwhile saved another checkpoint and removed this one.
+
+    Args:
+        path: The file, or a run's pointer.
+        read: Called with the file.
+
+    Raises:
+        InputError, OSError: ``read``'s, of a file that is still the newest.
+    """
+    for _ in range(READ_ATTEMPTS - 1):
+        file = _target(path)
+        try:
+            return read(file)
+        except (InputError, OSError):
+            if file == path or _target(path) == file:
+                raise
+    return read(_target(path))
+
+
+def _target(path: Path) -> Path:
+    for _ in range(POINTER_ATTEMPTS):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a link to itself
+            return path.resolve(strict=True)
+        time.sleep(POINTER_PAUSE)
+    return path
+
+
+def fetch_model(path: str | Path) -> Path:
+    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
+    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
+        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+    if str(path).endswith((".yaml", ".yml")):
+        raise InputError(f"{path}: is a YAML, expected the file of a model")
+    return fetch(path)

@@ -20,7 +20,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2Config, ImageEncoder, ImageEn
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.models.timm_teacher import TimmEncoderConfig
+from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file

@@ -21,8 +21,7 @@ from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transformer_hybrid
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.resume import fetch_model
-from d2v_composer.checkpoints.safe_load import load_untrusted
+from d2v_composer.checkpoints.safe_load import fetch_model, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     FLOATS,
     check_numbers,

@@ -23,7 +23,7 @@ from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import EMBEDDINGS, d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
-from d2v_composer.system.ranks import global_rank
+from d2v_composer.system.processes import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig

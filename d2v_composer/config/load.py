@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, Section, TrainConfig, suggest
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.ranks import let_first_rank_report
+from d2v_composer.system.processes import let_first_rank_report
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 

@@ -25,7 +25,7 @@ from d2v_composer.models.student import Init
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
-from d2v_composer.system.ranks import num_ranks
+from d2v_composer.system.processes import num_ranks
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 LARGEST_INT = (1 << 31) - 1

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from composer.utils import dist
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
@@ -371,6 +370,8 @@ class EpochSampler(DistributedSampler[Place]):
     """
 
     def __init__(self, dataset: AugmentedImages, global_batch_size: int, seed: int) -> None:
+        from composer.utils import dist  # takes seconds, and only fine-tuning needs it
+
         ranks = dist.get_world_size()
         super().__init__(dataset, ranks, dist.get_global_rank(), shuffle=True, seed=seed)  # pyright: ignore[reportArgumentType]: its items are places
         self.total_size = len(dataset) // global_batch_size * global_batch_size
@@ -394,6 +395,8 @@ def train_batches(
         num_workers: Processes that augment; 0: this one.
         prefetch_factor: Batches that each makes in advance.
     """
+    from composer.utils import dist
+
     has_workers = num_workers > 0
     return DataLoader(
         dataset,
@@ -410,5 +413,7 @@ def train_batches(
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
     """Return the loader of this rank's share of all images, as they are; Composer drops the last ranks' padding."""
+    from composer.utils import dist
+
     dataset = TensorDataset(labeled.images, labeled.labels)
     return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())

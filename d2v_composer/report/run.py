@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.resume import LATEST, read_newest
-from d2v_composer.checkpoints.safe_load import load_untrusted
+from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.metrics import PROBES, Measure, metric_key, primary_fallbacks, read_jsonl

@@ -14,6 +14,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
@@ -206,6 +207,34 @@ def survive_closed_pipes() -> None:
             stream.flush()
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))
+
+
+# The first rank of a node may start so much later than the others.
+REPORT_SECONDS = 30.0
+
+
+def global_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_one_node() -> bool:
+    return num_ranks() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def let_first_rank_report() -> None:
+    """Give the first rank of this node time to report an error that all of its ranks have found, before they joined.
+
+    When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The launcher prints nothing of a process that the signal killed.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        time.sleep(REPORT_SECONDS)
 
 
 class UploadProcess(SpawnProcess):

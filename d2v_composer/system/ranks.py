@@ -3,8 +3,6 @@
 import functools
 import itertools
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -178,31 +176,3 @@ def raise_on_all_ranks(fault: str | None) -> None:
     for each in gather_objects(fault):
         if each is not None:
             raise InputError(each)
-
-
-# The first rank of a node may start so much later than the others.
-REPORT_SECONDS = 30.0
-
-
-def global_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_one_node() -> bool:
-    return num_ranks() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def let_first_rank_report() -> None:
-    """Give the first rank of this node time to report an error that all of its ranks have found, before they joined.
-
-    When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        # The launcher prints nothing of a process that the signal killed.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        time.sleep(REPORT_SECONDS)

@@ -1,7 +1,9 @@
 """Metrics and pictures arrive at W&B, TensorBoard and MLflow, and a server that refuses a run stops it at its start."""
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +26,7 @@ from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
-from helpers import free_port, run_command, serving, small_run, started_ranks, train_command
+from helpers import free_port, serving, small_run, started_ranks, train_command
 
 ALL = ("loggers.tensorboard={}", "loggers.mlflow={experiment_name: mine}", "loggers.wandb={project: mine}")
 KEY = "k" * 40
@@ -41,7 +43,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Pat
     folder = started_in / "runs" / "mine"
     sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
     arguments = small_run(folder, small_data, sets, "retrieval.interval=14ba", "report=true", "run_name=mine", *ALL)
-    result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
+    # A process of its own: W&B keeps its pictures in a folder that the first forked process to end removes.
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    command = train_command(arguments)
+    result = subprocess.run(command, cwd=started_in, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in started_in.iterdir()] == ["runs"]
     return folder, result

@@ -15,7 +15,7 @@ from composer import Callback, State
 from composer.loggers import Logger
 
 from d2v_composer.callbacks.checkpointing import CheckpointRetention, outdated, prune_folder, prune_store
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.safe_load import LATEST
 from gated_store import GatedStore
 from helpers import (
     FORKED_UPLOADS,

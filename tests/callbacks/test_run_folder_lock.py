@@ -14,7 +14,7 @@ import pytest
 
 from d2v_composer.callbacks import GracefulStop, RunFolderLock
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.checkpoints.resume import LATEST
+from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system.errors import InputError
 from helpers import (
     ROOT,

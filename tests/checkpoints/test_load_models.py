@@ -80,13 +80,11 @@ def test_a_checkpoint_gives_student_and_teacher_the_normalization_of_its_run(
     contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
     targets = contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["targets"]
     assert targets["normalization"] == "instance"
-    for value, expected in (("layer", "layer"), (None, "instance")):
-        targets.pop("normalization", None)
-        targets |= {"normalization": value} if value else {}  # older checkpoints have none
-        torch.save(contents, tmp_path / "checkpoint.pt")
-        for model in load_any(tmp_path / "checkpoint.pt"):
-            assert model is not None
-            assert model.normalization == expected
+    targets["normalization"] = "layer"
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    for model in load_any(tmp_path / "checkpoint.pt"):
+        assert model is not None
+        assert model.normalization == "layer"
 
 
 def test_a_student_keeps_the_number_of_shared_blocks(small_data: Path, labeled: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from d2v_composer.checkpoints.student_file import add_outputs
 from d2v_composer.models import timm_teacher
 from d2v_composer.models.classification import randomize
 from d2v_composer.models.student import Student
-from d2v_composer.models.timm_teacher import NUM_OUTPUTS, TimmEncoder, TimmEncoderConfig, build_timm_model
+from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
+from d2v_composer.models.timm_teacher import TimmEncoder, build_timm_model
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, refused_by
 from small_vits import RESAMPLED_BILINEARLY, random_vit

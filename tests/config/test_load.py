@@ -13,7 +13,7 @@ from d2v_composer.config.load import load_config, load_evaluate_config, load_fin
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine import find_wrong_packages, install_command
-from d2v_composer.system.ranks import REPORT_SECONDS
+from d2v_composer.system.processes import REPORT_SECONDS
 from helpers import ROOT
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")

@@ -147,7 +147,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> Non
         f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "max_images=8", "precision=amp_bf16"
     )
     first, *lines = printed.splitlines()
-    assert first == "embedding: output_cls (the default, since the file has no record of a run)"
+    assert first == "embedding: output_cls (the default, since the file has no run's record)"
     assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]

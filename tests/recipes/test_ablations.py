@@ -136,6 +136,7 @@ def save(*_):
     sys.exit(143)
 
 signal.signal(signal.SIGTERM, save)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as train.py, which takes it in another way
 (folder / "started").touch()
 signal.pause()
 """
@@ -144,8 +145,8 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from d2v_composer.conversion import cifar10
-from d2v_composer.system import cli
+from d2v_composer.data import convert
+from d2v_composer.system import command_line
 from recipes import ablations
 
 ablations.ROOT = Path(sys.argv.pop(1))
@@ -202,7 +203,7 @@ def test_an_override_is_what_the_row_says() -> None:
     study = Study(QUICKSTART.parent / "quickstart.yaml", {"a": row}, [])
     config = load_config([str(study.base), *study.overrides("a")])
     assert config.retrieval.max_images is None
-    assert (config.targets.source, config.train_loader.crop_scale) == ("block", [0.5, 1.0])
+    assert (config.targets.source, config.train_loader.crop_scale) == ("block", (0.5, 1.0))
 
 
 @pytest.mark.parametrize("path", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)

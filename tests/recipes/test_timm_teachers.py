@@ -211,7 +211,7 @@ def refused(
     [
         ("teacher.model=timm/resnet18", "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teach"),
         ("teacher.model=timm/vit_tyni", "no model 'timm/vit_tyni'; allowed are timm/NAME"),
-        ("teacher.model=timm/vit_small_patch16_224", "has shape (1, 1, 64), the sizes ask for (1, 1, 384)"),
+        ("teacher.model=timm/vit_small_patch16_224", "it has no patches of 16 x 16 pixels in its width"),
         ("teacher.first_blocks=6", "error: teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
         ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),

@@ -1,6 +1,7 @@
 """Ranks wait for a leader as long as its work takes, and stop when it fails."""
 
 import datetime
+import multiprocessing
 import os
 import signal
 import time
@@ -16,9 +17,10 @@ from composer.utils import dist
 
 from d2v_composer.system import ranks
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.processes import FORK
 from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 from helpers import free_port
+
+FORK = multiprocessing.get_context("fork")
 
 COLLECTIVE_SECONDS = 2.0
 
