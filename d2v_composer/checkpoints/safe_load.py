@@ -144,8 +144,8 @@ def check_checkpoint(path: Path) -> None:
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{foreign}: it has the algorithms {algorithms}, allowed are {sorted(OUR_ALGORITHMS)}")
     # Composer does not load strictly: it would train on from random weights.
-    if not tensors or not all(isinstance(each, Tensor) for each in tensors):
-        raise InputError(f"{foreign}: its state.model must hold tensors, and nothing else")
+    if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
+        raise InputError(f"{foreign}: its state.model must hold tensors of finite numbers, and nothing else")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
+
+if TYPE_CHECKING:
+    from d2v_composer.models.distillation import DistillationModel  # imports Composer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +29,7 @@ R = TypeVar("R")
 MAX_GRAPHS = 64
 
 
-def compile_model(model: DistillationModel, packs_weights: bool = False) -> None:
+def compile_model(model: "DistillationModel", packs_weights: bool = False) -> None:
     """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
 
     Blocks instead of one graph: equal blocks share a compilation, which takes seconds instead of minutes; DDP reduces a
@@ -132,7 +134,7 @@ def choose_precision(choice: str, on_gpu: bool | None = None) -> Precision:
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
 
 
-def join_units(model: DistillationModel, mesh: DeviceMesh | None) -> None:
+def join_units(model: "DistillationModel", mesh: DeviceMesh | None) -> None:
     """Make the model the FSDP root of the units that Composer wrapped.
 
     Otherwise each unit is a root. FSDP keeps a root's weights gathered after forward, for the backward pass that

@@ -336,7 +336,7 @@ def test_another_data_set_is_refused(
     now = rf"{many_shards} \(96 samples in {shards} shards, \w{{8}}\)"
     before = rf"{small_data} \(96 samples in \d shards, \w{{8}}\)"
     assert re.fullmatch(
-        rf"train_loader\.local: {now}, but the checkpoint .* on another data set, {before}: set it back; .*",
+        rf"train_loader\.local: {now}, but the checkpoint .* on another data set, {before}; .*",
         str(refused.value),
     )
 
