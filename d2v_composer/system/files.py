@@ -118,7 +118,7 @@ def find_partials(paths: Collection[Path]) -> Iterator[Path]:
                 yield partial
 
 
-def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
+def acquire(path: Path, wait: float = 0) -> int | None:
     """Lock a file while the descriptor is open, in this process or one forked from it.
 
     A file system without locks counts as locked, with a warning: two runs may then use the same files.
@@ -126,7 +126,6 @@ def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
     Args:
         path: The file; created, with its folders, if missing. Nobody may remove it.
         wait: Maximum time to wait for another holder, in seconds.
-        shared: Allow other shared holders.
 
     Returns:
         A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process.
@@ -136,7 +135,7 @@ def acquire(path: Path, wait: float = 0, shared: bool = False) -> int | None:
     deadline = time.monotonic() + wait
     while True:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
         except BlockingIOError:
             if time.monotonic() >= deadline:
