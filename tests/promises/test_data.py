@@ -29,7 +29,6 @@ from helpers import (
     failure,
     family_of,
     run_command,
-    run_ranks,
     small_run,
     start_python,
     started_ranks,
@@ -60,13 +59,18 @@ def store(object_store: GatedStore, many_shards: Path) -> GatedStore:
 
 @contextmanager
 def recorded(
-    folder: Path, cache: Path, *overrides: str, ranks: int = 1, environment: dict[str, str] | None = None
+    folder: Path,
+    cache: Path,
+    *overrides: str,
+    ranks: int = 1,
+    num_nodes: int = 1,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[list[Program]]:
     """Start a run of two epochs that records its samples in ``folder``/samples."""
     arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *overrides]
     variables = {"SAMPLES": str(folder / "samples"), **(environment or {})}
     command = traced(small_run(folder / "run", cache, *arguments))
-    with started_ranks(*command, ranks=ranks, environment=variables) as programs:
+    with started_ranks(*command, ranks=ranks, num_nodes=num_nodes, environment=variables) as programs:
         yield programs
 
 
@@ -268,15 +272,16 @@ def test_runs_beside_each_other_do_not_disturb(
 
 
 @pytest.mark.slow
-def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8: two nodes of one rank each, with their own folders."""
-    for name, value in store.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SAMPLES", str(tmp_path / "samples"))
+def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path) -> None:
+    """8: two nodes of one rank each, with their own caches."""
+    caches = tmp_path / "cache-${oc.env:NODE_RANK}"
     options = ("max_duration=6ba", f"train_loader.remote={REMOTE}")
-    run_ranks(small_run(tmp_path / "run", tmp_path / "cache", *options), num_nodes=2)
+    with recorded(tmp_path, caches, *options, ranks=2, num_nodes=2, environment=store.environment) as nodes:
+        assert_succeed(nodes)
     ids = Counter(i for samples in read_record(tmp_path).values() for i in samples)
     assert ids == Counter(range(NUM_IMAGES))
+    shards = [{path.name for path in tmp_path.glob(f"cache-{rank}/*.mds")} for rank in (0, 1)]
+    assert min(map(len, shards)) < len(shards[0] | shards[1])
 
 
 @pytest.mark.parametrize(
