@@ -106,6 +106,7 @@ def test_a_long_run_does_not_leak(
             assert program.poll() is None
             time.sleep(0.1)
         shared_memory |= shared_memory_of(program.pid)
+    left_by_kill = set(temporary.rglob("*"))
     usages: dict[int, list[Usage]] = defaultdict(list)
     with started(arguments, temporary) as program:
         while program.poll() is None:
