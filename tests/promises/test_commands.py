@@ -355,9 +355,9 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
 @pytest.mark.parametrize(
     ("name", "num"),
     [
-        ("distill", 16),
-        ("evaluate", 8),
-        ("finetune", 6),
+        ("distill", 8),
+        ("evaluate", 4),
+        ("finetune", 4),
         *(pytest.param(name, 150, marks=pytest.mark.slow) for name in ("distill", "quickstart")),
         *(pytest.param(name, None, marks=pytest.mark.campaign) for name in RUNS),
     ],
