@@ -29,27 +29,26 @@ HOW_TO_READ = {
     ".npy": "import numpy; embeddings = numpy.load({!r}, mmap_mode='r')",
     ".parquet": "import pyarrow.parquet; table = pyarrow.parquet.read_table({!r})",
 }
-
-
-LIMITS = {"batch_size": (1, 1 << 16), "part_size": (1, 1 << 20), "workers": (0, 1024)}
+LARGEST = 1 << 20
 
 
 def main(argv: Sequence[str]) -> "Embedding":
     """Embed, and print a report."""
     arguments = parse(argv)
+    out = arguments.out
 
     import torch
 
     from d2v_composer.checkpoints.load import TimmWeights, load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
-    from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
+    from d2v_composer.embedding import EmbeddingOptions, check_out, embed_collection, open_collection
     from d2v_composer.models.execution import name_precision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.precision = name_precision(arguments.precision)
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
-    file = EmbeddingFile(arguments.out, overwrite=arguments.overwrite)
+    check_out(out, overwrite=arguments.overwrite)
     timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
     model = load_any(
         arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
@@ -57,31 +56,19 @@ def main(argv: Sequence[str]) -> "Embedding":
     chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
     arguments.representation, arguments.pooling = chosen.primary
     sizes = model.encoder.config
-    collection = open_collection(
-        arguments.source,
-        sizes.image_size,
-        sizes.interpolation,
-        local=arguments.local,
-        cache_limit=arguments.cache_limit,
-        column=arguments.column,
-    )
+    place = {name: getattr(arguments, name) for name in ("local", "cache_limit", "column")}
+    collection = open_collection(arguments.source, sizes.image_size, sizes.interpolation, **place)
     print(f"embedding: {chosen}")
-    embedding = embed_collection(
-        model.eval().to(device),
-        collection,
-        file,
-        EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields}),
-        device=device,
-        workers=arguments.workers,
-        skip_unreadable=arguments.skip_unreadable,
-    )
+    options = EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields})
+    how = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
+    embedding = embed_collection(model.eval().to(device), collection, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} images")
     print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
-    print(f"wrote {embedding.out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
-    print_next(HOW_TO_READ[embedding.out.suffix].format(str(embedding.out)))
+    print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
+    print_next(HOW_TO_READ[out.suffix].format(str(out)))
     return embedding
 
 
@@ -115,7 +102,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     arguments = parser.parse_args(argv)
-    for name, (smallest, largest) in LIMITS.items():
-        if not smallest <= getattr(arguments, name) <= largest:
-            raise InputError(f"{option(name)}: must be {smallest} to {largest}, got {getattr(arguments, name)}")
+    for name, smallest in {"batch_size": 1, "part_size": 1, "workers": 0}.items():
+        if not smallest <= getattr(arguments, name) <= LARGEST:
+            raise InputError(f"{option(name)}: must be {smallest} to {LARGEST}, got {getattr(arguments, name)}")
     return arguments

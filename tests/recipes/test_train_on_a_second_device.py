@@ -18,7 +18,7 @@ from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
-from d2v_composer.embedding import EmbeddingFile, EmbeddingOptions, embed_collection, open_collection
+from d2v_composer.embedding import EmbeddingOptions, embed_collection, open_collection
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
@@ -138,11 +138,11 @@ def test_an_exported_student_embeds_as_on_the_host(here: Path, labeled: Path, tm
     student = load_student(tmp_path / "student.safetensors")
     embedded = []
     for device in ("xla", "cpu"):
-        out = EmbeddingFile(tmp_path / f"{device}.npy")
+        out = tmp_path / f"{device}.npy"
         options = EmbeddingOptions(batch_size=40)
         collection = open_collection(str(labeled / "test"), student.encoder.config.image_size, "bicubic")
         embed_collection(student.to(device), collection, out, options, device=device, workers=0)
-        embedded.append(np.load(tmp_path / f"{device}.npy"))
+        embedded.append(np.load(out))
     np.testing.assert_allclose(*embedded, atol=1e-4)
 
 
