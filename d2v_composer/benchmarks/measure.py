@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +18,27 @@ Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""
 
 
-def interleave(
-    passes: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Rates]:
-    """Return each program's passes per second, measured in turns after one warm-up pass of each.
+def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, Rates]:
+    """Measure programs in turns, after one warm-up pass of each.
 
     Args:
-        passes: Name → a fixed amount of work.
+        passes: Name → a pass, and the units of work that it does.
         rounds: Measured passes of each program.
-        clock: In seconds.
+
+    Returns:
+        Name → units per second.
     """
     names, rates = list(passes), {name: np.empty(rounds) for name in passes}
-    with progress_bar(total=len(names) * (rounds + 1), desc="measuring", unit="passes") as bar:
-        for number in range(-1, rounds):
-            first = max(0, number) % len(names)  # so that no program always follows the same one
-            for name in names[first:] + names[:first]:
-                begin = clock()
-                passes[name]()
-                if number >= 0:
-                    rates[name][number] = 1 / (clock() - begin)
-                bar.update()
+    for number in progress_bar(range(-1, rounds), desc="measuring", unit="rounds"):
+        first = max(0, number) % len(names)  # so that no program always follows the same one
+        for name in names[first:] + names[:first]:
+            work, units = passes[name]
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= 0:
+                rates[name][number] = units / (time.perf_counter() - start)
     return rates
 
 
@@ -46,40 +47,52 @@ def ratio(own: Rates, baseline: Rates) -> float:
     return float(np.median(own / baseline))
 
 
-class Result(NamedTuple):
-    """A benchmark's table; its first row is the baseline."""
+def describe(
+    setting: Mapping[str, Any],
+    unit: str,
+    rates: Mapping[str, Rates],
+    compared: Mapping[str, tuple[str, str, float | None]],
+    packages: Sequence[str],
+) -> dict[str, Any]:
+    """Return a benchmark's result, ready for JSON.
 
-    title: str
-    unit: str
-    setting: dict[str, Any]
-    rates: Mapping[str, Rates]
-    ratios: list[tuple[str, float, float | None]]
-    """What is compared, the ratio, and the least that is promised, if anything is."""
-    packages: tuple[str, ...] = ("torch",)
-    """Distributions whose versions matter."""
-
-    def as_text(self) -> str:
-        baseline = next(iter(self.rates.values()))
-        rows = [
-            [name, f"{np.median(each):,.2f}", f"{each.min():,.2f} – {each.max():,.2f}", f"{ratio(each, baseline):.2f}"]
-            for name, each in self.rates.items()
-        ]
-        ratios = [
-            f"{what}: {found:.2f}{'' if least is None else f', expected at least {least}'}"
-            for what, found, least in self.ratios
-        ]
-        about = [self.title, str(describe_machine()), str(package_versions(*self.packages))]
-        return "\n".join([*about, "", format_table(["", self.unit, "range", "×"], rows), "", *ratios])
-
-    def as_json(self) -> dict[str, Any]:
-        baseline = next(iter(self.rates.values()))
-        rows = [
+    Args:
+        setting: What was measured.
+        unit: Unit of the rates.
+        rates: Name → rates; the first program is the baseline.
+        compared: What is compared → the names of two programs, and the least ratio that is promised, if any is.
+        packages: Distributions whose versions matter.
+    """
+    baseline = next(iter(rates.values()))
+    return {
+        **setting,
+        "machine": describe_machine(),
+        "versions": package_versions(*packages),
+        "unit": unit,
+        "rows": [
             {"name": name, "rates": each.tolist(), "ratio_to_baseline": ratio(each, baseline)}
-            for name, each in self.rates.items()
-        ]
-        ratios = [{"what": what, "ratio": found, "at_least": least} for what, found, least in self.ratios]
-        about = {"machine": describe_machine(), "versions": package_versions(*self.packages)}
-        return {**self.setting, **about, "unit": self.unit, "rows": rows, "ratios": ratios}
+            for name, each in rates.items()
+        ],
+        "ratios": [
+            {"what": what, "ratio": ratio(rates[own], rates[other]), "at_least": least}
+            for what, (own, other, least) in compared.items()
+        ],
+    }
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return the setting, the table and the ratios of :func:`describe`'s result."""
+    tables = ("unit", "rows", "ratios")
+    about = [f"{name}: {value}" for name, value in result.items() if name not in tables]
+    rows = [
+        (row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max)), f"{row['ratio_to_baseline']:.2f}")
+        for row in result["rows"]
+    ]
+    ratios = [
+        f"{each['what']}: {each['ratio']:.2f}" + (f", expected at least {each['at_least']}" if each["at_least"] else "")
+        for each in result["ratios"]
+    ]
+    return "\n".join([*about, "", format_table(["", result["unit"], "least", "most", "×"], rows), "", *ratios])
 
 
 @contextmanager

@@ -1,14 +1,12 @@
 """Measure the exact neighbor search beside the bare matrix product of queries and bank, and beside faiss."""
 
-from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.benchmarks.measure import Result, interleave, ratio
+from d2v_composer.benchmarks.measure import describe, interleave
 from d2v_composer.evaluation.nearest_neighbors import full_float32, nearest_neighbors
 
 PRODUCT, OURS, FAISS = "matrix product alone", "ours", "faiss IndexFlatIP"
@@ -18,12 +16,12 @@ PRODUCT_PART = 2048
 TIE = 1e-6
 
 
-def benchmark_retrieval(num_bank: int, num_queries: int, dim: int, k: int, device: str, rounds: int) -> Result:
+def benchmark_retrieval(bank: int, queries: int, dim: int, k: int, device: str, rounds: int) -> dict[str, Any]:
     """Measure queries per second of each search, on the same random vectors.
 
     Args:
-        num_bank: Vectors to search.
-        num_queries: Vectors to look up.
+        bank: Vectors to search.
+        queries: Vectors to look up.
         dim: Channels of a vector.
         k: Neighbors of a query.
         device: cpu or cuda; faiss uses the CPU.
@@ -32,61 +30,45 @@ def benchmark_retrieval(num_bank: int, num_queries: int, dim: int, k: int, devic
     Raises:
         RuntimeError: faiss finds other neighbors.
     """
+    setting = {"bank": bank, "queries": queries, "dim": dim, "k": k, "device": device, "rounds": rounds}
     torch.manual_seed(0)
-    bank, queries = torch.randn(num_bank, dim).to(device), torch.randn(num_queries, dim).to(device)
-    searches: dict[str, Callable[[], NDArray[np.int64]]] = {
-        OURS: lambda: nearest_neighbors(bank, queries, k).indices.cpu().numpy(),
-        FAISS: lambda: search_with_faiss(bank.cpu().numpy(), queries.cpu().numpy(), k),
+    bank_ND, queries_QD = torch.randn(bank, dim).to(device), torch.randn(queries, dim).to(device)
+    searches = {
+        OURS: lambda: nearest_neighbors(bank_ND, queries_QD, k).indices.cpu(),
+        FAISS: lambda: search_with_faiss(bank_ND.cpu(), queries_QD.cpu(), k),
     }
-    check_neighbors(bank, queries, {name: search() for name, search in searches.items()})
-    passes = {PRODUCT: matrix_product(bank, queries), **searches}
-    rates = {name: each * num_queries for name, each in interleave(passes, rounds).items()}
-    return Result(
-        title=f"{k} nearest of {num_bank} × {dim} for {num_queries} queries, {device}, {rounds} interleaved rounds",
-        unit="queries/s",
-        setting={"bank": num_bank, "queries": num_queries, "dim": dim, "k": k, "device": device, "rounds": rounds},
-        rates=rates,
-        ratios=[("ours ÷ matrix product", ratio(rates[OURS], rates[PRODUCT]), 0.625)],
-        packages=("torch", "faiss-cpu", "numpy"),
-    )
+    check_neighbors(bank_ND, queries_QD, searches[FAISS](), searches[OURS]())
+    passes = {PRODUCT: lambda: multiply(bank_ND, queries_QD), **searches}
+    rates = interleave({name: (search, queries) for name, search in passes.items()}, rounds)
+    ratios = {"ours ÷ matrix product": (OURS, PRODUCT, 0.625)}
+    return describe(setting, "queries/s", rates, ratios, ("torch", "faiss-cpu", "numpy"))
 
 
-def matrix_product(bank: Tensor, queries: Tensor) -> Callable[[], None]:
-    """Return the least work of any search: multiply every query with every bank vector, and keep nothing."""
-    parts = normalize(bank, dim=1).split(PRODUCT_PART)
-    buffer = bank.new_empty(len(queries), len(parts[0]))
-
-    def multiply() -> None:
-        with full_float32(bank.device.type):
-            for part in parts:
-                torch.mm(queries, part.T, out=buffer if len(part) == buffer.shape[1] else buffer.new_empty(0))
-        if bank.is_cuda:
-            torch.cuda.synchronize()
-
-    return multiply
+def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
+    """Do the least work of any search: multiply every query with every bank vector, and keep nothing."""
+    buffer = bank_ND.new_empty(len(queries_QD), PRODUCT_PART)
+    with full_float32(bank_ND.device.type):
+        for part in bank_ND.split(PRODUCT_PART):
+            torch.mm(queries_QD, part.T, out=buffer[:, : len(part)])
 
 
-def search_with_faiss(bank: NDArray[np.float32], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def search_with_faiss(bank_ND: Tensor, queries_QD: Tensor, k: int) -> Tensor:
     """Return the neighbors, (Q, k), as faiss finds them by brute force."""
     import faiss
 
-    bank, queries = bank.copy(), queries.copy()
-    faiss.normalize_L2(bank)
-    faiss.normalize_L2(queries)
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank)
-    return index.search(queries, k)[1]
+    index = faiss.IndexFlatIP(bank_ND.shape[1])
+    index.add(normalize(bank_ND, dim=1).numpy())
+    return torch.from_numpy(index.search(normalize(queries_QD, dim=1).numpy(), k)[1])
 
 
-def check_neighbors(bank: Tensor, queries: Tensor, found: Mapping[str, NDArray[np.int64]]) -> None:
-    """Compare the neighbors of all searches with ours, except for ties.
+def check_neighbors(bank_ND: Tensor, queries_QD: Tensor, theirs: Tensor, ours: Tensor) -> None:
+    """Compare the neighbors, (Q, k), of two searches, except for ties.
 
     Raises:
-        RuntimeError: A search finds other neighbors.
+        RuntimeError: They differ.
     """
-    unit_bank, unit_queries = (normalize(each.double().cpu(), dim=1) for each in (bank, queries))
-    for name, neighbors in found.items():
-        rows, columns = np.nonzero(neighbors != found[OURS])
-        theirs, ours = (unit_bank[each[rows, columns]] for each in (neighbors, found[OURS]))
-        if (((theirs - ours) * unit_queries[rows]).sum(dim=1).abs() > TIE).any():
-            raise RuntimeError(f"{name!r} finds other neighbors than {OURS!r}")
+    unit_bank, unit_queries = (normalize(each.double().cpu(), dim=1) for each in (bank_ND, queries_QD))
+    rows, columns = (theirs != ours).nonzero(as_tuple=True)
+    difference = unit_bank[theirs[rows, columns]] - unit_bank[ours[rows, columns]]
+    if ((difference * unit_queries[rows]).sum(dim=1).abs() > TIE).any():
+        raise RuntimeError(f"{FAISS!r} finds other neighbors than {OURS!r}")
