@@ -5,39 +5,37 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
-from socket import socket
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 import torch
-from composer.core import Time, TimeUnit
-from composer.utils import maybe_create_object_store_from_uri
+from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects
-from composer.utils.object_store import ObjectStore, S3ObjectStore
+from composer.utils.object_store import S3ObjectStore
 from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which pyright does not see there
-from typing_extensions import Self
 
-from d2v_composer.builders.data import count_samples, room_of_node
+from d2v_composer.builders.data import count_samples
 from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
 from d2v_composer.callbacks.checkpointing import IMPATIENT_CLIENT
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.index import check_room, fetch_index, read_image_index
+from d2v_composer.data.index import fetch_index, read_image_index
 from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import Address, RunFolder
-from d2v_composer.system.errors import InputError, RunError, reason, writing
+from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import existing_folder
-from d2v_composer.system.processes import die_with_parent, if_interrupted
+from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
 """Folder of a rehearsal, in the run's folder and cache; removed at the start and at the end."""
@@ -45,11 +43,8 @@ STOP_AFTER_BATCHES = 3
 BATCHES_AFTER_RESUME = 20  # the pace is logged every ten batches; the first ten hold torch.compile
 IMAGES_PER_SET = 128
 SHUFFLED_SAMPLES = 2048
-# Seconds without a printed line: longer than compiling, and than the timeout of collectives.
-STALL_SECONDS, STOP_SECONDS = 1800.0, 120.0
-OTHER_NODES = timedelta(hours=1)  # the slowest may still be fetching the teacher
-BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments in float32
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the timeout of collectives too
+OTHER_NODES = timedelta(seconds=2 * PHASE_SECONDS)  # the slowest may still be fetching the teacher
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +57,8 @@ class Node:
 
     def __init__(self) -> None:
         """Read the variables of Composer's launcher; without it, one node of one rank."""
-        self.ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // self.ranks
-        self.rank = int(os.environ.get("NODE_RANK", "0"))
+        self.ranks, self.rank = dist.get_local_world_size(), dist.get_node_rank()
+        self.num_nodes = dist.get_world_size() // self.ranks
         self.store = None
         if self.num_nodes > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -87,7 +81,7 @@ class Node:
         Returns:
             True if the check passed on all nodes.
         """
-        found, fault = "", ""
+        found = fault = ""
         try:
             found = look()
         except Exception as error:  # the run would fail with it too
@@ -119,11 +113,10 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
         True if all checks passed on all nodes.
     """
     node = Node()
-    print_row("check", "verdict", "found")
-    checks = Checks(config, node)
-    passed = [node.check(name, look) for name, look in checks.by_name().items()]
-    ready = all(passed)
-    with Rehearsal(argv, config, train_script, node) as rehearsal, if_interrupted(rehearsal.close):
+    with closing(Rehearsal(argv, config, train_script, node)) as rehearsal, if_interrupted(rehearsal.close):
+        print_row("check", "verdict", "found")
+        passed = [node.check(name, look) for name, look in rehearsal.checks().items()]
+        ready = all(passed)
         for name, phase in rehearsal.phases().items():
             if ready:
                 ready = node.check(name, phase)
@@ -131,85 +124,80 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
                 print_row(name, "skipped", "fix the failure above first")
         if ready and node.rank == 0:
             print("\nThe whole run will need (if nothing else used the machine during the rehearsal):")
-            print("\n".join(needs(checks, read_jsonl(rehearsal.log), rehearsal.checkpoint_bytes)), flush=True)
-    node.exchange("end", "")  # node 0 holds the store until all have read it
+            print("\n".join(rehearsal.needs()), flush=True)
+        node.exchange("end", "")  # node 0 holds the store until all have read it
     return ready
 
 
-class Checks:
-    """What the short run cannot show, or shows only one fault at a time.
+class Rehearsal:
+    """The user's run, made small, in folders of its own.
 
-    Each check returns what it found, and keeps what :func:`needs` reads.
+    Each check and each phase returns what it found or did, and raises if the run would fail. The checks are made even
+    if others fail, so that all faults are found at once.
     """
 
-    def __init__(self, config: TrainConfig, node: Node) -> None:
-        self.config, self.node = config, node
+    def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path, node: Node) -> None:
+        self.argv, self.config, self.train_script, self.node = argv, config, train_script, node
+        self.image_size: ImageSize = 224
+        self.interpolation = "bicubic"
         self.shards: list[dict[str, Any]] = []
-        self.num_trained = 0
-        self.image_size, self.interpolation = 224, "bicubic"
         self.num_labeled: dict[str, int] = {}
+        self.logged: dict[str, dict[int, float]] = {}
+        self.temporary = TemporaryDirectory()
+        self.output = Path(self.temporary.name, "output.txt")
+        self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
+        self.folder = RunFolder.parse(self.save_folder).local.absolute()
+        self.cache = Path(config.train_loader.local, FOLDER).absolute()
+        self.made_in = {each: existing_folder(each) for each in (self.folder, self.cache)}
+        self.log = self.folder / "log.jsonl"  # node 0's
+        self.process: subprocess.Popen[bytes] | None = None
+        self.batch = self.checkpoint_bytes = 0
 
-    def by_name(self) -> dict[str, Callable[[], str]]:
+    def checks(self) -> dict[str, Callable[[], str]]:
         return {
             "models": self.check_models,
             "data": self.check_data,
-            "disk space": self.check_disk_space,
-            "save_folder": lambda: check_rights(self.config.save_folder),
             "labeled sets": self.check_labeled_sets,
             "loggers": self.check_loggers,
+        }
+
+    def phases(self) -> dict[str, Callable[[], str]]:
+        return {
+            "training": self.train,
+            "SIGTERM": self.stop,
+            "resume": self.resume,
+            "export": self.export,
+            "disk space": self.check_disk_space,
+            "removal": self.remove,
         }
 
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
         check_fit(self.config, teacher)
-        student = teacher.build_student(**vars(self.config.student))
         self.image_size, self.interpolation = teacher.config.image_size, teacher.config.interpolation
-        self.num_trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in teacher.parameters())
-        return f"teacher of {total / 1e6:.1f} M parameters, student of {self.num_trained / 1e6:.1f} M"
+        return f"teacher of {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
         """Read the index, and find every shard of it: here in its full size, or by name in the store."""
-        loader = self.config.train_loader
-        options: dict[str, Any] = {"option": "train_loader.column", "source": loader.remote or loader.local}
+        loader, options = self.config.train_loader, {"option": "train_loader.column"}
         if loader.remote is None:
             self.shards = read_image_index(Path(loader.local), loader.column, **options)
-            return f"{loader.local}: {count_samples(self.shards)} samples in {len(self.shards)} shards"
-        with TemporaryDirectory() as folder:
-            fetch_index(loader.remote, Path(folder))
-            self.shards = read_image_index(Path(folder), loader.column, shards_may_be_missing=True, **options)
-        stored = {key.rsplit("/", 1)[-1] for key in list_remote_objects(f"{loader.remote.rstrip('/')}/")}
-        names = [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in self.shards]
-        missing = [name for name in names if name.rsplit("/", 1)[-1] not in stored]
-        if missing:
-            raise InputError(f"{loader.remote}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}")
-        return f"{loader.remote}: {count_samples(self.shards)} samples in {len(self.shards)} shards, all in the store"
-
-    def check_disk_space(self) -> str:
-        """Compare the free space with what this node's cache and checkpoints need."""
-        found = []
-        if self.config.train_loader.remote is not None and self.shards:
-            need = room_of_node(self.config, self.shards, self.node.num_nodes)
-            check_room([need])
-            found.append(f"cache in {need.local}: {need.bytes / 1e9:.1f} GB of {need.free / 1e9:.1f} GB free")
-        if self.config.save_folder is not None:
-            folder = RunFolder.parse(self.config.save_folder).local
-            kept = max(self.config.save_num_checkpoints_to_keep, 1) + 1  # the next is written before the oldest goes
-            needed = kept * self.num_trained * BYTES_PER_WEIGHT
-            free = shutil.disk_usage(existing_folder(folder)).free
-            if needed > free:
-                raise InputError(
-                    f"{folder}: {kept} checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-                )
-            found.append(f"{kept} checkpoints in {folder}: {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
-        return "; ".join(found) or "nothing is stored here"
+        else:
+            options["source"] = loader.remote
+            with TemporaryDirectory() as temporary:
+                fetch_index(loader.remote, Path(temporary))
+                self.shards = read_image_index(Path(temporary), loader.column, shards_may_be_missing=True, **options)
+            stored = {Path(key).name for key in list_remote_objects(f"{loader.remote.rstrip('/')}/")}
+            names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
+            if missing := [name for name in names if name not in stored]:
+                first = f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}"
+                raise InputError(f"{loader.remote}: {first}")
+        gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
+        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all there"
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets; download CIFAR if the run would."""
         sets = build_labeled_sets(self.config.retrieval, self.image_size, self.interpolation)
-        for name, labeled in sets.items():
-            if max(self.config.retrieval.ks) > min(labeled.num_images):
-                raise InputError(f"retrieval.ks: {name} has {min(labeled.num_images)} images in its smaller split")
         self.num_labeled = {name: sum(labeled.num_images) for name, labeled in sets.items()}
         return ", ".join(f"{name}: {count} images" for name, count in self.num_labeled.items()) or "none"
 
@@ -219,151 +207,27 @@ class Checks:
             check_logging_servers(self.config)
         return ", ".join(name for name, arguments in self.config.loggers.items() if arguments is not None) or "none"
 
-
-def check_rights(save_folder: str | None) -> str:
-    """Write a small file into a ``save_folder``, which may not exist yet; in S3 also list, read and delete it.
-
-    boto3's error names the operation that is denied.
-    """
-    if save_folder is None:
-        return "none"
-    store, key = open_store(save_folder), f"{Address.parse(save_folder).path}/.preflight-{uuid4().hex}".lstrip("/")
-    if store is None:
-        with writing(save_folder):
-            TemporaryFile(dir=existing_folder(Path(save_folder))).close()
-        return f"{save_folder}: writable"
-    if not isinstance(store, S3ObjectStore):  # Composer could not delete the file
-        return f"{save_folder}: the rehearsal writes and reads"
-    target = {"Bucket": store.bucket, "Key": key}
-    store.client.put_object(**target, Body=b"preflight")
-    store.client.list_objects_v2(Bucket=store.bucket, Prefix=key)
-    store.client.get_object(**target)
-    store.client.delete_object(**target)
-    return f"{save_folder}: write, list, read, delete"
-
-
-def open_store(address: str) -> ObjectStore | None:
-    """Return the object store of an address; ``None`` for a local path."""
-    backend, bucket, _ = Address.parse(address)
-    if backend == "s3":
-        return S3ObjectStore(bucket, client_config=dict(IMPATIENT_CLIENT))
-    return maybe_create_object_store_from_uri(address)
-
-
-class Command:
-    """A command in a session of its own, with the signals of a user's shell; it dies with this process."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        def start() -> None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            die_with_parent()
-
-        self.output = TemporaryFile()  # noqa: SIM115 (as long as this object)
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        self.process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-            preexec_fn=start,
-        )
-
-    def wait(self, until: Callable[[], bool] = lambda: False, stall_seconds: float = STALL_SECONDS) -> int | None:
-        """Wait until a condition holds, or the command exits or prints nothing for a time; return its exit status."""
-        size, since = -1, time.monotonic()
-        while self.process.poll() is None and not until() and time.monotonic() - since < stall_seconds:
-            if (printed := os.fstat(self.output.fileno()).st_size) != size:
-                size, since = printed, time.monotonic()
-            time.sleep(0.2)
-        return self.process.poll()
-
-    def signal(self, signum: signal.Signals) -> None:
-        """Send a signal to every process of the command, as systemd and SLURM do."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signum)
-
-    def fault(self, what: str) -> RunError:
-        """Print the command's last lines, and return the error."""
-        self.output.seek(0)
-        lines = self.output.read().decode(errors="replace").splitlines()[-15:]
-        print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
-        return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
-
-
-class Rehearsal:
-    """The user's run, made small, in folders of its own. Each phase returns what it did, and raises if it failed."""
-
-    def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path, node: Node) -> None:
-        self.argv, self.config, self.train_script, self.node = argv, config, train_script, node
-        self.temporary = TemporaryDirectory()
-        self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
-        self.folder = RunFolder.parse(self.save_folder).local
-        self.cache = Path(config.train_loader.local, FOLDER)
-        self.log = self.folder / "log.jsonl"  # node 0's
-        self.made_in = {each: existing_folder(each).absolute() for each in (self.folder, self.cache)}
-        self.commands: list[Command] = []
-        self.batch = self.checkpoint_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill what still runs, and remove the files."""
-        for command in self.commands:
-            command.signal(signal.SIGKILL)
-        if self.commands:
-            self.remove()
-        self.temporary.cleanup()
-
-    def remove(self) -> None:
-        """Remove the rehearsal's files, and the folders above them that it made."""
-        for folder, existing in self.made_in.items():
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # a parent is not empty
-                for parent in folder.absolute().parents:
-                    if parent == existing:
-                        break
-                    parent.rmdir()
-        store, prefix = open_store(self.save_folder), Address.parse(self.save_folder).path
-        if self.node.rank == 0 and isinstance(store, S3ObjectStore):
-            for key in store.list_objects(f"{prefix}/"):
-                store.client.delete_object(Bucket=store.bucket, Key=key)
-
-    def phases(self) -> dict[str, Callable[[], str]]:
-        return {
-            "training": self.train,
-            "SIGTERM": self.stop,
-            "resume": self.resume,
-            "export": self.export,
-        }
-
     def train(self) -> str:
         """Train a few batches, with retrieval and health at every batch."""
         overrides = ["retrieval.interval=1ba"]
         if self.config.callbacks.get("health") is not None:
             overrides.append("callbacks.health.interval=1ba")
         self.remove()  # what a killed preflight left
-        command = self.start("max_duration=500ba", *overrides)
+        self.start("max_duration=500ba", *overrides)
         if self.node.rank == 0:
-            command.wait(lambda: self.num_batches() >= STOP_AFTER_BATCHES)
+            self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
         trained = int(self.node.exchange("trained", str(self.num_batches()))[0])
         if trained < STOP_AFTER_BATCHES:
-            raise command.fault(f"{trained} of {STOP_AFTER_BATCHES} batches were trained")
+            raise self.fault(f"{trained} of {STOP_AFTER_BATCHES} batches were trained")
         return f"{trained} batches, with retrieval and health at each"
 
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with 143."""
-        [command] = self.commands
-        command.signal(signal.SIGTERM)
-        status = command.wait(stall_seconds=STOP_SECONDS)
+        self.signal(signal.SIGTERM)
+        status = self.wait(STOP_SECONDS)
         self.batch = int(self.node.exchange("stopped", str(self.num_batches()))[0])
         if status != 128 + signal.SIGTERM:
-            raise command.fault(f"status {status} instead of 143 within {STOP_SECONDS:.0f} s of SIGTERM")
+            raise self.fault(f"status {status} instead of 143 within {STOP_SECONDS:.0f} s of SIGTERM")
         return f"all processes exited with status 143 after batch {self.batch}"
 
     def resume(self) -> str:
@@ -373,18 +237,15 @@ class Rehearsal:
                 copy.unlink()
         size = self.log.stat().st_size if self.log.is_file() else 0
         last = self.batch + BATCHES_AFTER_RESUME
-        command = self.start(f"max_duration={last}ba", "callbacks.memory_monitor={}")
-        if status := command.wait():
-            raise command.fault(f"the resumed run failed with status {status}")
+        self.start(f"max_duration={last}ba")
+        if (status := self.wait(PHASE_SECONDS)) != 0:
+            raise self.fault(f"the resumed run failed with status {status}")
         if self.node.rank == 0:
             entries = map(json.loads, self.log.read_bytes()[size:].splitlines())
             batches = [entry["step"] for entry in entries if "loss/train/total" in entry]
             if batches != list(range(self.batch, last)):
                 raise RunError(f"trained batches {batches[:1]} to {batches[-1:]} instead of {self.batch} to {last - 1}")
-            logged = read_jsonl(self.log)
-            for name, labeled in self.config.retrieval.datasets.items():
-                if labeled is not None and f"metrics/{name}/bank_train/top{self.config.retrieval.ks[0]}" not in logged:
-                    raise RunError(f"no accuracy of {name} was logged")
+            self.logged = read_jsonl(self.log)
             self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches, then retrieval"
 
@@ -399,19 +260,26 @@ class Rehearsal:
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
+    def check_disk_space(self) -> str:
+        """Compare the free space with what the checkpoints need; the rehearsal itself does so for its cache."""
+        kept = max(self.config.save_num_checkpoints_to_keep, 1) + 1  # the next is written before the oldest goes
+        needed, free = kept * self.checkpoint_bytes / 1e9, shutil.disk_usage(self.folder).free / 1e9
+        if needed > free:
+            raise InputError(f"{self.folder.parent}: {kept} checkpoints need {needed:.1f} GB, {free:.1f} GB are free")
+        return f"{kept} checkpoints in {self.folder.parent}: {needed:.1f} GB of {free:.1f} GB free"
+
     def num_batches(self) -> int:
         return len(read_jsonl(self.log).get("loss/train/total", {})) if self.log.is_file() else 0
 
-    def start(self, *overrides: str) -> Command:
+    def start(self, *overrides: str) -> None:
         """Start the run with overrides that keep it apart from the user's, and let it read little."""
         loader, node = self.config.train_loader, self.node
         launcher = [sys.executable]
         if node.num_nodes * node.ranks > 1:
             launcher += ["-m", "composer.cli", "--nproc", str(node.ranks)]
         if node.num_nodes > 1:
-            with socket() as probe:
-                probe.bind(("", 0))
-                port = node.exchange(f"port {len(self.commands)}", str(probe.getsockname()[1]))[0]
+            with socket.create_server(("", 0)) as probe:
+                port = node.exchange(f"port after {self.batch}", str(probe.getsockname()[1]))[0]
             launcher += ["--world_size", str(node.num_nodes * node.ranks), "--node_rank", str(node.rank)]
             launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", port]
         own = [
@@ -422,69 +290,83 @@ class Rehearsal:
             "save_interval=100000ba",  # at SIGTERM and at the end
             "scheduler.t_warmup=1ba",
             "loggers={jsonl: {}}",  # other loggers would show a run that does not exist
-            "progress_bar=false",
-            "log_to_console=true",
-            "console_log_interval=1ba",
-            "report=false",
             f"retrieval.max_images={IMAGES_PER_SET}",
             f"train_loader.shuffle_block_size={min(loader.shuffle_block_size, SHUFFLED_SAMPLES)}",
         ]
         if loader.remote is not None:
             own.append(f"train_loader.local={self.cache}")
-        self.commands.append(Command([*launcher, str(self.train_script), *self.argv, *own, *overrides]))
-        return self.commands[-1]
+        command = [*launcher, str(self.train_script), *self.argv, *own, *overrides]
+        with self.output.open("wb") as output:
+            self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
+        """Wait until a condition holds, or the run exits or takes too long; return its exit status."""
+        assert self.process is not None
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and not until() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self.process.poll()
 
-def needs(checks: Checks, logged: Mapping[str, Mapping[int, float]], checkpoint_bytes: int) -> Iterator[str]:
-    """Yield what the whole run will need, a line each.
+    def signal(self, signum: signal.Signals) -> None:
+        """Send a signal to every process of the run, as systemd and SLURM do."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signum)
 
-    Args:
-        checks: The run, its shards and its labeled sets.
-        logged: The rehearsal's log.
-        checkpoint_bytes: The size of a checkpoint.
-    """
+    def fault(self, what: str) -> RunError:
+        """Print the run's last lines, and return the error."""
+        lines = self.output.read_text(errors="replace").splitlines()[-15:]
+        print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
+        return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
-    def last(key: str) -> float:
-        values = logged.get(key, {})
-        return values[max(values)] if values else 0.0
+    def remove(self) -> str:
+        """Remove the rehearsal's files, and the folders above them that it made."""
+        for folder, existing in self.made_in.items():
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # a parent is not empty
+                while (folder := folder.parent) != existing:
+                    folder.rmdir()
+        address = Address.parse(self.save_folder)
+        if self.node.rank == 0 and address.scheme == "s3":  # Composer cannot delete a file of another store
+            store = S3ObjectStore(address.bucket, client_config=dict(IMPATIENT_CLIENT))
+            for key in store.list_objects(f"{address.path}/"):
+                store.client.delete_object(Bucket=address.bucket, Key=key)
+        return f"of {self.save_folder}"
 
-    config, num_ranks = checks.config, checks.node.num_nodes * checks.node.ranks
-    batch_size = config.global_train_batch_size
-    per_epoch = count_samples(checks.shards) // batch_size
-    batches = in_batches(config.max_duration, 0, per_epoch)
-    pace, wait = last("throughput/images_per_sec"), last("throughput/data_wait")
-    yield f"pace          {pace:,.0f} images/s on {num_ranks} rank(s), {wait:.0%} of it waiting for data"
+    def close(self) -> None:
+        """Kill what still runs, and remove the files."""
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            with suppress(Exception):  # the table has it
+                self.remove()
+        self.temporary.cleanup()
 
-    evaluations = batches // in_batches(config.retrieval.interval, batches, per_epoch) if checks.num_labeled else 0
-    larger = sum(checks.num_labeled.values()) / (2 * IMAGES_PER_SET * max(len(checks.num_labeled), 1))
-    evaluating = evaluations * last("time/zero_shot_retrieval") * max(larger, 1.0)
-    hours = (batches * batch_size / pace + evaluating) / 3600
-    yield (
-        f"time          {hours:.1f} h for {batches:,} batches, {evaluating / 3600:.1f} h of it in {evaluations} "
-        f"retrievals (at most): {hours * num_ranks:.1f} {'GPU' if torch.cuda.is_available() else 'rank'}-hours"
-    )
+    def needs(self) -> Iterator[str]:
+        """Yield what the whole run will need, a line each."""
+        config, num_ranks = self.config, self.node.num_nodes * self.node.ranks
+        batch_size = config.global_train_batch_size
+        last = {key: values[max(values)] for key, values in self.logged.items()}
 
-    saved = batches // in_batches(config.save_interval, batches, per_epoch) + 1
-    kept = config.save_num_checkpoints_to_keep
-    most = saved if kept < 0 else min(kept + 1, saved)
-    yield (
-        f"checkpoints   {saved} of {checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: "
-        f"{checkpoint_bytes * most / 1e9:.1f} GB at most at a time"
-    )
-    if config.train_loader.remote is not None:
-        gigabytes = sum(shard["raw_data"]["bytes"] for shard in checks.shards) / 1e9
-        how = "once" if config.train_loader.cache_limit is None else "in each epoch, less what cache_limit holds,"
-        yield f"store         {gigabytes:,.1f} GB, read {how} by the nodes that need it"
-    if peak := max(logged.get("memory/peak_reserved_mem", {0: 0.0}).values()):
-        size = torch.cuda.get_device_properties(0).total_memory / 1e9
-        yield f"GPU memory    {peak:.1f} GB of {size:.0f} GB reserved at the peak"
+        def in_batches(duration: str) -> int:
+            per_unit = count_samples(self.shards) // batch_size if duration.endswith("ep") else 1
+            return int(duration[:-2]) * per_unit
 
-
-def in_batches(text: str, total: int, per_epoch: int) -> int:
-    """Convert a duration to batches, at least one; ``dur`` is a share of ``total``."""
-    time = Time.from_timestring(text)
-    if time.unit == TimeUnit.EPOCH:
-        return max(int(time.value) * per_epoch, 1)
-    if time.unit == TimeUnit.DURATION:
-        return max(round(time.value * total), 1)
-    return max(int(time.value), 1)
+        batches, pace = in_batches(config.max_duration), last["throughput/images_per_sec"]
+        yield (
+            f"pace          {pace:,.0f} images/s on {num_ranks} rank(s), "
+            f"{last.get('throughput/data_wait', 0):.0%} of it waiting for data"
+        )
+        evaluations = batches // in_batches(config.retrieval.interval) if self.num_labeled else 0
+        larger = max(sum(self.num_labeled.values()) / (2 * IMAGES_PER_SET * max(len(self.num_labeled), 1)), 1)
+        evaluating = evaluations * last.get("time/zero_shot_retrieval", 0) * larger / 3600
+        hours = batches * batch_size / pace / 3600 + evaluating
+        yield (
+            f"time          {hours:.1f} h for {batches:,} batches, {evaluating:.1f} h of it in {evaluations} "
+            f"retrievals (at most): {hours * num_ranks:.1f} {'GPU' if torch.cuda.is_available() else 'rank'}-hours"
+        )
+        saved, kept = batches // in_batches(config.save_interval) + 1, config.save_num_checkpoints_to_keep
+        most = saved if kept < 0 else min(kept + 1, saved)
+        yield (
+            f"checkpoints   {saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: "
+            f"{self.checkpoint_bytes * most / 1e9:.1f} GB at most at a time"
+        )

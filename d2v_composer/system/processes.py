@@ -12,10 +12,11 @@ import re
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -162,6 +163,23 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before
         os._exit(1)
+
+
+def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a program of somebody else's: in a session of its own, with no signal blocked; it dies with this process.
+
+    A program of ours blocks and watches the signals itself, whatever it inherits.
+
+    Args:
+        arguments: Its command line.
+        options: Other arguments of Popen.
+    """
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        die_with_parent()
+
+    return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare, **options)
 
 
 def _at_parents_death(signum: signal.Signals) -> None:
