@@ -1,6 +1,8 @@
 """Parse addresses of files: a local path, https://…, or SCHEME://BUCKET/KEY in an object store."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -11,7 +13,7 @@ from typing_extensions import Self
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]+")
 # Query parameters of presigned addresses: S3 (both kinds), GCS, CloudFront and Azure.
 SIGNATURE = re.compile(
     r"x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|"
@@ -19,7 +21,7 @@ SIGNATURE = re.compile(
     re.IGNORECASE,
 )
 # Parameters that are not secret; any other may be a token.
-HARMLESS = {"versionid", "generation", "revision", "version", "download", "raw"}
+HARMLESS = re.compile("versionid|generation|revision|version|download|raw", re.IGNORECASE)
 # What a run's own folder and checkpoints may be called. Composer parses these paths with urllib, which cuts '#', '?'
 # and ';' off and sees a scheme before ':', and it fills in placeholders in braces: it would save elsewhere, silently.
 CHARACTERS = re.compile(r"[\w ./@%=+,~-]+")
@@ -118,12 +120,7 @@ def identity(address: str) -> str:
 
     Other query parameters stay, since they may identify the file. Hash the result; do not show it.
     """
-    return _rewrite(address, [(name, value) for name, value in _query(address) if not SIGNATURE.fullmatch(name)])
-
-
-def is_address(text: str) -> bool:
-    """Return whether a text is an address, malformed or not, rather than a local path."""
-    return SCHEME.match(text) is not None
+    return _rewrite(address, lambda name: not SIGNATURE.fullmatch(name))
 
 
 def file_name(address: str | Path) -> str:
@@ -134,30 +131,20 @@ def file_name(address: str | Path) -> str:
 
 def hide_secrets(text: str) -> str:
     """Remove logins, signatures and possible tokens from the addresses in a text."""
-
-    def hide(match: re.Match[str]) -> str:
-        query = [(name, value) for name, value in _query(match[0]) if not SIGNATURE.fullmatch(name)]
-        return _rewrite(match[0], [(name, value if name.lower() in HARMLESS else "...") for name, value in query])
-
-    return URL.sub(hide, text)
+    return URL.sub(lambda match: _rewrite(match[0], lambda name: HARMLESS.fullmatch(name) is not None), text)
 
 
 def hide_all_secrets(value: Any) -> Any:
-    """Hide the secrets in every text of nested dicts and lists."""
-    if isinstance(value, dict):
-        return {name: hide_all_secrets(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [hide_all_secrets(each) for each in value]
-    return hide_secrets(value) if isinstance(value, str) else value
+    """Hide the secrets in every text of a JSON value."""
+    return json.loads(hide_secrets(json.dumps(value, ensure_ascii=False)))
 
 
-def _query(address: str) -> list[tuple[str, str]]:
-    return parse_qsl(address.partition("#")[0].partition("?")[2], keep_blank_values=True)
-
-
-def _rewrite(address: str, query: list[tuple[str, str]]) -> str:
-    scheme, _, rest = address.partition("#")[0].partition("?")[0].partition("://")
+def _rewrite(address: str, keeps: Callable[[str], bool]) -> str:
+    """Remove login, fragment and the query parameters that are not to keep."""
+    whole, _, parameters = address.partition("#")[0].partition("?")
+    scheme, _, rest = whole.partition("://")
     host, slash, path = rest.partition("/")
     if ":" in host.rpartition("@")[0] or scheme in (*WEB, "ftp", "sftp"):  # oci://BUCKET@NAMESPACE has no login
         host = host.rpartition("@")[2]
-    return f"{scheme}://{host}{slash}{path}" + (f"?{urlencode(query)}" if query else "")
+    query = urlencode([(name, value) for name, value in parse_qsl(parameters, keep_blank_values=True) if keeps(name)])
+    return f"{scheme}://{host}{slash}{path}" + (f"?{query}" if query else "")

@@ -6,7 +6,6 @@ traceback for a fault of ours.
 
 import argparse
 import gc
-import io
 import os
 import shlex
 import shutil
@@ -26,9 +25,6 @@ from d2v_composer.system.files import shorten_socket_paths
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # in a pipe too
     _prepare()
     processes.survive_closed_pipes()
     status: int | None = 0
@@ -72,8 +68,6 @@ def _prepare() -> None:
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # Composer, of the last batch of an evaluation, which may be smaller than the others.
     warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
-    # torch 2.7's profiler, which the benchmarks use, logs as an error that there is no GPU. 5: nothing.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     processes.handle_signals()
 
 
@@ -153,11 +147,6 @@ def print_next(*steps: str) -> None:
 
 def d2v(*arguments: str | Path) -> str:
     """Return a command line of d2v that this shell can run, even if the environment is not activated."""
-    script = Path(sys.executable).with_name("d2v")
-    if shutil.which("d2v") == str(script):
-        program = ["d2v"]
-    elif script.is_file():
-        program = [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
-    else:
-        program = [sys.executable, "-m", "d2v_composer.commands"]
+    is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))
+    program = ["d2v"] if is_active else [sys.executable, "-m", "d2v_composer.commands"]
     return shlex.join([*program, *map(str, arguments)])

@@ -14,7 +14,7 @@ from boto3.session import Session
 from botocore.config import Config
 from filelock import FileLock
 
-from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity, is_address
+from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import partial_file
@@ -76,7 +76,7 @@ def fetch(address: str | Path) -> Path:
 
 def find_missing_file(address: str) -> str | None:
     """Return why there is no file to read at a local path; ``None`` if there is one, or for a remote address."""
-    if is_address(address) or os.path.isfile(address):
+    if is_remote(address) or os.path.isfile(address):
         return None
     return "is a folder, not a file" if os.path.isdir(address) else "no such file"
 

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -214,16 +213,12 @@ class _Pipe(io.FileIO):
 
 
 def survive_closed_pipes() -> None:
-    """Let a command outlive the reader of its output, as in ``d2v report runs/a | head``: a run goes on training."""
+    """Print each line at once, and outlive the reader of the output, as in ``d2v report runs/a | head``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        try:
-            is_pipe = isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-        except OSError:  # replaced by something without a file
-            continue
-        if is_pipe:
-            stream.flush()
+        with suppress(OSError):  # replaced by something without a file
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+            stream.flush()
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))
 
 

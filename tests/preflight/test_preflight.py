@@ -56,7 +56,7 @@ def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, s
 
 def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labeled: Path) -> None:
     arguments = small_preflight(tmp_path / "runs" / "good", small_data, labeled)
-    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=300)
+    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     table, _, needed = result.stdout.partition("\n\n")
     verdicts = {line[:14].strip(): line[15:22].strip() for line in table.splitlines()[1:]}
@@ -153,7 +153,7 @@ def test_a_missing_shard_of_a_store_is_named(
 def test_a_store_that_denies_writing_is_found(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
     arguments = remote_preflight(tmp_path, labeled)
     environment = store.reader_environment
-    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=environment)
+    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=600, cwd=tmp_path, environment=environment)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "PutObject" in next(row for row in result.stdout.splitlines() if row.startswith("training       FAILED"))
 
@@ -163,7 +163,7 @@ def test_a_run_in_a_store_resumes_from_it_and_nothing_is_left(store: GatedStore,
     before = store.objects(BUCKET).keys()
     arguments = remote_preflight(tmp_path, labeled)
     result = run_command(
-        sys.executable, PREFLIGHT, *arguments, timeout=300, cwd=tmp_path, environment=store.environment
+        sys.executable, PREFLIGHT, *arguments, timeout=600, cwd=tmp_path, environment=store.environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
     composers_own = {".credentials_validated_successfully"}  # at a bucket's root
@@ -179,7 +179,7 @@ def test_a_fault_is_found_by_the_rehearsal(tmp_path: Path, small_data: Path, lab
     shutil.copy(PREFLIGHT, recipes)
     (recipes / "train.py").write_text(FAULTY.format(train=str(ROOT / "recipes" / "train.py"), fault=FAULTS[phase]))
     result = run_command(
-        sys.executable, recipes / "preflight.py", *small_preflight(tmp_path / "run", small_data, labeled), timeout=300
+        sys.executable, recipes / "preflight.py", *small_preflight(tmp_path / "run", small_data, labeled), timeout=600
     )
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"\n{phase:14} FAILED" in result.stdout
@@ -191,7 +191,7 @@ def test_a_fault_is_found_by_the_rehearsal(tmp_path: Path, small_data: Path, lab
 def test_a_preflight_that_is_stopped_leaves_no_process(tmp_path: Path, small_data: Path, labeled: Path) -> None:
     arguments = small_preflight(tmp_path / "run", small_data, labeled)
     process = subprocess.Popen([sys.executable, str(PREFLIGHT), *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
-    wait_until(lambda: (tmp_path / "run" / ".d2v-preflight" / "log.jsonl").exists(), 60)
+    wait_until(lambda: (tmp_path / "run" / ".d2v-preflight" / "log.jsonl").exists(), 300)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
@@ -211,7 +211,7 @@ def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labeled: 
             launcher = [sys.executable, "-m", "composer.cli", *place, "--master_addr", "127.0.0.1"]
             command = [*launcher, "--master_port", port, str(PREFLIGHT), *arguments, *(more if rank else ())]
             nodes.append(subprocess.Popen(command, stdout=-1, text=True, cwd=ROOT, env=command_environment()))
-        outputs = [node.communicate(timeout=300)[0] for node in nodes]
+        outputs = [node.communicate(timeout=900)[0] for node in nodes]
         return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
 
     [(status, first), (other_status, second)] = rehearse()

@@ -71,23 +71,18 @@ def test_a_partial_file_is_found_by_its_file_alone(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("*.pt"))
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
+def test_refuses_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path, message in (
         ("folder", "is a folder, expected a file to write"),
         ("file/x.npy", "file: Not a directory"),
         ("/proc/new/x.npy", "/proc/new/x.npy: cannot be written: /proc: "),
         ("s3://bucket/x.npy", "expected a local file"),
-    ],
-)
-def test_refuses_what_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=message):
-        check_out_file(Path(path))
+    ):
+        with pytest.raises(InputError, match=message):
+            check_out_file(Path(path))
 
 
 def test_a_lock_has_one_holder_and_others_may_wait_for_it(tmp_path: Path) -> None:

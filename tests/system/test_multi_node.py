@@ -47,7 +47,6 @@ def _run_rank(number: int, folder: Path, store: str, rank_of: Callable[[], None]
         world_size=2,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    ranks._node_leaders.cache_clear()
     dist.barrier()
     try:
         rank_of()

@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from torch.utils.data import DataLoader
 
-from d2v_composer.data import shards
-from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.streaming import StreamingImages
 from d2v_composer.system import retry as retry_module
-from d2v_composer.system.errors import ShardError
 from d2v_composer.system.fetch import transfer
 from helpers import serving, time_limit
-
-NUM_SAMPLES = 96
 
 
 class Sending(NamedTuple):
@@ -122,37 +115,3 @@ def test_each_file_takes_one_request_on_one_connection(server: Server, tmp_path:
         assert (tmp_path / "file").read_bytes() == FILE * 1000
     assert server.requests == ["0", "1", "2", "3", "4"]
     assert server.num_connections == 1
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stalled_shard_ends_the_epoch_with_an_error(
-    server: Server, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    """The error names the shard. It comes after the data set's timeout plus that of one request."""
-    monkeypatch.setattr(shards, "REQUEST_SECONDS", 0.4)  # shorter than the timeout: a retry fits into it
-    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.1)
-    server.files = {f"images/{file.name}": file.read_bytes() for file in many_shards.iterdir()}
-    server.sendings["images/shard.00007.mds"] = DRIPPING
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "index.json").write_bytes((many_shards / "index.json").read_bytes())
-    dataset = StreamingImages(
-        local=cache,
-        remote="s3://bucket/images",
-        batch_size=16,
-        transform=RandomResizedCropFlip(24),
-        seed=5,
-        timeout=1,
-    )
-    batches = iter(DataLoader(dataset, 16, sampler=dataset.order, num_workers=workers))
-    with (
-        pytest.raises(
-            ShardError, match=r"s3://bucket/images/shard\.00007\.mds: the shard cannot be fetched: too slow: \d+ bytes"
-        ),
-        time_limit(30),
-    ):
-        list(batches)
-    if workers:
-        batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-    assert server.requests.count("images/shard.00007.mds") > 1  # retried
-    assert not list(cache.glob("shard.00007*"))
