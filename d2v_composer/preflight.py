@@ -25,7 +25,6 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which py
 from d2v_composer.builders.data import count_samples
 from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
-from d2v_composer.callbacks.checkpointing import IMPATIENT_CLIENT
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
@@ -328,7 +327,7 @@ class Rehearsal:
                     folder.rmdir()
         address = Address.parse(self.save_folder)
         if self.node.rank == 0 and address.scheme == "s3":  # Composer cannot delete a file of another store
-            store = S3ObjectStore(address.bucket, client_config=dict(IMPATIENT_CLIENT))
+            store = S3ObjectStore(address.bucket)
             for key in store.list_objects(f"{address.path}/"):
                 store.client.delete_object(Bucket=address.bucket, Key=key)
         return f"of {self.save_folder}"

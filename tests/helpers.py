@@ -36,7 +36,6 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"
 TRACED = ROOT / "tests" / "programs" / "traced.py"
-FORKED_UPLOADS = ROOT / "tests" / "programs" / "train_with_forked_uploads.py"
 
 ServerT = TypeVar("ServerT", bound=BaseServer)
 

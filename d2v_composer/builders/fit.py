@@ -11,7 +11,7 @@ from composer.utils import dist
 from d2v_composer.builders.finetune import BuiltFinetuning
 from d2v_composer.builders.run import BuiltRun
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.callbacks import GracefulStop
+from d2v_composer.callbacks import Checkpoints, Uploads
 from d2v_composer.callbacks.logging import num_batches
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import log_picture_files
@@ -44,10 +44,11 @@ def fit_and_close(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     try:
         is_new = _fit(trainer, config, header)
-        # It takes seconds. The uploads may take minutes, which no collective would wait.
         if dist.get_global_rank() == 0:
             report(is_new)
-        with rank_zero_first("uploads"):
+        with rank_zero_first("uploads"):  # they may take minutes, which no collective would wait
+            if (uploads := find_callback(trainer.state, Uploads)) is not None:
+                uploads.wait()
             trainer.engine.close()
     except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
@@ -66,9 +67,8 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Callable[[], str]) -> 
         if dist.get_global_rank() == 0:
             print(header())
         trainer.fit()
-        graceful_stop = find_callback(trainer.state, GracefulStop)
-        if graceful_stop is not None:
-            graceful_stop.end_training(trainer.state, trainer.logger)
+        if (checkpoints := find_callback(trainer.state, Checkpoints)) is not None:
+            checkpoints.end_training(trainer.state, trainer.logger)
         return True
     if dist.get_global_rank() == 0:  # Composer would raise an error
         print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
@@ -114,8 +114,7 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable
         return
     print(f"report: {written[0]}")
     for path in written:
-        if (key := run_folder.key(str(path.relative_to(folder)))) is not None:
-            trainer.logger.upload_file(key, path, overwrite=True)
+        trainer.logger.upload_file(str(path.relative_to(folder)), path, overwrite=True)  # if the folder is in a store
 
 
 def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 from unittest.mock import patch
 
 from composer.loggers import LoggerDestination
-from composer.utils import dist, maybe_create_remote_uploader_downloader_from_uri
+from composer.utils import dist
 
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
 from d2v_composer.callbacks import ProgressLogger
-from d2v_composer.callbacks.checkpointing import PATIENT_CLIENT
 from d2v_composer.callbacks.yaml_names import LOGGERS
 from d2v_composer.callbacks.zero_shot_retrieval import Draw, shows_pictures
+from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, reason
@@ -69,12 +69,6 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
             with errors_of(f"loggers.{name}"):
                 in_folder = arguments if folder is None else _in_run_folder(name, arguments, folder)
                 loggers.append(LOGGERS[name](**in_folder))
-    if folder is not None and folder.address is not None:
-        uploader = maybe_create_remote_uploader_downloader_from_uri(folder.address, loggers)
-        assert uploader is not None  # None only if the loggers had one already
-        if uploader.remote_backend_name == "s3":
-            uploader.backend_kwargs["client_config"] = PATIENT_CLIENT
-        loggers.append(uploader)
     return loggers
 
 
@@ -98,8 +92,7 @@ def _in_run_folder(name: str, arguments: dict[str, Any], folder: RunFolder) -> d
     """Add the run's folder to a logger's arguments where neither they nor the environment name a place."""
     local = folder.local.absolute()
     if name == "jsonl":
-        remote = None if folder.address is None or "filename" in arguments else f"{folder.address}/log.jsonl"
-        return {"filename": str(folder.local / "log.jsonl"), "remote": remote} | arguments
+        return {"filename": str(folder.local / LOG)} | arguments
     if name == "tensorboard":
         return {"log_dir": str(local / "tensorboard_logs")} | arguments
     if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():

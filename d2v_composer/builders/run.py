@@ -19,15 +19,7 @@ from d2v_composer.builders.training import (
     build_run_record,
     build_scheduler,
 )
-from d2v_composer.callbacks import (
-    CheckpointRetention,
-    GracefulStop,
-    NanGuard,
-    RunFolderLock,
-    RunRecord,
-    Throughput,
-    ZeroShotRetrieval,
-)
+from d2v_composer.callbacks import Checkpoints, NanGuard, RunRecord, Throughput, Uploads, ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.data.index import describe_data
@@ -94,31 +86,26 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
     with node_leaders_first("load_path"):  # before the folder exists
         if config.load_path is not None and (missing := find_missing_file(config.load_path)) is not None:
             raise InputError(f"load_path: {config.load_path}: {missing}")
+    folder = find_run_folder(config)
+    uploads = None if folder is None or folder.address is None else Uploads(folder.address)
+    advice = "; the same command resumes" if config.autoresume else ""
+    saved = "; save_folder is null" if folder is None else f" in {hide_secrets(str(config.save_folder))}{advice}"
     # First lock the folder, then select the checkpoint in it: another run could still write one.
-    folder, in_folder = find_run_folder(config), []
-    if folder is not None:
-        lock = RunFolderLock(folder.local, folder.address)
-        in_folder = [lock, CheckpointRetention(folder.local, folder.prefix, config.save_num_checkpoints_to_keep)]
+    checkpoints = Checkpoints(
+        folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads=uploads, advice=saved
+    )
     load_path = build_load_path(config)
     if load_path is not None:
         check_record(load_path, record)
-    advice = "; the same command resumes" if config.autoresume else ""
-    saved = "; save_folder is null" if folder is None else f" in {hide_secrets(str(config.save_folder))}{advice}"
-    graceful_stop = GracefulStop(config.save_interval, saved)
-    save_interval = graceful_stop.save_interval
     return {
         "max_duration": config.max_duration,
-        "callbacks": [*in_folder, record, Throughput(), NanGuard(save_interval), graceful_stop, *others, *chosen],
-        "loggers": build_loggers(config),
+        "callbacks": [record, Throughput(), NanGuard(), checkpoints, *others, *chosen],
+        "loggers": [*build_loggers(config), *([] if uploads is None else [uploads])],
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,
         "device_train_microbatch_size": config.device_train_microbatch_size,
         "seed": config.seed,
         "run_name": config.run_name,
-        "save_folder": config.save_folder,
-        "save_interval": save_interval,
-        "save_num_checkpoints_to_keep": -1,  # CheckpointRetention removes old ones
-        "save_overwrite": True,  # a kill may leave a truncated checkpoint, which the restart overwrites
         "load_path": load_path,  # instead of Composer's autoresume
         "load_ignore_keys": partial(drop_unused_scaler, precision=config.precision),
     }

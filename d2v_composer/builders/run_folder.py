@@ -8,19 +8,14 @@ from pathlib import Path
 from composer.utils import dist
 
 from d2v_composer.callbacks import RunRecord
-from d2v_composer.checkpoints.resume import (
-    broadcast_checkpoint,
-    complete_store,
-    download_checkpoint,
-    fetch_same_checkpoint,
-    find_newest_checkpoint,
-)
+from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
 from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
+from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder, check_path
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 
 
 def build_load_path(config: TrainerConfig) -> str | None:
@@ -30,16 +25,8 @@ def build_load_path(config: TrainerConfig) -> str | None:
         InputError: It is corrupt, cannot be read, or ``recipes/train.py`` did not write it.
     """
     folder = find_run_folder(config)
-    if config.autoresume and folder is not None:
-        with rank_zero_first("the newest checkpoint"):
-            newest = _find_newest(folder) if dist.get_global_rank() == 0 else None
-        found = broadcast_checkpoint(newest)
-        if found is not None:
-            name, digest = found
-            with node_leaders_first("the checkpoint"):
-                if dist.get_local_rank() == 0 and dist.get_global_rank() != 0:
-                    fetch_same_checkpoint(name, digest, folder)
-            return str(folder.local / name)
+    if config.autoresume and folder is not None and (newest := _find_newest(folder)) is not None:
+        return str(newest)
     if config.load_path is None:
         return None
     is_remote = Address.parse(config.load_path).is_remote
@@ -54,12 +41,29 @@ def build_load_path(config: TrainerConfig) -> str | None:
 
 
 def _find_newest(folder: RunFolder) -> Path | None:
-    """Return rank 0's newest checkpoint, which is then in the run's store as well."""
-    here = set(folder.local.glob("*.pt"))
-    newest = find_newest_checkpoint(folder)
-    if newest in here and folder.address is not None:
-        complete_store(newest, folder, always=num_nodes() > 1)
-    return newest
+    """Return rank 0's newest checkpoint, which each node then has; ``None`` for a new run.
+
+    Raises:
+        InputError: A node cannot get it, or has another of that name: nodes would train different weights.
+    """
+    on_several_nodes = dist.get_world_size() > dist.get_local_world_size()
+    found: list[tuple[str, str] | None] = [None]
+    with rank_zero_first("the newest checkpoint"):
+        if dist.get_global_rank() == 0 and (newest := find_newest_checkpoint(folder, uploads=on_several_nodes)):
+            found = [(newest.name, sha256(newest) if on_several_nodes else "")]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        return None
+    name, digest = found[0]
+    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
+    with node_leaders_first("the checkpoint"):
+        if on_several_nodes and dist.get_local_rank() == 0 and not (path.is_file() and sha256(path) == digest):
+            if address is not None:
+                download_checkpoint(address, path)
+            with reading(path):
+                if sha256(path) != digest:
+                    raise InputError(f"{address or path}: differs from the checkpoint of that name on node 0")
+    return path
 
 
 def check_record(load_path: str, record: RunRecord) -> None:

@@ -168,8 +168,7 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
     folder = find_run_folder(config)
-    local, prefix = (None, None) if folder is None else (folder.local, folder.prefix)
-    return RunRecord(record, local, prefix, fixed)
+    return RunRecord(record, folder and folder.local, fixed)
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:

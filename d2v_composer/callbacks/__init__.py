@@ -5,31 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.algorithms import GradientNorm, SeededBatches
-    from d2v_composer.callbacks.checkpointing import CheckpointRetention, GracefulStop, NanGuard, RunFolderLock
+    from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
     from d2v_composer.callbacks.health import Health
-    from d2v_composer.callbacks.logging import JSONLLogger, ProgressLogger, Throughput
+    from d2v_composer.callbacks.logging import JSONLLogger, ProgressLogger, Throughput, Uploads
     from d2v_composer.callbacks.run_record import RunRecord
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
 __all__ = [
-    "CheckpointRetention",
-    "GracefulStop",
+    "Checkpoints",
     "GradientNorm",
     "Health",
     "JSONLLogger",
     "NanGuard",
     "ProgressLogger",
-    "RunFolderLock",
     "RunRecord",
     "SeededBatches",
     "Throughput",
+    "Uploads",
     "ZeroShotRetrieval",
 ]
 MODULES = {
     "algorithms": ("GradientNorm", "SeededBatches"),
-    "checkpointing": ("CheckpointRetention", "GracefulStop", "NanGuard", "RunFolderLock"),
+    "checkpointing": ("Checkpoints", "NanGuard"),
     "health": ("Health",),
-    "logging": ("JSONLLogger", "ProgressLogger", "Throughput"),
+    "logging": ("JSONLLogger", "ProgressLogger", "Throughput", "Uploads"),
     "run_record": ("RunRecord",),
     "zero_shot_retrieval": ("ZeroShotRetrieval",),
 }

@@ -1,22 +1,23 @@
 """Loggers of a run: progress, JSON lines and MLflow; and the throughput that they show."""
 
 import json
+import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
 from composer.core import Callback, Event, State, Time, TimeUnit
-from composer.loggers import Logger, LoggerDestination, MLFlowLogger, RemoteUploaderDownloader
-from composer.utils import dist, parse_uri
+from composer.loggers import Logger, LoggerDestination, MLFlowLogger
+from composer.utils import dist
 from tqdm import tqdm
 
-from d2v_composer.callbacks.trainer_state import SavedCheckpoints, due_every
-from d2v_composer.system.errors import reading
-from d2v_composer.system.fetch import download_existing
-from d2v_composer.system.ranks import rank_zero_first
+from d2v_composer.callbacks.trainer_state import due_every
+from d2v_composer.checkpoints.resume import upload
+from d2v_composer.system.errors import RunError, writing
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding.
 RETRIEVED = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
@@ -31,7 +32,8 @@ SHOWN = {
     "throughput/data_wait": "data wait {:.0%}",
 }
 SECONDS_BETWEEN_LINES = 10.0
-POLL_SECONDS = 0.2
+
+log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
@@ -163,77 +165,87 @@ class JSONLLogger(LoggerDestination):
 
     Args:
         filename: The file; missing folders are created.
-        remote: Its address in the checkpoints' object store, or ``None``. The file is uploaded after each checkpoint
-            and at the end of the run, even after an error. A restart takes over what other machines have logged there.
     """
 
-    def __init__(self, filename: str, remote: str | None = None) -> None:
+    def __init__(self, filename: str) -> None:
         self.path = Path(filename)
-        self.remote = remote
         self.file: TextIO | None = None
-        self.has_news = False
-        self.saved: SavedCheckpoints | None = None
-
-    def init(self, state: State, logger: Logger) -> None:
-        self.saved = SavedCheckpoints(state)
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        """Take over the store's log if the run resumes and that log is the longer one: another machine went on.
-
-        Raises:
-            InputError: It cannot be read, and the next upload would replace it.
-        """
-        if self.remote is None or dist.get_global_rank() != 0 or state.timestamp.batch == 0:
-            return
-        self._close()
-        stored = self.path.with_name(f"{self.path.name}.stored")
-        with reading(self.remote):
-            is_stored = download_existing(self.remote, stored)
-        if is_stored and (not self.path.exists() or stored.stat().st_size > self.path.stat().st_size):
-            stored.replace(self.path)
-        stored.unlink(missing_ok=True)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() != 0 or not metrics:
             return
-        if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", buffering=1)  # write whole lines
         numbers = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.has_news = True
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        if self.saved is not None and self.saved.has_new():
-            self._upload(logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._upload(logger)
-        if self.remote is not None:
-            with rank_zero_first("the upload of the log"):
-                wait_for_uploads(logger)
+        with writing(self.path):
+            if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("a", buffering=1)  # write whole lines
+            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
-        self._upload(logger)
-        self._close()
-
-    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None
 
-    def _upload(self, logger: Logger) -> None:
-        if self.remote is not None and self.has_news and self.path.exists():
-            self.has_news = False
-            logger.upload_file(parse_uri(self.remote)[2], self.path, overwrite=True)
 
+class Uploads(LoggerDestination):
+    """Upload a run's files to its folder in a store, in a thread, one after another.
 
-def wait_for_uploads(logger: Logger) -> None:
-    """Wait until all uploads have started, or failed; Composer waits too, but while other ranks are in a collective."""
-    for uploader in logger.destinations:
-        if isinstance(uploader, RemoteUploaderDownloader):
-            while uploader._logged_objects and uploader._exception_queue.empty():
-                time.sleep(POLL_SECONDS)
+    Each is retried for ten minutes, while training continues. Composer's uploader stops after seconds, and its
+    processes outlive a killed run.
+
+    Args:
+        address: The run's folder in the store.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.thread = ThreadPoolExecutor(1, "uploads")
+        self.tasks: list[Future[None]] = []
+
+    def can_upload_files(self) -> bool:
+        return True
+
+    def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
+        """Upload a file of any callback to a place below the run's folder."""
+        self.start(upload, Path(file_path), f"{self.address}/{remote_file_name}")
+
+    def upload(self, path: Path) -> None:
+        """Upload a file in the run's folder now, if it exists."""
+        if path.exists():
+            upload(path, f"{self.address}/{path.name}")
+
+    def start(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in the thread."""
+        self.tasks.append(self.thread.submit(task, *arguments))
+
+    def wait(self) -> None:
+        """Wait for all uploads.
+
+        Raises:
+            RunError: The first one that failed; the others are given up.
+        """
+        while self.tasks:
+            self._end_first()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        while self.tasks and self.tasks[0].done():
+            self._end_first()
+
+    def _end_first(self) -> None:
+        try:
+            self.tasks.pop(0).result()
+        except RunError:
+            for each in self.tasks:
+                each.cancel()
+            self.start = lambda *_: None
+            raise
+
+    def post_close(self) -> None:
+        """Wait for the uploads of all callbacks; a failed one must not hide why a run failed."""
+        try:
+            self.wait()
+        except RunError as error:
+            log.warning("%s", error)
 
 
 class RunMLFlowLogger(MLFlowLogger):

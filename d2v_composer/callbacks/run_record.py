@@ -34,26 +34,18 @@ class RunRecord(Callback):
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
             (identity and location); plain containers.
         folder: The folder of ``run.yaml``, or ``None``.
-        remote_folder: A prefix in the checkpoints' object store to upload the file to, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
     """
 
-    def __init__(
-        self, record: dict[str, Any], folder: Path | None, remote_folder: str | None, fixed: tuple[str, ...]
-    ) -> None:
-        self.record = record
-        self.folder = folder
-        self.remote_folder = remote_folder
-        self.fixed = fixed
+    def __init__(self, record: dict[str, Any], folder: Path | None, fixed: tuple[str, ...]) -> None:
+        self.record, self.folder, self.fixed = record, folder, fixed
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
             return
         path = self.folder / "run.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, yaml.safe_dump(self.record, sort_keys=False))
-        if self.remote_folder is not None:
-            logger.upload_file(f"{self.remote_folder}/{path.name}".lstrip("/"), path, overwrite=True)
+        logger.upload_file(path.name, path, overwrite=True)  # if the folder is in a store
 
     def state_dict(self) -> dict[str, Any]:
         return {"record": self.record}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State, Time
 from composer.utils import create_interval_scheduler
 from torch._dynamo.eval_frame import OptimizedModule
@@ -14,25 +13,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
-
-
-class SavedCheckpoints:
-    """Notice when Composer's CheckpointSaver has saved a checkpoint.
-
-    Ask at ``batch_start``: the first event after a checkpoint, at which the CheckpointSaver comes last.
-
-    Attributes:
-        saver: The CheckpointSaver; ``None`` in a run without one.
-    """
-
-    def __init__(self, state: State) -> None:
-        self.saver = find_callback(state, CheckpointSaver)
-        self.num_seen = 0
-
-    def has_new(self) -> bool:
-        """Return whether one was saved since the last call."""
-        before, self.num_seen = self.num_seen, 0 if self.saver is None else len(self.saver.saved_checkpoints)
-        return self.num_seen != before
 
 
 def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:

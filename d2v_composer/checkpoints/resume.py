@@ -6,62 +6,74 @@ store that denies access from one without checkpoints.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
-from composer.utils import dist
-from composer.utils.file_helpers import (
-    create_symlink_file,
-    list_remote_objects,
-    maybe_create_object_store_from_uri,
-    parse_uri,
-)
+from composer.utils import ObjectStore, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.file_helpers import create_symlink_file
 
 from d2v_composer.checkpoints.safe_load import LATEST, CorruptCheckpointError, check_checkpoint
-from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.system.addresses import RunFolder
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing
 from d2v_composer.system.retry import retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
+LOG = "log.jsonl"
+# Composer's pointer in a store: a small file with a key.
+STORED_POINTER = f"{LATEST}.symlink"
 
 log = logging.getLogger(__name__)
 
 
-def find_newest_checkpoint(folder: RunFolder) -> Path | None:
-    """Return a run's newest complete checkpoint, in its local folder; ``None`` if there is no checkpoint.
+def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path | None:
+    """Return a run's newest complete checkpoint, in its local folder and its store; ``None`` if there is none.
 
-    Candidates are the target of Composer's pointer ``latest-rank0.pt`` and the checkpoints before it; without a
-    pointer, all checkpoints. Truncated or corrupt ones are skipped with a warning. If the object store has a newer
-    checkpoint than the local folder, it is fetched.
+    A log in the store that is longer than the local one replaces it: another machine went on.
+
+    Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
+    pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
+
+    Args:
+        folder: The run's folder.
+        uploads: Upload a local checkpoint even if the store has one of that name: after a change of machines it may
+            be another.
 
     Raises:
         InputError: The store cannot be read, no checkpoint is complete, or ``recipes/train.py`` did not write it.
+        RunError: The store cannot be written.
     """
-    candidates = _local_candidates(folder.local)
-    newest = next(filter(_is_complete, candidates), None)
-    if folder.address is not None:
-        newest = _newer_in_store(folder, folder.address, newest)
-    if newest is None and (folder.local / LATEST).is_symlink():
-        raise InputError(
-            f"{folder.local}: none of its {len(candidates)} checkpoints is complete: remove them to restart"
-        )
-    if newest is None and candidates:
-        log.warning("%s: its first checkpoint is truncated: the run starts from scratch", folder.local)
-    return newest
+    pointer = folder.local / LATEST
+    here = newest_first(
+        (path.name for path in folder.local.glob("*.pt")), pointer.readlink().name if pointer.is_symlink() else None
+    )
+    there = [] if folder.address is None else _stored_checkpoints(folder.address)
+    for name in newest_first({*here, *there}):
+        path = folder.local / name
+        if name in here and _is_complete(path):
+            if folder.address is not None and (uploads or there[:1] != [name]):
+                upload_checkpoint(path, folder.address)
+            break
+        if name in there:
+            download_checkpoint(f"{folder.address}/{name}", path)
+            if _is_complete(path):
+                break
+    else:
+        if here or there:
+            place = folder.address or folder.local
+            raise InputError(f"{place}: none of its checkpoints is complete: remove them to restart")
+        return None
+    ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
+    if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
+        if not ours.exists() or stored.stat().st_size > ours.stat().st_size:
+            stored.replace(ours)
+        stored.unlink(missing_ok=True)
+    return path
 
 
-def _local_candidates(folder: Path) -> list[Path]:
-    pointer = folder / LATEST
-    pointed_at = pointer.readlink().name if pointer.is_symlink() else None
-    return [folder / name for name in newest_first((path.name for path in folder.glob("*.pt")), pointed_at)]
-
-
-def newest_first(names: Iterable[str], pointed_at: str | None) -> list[str]:
+def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
     """Return the checkpoints among file names, from the pointer's target to the oldest.
 
     Args:
@@ -89,101 +101,17 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def _newer_in_store(folder: RunFolder, address: str, newest: Path | None) -> Path | None:
-    """Fetch the store's newest complete checkpoint if it is newer than ``newest``; otherwise return ``newest``."""
-    num_corrupt = 0
-    for name in _remote_candidates(folder.local, address):
-        if newest is not None and _age(name) <= _age(newest.name):
-            return newest
-        try:
-            path = folder.local / name
-            if not (path.is_file() and _is_complete(path)):
-                download_checkpoint(f"{address}/{name}", path)
-                check_checkpoint(path)
-            return path
-        except CorruptCheckpointError as error:
-            log.warning("%s, from the store: skipped", error)
-            num_corrupt += 1
-    if newest is None and num_corrupt:
-        raise InputError(f"{address}: none of its {num_corrupt} checkpoints is complete: remove them to restart")
-    return newest
-
-
-def _remote_candidates(folder: Path, address: str) -> Iterator[str]:
-    """Yield the names of a store's checkpoints like :func:`newest_first`; none without a pointer."""
-    prefix = f"{address}/"
-    pointed_at = _read_pointer(f"{prefix}{LATEST}", folder)
+def _stored_checkpoints(address: str) -> list[str]:
+    """Return the names of a store's checkpoints like :func:`newest_first`; none without a pointer."""
+    pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     if pointed_at is None:
-        return
-    yield pointed_at
+        return []
     try:
-        keys = list_remote_objects(prefix)
+        return newest_first(retry(lambda: list_names(address), address, RETRY_SECONDS), pointed_at)
     except Exception as error:
-        raise InputError(f"{prefix}: cannot be listed to find an older checkpoint ({reason(error)})") from error
-    names = [key.removeprefix(parse_uri(prefix)[2]) for key in keys]
-    yield from (name for name in newest_first(names, pointed_at) if name != pointed_at)
-
-
-def complete_store(newest: Path, folder: RunFolder, always: bool) -> None:
-    """Upload the newest checkpoint, and the pointer to it, if a killed run did not.
-
-    Args:
-        newest: In the local folder, not from the store.
-        folder: The run's.
-        always: Upload it even if the pointer names it. Other nodes fetch it from there, and after a change of machines
-            the store may have another one of that name.
-
-    Raises:
-        InputError: The store cannot be read or written.
-    """
-    pointer = f"{folder.address}/{LATEST}"
-    is_named = _read_pointer(pointer, folder.local) == newest.name
-    if is_named and not always:
-        return
-    key = parse_uri(pointer)[2].removesuffix(LATEST) + newest.name
-    store = maybe_create_object_store_from_uri(pointer)
-    assert store is not None  # a run's store is one of Composer's
-
-    def upload_once() -> None:
-        store.upload_object(key, str(newest))
-        if not is_named:
-            with TemporaryDirectory() as temporary:
-                create_symlink_file(key, target := f"{temporary}/{LATEST}.symlink")
-                store.upload_object(f"{parse_uri(pointer)[2]}.symlink", target)
-
-    try:
-        retry(upload_once, pointer, RETRY_SECONDS)
-    except Exception as error:
-        raise InputError(f"{folder.address}: {newest.name} cannot be written to it ({reason(error)})") from error
-
-
-def broadcast_checkpoint(newest: Path | None) -> tuple[str, str] | None:
-    """Return the name and the sha256 of rank 0's checkpoint on every rank."""
-    found = [None if newest is None else (newest.name, sha256(newest))]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def fetch_same_checkpoint(name: str, digest: str, folder: RunFolder) -> None:
-    """Make sure that this node's local folder has rank 0's checkpoint; download it if it has none or another's.
-
-    Args:
-        name: The checkpoint's.
-        digest: Its sha256 on rank 0, which has verified it.
-        folder: The run's.
-
-    Raises:
-        InputError: The checkpoint cannot be fetched, or differs: nodes would train different weights.
-    """
-    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
-    if path.is_file() and sha256(path) == digest:
-        return
-    if address is not None:
-        download_checkpoint(address, path)
-    else:
-        check_checkpoint(path)
-    if sha256(path) != digest:
-        raise InputError(f"{address or path}: differs from the checkpoint of that name on node 0")
+        raise InputError(
+            f"{address}: cannot be listed ({reason(error)}), so the newest checkpoint is unknown"
+        ) from error
 
 
 def download_checkpoint(address: str, path: Path) -> None:
@@ -198,25 +126,20 @@ def download_checkpoint(address: str, path: Path) -> None:
     """
     if _download(address, path):
         return
-    target = _read_pointer(address, path.parent)
+    target = _read_pointer(f"{address}.symlink")
     if target is None or not _download(f"{address.rpartition('/')[0]}/{target}", path):
         raise InputError(f"{address}: no such file")
 
 
-def _read_pointer(address: str, folder: Path) -> str | None:
-    """Return the target of a store's symlink, which Composer writes as a small file; ``None`` if it does not exist."""
-    pointer = folder / f".{uuid4().hex}.symlink"
-    if not _download(f"{address}.symlink", pointer):
-        return None
-    name = Path(pointer.read_text().strip()).name
-    pointer.unlink()
-    if not NAME.fullmatch(name):
-        raise InputError(f"{address}.symlink: names {name!r}, expected a checkpoint such as ep1-ba12-rank0.pt")
-    return name
+def _read_pointer(address: str) -> str | None:
+    """Return the name of the checkpoint that a store's pointer names; ``None`` without a pointer."""
+    with TemporaryDirectory() as folder:
+        pointer = Path(folder) / STORED_POINTER
+        return Path(pointer.read_text().strip()).name if _download(address, pointer) else None
 
 
 def _download(address: str, path: Path) -> bool:
-    """Download a file; return whether it exists. If the store is unreachable, retry."""
+    """Download a file; return False if it does not exist. If the store is unreachable, retry."""
     try:
         return download_existing(address, path)
     except Exception as error:
@@ -224,6 +147,40 @@ def _download(address: str, path: Path) -> bool:
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
             "permission to read and to list"
         ) from error
+
+
+def open_store(address: str) -> tuple[ObjectStore, str]:
+    """Return the client and the key of a store's address."""
+    store = maybe_create_object_store_from_uri(address)
+    assert store is not None  # a run's store is one of Composer's
+    return store, parse_uri(address)[2]
+
+
+def list_names(address: str) -> list[str]:
+    """Return the names of the files below a store's folder; raises what the client raises."""
+    store, prefix = open_store(f"{address}/")
+    return [key.removeprefix(prefix) for key in store.list_objects(prefix)]
+
+
+def upload(path: Path, address: str) -> None:
+    """Upload a file, and retry for ten minutes while the store is unreachable.
+
+    Raises:
+        RunError: The store cannot be written.
+    """
+    try:
+        store, key = open_store(address)
+        retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS)
+    except Exception as error:
+        raise RunError(f"{address}: cannot be written ({reason(error)})") from error
+
+
+def upload_checkpoint(path: Path, address: str) -> None:
+    """Upload a checkpoint to a run's folder in a store, then the pointer to it; see :func:`upload`."""
+    upload(path, f"{address}/{path.name}")
+    with TemporaryDirectory() as folder:
+        create_symlink_file(parse_uri(f"{address}/{path.name}")[2], pointer := Path(folder) / STORED_POINTER)
+        upload(pointer, f"{address}/{STORED_POINTER}")
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:

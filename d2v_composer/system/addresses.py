@@ -64,11 +64,9 @@ class Address(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """A run's local folder and, if its files go to a store, their prefix in the bucket."""
+    """A run's local folder and, if its files go to a store, the folder there."""
 
     local: Path
-    prefix: str | None = None
-    """Empty for the bucket's root; ``None`` without a store."""
     address: str | None = None
     """Address of the folder in the store, without a slash at the end; ``None`` without a store."""
 
@@ -84,11 +82,7 @@ class RunFolder(NamedTuple):
             raise ValueError(f"expected a folder or an address in one of {', '.join(STORES)}, got {text!r}")
         local = address.path or "." if address.is_remote else text
         check_path(local)
-        return cls(Path(local), address.path, text.rstrip("/")) if address.is_remote else cls(Path(local))
-
-    def key(self, name: str) -> str | None:
-        """Return the key of one of the run's files in the bucket; ``None`` without a store."""
-        return None if self.prefix is None else f"{self.prefix}/{name}".lstrip("/")
+        return cls(Path(local), text.rstrip("/") if address.is_remote else None)
 
 
 def check_run_name(name: str) -> None:

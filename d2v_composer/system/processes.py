@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -244,15 +243,3 @@ def let_first_rank_report() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         time.sleep(REPORT_SECONDS)
-
-
-class UploadProcess(SpawnProcess):
-    """A process of Composer's uploader, which dies with the run."""
-
-    def run(self) -> None:
-        die_with_parent()
-        super().run()
-
-
-SPAWN: Any = SpawnContext()
-SPAWN.Process = UploadProcess

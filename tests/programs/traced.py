@@ -5,12 +5,9 @@ AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch
 itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
 when the model is next evaluated).
 HANG="MODULE CLASS FUNCTION": another library's function hangs.
-FORK_UPLOADS=1: uploads run in forked processes; each of seven spawned ones would import torch first.
 """
 
 import importlib
-import multiprocessing.popen_fork
-import multiprocessing.popen_spawn_posix
 import os
 import runpy
 import signal
@@ -75,8 +72,6 @@ def initialize_with_trace(self: Trainer, *args: Any, callbacks: Any = (), **opti
 
 
 if __name__ == "__main__":
-    if "FORK_UPLOADS" in os.environ:
-        multiprocessing.popen_spawn_posix.Popen = multiprocessing.popen_fork.Popen
     if "HANG" in os.environ:
         module, owner, name = os.environ["HANG"].split(" ")
         setattr(getattr(importlib.import_module(module), owner), name, hang)

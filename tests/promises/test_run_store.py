@@ -56,7 +56,7 @@ def run_in_store(name: str, cache: Path, *overrides: str) -> list[str]:
 @pytest.fixture
 def variables(store: GatedStore, tmp_path: Path) -> dict[str, str]:
     """The variables with which runs reach the store."""
-    return store.environment | {"TORCH_HOME": str(tmp_path / "torch"), "FORK_UPLOADS": "1"}
+    return store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
 
 
 def test_a_killed_run_resumes_on_another_machine(
@@ -133,7 +133,6 @@ def test_sigterm_to_all_processes_still_uploads_the_checkpoint(
     store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
     """10, 11: data workers and uploaders receive the signal as well, and another machine resumes."""
-    del variables["FORK_UPLOADS"]
     overrides = (f"save_folder=s3://{BUCKET}/runs/everyone", "save_interval=1000ba", "train_loader.num_workers=1")
     arguments, folder = small_run(Path("unused"), small_data, *overrides), tmp_path / "runs" / "everyone"
     program = start_python(*train_command(arguments)[1:], cwd=tmp_path, environment=variables)

@@ -42,8 +42,8 @@ def test_composer_saves_where_we_look() -> None:
         assert Path(partial_format(path, run_name="other", rank=0, local_rank=0) or ".") == folder.local, text
         assert (folder.address is not None) == (store != "")
         if folder.address is not None:
-            assert folder.address == f"{store}://{bucket}/{folder.prefix}".rstrip("/")
-            assert folder.key("log.jsonl") == parse_uri(f"{folder.address}/log.jsonl")[2]
+            assert parse_uri(f"{folder.address}/log.jsonl")[:2] == (store, bucket)
+            assert Path(parse_uri(f"{folder.address}/log.jsonl")[2]) == Path(path) / "log.jsonl"
             assert not folder.local.is_absolute()
             assert ".." not in folder.local.parts
     for name in odd_texts(500, seed=1):
@@ -57,9 +57,9 @@ def test_save_folders_are_parsed() -> None:
         ("runs/a", RunFolder(Path("runs/a"))),
         ("/x/a b/é=1e-3@2,%23/", RunFolder(Path("/x/a b/é=1e-3@2,%23"))),
         ("../a", RunFolder(Path("../a"))),
-        ("s3://bucket/", RunFolder(Path(), "", "s3://bucket")),
-        ("s3://bucket/runs/a/", RunFolder(Path("runs/a"), "runs/a", "s3://bucket/runs/a")),
-        ("dbfs:/Volumes/a/b/c", RunFolder(Path("Volumes/a/b/c"), "Volumes/a/b/c", "dbfs:/Volumes/a/b/c")),
+        ("s3://bucket/", RunFolder(Path(), "s3://bucket")),
+        ("s3://bucket/runs/a/", RunFolder(Path("runs/a"), "s3://bucket/runs/a")),
+        ("dbfs:/Volumes/a/b/c", RunFolder(Path("Volumes/a/b/c"), "dbfs:/Volumes/a/b/c")),
     ):
         assert RunFolder.parse(text) == folder
 
