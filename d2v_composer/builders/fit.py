@@ -79,7 +79,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Callable[[], str]) -> 
 
 
 def _is_evaluated(state: State, config: TrainerConfig) -> bool:
-    """Tell whether rank 0's log has an evaluation after the last batch."""
+    """Return True if rank 0's log has an evaluation after the last batch."""
     found = [False]
     if dist.get_global_rank() == 0 and (folder := find_run_folder(config)) is not None:
         path, prefix = folder.local / "log.jsonl", f"metrics/{state.evaluators[0].label}/"
@@ -121,48 +121,51 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     """Return the lines that open a run's log: what trains, on what, for how long.
 
     Args:
-        config: The run's.
+        config: The run's config.
         run: As built.
         state: The Trainer's, with a checkpoint loaded if the run resumes.
     """
-    data = run.record.record["data"]
-    teacher, student = run.model.teacher, run.model.student
+    data, teacher, student = run.record.record["data"], run.model.teacher, run.model.student
     lines = {
-        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
-        "device": describe_device(state.device.name, config.precision),
         "images": f"{data['samples']:,} in {hide_secrets(str(data['location']))}",
         "model": f"encoder {_millions(teacher.encoder)}, "
         f"teacher {len(teacher.block_list)} blocks {_millions(teacher.blocks)}, "
         f"student {len(student.block_list)} blocks {_millions(student.blocks)}",
-        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
     }
     if run.retrieval is not None:
         sets = ", ".join(run.retrieval.datasets)
         lines["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {run.retrieval.primary}"
-    if state.timestamp.batch > 0:
-        lines["resumed"] = f"from {run.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
     if config.compile:
         lines["compiling"] = "the first step takes about a minute"
-    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+    return _header(config, state, lines)
 
 
 def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: State) -> str:
     """Return the lines that open a fine-tuning's log; see :func:`describe_run`."""
-    backbone, about = built.model.backbone, built.record.record["model"]
-    num_train, num_test = built.images.num_train, len(built.images.test.labels)
-    trained = sum(each.numel() for each in built.model.parameters() if each.requires_grad)
+    backbone, images = built.model.backbone, built.images
     start = "random weights" if config.from_scratch else hide_secrets(config.model)
+    encoder = "trained" if config.train_encoder else "frozen"
     lines = {
-        "run": f"{config.run_name}, {describe_folder(config.save_folder)}",
-        "device": describe_device(state.device.name, config.precision),
-        "images": f"{num_train:,} to train, {num_test:,} to evaluate, {built.model.head.out_features} classes",
-        "model": f"{about['kind']} from {start}: encoder {_millions(backbone.encoder)}, "
+        "images": f"{images.num_train:,} to train, {len(images.test.labels):,} to evaluate, "
+        f"{built.model.head.out_features} classes",
+        "model": f"{built.record.record['model']['kind']} from {start}: "
+        f"encoder {_millions(backbone.encoder)}, {encoder}, "
         f"{len(backbone.block_list)} blocks {_millions(backbone.blocks)}, head on {built.model.embedding}",
-        "trained": f"{trained / 1e6:.1f} M parameters, encoder {'trained' if config.train_encoder else 'frozen'}",
-        "training": f"{_describe_length(state)} of {describe_batch(config, dist.get_world_size())}",
+    }
+    return _header(config, state, lines)
+
+
+def _header(config: TrainerConfig, state: State, middle: Mapping[str, str]) -> str:
+    folder = "not saved" if config.save_folder is None else f"saved in {hide_secrets(config.save_folder)}"
+    steps, batch = num_batches(state), describe_batch(config, dist.get_world_size())
+    lines = {
+        "run": f"{config.run_name}, {folder}",
+        "device": describe_device(state.device.name, config.precision),
+        **middle,
+        "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs) of {batch}",
     }
     if state.timestamp.batch > 0:
-        lines["resumed"] = f"from {built.trainer_arguments['load_path']} at batch {int(state.timestamp.batch)}"
+        lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
 
 
@@ -179,13 +182,7 @@ def describe_device(name: str, precision: str) -> str:
         return f"{on}{torch.cuda.get_device_name()}, {precision}"
     is_emulated = precision == "amp_bf16" != name_precision("auto", on_gpu=False)
     hint = " without instructions for it: precision=auto is many times faster" if is_emulated else ""
-    threads = f"{torch.get_num_threads()} threads{' each' if ranks > 1 else ''}"
-    return f"{on}{name}, {threads}, {precision}{hint}"
-
-
-def describe_folder(save_folder: str | None) -> str:
-    """Name the place of the run's files."""
-    return "not saved" if save_folder is None else f"saved in {hide_secrets(save_folder)}"
+    return f"{on}{name}, {torch.get_num_threads()} threads, {precision}{hint}"
 
 
 def describe_batch(config: TrainerConfig, ranks: int) -> str:
@@ -195,11 +192,6 @@ def describe_batch(config: TrainerConfig, ranks: int) -> str:
     if micro == "auto":
         return f"{text}, microbatches found automatically"
     return text if micro in (None, on_each) else f"{text}, microbatches of {micro}"
-
-
-def _describe_length(state: State) -> str:
-    steps, per_epoch = num_batches(state), int(state.dataloader_len or 1)
-    return f"{steps:,} steps ({steps / per_epoch:.1f} epochs)"
 
 
 def _millions(module: torch.nn.Module) -> str:

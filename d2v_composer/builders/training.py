@@ -101,9 +101,10 @@ def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: Classifie
 def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """Build torch's AdamW of groups that each hold only matrices or only norms and biases."""
     for group in groups:
-        decays = config.decay_norms_and_biases or any(each.ndim > 1 for each in group["params"])
-        group["weight_decay"] = config.weight_decay if decays else 0.0
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        if not config.decay_norms_and_biases and all(each.ndim <= 1 for each in group["params"]):
+            group["weight_decay"] = 0.0
+    fields = config.model_dump(exclude={"decay_norms_and_biases", "layer_decay"})
+    return torch.optim.AdamW(groups, **fields, fused=True)
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:

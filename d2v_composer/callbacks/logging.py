@@ -201,6 +201,7 @@ class Uploads(LoggerDestination):
         self.address = address
         self.thread = ThreadPoolExecutor(1, "uploads")
         self.tasks: list[Future[None]] = []
+        self.has_failed = False
 
     def can_upload_files(self) -> bool:
         return True
@@ -215,30 +216,31 @@ class Uploads(LoggerDestination):
             upload(path, f"{self.address}/{path.name}")
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the thread."""
-        self.tasks.append(self.thread.submit(task, *arguments))
+        """Call a function in the thread, unless an upload has failed before: the others would be retried as long."""
+
+        def run() -> None:
+            if self.has_failed:
+                return
+            try:
+                task(*arguments)
+            except Exception:
+                self.has_failed = True
+                raise
+
+        self.tasks.append(self.thread.submit(run))
 
     def wait(self) -> None:
         """Wait for all uploads.
 
         Raises:
-            RunError: The first one that failed; the others are given up.
+            RunError: One failed.
         """
         while self.tasks:
-            self._end_first()
+            self.tasks.pop(0).result()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         while self.tasks and self.tasks[0].done():
-            self._end_first()
-
-    def _end_first(self) -> None:
-        try:
             self.tasks.pop(0).result()
-        except RunError:
-            for each in self.tasks:
-                each.cancel()
-            self.start = lambda *_: None
-            raise
 
     def post_close(self) -> None:
         """Wait for the uploads of all callbacks; a failed one must not hide why a run failed."""

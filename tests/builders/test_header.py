@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v_composer.builders.fit import describe_batch, describe_device, describe_folder
+from d2v_composer.builders.fit import describe_batch, describe_device
 from d2v_composer.config.load import load_config
 from helpers import ROOT
 
@@ -24,11 +24,6 @@ def test_the_batch_of_each_device(ranks: int, micro: int | str | None, text: str
     config = load_config([str(ROOT / "yamls" / "quickstart.yaml"), "global_train_batch_size=256"])
     config = config.model_copy(update={"device_train_microbatch_size": micro})
     assert describe_batch(config, ranks) == text
-
-
-def test_a_run_without_a_folder() -> None:
-    assert describe_folder(None) == "not saved"
-    assert describe_folder("s3://bucket/run") == "saved in s3://bucket/run"
 
 
 @pytest.mark.parametrize(("has_bf16", "hint"), [(True, ""), (False, ": precision=auto is many times faster")])

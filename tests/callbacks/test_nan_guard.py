@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,18 +10,16 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Precision
-from composer.utils import create_interval_scheduler
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.callbacks import GradientNorm, NanGuard
+from d2v_composer.callbacks import GradientNorm
+from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.system.addresses import RunFolder
 from helpers import GOLDEN, load_checkpoint, small_run
 from recipes import train as train_recipe
 
@@ -53,9 +50,7 @@ def train(
         max_duration=f"{NUM_BATCHES}ba",
         optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=lr),
         algorithms=[GradientClipping("norm", 2.0), GradientNorm(every=1)],
-        callbacks=[losses, NanGuard(create_interval_scheduler("1ba")), *callbacks],
-        save_folder=str(folder),
-        save_interval="1ba",
+        callbacks=[losses, NanGuard(), *callbacks, Checkpoints(RunFolder(folder), "1ba")],
         progress_bar=False,
     )
     try:
@@ -90,23 +85,8 @@ def assert_all_saved_is_finite(folder: Path) -> None:
 IMAGES = {
     "identical": lambda: some_images()[:1].expand(NUM_BATCHES * BATCH_SIZE, -1, -1, -1),
     "black": lambda: torch.zeros_like(some_images()),
-    "white": lambda: torch.full_like(some_images(), 255),
     "some black": lambda: some_images() * (torch.arange(NUM_BATCHES * BATCH_SIZE) % 2)[:, None, None, None].byte(),
 }
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_images_without_variance_train_to_finite_numbers(name: str, tmp_path: Path) -> None:
-    losses = train(tmp_path, build_model(), IMAGES[name]())
-    assert len(losses) == NUM_BATCHES
-    assert losses[-1] < losses[0] < 3
-    assert_all_saved_is_finite(tmp_path)
-    assert len(list(tmp_path.glob("ep*.pt"))) == NUM_BATCHES
-
-
-def zeros(teacher: nn.Module) -> None:
-    for parameter in teacher.parameters():
-        nn.init.zeros_(parameter)
 
 
 def constants(teacher: nn.Module) -> None:
@@ -114,13 +94,16 @@ def constants(teacher: nn.Module) -> None:
         nn.init.constant_(parameter, 0.01)
 
 
-@pytest.mark.parametrize("change", [zeros, constants])
-def test_a_teacher_with_constant_outputs_trains_to_finite_numbers(
-    change: Callable[[nn.Module], None], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", [*IMAGES, "constant teacher"])
+def test_without_variance_training_goes_to_finite_numbers(name: str, tmp_path: Path) -> None:
     """InstanceNorm and LayerNorm of a constant are 0, not NaN."""
-    losses = train(tmp_path, build_model(change), some_images())
-    assert losses[-1] <= losses[0]
+    if name in IMAGES:
+        losses = train(tmp_path, build_model(), IMAGES[name]())
+        assert losses[-1] < losses[0] < 3
+    else:
+        losses = train(tmp_path, build_model(constants), some_images())
+        assert losses[-1] <= losses[0]
+    assert len(losses) == len(list(tmp_path.glob("ep*.pt"))) == NUM_BATCHES
     assert_all_saved_is_finite(tmp_path)
 
 
@@ -139,21 +122,15 @@ class BadGradient(Callback):
             first_gradient(state).view(-1)[3] = self.value
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_stops_after_a_gradient_that_is_not_finite(value: float, tmp_path: Path) -> None:
     """Clipping turns it into NaN in every weight, while the batch's loss is normal."""
     with pytest.raises(
-        FloatingPointError, match=r"^batch 5: the weight student\.blocks\S+ is not finite; earlier checkpoints"
+        FloatingPointError, match=r"^batch 5: model\.student\.blocks\S+ is not finite; earlier checkpoints"
     ):
         train(tmp_path, build_model(), some_images(), BadGradient(value))
     assert_all_saved_is_finite(tmp_path)
     assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba5-rank0.pt"
-
-
-def test_stops_after_a_step_that_is_too_large(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"^batch \d+: "):
-        train(tmp_path, build_model(), some_images(), lr=1e36)
-    assert_all_saved_is_finite(tmp_path)
 
 
 def test_stops_after_moments_that_are_not_finite(tmp_path: Path) -> None:
@@ -164,7 +141,7 @@ def test_stops_after_moments_that_are_not_finite(tmp_path: Path) -> None:
             if state.timestamp.batch == 5:
                 first_gradient(state).fill_(1e30)  # after clipping; its square is beyond float32
 
-    with pytest.raises(FloatingPointError, match=r"^batch 5: the optimizer's exp_avg_sq of student\.\S+ is not finite"):
+    with pytest.raises(FloatingPointError, match=r"^batch 5: optimizers\.AdamW\.state\.\S+\.exp_avg_sq is not finite"):
         train(tmp_path, build_model(), some_images(), LargeGradient())
     assert_all_saved_is_finite(tmp_path)
 
@@ -260,41 +237,6 @@ def test_stops_at_the_first_infinite_loss_without_loss_scaling(tmp_path: Path) -
     assert_all_saved_is_finite(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
-def test_checks_all_sharded_weights_and_moments(process_group: None) -> None:
-    """Also after an evaluation, which leaves gathered weights in the model that the optimizer does not know."""
-    model = build_model()
-    for block in model.student.blocks:
-        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    state = cast(Any, SimpleNamespace(model=model, optimizers=[optimizer], timestamp=SimpleNamespace(batch=6)))
-    guard = NanGuard(lambda state, event: True)
-    guard.fit_start(state, cast(Any, None))
-    images = some_images()[:BATCH_SIZE]
-    model.loss(model(images), images).backward()
-    optimizer.step()
-    with torch.no_grad():
-        model.embed_all(images)
-    assert not any(each is known for each in model.parameters() if each.requires_grad for known in trained)
-
-    guard.batch_checkpoint(state, cast(Any, None))
-    planted = 0
-    for weight in trained:
-        for tensor in (weight.detach(), *optimizer.state[weight].values()):
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            before = local.clone()
-            local.view(-1)[-1] = torch.nan
-            with pytest.raises(
-                FloatingPointError, match=r"^batch 5: (the weight|the optimizer's \w+ of) student\.\S+ is"
-            ):
-                guard.batch_checkpoint(state, cast(Any, None))
-            local.copy_(before)
-            planted += 1
-    assert planted == 4 * len(trained)
-    guard.batch_checkpoint(state, cast(Any, None))
-
-
 @pytest.fixture
 def tf32() -> Iterator[tuple[Any, Any]]:
     """torch's two switches, restored afterwards."""
@@ -314,24 +256,3 @@ def test_tf32_is_the_users_choice(allowed: bool, tf32: tuple[Any, Any], small_da
         small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=1ba", f"allow_tf32={allowed}")
     )
     assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
-
-
-def test_fp16_training_recovers_from_overflows() -> None:
-    """The loss scale falls until gradients are finite, and the loss falls then."""
-    model, images = build_model(), some_images()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
-    scaler = GradScaler("cpu", init_scale=2.0**26)
-    losses = []
-    for step in range(40):
-        with torch.autocast("cpu", torch.float16):
-            outputs = model(images[:BATCH_SIZE])
-            loss = model.loss(outputs, images)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-        assert all(each.isfinite().all() for each in model.student.parameters()), step
-    assert scaler.get_scale() < 2.0**26
-    assert losses[0] == losses[1]  # the first step was skipped
-    assert losses[-1] < 0.8 * losses[0]

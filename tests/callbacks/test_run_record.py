@@ -30,8 +30,8 @@ def record_of(names: list[str], num_classes: int, **dataset: str) -> dict[str, A
     ],
 )
 def test_a_fine_tuning_resumes_with_its_classes_only(now: dict[str, Any], change: str) -> None:
-    before = RunRecord(record_of(["ant", "bee"], 2), None, None, FIXED_IN_A_FINETUNING).state_dict()
-    RunRecord(record_of(["ant", "bee"], 2), Path("elsewhere"), None, FIXED_IN_A_FINETUNING).load_state_dict(before)
+    before = RunRecord(record_of(["ant", "bee"], 2), None, FIXED_IN_A_FINETUNING).state_dict()
+    RunRecord(record_of(["ant", "bee"], 2), Path("elsewhere"), FIXED_IN_A_FINETUNING).load_state_dict(before)
     with pytest.raises(InputError) as caught:
-        RunRecord(now, None, None, FIXED_IN_A_FINETUNING).load_state_dict(before)
+        RunRecord(now, None, FIXED_IN_A_FINETUNING).load_state_dict(before)
     assert str(caught.value) == f"{change}; a new run needs another run_name or save_folder"
