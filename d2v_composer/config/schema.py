@@ -410,8 +410,6 @@ class TrainerConfig(RunConfig):
             yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
-        if "remote" in (self.loggers.get("jsonl") or {}):
-            yield ".loggers.jsonl.remote: follows from save_folder, beside whose checkpoints the log is uploaded"
 
     def uneven_nodes(self, parts: int) -> Iterator[str]:
         """Yield a line if a batch has no whole number of samples of each canonical node."""

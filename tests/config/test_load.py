@@ -165,7 +165,6 @@ CONTRADICTIONS = {
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
     ("parallelism_config.fsdp={}",): "parallelism_config.fsdp: needs GPUs",
-    ("loggers.jsonl={remote: s3://b/c}",): "loggers.jsonl.remote: follows from save_folder",
 }
 
 
