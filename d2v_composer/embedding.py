@@ -282,7 +282,7 @@ def _start_or_resume(
     return progress, npy.open_memmap(path, "r+")
 
 
-def _finish(rows: np.memmap, ids: NDArray, out: Path, folder: Path) -> None:
+def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:
     """Move the complete file to ``out``, replacing an old one, and remove the folder."""
     complete = folder / f"embeddings{out.suffix}"
     if out.suffix == ".parquet":

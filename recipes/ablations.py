@@ -16,27 +16,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
-from d2v_composer.system.errors import InputError
-from d2v_composer.system.files import write_atomically
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import if_interrupted
 
-if TYPE_CHECKING:
-    from d2v_composer.report.tables import FinishedRun
-
 ROOT = Path(__file__).parent.parent
-STOP_SECONDS = 60.0
 STUDIES = ROOT / "yamls" / "ablations"
 DEFAULT_STUDY = str(STUDIES / "data2vec2")
+POLL_SECONDS = 0.5
 
 
 class Study(NamedTuple):
@@ -55,16 +51,13 @@ class Study(NamedTuple):
         """Read a folder.
 
         Raises:
-            InputError: It is not a study, one of its files is malformed, or a change is not ``key=value``.
+            InputError: It is not a study.
         """
-        for change in changes:
-            if "=" not in change:
-                raise InputError(f"{change}: must be key=value")
-        _read_mapping(folder / "base.yaml")
-        rows = _read_mapping(folder / "rows.yaml")
-        for name, row in rows.items():
-            if not isinstance(name, str) or not isinstance(row, dict):
-                raise InputError(f"{folder / 'rows.yaml'}: {name}: a row is its name and {{key: value}}, got {row!r}")
+        path = folder / "rows.yaml"
+        with reading(path):
+            rows = yaml.safe_load(path.read_text())
+        if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+            raise InputError(f"{path}: expected a line 'name: {{key: value}}' per row")
         return cls(folder / "base.yaml", rows, changes)
 
     def choose(self, names: Sequence[str] | None) -> list[str]:
@@ -80,53 +73,7 @@ class Study(NamedTuple):
         return [*self.changes, *(f"{key}={json.dumps(value)}" for key, value in self.rows[row].items())]
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
-    try:
-        contents = yaml.safe_load(path.read_text())
-    except OSError as error:
-        problem = f"no study, which has base.yaml and rows.yaml ({path.name}: {error.strerror})"
-        raise InputError(f"{path.parent}: {problem}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not a YAML of keys and values: {' '.join(str(error).split())}") from error
-    if not isinstance(contents, dict) or not contents:
-        raise InputError(f"{path}: must have keys and values")
-    return contents
-
-
-class Runs:
-    """Subprocesses that train, and that stop with this command.
-
-    Args:
-        threads: Number of threads of each.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self.started: list[subprocess.Popen[bytes]] = []
-        self.is_stopping = False
-
-    def run(self, command: Sequence[str], output: IO[str]) -> int:
-        """Run a command, and return its exit status."""
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
-        self.started.append(process)
-        if self.is_stopping:  # since before it was in the list
-            process.terminate()
-        status = process.wait()
-        if self.is_stopping:
-            time.sleep(STOP_SECONDS)  # until this command has ended
-        return status
-
-    def stop(self) -> str:
-        """Let all save and end, by SIGTERM: a terminal's Ctrl-C reaches them too, and a second one would end them."""
-        self.is_stopping = True
-        for process in self.started:
-            process.terminate()
-        for process in self.started:
-            process.wait()
-        return "the same command resumes"
-
-
-def main(argv: Sequence[str]) -> "list[FinishedRun]":
+def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -145,57 +92,71 @@ def main(argv: Sequence[str]) -> "list[FinishedRun]":
     arguments = parser.parse_intermixed_args(argv)
     if "=" in arguments.study and not Path(arguments.study).exists():
         arguments.study, arguments.changes = DEFAULT_STUDY, [arguments.study, *arguments.changes]
-    if arguments.jobs < 1:
-        raise InputError(f"--jobs: must be at least 1, got {arguments.jobs}")
     study = Study.read(Path(arguments.study), arguments.changes)
     chosen = study.choose(arguments.rows)
     out = arguments.out or Path("runs/ablations") / study.base.parent.name
+    folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
-    from d2v_composer.report.tables import FinishedRun, study_table
+    from d2v_composer.evaluation.metrics import read_jsonl
+    from d2v_composer.report.tables import study_table
 
-    if arguments.whole:
-        images = arguments.images / "cifar10"
-        convert_cifar10(arguments.images, images)
-    else:
-        images = arguments.images / "cifar10_sample"
-        convert_cifar10(arguments.images, images, 10_000, 2_000)
-    folders = {name: out / name.replace(" ", "_").replace("'", "").replace(",", "") for name in chosen}
-    train_rows(study, folders, images, arguments.jobs)
-    finished = [FinishedRun.read(name, folder) for name, folder in folders.items()]
-    print(study_table(finished))
+    images = arguments.images / ("cifar10" if arguments.whole else "cifar10_sample")
+    convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
+    train_rows(study, folders, images, max(1, arguments.jobs))
+    logs = {}
+    for name, folder in folders.items():
+        with reading(folder / "log.jsonl"):
+            logs[name] = read_jsonl(folder / "log.jsonl")
+    print(study_table(logs))
     print_next(d2v("report", folders[chosen[0]]))
-    return finished
 
 
 def train_rows(study: Study, folders: Mapping[str, Path], images: Path, jobs: int) -> None:
-    """Train the rows, ``jobs`` of them at once. A signal stops their runs as well.
+    """Train the rows, ``jobs`` of them at once, each in a subprocess. A signal lets them save and stops them as well.
 
     Raises:
         InputError: Some rows failed; the others have finished.
     """
-    runs = Runs(max(1, (os.cpu_count() or 1) // jobs))
-    problems: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool, if_interrupted(runs.stop):
-        rows = [pool.submit(train, study, name, folder, images, runs) for name, folder in folders.items()]
-        for problem in failures(rows):
-            print(f"{problem}; the other rows go on", file=sys.stderr)
-            problems.append(problem)
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    waiting, running, problems = list(folders), dict[str, subprocess.Popen[bytes]](), list[str]()
+    is_stopping = threading.Event()
+
+    def stop() -> str:
+        is_stopping.set()
+        time.sleep(POLL_SECONDS)  # a run that is being started is among the running ones then
+        for process in running.values():  # by SIGTERM: a second Ctrl-C would end them at once
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        return "the same command resumes"
+
+    with if_interrupted(stop):
+        while waiting or running:
+            if is_stopping.is_set():
+                time.sleep(POLL_SECONDS)  # until this command ends
+            elif waiting and len(running) < jobs:
+                row = waiting.pop(0)
+                print(f"{row}: training, its lines go to {folders[row] / 'output.txt'}")
+                folders[row].mkdir(parents=True, exist_ok=True)
+                with (folders[row] / "output.txt").open("a") as output:
+                    command = train_command(study, row, folders[row], images)
+                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                    running[row] = process
+            elif ended := [row for row, process in running.items() if process.poll() is not None]:
+                if status := running.pop(ended[0]).returncode:
+                    problems.append(f"{ended[0]}: failed with status {status}, see {folders[ended[0]] / 'output.txt'}")
+                    print(f"{problems[-1]}; the other rows go on", file=sys.stderr)
+                else:
+                    print(f"{ended[0]}: finished")
+            else:
+                time.sleep(POLL_SECONDS)
     if problems:
         raise InputError(*problems)
 
 
-def failures(rows: Sequence[Future[None]]) -> Iterator[str]:
-    """Wait for all rows; yield what was wrong with one as soon as it fails."""
-    for row in as_completed(rows):
-        try:
-            row.result()
-        except (InputError, OSError) as error:
-            yield str(error)
-
-
-def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> None:
-    """Train one row in a subprocess."""
+def train_command(study: Study, row: str, folder: Path, images: Path) -> list[str]:
+    """Return the command that trains a row, or resumes it; the checkpoint refuses what a run must not change."""
     from d2v_composer.report.tables import DATASET
 
     own = {
@@ -205,24 +166,7 @@ def train(study: Study, row: str, folder: Path, images: Path, runs: Runs) -> Non
         f"retrieval.datasets.{DATASET}.root": images,
     }
     changes = [*study.overrides(row), *(f"{key}={value}" for key, value in own.items())]
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(study.base), *changes]
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_changed(folder / "settings.txt", study.base.read_text() + repr((study.rows[row], study.changes)))
-    print(f"{row}: training, its lines go to {folder / 'output.txt'}")
-    with (folder / "output.txt").open("a") as output:
-        status = runs.run(command, output)
-    if status:
-        raise InputError(f"{folder.name}: failed with status {status}, see {folder / 'output.txt'}")
-    print(f"{row}: finished")
-
-
-def refuse_changed(path: Path, settings: str) -> None:
-    """Refuse a run that was trained with other settings than the row's."""
-    if path.exists() and path.read_text() != settings:
-        raise InputError(
-            f"{path.parent}: was trained with another base.yaml or row: remove it, or choose another --out"
-        )
-    write_atomically(path, settings)
+    return [sys.executable, str(ROOT / "recipes" / "train.py"), str(study.base), *changes]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from composer.core import DataSpec, Evaluator
 from composer.utils import dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
@@ -30,7 +32,6 @@ from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import (
     AugmentedImages,
     LabeledImages,
-    LabeledSet,
     eval_batches,
     fetch_class_names,
     load_labeled_set,
@@ -87,8 +88,7 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
 
 
 def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
-    root = Path(dataset.root)
-    options = config.train_loader.model_dump(exclude={"stream"})
+    root, options = Path(dataset.root), config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
     shards = read_train_index(streamed, dataset.label_column)
@@ -97,7 +97,7 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
             fetch_class_names(loader.remote, root / "train", loader.timeout)
         test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
         test, class_names = with_classes_of_train(test, root)
-    num_classes = count_classes(root, class_names, test)
+    num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(dataset.label_column, num_classes)
     train_loader = build_train_loader(streamed, shards, sizes.image_size, sizes.interpolation, labels)
     data = describe_data(shards)
@@ -106,61 +106,39 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
 
 
 def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
-    labeled = load_images(dataset, config.global_train_batch_size, sizes)
-    train, test, class_names = labeled
-    digest = hashlib.sha256(train.images.contiguous().numpy().data)
-    digest.update(train.labels.numpy().data)
-    about = {
-        "location": hide_secrets(dataset.root),
-        "samples": labeled.num_images[0],
-        "sha256": digest.hexdigest(),
-    }
-    num_classes = count_classes(Path(dataset.root), class_names, train, test)
-    return FinetuneImages(_batches(config, train, sizes), test, len(train.labels), class_names, num_classes, about)
-
-
-def load_images(dataset: LabeledSetConfig, batch_size: int, sizes: EncoderConfig) -> LabeledSet:
-    """Load both splits into memory.
-
-    Raises:
-        InputError: The data set cannot be used, or is smaller than a batch.
-    """
     with node_leaders_first("the data set"):
         labeled = load_labeled_set(
             **dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
         )
-    if (num_images := labeled.num_images[0]) < batch_size:
+    train, test, class_names = labeled
+    loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
+    if num_images < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
-    return labeled
+    digest = hashlib.sha256(train.images.contiguous().numpy().data)
+    digest.update(train.labels.numpy().data)
+    about = {"location": hide_secrets(dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
+    num_classes = count_classes(Path(dataset.root), class_names, train.labels, test.labels)
+    batch_bytes = batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(sizes.image_size))
+    ranks = dist.get_local_world_size()
+    needed = shared_memory_needed(ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)
+    raise_on_all_ranks(check_shared_memory(needed))
+    augmented = AugmentedImages(train, build_transform(loader, sizes.image_size, sizes.interpolation), config.seed)
+    batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
+    return FinetuneImages(batches, test, num_images, class_names, num_classes, about)
 
 
-def count_classes(root: Path, class_names: tuple[str, ...], *splits: LabeledImages) -> int:
-    """Return the number of classes, by their names and the largest label.
+def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:
+    """Return the number of classes, by their names and the largest label of the splits, (N,) each.
 
     Raises:
         InputError: There are fewer than two, or a label is negative or far beyond the others.
     """
-    labels = torch.cat([split.labels for split in splits]).unique()
-    largest, num_known = int(labels.max()), max(len(class_names), len(labels))
-    if int(labels.min()) < 0:
-        raise InputError(f"dataset.root: {root}: its labels must be numbers from 0")
-    if num_known < 2:
-        raise InputError(f"dataset.root: {root}: has one class, expected at least two")
-    if largest >= LARGEST_GAPS * num_known:  # the classifier has an output for each number
-        raise InputError(f"dataset.root: {root}: {num_known} classes, but label {largest}: number them from 0")
+    labels = torch.cat(splits).unique()
+    smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
+    if smallest < 0 or num_known < 2 or largest >= LARGEST_GAPS * num_known:  # the classifier has an output for each
+        found = f"{num_known} with labels from {smallest} to {largest}"
+        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0, got {found}")
     return max(len(class_names), largest + 1)
-
-
-def _batches(config: FinetuneConfig, train: LabeledImages, sizes: EncoderConfig) -> DataLoader:
-    """Build the loader of this rank's augmented batches of images in memory."""
-    loader, batch_size = config.train_loader, config.global_train_batch_size
-    height, width = height_and_width(sizes.image_size)
-    ranks, on_each = dist.get_local_world_size(), batch_size // dist.get_world_size()
-    needed = shared_memory_needed(ranks, loader.num_workers, loader.prefetch_factor, on_each * 3 * height * width)
-    raise_on_all_ranks(check_shared_memory(needed))
-    transform = build_transform(loader, sizes.image_size, sizes.interpolation)
-    dataset = AugmentedImages(train, transform, config.seed)
-    return train_batches(dataset, batch_size, loader.num_workers, loader.prefetch_factor)
 
 
 EVALUATOR = "test"
@@ -194,14 +172,12 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         randomize(backbone)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding.primary, config.train_encoder, cpu_bf16)
-    eval_loader = eval_batches(images.test, config.device_eval_batch_size)
+    tested = eval_batches(images.test, config.device_eval_batch_size)
     record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=images.about)
     arguments = {
         "model": model,
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),
-        "eval_dataloader": Evaluator(
-            label=EVALUATOR, dataloader=DataSpec(eval_loader, microbatch_transforms=model.prepare)
-        ),
+        "eval_dataloader": Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
         "eval_interval": config.eval_interval,
         "optimizers": build_layerwise_optimizer(config.optimizer, model),
         "schedulers": build_scheduler(config, len(images.train_loader)),
@@ -235,9 +211,8 @@ def describe_model(
         "class_names": list(images.class_names),
         "provenance": backbone.provenance,
     }
-    if not isinstance(backbone, Student):
-        return about
-    sizes = sizes_of(backbone)
-    if config.train_encoder and "outputs" in sizes["encoder"]:
-        sizes["encoder"]["outputs"] = ()  # those of the encoder before
-    return about | {"sizes": json.loads(json.dumps(sizes))}
+    if isinstance(backbone, Student):
+        about["sizes"] = json.loads(json.dumps(sizes_of(backbone)))
+        if config.train_encoder and "outputs" in about["sizes"]["encoder"]:
+            about["sizes"]["encoder"]["outputs"] = []  # those of the encoder before
+    return about

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Embed, Found, embed_set, look_up
+from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError, reason
@@ -124,12 +125,13 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
+        wanted = product(self.datasets, self.measures, self.baselines)
+        keys = {metric_key(dataset, *measure, baseline=baseline) for dataset, measure, baseline in wanted}
         embeds: dict[str | None, Embed] = {}
-        if self.expected_baseline_keys() <= self.baseline_metrics.keys():
+        if keys <= self.baseline_metrics.keys():
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.baseline_metrics = {}
-            embeds = {**self.baselines}
+            self.baseline_metrics, embeds = {}, {**self.baselines}
         if self.at_start and state.timestamp.batch == 0:
             embeds[None] = self.embed or embed_method(unwrapped(state))
         if embeds:
@@ -151,7 +153,7 @@ class ZeroShotRetrieval(Callback):
             "baseline_metrics": self.baseline_metrics,
             "primary": self.primary,
             "neighbors": self.neighbors,
-            "images": self.fingerprints(),
+            "images": {name: labeled.fingerprint() for name, labeled in self.datasets.items()},
             "was_stopped": self.was_stopped,
         }
 
@@ -161,8 +163,8 @@ class ZeroShotRetrieval(Callback):
         Raises:
             InputError: A set has other images than before, whose accuracies cannot be compared.
         """
-        for name, now in self.fingerprints().items():
-            if state["images"].get(name, now) != now:
+        for name, labeled in self.datasets.items():
+            if state["images"].get(name) not in (None, labeled.fingerprint()):
                 raise InputError(
                     f"retrieval.datasets.{name}: has other images than the checkpoint's, whose accuracies cannot be "
                     "compared: give the set another name, or set it and max_images back"
@@ -171,10 +173,6 @@ class ZeroShotRetrieval(Callback):
         self.baseline_metrics = self.with_primary(state["baseline_metrics"])
         self.neighbors = state["neighbors"] if state["primary"] == self.primary else {}
         self.was_stopped = state["was_stopped"]
-
-    def fingerprints(self) -> dict[str, str]:
-        """Return name → what tells a set's images from others."""
-        return {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
 
     def with_primary(self, metrics: Metrics) -> Metrics:
         """Return metrics whose short keys are the primary embedding's."""
@@ -186,19 +184,8 @@ class ZeroShotRetrieval(Callback):
     @property
     def measures(self) -> list[tuple[str, Measure]]:
         """All pairs of bank and k, then those of 'train' and what a probe measures."""
-        probed = [
-            ("train", measure) for probe, measures in PROBES.items() if probe in self.probes for measure in measures
-        ]
-        return [*((bank, k) for bank in BANKS for k in self.ks), *probed]
-
-    def expected_baseline_keys(self) -> set[str]:
-        """Return the short keys of every baseline."""
-        return {
-            metric_key(dataset, bank, measure, baseline=baseline)
-            for dataset in self.datasets
-            for bank, measure in self.measures
-            for baseline in self.baselines or {}
-        }
+        probed = chain.from_iterable(measures for probe, measures in PROBES.items() if probe in self.probes)
+        return [*product(BANKS, self.ks), *product(["train"], probed)]
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure the model and log it, unless this was done for this batch or the run is to stop."""
@@ -243,46 +230,32 @@ class ZeroShotRetrieval(Callback):
 
     def measure_set(self, dataset: str, embeds: Mapping[str | None, Embed], state: State) -> dict[str | None, Metrics]:
         """Return the accuracies on one set, in both directions, for every embedding."""
-        self.stop_if_asked()  # also on a rank that has no images
-        embeds = {name: self.stoppable(embed) for name, embed in embeds.items()}
         labeled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
-        to_device = state.device.tensor_to_device
         metrics: dict[str | None, Metrics] = {}
+
+        def to_device(tensor: Tensor) -> Tensor:
+            self.stop_if_asked()  # before each batch of images, and each search
+            return state.device.tensor_to_device(tensor)
+
         embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress)
         for baseline, embeddings in embedded.items():
             primary = find_primary(self.primary, embeddings["train"].keys(), fall_back=baseline is not None)
-            found = list(look_up(embeddings, labeled, self.ks, to_device, ranks, self.probes))
-            metrics[baseline] = retrieval_metrics(dataset, found, primary, baseline)
-            if baseline is None:
-                self.neighbors[dataset] = {
-                    each.bank: each.nearest.int().cpu() for each in found if each.embedding == primary
-                }
+            metrics[baseline] = {}
+            for found in look_up(embeddings, labeled, self.ks, to_device, ranks, self.probes):
+                names = [found.embedding or None]
+                if found.embedding == primary:
+                    names.append(None)  # the short key
+                    if baseline is None:
+                        self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
+                for name, (measure, hits) in product(names, found.hits.items()):
+                    key = metric_key(dataset, found.bank, measure, name, baseline)
+                    metrics[baseline][key] = hits.double().mean().item()
         return metrics
 
     def stop_if_asked(self) -> None:
         if self.should_stop():
             raise _StoppedError
-
-    def stoppable(self, embed: Embed) -> Embed:
-        """Return an embed function that first asks whether to stop."""
-
-        def embed_unless_stopped(images: Tensor) -> Tensor | dict[str, Tensor]:
-            self.stop_if_asked()
-            return embed(images)
-
-        return embed_unless_stopped
-
-
-def retrieval_metrics(dataset: str, found: Sequence[Found], primary: str, baseline: str | None) -> Metrics:
-    """Return the accuracies of all embeddings, the primary embedding's under the short key as well."""
-    metrics: Metrics = {}
-    for each in found:
-        names = ([None] if each.embedding == primary else []) + ([each.embedding] if each.embedding else [])
-        for measure, hits in each.hits.items():
-            accuracy = hits.double().mean().item()
-            metrics |= {metric_key(dataset, each.bank, measure, name, baseline): accuracy for name in names}
-    return metrics
 
 
 def embed_method(model: torch.nn.Module) -> Embed:
@@ -301,12 +274,7 @@ def log_picture_files(logger: Logger, files: Iterable[Path]) -> None:
     """Log PNG files, such as a report's, as ``report/{name}``, if a logger shows pictures."""
     if shows_pictures(logger.destinations):
         for file in files:
-            log_picture(logger, f"report/{file.stem}", partial(read_picture, file))
-
-
-def read_picture(file: Path) -> NDArray[np.uint8]:
-    with Image.open(file) as picture:
-        return np.asarray(picture.convert("RGB"))
+            log_picture(logger, f"report/{file.stem}", lambda file=file: np.asarray(Image.open(file).convert("RGB")))
 
 
 def log_picture(logger: Logger, name: str, draw: Callable[[], NDArray[np.uint8]]) -> None:

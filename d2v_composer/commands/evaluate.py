@@ -60,15 +60,11 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     batch_size = config.device_eval_batch_size
     retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, autocast_dtype, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, config.ks, embedding.primary.name, class_names)
+    evaluation = Evaluation(candidates, retrievals, embedding.primary.name, class_names)
     print(evaluation_tables(evaluation))
     if config.out is not None:
-        versions = package_versions(*OUR_PACKAGES)
-        about = {
-            "config": hide_all_secrets(config.model_dump(mode="json")),
-            "machine": describe_machine(),
-            "versions": versions,
-        }
+        used = hide_all_secrets(config.model_dump(mode="json"))
+        about = {"config": used, "machine": describe_machine(), "versions": package_versions(*OUR_PACKAGES)}
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
     print_next(hide_secrets(next_step(config, has_student=any(each.name == "student" for each in candidates))))
@@ -80,13 +76,7 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
     if has_student and config.model.endswith(".pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
-    options = {
-        "--weights": None if config.weights == "model" else config.weights,
-        "--checkpoint": config.checkpoint,
-        "--first-blocks": config.first_blocks,
-        "--image-size": config.image_size,
-        "--pooling": config.pooling,
-        "--representation": config.representation,
-    }
-    given = [str(part) for option in options.items() if option[1] is not None for part in option]
+    names = ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation")
+    values = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
+    given = [str(part) for option in values.items() if option[1] not in (None, "model") for part in option]
     return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)

@@ -1,4 +1,4 @@
-"""Evaluate embeddings: retrieval and probes with their uncertainty, class by class, and the cost of embedding.
+"""Evaluate embeddings: retrieval and probes with their uncertainty, and what is confused with what.
 
 Shapes: Q queries, C classes.
 """
@@ -6,10 +6,8 @@ Shapes: Q queries, C classes.
 import csv
 import io
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -32,7 +30,6 @@ from d2v_composer.system.files import write_atomically
 
 NUM_RESAMPLES = 2000
 OUT_FILES = ("evaluation.json", "evaluation.csv")
-SPEED_BATCHES = 3  # the first one also warms up
 
 Log = Mapping[str, Mapping[int, float]]
 """Key → step → value."""
@@ -48,7 +45,7 @@ class Interval(NamedTuple):
 
 def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
     """Return the share of hits, (Q,), with its interval."""
-    return Interval(float(hits.mean()), *_middle_95_percent(resample(hits)))
+    return _interval(hits.mean(), resample(hits)[:, 0])
 
 
 def gap_closed_interval(
@@ -59,7 +56,11 @@ def gap_closed_interval(
     if value is None:
         return None
     resampled = [gap_closed(*accuracies) for accuracies in resample(untrained, student, teacher)]
-    return Interval(value, *_middle_95_percent([each for each in resampled if each is not None]))
+    return _interval(value, [each for each in resampled if each is not None])
+
+
+def _interval(value: float, resampled: NDArray[np.float64] | list[float]) -> Interval:
+    return Interval(float(value), *np.percentile(resampled, [2.5, 97.5]).tolist())
 
 
 def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
@@ -115,42 +116,27 @@ def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
-def _middle_95_percent(values: NDArray[np.float64] | list[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-class EncodeOnce:
-    """Encode images for several models: a tensor that is passed again is not encoded again.
-
-    A result lives as long as its images. Only for evaluations: autocast must be the same for all models.
-
-    Args:
-        encode: Images → the encoder's output.
-    """
-
-    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
-        self.encode = encode
-        self.encoded = WeakIdKeyDictionary()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if images not in self.encoded:
-            self.encoded[images] = self.encode(images)
-        return self.encoded[images]
-
-
 def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
-    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it."""
-    encode = EncodeOnce(encoder)
+    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it.
 
-    def embed_with_encoder(images: Tensor) -> dict[str, Tensor]:
-        return poolings(encode(images), "output", encoder.config)
+    A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
+    all. The encoder's output lives as long as its images.
+    """
+    encoded = WeakIdKeyDictionary()
+
+    def encode(images: Tensor) -> Tensor:
+        if images not in encoded:
+            encoded[images] = encoder(images)
+        return encoded[images]
 
     def embed_with(model: Transformer, images: Tensor) -> dict[str, Tensor]:
         return model.embed_encoded(encode(images))
 
-    embeds = {name: partial(embed_with, model) for name, model in models.items()}
-    return {"pixels": partial(pixels, encoder), "encoder": embed_with_encoder, **embeds}
+    return {
+        "pixels": partial(pixels, encoder),
+        "encoder": lambda images: poolings(encode(images), "output", encoder.config),
+        **{name: partial(embed_with, model) for name, model in models.items()},
+    }
 
 
 def pixels(encoder: Encoder, images: Tensor) -> Tensor:
@@ -183,18 +169,16 @@ class Retrieval(NamedTuple):
     """k → whether any of the k nearest has the query's label, (Q,); with bank 'train', also what a probe measures."""
     confusion: NDArray[np.int64]
     """(C, C): queries of class i whose nearest bank image is of class j."""
-    images_per_second: float
     strength: float | None = None
     """L2 penalty strength of the linear probe, if there is one."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
 
-    @property
-    def class_accuracy(self) -> NDArray[np.float64]:
-        """Top-1 of each class, (C,); NaN for a class without queries."""
-        with np.errstate(invalid="ignore"):
-            return np.diag(self.confusion) / self.confusion.sum(axis=1)
+
+def class_name(class_names: Sequence[str], label: int | Tensor) -> str:
+    """Return a label's name; the number if it has none."""
+    return class_names[int(label)] if int(label) < len(class_names) else str(int(label))
 
 
 class Evaluation(NamedTuple):
@@ -202,7 +186,6 @@ class Evaluation(NamedTuple):
 
     candidates: list[Candidate]
     retrievals: list[Retrieval]
-    ks: list[int]
     primary: str
     """The embedding that the tables show."""
     class_names: Mapping[str, Sequence[str]]
@@ -238,11 +221,6 @@ class Evaluation(NamedTuple):
             return None
         return gap_closed_interval(*(primaries[key].hits[measure] for key in keys))
 
-    def class_name(self, dataset: str, label: int) -> str:
-        """Return a label's name; the number if it has none."""
-        names = self.class_names[dataset]
-        return names[label] if label < len(names) else str(label)
-
     def rows(self) -> list[dict[str, str | int | float | None]]:
         """Return one row for each candidate, data set, bank, embedding and k, or probe."""
         return [
@@ -253,7 +231,6 @@ class Evaluation(NamedTuple):
                 "embedding": each.embedding,
                 **describe_measure(measure),
                 **each.accuracy(measure)._asdict(),
-                "images_per_second": each.images_per_second,
                 "strength": each.strength if measure == "linear" else None,
             }
             for each in self.retrievals
@@ -282,12 +259,7 @@ class Evaluation(NamedTuple):
         }
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write ``evaluation.json`` and ``evaluation.csv``, each atomically.
-
-        Args:
-            folder: An existing folder.
-            about: Further entries of the JSON.
-        """
+        """Write ``evaluation.json``, with further entries, and ``evaluation.csv``, each atomically."""
         table, rows = io.StringIO(newline=""), self.rows()
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -324,43 +296,18 @@ def evaluate(
         autocast_dtype: Enables autocast with this dtype.
         probes: Names of ``PROBES``.
     """
-    embeds = {candidate.name: candidate.embed for candidate in candidates}
+    embeds, to_device = {name: embed for name, embed, *_ in candidates}, partial(torch.Tensor.to, device=device)
     for dataset, labeled in datasets.items():
         print(f"embedding {sum(labeled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
-            to_device = partial(torch.Tensor.to, device=device)
-            speeds = {name: measure_speed(embed, labeled, batch_size, device) for name, embed in embeds.items()}
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
+        splits = {"train": labeled.train.labels, "test": labeled.test.labels}
         for name, of_candidate in embedded.items():
             for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
-                query = "test" if found.bank == "train" else "train"
-                labels, bank_labels = (getattr(labeled, split).labels for split in (query, found.bank))
-                yield Retrieval(
-                    candidate=name,
-                    dataset=dataset,
-                    bank=found.bank,
-                    embedding=found.embedding,
-                    hits={measure: hits.cpu().numpy() for measure, hits in found.hits.items()},
-                    confusion=confusion_matrix(labels, bank_labels[found.nearest[:, 0].cpu()]),
-                    images_per_second=speeds[name],
-                    strength=found.strength,
-                )
-
-
-def measure_speed(embed: Embed, labeled: LabeledSet, batch_size: int, device: str) -> float:
-    """Return the images per second that a model embeds from the host: the best of a few batches.
-
-    Models share the encoder in a pass over all images; here it is included.
-    """
-    fastest = math.inf
-    for _ in range(SPEED_BATCHES):
-        start = time.perf_counter()
-        # A new tensor in each round: equal images must be encoded again.
-        embeddings = embed(labeled.train.images[:batch_size].to(device, copy=True))
-        each = embeddings if isinstance(embeddings, Tensor) else next(iter(embeddings.values()))
-        each.cpu()  # waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
-    return len(labeled.train.images[:batch_size]) / fastest
+                [labels] = [each for split, each in splits.items() if split != found.bank]
+                hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
+                confusion = confusion_matrix(labels, splits[found.bank][found.nearest[:, 0].cpu()])
+                yield Retrieval(name, dataset, found.bank, found.embedding, hits, confusion, found.strength)
 
 
 def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +21,6 @@ from d2v_composer.evaluation.nearest_neighbors import (
     retrieval_hits,
     vote,
 )
-from d2v_composer.system.command_line import progress_bar
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import LabeledSet
@@ -72,17 +71,20 @@ def embed_set(
     for split in BANKS:
         images = getattr(labeled, split).images
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
-        parts = ranks.share(len(images)).split(batch_size)
-        for indices in progress_bar(parts, desc=f"{progress} {split}", unit="batches", disable=progress is None):
+        parts: Iterable[Tensor] = ranks.share(len(images)).split(batch_size)
+        if progress is not None:
+            from d2v_composer.system.command_line import progress_bar  # without a bar, a callback needs no command
+
+            parts = progress_bar(parts, desc=f"{progress} {split}", unit="batches")
+        for indices in parts:
             batch = to_device(images[indices])
             for model, embed in embeds.items():
                 embeddings = embed(batch)
                 embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
                 batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
-        for model, parts_of in batches.items():
-            names = list(parts_of[0])
+        for model, found in batches.items():
             # Popped, so that not all are held twice.
-            embedded[model][split] = {name: torch.cat([part.pop(name) for part in parts_of]) for name in names}
+            embedded[model][split] = {name: torch.cat([each.pop(name) for each in found]) for name in list(found[0])}
     return embedded
 
 
@@ -104,23 +106,22 @@ def look_up(
         ranks: As given to :func:`embed_set`.
         probes: Names of ``PROBES``, which classify the test images, too.
     """
-    labels = {split: getattr(labeled, split).labels for split in BANKS}
     for name in list(embedded["train"]):
+        labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
         images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
         for bank, query in (BANKS, BANKS[::-1]):
-            is_probed = bank == "train"
-            num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if is_probed and "knn" in probes else 0
+            fitted = probes if bank == "train" else ()
+            num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
             neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
             nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
-            bank_labels, query_labels = (labels[split].to(nearest.device) for split in (bank, query))
-            hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, bank_labels, query_labels, ks)}
+            hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, labels[bank], labels[query], ks)}
             if num_voters:
                 voters = TopK(*(each[:, :num_voters] for each in neighbors))
                 for measure, temperature in {"knn": TEMPERATURE, "knn_majority": None}.items():
-                    voted = ranks.gather(vote(voters, bank_labels, temperature), len(query_labels))
-                    hits[measure] = voted == query_labels
+                    voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
+                    hits[measure] = voted == labels[query]
             strength = None
-            if is_probed and "linear" in probes:  # each rank fits it alone: a probe takes seconds
-                probe = fit_linear_probe(images[bank], bank_labels)
-                hits["linear"], strength = probe.predict(images[query]) == query_labels, probe.strength
+            if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
+                probe = fit_linear_probe(images[bank], labels[bank])
+                hits["linear"], strength = probe.predict(images[query]) == labels[query], probe.strength
             yield Found(name, bank, nearest, hits, strength)

@@ -3,18 +3,12 @@
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from operator import index
 from pathlib import Path
-from typing import Any, get_args
-
-from d2v_composer.models.names import Pooling, Representation
 
 log = logging.getLogger(__name__)
 
 BANKS = ("train", "test")
-# Embeddings of a student and a teacher; without CLS the first of each representation is missing.
-EMBEDDINGS = [
-    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
-]
 # Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier.
 PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
 Measure = int | str
@@ -61,22 +55,16 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
     Corrupt lines, such as one truncated by a kill, are skipped with a warning.
     """
     series: dict[str, dict[int, float]] = {}
-    lines = path.read_bytes().splitlines()
-    entries = [entry for line in lines if (entry := _parse_line(line)) is not None]
-    for entry in entries:
-        step = entry.pop("step")
-        for key, value in entry.items():
+    lines, num_corrupt = path.read_bytes().splitlines(), 0
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            step, values = index(entry.pop("step")), {key: float(value) for key, value in entry.items()}
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            num_corrupt += 1
+            continue
+        for key, value in values.items():
             series.setdefault(key, {})[step] = value
-    if len(entries) < len(lines):
-        log.warning("%s: skipped %d of %d lines: corrupt", path, len(lines) - len(entries), len(lines))
+    if num_corrupt:
+        log.warning("%s: skipped %d of %d lines: corrupt", path, num_corrupt, len(lines))
     return series
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return the step and the numbers by name; ``None`` for any other line."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_entry = isinstance(entry, dict) and type(entry.get("step")) is int
-    return entry if is_entry and all(isinstance(value, int | float) for value in entry.values()) else None

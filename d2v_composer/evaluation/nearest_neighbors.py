@@ -47,15 +47,16 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
         k: From 1 to N.
 
     Raises:
-        ValueError: The shapes do not agree, or k is out of range.
+        ValueError: k is out of range.
     """
-    check_arguments(bank, queries, k)
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
     parts = queries.split(QUERY_PART)
     # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)
     nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in parts]
     with full_float32(bank.device.type):
-        for first, bank_ND in zip(range(0, len(bank), BANK_PART), bank.split(BANK_PART), strict=True):
+        for number, bank_ND in enumerate(bank.split(BANK_PART)):
             # The length of a query does not change the order: its cosines are divided by it at the end.
             unit_ND = normalize(bank_ND.float(), dim=1)
             for i, part in enumerate(parts):
@@ -63,12 +64,11 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
                 torch.mm(part.float(), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
                 similarities = torch.cat([nearest[i].similarities, more.similarities], dim=1)
-                indices = torch.cat([nearest[i].indices, more.indices + first], dim=1)
+                indices = torch.cat([nearest[i].indices, more.indices + number * BANK_PART], dim=1)
                 similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
                 nearest[i] = TopK(similarities, indices.gather(1, chosen))
-    for part, found in zip(parts, nearest, strict=True):
-        found.similarities.div_(vector_norm(part.float(), dim=1, keepdim=True).clamp(min=SHORTEST))
-    return TopK(*(torch.cat(each) for each in zip(*nearest, strict=True)))
+    similarities, indices = (torch.cat(each) for each in zip(*nearest, strict=True))
+    return TopK(similarities / vector_norm(queries.float(), dim=1, keepdim=True).clamp(min=SHORTEST), indices)
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
@@ -79,8 +79,7 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So more than
     k are found in float32, and put in order in float64.
     """
-    check_arguments(bank, queries, k)
-    found = nearest_neighbors(bank, queries, min(k + SPARE, len(bank))).indices.sort(dim=1).values
+    found = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
     part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
     at_once = max(1, part_bytes // (12 * max(1, found.shape[1] * bank.shape[1])))
     nearest = []
@@ -92,15 +91,6 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
         nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
     return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))
-
-
-def check_arguments(bank: Tensor, queries: Tensor, k: int) -> None:
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"bank (N, D) and queries (Q, D) must agree in D, got {tuple(bank.shape)}, {tuple(queries.shape)}"
-        )
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
 
 
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
@@ -122,14 +112,6 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
     in_group = groups_QK.gather(1, (chosen // GROUP_SIZE).clamp(max=k - 1)) * GROUP_SIZE + chosen % GROUP_SIZE
     remaining = chosen - k * GROUP_SIZE + num_grouped
     return TopK(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, remaining))
-
-
-def merge(some: TopK, others: TopK, k: int) -> TopK:
-    """Return the k nearest of both."""
-    similarities = torch.cat([some.similarities, others.similarities], dim=1)
-    indices = torch.cat([some.indices, others.indices], dim=1)
-    similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
-    return TopK(similarities, indices.gather(1, chosen))
 
 
 @contextmanager
@@ -173,15 +155,8 @@ def retrieval_accuracy(
         k → accuracy from 0 to 1.
 
     Raises:
-        ValueError: The shapes do not agree, a k is out of range, or there are no queries.
+        ValueError: A k is out of range.
     """
-    if len(bank) != len(bank_labels) or len(queries) != len(query_labels):
-        raise ValueError(
-            f"every image needs one label, got {len(bank_labels)} for {len(bank)} in the bank and "
-            f"{len(query_labels)} for {len(queries)} queries"
-        )
-    if not len(queries):
-        raise ValueError("there is no query")
     hits = retrieval_hits(exact_neighbors(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}
 
@@ -229,15 +204,13 @@ def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Ten
         bank_labels: (N,) int.
         temperature: As in DINO, a neighbor counts exp(cosine / temperature); ``None``: all count the same.
     """
-    labels_QK, order_QK = bank_labels[neighbors.indices].sort(dim=1)
+    classes, numbers = bank_labels.unique(return_inverse=True)
     weights_QK = torch.ones_like(neighbors.similarities)
-    if temperature is not None:  # less the largest, or exp would overflow
-        differences_QK = neighbors.similarities - neighbors.similarities.amax(dim=1, keepdim=True)
-        weights_QK = (differences_QK / temperature).exp().gather(1, order_QK)
-    is_same_QKK = labels_QK[:, :, None] == labels_QK[:, None, :]
-    votes_QK = torch.where(is_same_QKK, weights_QK[:, None, :], 0).sum(dim=2)
-    # argmax returns the first of equal ones, which has the smallest label.
-    return labels_QK.gather(1, votes_QK.argmax(dim=1, keepdim=True))[:, 0]
+    if temperature is not None:
+        weights_QK = torch.softmax(neighbors.similarities / temperature, dim=1)  # exp alone would overflow
+    votes_QC = weights_QK.new_zeros(len(weights_QK), len(classes))
+    votes_QC.scatter_add_(1, numbers[neighbors.indices], weights_QK)
+    return classes[votes_QC.argmax(dim=1)]  # the first of equal ones
 
 
 def knn_accuracy(
@@ -259,7 +232,7 @@ def knn_accuracy(
         temperature: As for :func:`vote`.
 
     Raises:
-        ValueError: The shapes do not agree, or k is out of range.
+        ValueError: k is out of range.
     """
     voted = vote(exact_neighbors(bank, queries, k), bank_labels, temperature)
     return (voted == query_labels).double().mean().item()

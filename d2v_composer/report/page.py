@@ -4,8 +4,6 @@ import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
 
 import jinja2
 import matplotlib as mpl
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.evaluate import gap_closed
+from d2v_composer.evaluation.evaluate import class_name, gap_closed
 from d2v_composer.evaluation.metrics import BANKS, HEALTH_STATES
 from d2v_composer.report.plots import (
     GREEN,
@@ -29,7 +27,6 @@ from d2v_composer.report.plots import (
     confusion_plot,
     curves,
     gap_plot,
-    name_of,
     probe_plot,
     retrieval_plot,
 )
@@ -38,26 +35,6 @@ from d2v_composer.system.files import write_atomically
 
 DPI = 150
 GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
-
-
-class Picture(NamedTuple):
-    """A plot as it is written and shown."""
-
-    name: str
-    title: str
-    png: bytes
-
-    @property
-    def data_uri(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-
-
-class Tile(NamedTuple):
-    """A number at the top of the page."""
-
-    label: str
-    value: str
-    note: str = ""
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
@@ -69,93 +46,66 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     Returns:
         The written files, the page first.
     """
-    sections = {title: pictures for title, pictures in _sections(run) if pictures}
-    record = run.record
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("d2v_composer.report", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("page.html")
-    sections_shown = ("config", "versions", "hardware", weights_section(record))
-    details = {section.title(): _as_yaml(record[section]) for section in sections_shown}
-    html = page.render(
-        run_name=record["config"]["run_name"],
-        progress=_progress(run),
+    sections = {title: {name: _png(figure) for name, figure in figures} for title, figures in _sections(run) if figures}
+    record, config, hardware = run.record, run.record["config"], run.record["hardware"]
+    shown = ("config", "versions", "hardware", weights_section(record))
+    details = {name.title(): yaml.safe_dump(record[name], sort_keys=False, allow_unicode=True) for name in shown}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+        run_name=config["run_name"],
+        progress=f"{int(run.last('time/batch') or 0)} batches of {config['max_duration']}, "
+        f"on {hardware['ranks']} × {hardware['gpu'] or hardware['cpu']}",
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
         sections=sections,
         details={"Command": record["command"], **details},
     )
-    files = {f"report/{each.name}.png": each.png for pictures in sections.values() for each in pictures}
+    files = {f"report/{name}.png": png for pictures in sections.values() for name, png in pictures.items()}
     (folder / "report").mkdir(exist_ok=True)
-    for name, content in {**files, "report.html": html}.items():
+    for name, content in {**files, "report.html": page}.items():
         write_atomically(folder / name, content)
     return [folder / name for name in ("report.html", *files)]
 
 
-def _sections(run: Run) -> Iterator[tuple[str, list[Picture]]]:
-    retrieval = [
-        _picture(f"retrieval_{name}_bank_{bank}", f"retrieval on {name}", retrieval_plot(run, name, bank))
-        for name in run.dataset_names
-        for bank in BANKS
-    ]
-    for name in run.dataset_names:
-        if (figure := gap_plot(run, name)) is not None:
-            retrieval.append(_picture(f"gap_closed_{name}", f"teacher gap closed on {name}", figure))
-    yield "Retrieval", retrieval
-    yield "Probes", [_picture(f"probes_{name}", f"probes on {name}", probe_plot(run, name)) for name in run.probed]
-    yield "Training", [_picture(*curve) for curve in curves(run)]
+def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
+    """Yield title and plots by name."""
+    names = run.dataset_names
+    retrieval = [(f"retrieval_{name}_bank_{bank}", retrieval_plot(run, name, bank)) for name in names for bank in BANKS]
+    gaps = [(f"gap_closed_{name}", figure) for name in names if (figure := gap_plot(run, name)) is not None]
+    yield "Retrieval", retrieval + gaps
+    yield "Probes", [(f"probes_{name}", probe_plot(run, name)) for name in run.probed]
+    yield "Training", list(curves(run))
     for name in run.looked_up:
         bank, queries, class_names = run.datasets[name]
         nearest = run.neighbors[name]["train"].long()
         confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
         shown = enumerate(galleries(run.datasets[name], nearest, GALLERY_FIGURES), 1)
-        yield (
-            f"Nearest images of the queries of {name} (bank train)",
-            [
-                _picture(f"confusion_{name}", f"confusion matrix of {name}", confusion),
-                *(_picture(f"gallery_{name}_{i}", f"queries of {name} and their nearest images", e) for i, e in shown),
-            ],
-        )
+        figures = [(f"confusion_{name}", confusion), *((f"gallery_{name}_{i}", figure) for i, figure in shown)]
+        yield f"Nearest images of the queries of {name} (bank train)", figures
 
 
-def _picture(name: str, title: str, figure: Figure) -> Picture:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    return Picture(name, title, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _progress(run: Run) -> str:
-    config, hardware = run.record["config"], run.record["hardware"]
-    batches = int(run.last("time/batch") or 0)
-    device = hardware["gpu"] or hardware["cpu"]
-    return f"{batches} batches of {config['max_duration']}, on {hardware['ranks']} × {device}"
-
-
-def _tiles(run: Run) -> Iterator[Tile]:
+def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield the numbers at the top of the page: label, value, note."""
     for k in (1, 5):
         if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
-            yield Tile(f"top-{k} of the test images", f"{100 * accuracy:.1f} %")
+            yield f"top-{k} of the test images", f"{100 * accuracy:.1f} %", ""
     for name in run.dataset_names:
         k = run.smallest_k
         student = run.accuracies(name, "train", k)
-        before, after = student.get(0), latest(student)
-        teacher = latest(run.accuracies(name, "train", k, baseline="teacher"))
+        before, after, teacher = student.get(0), latest(student), latest(run.accuracies(name, "train", k, "teacher"))
         assert after is not None  # dataset_names are those with one
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
-        yield Tile(f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes))
-        closed = None if before is None or teacher is None else gap_closed(before, after, teacher)
-        if closed is not None:
-            yield Tile("teacher gap closed", f"{100 * closed:.0f} %", f"{name}, bank train")
-    if (loss := run.last("loss/train/total")) is not None:
-        yield Tile("training loss", f"{loss:.4f}", "of the last batch")
-    if speeds := run.log.get("throughput/images_per_sec"):
-        yield Tile("images/s", f"{median(speeds.values()):.0f}", "median")
-    if waits := run.log.get("throughput/data_wait"):
-        yield Tile("waiting for images", f"{100 * median(waits.values()):.0f} %", "of the time, median")
+        yield f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes)
+        if before is not None and teacher is not None and (closed := gap_closed(before, after, teacher)) is not None:
+            yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, bank train"
 
 
 def _warnings(run: Run) -> Iterator[str]:
@@ -165,10 +115,6 @@ def _warnings(run: Run) -> Iterator[str]:
         if batches:
             when = f"at batch {batches[0]}" if len(batches) == 1 else f"at batches {batches[0]} to {batches[-1]}"
             yield f"{state.replace('_', ' ')} {when} ({len(batches)} measurements)"
-
-
-def _as_yaml(section: object) -> str:
-    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True).rstrip()
 
 
 @mpl.rc_context(STYLE)
@@ -185,10 +131,10 @@ def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
     for row, query, indices in zip(grid, chosen, nearest.long(), strict=True):
         label = queries.labels[query]
-        _show(row[0], queries.images[query], name_of(class_names, label), "k")
+        _show(row[0], queries.images[query], class_name(class_names, label), "k")
         for axes, index in zip(row[1:], indices, strict=True):
             mark, color = ("✓", GREEN) if bank.labels[index] == label else ("✗", VERMILION)
-            _show(axes, bank.images[index], f"{mark} {name_of(class_names, bank.labels[index])}", color, frame=4)
+            _show(axes, bank.images[index], f"{mark} {class_name(class_names, bank.labels[index])}", color, frame=4)
     for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, nearest.shape[1] + 1))]):
         grid[0][column].set_title(head, fontsize=10, fontweight="bold")
     return figure

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from torch import Tensor
@@ -12,10 +12,15 @@ from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newe
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.metrics import PROBES, Measure, metric_key, primary_fallbacks, read_jsonl
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
+# Embeddings of a student and a teacher; without CLS the first of each representation is missing.
+EMBEDDINGS = [
+    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
+]
 SECTIONS = ("config", "command", "versions", "hardware")
 
 Neighbors = Mapping[str, Mapping[str, Tensor]]
@@ -42,10 +47,8 @@ class Run(NamedTuple):
     @property
     def probed(self) -> list[str]:
         """The data sets with a probe in the log."""
-        keys = {
-            name: [metric_key(name, "train", each) for each in chain(*PROBES.values())] for name in self.dataset_names
-        }
-        return [name for name, of_set in keys.items() if not self.log.keys().isdisjoint(of_set)]
+        measures = list(chain(*PROBES.values()))
+        return [name for name in self.dataset_names if any(self.accuracies(name, "train", each) for each in measures)]
 
     @property
     def looked_up(self) -> list[str]:
@@ -104,11 +107,8 @@ def read_run(folder: Path) -> Run:
     record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
     with reading(record_file):
         record = yaml.safe_load(record_file.read_text())
-    try:
         chosen = sets_of({section: record[section] for section in (*SECTIONS, weights_section(record))})
         max_images = record["config"].get("retrieval", {}).get("max_images")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{record_file}: not the record of a run ({type(error).__name__})") from error
     with reading(log_file):
         log = read_jsonl(log_file)
     neighbors: Neighbors = {}

@@ -1,16 +1,14 @@
 """Format the results of a run, an evaluation and a study as text tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isnan
-from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import Evaluation, Interval, gap_closed, gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, EMBEDDINGS, Measure, metric_key, read_jsonl
-from d2v_composer.system.errors import InputError
+from d2v_composer.evaluation.evaluate import Evaluation, Interval, Log, gap_closed, gap_closed_by_step
+from d2v_composer.evaluation.metrics import BANKS, Measure, metric_key
+from d2v_composer.report.run import EMBEDDINGS
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -25,14 +23,9 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown
         markdown: Draw the lines of a Markdown table.
     """
     cells = list(rows)
-    return tabulate(
-        cells,
-        head,
-        tablefmt="github" if markdown else "plain",
-        stralign="right",
-        colalign=("left",) if cells else None,  # tabulate fails without rows
-        disable_numparse=True,
-    )
+    aligned = ("left",) if cells else None  # tabulate fails without rows
+    style = "github" if markdown else "plain"
+    return tabulate(cells, head, style, stralign="right", colalign=aligned, disable_numparse=True)
 
 
 PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
@@ -43,21 +36,19 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
-    columns, baselines = retrieval.measures, retrieval.baseline_metrics
-    first, last = retrieval.history[0], retrieval.history[-1]
+    columns, first, last = retrieval.measures, retrieval.history[0], retrieval.history[-1]
     before, after, teacher = "student before", "student after", "teacher"
-    measured = {
-        **{name: (baselines, name) for name in retrieval.baselines or {} if name != teacher},
-        before: (first["metrics"] if first["batch"] == 0 else {}, None),
-        after: (last["metrics"], None),
-        teacher: (baselines, teacher),
-    }
+    names = [name for name in retrieval.baselines or {} if name != teacher]
     head, tables = _head(columns), []
     for dataset in retrieval.datasets:
         rows: dict[str, list[float]] = {}
-        for name, (metrics, baseline) in measured.items():
+        for name in (*names, before, after, teacher):
+            baseline, metrics = name, retrieval.baseline_metrics
+            if name in (before, after):
+                baseline, metrics = None, {before: first, after: last}[name]["metrics"]
             keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
-            if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
+            # A resume may ask for another set, k or probe.
+            if all(key in metrics for key in keys) and not (name == before and first["batch"]):
                 rows[name] = [metrics[key] for key in keys]
         cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
         title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
@@ -71,7 +62,7 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
-    """Return accuracies with intervals, the teacher gap closed, the accuracy of each class, and costs."""
+    """Return accuracies with intervals, the teacher gap closed, and the size of each model."""
     parts = []
     looked_up = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, int)]
     probed = [column for column in evaluation.measures if column not in looked_up]
@@ -79,13 +70,8 @@ def evaluation_tables(evaluation: Evaluation) -> str:
         parts.append(_accuracy_table(evaluation, dataset, "Zero-shot retrieval", looked_up))
         if probed:
             parts.append(_accuracy_table(evaluation, dataset, "Probes fitted to train, judged on test", probed))
-        parts.append(_class_table(evaluation, dataset))
-    images_per_second = {each.candidate: each.images_per_second for each in reversed(evaluation.retrievals)}
-    costs = [
-        [name, f"{num_parameters / 1e6:.2f}", f"{gflop:.2f}", f"{images_per_second[name]:.0f}"]
-        for name, _, num_parameters, gflop in evaluation.candidates
-    ]
-    return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image", "images/s"], costs)])
+    costs = [[name, f"{number / 1e6:.2f}", f"{gflop:.2f}"] for name, _, number, gflop in evaluation.candidates]
+    return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image"], costs)])
 
 
 def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Sequence[tuple[str, Measure]]) -> str:
@@ -105,22 +91,6 @@ def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Se
     return f"{title}\n{format_table(head, rows)}"
 
 
-def _class_table(evaluation: Evaluation, dataset: str) -> str:
-    """Return the student's (or teacher's) top-1 of each class, and the class it is most often confused with."""
-    primaries = evaluation.primaries
-    name = "student" if ("student", dataset, "train") in primaries else "teacher"
-    found = primaries[name, dataset, "train"]
-    rows = []
-    for label, accuracy in enumerate(found.class_accuracy):
-        others = found.confusion[label].copy()
-        others[label] = 0
-        confused_with = evaluation.class_name(dataset, int(others.argmax())) if others.any() else "–"
-        percent = "–" if isnan(accuracy) else f"{100 * accuracy:.1f}"
-        rows.append([evaluation.class_name(dataset, label), percent, confused_with])
-    title = f"{name}, bank train, top-1 in % of each class, and the class it is most often confused with"
-    return f"{title}\n{format_table(['', 'top-1', 'confused with'], rows)}"
-
-
 def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
     names = [PROBE_HEADS[each] if isinstance(each, str) else f"bank {bank} top-{each}" for bank, each in columns]
     return ["", *names]
@@ -133,67 +103,37 @@ def _percent(interval: Interval) -> str:
 DATASET = "cifar10"
 
 
-class FinishedRun(NamedTuple):
-    """A finished run of a study, on the data set ``DATASET``."""
-
-    name: str
-    log: Mapping[str, Mapping[int, float]]
-
-    @classmethod
-    def read(cls, name: str, folder: Path) -> "FinishedRun":
-        """Read a run's log.
-
-        Raises:
-            InputError: There is none.
-        """
-        path = folder / "log.jsonl"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; a study's base.yaml needs loggers: {{jsonl: {{}}}}")
-        return cls(name, read_jsonl(path))
-
-    def accuracies(self, embedding: str, *, untrained: bool = False, baseline: str | None = None) -> list[float]:
-        """Return top-1 of the last evaluation, or of the one before training, with each bank; empty: not measured."""
-        logs = [self.log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
-        steps = [0 if untrained else max(values, default=0) for values in logs]
-        return [values[step] for values, step in zip(logs, steps, strict=True) if step in values]
-
-    @property
-    def embeddings(self) -> list[str]:
-        """The measured embeddings; a model without CLS has fewer."""
-        return [name for name in EMBEDDINGS if self.accuracies(name)]
-
-    @property
-    def has_baselines(self) -> bool:
-        """True if it measured its own untrained student and teacher."""
-        first, *_ = self.embeddings
-        return bool(self.accuracies(first, untrained=True) and self.accuracies(first, baseline="teacher"))
-
-    def cells(self, embeddings: Sequence[str], **options: Any) -> list[str]:
-        """Return top-1 in % with both banks, for each embedding; see :meth:`accuracies`."""
-        values = [self.accuracies(name, **options) for name in embeddings]
-        return [" / ".join(f"{100 * accuracy:.1f}" for accuracy in both) or "–" for both in values]
-
-
-def study_table(rows: Sequence[FinishedRun]) -> str:
-    """Return top-1 of each run and embedding in %, bank train / test, and the teacher gap closed.
+def study_table(logs: Mapping[str, Log]) -> str:
+    """Return top-1 of each run and embedding on ``DATASET`` in %, bank train / test, and the teacher gap closed.
 
     The gap closed is the mean of both banks. The untrained student and the teacher are the first run's, or the run's
     own, which then stand below it. Loss: mean of the last 100 batches; s: seconds of training without evaluations.
+
+    Args:
+        logs: Name → log; embeddings that the first run lacks are not shown.
     """
-    first, *_ = rows
-    names = first.embeddings
-    lines = [["untrained", *first.cells(names, untrained=True)]]
-    for row in rows:
-        baselines = (row if row.has_baselines else first).log
-        closed = [gap_closed_by_step(row.log, DATASET, name, baselines=baselines) for name in names]
-        shown = [f" ({100 * each[max(each)]:.0f} %)" if each else " (–)" for each in closed]
-        losses, paces = row.log["loss/train/total"], row.log.get("throughput/images_per_sec", {}).values()
+    first = next(iter(logs.values()))
+    names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
+    lines = [["untrained", *(_top1(first, name, step=0) for name in names)]]
+    for run, log in logs.items():
+        has_own = _top1(log, names[0], "teacher") != "–"
+        cells = []
+        for name in names:
+            closed = gap_closed_by_step(log, DATASET, name, baselines=log if has_own else first)
+            cells.append(f"{_top1(log, name)} ({f'{100 * closed[max(closed)]:.0f} %' if closed else '–'})")
+        losses, paces = log["loss/train/total"], log.get("throughput/images_per_sec", {}).values()
         loss = mean(losses[step] for step in sorted(losses)[-100:])
-        seconds = f"{max(row.log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
-        cells = [accuracy + gap for accuracy, gap in zip(row.cells(names), shown, strict=True)]
-        lines.append([row.name, *cells, f"{loss:.3f}", seconds])
-        if row.has_baselines and row is not first:
-            lines.append(["– its untrained", *row.cells(names, untrained=True)])
-            lines.append(["– its teacher", *row.cells(names, baseline="teacher")])
-    lines.append(["teacher", *first.cells(names, baseline="teacher")])
+        seconds = f"{max(log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
+        lines.append([run, *cells, f"{loss:.3f}", seconds])
+        if has_own and log is not first:
+            lines.append(["– its untrained", *(_top1(log, name, step=0) for name in names)])
+            lines.append(["– its teacher", *(_top1(log, name, "teacher") for name in names)])
+    lines.append(["teacher", *(_top1(first, name, "teacher") for name in names)])
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
+
+
+def _top1(log: Log, embedding: str, baseline: str | None = None, step: int | None = None) -> str:
+    """Return top-1 in % with each bank, of a step or the last one."""
+    values = [log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
+    steps = [max(each, default=0) if step is None else step for each in values]
+    return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

@@ -160,7 +160,7 @@ class Run:
     def measure_set(self, dataset: str, embeds: Any, state: Any) -> dict[str | None, dict[str, float]]:
         self.retrieval.stop_if_asked()
         self.while_measuring()
-        self.retrieval.stoppable(embeds[None])(torch.zeros(1))
+        self.retrieval.stop_if_asked()
         return {None: {"accuracy": 0.5}}
 
     def log_metrics(self, metrics: dict[str, float]) -> None:

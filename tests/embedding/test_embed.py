@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.datasets import cifar
 
-from d2v_composer import embedding, load_student, load_teacher
+from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.images import decode_rgb, to_tensor
@@ -174,20 +174,6 @@ def test_embeds_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.Mo
         assert ids == [f"{split}/{i:05}" for split in ("train", "test") for i in range(4)]
         want = teacher.embed(torch.from_numpy(rows).view(8, 3, 32, 32)).numpy()
         np.testing.assert_allclose(embeddings, want, **TOLERANCE)
-
-
-def test_embeds_with_a_student(
-    teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    student, path = teacher.build_student(depth=2), tmp_path / "student.safetensors"
-    student.provenance = {"config": {"retrieval": {"representation": "layer_mean", "pooling": "mean", "ks": [1]}}}
-    save_student(student, path)
-    embed(path, photos, tmp_path / "photos.npy", "--teacher", TEACHER)  # not read
-    assert "embedding: layer_mean_mean (the primary embedding of the model's run)\n" in capsys.readouterr().out
-    ids, embeddings = loaded(tmp_path / "photos.npy")
-    images = [(photos / path).read_bytes() for path in ids]
-    want = expected(load_student(path), images, representation="layer_mean", pooling="mean")
-    np.testing.assert_allclose(embeddings, want, **TOLERANCE)
 
 
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,6 @@
-"""d2v evaluate: accuracies with their intervals, for every kind of model file."""
+"""d2v evaluate: accuracies with their intervals, for every kind of model file; the teacher gap closed over a run."""
 
-import contextlib
 import csv
-import io
 import json
 import re
 from pathlib import Path
@@ -11,186 +9,133 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchvision.io import write_png
 
-from d2v_composer import (
-    knn_accuracy,
-    linear_probe_accuracy,
-    load_student,
-    load_teacher,
-    retrieval_accuracy,
-)
-from d2v_composer.commands import evaluate as evaluate_recipe
+from d2v_composer import knn_accuracy, linear_probe_accuracy, load_student, load_teacher, retrieval_accuracy
+from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import (
     Candidate,
     Evaluation,
     accuracy_interval,
-    confusion_matrix,
+    build_embeds,
     evaluate,
+    gap_closed_by_step,
     gap_closed_interval,
 )
+from d2v_composer.evaluation.labeled_retrieval import embed_set
+from d2v_composer.evaluation.metrics import metric_key
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
-
-
-def run_evaluate(*overrides: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluate_recipe.main([str(YAML), *overrides])
-    return printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred of the quickstart's images as files: root/{train,test}/CLASS/*.png."""
-    root = tmp_path_factory.mktemp("small_set")
-    cifar10 = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic")
-    for name, count in (("train", 60), ("test", 40)):
-        images, labels = getattr(cifar10, name)
-        for i in range(count):
-            folder = root / name / str(int(labels[i]))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(images[i], str(folder / f"{i}.png"))
-        for label in range(10):  # each class in both
-            (root / name / str(label)).mkdir(exist_ok=True)
-    return root
-
-
-def name_of(row: dict[str, str]) -> tuple[str, ...]:
-    return row["candidate"], row["embedding"], row["measure"]
-
-
-def datasets(root: Path) -> str:
-    return f"datasets={{small: {{format: folder, root: {root}}}}}"
+TEACHER = QUICKSTART / "teacher.safetensors"
+DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
 
 
 def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
-    uninterrupted: Path, small_set: Path, tmp_path: Path
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export_student.main([str(checkpoint), str(student)])
-    from_checkpoint, from_student = tmp_path / "checkpoint", tmp_path / "student"
-    probes = "probes=[knn, linear]"
-    printed = run_evaluate(f"model={checkpoint}", datasets(small_set), f"out={from_checkpoint}", probes)
-    chosen = run_evaluate(f"model={student}", datasets(small_set), f"out={from_student}", "pooling=mean")
-    assert printed.startswith(
-        "embedding: layer_mean_cls (the primary embedding of the model's run)\nZero-shot retrieval on "
-    )
-    assert chosen.startswith(
+    found, printed, few = {}, {}, (str(YAML), DATASETS, "max_images=60")
+    for model, options in ((checkpoint, ["probes=[knn]"]), (student, ["pooling=mean"])):
+        capsys.readouterr()
+        evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
+        printed[model] = capsys.readouterr().out
+        found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
+    assert printed[checkpoint].startswith("embedding: layer_mean_cls (the primary embedding of the model's run)\nZero-")
+    assert printed[student].startswith(
         "embedding: layer_mean_mean (the primary embedding of the model's run, but pooling as asked)\n"
     )
-
-    found = {folder: json.loads((folder / "evaluation.json").read_text()) for folder in (from_checkpoint, from_student)}
-    names = [candidate["name"] for candidate in found[from_checkpoint]["candidates"]]
+    names = [candidate["name"] for candidate in found[checkpoint]["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in found[from_student]["candidates"]] == names[:-1]  # without a teacher
+    assert [candidate["name"] for candidate in found[student]["candidates"]] == names[:-1]  # without a teacher
 
-    def accuracies(folder: Path) -> dict[tuple, tuple]:
+    def accuracies(model: Path) -> dict[tuple, tuple]:
         return {
-            tuple(row[key] for key in ("candidate", "dataset", "bank", "embedding", "k")): (row["value"], row["low"])
-            for row in found[folder]["results"]
+            tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
+            for row in found[model]["results"]
             if row["candidate"] != "teacher" and row["measure"] == "retrieval"
         }
 
-    assert accuracies(from_checkpoint) == accuracies(from_student)
+    assert accuracies(checkpoint) == accuracies(student)
     assert [each["primary"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
-    assert found[from_student]["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert found[from_student]["machine"]["cores"] >= 1
+    assert found[student]["versions"]["torch"] == torch.__version__.partition("+")[0]
 
     # The student's numbers are those of its own embeddings.
-    sizes = load_student(student).encoder.config
-    labeled = load_labeled_set("folder", small_set, image_size=sizes.image_size, interpolation=sizes.interpolation)
+    loaded = load_student(student)
+    labeled = load_labeled_set(
+        "mds", QUICKSTART / "cifar10", image_size=loaded.encoder.config.image_size, interpolation="bicubic"
+    ).at_most(60)
     with torch.inference_mode():
-        bank, queries = (
-            load_student(student).embed(images.images, representation="layer_mean") for images in labeled[:2]
-        )
-    expected = retrieval_accuracy(bank, labeled.train.labels, queries, labeled.test.labels)
-    for k in (1, 3):
-        assert accuracies(from_checkpoint)["student", "small", "train", "layer_mean_cls", k][0] == pytest.approx(
-            expected[k]
-        )
-        assert f"{100 * expected[k]:.1f} [" in printed
-
-    with (from_checkpoint / "evaluation.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[from_checkpoint]["results"]) == (2 * 2 + 3) * (1 + 3 + 6 + 6 + 6)
-    for row in rows:
-        assert 0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1
-    [by_vote] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "knn")]
+        bank, queries = (loaded.embed(images.images, representation="layer_mean") for images in labeled[:2])
     sets = bank, labeled.train.labels, queries, labeled.test.labels
+    for k, accuracy in retrieval_accuracy(*sets).items():
+        assert accuracies(checkpoint)["student", "train", "layer_mean_cls", k][0] == pytest.approx(accuracy)
+        assert f"{100 * accuracy:.1f} [" in printed[checkpoint]
+    with (tmp_path / checkpoint.stem / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 2) * (1 + 3 + 6 + 6 + 6)
+    assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
+    of_student = [row for row in rows if (row["candidate"], row["embedding"]) == ("student", "layer_mean_cls")]
+    [by_vote] = [row for row in of_student if row["measure"] == "knn"]
     assert (by_vote["bank"], by_vote["k"], by_vote["strength"]) == ("train", "20", "")
     assert float(by_vote["value"]) == knn_accuracy(*sets)
-    [by_line] = [row for row in rows if name_of(row) == ("student", "layer_mean_cls", "linear")]
-    assert float(by_line["value"]) == linear_probe_accuracy(*sets, strength=float(by_line["strength"]))
-    [table] = [
-        part for part in printed.split("\n\n") if part.startswith("Probes fitted to train, judged on test on small")
-    ]
-    head, *lines = table.splitlines()[1:]
-    assert re.split(r"  +", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe", "L2 strength"]
-    assert [re.match(r"\D+?(?= +\d)", line) is not None for line in lines[:5]] == [True] * 5
-    assert f"{100 * float(by_line['value']):.1f} [" in lines[3]
-    assert lines[3].endswith(f" {float(by_line['strength']):g}")
-    for entry in found[from_checkpoint]["confusion"]:
-        matrix = np.array(entry["matrix"])
-        assert matrix.sum() == (40 if entry["bank"] == "train" else 60)
-    probed = {("train", "knn"), ("train", "knn_majority"), ("train", "linear")}
-    for share in found[from_checkpoint]["teacher_gap_closed"]:
-        assert (share["bank"], share["measure"]) in {*probed, ("train", "retrieval"), ("test", "retrieval")}
+    assert "Probes fitted to train, judged on test on small" in printed[checkpoint]
+    assert all(np.array(entry["matrix"]).sum() == 60 for entry in found[checkpoint]["confusion"])
 
 
-def test_a_teacher_is_compared_with_an_untrained_student(small_set: Path) -> None:
-    printed = run_evaluate(
-        f"model={QUICKSTART / 'teacher.safetensors'}", datasets(small_set), "max_images=8", "precision=amp_bf16"
-    )
+def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, "max_images=8", "precision=amp_bf16"])
+    printed = capsys.readouterr().out
     first, *lines = printed.splitlines()
     assert first == "embedding: output_cls (the default, since the file has no run's record)"
     assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
     assert "gap closed" not in printed
-    teacher = load_teacher(QUICKSTART / "teacher.safetensors")
-    size = sum(parameter.numel() for parameter in teacher.parameters())
+    size = sum(parameter.numel() for parameter in load_teacher(TEACHER).parameters())
     [costs] = [line for line in lines[7:] if line.startswith("teacher ")][-1:]
     assert costs.split()[1] == f"{size / 1e6:.2f}"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        ([], "model: is required"),
-        (["model=nowhere.pt"], "nowhere.pt: no such file"),
-        ([f"model={ROOT / 'README.md'}"], "README.md: truncated, or not a PyTorch checkpoint"),
-        (
-            [f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"],
-            "ks: must be at most 2000, the images of cifar10's smaller set",
-        ),
-        (
-            [f"model={GOLDEN / 'tiny_base.pt'}", f"out={ROOT / 'README.md'}"],
-            "README.md: Not a directory",
-        ),
-        (
-            [f"model={GOLDEN / 'tiny_base.pt'}", "probes=[knn, liner]"],
-            "probes[1]: must be 'knn' or 'linear', got 'liner'",
-        ),
-        ([f"model={GOLDEN / 'tiny_base.pt'}", "datasets={}"], "datasets: must have at least one data set"),
+        ("ks=[1,5000]", "ks: must be at most 2000, the images of cifar10's smaller set"),
+        ("probes=[knn, liner]", "probes[1]: must be 'knn' or 'linear', got 'liner'"),
+        ("datasets={}", "datasets: must have at least one data set"),
     ],
 )
-def test_refuses_bad_arguments(overrides: list[str], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        evaluate_recipe.main([str(YAML), *overrides])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_refuses_bad_arguments(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", override])
+
+
+def test_each_image_is_encoded_once_for_all_models() -> None:
+    train, test = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8).split([7, 3])
+    labeled = LabeledSet(LabeledImages(train, torch.zeros(7).long()), LabeledImages(test, torch.zeros(3).long()))
+    teacher, num_encoded = load_teacher(GOLDEN / "tiny_base.pt"), []
+    student = teacher.build_student(depth=1)
+    hook = teacher.encoder.register_forward_hook(lambda _, arguments, __: num_encoded.append(len(arguments[0])))
+    with torch.inference_mode():
+        embeds = build_embeds(teacher.encoder, {"student": student, "teacher": teacher})
+        together = embed_set(embeds, labeled, 4, lambda tensor: tensor)
+        hook.remove()
+        assert num_encoded == [4, 3, 3]  # batches of 4 of the 7 training and the 3 test images
+        for name, model in {"student": student, "teacher": teacher}.items():
+            expected = embed_set({name: model.embed_all}, labeled, 4, lambda tensor: tensor)[name]
+            torch.testing.assert_close(together[name], expected, rtol=0, atol=0)
+    assert together.keys() == {"pixels", "encoder", "student", "teacher"}
 
 
 def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"output_cls": torch.eye(3)[images[:, 0, 0, 0].long()]}
 
 
-def test_confusion_matrix_and_class_accuracies() -> None:
+def test_confusion_matrix() -> None:
     """The embedding of an image is its first pixel."""
 
     def numbered(numbers: list[int], labels: list[int]) -> LabeledImages:
@@ -199,20 +144,22 @@ def test_confusion_matrix_and_class_accuracies() -> None:
 
     labeled = LabeledSet(numbered([0, 1, 2], [0, 1, 2]), numbered([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]))
     candidates = [Candidate("student", labels_as_embeddings, 1_000_000, 2.0)]
-    retrievals = list(evaluate(candidates, {"set": labeled}, [1], "cpu", batch_size=2))
+    retrievals = list(evaluate(candidates, {"set": labeled}, [1], "cpu", batch_size=2, probes=["linear"]))
     assert retrievals[0].bank == "train"
     assert retrievals[0].confusion.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]]
-    assert retrievals[0].class_accuracy.tolist() == [0.5, 0.5, 1.0]
     assert retrievals[0].accuracy(1).value == 0.6
-    table = evaluation_tables(Evaluation(candidates, retrievals, [1], "output_cls", {"set": ["cat", "dog"]}))
-    rows = [line.split() for line in table.partition("confused with\n")[2].partition("confused with\n")[2].splitlines()]
-    assert rows[:3] == [["cat", "50.0", "2"], ["dog", "50.0", "cat"], ["2", "100.0", "–"]]  # a label without a name
-    assert confusion_matrix(torch.tensor([1]), torch.tensor([0])).tolist() == [[0, 0], [1, 0]]
+    embeddings = [labels_as_embeddings(split.images)["output_cls"] for split in labeled[:2]]
+    strength = retrievals[0].strength
+    accuracy = linear_probe_accuracy(embeddings[0], labeled.train.labels, embeddings[1], labeled.test.labels, strength)
+    assert retrievals[0].accuracy("linear").value == accuracy
+    tables = evaluation_tables(Evaluation(candidates, retrievals, "output_cls", {"set": ()}))
+    [row] = re.findall(r"linear probe +L2 strength\n(.*)\n", tables)
+    assert row.split()[:2] == ["student", f"{100 * accuracy:.1f}"]
+    assert row.endswith(f" {strength:g}")
 
 
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
-    hits = np.arange(1000) % 4 == 0
-    interval = accuracy_interval(hits)
+    interval = accuracy_interval(np.arange(1000) % 4 == 0)
     half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
     assert interval.value == 0.25
     assert [interval.low, interval.high] == pytest.approx([0.25 - half_width, 0.25 + half_width], abs=0.003)
@@ -226,6 +173,36 @@ def test_the_gap_closed_is_paired_by_query() -> None:
     half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
     share = gap_closed_interval(untrained, half, teacher)
     assert share is not None
-    assert share.low < 0.5 < share.high
-    assert share.high - share.low < 0.3
+    assert share.low < 0.5 < share.high < share.low + 0.3
     assert gap_closed_interval(teacher, half, untrained) is None
+
+
+CLS = "layer_mean_cls"
+
+
+def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:
+    log = {metric_key("cifar10", bank, 1, CLS): values for bank, values in student.items()}
+    return log | {metric_key("cifar10", bank, 1, CLS, "teacher"): {0: value} for bank, value in teacher.items()}
+
+
+STUDENT = {"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (STUDENT, {"train": 0.4, "test": 0.5}, {0: 0, 10: (0.5 + 0.25) / 2}),  # the mean of both banks
+        (STUDENT, {"train": 0.4, "test": 0.1}, {0: 0, 10: 0.5}),  # no gap with one bank
+        (STUDENT, {"train": 0.2, "test": 0.1}, {}),  # no gap
+        (STUDENT, {}, {}),  # no teacher
+        ({"train": {10: 0.3}, "test": {10: 0.2}}, {"train": 0.4, "test": 0.5}, {}),  # no untrained student
+    ],
+)
+def test_the_gap_closed_over_a_run(
+    student: dict[str, dict[int, float]], teacher: dict[str, float], expected: dict[int, float]
+) -> None:
+    assert gap_closed_by_step(log_of(student, teacher), "cifar10", CLS) == pytest.approx(expected)
+    if student is STUDENT:  # the baselines may be another run's
+        log, baselines = log_of({bank: {10: each[10]} for bank, each in student.items()}, {}), log_of(student, teacher)
+        later = {step: value for step, value in expected.items() if step}
+        assert gap_closed_by_step(log, "cifar10", CLS, baselines=baselines) == pytest.approx(later)
