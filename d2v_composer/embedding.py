@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
 from d2v_composer.data.index import INDEX, fetch_index, keep_encoded, read_image_index
@@ -321,34 +321,25 @@ def hash_weights(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-class _Images(Dataset[Tensor | tuple[int, str]]):
-    """The pixels of each image; of an unreadable one, its index and why."""
-
-    def __init__(self, collection: ImageCollection) -> None:
-        self.collection = collection
-
-    def __getitem__(self, index: int) -> Tensor | tuple[int, str]:
-        try:
-            return self.collection.load(index)
-        except UnreadableImageError as error:
-            return index, str(error)
-
-
-def _collate(loaded: list[Tensor | tuple[int, str]]) -> tuple[Tensor, list[tuple[int, str]]]:
-    images = [each for each in loaded if isinstance(each, Tensor)]
-    return torch.stack(images) if images else torch.empty(0), [each for each in loaded if isinstance(each, tuple)]
-
-
 def _load(
     collection: ImageCollection, indices: range, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, list[tuple[int, str]]]]:
-    """Yield batches of images, which the workers decode ahead, and the unreadable ones among them."""
+    """Yield batches of images, which the workers decode ahead, and the unreadable ones: index and reason."""
+
+    def load_batch(indices: list[int]) -> tuple[Tensor, list[tuple[int, str]]]:
+        images, skipped = [], []
+        for index in indices:
+            try:
+                images.append(collection.load(index))
+            except UnreadableImageError as error:
+                skipped.append((index, str(error)))
+        return torch.stack(images) if images else torch.empty(0), skipped
+
     loader = DataLoader(
-        _Images(collection),
+        indices,  # pyright: ignore[reportArgumentType]: it has a length and items
         batch_size=batch_size,
-        sampler=indices,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=load_batch,
         multiprocessing_context=get_context("fork") if workers else None,
         worker_init_fn=lambda _: die_with_parent(),
         pin_memory=torch.cuda.is_available(),

@@ -41,7 +41,7 @@ CURVES = {
     "loss": ("Loss", "loss/train/total", "metrics/test/loss"),
     "learning_rate": ("Learning rate", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "l2_norm/grad/global"),
-    "throughput": ("Throughput", "throughput/images_per_sec"),
+    "throughput": ("Throughput in images/s", "throughput/images_per_sec"),
     "data_wait": ("Part of the time spent waiting for images", "throughput/data_wait"),
     "cosines": ("Cosine of prediction and target", "health/cosine/cls", "health/cosine/patch"),
     "layers": ("Cosine of prediction and each teacher layer", "health/cosine/layer_*"),
@@ -62,6 +62,8 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 @mpl.rc_context(STYLE)
 def _curve_plot(name: str, title: str, lines: Mapping[str, Mapping[int, float]]) -> Figure:
     figure, axes = _plot_over_batches(title)
+    if len(lines) > 6:
+        axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
     for label, values in lines.items():
         finite = {step: values[step] for step in sorted(values) if np.isfinite(values[step])}
         steps, numbers = list(finite), list(finite.values())
@@ -69,11 +71,15 @@ def _curve_plot(name: str, title: str, lines: Mapping[str, Mapping[int, float]])
         width = max(1, len(numbers) // 100)  # of the running mean
         means = np.convolve(numbers, np.ones(width) / width, mode="valid") if numbers else []
         axes.plot(steps[width - 1 :], means, color=line.get_color(), label=label)
-    if name in LOG_SCALE and all(number > 0 for values in lines.values() for number in values.values()):
-        axes.set_yscale("log")
+    if all(number > 0 for values in lines.values() for number in values.values()):
+        if name in LOG_SCALE:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
     if name in SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(ncols=1 + len(lines) // 7)
+    if len(lines) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
