@@ -6,16 +6,14 @@ or a training program name are replaced by :class:`Stub`. What it does not check
 
 import datetime
 import io
-import pickle
 import pickletools
 import re
 import time
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -27,6 +25,7 @@ from torch.torch_version import TorchVersion
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import LARGEST_FILE, fetch, is_remote
 
+LATEST = "latest-rank0.pt"
 # Bytes of pickled Python objects, without the tensors' numbers. A data2vec 2.0 checkpoint has 0.3 MB.
 LARGEST_PICKLE = 8 << 20
 # Tuples within a tuple. Each may hold the same one twice, and hashing 60 of them would take 2^60 steps.
@@ -35,14 +34,13 @@ MOST_TUPLES = 1000
 ALLOCATES = "builtins.bytearray"
 # Wrappers around a value: an OmegaConf leaf around an enum's value is two.
 MAX_WRAPPERS = 8
-DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
-
-RECONSTRUCT = np.array(0).__reduce__()[0]
-# Globals of our checkpoints beyond those that torch allows; numpy 1 has another name for its function.
-LATEST = "latest-rank0.pt"
+# A run may save a newer checkpoint and remove the one that is being read; its pointer is missing for a moment.
+READ_ATTEMPTS, READ_PAUSE = 20, 0.05
 
 ReadT = TypeVar("ReadT")
 
+RECONSTRUCT = np.array(0).__reduce__()[0]
+# Globals of our checkpoints beyond those that torch allows; numpy 1 has another name for its function.
 OUR_GLOBALS = [
     datetime.timedelta,
     np.dtype,
@@ -108,9 +106,9 @@ def load_untrusted(path: Path) -> Any:
     """
     with _reading(path, InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to the file's author
-        inspected = _inspect(path)
-        with torch.serialization.safe_globals([(Stub, name) for name in inspected.names]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=inspected.is_archive)
+        names, is_archive = _inspect(path)
+        with torch.serialization.safe_globals([(Stub, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def is_trained(contents: Any) -> bool:
@@ -137,8 +135,6 @@ def check_checkpoint(path: Path) -> None:
     try:
         state = read_checkpoint(path, mmap=True)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
-    except RuntimeError as error:  # torch's reader of archives
-        raise CorruptCheckpointError(f"{path}: truncated or corrupt ({_reason(error)})") from error
     except Exception as error:
         raise InputError(f"{foreign} ({_reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
@@ -159,23 +155,17 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; of torch's interpreter, the line that is not advice."""
-    found = re.search(r"GLOBAL \S+ was not an allowed|GLOBAL \S+ whose module|WeightsUnpickler error: .*", str(error))
-    if not isinstance(error, pickle.UnpicklingError) or found is None:
-        return reason(error)
-    name = re.search(r"GLOBAL (\S+)", found[0])
-    return f"it names {name[1]}, which no checkpoint needs" if name else found[0]
+    """Return an error's first line; of torch's interpreter, the fault without the advice to trust the file."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(\. Please|$)", str(error), re.MULTILINE)
+    return found[1] if found else reason(error)
 
 
-class _Inspected(NamedTuple):
-    names: set[str]
-    """The globals that the file's pickles name."""
-    is_archive: bool
-    """False in the format before torch 1.6."""
+def _inspect(path: Path) -> tuple[set[str], bool]:
+    """Check what torch does not: sizes and checksums of an archive, and its pickle, before torch reads it.
 
-
-def _inspect(path: Path) -> _Inspected:
-    """Check what torch does not: the archive's sizes and checksums, and the pickle's, before it reads the file."""
+    Returns:
+        The globals that the file's pickles name; whether it is an archive, as torch writes since version 1.6.
+    """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
         raise ValueError(f"it has {num_bytes} bytes, at most {LARGEST_FILE} are read")
@@ -183,23 +173,19 @@ def _inspect(path: Path) -> _Inspected:
         if file.read(4) != b"PK\x03\x04":  # as torch decides
             file.seek(0)
             pickles = io.BytesIO(file.read(LARGEST_PICKLE))  # five, then the tensors' numbers
-            names = [_check_pickle(pickles, defaultdict(lambda: num_bytes)) for _ in range(5)]
-            return _Inspected(set().union(*names), is_archive=False)
+            return set[str]().union(*(_check_pickle(pickles, num_bytes) for _ in range(5))), False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(each.compress_type != zipfile.ZIP_STORED or each.external_attr & DIRECTORY for each in entries):
-            raise ValueError("an archive with compressed files or folders, which torch.save does not write")
-        if sum(each.file_size for each in entries) > num_bytes:
-            raise ValueError("an archive that expands to more bytes than the file has")
-        sizes = {each.filename.partition("/")[2]: each.file_size for each in entries}
-        if len({name.casefold() for name in sizes}) != len(entries):
+        if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > num_bytes:
+            raise ValueError("an archive of compressed or overlapping files, which torch.save does not write")
+        if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
             raise ValueError("an archive with several files of one name")
-        if (broken := archive.testzip()) is not None:
+        if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
             raise ValueError(f"the checksum of its {broken} is wrong")
-        if sizes["data.pkl"] > LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {sizes['data.pkl']} bytes, at most {LARGEST_PICKLE} are read")
-        root = entries[0].filename.partition("/")[0]
-        return _Inspected(_check_pickle(io.BytesIO(archive.read(f"{root}/data.pkl")), sizes), is_archive=True)
+        pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
+        if pickled.file_size > LARGEST_PICKLE:
+            raise ValueError(f"its pickle has {pickled.file_size} bytes, at most {LARGEST_PICKLE} are read")
+        return _check_pickle(io.BytesIO(archive.read(pickled)), num_bytes), True
 
 
 class _Tuple(NamedTuple):
@@ -207,49 +193,47 @@ class _Tuple(NamedTuple):
     num_tuples: int
 
 
-def _check_pickle(file: BinaryIO, sizes: Mapping[str, int]) -> set[str]:
+def _check_pickle(file: BinaryIO, num_bytes: int) -> set[str]:
     """Follow a pickle without building anything, and return the globals that it names.
 
     Args:
         file: Positioned at the pickle.
-        sizes: The record of a storage, as in ``data/0``, → its bytes.
+        num_bytes: Bytes of the file that it is in.
 
     Raises:
-        ValueError: A storage is longer than its record, of which torch would return other memory; or it would take
-            torch's interpreter too long.
+        ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.
     """
-    names: set[str] = set()
-    stack, memo, mark = [], {}, object()
+    names, numbers = set[str](), dict[Any, int]()
+    stack, marks, memo = list[Any](), list[int](), dict[Any, Any]()
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.proto > 2:
-            raise ValueError(f"its pickle has opcodes of protocol {opcode.proto}; torch.save writes protocol 2")
-        taken, needed = [], opcode.stack_before
+        needed = opcode.stack_before
         if pickletools.markobject in needed:
-            while (item := stack.pop()) is not mark:
-                taken.append(item)
-            taken.reverse()
-            needed = needed[: needed.index(pickletools.markobject)]
-        for _ in needed:
-            taken.insert(0, stack.pop())
-        if opcode.name == "GLOBAL":
+            start = marks.pop()
+            below = needed.index(pickletools.markobject)
+        else:
+            start, below = len(stack) - len(needed), 0
+        taken = stack[start:]
+        del stack[start - below :]
+        if opcode.name == "MARK":
+            marks.append(len(stack))
+        elif opcode.name == "GLOBAL":
             stack.append(_python3_name(str(argument)))
             names.add(stack[-1])
-        elif opcode.name == "MARK":
-            stack.append(mark)
         elif opcode.name.startswith("TUPLE"):
-            num_tuples = 1 + sum(item.num_tuples for item in taken if isinstance(item, _Tuple))
-            if num_tuples > MOST_TUPLES:
+            stack.append(_Tuple(taken, 1 + sum(each.num_tuples for each in taken if isinstance(each, _Tuple))))
+            if stack[-1].num_tuples > MOST_TUPLES:
                 raise ValueError(f"tuples within tuples, more than {MOST_TUPLES}")
-            stack.append(_Tuple(taken, num_tuples))
-        elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+        elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
-        elif opcode.name in ("BINGET", "LONG_BINGET"):
+        elif "GET" in opcode.name:
             stack.append(memo[argument])
-        elif opcode.name == "BINPERSID":
-            _check_storage(taken[0].items, sizes)
+        elif opcode.name == "BINPERSID":  # a storage: its record, and how many numbers it has
+            numbers[taken[0].items[2]] = taken[0].items[4]
             stack.append(None)
         else:
             stack.extend([argument] * len(opcode.stack_after))
+    if sum(numbers.values()) > num_bytes:
+        raise ValueError(f"its tensors have {sum(numbers.values())} numbers, more than it has bytes")
     if ALLOCATES in names:
         raise ValueError(f"it names {ALLOCATES}, which no checkpoint needs")
     return names
@@ -257,50 +241,24 @@ def _check_pickle(file: BinaryIO, sizes: Mapping[str, int]) -> set[str]:
 
 def _python3_name(argument: str) -> str:
     module, _, name = argument.partition(" ")
-    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return f"{module}.{name}"
-
-
-def _check_storage(reference: list[Any], sizes: Mapping[str, int]) -> None:
-    _, kind, key, _, num_items = reference[:5]
-    is_untyped = kind == "torch.storage.UntypedStorage"
-    item_size = 1 if is_untyped else torch.serialization.StorageType(kind.rpartition(".")[2]).dtype.itemsize
-    if not 0 <= num_items * item_size <= sizes[f"data/{key}"]:
-        raise ValueError(f"its storage {key} has fewer than {num_items} numbers")
-
-
-# Composer removes a pointer before it writes the next one.
-POINTER_ATTEMPTS, POINTER_PAUSE = 20, 0.05
-# A reader may be too late for a checkpoint this often; each time the run has saved a newer one.
-READ_ATTEMPTS = 5
+    return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file or a pointer's target; retry if the run has meanwhile saved another checkpoint and removed this one.
-
-    Args:
-        path: The file, or a run's pointer.
-        read: Called with the file.
+    """Read a file or a run's pointer to one; retry if the run has meanwhile saved another and removed this one.
 
     Raises:
         InputError, OSError: ``read``'s, of a file that is still the newest.
     """
-    for _ in range(READ_ATTEMPTS - 1):
-        file = _target(path)
+    for _ in range(READ_ATTEMPTS):
+        file = path.resolve()
         try:
             return read(file)
         except (InputError, OSError):
-            if file == path or _target(path) == file:
+            if file.exists() and path.resolve() == file:
                 raise
-    return read(_target(path))
-
-
-def _target(path: Path) -> Path:
-    for _ in range(POINTER_ATTEMPTS):
-        with suppress(OSError, RuntimeError):  # RuntimeError: a link to itself
-            return path.resolve(strict=True)
-        time.sleep(POINTER_PAUSE)
-    return path
+            time.sleep(READ_PAUSE)
+    return read(path.resolve())
 
 
 def fetch_model(path: str | Path) -> Path:
