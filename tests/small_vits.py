@@ -10,7 +10,6 @@ from timm.models import Beit, Eva, VisionTransformer, register_model
 from timm.models.beit import _create_beit
 from timm.models.eva import _create_eva
 from timm.models.vision_transformer import _create_vision_transformer
-from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 
 __all__ = ["RESAMPLED_BILINEARLY", "random_vit"]
 
@@ -33,17 +32,6 @@ def small_mixed_rope(pretrained: bool = False, **options: Any) -> Eva:
 
 
 @register_model
-def small_clip(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    return _create_vision_transformer("small_clip", pretrained, **(SMALL | {"pre_norm": True} | options))
-
-
-@register_model
-def small_beit3(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    scales: dict[str, Any] = {"scale_attn_norm": True, "scale_mlp_norm": True}
-    return _create_vision_transformer("small_beit3", pretrained, **(SMALL | scales | options))
-
-
-@register_model
 def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
     rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
     others = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
@@ -62,14 +50,6 @@ def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
     return _create_vision_transformer(
         "small_hybrid", pretrained, **(SMALL | {"embed_layer": stem, "patch_size": 2} | options)
     )
-
-
-@register_model
-def small_mobileclip(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """A stem of convolutions without a projection, as MobileCLIP-B's."""
-    stem = ConvStem(channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU)
-    sizes = SMALL | {"no_embed_class": True, "backbone": stem, "embed_args": {"proj": False}}
-    return _create_vision_transformer_hybrid("small_mobileclip", pretrained=pretrained, **(sizes | options))
 
 
 def register_small_vit(name: str) -> None:

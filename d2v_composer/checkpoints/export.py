@@ -5,12 +5,11 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
@@ -18,6 +17,7 @@ from d2v_composer.checkpoints.student_file import (
     PrimaryEmbedding,
     StoredEncoderConfig,
     build_encoder,
+    check_outputs,
     check_student,
     config_tensor,
     pop_sizes,
@@ -25,7 +25,7 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.data2vec2 import ImageEncoderConfig
-from d2v_composer.models.encoder import height_and_width
+from d2v_composer.models.encoder import check_choice, height_and_width
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
@@ -41,12 +41,8 @@ class FixedAlibi(Alibi):
     bias: Tensor
 
     def __init__(self, alibi: Alibi) -> None:
-        super().__init__(
-            alibi.grid_size,
-            num_heads=alibi.num_heads,
-            num_alibi_heads=alibi.num_alibi_heads,
-            num_extra_tokens=alibi.num_extra_tokens,
-        )
+        heads = {"num_heads": alibi.num_heads, "num_alibi_heads": alibi.num_alibi_heads}
+        super().__init__(alibi.grid_size, **heads, num_extra_tokens=alibi.num_extra_tokens)
         self.register_buffer("bias", alibi.build())
 
     def unscaled(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,8 +136,8 @@ POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "
 class TimmStudent(Student):
     """timm's interface to a student: features, pooling, a classifier to fine-tune.
 
-    The encoder stays frozen; the blocks and the head train. Loading a file of ``d2v export`` changes the
-    model to the file's sizes and keeps the head.
+    The encoder stays frozen; the blocks and the head train. Loading a file of ``d2v export`` changes the model to the
+    file's sizes and keeps the head.
 
     Args:
         encoder_config: The encoder's sizes.
@@ -163,41 +159,36 @@ class TimmStudent(Student):
         super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
         self.num_features = self.head_hidden_size = encoder_config.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
-        self.asked_pool = global_pool
-        self.asked_representation: Representation | None = representation
+        self.asked_pool, self.asked_representation = global_pool, representation
         self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
-        self.set_features(DEFAULT_PRIMARY)
+        self.set_primary(DEFAULT_PRIMARY)
         self.reset_classifier(num_classes)
 
-    def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Compute a primary embedding's embedding, except for what was asked for.
+    def set_primary(self, primary: PrimaryEmbedding) -> None:
+        """Compute a primary embedding, except for what was asked for.
 
         Raises:
-            ValueError: What was asked for is unknown, or needs a CLS token that the model lacks.
+            ValueError: As :meth:`set_features`.
         """
-        if self.asked_representation not in (None, *get_args(Representation)):
-            raise ValueError(
-                f"representation must be {' or '.join(get_args(Representation))}, got {self.asked_representation!r}"
-            )
-        self.representation: Representation = self.asked_representation or primary.representation
         pool = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
         pool = "avg" if pool == "token" and not self.has_cls_token else pool
-        self.set_pool(self.asked_pool or pool)
-        # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        self.block_list[-1].norm2.requires_grad_(self.representation == "output")
+        self.set_features(self.asked_representation or primary.representation, self.asked_pool or pool)
 
-    def set_pool(self, global_pool: str) -> None:
-        """Choose the pooling; saved with the tensors, so that a loaded model has the same.
+    def set_features(self, representation: Representation, global_pool: str) -> None:
+        """Choose the features and their pooling; saved with the tensors, so that a loaded model has the same.
 
         Raises:
-            ValueError: It is unknown, or needs a CLS token that the model lacks.
+            ValueError: One is unknown, or needs a CLS token that the model lacks.
         """
+        check_choice("representation", representation, Representation)
         if global_pool not in POOLINGS or (global_pool == "token" and not self.has_cls_token):
             allowed = "token, avg or mean" if self.has_cls_token else "avg or mean, since there is no CLS token"
             raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
+        self.representation: Representation = representation
         self.global_pool = global_pool
-        primary = PrimaryEmbedding(self.representation, POOLINGS[global_pool])
-        stored = config_tensor(sizes_of(self), primary)
+        # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
+        self.block_list[-1].norm2.requires_grad_(representation == "output")
+        stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[global_pool]))
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -207,7 +198,7 @@ class TimmStudent(Student):
             ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
         """
         if global_pool is not None:
-            self.set_pool(global_pool)
+            self.set_features(self.representation, global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
@@ -244,18 +235,15 @@ class TimmStudent(Student):
         tensors = dict(state_dict)
         sizes, primary = pop_sizes(CONFIG_TENSOR, tensors)
         head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
-        self._become(*check_student(CONFIG_TENSOR, sizes, tensors))
-        self.set_features(primary)
+        configs = check_student(CONFIG_TENSOR, sizes, tensors)
+        if configs != (self.encoder.config, self.config):
+            TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
+        self.set_primary(primary)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
-        return super().load_state_dict(tensors, strict, assign)
-
-    def _become(self, encoder_config: StoredEncoderConfig, student_config: StudentConfig) -> Self:
-        """Change to other sizes."""
-        if (encoder_config, student_config) != (self.encoder.config, self.config):
-            asked = self.asked_pool, self.asked_representation
-            TimmStudent.__init__(self, encoder_config, student_config, self.num_classes, *asked)
-        return self
+        result = super().load_state_dict(tensors, strict, assign)
+        check_outputs(CONFIG_TENSOR, self.encoder)
+        return result
 
 
 def pretrained_cfg(config: StoredEncoderConfig) -> dict[str, Any]:

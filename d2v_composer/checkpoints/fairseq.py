@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, plain
 from d2v_composer.checkpoints.student_file import (
-    check_fits,
+    build_loaded,
     is_safetensors,
     read_config,
     read_model_file,
@@ -29,6 +30,7 @@ ENCODER = "encoder."
 ALIBI_SCALE = f"{IMAGE}alibi_scale"
 # Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
+LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 FINE_TUNED = ("head.", "fc_norm.", "model.")
 # Fields of our config and their names in cfg["model"] and in cfg["model"]["modalities"]["image"].
 MODEL_FIELDS = {name: name for name in ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")}
@@ -38,51 +40,44 @@ IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "pat
 
 
 class FairseqCheckpoint(NamedTuple):
-    """A teacher's part of a checkpoint, and the names of the rest."""
+    """A teacher from a checkpoint, and the file's names of unused tensors."""
 
-    config: Data2Vec2Config
-    tensors: dict[str, Tensor]
-    """Named as in :class:`Data2Vec2`, float32."""
+    teacher: Data2Vec2
     left: list[str]
-    """The file's names of unused tensors."""
 
 
-def read_fairseq_checkpoint(path: Path, weights: Weights = "model") -> FairseqCheckpoint:
+def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "model") -> FairseqCheckpoint:
     """Read and check a fairseq checkpoint, without running its code.
 
     Args:
-        path: A local file.
+        path: Its address, for the provenance.
+        file: Its local copy.
         weights: ``model``, or ``ema`` for the moving average, which was the model's own teacher.
 
     Raises:
         InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
     """
-    checkpoint = plain(load_untrusted(path))
-    stored = _section(checkpoint, "model")
+    checkpoint = plain(load_untrusted(file))
+    stored, sizes = _section(checkpoint, "model"), Sizes(_section(checkpoint, "cfg"))
     if is_trained(checkpoint):
         raise InputError(
             f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
         )
-    if stored is None:
-        raise InputError(f"{path}: not a fairseq checkpoint: it has no dict 'model'")
-    sizes = Sizes(_section(checkpoint, "cfg"))
-    if sizes.model is None:
-        raise InputError(f"{path}: not a data2vec 2.0 checkpoint: it has no dict cfg['model'] with the sizes")
+    if stored is None or sizes.model is None:
+        raise InputError(f"{path}: not a data2vec 2.0 checkpoint of fairseq: it has no dicts 'model' and cfg['model']")
     if weights == "ema":
         stored = _section(stored, "_ema")
         if stored is None:
             raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-    _check_supported(path, sizes, stored)
-    try:
+    if (problem := _find_unsupported(sizes, stored)) is not None:
+        raise InputError(f"{path}: {problem}")
+    with reading(path):
         config = _read_config(sizes, stored)
-    except ValueError as error:
-        raise InputError(f"{path}: unusable sizes in cfg['model']: {error}") from error
-
-    left = [name for name in stored if name.startswith(LEFT)]
-    tensors = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
-    check_fits(path, lambda: Data2Vec2(config), tensors)
-    return FairseqCheckpoint(config, {name: tensor.float() for name, tensor in tensors.items()}, left)
+    used = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
+    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
+    teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
+    return FairseqCheckpoint(teacher, [name for name in stored if name.startswith(LEFT)])
 
 
 class Sizes:
@@ -95,7 +90,7 @@ class Sizes:
     def __init__(self, cfg: dict[Any, Any] | None) -> None:
         self.cfg = cfg
         self.model = _section(cfg, "model")
-        self.image = _section(_section(self.model, "modalities"), "image") or {}
+        self.image = _section(_section(self.model, "modalities"), "image")
 
     def model_value(self, name: str, default: Any = None) -> Any:
         """Return a field of ``cfg["model"]``; the default if it is missing or null."""
@@ -109,10 +104,7 @@ class Sizes:
         value = plain((section or {}).get(name))
         if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
             *sections, name = value[2:-1].split(".")
-            section = self.cfg
-            for part in sections:
-                section = _section(section, part)
-            value = plain((section or {}).get(name))
+            value = plain((reduce(_section, sections, self.cfg) or {}).get(name))
         return default if value is None else value
 
 
@@ -123,32 +115,27 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
     return dict(dict.items(section)) if isinstance(section, dict) else None
 
 
-def _check_supported(path: Path, sizes: Sizes, stored: Mapping[str, Tensor]) -> None:
+def _find_unsupported(sizes: Sizes, stored: Mapping[str, Tensor]) -> str | None:
+    """Return why a checkpoint is not a supported teacher; ``None`` if it is one."""
     modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
-    others = sorted(modalities - {"IMAGE"})
-    if others:
-        raise InputError(f"{path}: {others[0].lower()} checkpoints are not supported, because only images are")
+    if others := sorted(modalities - {"IMAGE"}):
+        return f"{others[0].lower()} checkpoints are not supported, because only images are"
     if any(name.startswith(FINE_TUNED) for name in stored):
-        raise InputError(
-            f"{path}: fine-tuned checkpoints are not supported, because a teacher must be self-supervised: use the "
-            "pre-trained file"
+        return (
+            "fine-tuned checkpoints are not supported, because a teacher must be self-supervised: use the pre-trained "
+            "file"
         )
     if not modalities:
-        raise InputError(f"{path}: not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*")
+        return f"not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*"
     if sizes.model_value("layer_norm_first", False):
-        raise InputError(
-            f"{path}: pre-norm models (layer_norm_first: true) are not supported, because the released image models "
-            "are post-norm"
-        )
+        return "pre-norm models (layer_norm_first: true) are not supported, because the released ones are post-norm"
     if sizes.image_value("use_alibi_encoder", False):
         dims, distance = sizes.image_value("alibi_dims", 2), sizes.image_value("alibi_distance", "manhattan")
-        if (dims, distance) != (2, "manhattan"):
-            raise InputError(
-                f"{path}: ALiBi with alibi_dims {dims} and alibi_distance {distance} is not supported, because images "
-                "use 2 and manhattan"
-            )
-        if sizes.image_value("learned_alibi", False):
-            raise InputError(f"{path}: learned_alibi is not supported, because only ALiBi's scale can be learned")
+        if (dims, distance) != (2, "manhattan") or sizes.image_value("learned_alibi", False):
+            return "ALiBi other than alibi_dims 2, manhattan, not learned, is not supported, because images use these"
+        if ALIBI_SCALE not in stored:
+            return f"ALiBi is on, but tensor {ALIBI_SCALE} is missing"
+    return None
 
 
 def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
@@ -161,31 +148,13 @@ def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
     top_k = sizes.model_value("average_top_k_layers", depth)
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
     if sizes.image_value("use_alibi_encoder", False):
-        config = Data2Vec2Config(**found)
-        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", config.num_heads)
-        found["alibi_scale_shape"] = _alibi_scale_shape(
-            stored, config.prenet_depth + config.depth, found["num_alibi_heads"]
-        )
+        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", Data2Vec2Config(**found).num_heads)
+        found["alibi_scale_shape"] = tuple(stored[ALIBI_SCALE].shape)
     return Data2Vec2Config(**found)
-
-
-def _alibi_scale_shape(stored: Mapping[str, Tensor], num_layers: int, num_heads: int) -> tuple[int, ...]:
-    """Return the stored scale's shape, which may be per layer, per head, both or neither."""
-    if ALIBI_SCALE not in stored:
-        raise ValueError(f"ALiBi is on, but tensor {ALIBI_SCALE} is missing")
-    shape = tuple(stored[ALIBI_SCALE].shape)
-    allowed = [(layers, 1, heads, 1, 1) for layers in (1, num_layers) for heads in (1, num_heads)]
-    if shape not in allowed:
-        expected = f"({num_layers} or 1, 1, {num_heads} or 1, 1, 1)"
-        raise ValueError(f"tensor {ALIBI_SCALE} has shape {shape}, the sizes ask for {expected}")
-    return shape
 
 
 def _our_name(name: str) -> str:
     return ENCODER + name.removeprefix(IMAGE) if name.startswith(IMAGE) else name
-
-
-LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
@@ -196,9 +165,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        config, tensors, _ = read_fairseq_checkpoint(file, weights)
-        provenance = _provenance(path, file, weights) | {"licence": LICENCE_NOTE}
-        return _build_teacher(config, tensors, provenance)
+        return read_fairseq_checkpoint(path, file, weights).teacher
     stored = read_model_file(file)
     stored.expect(path, "teacher")
     with reading(path):
@@ -206,18 +173,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
         config = read_config(Data2Vec2Config, stored.config)
     if found != weights:
         raise InputError(f"{path}: was converted with --weights {found}, and holds no {weights} weights")
-    check_fits(path, lambda: Data2Vec2(config), stored.tensors)
-    return _build_teacher(config, stored.tensors, stored.provenance)
-
-
-def _provenance(source: str | Path, file: Path, weights: Weights) -> dict[str, Any]:
-    return {"source": file_name(source), "sha256": sha256(file), "weights": weights}
-
-
-def _build_teacher(config: Data2Vec2Config, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Data2Vec2:
-    teacher = Data2Vec2(config, provenance)
-    teacher.load_state_dict(tensors)
-    return teacher
+    return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
 
 
 class ConvertedTeacher(NamedTuple):
@@ -252,12 +208,12 @@ def convert_teacher(
     file = fetch_model(source)
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
-    checkpoint = read_fairseq_checkpoint(file, weights)
-    provenance = _provenance(source, file, weights) | {
+    teacher, left = read_fairseq_checkpoint(source, file, weights)
+    provenance = teacher.provenance | {
         "dtype": str(dtype).removeprefix("torch."),
         "licence": licence or LICENCE_NOTE,
         "converted": datetime.date.today().isoformat(),
     }
-    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
-    write_model_file(out, "teacher", asdict(checkpoint.config), provenance, tensors)
-    return ConvertedTeacher(checkpoint.config, provenance, list(tensors), checkpoint.left)
+    tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}
+    write_model_file(out, "teacher", asdict(teacher.config), provenance, tensors)
+    return ConvertedTeacher(teacher.config, provenance, list(tensors), left)

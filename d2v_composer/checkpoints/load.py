@@ -1,9 +1,9 @@
 """Load teachers and students from files, and write them."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,9 +13,9 @@ from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     DEFAULT_PRIMARY,
     PrimaryEmbedding,
-    add_outputs,
     build_encoder,
     check_fits,
+    check_outputs,
     check_same_encoder,
     check_student,
     config_tensor,
@@ -26,14 +26,13 @@ from d2v_composer.checkpoints.student_file import (
     stored_primary,
     write_model_file,
 )
-from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
 
 NO_STUDENT = "{}: is not a student, so a teacher ({}) is not allowed"
@@ -63,22 +62,6 @@ class Loaded(NamedTuple):
         model = self.teacher if self.student is None else self.student
         assert model is not None  # every file has one of them
         return model
-
-
-@overload
-def load_teacher(path: str | Path, weights: Weights = "model", *, first_blocks: int | None = None) -> Data2Vec2: ...
-
-
-@overload
-def load_teacher(
-    path: str | Path | None,
-    weights: Weights = "model",
-    *,
-    model: str,
-    first_blocks: int | None = None,
-    image_size: ImageSize | str | None = None,
-    option: Callable[[str], str] = str,
-) -> Teacher: ...
 
 
 def load_teacher(
@@ -133,8 +116,12 @@ def save_student(student: Student, out: Path) -> None:
     One with a head is written as a classifier, for timm.
     """
     primary = stored_primary(student.provenance) or DEFAULT_PRIMARY
-    encoder: Any = student.encoder.config
-    sizes = sizes_of(student) | {"encoder": asdict(add_outputs(encoder, student.encoder.state_dict()))}
+    sizes, encoder = sizes_of(student), student.encoder
+    if isinstance(encoder.config, TimmEncoderConfig):
+        from timm import __version__ as now
+
+        sample: Any = encoder
+        sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
     kind = "classifier" if "head.weight" in tensors else "student"
     write_model_file(out, kind, sizes, student.provenance, tensors)
@@ -158,6 +145,7 @@ def load_student(path: str | Path) -> Student:
     encoder_config, student_config = check_student(path, sizes, stored.tensors)
     student = Student(build_encoder(encoder_config), student_config, stored.provenance)
     student.load_state_dict(stored.tensors)
+    check_outputs(path, student.encoder)
     return student.eval()
 
 
@@ -183,6 +171,16 @@ def load_any(
     Raises:
         InputError: The file is corrupt, or not supported.
     """
+    if str(path).startswith(PREFIX) and not Path(path).exists():
+        if teacher_path is not None:
+            raise InputError(NO_STUDENT.format(path, teacher_path))
+        checkpoint, first_blocks, image_size = timm_weights
+        teacher = load_teacher(
+            checkpoint, weights, model=str(path), first_blocks=first_blocks, image_size=image_size, option=option
+        )
+        return Loaded(None, teacher)
+    if given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
+        raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
 
     def load(file: Path) -> Loaded:
         student, teacher = _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
@@ -190,16 +188,7 @@ def load_any(
             teacher.normalization = student.normalization  # so that their embeddings compare
         return Loaded(student, teacher)
 
-    with reading(path):
-        if str(path).startswith(PREFIX) and not Path(path).exists():
-            if teacher_path is not None:
-                raise InputError(NO_STUDENT.format(path, teacher_path))
-            file, first_blocks, image_size = timm_weights
-            sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
-            return Loaded(None, load_teacher(file, weights, model=str(path), **sizes, option=option))
-        if given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
-            raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
-        return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
+    return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str) -> Loaded:
@@ -208,8 +197,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     if is_trained(contents):
         return _load_checkpoint(file, contents, weights, teacher_path, teacher_option)
     if kind == "student":
-        student = load_student(path)
-        return Loaded(student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights))
+        return _with_teacher(load_student(path), teacher_path, weights)
     if teacher_path is not None:
         raise InputError(NO_STUDENT.format(path, teacher_path))
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
@@ -220,15 +208,17 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     return Loaded(None, load_teacher(path, weights))
 
 
-def _load_teacher_of(student: Student, path: str, weights: Weights) -> Teacher:
-    """Load the teacher of an exported or fine-tuned student."""
+def _with_teacher(student: Student, path: str | None, weights: Weights) -> Loaded:
+    """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
+    if path is None:
+        return Loaded(student, None)
     sizes: Any = student.encoder.config
     file, options = path, {"first_blocks": sizes.prenet_depth}
     if isinstance(sizes, TimmEncoderConfig):
         file, options = _file_of(path, sizes.model), options | {"model": sizes.model, "image_size": sizes.image_size}
     teacher = load_teacher(file, weights, **options)
     check_same_encoder(path, teacher.encoder, student.encoder)
-    return teacher
+    return Loaded(student, teacher)
 
 
 def _file_of(path: str, model: str) -> str | None:
@@ -241,13 +231,13 @@ def _load_checkpoint(
 ) -> Loaded:
     """Load the models of a checkpoint of ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
-        state = contents["state"]
-        record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
-        history = state["callbacks"].get("ZeroShotRetrieval", {}).get("history")
+        callbacks, tensors = contents["state"]["callbacks"], dict(contents["state"]["model"])
+        record = callbacks["RunRecord"]["record"]
         if "model" in record:
-            student = _load_finetuned(path, record, tensors)
-            return Loaded(student, None if teacher_path is None else _load_teacher_of(student, teacher_path, weights))
-        return _load_trained(path, record, tensors, history or [None], teacher_path, teacher_option)
+            return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
+        loaded = _load_trained(path, record, tensors, teacher_path, teacher_option)
+        loaded.model.provenance["retrieval"] = (callbacks.get("ZeroShotRetrieval", {}).get("history") or [None])[-1]
+        return loaded
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -255,12 +245,7 @@ def _load_checkpoint(
 
 
 def _load_trained(
-    path: Path,
-    record: dict[str, Any],
-    tensors: dict[str, Tensor],
-    history: list[Any],
-    teacher_path: str | None,
-    teacher_option: str,
+    path: Path, record: dict[str, Any], tensors: dict[str, Tensor], teacher_path: str | None, teacher_option: str
 ) -> Loaded:
     """Load a training run's student, with the run's record as provenance, and its teacher."""
     config = record["config"]
@@ -283,34 +268,31 @@ def _load_trained(
     check_fits(path, lambda: build().blocks, blocks)
     student = build()
     student.blocks.load_state_dict(blocks)
-    student.provenance = record | {"retrieval": history[-1]}
+    student.provenance = dict(record)
     return Loaded(student.eval(), teacher)
 
 
 def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:
     """Load a fine-tuned student with its head, as timm's model; the run's record is its provenance."""
-    from d2v_composer.checkpoints.export import POOLINGS, TimmStudent  # timm takes seconds to import
+    from d2v_composer.checkpoints.export import TimmStudent  # timm takes seconds to import
 
     about = record["model"]
     if about["kind"] != "student":
         raise InputError(f"{path}: is a fine-tuned teacher: only a student can be exported or embedded")
-    backbone = {name.removeprefix("backbone."): each for name, each in tensors.items() if not name.startswith("head.")}
-    encoder_config, student_config = check_student(path, about["sizes"], backbone)
-    primary = PrimaryEmbedding.parse(about)
-    pool = next(name for name, each in POOLINGS.items() if each == primary.pooling)
-    num_classes = len(tensors["head.bias"])
-    student = TimmStudent(encoder_config, student_config, num_classes, pool, primary.representation)
-    head = {name: each for name, each in tensors.items() if name.startswith("head.")}
-    student.load_state_dict(backbone | head | {CONFIG_TENSOR: getattr(student, CONFIG_TENSOR)})
+    named, sizes = {name.removeprefix("backbone."): each for name, each in tensors.items()}, about["sizes"]
+    if "outputs" in sizes["encoder"]:  # an encoder that was trained, too, computes something else
+        sizes = sizes | {"encoder": sizes["encoder"] | {"outputs": []}}
+    configs = check_student(path, sizes, {name: named[name] for name in named if not name.startswith("head.")})
+    student = TimmStudent(*configs, num_classes=len(named["head.bias"]))
+    student.load_state_dict(named | {CONFIG_TENSOR: config_tensor(sizes, PrimaryEmbedding.parse(about))})
     student.provenance = record
     return student.eval()
 
 
 def without_head(student: Student) -> Student:
-    """Return a fine-tuned student without its head, on the same encoder; another student as it is."""
+    """Return a fine-tuned student without its head, on the same encoder and blocks; another student as it is."""
     if type(student) is Student:
         return student
     plain = Student(student.encoder, student.config, student.provenance)
-    tensors = student.state_dict()
-    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
+    plain.blocks = student.blocks
     return plain.eval()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import LARGEST_FILE, fetch, is_remote
 
 LATEST = "latest-rank0.pt"
@@ -250,21 +250,23 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
     Raises:
         InputError, OSError: ``read``'s, of a file that is still the newest.
     """
-    for _ in range(READ_ATTEMPTS):
-        file = path.resolve()
+    for attempt in range(READ_ATTEMPTS):
+        with reading(path):
+            file = path.resolve()
         try:
             return read(file)
         except (InputError, OSError):
-            if file.exists() and path.resolve() == file:
+            if attempt == READ_ATTEMPTS - 1 or (file.exists() and path.resolve() == file):
                 raise
             time.sleep(READ_PAUSE)
-    return read(path.resolve())
+    raise AssertionError  # the last attempt returned or raised
 
 
 def fetch_model(path: str | Path) -> Path:
     """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
-    if not is_remote(path) and (newest := Path(path) / LATEST).exists():
-        raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+    with reading(path):
+        if not is_remote(path) and (newest := Path(path) / LATEST).exists():
+            raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
     if str(path).endswith((".yaml", ".yml")):
         raise InputError(f"{path}: is a YAML, expected the file of a model")
     return fetch(path)

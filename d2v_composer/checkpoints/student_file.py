@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,10 +37,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTER = "num_batches_tracked"
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
-# Relative to the norm: above the rounding of another machine, below that of bfloat16, in which students train.
+# Relative to the norm. Training in bfloat16 rounds the encoder's weights.
 OUTPUT_TOLERANCE = 1e-3
 
 ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig, TimmEncoderConfig)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 StoredEncoderConfig = ImageEncoderConfig | TimmEncoderConfig
 
 
@@ -107,17 +109,11 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object from any source, within limits of time and memory.
 
     Raises:
-        ValueError: It is too long or too deep, or is not an object.
+        ValueError: It is too long, or not an object.
     """
     if len(text) > LARGEST_JSON:
         raise ValueError(f"its metadata have {len(text)} characters, at most {LARGEST_JSON} are read")
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its metadata nest too deep") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"its metadata must be an object, got {type(content).__name__}")
-    return content
+    return dict(json.loads(text).items())
 
 
 def is_safetensors(path: Path) -> bool:
@@ -135,41 +131,52 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a file has exactly the tensors of a model, before the model takes any memory.
+def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
+    """Build a model with the tensors of a file.
 
     Args:
         source: Named in the error.
-        build: Builds the model; called on the meta device.
+        build: Builds the model; first called on the meta device.
         tensors: Name → tensor of the file.
 
     Raises:
-        InputError: A tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
+        InputError: As in :func:`check_fits`.
     """
-    with torch.device("meta"):
+    check_fits(source, build, tensors)
+    model = build()
+    model.load_state_dict(tensors)
+    return model
+
+
+def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Check that a file has exactly the tensors of a model, before the model takes any memory.
+
+    Raises:
+        InputError: A size is unusable; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
+    """
+    with reading(source), torch.device("meta"):
         model = build()
         layout = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
-    try:
-        model.load_state_dict(layout, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"{source}: {loading_fault(error)}") from error
-    check_numbers(source, tensors)
+        try:
+            model.load_state_dict(layout, assign=True)
+        except RuntimeError as error:
+            raise ValueError(loading_fault(error)) from error
+        check_numbers(tensors)
 
 
-def check_numbers(source: Any, tensors: Mapping[str, Tensor]) -> None:
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
     """Check that tensors hold finite floating-point numbers; load_state_dict converts any others in silence.
 
     Raises:
-        InputError: One does not.
+        ValueError: One does not.
     """
     for name, tensor in tensors.items():
-        is_plain = tensor.layout == torch.strided and not tensor.is_meta
-        if not is_plain or not (tensor.dtype in FLOATS or name.endswith(COUNTER)):
-            raise InputError(f"{source}: tensor {name} is not a dense floating-point tensor")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise InputError(f"{source}: tensor {name} has fewer numbers than its shape {tuple(tensor.shape)}")
-        if not tensor.isfinite().all():
-            raise InputError(f"{source}: tensor {name} has values that are not finite")
+        is_float = tensor.dtype in FLOATS or name.endswith(COUNTER)
+        if not is_float or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"tensor {name} is not a dense floating-point tensor")
+        # An expanded tensor would grow to any size when it is copied.
+        if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.isfinite().all():
+            raise ValueError(f"tensor {name} has values that are not finite, or fewer than its shape")
 
 
 def loading_fault(error: RuntimeError) -> str:
@@ -219,13 +226,12 @@ class PrimaryEmbedding(NamedTuple):
         """Read ``representation`` and ``pooling`` from a mapping; others may be there too.
 
         Raises:
-            ValueError: One is missing or unknown.
+            LookupError, TypeError, ValueError: One is missing or unknown.
         """
-        fields = fields if isinstance(fields, Mapping) else {}
-        representation, pooling = fields.get("representation"), fields.get("pooling")
-        if representation not in get_args(Representation) or pooling not in get_args(Pooling):
-            raise ValueError(f"no embedding has representation {representation!r:.50} and pooling {pooling!r:.50}")
-        return cls(representation, pooling)
+        found = cls(fields["representation"], fields["pooling"])
+        if found.representation not in get_args(Representation) or found.pooling not in get_args(Pooling):
+            raise ValueError("it names no embedding by representation and pooling")
+        return found
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
@@ -263,38 +269,26 @@ def choose_embedding(
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling="mean_patches")
     origin = "the primary embedding of the model's run" if stored else "the default, since the file has no run's record"
-    if pooling and representation:
-        origin = "as asked"
-    elif pooling or representation:
-        origin += f", but {'pooling' if pooling else 'representation'} as asked"
     chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
-    return ChosenEmbedding(chosen, origin)
+    return ChosenEmbedding(chosen, "as asked" if pooling or representation else origin)
 
 
 def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding | None:
     """Return the primary embedding in the record of a model's run; ``None`` without a record that names one."""
-    config = provenance.get("config")
-    retrieval = config.get("retrieval") if isinstance(config, Mapping) else None
-    for fields in (retrieval, provenance.get("model")):  # of a distillation, of a fine-tuning run
-        try:
-            return PrimaryEmbedding.parse(fields)
-        except ValueError:
-            continue
+    for section in (lambda: provenance["config"]["retrieval"], lambda: provenance["model"]):  # of a fine-tuning run
+        with suppress(LookupError, TypeError, ValueError):
+            return PrimaryEmbedding.parse(section())
     return None
 
 
 def build_encoder(config: StoredEncoderConfig) -> Encoder:
     """Build an encoder of any kind, frozen, to load a state dict into."""
-    return encoder_class(config)(config).freeze()
-
-
-def encoder_class(config: StoredEncoderConfig) -> type[Any]:
-    """Return the class of an encoder."""
     if isinstance(config, ImageEncoderConfig):
-        return ImageEncoder
-    from d2v_composer.models.timm_teacher import TimmEncoder  # timm takes seconds to import
+        return ImageEncoder(config).freeze()
+    with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
+        from d2v_composer.models.timm_teacher import TimmEncoder  # timm takes seconds to import
 
-    return TimmEncoder
+    return TimmEncoder(config).freeze()
 
 
 def sizes_of(student: Student) -> dict[str, Any]:
@@ -303,46 +297,22 @@ def sizes_of(student: Student) -> dict[str, Any]:
     return {"encoder": asdict(encoder), "student": asdict(student.config)}
 
 
-def add_outputs(config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> StoredEncoderConfig:
-    """Return the config of a timm encoder with what it computes, for its readers; others as they are.
-
-    Args:
-        config: The encoder's.
-        tensors: Its state dict.
-    """
-    if not isinstance(config, TimmEncoderConfig) or config.outputs:
-        return config
-    from timm import __version__ as now
-
-    return dataclasses.replace(config, timm=now, outputs=_compute_outputs(config, tensors))
-
-
-def _compute_outputs(config: TimmEncoderConfig, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
-    """Return a few numbers of what an encoder with these tensors computes on a CPU in float32."""
-    with torch.device("cpu"):
-        encoder: Any = build_encoder(config).float()
-        encoder.load_state_dict(tensors)
-        return encoder.sample_outputs()
-
-
-def _check_outputs(source: Any, config: StoredEncoderConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Check that a timm encoder computes what it did at its export, if that was with another version of timm.
+def check_outputs(source: Any, encoder: Encoder) -> None:
+    """Check that a timm encoder from a file computes what it did at its export: timm's version may differ.
 
     Raises:
         InputError: It computes something else.
     """
+    config = encoder.config
     if not isinstance(config, TimmEncoderConfig) or not config.outputs:
         return
-    from timm import __version__ as now
-
-    if config.timm == now:
-        return
-    expected, found = torch.tensor(config.outputs), torch.tensor(_compute_outputs(config, tensors))
-    if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
-        raise InputError(
-            f"{source}: timm {now} computes something else for {config.model} than timm {config.timm}, with which it "
-            f"was exported: pip install timm=={config.timm}"
-        )
+    with reading(source):
+        expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
+        if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
+            raise ValueError(
+                f"the installed timm computes something else for {config.model} than timm {config.timm!r:.30}, with "
+                "which it was exported: install that version"
+            )
 
 
 def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
@@ -358,11 +328,9 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
         raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file of d2v export")
-    try:
+    with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
-        return sizes, PrimaryEmbedding.parse(sizes.get("primary"))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source}: tensor {CONFIG_TENSOR}: unusable sizes ({reason(error)[:200]})") from error
+        return sizes, PrimaryEmbedding.parse(sizes["primary"])
 
 
 def check_student(
@@ -376,19 +344,10 @@ def check_student(
         tensors: Name → tensor of the file.
 
     Raises:
-        InputError: A size is unusable, a tensor as in :func:`check_fits`; or this version of timm computes something
-            else.
+        InputError: As in :func:`check_fits`.
     """
-    try:
+    with reading(source):
         config_class: type[Any] = TimmEncoderConfig if "model" in sizes["encoder"] else ImageEncoderConfig
-        encoder_config = read_config(config_class, sizes["encoder"])
-        student_config = read_config(StudentConfig, sizes["student"])
-        kind = encoder_class(encoder_config)  # imports torch._dynamo, which fails on the meta device
-        check_fits(source, lambda: Student(kind(encoder_config), student_config), tensors)
-    except InputError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{source}: unusable sizes ({reason(error)[:200]})") from error
-    encoder = {name.removeprefix("encoder."): each for name, each in tensors.items() if name.startswith("encoder.")}
-    _check_outputs(source, encoder_config, encoder)
-    return encoder_config, student_config
+        configs = read_config(config_class, sizes["encoder"]), read_config(StudentConfig, sizes["student"])
+    check_fits(source, lambda: Student(build_encoder(configs[0]), configs[1]), tensors)
+    return configs

@@ -41,7 +41,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
 NESTED = ("state_dict_ema", "model_ema", "model", "state_dict", "module", "teacher", "encoder")
 # What they put before the names: DDP, torch.compile, and DINO beside its heads.
-WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+WRAPPERS = re.compile(r"^(module\.)?(_orig_mod\.)?(backbone\.)?")
 # Parts of timm's models after the final norm: no teacher needs them.
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
@@ -76,36 +76,25 @@ def load_timm_teacher(
         config = teacher_config(model, built, first_blocks)
     except ValueError as error:
         raise InputError(SIZE.sub(lambda name: option(name[0]), str(error))) from error
-    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
+    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAttributeAccessIssue]: timm sets it
     file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
-    source = f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path)
+    stored = read_state_dict(file)
     materialize(built)
-    converted = to_timm(file, built, model, read_state_dict(file))
-    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(HEADS)}
-    check_numbers(file, {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)})
     try:
-        missing, unknown = built.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
-    if missing := [name for name in missing if not name.startswith(HEADS)]:
-        raise InputError(f"{file}: not weights of {model}: tensor {missing[0]} is missing")
-    if foreign := [name for name in unknown if name.startswith(TRUNK)]:
-        raise InputError(f"{file}: not weights of {model}: it has no tensor {foreign[0]}")
+        load_weights(built, model, stored)
+    except Exception as error:
+        said = loading_fault(error) if isinstance(error, RuntimeError) else reason(error)
+        raise InputError(f"{file}: not weights of {model}: {said[:300]}") from error
+    licence = pretrained.get("license") or "not stated by timm"
     provenance = {
         "model": model,
         "tag": pretrained.get("tag") if path is None else None,
         "timm": timm.__version__,
-        "source": source,
+        "source": f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path),
         "sha256": sha256(file),
-        "licence": licence_of(pretrained, is_pretrained=path is None),
+        "licence": licence if path is None else f"the file's; timm states for its own: {licence}",
     }
     return TimmTeacher(built, config, provenance)
-
-
-def licence_of(pretrained: Mapping[str, Any], is_pretrained: bool) -> str:
-    """Return the licence that timm states for its pretrained weights; another file may have another one."""
-    stated = pretrained.get("license") or "not stated by timm"
-    return stated if is_pretrained else f"of the file; timm states for its own weights of this model: {stated}"
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable[[str], str]) -> Path:
@@ -120,17 +109,15 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable
     if not repository:
         raise InputError(f"{model}: timm has no pretrained weights on the hub: give {option('checkpoint')}, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
-    problem = f"none of {', '.join(names)}"
+    problem = ""
     for from_cache, name in product((True, False), names):
         try:
             return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=from_cache))
-        except EntryNotFoundError as error:
-            if not from_cache and isinstance(error, LocalEntryNotFoundError):
-                problem = f"the hub cannot be reached ({reason(error)[:200]})"
-                break  # each attempt takes half a minute
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
-            break
+            is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if not (from_cache or is_missing):
+                break  # each attempt to reach the hub takes half a minute
     raise InputError(
         f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
         f"them once with network access, or give {option('checkpoint')}, a file"
@@ -156,41 +143,32 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
-def to_timm(file: Path, built: Any, model: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply timm's filter: the model's names, and positions resampled to its grid.
+def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
+    """Load a file's tensors through timm's filter: the model's names, and positions resampled to its grid.
 
     Raises:
-        InputError: These are not weights of such a model.
+        Exception: These are not weights of such a model.
     """
-    named: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if (bare := unwrapped(name)) in named:
-            raise InputError(f"{file}: holds {bare} twice, the second one as {name}: keep one of both models")
-        named[bare] = tensor
-    built_patch = built.patch_embed.proj
-    if isinstance(built_patch, nn.Conv2d):  # timm would resample patches of another size
-        size = built_patch.weight.numel()
-        kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
-        if not any(each.numel() == size for each in kernels):
-            kernel = " x ".join(map(str, built_patch.kernel_size))
-            raise InputError(f"{file}: not weights of {model}: it has no patches of {kernel} pixels in its width")
+    named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
+    if len(named) < len(stored):
+        raise ValueError("it holds two models whose names differ in what is before them, such as module.: keep one")
+    patch = built.patch_embed.proj
+    kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
+    if isinstance(patch, nn.Conv2d) and not any(each.numel() == patch.weight.numel() for each in kernels):
+        size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
+        raise ValueError(f"it has no patches of {size} pixels in its width")
     biases = [name for name, each in named.items() if name.endswith(BIASES[0]) and each.any()]
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
-            warnings.simplefilter("ignore")  # about the speed of timm's resampling
-            tensors = checkpoint_filter(built, model)(named, built)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: not weights of {model} ({reason(error)[:200]})") from error
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
+        warnings.simplefilter("ignore")  # about the speed of timm's resampling
+        tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
-        raise InputError(f"{file}: not weights of {model}, which has no {biases[0]}; timm has names ending in _qkvb")
-    return tensors
-
-
-def unwrapped(name: str) -> str:
-    """Return a tensor's name without what training programs put before it."""
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
+        raise ValueError(f"the model has no {biases[0]}; timm has names ending in _qkvb")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+    check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)})
+    missing, unknown = built.load_state_dict(tensors, strict=False)
+    wrong = [name for name in missing if not name.startswith(HEADS)]
+    if wrong or (wrong := [name for name in unknown if name.startswith(TRUNK)]):
+        raise ValueError(f"tensor {wrong[0]} is {'missing' if wrong[0] in missing else 'unknown'}")
 
 
 def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]]:

@@ -5,8 +5,9 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from reprlib import repr as short
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,9 @@ from torch import Tensor, nn
 from d2v_composer.models.attention import Block, FfnBlock
 from d2v_composer.models.encoder import (
     MAX_DEPTH,
-    MAX_PATCHES,
     MAX_WIDTH,
     Encoder,
     build_alibi,
-    check_mlp_ratio,
     check_number,
     check_pixel_statistics,
     check_whole,
@@ -56,29 +55,26 @@ class ImageEncoderConfig:
     image_std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_heads", "image_size", "patch_size", "in_chans"):
-            check_whole(name, getattr(self, name), 1, MAX_WIDTH)
-        check_whole("num_extra_tokens", self.num_extra_tokens, 0, MAX_WIDTH)
+        # A strict load of the tensors finds all other wrong sizes.
+        check_whole("num_heads", self.num_heads, 1, MAX_WIDTH)
         check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
         check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
-        check_mlp_ratio(self.mlp_ratio, self.embed_dim)
         check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
+            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {short(self.embed_dim)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
-        check_whole("number of patches", self.num_patches, 1, MAX_PATCHES)
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
-        self.check_alibi_scale(range(self.prenet_depth, 2 * MAX_DEPTH + 1))
-
-    def check_alibi_scale(self, num_layers: Iterable[int]) -> None:
-        """Raise ValueError unless ALiBi's scale fits a model of one of these numbers of layers."""
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
-        allowed = [(layers, 1, per_head, 1, 1) for layers in (1, *num_layers) for per_head in {1, heads} - {0}]
-        if shape is not None and not (heads and shape in allowed and all(type(size) is int for size in shape)):
-            raise ValueError(
-                f"alibi_scale_shape must be (layers or 1, 1, {heads} or 1, 1, 1), null without ALiBi, got {shape!r}"
-            )
+        layers = self.allowed_layers
+        if shape is not None and (not heads or shape not in [(n, 1, h, 1, 1) for n in layers for h in (1, heads)]):
+            expected = f"({layers[-1]} or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+            raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
+
+    @property
+    def allowed_layers(self) -> Sequence[int]:
+        """Layers that ALiBi's scale may have: those of this encoder, and any of a teacher after it."""
+        return 1, *range(max(1, self.prenet_depth), self.prenet_depth + MAX_DEPTH + 1)
 
     @property
     def has_cls_token(self) -> bool:
@@ -168,7 +164,10 @@ class Data2Vec2Config(ImageEncoderConfig):
         super().__post_init__()
         check_whole("depth", self.depth, 1, MAX_DEPTH)
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
-        self.check_alibi_scale([self.prenet_depth + self.depth])
+
+    @property
+    def allowed_layers(self) -> Sequence[int]:
+        return 1, self.prenet_depth + self.depth
 
     def encoder_config(self) -> ImageEncoderConfig:
         """Return the sizes of the modality encoder alone."""

@@ -5,6 +5,7 @@ Shapes: B images, S pixels per side (or height and width), E extra tokens, N pat
 
 import re
 from abc import abstractmethod
+from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any, Protocol, get_args
 
 import torch
@@ -26,19 +27,19 @@ MAX_PATCHES = 1 << 14
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
     """Raise ValueError, with the name of the size, unless it is a whole number within the range."""
     if type(value) is not int or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
     """Raise ValueError, with the name of the size, unless it is a number within the range."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {value!r}")
+        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
     if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
 def check_mlp_ratio(mlp_ratio: Any, embed_dim: int) -> None:
@@ -50,7 +51,7 @@ def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> No
     """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
     for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
         if not isinstance(values, tuple) or len(values) != in_chans:
-            raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {values!r}")
+            raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {short(values)}")
         for value in values:
             check_number(name, value, minimum, 1.0)
 
@@ -70,7 +71,7 @@ def parse_image_size(image_size: Any) -> ImageSize:
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
         shape = tuple(map(int, image_size.split("x")))
     if len(shape) not in (1, 2):
-        raise ValueError(f"image_size must be a whole number, or height and width, got {image_size!r}")
+        raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
     for size in shape:
         check_whole("image_size", size, 1, MAX_WIDTH)
     return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])

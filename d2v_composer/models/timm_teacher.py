@@ -226,11 +226,11 @@ class TimmEncoder(Encoder):
         return self.contexts(x_BTD)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers that this encoder, on a CPU and in float32, computes from a fixed image."""
+        """Return a few numbers that a copy of this encoder, on a CPU in float32, computes from a fixed image."""
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):
-            output = self(image).flatten()
+            output = deepcopy(self).cpu().float()(image).flatten()
         return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())
 
 

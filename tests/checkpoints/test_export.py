@@ -98,19 +98,6 @@ def test_timm(exported: Path, images: Tensor) -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
-def test_timms_switch_for_activation_checkpointing(exported: Path, images: Tensor) -> None:
-    """Each block is computed again in the backward pass, once, until it is switched off."""
-    model = create("d2v2_student", checkpoint_path=str(exported))
-    calls: list[Any] = []
-    model.block_list[-1].attn.register_forward_hook(lambda *arguments: calls.append(arguments))
-    for settings, expected in (((True,), 2), ((True, True), 2), ((True, False), 1)):
-        for enable in settings:
-            model.set_grad_checkpointing(enable)
-        calls.clear()
-        model(images).sum().backward()
-        assert len(calls) == expected
-
-
 def test_timm_without_a_file_is_the_papers_student() -> None:
     model = create("d2v2_student", num_classes=10)
     assert sum(parameter.numel() for parameter in model.blocks.parameters()) == 29_537_280
@@ -148,13 +135,9 @@ def test_the_embedding_is_the_primary_unless_asked_otherwise(exported: Path) -> 
         return str(choose_embedding(student, provenance, pooling, representation))
 
     assert chosen(student.provenance) == "layer_mean_cls (the primary embedding of the model's run)"
-    assert chosen(student.provenance, "mean").startswith(
-        "layer_mean_mean (the primary embedding of the model's run, but poo"
-    )
-    assert chosen(student.provenance, "mean", "output") == "output_mean (as asked)"
-    default = "output_cls (the default, since the file has no run's record)"
+    assert chosen(student.provenance, "mean") == "layer_mean_mean (as asked)"
     for provenance in ({}, {"config": 3}, {"config": {"retrieval": {"representation": [], "pooling": "cls"}}}):
-        assert chosen(provenance) == default
+        assert chosen(provenance) == "output_cls (the default, since the file has no run's record)"
 
 
 def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
@@ -163,13 +146,9 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != "config_json"}, old)
     with pytest.raises(InputError, match="no tensor config_json: not a file of d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
-    tensors["config_json"] = torch.tensor(list(b'{"encoder": {"embed_dim": 1e9}, "student": {}}'), dtype=torch.uint8)
-    save_file(tensors, old)
-    with pytest.raises(InputError, match="config_json: unusable sizes"):
-        timm.create_model("d2v2_student", checkpoint_path=str(old))
     with pytest.raises(ValueError, match="global_pool must be token, avg or mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
-    with pytest.raises(ValueError, match="representation must be output or layer_mean, got 'max'"):
+    with pytest.raises(ValueError, match="representation must be one of output, layer_mean, got 'max'"):
         timm.create_model("d2v2_student", representation="max")
 
 
@@ -229,30 +208,8 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
-def test_exported_files_have_the_permissions_of_any_file(
-    exported: Path, tmp_path: Path, export: Export, suffix: str
-) -> None:
-    before = os.umask(0o027)
-    try:
-        export(exported, tmp_path / f"student.{suffix}")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / f"student.{suffix}").stat().st_mode) == 0o640
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
-def test_a_file_is_replaced_only_if_asked(exported: Path, tmp_path: Path, export: Export, suffix: str) -> None:
-    out = tmp_path / f"student.{suffix}"
-    out.write_text("mine")
-    with pytest.raises(InputError, match=rf"student\.{suffix}: exists already: choose another file, or append --overw"):
-        export(exported, out)
-    assert out.read_text() == "mine"
-    export(exported, out, "--overwrite")
-    assert out.stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
-def test_a_full_disk_is_one_line(exported: Path, tmp_path: Path, export: Export, suffix: str) -> None:
+def test_the_file_is_whole_or_as_before(exported: Path, tmp_path: Path, export: Export, suffix: str) -> None:
+    """It has the permissions of any file, replaces another only if asked, and a full disk leaves nothing."""
     out = tmp_path / f"student.{suffix}"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -262,3 +219,14 @@ def test_a_full_disk_is_one_line(exported: Path, tmp_path: Path, export: Export,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+    out.write_text("mine")
+    with pytest.raises(InputError, match=rf"student\.{suffix}: exists already: choose another file, or append --overw"):
+        export(exported, out)
+    assert out.read_text() == "mine"
+    before = os.umask(0o027)
+    try:
+        export(exported, out, "--overwrite")
+    finally:
+        os.umask(before)
+    assert out.stat().st_size > 10_000
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640

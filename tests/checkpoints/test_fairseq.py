@@ -182,39 +182,6 @@ def test_a_teacher_is_frozen_float32_and_in_eval_mode(tmp_path: Path) -> None:
     assert torch.equal(teacher.get_parameter(QKV), halves[QKV].float())
 
 
-def test_missing_sizes_are_data2vecs_defaults(tmp_path: Path) -> None:
-    """Tensors of data2vec's default sizes, of one number each, beside a ``cfg`` that says the depth alone."""
-    dim = 768
-    block = {
-        "norm1.weight": (dim,),
-        "norm1.bias": (dim,),
-        "attn.qkv.weight": (3 * dim, dim),
-        "attn.qkv.bias": (3 * dim,),
-        "attn.proj.weight": (dim, dim),
-        "attn.proj.bias": (dim,),
-        "norm2.weight": (dim,),
-        "norm2.bias": (dim,),
-        "mlp.fc1.weight": (4 * dim, dim),
-        "mlp.fc1.bias": (4 * dim,),
-        "mlp.fc2.weight": (dim, 4 * dim),
-        "mlp.fc2.bias": (dim,),
-    }
-    shapes = {
-        f"{IMAGE}local_encoder.proj.weight": (dim, 3, 16, 16),
-        f"{IMAGE}local_encoder.proj.bias": (dim,),
-        f"{IMAGE}fixed_positional_encoder.positions": (1, 196, dim),
-        f"{IMAGE}context_encoder.norm.weight": (dim,),
-        f"{IMAGE}context_encoder.norm.bias": (dim,),
-        **{f"{IMAGE}context_encoder.blocks.{i}.{name}": shape for i in range(4) for name, shape in block.items()},
-        **{f"blocks.0.{name}": shape for name, shape in block.items()},
-    }
-    tensors = {name: torch.full(shape, 0.01, dtype=torch.float16) for name, shape in shapes.items()}
-    config = load_teacher(save({"cfg": {"model": {"depth": 1}}, "model": tensors}, tmp_path)).config
-    assert (config.embed_dim, config.num_heads, config.mlp_ratio, config.norm_eps) == (768, 12, 4.0, 1e-6)
-    assert (config.prenet_depth, config.num_extra_tokens, config.num_alibi_heads) == (4, 0, 0)
-    assert (config.image_size, config.patch_size, config.in_chans) == (224, 16, 3)
-
-
 def test_missing_fields_of_alibi_are_data2vecs_defaults(tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     for name in ("alibi_dims", "alibi_distance", "alibi_scale", "num_alibi_heads", "in_chans"):
@@ -225,8 +192,7 @@ def test_missing_fields_of_alibi_are_data2vecs_defaults(tmp_path: Path) -> None:
         assert torch.equal(ours, whole)
 
 
-@pytest.mark.parametrize("num_extra_tokens", [0, 1, 4])
-@pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
+@pytest.mark.parametrize(("name", "num_extra_tokens"), [("tiny_base", 0), ("tiny_alibi", 4), ("tiny_topk_noprenet", 1)])
 def test_any_number_of_extra_tokens(name: str, num_extra_tokens: int, tmp_path: Path) -> None:
     checkpoint = read(name)
     image_cfg(checkpoint)["num_extra_tokens"] = num_extra_tokens
@@ -239,45 +205,26 @@ def test_any_number_of_extra_tokens(name: str, num_extra_tokens: int, tmp_path: 
 # ALiBi.
 
 
-@pytest.mark.parametrize("num_alibi_heads", [12, 5])
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_alibi_scales_per_layer_and_head(per_layer: bool, per_head: bool, num_alibi_heads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_layers", "num_heads", "num_alibi_heads"), [(5, 12, 12), (5, 1, 5), (1, 5, 5), (1, 1, 12)]
+)
+def test_alibi_scales_per_layer_and_head(num_layers: int, num_heads: int, num_alibi_heads: int, tmp_path: Path) -> None:
+    """A negative one counts as 0."""
     checkpoint = read("tiny_alibi")
     image_cfg(checkpoint)["num_alibi_heads"] = num_alibi_heads
-    scale = torch.rand(5 if per_layer else 1, 1, num_alibi_heads if per_head else 1, 1, 1) + 0.5
+    scale = torch.randn(num_layers, 1, num_heads, 1, 1, generator=torch.Generator().manual_seed(1)) + 0.5
     checkpoint["model"][SCALE] = scale
     assert_computes_what_the_spec_says(checkpoint, tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 12, 1, 1), (1, 1, 1, 1, 1)])
-def test_a_negative_alibi_scale_counts_as_0(shape: tuple[int, ...], tmp_path: Path) -> None:
-    checkpoint = read("tiny_alibi")
-    checkpoint["model"][SCALE] = torch.full(shape, -3.0)
-    outputs = run_teacher(save(checkpoint, tmp_path))
-    image_cfg(checkpoint)["use_alibi_encoder"] = False
-    del checkpoint["model"][SCALE]
-    without = run_teacher(save(checkpoint, tmp_path))
-    with_alibi = run_teacher(GOLDEN / "tiny_alibi.pt")
-    for ours, plain, biased in zip(outputs, without, with_alibi, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=TOLERANCE)
-        assert (ours - biased).abs().max() > 100 * TOLERANCE
-
-
-def test_negative_alibi_scales_among_others(tmp_path: Path) -> None:
-    checkpoint = read("tiny_alibi")
-    checkpoint["model"][SCALE] = torch.randn(5, 1, 12, 1, 1, generator=torch.Generator().manual_seed(0))
-    assert_computes_what_the_spec_says(checkpoint, tmp_path)
-
-
-@pytest.mark.parametrize("shape", [(4, 1, 12, 1, 1), (5, 1, 11, 1, 1), (5, 12), (5, 1, 12, 17, 1)])
+@pytest.mark.parametrize("shape", [(4, 1, 12, 1, 1), (5, 1, 11, 1, 1), (5, 12)])
 def test_another_shape_of_alibi_scale_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     checkpoint["model"][SCALE] = torch.ones(shape)
-    message = refusal(save(checkpoint, tmp_path))
-    assert SCALE in message
-    assert str(shape) in message
-    assert "(5 or 1, 1, 12 or 1, 1, 1)" in message
+    expected = f"alibi_scale_shape must be (5 or 1, 1, 12 or 1, 1, 1), null without ALiBi, got {shape}"
+    assert expected in refusal(save(checkpoint, tmp_path))
+    del checkpoint["model"][SCALE]
+    assert f"ALiBi is on, but tensor {SCALE} is missing" in refusal(save(checkpoint, tmp_path))
 
 
 # Which weights.
@@ -382,14 +329,13 @@ def with_enums(cfg: dict[str, Any], foreign: Any) -> Any:
         with_enums,
     ],
 )
-@pytest.mark.parametrize("new_format", [True, False])
 def test_sizes_are_read_from_missing_classes(
-    wrap: Callable[..., Any], new_format: bool, foreign: types.ModuleType, tmp_path: Path
+    wrap: Callable[..., Any], foreign: types.ModuleType, tmp_path: Path
 ) -> None:
     checkpoint = read("tiny_alibi")
     checkpoint["cfg"] = wrap(checkpoint["cfg"], foreign)
-    path = tmp_path / "teacher.pt"
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=new_format)
+    checkpoint["model"] = defaultdict(list, checkpoint["model"])
+    path = save(checkpoint, tmp_path)
     forget(foreign)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
@@ -398,84 +344,41 @@ def test_sizes_are_read_from_missing_classes(
         assert torch.equal(ours, plain)
 
 
-def test_tensors_are_read_from_a_dict_subclass(tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["model"] = defaultdict(list, checkpoint["model"])
-    for ours, plain in zip(run_teacher(save(checkpoint, tmp_path)), run_teacher(GOLDEN / "tiny_base.pt"), strict=True):
-        assert torch.equal(ours, plain)
-
-
-def test_a_newer_pickle_protocol_is_refused(tmp_path: Path) -> None:
-    torch.save(read(), tmp_path / "teacher.pt", pickle_protocol=4)
-    assert "torch.save writes protocol 2" in refusal(tmp_path / "teacher.pt")
-
-
 # Tensors that do not fit the sizes.
 
 
-def ours(name: str) -> str:
-    return name.replace(IMAGE, "encoder.")
-
-
 NEEDED = [QKV, f"{IMAGE}context_encoder.norm.weight", f"{IMAGE}extra_tokens", f"{IMAGE}local_encoder.proj.weight"]
-
-
-@pytest.mark.parametrize("weights", ["model", "ema"])
-@pytest.mark.parametrize("name", NEEDED)
-def test_a_missing_tensor_is_refused(name: str, weights: Any, tmp_path: Path) -> None:
-    checkpoint = read()
-    del (checkpoint["model"] if weights == "model" else checkpoint["model"]["_ema"])[name]
-    path = save(checkpoint, tmp_path)
-    with pytest.raises(InputError, match=rf'Missing key\(s\) in state_dict: "{ours(name)}"'):
-        load_teacher(path, weights)
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "size mismatch for {}: ": lambda tensor: torch.cat([tensor, tensor]),
+    "tensor {} has values that are not finite": lambda tensor: tensor / 0,
+    "tensor {} is not a dense floating-point tensor": lambda tensor: tensor.to_sparse(),
+    "{} is not a dense": lambda tensor: tensor.to("meta"),
+    "tensor {} is not": lambda tensor: torch.complex(tensor, tensor),
+    "or fewer than its shape": lambda tensor: tensor.flatten()[:1].expand(tensor.shape),
+}
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_misshapen_tensor_is_refused(name: str, tmp_path: Path) -> None:
-    checkpoint = read()
-    right = checkpoint["model"][name]
-    checkpoint["model"][name] = torch.cat([right, right])
-    message = refusal(save(checkpoint, tmp_path))
-    assert f"size mismatch for {ours(name)}: " in message
-    assert str([*right.shape]) in message
-    assert str([2 * right.shape[0], *right.shape[1:]]) in message
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", NEEDED)
-def test_a_tensor_that_is_not_finite_is_refused(name: str, value: float, tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["model"][name].view(-1)[-1] = value
-    message = refusal(save(checkpoint, tmp_path))
-    assert f"tensor {ours(name)} has values that are not finite" in message
+def test_a_missing_tensor_or_a_wrong_one_is_refused(name: str, tmp_path: Path) -> None:
+    checkpoint, ours = read(), name.replace(IMAGE, "encoder.")
+    right = checkpoint["model"].pop(name)
+    assert f'Missing key(s) in state_dict: "{ours}"' in refusal(save(checkpoint, tmp_path))
+    for message, change in WRONG.items():
+        checkpoint["model"][name] = change(right)
+        assert message.format(ours) in refusal(save(checkpoint, tmp_path))
+    checkpoint["model"][name] = right
+    del checkpoint["model"]["_ema"][name]
+    with pytest.raises(InputError, match="Missing key"):
+        load_teacher(save(checkpoint, tmp_path), "ema")
 
 
 @pytest.mark.parametrize("name", ["blocks.3.norm1.weight", f"{IMAGE}context_encoder.blocks.2.mlp.fc1.bias", "surprise"])
 def test_an_unknown_tensor_is_refused(name: str, tmp_path: Path) -> None:
     checkpoint = read()
-    checkpoint["model"][name] = torch.ones(7, 3)
-    message = refusal(save(checkpoint, tmp_path))
-    assert f'Unexpected key(s) in state_dict: "{ours(name)}"' in message
-
-
-UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "sparse": lambda tensor: tensor.to_sparse(),
-    "meta": lambda tensor: tensor.to("meta"),
-    "complex": lambda tensor: torch.complex(tensor, tensor),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_a_tensor_that_is_not_dense_is_refused(kind: str, tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["model"][QKV] = UNUSUAL[kind](checkpoint["model"][QKV])
-    assert QKV in refusal(save(checkpoint, tmp_path))
-
-
-def test_a_tensor_of_terabytes_is_refused(tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["model"]["surprise"] = torch.ones(1, dtype=torch.float16).expand(1 << 44)
-    assert "surprise" in refusal(save(checkpoint, tmp_path))
+    checkpoint["model"][name] = torch.ones(1, dtype=torch.float16).expand(1 << 44)
+    assert f'Unexpected key(s) in state_dict: "{name.replace(IMAGE, "encoder.")}"' in refusal(
+        save(checkpoint, tmp_path)
+    )
 
 
 # Impossible sizes.
@@ -485,22 +388,14 @@ def test_a_tensor_of_terabytes_is_refused(tmp_path: Path) -> None:
     ("section", "name", "value"),
     [
         ("model", "num_heads", 7),
-        ("model", "embed_dim", 0),
         ("model", "embed_dim", 6 * 10**18),
         ("model", "depth", "three"),
         ("model", "depth", 2.5),
-        ("model", "depth", float("inf")),
         ("model", "depth", 10**9),
-        ("model", "depth", -1),
-        ("model", "depth", [3]),
-        ("model", "mlp_ratio", -1.0),
         ("model", "mlp_ratio", 0.0),
         ("model", "mlp_ratio", float("inf")),
-        ("model", "mlp_ratio", float("nan")),
         ("model", "norm_eps", float("nan")),
-        ("model", "norm_eps", -1.0),
         ("model", "average_top_k_layers", 0),
-        ("image", "prenet_depth", 10**9),
         ("image", "patch_size", 5),
         ("image", "input_size", 8 * 10**10),
         ("image", "num_extra_tokens", True),
@@ -520,24 +415,14 @@ def shared_lists(depth: int) -> list[Any]:
     return nested
 
 
-def test_a_cfg_with_shared_parts_is_read(tmp_path: Path) -> None:
+def test_a_cfg_of_any_form_is_read(tmp_path: Path) -> None:
+    """With shared parts, itself, and keys that are not strings."""
     checkpoint = read()
-    checkpoint["cfg"]["shared"] = shared_lists(60)
+    sizes = checkpoint["cfg"]["model"]
+    sizes |= {"shared": shared_lists(60), "parent": checkpoint["cfg"], "by_size": {(224, 224): 1, 3: 2, None: 3}}
     path = save(checkpoint, tmp_path)
     with time_limit(20):
         assert load_teacher(path).config == load_teacher(GOLDEN / "tiny_base.pt").config
-
-
-def test_a_recursive_cfg_is_read(tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["cfg"]["model"]["parent"] = checkpoint["cfg"]
-    assert load_teacher(save(checkpoint, tmp_path)).config == load_teacher(GOLDEN / "tiny_base.pt").config
-
-
-def test_a_cfg_with_other_keys_than_strings_is_read(tmp_path: Path) -> None:
-    checkpoint = read()
-    checkpoint["cfg"]["model"]["by_size"] = {(224, 224): 1, 3: 2, None: 3}
-    assert load_teacher(save(checkpoint, tmp_path)).config == load_teacher(GOLDEN / "tiny_base.pt").config
 
 
 # Other kinds of checkpoints.
@@ -553,12 +438,6 @@ def fine_tuned() -> Checkpoint:
     checkpoint = read()
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items() if name != "_ema"}
     return checkpoint | {"model": {**tensors, "head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}}
-
-
-def with_head() -> Checkpoint:
-    checkpoint = read()
-    checkpoint["model"]["fc_norm.weight"] = torch.ones(48)
-    return checkpoint
 
 
 def pre_norm() -> Checkpoint:
@@ -579,11 +458,10 @@ def one_dimensional_alibi() -> Checkpoint:
         (renamed("TEXT"), "text"),
         (renamed("AUDIO"), "audio"),
         (fine_tuned(), "fine-tuned"),
-        (with_head(), "fine-tuned"),
         (pre_norm(), "pre-norm"),
         (one_dimensional_alibi(), "ALiBi"),
     ],
-    ids=["text", "audio", "fine_tuned", "head", "pre_norm", "alibi_dims"],
+    ids=["text", "audio", "fine_tuned", "pre_norm", "alibi_dims"],
 )
 def test_unsupported_kinds_are_refused_with_the_reason(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
     message = refusal(save(copy.deepcopy(checkpoint), tmp_path))
@@ -596,10 +474,7 @@ def test_unsupported_kinds_are_refused_with_the_reason(checkpoint: Checkpoint, k
     [
         [1, 2],
         torch.ones(3),
-        {},
         {"model": []},
-        {"model": {}},
-        {"model": {}, "cfg": None},
         {"model": {}, "cfg": {"model": 3}},
         {"model": {}, "cfg": {"model": {}}},
         {"model": {"weight": torch.ones(2)}, "cfg": {"model": {}}},
@@ -612,7 +487,7 @@ def test_other_pytorch_files_are_refused(checkpoint: Any, tmp_path: Path) -> Non
 # Corrupt and missing files.
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.001, 0.1, 0.5, 0.9, 0.99, 0.99999])
+@pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.1, 0.99, 0.99999])
 @pytest.mark.parametrize("new_format", [True, False])
 def test_a_truncated_file_is_refused(fraction: float, new_format: bool, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"

@@ -4,8 +4,7 @@ import hashlib
 import http.server
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import student_file
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
-from d2v_composer.commands import convert_teacher as convert_teacher_recipe
-from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.commands import convert_teacher as convert_command
 from d2v_composer.models.student import Student
-from d2v_composer.system import command_line, processes
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError, RunError
 from helpers import GOLDEN, refused_by, serving
 
@@ -46,18 +44,13 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metada
     return path
 
 
-def targets(teacher: Data2Vec2) -> torch.Tensor:
+def targets(teacher: Teacher) -> torch.Tensor:
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return teacher.targets(teacher.encode(images))
 
 
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def convert_command(*argv: str | Path) -> Any:
-    """Call ``d2v convert-teacher`` in this process."""
-    return convert_teacher_recipe.main([str(part) for part in argv])
 
 
 @pytest.fixture
@@ -77,8 +70,7 @@ def exported(tmp_path: Path) -> Path:
 # Converting.
 
 
-@pytest.mark.parametrize("weights", ["model", "ema"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "weights"), [("tiny_base", "model"), ("tiny_alibi", "ema"), (NAMES[2], "model")])
 def test_a_converted_teacher_is_the_same_bit_for_bit(name: str, weights: Any, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "teacher.safetensors"
     conversion = convert_teacher(golden(name), path, weights)
@@ -86,6 +78,9 @@ def test_a_converted_teacher_is_the_same_bit_for_bit(name: str, weights: Any, tm
     assert teacher.config == original.config == conversion.config
     assert torch.equal(targets(teacher), targets(original))
     assert files_in(path.parent) == [path.name]
+    other: Any = "ema" if weights == "model" else "model"
+    with pytest.raises(InputError, match=f"--weights {weights}, and holds no {other} weights"):
+        load_teacher(path, other)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.2)])
@@ -96,47 +91,26 @@ def test_a_teacher_stored_in_16_bits_is_float32_and_close(dtype: torch.dtype, to
     teacher, original = load_teacher(path), load_teacher(golden())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     torch.testing.assert_close(targets(teacher), targets(original), rtol=0, atol=tolerance)
-    assert path.stat().st_size < 0.6 * 4 * sum(parameter.numel() for parameter in original.parameters())
 
 
-def test_metadata_name_the_source(tmp_path: Path) -> None:
+def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "teacher.safetensors"
-    convert_command(golden(), path, "--weights", "ema", "--licence", "none, random numbers")
+    arguments = [golden(), path, "--weights", "ema", "--licence", "none, random numbers"]
+    conversion = convert_command.main([str(part) for part in arguments])
     provenance = json.loads(read_metadata(path)["provenance"])
-    assert provenance["source"] == "tiny_base.pt"
-    assert provenance["sha256"] == hashlib.sha256(golden().read_bytes()).hexdigest()
-    assert provenance["weights"] == "ema"
-    assert provenance["licence"] == "none, random numbers"
+    digest = hashlib.sha256(golden().read_bytes()).hexdigest()
+    expected = {"source": "tiny_base.pt", "sha256": digest, "weights": "ema", "licence": "none, random numbers"}
+    assert expected.items() <= provenance.items()
     assert load_teacher(path, "ema").provenance == provenance
-
-
-def test_metadata_name_the_default_licence(converted: Path) -> None:
-    assert "NC" in json.loads(read_metadata(converted)["provenance"])["licence"]
-
-
-@pytest.mark.parametrize("weights", ["model", "ema"])
-def test_the_report_names_what_is_used_and_what_is_left(
-    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    conversion = convert_command(golden(), tmp_path / "teacher.safetensors", "--weights", weights)
-    stored = torch.load(golden(), weights_only=True)["model"]
-    stored = stored if weights == "model" else stored["_ema"]
+    stored = torch.load(golden(), weights_only=True)["model"]["_ema"]
     decoder = {name for name in stored if ".decoder." in name}
     assert set(conversion.left) == decoder
-    assert len(conversion.used) + len(decoder) == sum(isinstance(tensor, torch.Tensor) for tensor in stored.values())
+    assert len(conversion.used) + len(decoder) == len(stored)
     printed = capsys.readouterr().out
-    assert f"used {len(conversion.used)} tensors" in printed
-    assert f"left {len(decoder)} tensors" in printed
+    for text in (f"used {len(conversion.used)} tensors", f"left {len(decoder)} tensors"):
+        assert text in printed
     for group in {name.rsplit(".", 1)[0] for name in decoder}:
         assert group in printed
-
-
-@pytest.mark.parametrize(("stored", "asked"), [("model", "ema"), ("ema", "model")])
-def test_a_converted_file_holds_one_kind_of_weights(stored: Any, asked: Any, tmp_path: Path) -> None:
-    path = tmp_path / "teacher.safetensors"
-    convert_teacher(golden(), path, stored)
-    with pytest.raises(InputError, match=f"--weights {stored}, and holds no {asked} weights"):
-        load_teacher(path, asked)
 
 
 # No partial files.
@@ -165,26 +139,19 @@ def nowhere(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make_source", [damaged, lacking_a_tensor, converted_already, nowhere])
-@pytest.mark.parametrize("exists", [False, True])
-def test_an_unusable_source_leaves_the_output_as_it_was(
-    make_source: Callable[[Path], Path], exists: bool, tmp_path: Path
-) -> None:
-    out = tmp_path / "out" / "teacher.safetensors"
-    if exists:
-        out.parent.mkdir()
-        out.write_bytes(b"what was there before")
+def test_an_unusable_source_leaves_the_output_as_it_was(make_source: Callable[[Path], Path], tmp_path: Path) -> None:
+    out = tmp_path / "teacher.safetensors"
+    out.write_bytes(b"what was there before")
     source = make_source(tmp_path)
     before = files_in(tmp_path)
     refused_by(lambda path: convert_teacher(path, out), source)
     assert files_in(tmp_path) == before
-    assert not exists or out.read_bytes() == b"what was there before"
+    assert out.read_bytes() == b"what was there before"
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_full_disk_leaves_the_output_as_it_was(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_output_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "teacher.safetensors"
-    if exists:
-        out.write_bytes(b"what was there before")
+    out.write_bytes(b"what was there before")
 
     def fill_up(tensors: Any, path: Path, metadata: Any) -> None:
         Path(path).write_bytes(b"half")
@@ -193,45 +160,23 @@ def test_a_full_disk_leaves_the_output_as_it_was(exists: bool, tmp_path: Path, m
     monkeypatch.setattr(student_file, "save_file", fill_up)
     with pytest.raises(RunError, match=rf"^{out}: cannot be written: No space left on device$"):
         convert_teacher(golden(), out)
-    assert files_in(tmp_path) == ([out.name] if exists else [])
-    assert not exists or out.read_bytes() == b"what was there before"
+    assert files_in(tmp_path) == [out.name]
+    assert out.read_bytes() == b"what was there before"
 
 
-def test_an_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "folder"
-    out.mkdir()
-    refused_by(lambda path: convert_teacher(golden(), path), out)
-    assert files_in(tmp_path) == ["folder"]
-
-
-def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["folder", "file/teacher.safetensors"])
+def test_an_output_that_cannot_be_written_is_refused(out: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
-    refused_by(lambda path: convert_teacher(golden(), path), tmp_path / "file" / "teacher.safetensors")
-    assert files_in(tmp_path) == ["file"]
-
-
-def test_the_command_exits_with_2_and_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out.safetensors"
-    monkeypatch.setattr(command_line, "shorten_socket_paths", lambda: None)
-    for name in ("handle_signals", "defer_signals"):
-        monkeypatch.setattr(processes, name, lambda: None)
-    monkeypatch.setattr(sys, "argv", ["convert_teacher.py", str(lacking_a_tensor(tmp_path)), str(out)])
-    with pytest.raises(SystemExit, match="2"):
-        command_line.run(convert_teacher_recipe.main)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert f'Missing key(s) in state_dict: "{QKV}"' in printed.err
-    assert not out.exists()
+    refused_by(lambda path: convert_teacher(golden(), path), tmp_path / out)
+    assert files_in(tmp_path) == ["file", "folder"]
 
 
 # Corrupt files, false headers, other formats.
 
 
 @pytest.mark.parametrize("load", [load_teacher, load_student])
-@pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.001, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("fraction", [0.0, 0.00001, 0.01, 0.999])
 def test_a_truncated_file_is_refused(
     load: Callable[[Path], Any], fraction: float, converted: Path, exported: Path
 ) -> None:
@@ -275,7 +220,7 @@ def test_a_wrong_header_length_is_refused(length: int, converted: Path) -> None:
     assert refused_by(load_teacher, with_header(converted, lambda header: None, length))
 
 
-CONFIGS = ["", "{", "[]", "null", "3", '{"depth": 3}', '{"surprise": 1}', '{"depth": "3"}', '{"depth": 2.5}']
+CONFIGS = ["", "{", "[]", "null", '{"depth": 3}', '{"surprise": 1}']
 DEEP = "[" * 100_000
 
 
@@ -290,15 +235,10 @@ def test_one_unusable_size_is_refused(sizes: dict[str, Any], converted: Path) ->
     refused_by(load_teacher, rewrite(converted, config=json.dumps(config | sizes)))
 
 
-@pytest.mark.parametrize("provenance", ["", "[]", "null", '"model"'])
-def test_unusable_provenance_is_refused(provenance: str, converted: Path) -> None:
-    refused_by(load_teacher, rewrite(converted, provenance=provenance))
-
-
-@pytest.mark.parametrize("version", ["3", "10", "", "one"])
-def test_another_format_version_is_refused(version: str, converted: Path, exported: Path) -> None:
+@pytest.mark.parametrize("metadata", [{"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}])
+def test_other_metadata_are_refused(metadata: dict[str, str], converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
-        assert refused_by(load, rewrite(path, format_version=version))
+        assert refused_by(load, rewrite(path, **metadata))
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
@@ -328,109 +268,45 @@ def test_tensors_that_do_not_fit_are_refused(load: Callable[[Path], Any], conver
     assert f"tensor {QKV} has values that are not finite" in not_finite
 
 
-# Fetching.
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves bytes by path and records requests."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content: dict[str, bytes] = {}
-        self.requests: list[str] = []
-        self.cut_after: int | None = None
-
-    def address(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
+# Fetching; tests/system has the stores.
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the golden teachers by their names, cut after :attr:`cut`, and counts."""
+
+    cut: int | None = None
+    num_requests = 0
+
     def do_GET(self) -> None:
-        assert isinstance(self.server, Server)
-        self.server.requests.append(self.path)
-        content = self.server.content.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
+        type(self).num_requests += 1
+        content = (GOLDEN / Path(self.path).name).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: self.server.cut_after])
+        self.wfile.write(content[: self.cut])
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def test_a_teacher_is_fetched_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    with serving(Server()) as server:
-        yield server
-
-
-def cached_files(tmp_path: Path) -> list[str]:
-    return [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_teacher_is_fetched_once(suffix: str, server: Server, converted: Path, tmp_path: Path) -> None:
-    server.content[f"/teacher.{suffix}"] = (golden() if suffix == "pt" else converted).read_bytes()
-    address = server.address(f"/teacher.{suffix}")
-    first = load_teacher(address)
-    server.shutdown()
-    server.server_close()
-    second = load_teacher(address)
-    expected = targets(load_teacher(golden()))
-    assert torch.equal(targets(first), expected)
-    assert torch.equal(targets(second), expected)
-    assert server.requests == [f"/teacher.{suffix}"]
-    assert len(cached_files(tmp_path)) == 1
-
-
-def test_a_fetched_teacher_knows_its_source(server: Server, tmp_path: Path) -> None:
-    server.content["/teacher.pt"] = golden().read_bytes()
-    conversion = convert_teacher(server.address("/teacher.pt"), tmp_path / "out.safetensors")
-    assert conversion.provenance["source"] == "teacher.pt"
-    assert conversion.provenance["sha256"] == hashlib.sha256(golden().read_bytes()).hexdigest()
-
-
-def test_addresses_that_end_alike_are_not_mixed_up(server: Server, tmp_path: Path) -> None:
-    for name in NAMES:
-        server.content[f"/{name}/teacher.pt"] = golden(name).read_bytes()
-    configs = [load_teacher(server.address(f"/{name}/teacher.pt")).config for name in NAMES]
-    assert configs == [load_teacher(golden(name)).config for name in NAMES]
-
-
-def test_a_missing_remote_file_is_not_cached(server: Server, tmp_path: Path) -> None:
-    address = server.address("/teacher.pt")
-    for _ in range(2):
-        with pytest.raises(InputError, match=r"cannot be fetched \(.*404.*\)") as caught:
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
+        address = f"http://127.0.0.1:{server.server_port}/tiny_base.pt"
+        monkeypatch.setattr(Handler, "cut", 100_000)
+        with pytest.raises(InputError, match=rf"{address}: cannot be fetched"):
             load_teacher(address)
-        assert "\n" not in str(caught.value)
-        assert address in str(caught.value)
-        assert cached_files(tmp_path) == []
-    server.content["/teacher.pt"] = golden().read_bytes()
-    assert load_teacher(address).config.depth == 3
-
-
-def test_a_broken_download_is_not_cached(server: Server, tmp_path: Path) -> None:
-    server.content["/teacher.pt"] = golden().read_bytes()
-    server.cut_after = 100_000
-    with pytest.raises(InputError):
-        load_teacher(server.address("/teacher.pt"))
-    assert cached_files(tmp_path) == []
-    server.cut_after = None
-    assert load_teacher(server.address("/teacher.pt")).config.depth == 3
-
-
-def test_an_unreachable_server_is_an_error(server: Server, tmp_path: Path) -> None:
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(InputError, match="cannot be fetched"):
-        load_teacher(server.address("/teacher.pt"))
-    assert cached_files(tmp_path) == []
+        assert not list((tmp_path / "cache").rglob("*.pt"))
+        monkeypatch.setattr(Handler, "cut", None)
+        monkeypatch.setattr(Handler, "num_requests", 0)
+        first, second = load_teacher(address), load_teacher(address)
+    assert Handler.num_requests == 1
+    assert torch.equal(targets(first), targets(load_teacher(golden())))
+    assert torch.equal(targets(second), targets(first))
+    conversion = convert_teacher(address, tmp_path / "out.safetensors")
+    assert conversion.provenance["source"] == "tiny_base.pt"
 
 
 # Students.
@@ -442,8 +318,7 @@ def embeddings(student: Student) -> dict[str, torch.Tensor]:
         return student.embed_all(images)
 
 
-@pytest.mark.parametrize("alibi", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "alibi"), [("tiny_base", True), ("tiny_alibi", True), (NAMES[2], False)])
 def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path) -> None:
     source, path = tmp_path / "teacher.pt", tmp_path / "new" / "student.safetensors"
     source.write_bytes(golden(name).read_bytes())
@@ -453,6 +328,9 @@ def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path)
     loaded = load_student(path)
     assert loaded.config == student.config
     assert not loaded.training
+    assert not loaded.train().encoder.training
+    assert all(parameter.requires_grad for parameter in loaded.blocks.parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
     expected, found = embeddings(student), embeddings(loaded)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -473,19 +351,6 @@ def test_an_exported_student_keeps_its_normalization(tmp_path: Path) -> None:
     _, teacher = load_any(path, teacher_path=str(golden()))
     assert teacher is not None
     assert teacher.normalization == "layer"
-
-
-def test_only_a_loaded_students_blocks_train(exported: Path) -> None:
-    student = load_student(exported)
-    assert all(parameter.requires_grad for parameter in student.blocks.parameters())
-    assert not any(parameter.requires_grad for parameter in student.encoder.parameters())
-    assert not student.train().encoder.training
-
-
-def test_a_student_knows_its_teacher(exported: Path) -> None:
-    provenance = load_student(exported).provenance["teacher"]
-    assert provenance["source"] == "tiny_base.pt"
-    assert provenance["sha256"] == hashlib.sha256(golden().read_bytes()).hexdigest()
 
 
 def test_a_student_of_a_converted_teacher_knows_the_first_source(converted: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Sizes, cost, freezing, options and checkpoints of the models."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
-from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
+from d2v_composer.models.targets import norm_mean, regression_loss
 from d2v_composer.models.transformer import poolings
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -68,20 +68,13 @@ def test_paper_cost(paper_model: DistillationModel) -> None:
     assert paper_model.flops_per_batch(images) == pytest.approx(PAPER_FLOPS, rel=0.002)
 
 
-def test_frozen_parts_stay_in_eval(teacher: Data2Vec2) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=1))
-    model.train(mode=True)
-    assert model.student.blocks.training
-    assert not any(module.training for module in teacher.modules())
-    teacher.train()
-    teacher.encoder.train(True)
-    assert not any(module.training for module in teacher.modules())
-
-
-@pytest.mark.parametrize("prediction", ["layer_mean", "last_block"])
-@pytest.mark.parametrize("extra_tokens", ["regress", "drop", "only"])
+@pytest.mark.parametrize(
+    ("prediction", "extra_tokens"), [("layer_mean", "regress"), ("last_block", "drop"), ("layer_mean", "only")]
+)
 def test_every_trainable_parameter_gets_a_gradient(teacher: Data2Vec2, prediction: str, extra_tokens: str) -> None:
     model = DistillationModel(teacher, teacher.build_student(depth=2), prediction, extra_tokens)  # pyright: ignore
+    model.train(mode=True)
+    assert not any(module.training for module in teacher.modules())
     images = images_for(teacher)
     calls: list[Any] = []
     teacher.encoder.register_forward_hook(lambda module, inputs, output: calls.append(output))
@@ -105,7 +98,7 @@ def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
     torch.testing.assert_close(regression_loss(regression), patch_loss + 0.01 * cls_loss)
 
 
-@pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi"])
 def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
     whole = load_teacher(GOLDEN / f"{name}.pt")
     images, num_blocks = images_for(whole), whole.config.prenet_depth + whole.config.depth
@@ -140,32 +133,13 @@ def test_norm_mean_equals_torchs_norms() -> None:
         norm_mean(layers, normalization="batch")  # pyright: ignore[reportArgumentType]: a typo
 
 
-def test_layer_norm_alone_keeps_the_mean_over_time(teacher: Data2Vec2) -> None:
-    images = images_for(teacher)
-    x = teacher.encode(images)
-    of_instance_norm = teacher.targets(x)
-    model = DistillationModel(teacher, teacher.build_student(depth=1, normalization="layer"))
-    found = model(images)
-    torch.testing.assert_close(found.target, norm_mean(teacher.ffn_outputs(x), normalization="layer"))
-    torch.testing.assert_close(found.prediction, norm_mean(model.student.ffn_outputs(x), normalization="layer"))
-    spread = [target.mean(dim=1).std() for target in (found.target, of_instance_norm)]
-    assert spread[0] > 3 * spread[1]
-    with pytest.raises(ValueError, match="student normalization must be one of instance, layer, got 'batch'"):
-        teacher.build_student(normalization="batch")  # pyright: ignore[reportArgumentType]: a typo
-
-
-@pytest.mark.parametrize("normalization", get_args(Normalization))
-def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(
-    teacher: Data2Vec2, normalization: Normalization
-) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=2, normalization=normalization)).eval()
+def test_layer_mean_embeddings_are_poolings_of_prediction_and_target(teacher: Data2Vec2) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2, normalization="layer")).eval()
     images = images_for(teacher)
     with torch.no_grad():
         step = model(images)
-    for found, expected in (
-        (model.embed_all(images), step.prediction),
-        (model.retrieval_baselines()["teacher"](images), step.target),
-    ):
+    baseline = model.retrieval_baselines()["teacher"]
+    for found, expected in ((model.embed_all(images), step.prediction), (baseline(images), step.target)):
         for name, embedding in poolings(expected, "layer_mean", teacher.config).items():
             torch.testing.assert_close(found[name], embedding)
 
@@ -195,16 +169,7 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
         teacher.build_student(num_heads=5)
 
 
-def test_uint8_images_are_normalized_as_float_ones(teacher: Data2Vec2) -> None:
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalized = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalized))
-    with pytest.raises(ValueError, match=r"float and normalized; got \(2, 3, 16, 16\) float32"):
-        teacher.encode(normalized[..., :16, :16])
-
-
-@pytest.mark.parametrize("size", [32, 20, 100])
+@pytest.mark.parametrize("size", [20, 100])
 @pytest.mark.parametrize("resize_images", [resize, resize_in_float])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_images_of_another_size_are_resized_as_pillow_does(
@@ -220,6 +185,15 @@ def test_images_of_another_size_are_resized_as_pillow_does(
         assert difference.max() <= 2
         # Bilinear weights of these sizes often give a half, which floats round otherwise than Pillow.
         assert difference.mean() < (0.025 if interpolation == "bicubic" else 0.3)
+
+
+def test_uint8_images_are_normalized_as_float_ones(teacher: Data2Vec2) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalized = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(teacher.encode(pixels), teacher.encode(normalized))
+    with pytest.raises(ValueError, match=r"float and normalized; got \(2, 3, 16, 16\) float32"):
+        teacher.encode(normalized[..., :16, :16])
 
 
 def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) -> None:
@@ -246,20 +220,12 @@ def test_embeddings_take_no_gradient_and_training_beside_them_keeps_its_own(teac
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "found"),
-    [
-        ((3, 32, 32), torch.uint8, r"\(3, 32, 32\) uint8"),
-        ((4, 1, 32, 32), torch.uint8, r"\(4, 1, 32, 32\) uint8"),
-        ((4, 3, 40, 40), torch.float32, r"\(4, 3, 40, 40\) float32"),
-        ((4, 3, 32, 32), torch.int64, r"\(4, 3, 32, 32\) int64"),
-    ],
+    "images", [torch.zeros(3, 32, 32).byte(), torch.zeros(4, 3, 40, 40), torch.zeros(4, 1, 32, 32)]
 )
-def test_images_of_another_layout_are_refused(
-    teacher: Data2Vec2, shape: tuple[int, ...], dtype: torch.dtype, found: str
-) -> None:
+def test_images_of_another_layout_are_refused(teacher: Data2Vec2, images: Tensor) -> None:
     expected = r"images must be \(B, 3, H, W\) uint8, or \(B, 3, 32, 32\) float and normalized; got "
-    with pytest.raises(ValueError, match=f"^{expected}{found}$"):
-        teacher.embed(torch.zeros(shape, dtype=dtype))
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        teacher.embed(images)
 
 
 def test_a_checkpoint_without_a_student_tensor_is_refused(teacher: Data2Vec2) -> None:

@@ -12,8 +12,7 @@ import torch
 from composer import Callback, Event, State, Trainer
 from composer.loggers import Logger
 from composer.utils import FSDP2Config, ParallelismConfig
-from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.checkpoints.load import load_teacher
@@ -41,37 +40,6 @@ class Watch(Callback):
             self.gathered.setdefault(event, []).append(gathered_units(state.model))
         if event is Event.BATCH_END:
             self.losses.append(state.total_loss_dict["loss/train/total"])
-
-
-class Log:
-    """Records all-gathers and computations of the units in order."""
-
-    def __init__(self, model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-        self.entries: list[tuple[str, str]] = []
-        fsdp: Any = _fsdp_param_group
-        gather = fsdp.foreach_all_gather
-        units = {
-            id(each): name
-            for name, unit in sharded_units(model).items()
-            for each in cast("Any", unit)._get_fsdp_state()._fsdp_param_group.fsdp_params
-        }
-
-        def logged(fsdp_params: list[Any], *args: Any) -> Any:
-            self.entries.append(("gather", units[id(fsdp_params[0])]))
-            return gather(fsdp_params, *args)
-
-        patch.setattr(fsdp, "foreach_all_gather", logged)
-        for name, unit in sharded_units(model).items():
-            cast("nn.Module", unit).register_forward_pre_hook(self.computing(name))
-
-    def computing(self, name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: self.entries.append(("compute", name))
-
-    def clear(self) -> None:
-        self.entries.clear()
-
-    def gathers(self) -> list[str]:
-        return [name for kind, name in self.entries if kind == "gather"]
 
 
 def some_images() -> Tensor:
@@ -134,9 +102,6 @@ def test_nothing_stays_gathered(plain_losses: list[float]) -> None:
 PARTS: dict[str, Callable[[DistillationModel, Tensor], Any]] = {
     "student": lambda model, images: model.embed_all(images),
     "teacher": lambda model, images: model.retrieval_baselines()["teacher"](images),
-    "encoder": lambda model, images: model.in_precision(model.teacher.encode)(images),
-    "health": lambda model, images: model.layer_cosines(images, 4),
-    "encoder by itself": lambda model, images: model.teacher.encode(images),
     "student by itself": lambda model, images: model.student.embed(images),
 }
 
@@ -152,29 +117,3 @@ def test_a_part_that_runs_before_the_first_batch_does_not_stay_gathered(part: st
     assert gathered_bytes(model) == 0
     trainer.fit()
     assert watch.losses == pytest.approx(plain_losses, rel=1e-6)
-
-
-def assert_next_gathered_before(entries: list[tuple[str, str]], stack: str, depth: int) -> None:
-    for i in range(depth - 1):
-        assert entries.index(("gather", f"{stack}.{i + 1}")) < entries.index(("compute", f"{stack}.{i}")), (stack, i)
-
-
-def test_gathering_overlaps_computing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, trainer = build()
-    trainer.fit(duration="1ba")
-    noted = Log(model, monkeypatch)
-    loss = model.loss(model(some_images()[:4]), some_images()[:4])
-    forward = list(noted.entries)
-    assert sorted(noted.gathers()) == sorted(FROZEN | TRAINED)
-    for stack, depth in (("teacher.encoder.context_encoder.blocks", 2), ("teacher.blocks", 3), ("student.blocks", 3)):
-        assert_next_gathered_before(forward, stack, depth)
-    noted.clear()
-    loss.backward()
-    assert noted.gathers() == [f"student.blocks.{i}" for i in (2, 1, 0)]  # none of the frozen ones
-
-    noted.clear()
-    with torch.no_grad():
-        model.embed_all(some_images()[:4])
-    assert set(noted.gathers()) == {name for name in FROZEN if name.startswith("teacher.encoder")} | TRAINED
-    assert len(noted.gathers()) == 6
-    assert_next_gathered_before(noted.entries, "student.blocks", 3)

@@ -67,10 +67,7 @@ def test_checkpointed_activations_save_memory(model: DistillationModel) -> None:
     assert_same_gradient(checkpointed, model)
 
 
-@pytest.mark.parametrize("cpu_bf16", [False, True])
-def test_memory_grows_linearly_with_the_batch(model: DistillationModel, cpu_bf16: bool) -> None:
-    model = copy.deepcopy(model)
-    model.cpu_bf16 = cpu_bf16
+def test_memory_grows_linearly_with_the_batch(model: DistillationModel) -> None:
     backward(model, random_images(1))  # the gradients, and ALiBi's bias, are there from now on
     images = random_images(16)
     peaks = [peak_allocated(lambda n=n: backward(model, images[:n])) for n in (4, 8, 16)]

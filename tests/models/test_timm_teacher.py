@@ -25,21 +25,15 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
     "vit_giant_patch14_dinov2": (SMALL_14, 1),  # SwiGLU
     "vit_base_patch16_clip_224": (WIDE, 1),  # norm_pre
     "vit_base_patch16_siglip_224": (WIDE, 0),  # no CLS, attention pooling
-    "vit_base_patch16_siglip_gap_224": (SMALL, 1),
     "vit_base_patch16_rpn_224": (SMALL, 1),  # post-norm branches
     "vit_dlittle_patch16_reg1_gap_256": (SMALL, 1),  # differential attention, q/k norm
     "aimv2_large_patch14_224": (SMALL_14, 1),  # RMS norms
-    "deit3_small_patch16_224": (SMALL, 3),
     "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
-    "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
     "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one pixel of the stem
-    "eva02_tiny_patch14_224": (SMALL_14, 1),
     "eva02_base_patch16_clip_224": (WIDE, 0),
     "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches
     "vit_small_patch16_dinov3": (WIDE, 2),
-    "vit_small_plus_patch16_dinov3_qkvb": (SMALL, None),
     "vit_small_patch16_rope_mixed_ape_224": (WIDE, 2),  # rotary positions of each block
-    "vit_small_patch16_rope_224": (SMALL, 0),
     "vit_pe_core_tiny_patch16_384": (SMALL, 1),
     "beit_base_patch16_224": (WIDE, 1),  # relative bias of each block
     "beitv2_base_patch16_224": (SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, 2),
@@ -93,7 +87,10 @@ def test_a_teacher_computes_what_timm_does(name: str) -> None:
     features, added = features_and_ffn_outputs(model, images)
     teacher = TimmTeacher(model, config)
     with torch.no_grad():
-        output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+        x = teacher.encode(images)
+        output, ffn_outputs = teacher.forward_blocks(x)
+        *_, last = teacher.target_layers(x, "block")
+        assert torch.equal(teacher.norm(last), output)
     assert_equal_to_1e_5(output, features)
     assert len(ffn_outputs) == config.depth == len(added) - config.first_blocks
     for ours, theirs in zip(ffn_outputs, added[config.first_blocks :], strict=True):
@@ -126,8 +123,7 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
 
 
-@pytest.mark.parametrize("source", ["ffn", "block"])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(("name", "source"), zip(SOME, ("ffn", "block", "ffn", "block"), strict=True))
 def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name)
@@ -152,22 +148,6 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     assert model.layer_cosines(images, 2).shape == (teacher.config.depth,)
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "beitv2_base_patch16_224"])
-def test_relative_biases_are_gathered_once_and_aligned(name: str) -> None:
-    """In the attention's dtype: no step gathers, casts or pads them."""
-    teacher = build_teacher(name).cast_weights(torch.bfloat16)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        x = teacher.encode(images_for(teacher.config))
-        first, again = ([bias for bias in teacher.block_contexts(x.bfloat16()) if bias is not None] for _ in range(2))
-    assert len(first) == teacher.config.depth
-    num_tokens = teacher.config.num_tokens
-    for bias, same in zip(first, again, strict=True):
-        assert bias.shape == (1, 4, num_tokens, num_tokens)
-        assert (bias.dtype, bias.stride(-2) % 8) == (torch.bfloat16, 0)
-        assert bias.data_ptr() == same.data_ptr()
-    assert not [each for each in teacher.state_dict() if "relative_position" in each or "q_bias" in each]
-
-
 def test_registers_are_not_cls() -> None:
     teacher = build_teacher("vit_dlittle_patch16_reg1_gap_256")
     assert (teacher.num_extra_tokens, teacher.has_cls_token) == (1, False)
@@ -181,47 +161,6 @@ def test_registers_are_not_cls() -> None:
     outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
     assert outputs.cls_prediction is None
     assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)
-
-
-def test_the_scale_of_the_residual_stream_does_not_reach_the_student() -> None:
-    teacher = build_teacher("vit_small_patch14_dinov2")
-    student = teacher.build_student(depth=2)
-    with torch.no_grad():
-        x = teacher.encode(images_for(teacher.config))
-        assert_close(student.forward_blocks(1000 * x)[0], student.forward_blocks(x)[0], rtol=1e-3, atol=1e-3)
-
-
-def test_a_students_alibi_is_the_distance_on_the_encoders_grid() -> None:
-    student = build_teacher("vit_base_patch16_clip_224").build_student(depth=1)  # CLS and 2 × 4 patches
-    assert student.alibi is not None
-    bias = student.alibi(torch.zeros(1, 9, 48))[0, 0]
-    assert not bias[0].any()
-    assert torch.equal(bias[1, 1:] / bias[1, 2], torch.tensor([0, 1, 2, 3, 1, 2, 3, 4.0]))
-
-
-def test_targets_may_be_the_blocks_outputs() -> None:
-    model, config = build("vit_small_patch14_dinov2")
-    images = images_for(config)
-    with torch.no_grad():
-        last = [model.get_submodule("norm")(x) for x in features_of_blocks(model, images)]
-    teacher = TimmTeacher(model, config)
-    with torch.no_grad():
-        layers = [teacher.norm(layer) for layer in teacher.target_layers(teacher.encode(images), "block")]
-    assert_close(torch.stack(layers), torch.stack(last[config.first_blocks :]))
-    x = teacher.encode(images)
-    assert_close(
-        teacher.targets(x, average_top_k_layers=1, source="block").mean(-1), torch.zeros(2, 17), atol=1e-4, rtol=0
-    )
-    assert not torch.allclose(teacher.targets(x, source="block"), teacher.targets(x))
-
-
-def features_of_blocks(model: Any, images: Tensor) -> list[Tensor]:
-    outputs: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda *args: outputs.append(args[2])) for block in model.blocks]
-    model.forward_features(images)
-    for hook in hooks:
-        hook.remove()
-    return outputs
 
 
 def test_a_student_starts_from_an_attention_of_its_kind() -> None:
@@ -242,9 +181,7 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
         ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
         ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
         ("timm/vit_base_patch16_xp_224", None, "kind ParallelScalingBlock are not supported; supported are Block, Eva"),
-        ("timm/vit_small_patch14_dinov2", 112.0, "image_size must be a whole number from 1 to 65536, got 112.0"),
         ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch, 14 x 14 pixels, got 100 x 100"),
-        ("timm/vit_small_patch14_dinov2", (1, 2, 3), "must be a whole number, or height and width"),
         ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
 )

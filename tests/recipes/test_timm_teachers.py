@@ -1,9 +1,7 @@
 """Every command works with a teacher from timm, and refuses one that does not fit in one line."""
 
 import json
-import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from timm.data.config import resolve_data_config
 from torch.testing import assert_close
 
-from d2v_composer import load_student, load_teacher
+from d2v_composer import load_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
-from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.embedding import open_collection
-from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 from helpers import ROOT, losses_of, run_command, small_run, started_ranks
 from recipes import train
@@ -71,11 +64,6 @@ def test_train(trained: Path) -> None:
     assert "health/cosine/layer_5" not in logged  # 6 blocks, the first in the encoder
 
 
-def test_a_resume_keeps_its_teacher(trained: Path, small_data: Path, teacher: Path) -> None:
-    with pytest.raises(InputError, match=r"^teacher\.first_blocks: None in the checkpoint, 2 asked; a new run needs"):
-        train.main(timm_run(trained, small_data, teacher, "teacher.first_blocks=2", "max_duration=6ba"))
-
-
 def test_export_evaluate_and_embed(
     trained: Path, labeled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,65 +77,10 @@ def test_export_evaluate_and_embed(
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
     embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (48, 64)
-    assert "48 embeddings of 64 channels" in capsys.readouterr().out
-
-
-def test_evaluate_and_embed_a_teacher(
-    labeled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["model=timm/test_vit", f"checkpoint={teacher}", "first_blocks=2", "image_size=48x64"]
-    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
-    evaluation = evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), *options, datasets])
-    assert evaluation is not None
-    names = [candidate.name for candidate in evaluation.candidates]
-    assert names == ["pixels", "encoder", "untrained student", "teacher"]
-    same = ["--checkpoint", str(teacher), "--first-blocks", "2", "--image-size", "48x64"]
-    assert capsys.readouterr().out.strip().endswith(shlex.join(["timm/test_vit", "IMAGES", "embeddings.npy", *same]))
-    out, images = tmp_path / "embeddings.npy", labeled / "test"
-    embed.main(["timm/test_vit", str(images), str(out), *same, "--representation", "layer_mean"])
-    model = load_teacher(teacher, model="timm/test_vit", first_blocks=2, image_size=(48, 64))
-    collection = open_collection(str(images), (48, 64), "bicubic")
-    pixels = torch.stack([collection.load(i) for i in range(len(collection))])
-    with torch.inference_mode():
-        expected = model.embed(pixels, representation="layer_mean")
-    assert_close(torch.from_numpy(np.load(out)), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_images_are_resized_as_the_teachers_were(
-    teacher: Path, small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model of timm's with bilinear interpolation: every command resizes bilinearly."""
-    used: list[str] = []
-    shrink, draw = Image.Image.resize, RandomResizedCropFlip.__call__
-
-    def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-        used.append(resample.name.lower())
-        return shrink(image, size, resample)
-
-    def augment(self: RandomResizedCropFlip, *args: Any) -> torch.Tensor:
-        used.append(self.interpolation)
-        return draw(self, *args)
-
-    def resolve(**options: Any) -> dict[str, Any]:
-        return resolve_data_config(**options) | {"interpolation": "bilinear"}
-
-    monkeypatch.setattr("d2v_composer.models.timm_teacher.resolve_data_config", resolve)
-    monkeypatch.setattr(Image.Image, "resize", resize)
-    monkeypatch.setattr(RandomResizedCropFlip, "__call__", augment)
-    datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
-    options = ["teacher.image_size=48", "retrieval.interval=4ba", f"retrieval.{datasets}"]
-    train.main(timm_run(tmp_path / "run", small_data, teacher, *options))
-    assert set(used) == {"bilinear"}
-    assert len(used) >= 144 + 4 * 16  # of the retrieval, and of four batches
-    used.clear()
-    model = [f"checkpoint={teacher}", "image_size=48"]
-    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), "model=timm/test_vit", *model, datasets])
-    assert used == ["bilinear"] * 144
-    used.clear()
-    student = tmp_path / "student.safetensors"
-    export_student.main([str(tmp_path / "run" / "latest-rank0.pt"), str(student)])
-    embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy"), "--workers", "0"])
-    assert used == ["bilinear"] * 48
+    options = ["--checkpoint", str(teacher), "--first-blocks", "2", "--image-size", "48x64"]
+    embed.main(["timm/test_vit", str(labeled / "test"), str(tmp_path / "teachers.npy"), *options])
+    assert np.load(tmp_path / "teachers.npy").shape == (48, 64)
+    assert capsys.readouterr().out.count("48 embeddings of 64 channels") == 2
 
 
 def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
@@ -187,36 +120,21 @@ def test_a_compiled_run_in_bfloat16_is_close(trained: Path, teacher: Path, small
     assert losses_of(tmp_path) == pytest.approx(losses_of(trained), rel=0.02)
 
 
-@pytest.fixture
-def refused(
-    small_data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Return a function that runs the training command with wrong overrides and returns the line of its error."""
-
-    def run(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *timm_run(tmp_path / "run", small_data, teacher, *overrides)])
-        with pytest.raises(SystemExit) as caught:
-            command_line.run(train.main)
-        assert caught.value.code == 2
-        lines = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("{")]
-        assert not (tmp_path / "run").exists()
-        assert lines[-1].startswith("error: ")
-        return lines[-1]
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("teacher.model=timm/resnet18", "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teach"),
-        ("teacher.model=timm/vit_tyni", "no model 'timm/vit_tyni'; allowed are timm/NAME"),
         ("teacher.model=timm/vit_small_patch16_224", "it has no patches of 16 x 16 pixels in its width"),
-        ("teacher.first_blocks=6", "error: teacher.first_blocks must be a whole number from 0 to 5, got 6"),
+        ("teacher.first_blocks=6", "^teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch, 16 x 16 pixels, got 40 x 40"),
         ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),
         ("student.init=teacher_blocks", "init teacher_blocks needs data2vec 2.0's post-norm blocks"),
     ],
 )
-def test_what_does_not_fit_is_refused(refused: Callable[..., str], override: str, message: str) -> None:
-    assert message in refused(override)
+def test_what_does_not_fit_is_refused(
+    override: str, message: str, small_data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        train.main(timm_run(tmp_path / "run", small_data, teacher, override))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
