@@ -32,6 +32,7 @@ LARGEST_PICKLE = 8 << 20
 MOST_TUPLES = 1000
 # torch knows this function, which allocates as many bytes as the file asks for.
 ALLOCATES = "builtins.bytearray"
+DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
 # Wrappers around a value: an OmegaConf leaf around an enum's value is two.
 MAX_WRAPPERS = 8
 # A run may save a newer checkpoint and remove the one that is being read; its pointer is missing for a moment.
@@ -136,6 +137,8 @@ def check_checkpoint(path: Path) -> None:
         state = read_checkpoint(path, mmap=True)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
     except Exception as error:
+        if isinstance(error, RuntimeError):  # torch's reader of archives
+            raise CorruptCheckpointError(f"{path}: truncated or corrupt ({_reason(error)})") from error
         raise InputError(f"{foreign} ({_reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{foreign}: it has the algorithms {algorithms}, allowed are {sorted(OUR_ALGORITHMS)}")
@@ -155,9 +158,11 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; of torch's interpreter, the fault without the advice to trust the file."""
-    found = re.search(r"WeightsUnpickler error: (.*?)(\. Please|$)", str(error), re.MULTILINE)
-    return found[1] if found else reason(error)
+    """Return an error's first line; of torch's interpreter, the line that is not advice."""
+    found = re.search(r"GLOBAL (\S+) w(as not an allowed|hose module)|WeightsUnpickler error: .*", str(error))
+    if found is None:
+        return reason(error)
+    return f"it names {found[1]}, which no checkpoint needs" if found[1] else found[0]
 
 
 def _inspect(path: Path) -> tuple[set[str], bool]:
@@ -176,8 +181,9 @@ def _inspect(path: Path) -> tuple[set[str], bool]:
             return set[str]().union(*(_check_pickle(pickles, num_bytes) for _ in range(5))), False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(each.compress_type for each in entries) or sum(each.file_size for each in entries) > num_bytes:
-            raise ValueError("an archive of compressed or overlapping files, which torch.save does not write")
+        is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
+        if is_odd or sum(each.file_size for each in entries) > num_bytes:
+            raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
         if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
             raise ValueError("an archive with several files of one name")
         if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look

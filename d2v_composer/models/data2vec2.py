@@ -161,8 +161,8 @@ class Data2Vec2Config(ImageEncoderConfig):
     """Number of last blocks in the target, as in pre-training."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_whole("depth", self.depth, 1, MAX_DEPTH)
+        super().__post_init__()
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
 
     @property

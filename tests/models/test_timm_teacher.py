@@ -123,7 +123,7 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
 
 
-@pytest.mark.parametrize(("name", "source"), zip(SOME, ("ffn", "block", "ffn", "block"), strict=True))
+@pytest.mark.parametrize(("name", "source"), list(zip(SOME, ("ffn", "block", "ffn", "block"), strict=True)))
 def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name)
