@@ -35,8 +35,6 @@ from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
 
-NO_STUDENT = "{}: is not a student, so a teacher ({}) is not allowed"
-
 
 class TimmWeights(NamedTuple):
     """The weights and sizes of a model timm/NAME, as for :func:`load_teacher`."""
@@ -59,8 +57,7 @@ class Loaded(NamedTuple):
     @property
     def model(self) -> Student | Teacher:
         """The student, or a teacher from its own file."""
-        model = self.teacher if self.student is None else self.student
-        assert model is not None  # every file has one of them
+        model: Any = self.teacher if self.student is None else self.student  # every file has one of them
         return model
 
 
@@ -172,23 +169,23 @@ def load_any(
         InputError: The file is corrupt, or not supported.
     """
     if str(path).startswith(PREFIX) and not Path(path).exists():
-        if teacher_path is not None:
-            raise InputError(NO_STUDENT.format(path, teacher_path))
         checkpoint, first_blocks, image_size = timm_weights
-        teacher = load_teacher(
-            checkpoint, weights, model=str(path), first_blocks=first_blocks, image_size=image_size, option=option
-        )
-        return Loaded(None, teacher)
-    if given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
+        sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
+        loaded = Loaded(None, load_teacher(checkpoint, weights, model=str(path), **sizes, option=option))
+    elif given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
         raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
+    else:
 
-    def load(file: Path) -> Loaded:
-        student, teacher = _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
-        if student is not None and teacher is not None:
-            teacher.normalization = student.normalization  # so that their embeddings compare
-        return Loaded(student, teacher)
+        def load(file: Path) -> Loaded:
+            return _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
 
-    return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
+        loaded = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
+    student, teacher = loaded
+    if student is None and teacher_path is not None:
+        raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+    if student is not None and teacher is not None:
+        teacher.normalization = student.normalization  # so that their embeddings compare
+    return loaded
 
 
 def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str) -> Loaded:
@@ -198,8 +195,6 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
         return _load_checkpoint(file, contents, weights, teacher_path, teacher_option)
     if kind == "student":
         return _with_teacher(load_student(path), teacher_path, weights)
-    if teacher_path is not None:
-        raise InputError(NO_STUDENT.format(path, teacher_path))
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
         raise InputError(
             f"{path}: does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "

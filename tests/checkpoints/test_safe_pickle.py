@@ -60,24 +60,11 @@ class RunsInSetstate:
         Path(state["canary"]).touch()
 
 
-class RunsInSetitem(dict):
-    """Runs code when items are set (SETITEMS)."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        Path(value).touch()
-
-
 def new(cls: type, canary: Path) -> Any:
     """Create an instance with the canary's path, without running its code."""
     instance = cls.__base__.__new__(cls)
     instance.__dict__["canary"] = str(canary)
     return instance
-
-
-def setitem(canary: Path) -> Any:
-    items = RunsInSetitem()
-    dict.__setitem__(items, "key", str(canary))
-    return items
 
 
 # What runs code → whether a teacher beside it is read: torch's interpreter stops at some of these.
@@ -92,7 +79,6 @@ ARMED: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "class": (lambda canary: Call(RunsInNew, canary), True),
     "new": (lambda canary: new(RunsInNew, canary), True),
     "setstate": (lambda canary: new(RunsInSetstate, canary), True),
-    "setitem": (setitem, True),
 }
 
 
