@@ -159,7 +159,8 @@ class TimmStudent(Student):
         super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
         self.num_features = self.head_hidden_size = encoder_config.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
-        self.asked_pool, self.asked_representation = global_pool, representation
+        self.asked_pool = global_pool
+        self.asked_representation: Representation | None = representation
         self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
         self.set_primary(DEFAULT_PRIMARY)
         self.reset_classifier(num_classes)

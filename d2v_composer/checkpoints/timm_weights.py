@@ -76,7 +76,7 @@ def load_timm_teacher(
         config = teacher_config(model, built, first_blocks)
     except ValueError as error:
         raise InputError(SIZE.sub(lambda name: option(name[0]), str(error))) from error
-    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAttributeAccessIssue]: timm sets it
+    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
     stored = read_state_dict(file)
     materialize(built)

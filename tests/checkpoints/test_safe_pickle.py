@@ -62,7 +62,7 @@ class RunsInSetstate:
 
 def new(cls: type, canary: Path) -> Any:
     """Create an instance with the canary's path, without running its code."""
-    instance = cls.__base__.__new__(cls)
+    instance = object.__new__(cls)
     instance.__dict__["canary"] = str(canary)
     return instance
 

@@ -191,7 +191,7 @@ def test_unusable_sizes_are_refused(config: str, converted: Path) -> None:
 @pytest.mark.parametrize("metadata", [{"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}])
 def test_other_metadata_are_refused(metadata: dict[str, str], converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
-        assert refused_by(load, rewrite(path, **metadata))
+        assert refused_by(load, rewrite(path, None, **metadata))
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
