@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
+from d2v_composer.builders.data import build_train_loader, build_transform, check_memory, read_train_index
 from d2v_composer.builders.loggers import ask_logging_servers
 from d2v_composer.builders.models import load_trained_model
 from d2v_composer.builders.run import build_trainer_arguments
@@ -40,16 +39,16 @@ from d2v_composer.data.labeled import (
     train_batches,
     with_classes_of_train,
 )
-from d2v_composer.data.streaming import LabelColumn, check_shared_memory, shared_memory_needed
+from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier, randomize
-from d2v_composer.models.encoder import EncoderConfig, height_and_width
+from d2v_composer.models.encoder import EncoderConfig
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
+from d2v_composer.system.ranks import node_leaders_first
 
 # Label numbers per class: a split may lack some classes.
 LARGEST_GAPS = 100
@@ -69,14 +68,6 @@ class FinetuneImages(NamedTuple):
     """Description of the train images for the run's record; ``sha256`` identifies them and their labels."""
 
 
-class StreamedImages(NamedTuple):
-    """The train images as :func:`build_train_loader` wants them."""
-
-    train_loader: TrainLoaderConfig
-    global_train_batch_size: int
-    seed: int
-
-
 def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     """Build the sections ``dataset`` and ``train_loader`` for an encoder.
 
@@ -90,8 +81,7 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
 def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     root, options = Path(dataset.root), config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
-    streamed = StreamedImages(loader, config.global_train_batch_size, config.seed)
-    shards = read_train_index(streamed, dataset.label_column)
+    shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
         if loader.remote is not None and mds_class_names(root / "test") and dist.get_local_rank() == 0:
             fetch_class_names(loader.remote, root / "train", loader.timeout)
@@ -99,7 +89,8 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
         test, class_names = with_classes_of_train(test, root)
     num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(dataset.label_column, num_classes)
-    train_loader = build_train_loader(streamed, shards, sizes.image_size, sizes.interpolation, labels)
+    transform = build_transform(loader, sizes.image_size, sizes.interpolation)
+    train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed, labels)
     data = describe_data(shards)
     about = {"location": hide_secrets(loader.remote or loader.local), **data}
     return FinetuneImages(train_loader, test, data["samples"], class_names, num_classes, about)
@@ -118,10 +109,7 @@ def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: Encoder
     digest.update(train.labels.numpy().data)
     about = {"location": hide_secrets(dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
     num_classes = count_classes(Path(dataset.root), class_names, train.labels, test.labels)
-    batch_bytes = batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(sizes.image_size))
-    ranks = dist.get_local_world_size()
-    needed = shared_memory_needed(ranks, loader.num_workers, loader.prefetch_factor, batch_bytes)
-    raise_on_all_ranks(check_shared_memory(needed))
+    check_memory(loader, batch_size, sizes.image_size)
     augmented = AugmentedImages(train, build_transform(loader, sizes.image_size, sizes.interpolation), config.seed)
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
     return FinetuneImages(batches, test, num_images, class_names, num_classes, about)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from composer.core import Callback
 
-from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
 from d2v_composer.builders.loggers import ask_logging_servers, build_loggers, draw_for
 from d2v_composer.builders.models import build_model
 from d2v_composer.builders.run_folder import build_load_path, check_record, find_run_folder
@@ -50,10 +50,11 @@ def build_run(config: TrainConfig) -> BuiltRun:
         InputError: A file, data set or setting cannot be used.
     """
     ask_logging_servers(config)
-    shards = read_train_index(config)
+    shards = read_train_index(config.train_loader, config.global_train_batch_size)
     model = build_model(config)
     sizes, loader = model.teacher.config, config.train_loader
-    train_loader = build_train_loader(config, shards, sizes.image_size, sizes.interpolation)
+    transform = build_transform(loader, sizes.image_size, sizes.interpolation)
+    train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed)
     retrieval = build_retrieval(config, model)
     data = {"location": loader.remote or loader.local, **describe_data(shards)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)

@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> "Conversion":
     from d2v_composer.data.convert import Encoding, convert_images, find_images
 
     start = time.monotonic()
+    source = find_images(arguments.source, arguments.split, arguments.labels)
     conversion = convert_images(
-        find_images(arguments.source, arguments.split, arguments.labels),
+        source,
         arguments.out,
         Encoding(arguments.resize, arguments.quality),
         seed=arguments.seed,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> "Conversion":
         f"wrote {conversion.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
         f"{conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
-    print("other files:", ", ".join(f"{count} {name}" for name, count in conversion.ignored.items()) or "none")
+    print("other files:", ", ".join(f"{count} {name}" for name, count in source.ignored.items()) or "none")
     print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
     out = arguments.out
     data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"

@@ -21,17 +21,9 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 # Where pydantic's words do not tell what a YAML needs.
 MESSAGES = {
     "missing": "is required",
-    "bool_type": "must be true or false, got {}",
-    "dict_type": "must be a section of keys and values, got {}",
-    "model_type": "must be a section of keys and values, got {}",
-    "list_type": "must be a list, got {}",
-    "tuple_type": "must be a list, got {}",
-    "too_short": "must have at least {min_length} items, got {}",
-    "too_long": "must have at most {max_length} items, got {}",
-    "greater_than": "must be above {gt}, got {}",
-    "greater_than_equal": "must be at least {ge}, got {}",
-    "less_than": "must be below {lt}, got {}",
-    "less_than_equal": "must be at most {le}, got {}",
+    "byte_size": "must be bytes or a size such as '100gb'",
+    "dict_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
 }
 
 
@@ -140,10 +132,10 @@ def describe(schema: type[Section], error: Any) -> list[str]:
     elif error["type"] == "value_error":  # ours; '.below: problem' continues the key
         problems = str(error["ctx"]["error"]).splitlines()
     else:
-        got = "null" if value is None else repr(value)
-        words = MESSAGES.get(error["type"])
-        problem = re.sub(r"^\w+ should", "must", error["msg"])
-        problems = [f"{problem}, got {got}" if words is None else words.format(got, **error.get("ctx", {}))]
+        problem = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"])
+        problems = [
+            problem if error["type"] == "missing" else f"{problem}, got {'null' if value is None else repr(value)}"
+        ]
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]
 
 

@@ -6,14 +6,24 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
-from composer.core import Time, TimeUnit
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
-from streaming.base.util import bytes_to_int
+from composer.core import Time
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
@@ -29,11 +39,6 @@ from d2v_composer.system.processes import num_ranks
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 LARGEST_INT = (1 << 31) - 1
-# float32 ends at 1e-38 and 3e38.
-SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30
-SECONDS_PER_WEEK = 7 * 24 * 3600.0
-# Composer divides by these arguments of its callbacks and loggers without a check.
-DIVISORS = ("batch_log_interval", "flush_interval", "log_duplicated_metric_every_n_steps", "window_size")
 
 
 class Section(BaseModel):
@@ -71,7 +76,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(validate)
 
 
-def must(rule: str, holds: Callable[[Any], bool]) -> AfterValidator:
+def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
     """Validate by one rule: 'be …' or 'have …'."""
 
     def validate(value: Any) -> Any:
@@ -84,59 +89,20 @@ def must(rule: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 def read_number(value: Any) -> Any:
     """Read a number in quotes, or one that a reference such as ${oc.env:LR} gives as text."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            with suppress(ValueError):
-                return kind(value)
+    with suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) else value
     return value
 
 
-def write_number(value: Any) -> Any:
-    """Write a number as text where a YAML needs text, such as run_name=2026."""
-    return str(value) if type(value) in (int, float) else value
-
-
-def duration(*units: str, least: int = 1) -> PlainValidator:
+def duration(pattern: str, example: str) -> AfterValidator:
     """Validate a Composer time string: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
-    example = " or ".join("'0.1dur'" if unit == "dur" else f"'5{unit}'" for unit in units)
-
-    def validate(text: Any) -> str:
-        time = None
-        with suppress(TypeError, ValueError):
-            time = Time.from_timestring(text)
-        if time is None or time.unit.value not in units:
-            raise ValueError(f"must be a duration such as {example}, got {text!r}")
-        first, last = (0, 1) if time.unit == TimeUnit.DURATION else (least, LARGEST_INT)
-        if not first <= time.value <= last:
-            raise ValueError(f"must be from {first}{time.unit.value} to {last}{time.unit.value}, got {text!r}")
-        return text
-
-    return PlainValidator(validate)
+    return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
 
 
 def read_image_size(size: Any) -> int | str:
     """Write each size in one way only: a resume compares them."""
-    try:
-        parsed = parse_image_size(size)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("image_size ")) from None
+    parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
-
-
-def read_cache_limit(limit: Any) -> int:
-    """Return the bytes of a number or of text such as '100gb'."""
-    num_bytes = 0
-    with suppress(ValueError):
-        num_bytes = bytes_to_int(limit) if type(limit) in (int, str) else 0
-    if num_bytes < 1:
-        raise ValueError(f"must be bytes or a size such as '100gb', got {limit!r}")
-    return num_bytes
-
-
-def check_microbatch(size: Any) -> Any:
-    if size != "auto" and (type(size) is not int or size < 1):
-        raise ValueError(f"must be at least 1, 'auto' or null, got {size!r}")
-    return size
 
 
 def read_precision(choice: str) -> str:
@@ -157,30 +123,19 @@ def check_load_path(text: str) -> None:
         check_path(text)
 
 
-def is_plain(value: Any) -> bool:
-    """Return True if a value is of text, finite numbers, lists and sections."""
-    with suppress(TypeError, ValueError):
-        json.dumps(value, allow_nan=False)
-        return True
-    return False
-
-
 def arguments_of(known: Mapping[str, type]) -> AfterValidator:
     """Validate name → arguments of callbacks or loggers."""
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
-        lines = [f".{name}: no such name{suggest(name, list(known))}" for name in chosen if name not in known]
+        lines: list[str] = []
         for name, arguments in chosen.items():
-            signature = inspect.getfullargspec(known[name]) if name in known and arguments else None
-            allowed = signature.args[1:] + signature.kwonlyargs if signature else []
-            for argument, value in (arguments or {}).items() if signature else ():
-                key = f".{name}.{argument}"
-                if argument not in allowed:
-                    lines.append(f"{key}: no such argument{suggest(argument, allowed)}")
-                elif argument in DIVISORS and (type(value) is not int or value < 1):
-                    lines.append(f"{key}: must be a number of at least 1, got {value!r}")
-                elif not is_plain(value):
-                    lines.append(f"{key}: must be text, finite numbers, or lists of these, got {value!r}")
+            if name not in known:
+                lines.append(f".{name}: no such name{suggest(name, list(known))}")
+            elif arguments:
+                signature = inspect.getfullargspec(known[name])
+                allowed = signature.args[1:] + signature.kwonlyargs
+                wrong = [argument for argument in arguments if argument not in allowed]
+                lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
         if lines:
             raise ValueError("\n".join(lines))
 
@@ -191,20 +146,23 @@ NUMBER = BeforeValidator(read_number)
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
 IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
-Text = Annotated[str, BeforeValidator(write_number), IS_PRINTABLE]
+Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
 AddressText = Annotated[Text, checked(Address.parse)]
 LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST_INT), NUMBER]
 Count = Annotated[int, Field(ge=1, le=LARGEST_INT), NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
-Positive = Annotated[float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT), NUMBER]
+Positive = Annotated[float, Field(gt=0), NUMBER]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
 Up1000 = Annotated[int, Field(ge=1, le=1000), NUMBER]
-Alpha = Annotated[float, Field(ge=0, le=1000), NUMBER]
 Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
 Precision = Annotated[PrecisionChoice, AfterValidator(read_precision)]
-Interval = Annotated[str, duration("ba", "ep")]
+Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
+Interval = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
+WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
+Arguments = dict[str, dict[str, JsonValue] | None]
+Microbatch = Annotated[Any, must("be at least 1, 'auto' or null", lambda n: n == "auto" or (type(n) is int and n > 0))]
 
 
 class TimmSizes(Section):
@@ -232,7 +190,7 @@ class StudentOptions(Section):
     """The student's blocks: the arguments of Teacher.build_student."""
 
     depth: Up1000 = 5
-    mlp_ratio: Annotated[float, Field(gt=0, le=1000), NUMBER] = 3.0
+    mlp_ratio: Positive = 3.0
     alibi: bool = True
     init: Init = "random"
     num_heads: Count | None = None
@@ -264,13 +222,13 @@ class ShardLoaderConfig(Section):
     flip: Fraction = 0.5
     remote: AddressText | None = None
     """s3://, gs://, …; default: the data set is on this machine."""
-    timeout: Annotated[float, Field(ge=1, le=SECONDS_PER_WEEK), NUMBER] = 600.0
+    timeout: Annotated[float, Field(ge=1, le=1e6), NUMBER] = 600.0
     """Seconds for which an unreachable store is retried before the run fails."""
     shuffle: bool = True
     shuffle_block_size: Count = 1 << 16
     """Samples that are shuffled together; their shards are in use at the same time."""
     num_canonical_nodes: Count = 1
-    cache_limit: Annotated[int, PlainValidator(read_cache_limit)] | None = None
+    cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
     """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
 
 
@@ -289,7 +247,7 @@ class OptimizerConfig(Section):
     lr: Positive = 5e-4
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
     eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT), NUMBER] = 0.01
+    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.01
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
@@ -297,7 +255,7 @@ class OptimizerConfig(Section):
 class SchedulerConfig(Section):
     """Composer's CosineAnnealingWithWarmupScheduler."""
 
-    t_warmup: Annotated[str, duration("ba", "ep", "dur", least=0)] = "3000ba"
+    t_warmup: WarmUp = "3000ba"
     alpha_f: Fraction = 0.0
 
 
@@ -381,12 +339,13 @@ class TrainerConfig(RunConfig):
     """Let a GPU multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
     max_duration: Interval = "30000ba"
     global_train_batch_size: Count = 256
-    device_train_microbatch_size: Annotated[int | str, PlainValidator(check_microbatch)] | None = None
+    device_train_microbatch_size: Microbatch | None = None
     """Default: the whole batch of a device; 'auto' on a GPU."""
+    train_loader: ShardLoaderConfig
     scheduler: SchedulerConfig = SchedulerConfig()
-    callbacks: Annotated[dict[str, dict[str, Any] | None], arguments_of(CALLBACKS)] = {}
+    callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name of Composer's callback → its arguments; null: off."""
-    loggers: Annotated[dict[str, dict[str, Any] | None], arguments_of(LOGGERS)] = {}
+    loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
     """Name of the logger → its arguments; null: off."""
     progress_bar: bool = True
     log_to_console: bool = False
@@ -396,7 +355,7 @@ class TrainerConfig(RunConfig):
     save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
     """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
-    save_interval: Annotated[str, duration("ba")] = "1000ba"
+    save_interval: Batches = "1000ba"
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool), NUMBER] = 3
     autoresume: bool = True
     load_path: Annotated[Text, checked(check_load_path)] | None = None
@@ -408,14 +367,10 @@ class TrainerConfig(RunConfig):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
             yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"
+        if size % (parts := self.train_loader.num_canonical_nodes):  # each gives whole samples to a batch
+            yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
-
-    def uneven_nodes(self, parts: int) -> Iterator[str]:
-        """Yield a line if a batch has no whole number of samples of each canonical node."""
-        if self.global_train_batch_size % parts:
-            limit = f"must divide global_train_batch_size {self.global_train_batch_size}"
-            yield f".train_loader.num_canonical_nodes: {limit}, got {parts}"
 
     def long_warmup(self, why: str = "") -> str:
         """Return the line for a warm-up that is longer than the run: Composer would never reach ``lr``, in silence."""
@@ -438,14 +393,13 @@ class TrainConfig(TrainerConfig):
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
     targets: TargetsConfig = TargetsConfig()
-    train_loader: TrainLoaderConfig
+    train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride]: frozen
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        yield from self.uneven_nodes(self.train_loader.num_canonical_nodes)
         with_fsdp = self.parallelism_config.fsdp is not None
         if with_fsdp and self.device_train_microbatch_size == "auto":
             yield ".device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
@@ -500,19 +454,19 @@ class LabelSmoothingConfig(Section):
 class MixUpConfig(Section):
     """Composer's MixUp."""
 
-    alpha: Alpha = 0.2
+    alpha: Positive = 0.2
 
 
 class CutMixConfig(Section):
     """Composer's CutMix."""
 
-    alpha: Alpha = 1.0
+    alpha: Positive = 1.0
 
 
 class EMAConfig(Section):
     """Moving average of the weights."""
 
-    half_life: Annotated[str, duration("ba")] = "1000ba"
+    half_life: Batches = "1000ba"
 
 
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
@@ -537,14 +491,13 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     """Forget the weights: the same network, with random ones."""
     dataset: LabeledSetConfig
     """Its train images train, its test images are the evaluation's."""
-    train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()
+    train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_interval: Interval = "1ep"
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
     algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        yield from self.uneven_nodes(self.train_loader.num_canonical_nodes)
         if self.from_scratch and not self.train_encoder:
             yield ".from_scratch: needs train_encoder=true: a frozen encoder would keep its random weights"
         if self.train_loader.stream and self.dataset.format != "mds":

@@ -5,29 +5,28 @@ writes a record of it. A conversion that starts again keeps the shards whose rec
 is no data set, comes last. So the result depends neither on the number of workers nor on kills.
 """
 
-import csv
 import hashlib
 import io
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from streaming import MDSWriter
-from streaming.base.hashing import get_hash
+from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage import CloudUploader
 from torch import Tensor
-from tqdm import tqdm
 
 from d2v_composer.data.images import (
     SUFFIXES,
@@ -41,10 +40,11 @@ from d2v_composer.data.images import (
 )
 from d2v_composer.data.index import INDEX, SUMMARY
 from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.shards import find_fault
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
-from d2v_composer.system.files import find_unwritable, sole_user, write_atomically
+from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.processes import die_with_parent, if_interrupted
 
 LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
@@ -84,12 +84,11 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
 
     - Kaggle's LOC_SPLIT_solution.csv (``ImageId,PredictionString``; the class is the string's first word), or any CSV
       file with the image in the first column and the class in the second;
-    - a text file with a line ``filename label`` per image.
+    - a text file with a line ``filename class`` per image.
 
-    An image is named with or without its suffix. A label is a class name or, in every line, a number from 0. The file
-    is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's; in SOURCE, next to the folder or in it, unless ``labels``
-    names another. The ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers, 1
-    to 1000, are not in the order of the train folder's classes.
+    An image is named with or without its suffix. The file is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's; in
+    SOURCE, next to the folder or in it, unless ``labels`` names another. The ground truth file of ILSVRC's devkit is
+    not supported: it has no file names, and its numbers are not in the order of the train folder's classes.
 
     Args:
         source: The folder, or ``cifar10:FOLDER``.
@@ -111,29 +110,23 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         raise InputError(f"{source}: no split {split!r}; {hint}")
     root = folders.get(split, source)
     files, ignored = list_images(root)
-    is_flat = all("/" not in file.path for file in files)
-    if labels is None and is_flat:
+    if labels is None and not any("/" in file.path for file in files):
         names = (f"LOC_{split}_solution.csv", f"{split}.txt", f"{split}_labels.txt", "labels.txt")
         paths = [folder / name for folder in (source, root, root.parent) for name in names]
         labels = next((path for path in paths if path.is_file()), NO_LABELS)
     if labels == NO_LABELS:
         return ImageSource(root, files, None, ignored)
     classes = list_subfolders(folders.get("train", root))
-    if labels is None:
-        if stray := next((file.path for file in files if "/" not in file.path), None):
-            raise InputError(f"{root / stray}: is next to class folders, without a class; --labels none ignores these")
-        names = [file.path.split("/", 1)[0] for file in files]
-    else:
+    if labels is not None:
         names = _read_labels(Path(labels), files)
-        classes = classes or sorted(set(names))
-        if all(name.isdecimal() for name in names) and not ("train" in folders and set(names) <= set(classes)):
-            # Numbers that begin at 1, or in another order, would train a wrong class in silence.
-            if "train" in folders and max(map(int, names)) >= len(classes):
-                raise InputError(f"{labels}: has the label {max(map(int, names))}; train has {len(classes)} classes")
-            numbered = [file._replace(label=int(name)) for file, name in zip(files, names, strict=True)]
-            return ImageSource(root, numbered, None, ignored)
+        classes = classes or sorted(set(names), key=lambda name: (len(name), name))  # numbers in their order
+    else:
+        names = [file.path.rpartition("/")[0].split("/")[0] for file in files]
+        if "" in names:
+            stray = root / files[names.index("")].path
+            raise InputError(f"{stray}: is next to class folders, without a class; --labels none ignores these")
     if unknown := set(names) - set(classes):
-        raise InputError(f"{root}: the train folder has no class {min(unknown)!r}")
+        raise InputError(f"{labels or root}: the train folder has no class {min(unknown)!r}")
     number = {name: label for label, name in enumerate(classes)}
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return ImageSource(root, labeled, classes, ignored)
@@ -150,19 +143,20 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
 
 def _read_labels(path: Path, files: list[ImageFile]) -> list[str]:
     labels: dict[str, str] = {}
-    with reading(path), open(path, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines) if path.suffix.lower() == ".csv" else (line.rsplit(maxsplit=1) for line in lines)
-        for row in filter(None, rows):
-            if len(row) < 2:
-                raise InputError(
-                    f"{path}: not a labels file: each line must be 'filename label', or it is Kaggle's "
-                    "LOC_val_solution.csv (the bare numbers of ILSVRC's devkit are not in the order of the classes)"
-                )
-            name = _without_suffix(row[0].strip())
-            labels[name] = labels[PurePosixPath(name).name] = row[1].split()[0]
-    if unlabeled := next((file.path for file in files if _without_suffix(file.path) not in labels), None):
+    with reading(path):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for row in (line.split(",") if path.suffix == ".csv" else line.rsplit(maxsplit=1) for line in lines):
+        if len(row) < 2:
+            raise InputError(
+                f"{path}: not a labels file: each line must be 'filename label', or it is Kaggle's "
+                "LOC_val_solution.csv (the bare numbers of ILSVRC's devkit are not in the order of the classes)"
+            )
+        name = _without_suffix(row[0].strip())
+        labels[name] = labels[PurePosixPath(name).name] = row[1].split()[0]
+    names = [_without_suffix(file.path) for file in files]
+    if unlabeled := next((name for name in names if name not in labels), None):
         raise InputError(f"{path}: no label for {unlabeled}")
-    return [labels[_without_suffix(file.path)] for file in files]
+    return [labels[name] for name in names]
 
 
 def _without_suffix(name: str) -> str:
@@ -214,7 +208,7 @@ class Destination(NamedTuple):
     """The folder or object store of a data set."""
 
     address: str
-    remote: bool
+    is_remote: bool
     work: Path
     """The local folder of an unfinished conversion: records of finished shards, and files being written."""
 
@@ -233,24 +227,19 @@ class Destination(NamedTuple):
             InputError: One of these does not hold.
         """
         folder = Path(self.address)
-        try:
-            if self.remote:
+        if self.is_remote:
+            try:
                 with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
-                    pass
-                is_finished = download_existing(f"{self.address}/{INDEX}", self.work / INDEX)
-            elif (fault := find_unwritable(folder)) is not None:
-                raise InputError(f"{folder}: {fault}")
-            else:
-                is_finished = (folder / INDEX).exists()
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{self.address}: cannot be written ({reason(error)})") from error
+                    is_finished = download_existing(f"{self.address}/{INDEX}", self.work / INDEX)
+            except Exception as error:
+                raise InputError(f"{self.address}: cannot be written ({reason(error)})") from error
+        else:
+            is_finished = (folder / INDEX).exists()
+            if not is_finished and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
+                raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
             raise InputError(f"{self.address}: has a finished data set: remove it, or choose another OUT")
-        if not self.remote and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
-            raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
@@ -259,22 +248,19 @@ class Destination(NamedTuple):
         Raises:
             RunError: The disk or the store fails.
         """
-        folder = self.work / f"{name}.writing"
-        with writing(self.address):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            uploader = CloudUploader.get((str(folder), self.address), retry=ATTEMPTS) if self.remote else None
-            yield folder / name
-            if not (folder / name).exists():
-                pass
-            elif uploader is None:
-                os.replace(folder / name, Path(self.address) / name)
-            else:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with writing(self.address), TemporaryDirectory(dir=self.work) as folder:
+            uploader = CloudUploader.get((folder, self.address), retry=ATTEMPTS) if self.is_remote else None
+            path = Path(folder, name)
+            yield path
+            if uploader is None:
+                with suppress(FileNotFoundError):
+                    os.replace(path, Path(self.address) / name)
+            elif path.exists():
                 try:
                     uploader.upload_file(name)
                 except Exception as error:
                     raise RunError(f"{self.address}: cannot be written: {reason(error)}") from error
-            shutil.rmtree(folder)
 
     def publish_json(self, name: str, content: dict[str, Any]) -> None:
         """Publish a JSON file."""
@@ -285,58 +271,62 @@ class Destination(NamedTuple):
 class Shard(NamedTuple):
     """The record of a finished shard."""
 
-    key: str
-    """A hash of what the shard depends on."""
     entry: dict[str, Any] | None
     """Its entry in the index; ``None`` if none of its images was readable."""
     skipped: list[str]
+    existed: bool = False
+    """An interrupted run had finished it."""
 
 
 class Task(NamedTuple):
     """What the workers inherit."""
 
     source: ImageSource
-    groups: list[list[ImageFile]]
+    groups: list[NDArray[np.int64]]
+    """The numbers of each shard's images."""
     encoding: Encoding
     skip_unreadable: bool
     destination: Destination
+    records: Path
+    """The folder of the records of these shards; other images or settings have another one."""
 
-    def finish_shard(self, number: int) -> tuple[Shard, bool]:
-        """Write a group's shard, unless it exists; return its record, and True if it existed."""
-        files, name = self.groups[number], f"shard.{number:05}.mds"
-        record = self.destination.work / f"{number}.json"
-        described = (str(self.source.root.resolve()), self.encoding, [tuple(file) for file in files])
-        key = hashlib.sha256(repr(described).encode()).hexdigest()
-        if record.exists():
-            shard = Shard(**json.loads(record.read_bytes()))
-            if shard.key == key and (self.skip_unreadable or not shard.skipped) and self._is_whole(shard):
-                return shard, True
-            record.unlink()  # before its shard is replaced
-        skipped: list[str] = []
-        columns = {"image": "bytes"} if files[0].label is None else {"image": "bytes", "label": "int"}
-        with self.destination.published(name) as path:
-            writer = MDSWriter(columns=columns, out=str(path.parent / "mds"), hashes=HASHES, size_limit=None)
-            for file in files:
-                try:
-                    writer.write({"image": self._read_image(file), "label": file.label})
-                except UnreadableImageError as error:
-                    if not self.skip_unreadable:
-                        raise InputError(f"{error}; --skip-unreadable skips such images") from error
-                    skipped.append(str(error).removeprefix(f"{self.source.root}/"))
-            if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
-                writer.flush_shard()
-                (path.parent / "mds" / writer.shards[0]["raw_data"]["basename"]).rename(path)
-                writer.shards[0]["raw_data"]["basename"] = name
-            writer.executor.shutdown()
-        shard = Shard(key, writer.shards[0] if writer.shards else None, skipped)
-        write_atomically(record, json.dumps(shard._asdict()))
-        return shard, False
+    def finish_shard(self, number: int) -> Shard:
+        """Write a group's shard, unless it exists."""
+        name, record = f"shard.{number:05}.mds", self.records / f"{number}.json"
+        shard = Shard(**json.loads(record.read_bytes()), existed=True) if record.exists() else None
+        if shard is None or not self._is_whole(shard):
+            with self.destination.published(name) as path:
+                shard = self._write([self.source.files[i] for i in self.groups[number]], path)
+            write_atomically(record, json.dumps({"entry": shard.entry, "skipped": shard.skipped}))
+        return shard
 
     def _is_whole(self, shard: Shard) -> bool:
-        if self.destination.remote or shard.entry is None:  # a store keeps what it has accepted
+        if shard.skipped and not self.skip_unreadable:
+            return False
+        if self.destination.is_remote or shard.entry is None:  # a store keeps what it has accepted
             return True
-        path = Path(self.destination.address) / shard.entry["raw_data"]["basename"]
-        return path.exists() and get_hash("xxh64", path.read_bytes()) == shard.entry["raw_data"]["hashes"]["xxh64"]
+        file = FileInfo(**shard.entry["raw_data"])
+        path = Path(self.destination.address) / file.basename
+        return path.exists() and find_fault(path, file) is None
+
+    def _write(self, files: list[ImageFile], path: Path) -> Shard:
+        columns = {"image": "bytes"} if files[0].label is None else {"image": "bytes", "label": "int"}
+        writer = MDSWriter(columns=columns, out=str(path.parent / "mds"), hashes=HASHES, size_limit=None)
+        skipped: list[str] = []
+        for file in files:
+            try:
+                writer.write({"image": self._read_image(file), "label": file.label})
+            except UnreadableImageError as error:
+                if not self.skip_unreadable:
+                    raise InputError(f"{error}; --skip-unreadable skips such images") from error
+                skipped.append(str(error).removeprefix(f"{self.source.root}/"))
+        if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
+            writer.flush_shard()
+            file = writer.shards[0]["raw_data"]
+            (path.parent / "mds" / file["basename"]).rename(path)
+            file["basename"] = path.name
+        writer.executor.shutdown()
+        return Shard(writer.shards[0] if writer.shards else None, skipped)
 
     def _read_image(self, file: ImageFile) -> bytes:
         if self.source.pixels is not None:
@@ -344,10 +334,8 @@ class Task(NamedTuple):
             Image.fromarray(self.source.pixels[int(file.path)].permute(1, 2, 0).numpy()).save(buffer, "PNG")
             return buffer.getvalue()
         path = self.source.root / file.path
-        try:
+        with reading(path):
             return as_rgb_jpeg(read_image_file(path), str(path), *self.encoding)
-        except (OSError, MemoryError) as error:
-            raise RunError(f"{path}: cannot be read now ({reason(error)}): run again to resume") from error
 
 
 _tasks: list[Task] = []  # a worker's own
@@ -355,11 +343,10 @@ _tasks: list[Task] = []  # a worker's own
 
 def _start_worker(task: Task) -> None:
     die_with_parent()
-    tqdm.set_lock(threading.RLock())  # the uploader shows bars: a killed worker must not keep the parent's lock
     _tasks.append(task)
 
 
-def _finish_shard(number: int) -> tuple[Shard, bool]:
+def _finish_shard(number: int) -> Shard:
     return _tasks[-1].finish_shard(number)
 
 
@@ -375,8 +362,6 @@ class Conversion(NamedTuple):
     shards: int
     skipped: list[str]
     """The reason for each unreadable image."""
-    ignored: dict[str, int]
-    """The number of other files in the source, by suffix."""
     resumed: int
     """The shards that an interrupted run had finished."""
 
@@ -414,68 +399,60 @@ def convert_images(
         if not alone:
             raise InputError(f"{destination.address}: another conversion is writing there")
         destination.check()  # again: that conversion may have finished
-        groups = list(_groups(source, encoding, seed, shard_bytes))
-        finished = _convert(Task(source, groups, encoding, skip_unreadable, destination), workers)
-        entries = [shard.entry for shard, _ in finished if shard.entry is not None]
+        groups = _groups(source, encoding, seed, shard_bytes)
+        described = repr((source.root.resolve(), encoding, source.files, [group.tolist() for group in groups]))
+        records = destination.work / hashlib.sha256(described.encode()).hexdigest()[:16]
+        shards = _convert(Task(source, groups, encoding, skip_unreadable, destination, records), workers)
+        entries = [shard.entry for shard in shards if shard.entry is not None]
         if not entries:
             raise InputError(f"{destination.address}: none of the {len(source.files)} images can be read")
-        conversion = Conversion(
-            out=destination.address,
-            images=sum(entry["samples"] for entry in entries),
-            classes=len(source.classes or {file.label for file in source.files} - {None}) or None,
-            bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
-            shards=len(entries),
-            skipped=[line for shard, _ in finished for line in shard.skipped],
-            ignored=source.ignored,
-            resumed=sum(existed for _, existed in finished),
-        )
-        if not destination.remote:  # a conversion with other settings may have been interrupted here
-            names = {entry["raw_data"]["basename"] for entry in entries}
-            for path in Path(destination.address).glob("shard.*.mds"):
-                if path.name not in names:
-                    path.unlink()
-        summary = {"images": conversion.images, "classes": source.classes, "skipped": conversion.skipped, "seed": seed}
+        names = {entry["raw_data"]["basename"] for entry in entries}
+        for path in () if destination.is_remote else Path(destination.address).glob("shard.*.mds"):
+            if path.name not in names:  # of an interrupted conversion with other settings
+                path.unlink()
+        skipped = [line for shard in shards for line in shard.skipped]
+        num_images = sum(entry["samples"] for entry in entries)
+        summary = {"images": num_images, "classes": source.classes, "skipped": skipped, "seed": seed}
         destination.publish_json(SUMMARY, summary | encoding._asdict())
         destination.publish_json(INDEX, {"version": 2, "shards": entries})
         shutil.rmtree(destination.work)
-    return conversion
+    return Conversion(
+        out=destination.address,
+        images=num_images,
+        classes=len(source.classes or {file.label for file in source.files} - {None}) or None,
+        bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
+        shards=len(entries),
+        skipped=skipped,
+        resumed=sum(shard.existed for shard in shards),
+    )
 
 
-def _groups(source: ImageSource, encoding: Encoding, seed: int, shard_bytes: int) -> Iterator[list[ImageFile]]:
-    """Yield the images of each shard of about ``shard_bytes``, in a random order."""
-    largest_image = encoding.resize**2 * BYTES_PER_SQUARE if encoding.resize else np.inf
-    order = np.arange(len(source.files))
+def _groups(source: ImageSource, encoding: Encoding, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
+    """Return the numbers of the images of each shard of about ``shard_bytes``, in a random order."""
+    sizes = np.array([file.num_bytes for file in source.files])
+    if encoding.resize:
+        sizes = np.minimum(sizes, encoding.resize**2 * BYTES_PER_SQUARE)
+    order = np.arange(len(sizes))
     if source.pixels is None:
         order = np.random.default_rng(seed).permutation(order)
-    group, size = list[ImageFile](), 0.0
-    for file in map(source.files.__getitem__, order):
-        image_bytes = min(file.num_bytes, largest_image)
-        if group and size + image_bytes > shard_bytes:
-            yield group
-            group, size = [], 0.0
-        group.append(file)
-        size += image_bytes
-    yield group
+    shards = sizes[order].cumsum() // shard_bytes
+    return np.split(order, np.flatnonzero(np.diff(shards)) + 1)
 
 
-def _convert(task: Task, workers: int) -> list[tuple[Shard, bool]]:
-    """Finish all shards; return them in their order, each with True if it existed."""
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task,))
+def _convert(task: Task, workers: int) -> list[Shard]:
+    """Finish all shards; return them in their order."""
+    shards: list[Shard] = []
     left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
-    with pool, left, progress_bar(total=len(task.source.files), desc="converting", unit="images") as bar:
-        try:
-            futures = {pool.submit(_finish_shard, number): len(group) for number, group in enumerate(task.groups)}
-            for future in as_completed(futures):
-                future.result()
-                bar.update(futures[future])
-        except BaseException as error:
-            for worker in active_children():  # in the middle of their shards
-                worker.kill()
-            if isinstance(error, BrokenProcessPool):
-                hint = "the same command resumes, with fewer workers if memory is short"
-                raise RunError(f"--workers {workers}: a worker was killed; {hint}") from error
-            raise
-    return [future.result() for future in futures]
+    bar = progress_bar(total=len(task.source.files), desc="converting", unit="images")
+    try:
+        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task,)) as pool, left, bar:
+            for group, shard in zip(task.groups, pool.map(_finish_shard, range(len(task.groups))), strict=True):
+                shards.append(shard)
+                bar.update(len(group))
+    except BrokenProcessPool as error:
+        hint = "the same command resumes, with fewer workers if memory is short"
+        raise RunError(f"--workers {workers}: a worker was killed; {hint}") from error
+    return shards
 
 
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:

@@ -46,39 +46,31 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
     Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
 
     Raises:
-        InputError: There are no images, or a folder cannot be listed.
+        InputError: There are no images.
+        OSError: A folder cannot be listed.
     """
     files: list[ImageFile] = []
     ignored: Counter[str] = Counter()
-    # Without onerror, os.walk would take a folder that cannot be listed for an empty one.
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+
+    def fail(error: OSError) -> NoReturn:  # os.walk would take a folder that cannot be listed for an empty one
+        raise error
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() not in SUFFIXES:
                 ignored[path.suffix.lower() or "without suffix"] += 1
                 continue
-            try:  # a dangling link counts as unreadable when it is read, as a corrupt image does
-                status = path.stat() if path.exists() else path.lstat()
-            except OSError as error:
-                _cannot_list(error)
+            # A dangling link counts as unreadable when it is read, as a corrupt image does.
+            status = path.stat() if path.exists() else path.lstat()
             files.append(ImageFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
     if not files:
         raise InputError(f"{root}: no images; the suffixes read are {', '.join(SUFFIXES)}")
     return sorted(files), dict(sorted(ignored.items()))
 
 
-def _cannot_list(error: OSError) -> NoReturn:
-    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-
 def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden.
-
-    Raises:
-        InputError: There is no such folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with a subfolder per class")
+    """Return the sorted names of the subfolders that are not hidden."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -87,17 +79,13 @@ def read_image_file(path: Path) -> bytes:
 
     Raises:
         UnreadableImageError: The file does not exist, or is a dangling link.
-        InputError: Access is denied: the folder's permissions are at fault, not the image.
-        OSError: The machine cannot read (too many open files, a failing disk, …).
+        OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror})"
         if error.errno in (errno.ENOENT, errno.ELOOP):
-            raise UnreadableImageError(message) from error
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise InputError(f"{message}: grant the permission, or remove it") from error
+            raise UnreadableImageError(f"{path}: cannot be read ({error.strerror})") from error
         raise
 
 

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from itertools import accumulate, chain
-from multiprocessing import get_context
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,12 +23,11 @@ from d2v_composer.data.images import (
     sample_rng,
     to_pixels,
 )
-from d2v_composer.data.index import SUMMARY, find_missing_index, keep_encoded, read_image_index
+from d2v_composer.data.index import SUMMARY, keep_encoded, read_image_index
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import download_existing
-from d2v_composer.system.files import find_unwritable
 from d2v_composer.system.processes import die_with_parent
 from d2v_composer.system.retry import is_lasting
 
@@ -57,10 +53,7 @@ class LabeledImages(NamedTuple):
 
     def at_most(self, num_images: int) -> "LabeledImages":
         """Return at most this many images, evenly spaced, since a folder lists them class by class."""
-        total = len(self.labels)
-        if num_images >= total:
-            return self
-        chosen = torch.tensor(evenly_spaced(total, num_images))
+        chosen = torch.tensor(evenly_spaced(len(self.labels), num_images))
         return LabeledImages(self.images[chosen], self.labels[chosen])
 
 
@@ -77,13 +70,8 @@ class LabeledSet(NamedTuple):
         return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
 
     def numbered(self) -> "LabeledSet":
-        """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each.
-
-        Labels that all have a name, or have no gap, stay.
-        """
+        """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each."""
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
-        if not len(found) or (found[0] >= 0 and found[-1] < max(len(self.class_names), len(found))):
-            return self
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_images)
         return LabeledSet(
@@ -101,30 +89,6 @@ class LabeledSet(NamedTuple):
     def num_images(self) -> tuple[int, int]:
         """The number of images in train and test."""
         return len(self.train.labels), len(self.test.labels)
-
-
-def find_missing_files(format: Format, root: Path, download: bool) -> str | None:
-    """Return which folder of a labeled set is unusable at first sight; ``None`` if there is none.
-
-    Args:
-        format: As :func:`load_labeled_set`'s, likewise the others.
-        root: The folder.
-        download: Missing files of CIFAR are fetched.
-    """
-    if format in CIFAR_FOLDERS:
-        folder = root / CIFAR_FOLDERS[format]
-        if os.path.isdir(folder):
-            return None
-        if not download:
-            return f"{folder}: no such folder; download: true fetches it"
-        return None if (fault := find_unwritable(root)) is None else f"{root}: {fault}"
-    for folder in (root / "train", root / "test"):
-        missing = find_missing_index(folder) if format == "mds" else None
-        if format == "folder" and not os.path.isdir(folder):
-            missing = f"no such folder; {_layout(root)}"
-        if missing is not None:
-            return f"{folder}: {missing}"
-    return None
 
 
 def load_labeled_set(
@@ -162,16 +126,14 @@ def load_labeled_set(
         labeled = whole if max_images is None else whole.at_most(max_images)
     elif format == "folder":
         labeled = _load_folders(root, image_size, interpolation, max_images)
-    elif format == "mds":
+    else:
         options = image_size, interpolation, column, label_column, max_images
         train, test = (load_mds(root / split, *options) for split in ("train", "test"))
         labeled = LabeledSet(train, *with_classes_of_train(test, root))
-    else:
-        raise ValueError(f"format must be cifar10, cifar100, folder or mds, got {format!r}")
     for split in (labeled.train, labeled.test):
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
-            raise InputError(f"{root}: the images that max_images={max_images} chooses are of one class: change it")
+            raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
     return labeled
 
 
@@ -186,44 +148,34 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
         with FileLock(root / ".download.lock") if download else nullcontext():
             splits = [dataset_class(str(root), train=train, download=download) for train in (True, False)]
     except Exception as error:
-        unpacked = f"unpack {dataset_class.url} in {root}"
-        hint = f"; {unpacked}" if download else f"; set download: true to fetch it, or {unpacked}"
-        raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}){hint}") from error
+        hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
+        raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
     train, test = (
         LabeledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits
     )
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def _layout(root: Path) -> str:
-    return f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
-
-
 def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
-    if (missing := find_missing_files("folder", root, download=False)) is not None:
-        raise InputError(missing)
-    class_names = list_subfolders(root / "train")
-    train, test = (
-        _load_folder(root / split, class_names, image_size, interpolation, max_images) for split in ("train", "test")
-    )
-    return LabeledSet(train, test, tuple(class_names))
-
-
-def _load_folder(
-    folder: Path, class_names: list[str], image_size: ImageSize, interpolation: str, max_images: int | None
-) -> LabeledImages:
-    paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
-    if not paths:
-        raise InputError(f"{folder}: no images in its class folders; {_layout(folder.parent)}")
-    names = [path.split("/", 1)[0] for path in paths]
-    unknown = sorted(set(names) - set(class_names))
-    if unknown:
-        raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {_layout(folder.parent)}")
-    chosen = evenly_spaced(len(paths), max_images)
-    images = (
-        to_pixels(read_image_file(folder / paths[i]), str(folder / paths[i]), image_size, interpolation) for i in chosen
-    )
-    return LabeledImages(_stacked(images, len(chosen)), torch.tensor([class_names.index(names[i]) for i in chosen]))
+    layout = f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+    splits: list[LabeledImages] = []
+    class_names: list[str] = []
+    for folder in (root / "train", root / "test"):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; {layout}")
+        paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
+        if not paths:
+            raise InputError(f"{folder}: no images in its class folders; {layout}")
+        class_names = class_names or list_subfolders(folder)
+        names = [path.split("/", 1)[0] for path in paths]
+        if unknown := sorted(set(names) - set(class_names)):
+            raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {layout}")
+        chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
+        pairs = (
+            (to_pixels(read_image_file(path), str(path), image_size, interpolation), label) for path, label in chosen
+        )
+        splits.append(_stacked(pairs, len(chosen)))
+    return LabeledSet(splits[0], splits[1], tuple(class_names))
 
 
 def load_mds(
@@ -235,39 +187,32 @@ def load_mds(
     max_images: int | None = None,
 ) -> LabeledImages:
     """Load one split of a labeled MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
-    from streaming.base.format.mds import MDSReader  # takes seconds
+    from d2v_composer.data.shards import Shards  # takes seconds
 
-    shards = read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
-    readers = [MDSReader.from_json(str(folder), None, shard) for shard in shards]
-    keep_encoded(readers, column)
-    ends = list(accumulate(shard["samples"] for shard in shards))
-    chosen = evenly_spaced(ends[-1], max_images)
-    labels: list[int] = []
+    read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
+    shards = Shards(local=folder)
+    keep_encoded(shards.readers, column)
+    chosen = evenly_spaced(len(shards), max_images)
 
-    def images() -> Iterator[Tensor]:
+    def pairs() -> Iterator[tuple[Tensor, int]]:
         for number in chosen:
-            shard = bisect_right(ends, number)
-            with reading(folder / shards[shard]["raw_data"]["basename"]):
-                sample = readers[shard][number - ends[shard]]  # negative: from the shard's end
-            try:
-                labels.append(whole_label(sample[label_column]))
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{folder}: its labels must be whole numbers ({reason(error)})") from error
-            yield to_pixels(sample[column], f"sample {number} of {folder}", image_size, interpolation)
+            sample, source = shards[number], f"sample {number} of {folder}"
+            label = whole_label(sample[label_column], source)
+            yield to_pixels(sample[column], source, image_size, interpolation), label
 
-    return LabeledImages(_stacked(images(), len(chosen)), torch.tensor(labels))
+    return _stacked(pairs(), len(chosen))
 
 
-def whole_label(value: Any) -> int:
+def whole_label(value: Any, source: str) -> int:
     """Return a label as a number.
 
     Raises:
-        ValueError: It is no whole number; likewise TypeError.
+        InputError: It is no whole number.
     """
-    label = int(value)
-    if not isinstance(value, str) and label != value:
-        raise ValueError(f"{value} is none")
-    return label
+    with suppress(TypeError, ValueError, OverflowError):
+        if (label := int(value)) == float(value):
+            return label
+    raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
 def mds_class_names(folder: Path) -> tuple[str, ...]:
@@ -322,31 +267,26 @@ def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImage
     return test._replace(labels=numbers[test.labels]), names
 
 
-def _stacked(images: Iterator[Tensor], num_images: int) -> Tensor:
-    """Stack images as they are decoded: torch.stack of all would need their memory twice."""
-    first = next(images)
-    stacked = first.new_empty(num_images, *first.shape)
-    for place, image in zip(stacked, chain([first], images), strict=True):
-        place.copy_(image)
-    return stacked
+def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledImages:
+    """Stack images and labels as they are decoded: torch.stack of all would need their memory twice."""
+    images, labels = torch.empty(0), torch.empty(num_images, dtype=torch.int64)
+    for i, (image, label) in enumerate(pairs):
+        images = images if i else image.new_empty(num_images, *image.shape)
+        images[i], labels[i] = image, label
+    return LabeledImages(images, labels)
 
 
+@dataclass(eq=False)
 class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     """Augmented images with their labels: (3, S, S) uint8 and int64.
 
     A sample's index is its epoch and its id. Its augmentation depends on (seed, epoch, id) alone: it is the same for
     any number of workers and ranks, and after any resume.
-
-    Args:
-        labeled: The images.
-        transform: The augmentation.
-        seed: Its seed.
     """
 
-    def __init__(self, labeled: LabeledImages, transform: RandomResizedCropFlip, seed: int) -> None:
-        self.labeled = labeled
-        self.transform = transform
-        self.seed = seed
+    labeled: LabeledImages
+    transform: RandomResizedCropFlip
+    seed: int
 
     def __len__(self) -> int:
         return len(self.labeled.labels)
@@ -358,30 +298,11 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EpochSampler(DistributedSampler[Place]):
-    """Yield this rank's share of an epoch in random order, as :class:`AugmentedImages` wants it.
-
-    A batch of all ranks together has the same images on any number of ranks. Composer sets the epoch, and skips the
-    batches of an epoch that were trained before a resume.
-
-    Args:
-        dataset: Of whose images each epoch leaves out some.
-        global_batch_size: An epoch is the largest whole number of such batches.
-        seed: The seed of the order.
-    """
-
-    def __init__(self, dataset: AugmentedImages, global_batch_size: int, seed: int) -> None:
-        from composer.utils import dist  # takes seconds, and only fine-tuning needs it
-
-        ranks = dist.get_world_size()
-        super().__init__(dataset, ranks, dist.get_global_rank(), shuffle=True, seed=seed)  # pyright: ignore[reportArgumentType]: its items are places
-        self.total_size = len(dataset) // global_batch_size * global_batch_size
-        self.num_samples = self.total_size // ranks
+    """This rank's share of an epoch, as :class:`AugmentedImages` wants it; Composer sets the epoch."""
 
     @override
     def __iter__(self) -> Iterator[Place]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator)[: self.total_size]  # pyright: ignore[reportArgumentType]: sized
-        return ((self.epoch, i) for i in order[self.rank :: self.num_replicas].tolist())
+        return ((self.epoch, i) for i in super().__iter__())  # pyright: ignore[reportReturnType]: numbers
 
 
 def train_batches(
@@ -389,26 +310,34 @@ def train_batches(
 ) -> DataLoader:
     """Return the loader of this rank's augmented batches.
 
+    A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
+    batches.
+
     Args:
         dataset: The images.
         global_batch_size: Over all ranks.
         num_workers: Processes that augment; 0: this one.
         prefetch_factor: Batches that each makes in advance.
     """
-    from composer.utils import dist
+    from composer.utils import dist  # takes seconds, and only fine-tuning needs it
 
-    has_workers = num_workers > 0
-    return DataLoader(
-        dataset,
-        batch_size=global_batch_size // dist.get_world_size(),
-        sampler=EpochSampler(dataset, global_batch_size, dataset.seed),
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if has_workers else None,
-        persistent_workers=has_workers,
-        multiprocessing_context=get_context("fork") if has_workers else None,
-        worker_init_fn=lambda _: die_with_parent(),
-        pin_memory=torch.cuda.is_available(),
-    )
+    ranks = dist.get_world_size()
+    sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
+    options = worker_options(num_workers, prefetch_factor)
+    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, drop_last=True, **options)
+
+
+def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
+    """Return the arguments of a DataLoader for processes that make batches in advance; with 0, this one makes them."""
+    options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    if not num_workers:
+        return options
+    return options | {
+        "prefetch_factor": prefetch_factor,
+        "persistent_workers": True,
+        "multiprocessing_context": "fork",
+        "worker_init_fn": lambda _: die_with_parent(),
+    }
 
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:

@@ -187,7 +187,7 @@ class Shards:
         path = self._paths[shard_id]
         with suppress(FileNotFoundError):
             if shard_id not in self._verified and path.is_file():
-                if (fault := _find_fault(path, self.readers[shard_id].raw_data)) is None:
+                if (fault := find_fault(path, self.readers[shard_id].raw_data)) is None:
                     self._verified.add(shard_id)
                 elif self.remote is None:
                     raise ShardError(fault)
@@ -216,11 +216,11 @@ class Shards:
             transfer(address, fetched, min(self.timeout, REQUEST_SECONDS))
             if reader.zip_data:
                 fetched.write_bytes(decompress(reader.compression, fetched.read_bytes()))
-            if (fault := _find_fault(fetched, reader.raw_data)) is not None:
+            if (fault := find_fault(fetched, reader.raw_data)) is not None:
                 raise ValueError(f"the download is not what the index says: {fault}")
 
         with writing(self.local), sole_user(self._lock(path.name)) as is_ours:
-            if is_ours and path.is_file() and (fault := _find_fault(path, reader.raw_data)) is not None:
+            if is_ours and path.is_file() and (fault := find_fault(path, reader.raw_data)) is not None:
                 log.warning("%s: fetched again", fault)
                 path.unlink()
             if not is_ours or path.is_file():
@@ -260,7 +260,7 @@ class Shards:
                     path.unlink()
 
 
-def _find_fault(path: Path, info: FileInfo) -> str | None:
+def find_fault(path: Path, info: FileInfo) -> str | None:
     """Return how a file differs from what the index says, or ``None``."""
     if (size := path.stat().st_size) != info.bytes:
         return f"{path}: has {size} bytes, the index says {info.bytes}"

@@ -4,13 +4,14 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 from composer.utils import dist
 from numpy.typing import NDArray
+from streaming import StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 from torch.utils.data import Dataset, DistributedSampler
@@ -21,41 +22,6 @@ from d2v_composer.data.index import keep_encoded
 from d2v_composer.data.labeled import whole_label
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError
-
-
-def draw_samples(
-    shard_sizes: NDArray[np.int64], num_drawn: int, pick_seed: int, sample_seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw the samples of an epoch, without repeats.
-
-    The result equals that of StreamingDataset's ``resample_streams`` for a single stream, so that a resume
-    continues with the samples of its checkpoint. Streaming's loop takes a second per million samples.
-
-    Args:
-        shard_sizes: (S,) the samples in each shard.
-        num_drawn: E.
-        pick_seed: The seed for the number of samples from each shard.
-        sample_seed: The seed for the samples within a shard.
-
-    Returns:
-        The number of samples from each shard that has any, (at most S,), and the samples' ids in order, (E,).
-    """
-    num_samples = int(shard_sizes.sum())
-    if num_drawn == num_samples:
-        return shard_sizes, np.arange(num_samples)
-    order = np.random.default_rng(pick_seed).permutation(num_samples)
-    shard_of_sample = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
-    drawn_per_shard = np.bincount(shard_of_sample[order[:num_drawn]], minlength=len(shard_sizes))
-    is_drawn = np.ones(num_samples, bool)
-    begins = shard_sizes.cumsum() - shard_sizes
-    rng = np.random.default_rng(sample_seed)
-    for shard in np.flatnonzero(drawn_per_shard < shard_sizes):  # few: less than a batch is left out
-        begin, size, drawn = int(begins[shard]), int(shard_sizes[shard]), int(drawn_per_shard[shard])
-        is_drawn[begin : begin + size] = False
-        if drawn:
-            is_drawn[begin + rng.choice(size, drawn, False)] = True
-    return drawn_per_shard[drawn_per_shard > 0], np.flatnonzero(is_drawn)
-
 
 # Samples of a rank by which shards are fetched before they are needed.
 AHEAD = 8192
@@ -111,9 +77,8 @@ class EpochOrder(DistributedSampler[Sample]):
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         if epoch_size is not None and epoch_size > num_samples:  # Streaming would repeat samples
             raise ValueError(f"epoch_size must be at most the {num_samples} samples, got {epoch_size}")
-        self.shard_sizes = shard_sizes
-        # What generate_work reads of a StreamingDataset. Its defaults depend on the number of nodes: a resume on
-        # another number must have the same order.
+        # What generate_work and resample_streams read of a StreamingDataset. Its defaults depend on the number of
+        # nodes: a resume on another number must have the same order.
         self.epoch_size = epoch_size or num_samples
         self.batch_size = batch_size
         self.shuffle, self.shuffle_algo, self.shuffle_seed = shuffle, "py1e", seed
@@ -121,6 +86,12 @@ class EpochOrder(DistributedSampler[Sample]):
         self.num_canonical_nodes = num_canonical_nodes
         self.partition_algo = "relaxed"
         self.initial_physical_nodes: int | None = None
+        self.sampling_method, self.sampling_granularity = "balanced", 1
+        self.epoch_seed_change = shuffle
+        self.num_streams, self.streams = 1, [SimpleNamespace(choose=self.epoch_size)]
+        self.shard_offset_per_stream, self.shards_per_stream = np.array([0]), np.array([len(shard_sizes)])
+        self.samples_per_shard = shard_sizes
+        self.sample_offset_per_shard = shard_sizes.cumsum() - shard_sizes
 
         self._epoch, self._first_sample = 0, 0
         self._is_begun = False
@@ -139,7 +110,7 @@ class EpochOrder(DistributedSampler[Sample]):
         world = World.detect()
         work = self.arrange(self._epoch, self._first_sample, world)[world.node, world.rank_of_node]
         ids = work[work != -1]  # padding of unequal parts
-        shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
+        shards = np.searchsorted(self.samples_per_shard.cumsum(), ids, side="right")
         return self._with_shards_ahead(self._epoch, ids.tolist(), shards.tolist())
 
     def arrange(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
@@ -148,8 +119,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
     def resample_streams(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Draw the samples of an epoch; Streaming calls this."""
-        seed = self.shuffle_seed + epoch
-        return draw_samples(self.shard_sizes, self.epoch_size, seed if self.shuffle else self.shuffle_seed, seed)
+        return StreamingDataset.resample_streams(self, epoch)  # pyright: ignore[reportArgumentType]
 
     def state_dict(self, num_samples: int) -> dict[str, Any]:
         """Return Streaming's state, after this many samples of the epoch, on all ranks together."""
@@ -249,7 +219,13 @@ class StreamingImages(Dataset[dict[str, Any]]):
         stored = self.shards[sample_id]
         pixels = self.transform(stored[self.column], sample_rng(self.seed, epoch, sample_id), source)
         found = {"image": pixels, "sample_id": sample_id}
-        return found if self.labels is None else {**found, "label": label_of(stored, self.labels, source)}
+        if self.labels is not None:
+            found["label"] = label = whole_label(stored[self.labels.name], source)
+            if not 0 <= label < self.labels.num_classes:
+                raise InputError(
+                    f"{source}: its label must be a number from 0 to {self.labels.num_classes - 1}, got {label}"
+                )
+        return found
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the state after this many samples of the epoch; Composer saves it, and counts from its beginning."""
@@ -274,19 +250,6 @@ class StreamingImages(Dataset[dict[str, Any]]):
                 self.shards.limit,
                 needed,
             )
-
-
-def label_of(stored: dict[str, Any], labels: LabelColumn, source: str) -> int:
-    """Return a sample's label.
-
-    Raises:
-        InputError: It is not that of a class.
-    """
-    value = stored[labels.name]
-    with suppress(TypeError, ValueError):
-        if 0 <= (label := whole_label(value)) < labels.num_classes:
-            return label
-    raise InputError(f"{source}: its label must be a number from 0 to {labels.num_classes - 1}, got {value!r:.40}")
 
 
 # Shared memory, on Linux. The queues and events of one worker are semaphores, of a page each.

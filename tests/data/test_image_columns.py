@@ -41,20 +41,21 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 def train_loader(data: Path, *overrides: str) -> Any:
     config = load_config(small_run(data.parent / "run", data, *overrides))
-    return build_train_loader(config, read_train_index(config), 24, "bicubic")
+    shards = read_train_index(config.train_loader, 16)
+    return build_train_loader(config.train_loader, shards, RandomResizedCropFlip(24), 16, seed=5)
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
 def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp_path: Path, encoding: str) -> None:
     data = write_as_streaming(tmp_path / "data", files, encoding)
-    batches = list(train_loader(data, "train_loader.column=x", "seed=5"))
+    batches = list(train_loader(data, "train_loader.column=x"))
     ids = torch.cat([batch["sample_id"] for batch in batches])
     pixels = torch.cat([batch["image"] for batch in batches])
     assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
     ours = StreamingImages(
         local=write_as_streaming(tmp_path / "ours", files, "bytes"),
         batch_size=16,
-        transform=RandomResizedCropFlip(24, scale=(0.35, 1.0)),
+        transform=RandomResizedCropFlip(24),
         column="x",
         seed=5,
     )
@@ -76,28 +77,17 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
     assert as_integers.fingerprint != collection.fingerprint
 
 
-READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "training": (lambda folder: train_loader(folder / "train"), "train_loader.column"),
-    "embedding": (lambda folder: open_collection(str(folder / "train"), 32, "bicubic"), "--column"),
-    "retrieval": (
-        lambda folder: load_labeled_set("mds", folder, image_size=32, interpolation="bicubic"),
-        "column and label_column",
-    ),
-}
-
-
-@pytest.mark.parametrize("use", READERS)
-def test_names_a_missing_column_and_those_of_the_data_set(files: list[Path], tmp_path: Path, use: str) -> None:
-    write_as_streaming(tmp_path / "train", files[:16], "jpeg")
-    reader, option = READERS[use]
-    with pytest.raises(InputError, match=rf"no column 'image'; the data set has: i, x, y; choose with {option}$"):
-        reader(tmp_path)
-
-
-def test_refuses_a_column_without_images(files: list[Path], tmp_path: Path) -> None:
+def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_path: Path) -> None:
     data = write_as_streaming(tmp_path / "train", files, "jpeg")
+    readers: dict[str, Callable[[], Any]] = {
+        "train_loader.column": lambda: train_loader(data),
+        "--column": lambda: open_collection(str(data), 32, "bicubic"),
+        "column and label_column": lambda: load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic"),
+    }
+    for option, read in readers.items():
+        with pytest.raises(InputError, match=rf"no column 'image'; the data set has: i, x, y; choose with {option}$"):
+            read()
     with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
         train_loader(data, "train_loader.column=y")
-    folder = files[0].parent
     with pytest.raises(InputError, match=r"has no index\.json: --column is for an MDS data set"):
-        open_collection(str(folder), 32, "bicubic", column="x")
+        open_collection(str(files[0].parent), 32, "bicubic", column="x")

@@ -3,7 +3,6 @@
 import time
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.world import World
 
-from d2v_composer.data.streaming import EpochOrder, draw_samples
-from helpers import NUM_IMAGES, encoded_image, write_mds
-from streams import open_batches, open_images, read_epoch
+from d2v_composer.data.streaming import EpochOrder
+from helpers import NUM_IMAGES
+from streams import open_batches, open_images
 
 SEED = 17
 RANKS_PER_NODE, NODES, FEWER_NODES = 8, 64, 48
@@ -23,48 +22,17 @@ GLOBAL_BATCH = 3072
 EPOCH = 3
 
 
-def test_the_order_is_streamings(many_shards: Path) -> None:
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
     options: dict[str, Any] = {"batch_size": 10, "shuffle_block_size": 40, "epoch_size": 90, "num_canonical_nodes": 1}
-    theirs = StreamingDataset(
-        local=str(many_shards), shuffle=True, shuffle_algo="py1e", shuffle_seed=SEED, predownload=16, **options
-    )
+    options["shuffle"] = shuffle
+    theirs = StreamingDataset(local=str(many_shards), shuffle_algo="py1e", shuffle_seed=SEED, predownload=16, **options)
     ours = open_images(many_shards, seed=SEED, **options)
     for epoch in range(3):
         samples = list(ours.order)
         assert {sample.epoch for sample in samples} == {epoch}
         images = [ours.shards[sample.sample_id]["image"] for sample in samples]
         assert images == [sample["image"] for sample in theirs]
-
-
-@pytest.mark.parametrize("changes", [True, False])
-@pytest.mark.parametrize(
-    ("num_shards", "smallest", "largest", "batch"),
-    [(1, 97, 97, 16), (30, 1, 5, 1000), (7, 3, 90, 32), (400, 60, 70, 256)],
-)
-def test_draws_the_samples_that_streaming_draws(
-    num_shards: int, smallest: int, largest: int, batch: int, changes: bool
-) -> None:
-    sizes = np.random.default_rng((num_shards, smallest, largest)).integers(smallest, largest + 1, num_shards)
-    num_samples = int(sizes.sum())
-    for num_drawn in {max(1, num_samples // batch * batch), num_samples, max(1, num_samples // 2)}:
-        dataset = SimpleNamespace(
-            shuffle_seed=SEED,
-            sampling_method="balanced",
-            sampling_granularity=1,
-            epoch_seed_change=changes,
-            num_streams=1,
-            streams=[SimpleNamespace(choose=num_drawn)],
-            shard_offset_per_stream=np.array([0]),
-            shards_per_stream=np.array([len(sizes)]),
-            samples_per_shard=sizes,
-            sample_offset_per_shard=sizes.cumsum() - sizes,
-        )
-        for epoch in (0, 1, 5):
-            expected = StreamingDataset.resample_streams(dataset, epoch)  # pyright: ignore[reportArgumentType]
-            ours = draw_samples(sizes, num_drawn, SEED + epoch if changes else SEED, SEED + epoch)
-            for mine, theirs in zip(ours, expected, strict=True):
-                assert mine.dtype == theirs.dtype
-                assert np.array_equal(mine, theirs)
 
 
 def batches_of(data: Path, workers: int, state: dict[str, int] | None = None) -> list[list[list[int]]]:
@@ -92,17 +60,6 @@ def test_any_number_of_workers_reads_the_same_batches_also_after_a_resume(many_s
     assert batches_of(many_shards, 0, state | {"sample_in_epoch": NUM_IMAGES}) == [[], second]
     with open_batches(dataset, workers=1) as batches:  # the epoch that was left is over
         assert [batch["sample_id"].tolist() for batch in batches] == second
-
-
-def test_reads_every_sample_if_the_batches_do_not_divide_the_epoch(tmp_path: Path) -> None:
-    dataset = open_images(write_mds(tmp_path / "data", [encoded_image(i) for i in range(97)]))
-    for _ in range(2):
-        assert read_epoch(dataset, workers=2) == list(range(97))
-
-
-def test_refuses_an_epoch_of_more_samples_than_there_are(many_shards: Path) -> None:
-    with pytest.raises(ValueError, match=f"epoch_size must be at most the {NUM_IMAGES} samples, got 97"):
-        open_images(many_shards, batch_size=1, epoch_size=97)
 
 
 def global_batches(order: EpochOrder, num_nodes: int, first_sample: int = 0) -> NDArray[np.int64]:

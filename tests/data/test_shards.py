@@ -29,15 +29,10 @@ ALL = list(range(NUM_IMAGES))
 LIMIT = 27_000  # of the 118 kB of 32 shards and the index
 
 
-@pytest.fixture(scope="module")
-def original(many_shards: Path) -> Path:
-    return many_shards
-
-
 @pytest.fixture
-def remote(original: Path, tmp_path: Path) -> Path:
+def remote(many_shards: Path, tmp_path: Path) -> Path:
     """A copy that the test may change."""
-    return shutil.copytree(original, tmp_path / "remote")
+    return shutil.copytree(many_shards, tmp_path / "remote")
 
 
 @pytest.fixture
@@ -91,17 +86,6 @@ def test_verifies_a_local_data_set_but_never_changes_it(remote: Path, damage: st
     assert {file.name: file.read_bytes() for file in remote.iterdir()} == before
 
 
-FOREIGN = [
-    "notes.partial",
-    "movie.mp4.12-34.partial",
-    "shard.00005.mds.partial",
-    "shard.00005.mds.7-7.partial.keep-this",
-    "shard.99999.mds.7-7.partial",
-    "mine/shard.00005.mds.7-7.partial",
-    "shard.00006.mds.7-7.partial/a-folder-of-that-name",
-]
-
-
 def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
     """Shards may be in subfolders. Partial files of a process that fetches, in whichever run, stay."""
     cache = tmp_path / "cache"
@@ -110,14 +94,13 @@ def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
     index = json.loads((remote / "index.json").read_text())
     index["shards"][9]["raw_data"]["basename"] = "sub/shard.00009.mds"
     (remote / "index.json").write_text(json.dumps(index))
-    for name in FOREIGN:
+    foreign = ["notes.partial", "shard.00005.mds.partial", "shard.99999.mds.7-7.partial"]
+    foreign += ["shard.00005.mds.7-7.partial.keep-this", "mine/shard.00005.mds.7-7.partial"]
+    ours = [f"shard.00005.mds.7-7.partial{end}" for end in ("", ".tmp", ".aB3dE5g7", ".reserved")]
+    ours += ["sub/shard.00009.mds.7-7.partial", "shard.00008.mds.7-7.partial"]
+    for name in (*foreign, *ours):
         (cache / name).parent.mkdir(exist_ok=True, parents=True)
         (cache / name).write_text(name)
-    ours = [f"shard.00005.mds.7-7.partial{end}" for end in ("", ".tmp", ".aB3dE5g7")]
-    ours += ["sub/shard.00009.mds.7-7.partial", "shard.00008.mds.7-7.partial"]
-    (cache / "sub").mkdir()
-    for name in ours:
-        (cache / name).write_text("left by a killed process")
     open_images(cache, remote, cache_limit=LIMIT)
     assert [name for name in ours if (cache / name).exists()] == []
     (cache / ours[-1]).write_text("of a live process")
@@ -125,15 +108,15 @@ def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
         other = open_images(cache, remote, cache_limit=LIMIT)
         assert (cache / ours[-1]).exists()
     assert read_epoch(other) == ALL
-    assert [name for name in FOREIGN if (cache / name).read_text() != name] == []
+    assert [name for name in foreign if (cache / name).read_text() != name] == []
 
 
 @pytest.mark.parametrize(("workers", "cache_limit"), [(0, None), (2, 60_000)])
 def test_fills_a_cache_again_that_is_removed_during_an_epoch(
-    original: Path, tmp_path: Path, workers: int, cache_limit: int | None
+    many_shards: Path, tmp_path: Path, workers: int, cache_limit: int | None
 ) -> None:
     cache = tmp_path / "cache"
-    dataset = open_images(cache, original, cache_limit=cache_limit, timeout=5)
+    dataset = open_images(cache, many_shards, cache_limit=cache_limit, timeout=5)
     seen: list[int] = []
     with time_limit(30), open_batches(dataset, workers) as batches:
         for number, batch in enumerate(batches):
@@ -150,14 +133,14 @@ def read_twice(cache: Path, remote: Path, workers: int, limit: int | None) -> No
 
 @pytest.mark.parametrize("limit", [None, LIMIT])
 def test_two_runs_share_a_cache(
-    original: Path, tmp_path: Path, limit: int | None, downloads: Callable[[], list[str]]
+    many_shards: Path, tmp_path: Path, limit: int | None, downloads: Callable[[], list[str]]
 ) -> None:
     """Together they fetch each shard once, and stay below the limit. One shard is corrupt from the start."""
-    cache = shutil.copytree(original, tmp_path / "cache")
+    cache = shutil.copytree(many_shards, tmp_path / "cache")
     for path in sorted(cache.glob("*.mds"))[4:]:
         path.unlink()
     flip_bit(cache / "shard.00002.mds")
-    runs = [FORK.Process(target=read_twice, args=(cache, original, workers, limit)) for workers in (0, 2)]
+    runs = [FORK.Process(target=read_twice, args=(cache, many_shards, workers, limit)) for workers in (0, 2)]
     for run in runs:
         run.start()
     largest = 0
@@ -166,14 +149,16 @@ def test_two_runs_share_a_cache(
         time.sleep(0.0005)
     assert [run.exitcode for run in runs] == [0, 0]
     if limit is None:
-        assert same_files(cache, original)
+        assert same_files(cache, many_shards)
         assert sorted(downloads()) == ["shard.00002.mds", *(f"shard.{i:05}.mds" for i in range(4, 32))]
     else:
         assert limit / 2 < largest <= limit
 
 
-def test_a_limit_below_what_is_mixed_is_told(original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = shutil.copytree(original, tmp_path / "data")
+def test_a_limit_below_what_is_mixed_is_told(
+    many_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = shutil.copytree(many_shards, tmp_path / "data")
     for remote in (None, data):
         with pytest.raises(InputError, match="cache_limit is for the cache of a remote data set"):
             open_images(data, remote, cache_limit=30_000)
@@ -181,19 +166,19 @@ def test_a_limit_below_what_is_mixed_is_told(original: Path, tmp_path: Path, cap
         open_images(tmp_path / "cache", data, cache_limit=25_000)
     open_images(tmp_path / "cache", data, cache_limit=30_000)
     assert "cache_limit 30000 is less than the shards that are mixed at a time, about 1065" in caplog.text
-    assert same_files(data, original)
+    assert same_files(data, many_shards)
 
 
-def test_evicts_what_was_used_longest_ago(original: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(original, tmp_path / "cache")
+def test_evicts_what_was_used_longest_ago(many_shards: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(many_shards, tmp_path / "cache")
     for number, path in enumerate(sorted(cache.glob("*.mds"))):
         os.utime(path, (number, number))
         if number == 31:
             path.unlink()
-    shards = open_images(cache, original, cache_limit=size(cache)).shards
+    shards = open_images(cache, many_shards, cache_limit=size(cache)).shards
     shards.prepare(0)  # read now: no longer the oldest
     shards.prepare(31)
-    assert {path.name for path in original.glob("*.mds")} - {path.name for path in cache.glob("*.mds")} <= {
+    assert {path.name for path in many_shards.glob("*.mds")} - {path.name for path in cache.glob("*.mds")} <= {
         "shard.00001.mds",
         "shard.00002.mds",
     }
@@ -201,11 +186,11 @@ def test_evicts_what_was_used_longest_ago(original: Path, tmp_path: Path) -> Non
 
 
 def test_fetches_several_shards_ahead_but_not_more_than_the_machine_may(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order in which they are needed; a thread that needs a shard now does not wait for those."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    shards = open_images(tmp_path / "cache", original, timeout=20).shards
+    shards = open_images(tmp_path / "cache", many_shards, timeout=20).shards
     begun: list[str] = []
     may_end, copy = threading.Event(), LocalDownloader.download
 
@@ -229,10 +214,10 @@ def test_fetches_several_shards_ahead_but_not_more_than_the_machine_may(
 
 @pytest.mark.parametrize("limit", [None, LIMIT])
 def test_takes_over_from_a_process_that_is_killed_while_it_fetches(
-    original: Path, tmp_path: Path, limit: int | None, monkeypatch: pytest.MonkeyPatch
+    many_shards: Path, tmp_path: Path, limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: SimpleQueue[str] = FORK.SimpleQueue()
-    dataset = open_images(tmp_path / "cache", original, cache_limit=limit, timeout=20)
+    dataset = open_images(tmp_path / "cache", many_shards, cache_limit=limit, timeout=20)
     with monkeypatch.context() as patch:
         patch.setattr(LocalDownloader, "download", lambda _, address, *rest: begun.put(address) or time.sleep(600))
         process = FORK.Process(target=dataset.shards.prepare, args=(7,))
@@ -249,8 +234,8 @@ def test_takes_over_from_a_process_that_is_killed_while_it_fetches(
     assert read_epoch(dataset) == ALL
 
 
-def test_stops_when_the_disk_is_full(original: Path, tmp_path: Path) -> None:
-    dataset = open_images(tmp_path / "cache", original, timeout=60)
+def test_stops_when_the_disk_is_full(many_shards: Path, tmp_path: Path) -> None:
+    dataset = open_images(tmp_path / "cache", many_shards, timeout=60)
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, largest[1]))  # a write beyond it fails as on a full disk
     try:

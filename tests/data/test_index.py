@@ -1,0 +1,127 @@
+"""What is checked before training: the index of the data set, space on the disk, and shared memory for batches."""
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composer.utils import dist
+
+from d2v_composer.builders import data as builders_data
+from d2v_composer.builders.data import build_train_loader, read_train_index, room_of_node
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainLoaderConfig
+from d2v_composer.data import streaming
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.index import check_room, read_image_index, room_needed
+from d2v_composer.system.errors import InputError
+from helpers import small_run
+
+GB = 10**9
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+def read(folder: Path, **options: Any) -> list[dict[str, Any]]:
+    return read_image_index(folder, "image", option="column", **options)
+
+
+DAMAGES: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
+    ("index.json", None, "no index.json: not an MDS data set"),
+    ("", None, "no index.json: no such folder"),
+    ("index.json", lambda content: content[:100], "index.json: cannot be read"),
+    ("index.json", lambda _: b'{"shards": [{"samples": 3}]}', "index.json: cannot be read: 'raw_data'"),
+    ("index.json", lambda _: b'{"shards": [], "version": 2}', "the data set is empty: its index.json lists no samples"),
+    ("shard.00000.mds", None, "the shard is missing"),
+    ("shard.00000.mds", lambda content: content[:-10], "bytes, the index says"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
+def test_names_damaged_data_before_training(
+    small_data: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None, message: str
+) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
+    if damage is not None:
+        (data / name).write_bytes(damage((data / name).read_bytes()))
+    elif name:
+        (data / name).unlink()
+    else:
+        shutil.rmtree(data)
+    with pytest.raises(InputError) as caught:
+        read(data)
+    assert message in str(caught.value)
+    assert str(data) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_an_index_that_names_files_outside_its_folder(small_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    for name in ("../shard.00000.mds", "/etc/passwd"):
+        index["shards"][0]["raw_data"]["basename"] = name
+        (data / "index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match=f"data: its index.json names a file outside the folder: {name}"):
+            read(data, shards_may_be_missing=True)
+
+
+def test_needs_room_for_shards_that_are_not_here(many_shards: Path, tmp_path: Path) -> None:
+    shards = read(many_shards)
+    sizes = [shard["raw_data"]["bytes"] for shard in shards]
+    for shard in shards[:3]:
+        shutil.copy(many_shards / shard["raw_data"]["basename"], tmp_path)
+    assert room_needed(shards, tmp_path) == sum(sizes[3:])
+    assert room_needed(shards, tmp_path, sum(sizes[:5])) == sum(sizes[3:5])
+    assert room_needed(shards, tmp_path, 100) == 0
+    free = shutil.disk_usage(tmp_path).free
+    assert check_room(free // 2, tmp_path) is None
+    assert "GB of the disk are free: make room, or set a cache limit" in str(check_room(2 * free, tmp_path))
+
+
+@pytest.mark.parametrize(("parts", "share"), [(1, 1), (2, 1 / 2), (4, 1 / 2), (3, 1)])
+def test_a_node_needs_room_for_its_share(many_shards: Path, tmp_path: Path, parts: int, share: float) -> None:
+    """Of two nodes that cut the order into this many parts."""
+    shards = read(many_shards)
+    for shard in shards:
+        shard["raw_data"]["bytes"] = GB
+    loader = TrainLoaderConfig(local=str(tmp_path), num_canonical_nodes=parts)
+    assert room_of_node(loader, shards, 2) == share * len(shards) * GB
+    assert room_of_node(loader, shards, 1) == len(shards) * GB
+
+
+def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = TrainLoaderConfig(local=str(tmp_path / "cache"), remote=str(many_shards), num_workers=0)
+    shards = read_train_index(loader, 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
+    with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards are still to come, 0\.0 GB of the disk are free"):
+        build_train_loader(loader, shards, RandomResizedCropFlip(24), 16, seed=1)
+
+
+def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
+    monkeypatch.setattr(builders_data, "gather_objects", lambda this: [this, this, (1, this[1]), (2, "another")])
+    with pytest.raises(InputError, match=rf"^{small_data}: another data set on node 2 than on node 0$"):
+        read_train_index(TrainLoaderConfig(local=str(small_data)), 16)
+
+
+def test_refuses_to_start_with_too_little_shared_memory(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker would be killed by SIGBUS."""
+    options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
+    loader = load_config(small_run(tmp_path, small_data, *options)).train_loader
+    shards = read_train_index(loader, 16)
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
+    build_train_loader(loader, shards, RandomResizedCropFlip(24), 16, seed=1)
+    with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9") as caught:
+        build_train_loader(loader, shards, RandomResizedCropFlip(224), 16, seed=1)  # 16 x 3 x 224 x 224 bytes, 14 times
+    assert "docker run --shm-size=" in str(caught.value)
+
+
+def test_counts_the_shared_memory_of_the_papers_run() -> None:
+    """On eight GPUs: 32 images of 224 pixels a rank, two batches in each of 64 workers and two in use per rank."""
+    batch_bytes = 32 * 3 * 224 * 224
+    needed = streaming.shared_memory_needed(ranks=8, workers=8, prefetch_factor=2, batch_bytes=batch_bytes)
+    assert needed == pytest.approx(8 * 18 * batch_bytes, rel=0.01)
