@@ -4,9 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.utils import dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.run_folder import errors_of
@@ -95,7 +93,7 @@ def build_train_loader(
     seed: int,
     labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` (image, label) pairs.
+    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` images and labels.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
     few samples left over differ from epoch to epoch.
@@ -122,16 +120,10 @@ def build_train_loader(
         dataset,
         batch_size=dataset.order.batch_size,
         sampler=dataset.order,
-        collate_fn=None if labels is None else collate_pairs,
         # For a worker that hangs. It ends after the worker's own error would have named the shard.
         timeout=2 * loader.timeout + HANGING_SECONDS if loader.num_workers else 0,
         **worker_options(loader.num_workers, loader.prefetch_factor),
     )
-
-
-def collate_pairs(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return a batch's images and labels as the pair that Composer's mixing algorithms need."""
-    return torch.stack([sample["image"] for sample in samples]), torch.tensor([sample["label"] for sample in samples])
 
 
 def build_transform(loader: ShardLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
@@ -141,8 +133,7 @@ def build_transform(loader: ShardLoaderConfig, image_size: ImageSize, interpolat
 
 def room_of_node(loader: TrainLoaderConfig, shards: list[dict[str, Any]], num_nodes: int) -> int:
     """Return the bytes that this node's share of the shards still needs on its disk."""
-    parts = loader.num_canonical_nodes  # of the order, each with its own shards
-    share = 1 / num_nodes if parts % num_nodes == 0 else 1 / parts if num_nodes % parts == 0 else 1.0
+    share = 1.0 if loader.num_canonical_nodes % num_nodes else 1 / num_nodes
     return room_needed(shards, Path(loader.local), loader.cache_limit, share)
 
 

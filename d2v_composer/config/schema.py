@@ -341,7 +341,7 @@ class TrainerConfig(RunConfig):
     global_train_batch_size: Count = 256
     device_train_microbatch_size: Microbatch | None = None
     """Default: the whole batch of a device; 'auto' on a GPU."""
-    train_loader: ShardLoaderConfig
+    train_loader: ShardLoaderConfig = ShardLoaderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name of Composer's callback → its arguments; null: off."""
@@ -393,7 +393,7 @@ class TrainConfig(TrainerConfig):
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
     targets: TargetsConfig = TargetsConfig()
-    train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride]: frozen
+    train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -204,70 +204,6 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
         return buffer.getvalue()
 
 
-class Destination(NamedTuple):
-    """The folder or object store of a data set."""
-
-    address: str
-    is_remote: bool
-    work: Path
-    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
-
-    @classmethod
-    def at(cls, address: str) -> "Destination":
-        """Return the destination at a path or an object store's address."""
-        if not is_remote(address):
-            return cls(address, False, Path(address).resolve() / ".converting")
-        address = address.rstrip("/")
-        return cls(address, True, cache_folder() / "conversions" / hashlib.sha256(address.encode()).hexdigest()[:16])
-
-    def check(self) -> None:
-        """Check that the destination can be written, and holds nothing but an interrupted conversion.
-
-        Raises:
-            InputError: One of these does not hold.
-        """
-        folder = Path(self.address)
-        if self.is_remote:
-            try:
-                with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
-                    is_finished = download_existing(f"{self.address}/{INDEX}", self.work / INDEX)
-            except Exception as error:
-                raise InputError(f"{self.address}: cannot be written ({reason(error)})") from error
-        else:
-            is_finished = (folder / INDEX).exists()
-            if not is_finished and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
-                raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
-        if is_finished:
-            shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
-            raise InputError(f"{self.address}: has a finished data set: remove it, or choose another OUT")
-
-    @contextmanager
-    def published(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to, and publish the file, if there is one, when the block ends.
-
-        Raises:
-            RunError: The disk or the store fails.
-        """
-        self.work.mkdir(parents=True, exist_ok=True)
-        with writing(self.address), TemporaryDirectory(dir=self.work) as folder:
-            uploader = CloudUploader.get((folder, self.address), retry=ATTEMPTS) if self.is_remote else None
-            path = Path(folder, name)
-            yield path
-            if uploader is None:
-                with suppress(FileNotFoundError):
-                    os.replace(path, Path(self.address) / name)
-            elif path.exists():
-                try:
-                    uploader.upload_file(name)
-                except Exception as error:
-                    raise RunError(f"{self.address}: cannot be written: {reason(error)}") from error
-
-    def publish_json(self, name: str, content: dict[str, Any]) -> None:
-        """Publish a JSON file."""
-        with self.published(name) as path:
-            path.write_text(json.dumps(content, sort_keys=True))
-
-
 class Shard(NamedTuple):
     """The record of a finished shard."""
 
@@ -279,35 +215,82 @@ class Shard(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the workers inherit."""
+    """A conversion, as its workers inherit it."""
 
     source: ImageSource
-    groups: list[NDArray[np.int64]]
-    """The numbers of each shard's images."""
     encoding: Encoding
     skip_unreadable: bool
-    destination: Destination
+    out: str
+    is_remote: bool
+    work: Path
+    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
+    groups: list[NDArray[np.int64]]
+    """The numbers of each shard's images."""
     records: Path
     """The folder of the records of these shards; other images or settings have another one."""
 
+    def check(self) -> None:
+        """Check that ``out`` can be written, and holds nothing but an interrupted conversion.
+
+        Raises:
+            InputError: One of these does not hold.
+        """
+        folder = Path(self.out)
+        if self.is_remote:
+            try:
+                with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
+                    is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
+            except Exception as error:
+                raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
+        else:
+            is_finished = (folder / INDEX).exists()
+            if not is_finished and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
+                raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
+        if is_finished:
+            shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
+            raise InputError(f"{self.out}: has a finished data set: remove it, or choose another OUT")
+
+    @contextmanager
+    def published(self, name: str) -> Iterator[Path]:
+        """Yield a local path to write to, and publish the file, if there is one, when the block ends.
+
+        Raises:
+            RunError: The disk or the store fails.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with writing(self.out), TemporaryDirectory(dir=self.work) as folder:
+            uploader = CloudUploader.get((folder, self.out), retry=ATTEMPTS) if self.is_remote else None
+            path = Path(folder, name)
+            yield path
+            if uploader is None:
+                with suppress(FileNotFoundError):
+                    os.replace(path, Path(self.out) / name)
+            elif path.exists():
+                try:
+                    uploader.upload_file(name)
+                except Exception as error:
+                    raise RunError(f"{self.out}: cannot be written: {reason(error)}") from error
+
+    def publish_json(self, name: str, content: dict[str, Any]) -> None:
+        """Publish a JSON file."""
+        with self.published(name) as path:
+            path.write_text(json.dumps(content, sort_keys=True))
+
     def finish_shard(self, number: int) -> Shard:
         """Write a group's shard, unless it exists."""
-        name, record = f"shard.{number:05}.mds", self.records / f"{number}.json"
-        shard = Shard(**json.loads(record.read_bytes()), existed=True) if record.exists() else None
-        if shard is None or not self._is_whole(shard):
-            with self.destination.published(name) as path:
-                shard = self._write([self.source.files[i] for i in self.groups[number]], path)
-            write_atomically(record, json.dumps({"entry": shard.entry, "skipped": shard.skipped}))
+        record = self.records / f"{number}.json"
+        if record.exists():
+            shard = Shard(*json.loads(record.read_bytes()), existed=True)
+            file = FileInfo(**shard.entry["raw_data"]) if shard.entry else None
+            path = Path(self.out) / file.basename if file else record
+            # A store keeps what it has accepted.
+            is_whole = self.is_remote or file is None or (path.exists() and find_fault(path, file) is None)
+            if is_whole and (self.skip_unreadable or not shard.skipped):
+                return shard
+        with self.published(f"shard.{number:05}.mds") as path:
+            shard = self._write([self.source.files[i] for i in self.groups[number]], path)
+        write_atomically(record, json.dumps([shard.entry, shard.skipped]))
         return shard
-
-    def _is_whole(self, shard: Shard) -> bool:
-        if shard.skipped and not self.skip_unreadable:
-            return False
-        if self.destination.is_remote or shard.entry is None:  # a store keeps what it has accepted
-            return True
-        file = FileInfo(**shard.entry["raw_data"])
-        path = Path(self.destination.address) / file.basename
-        return path.exists() and find_fault(path, file) is None
 
     def _write(self, files: list[ImageFile], path: Path) -> Shard:
         columns = {"image": "bytes"} if files[0].label is None else {"image": "bytes", "label": "int"}
@@ -320,13 +303,14 @@ class Task(NamedTuple):
                 if not self.skip_unreadable:
                     raise InputError(f"{error}; --skip-unreadable skips such images") from error
                 skipped.append(str(error).removeprefix(f"{self.source.root}/"))
+        entry = None
         if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
             writer.flush_shard()
-            file = writer.shards[0]["raw_data"]
-            (path.parent / "mds" / file["basename"]).rename(path)
-            file["basename"] = path.name
+            entry = writer.shards[0]
+            (path.parent / "mds" / entry["raw_data"]["basename"]).rename(path)
+            entry["raw_data"]["basename"] = path.name
         writer.executor.shutdown()
-        return Shard(writer.shards[0] if writer.shards else None, skipped)
+        return Shard(entry, skipped)
 
     def _read_image(self, file: ImageFile) -> bytes:
         if self.source.pixels is not None:
@@ -336,6 +320,21 @@ class Task(NamedTuple):
         path = self.source.root / file.path
         with reading(path):
             return as_rgb_jpeg(read_image_file(path), str(path), *self.encoding)
+
+    def finish(self, workers: int) -> list[Shard]:
+        """Finish all shards in worker processes; return them in their order."""
+        shards: list[Shard] = []
+        left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
+        bar = progress_bar(total=len(self.source.files), desc="converting", unit="images")
+        try:
+            with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (self,)) as pool, left, bar:
+                for group, shard in zip(self.groups, pool.map(_finish_shard, range(len(self.groups))), strict=True):
+                    shards.append(shard)
+                    bar.update(len(group))
+        except BrokenProcessPool as error:
+            hint = "the same command resumes, with fewer workers if memory is short"
+            raise RunError(f"--workers {workers}: a worker was killed; {hint}") from error
+        return shards
 
 
 _tasks: list[Task] = []  # a worker's own
@@ -348,6 +347,13 @@ def _start_worker(task: Task) -> None:
 
 def _finish_shard(number: int) -> Shard:
     return _tasks[-1].finish_shard(number)
+
+
+def work_folder(out: str) -> Path:
+    """Return the local folder of an unfinished conversion to a folder or an object store."""
+    if is_remote(out):
+        return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
+    return Path(out).resolve() / ".converting"
 
 
 class Conversion(NamedTuple):
@@ -391,33 +397,35 @@ def convert_images(
         InputError: An image is unreadable, or ``out`` cannot be written or holds a data set.
         RunError: The disk or the store fails, or a worker was killed.
     """
-    destination = Destination.at(str(out))
-    if source.pixels is None and destination.work.is_relative_to(source.root.resolve()):
+    out = str(out).rstrip("/")
+    work = work_folder(out)
+    if source.pixels is None and work.is_relative_to(source.root.resolve()):
         raise InputError(f"{out}: is in the folder of the images, {source.root}")
-    destination.check()
-    with sole_user(destination.work / "lock", LOCK_SECONDS) as alone:
+    groups = _groups(source, encoding, seed, shard_bytes)
+    described = repr((source.root.resolve(), encoding, source.files, [group.tolist() for group in groups]))
+    records = work / hashlib.sha256(described.encode()).hexdigest()[:16]
+    task = Task(source, encoding, skip_unreadable, out, is_remote(out), work, groups, records)
+    task.check()
+    with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{destination.address}: another conversion is writing there")
-        destination.check()  # again: that conversion may have finished
-        groups = _groups(source, encoding, seed, shard_bytes)
-        described = repr((source.root.resolve(), encoding, source.files, [group.tolist() for group in groups]))
-        records = destination.work / hashlib.sha256(described.encode()).hexdigest()[:16]
-        shards = _convert(Task(source, groups, encoding, skip_unreadable, destination, records), workers)
+            raise InputError(f"{out}: another conversion is writing there")
+        task.check()  # again: that conversion may have finished
+        shards = task.finish(workers)
         entries = [shard.entry for shard in shards if shard.entry is not None]
         if not entries:
-            raise InputError(f"{destination.address}: none of the {len(source.files)} images can be read")
+            raise InputError(f"{out}: none of the {len(source.files)} images can be read")
         names = {entry["raw_data"]["basename"] for entry in entries}
-        for path in () if destination.is_remote else Path(destination.address).glob("shard.*.mds"):
+        for path in () if task.is_remote else Path(out).glob("shard.*.mds"):
             if path.name not in names:  # of an interrupted conversion with other settings
                 path.unlink()
         skipped = [line for shard in shards for line in shard.skipped]
         num_images = sum(entry["samples"] for entry in entries)
         summary = {"images": num_images, "classes": source.classes, "skipped": skipped, "seed": seed}
-        destination.publish_json(SUMMARY, summary | encoding._asdict())
-        destination.publish_json(INDEX, {"version": 2, "shards": entries})
-        shutil.rmtree(destination.work)
+        task.publish_json(SUMMARY, summary | encoding._asdict())
+        task.publish_json(INDEX, {"version": 2, "shards": entries})
+        shutil.rmtree(work)
     return Conversion(
-        out=destination.address,
+        out=out,
         images=num_images,
         classes=len(source.classes or {file.label for file in source.files} - {None}) or None,
         bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
@@ -437,22 +445,6 @@ def _groups(source: ImageSource, encoding: Encoding, seed: int, shard_bytes: int
         order = np.random.default_rng(seed).permutation(order)
     shards = sizes[order].cumsum() // shard_bytes
     return np.split(order, np.flatnonzero(np.diff(shards)) + 1)
-
-
-def _convert(task: Task, workers: int) -> list[Shard]:
-    """Finish all shards; return them in their order."""
-    shards: list[Shard] = []
-    left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
-    bar = progress_bar(total=len(task.source.files), desc="converting", unit="images")
-    try:
-        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (task,)) as pool, left, bar:
-            for group, shard in zip(task.groups, pool.map(_finish_shard, range(len(task.groups))), strict=True):
-                shards.append(shard)
-                bar.update(len(group))
-    except BrokenProcessPool as error:
-        hint = "the same command resumes, with fewer workers if memory is short"
-        raise RunError(f"--workers {workers}: a worker was killed; {hint}") from error
-    return shards
 
 
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:

@@ -247,17 +247,19 @@ class Shards:
         Raises:
             NoRoomError: Shards that are being fetched take the room.
         """
-        with sole_user(self._lock("room"), self.timeout) as is_our_turn:
+        # Suppressed: another program may remove the cache.
+        with suppress(FileNotFoundError), sole_user(self._lock("room"), self.timeout) as is_our_turn:
             fetching = sum(path.name.endswith(RESERVED) for path in find_partials(self._known))
             room = self._room - self._largest * (1 + fetching)
-            if room < 0 or not is_our_turn:
-                raise NoRoomError
-            reservation.touch()
-            files = ((path, path.stat()) for path in self._paths if path.is_file())
-            for path, status in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
-                room -= status.st_size
-                if room < 0:
-                    path.unlink()
+            if room >= 0 and is_our_turn:
+                reservation.touch()
+                files = ((path, path.stat()) for path in self._paths if path.is_file())
+                for path, status in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
+                    room -= status.st_size
+                    if room < 0:
+                        path.unlink()
+                return
+        raise NoRoomError
 
 
 def find_fault(path: Path, info: FileInfo) -> str | None:

@@ -153,11 +153,11 @@ class LabelColumn(NamedTuple):
     num_classes: int
 
 
-class StreamingImages(Dataset[dict[str, Any]]):
+class StreamingImages(Dataset[Any]):
     """Augmented images from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or ends with an error that names the shard. A sample is ``{"image": (3, S,
-    S) uint8, "sample_id": int}``, without the other columns; labels, as ``"label"``, only if they are asked for. Its
+    S) uint8, "sample_id": int}``; if labels are asked for, (image, label), as Composer's algorithms need. Its
     augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch and
     ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
 
@@ -206,7 +206,7 @@ class StreamingImages(Dataset[dict[str, Any]]):
         return len(self.shards)
 
     @override
-    def __getitem__(self, sample: Sample | int) -> dict[str, Any]:
+    def __getitem__(self, sample: Sample | int) -> Any:
         """Return one augmented sample; given only its number, that of the first epoch.
 
         Raises:
@@ -218,14 +218,12 @@ class StreamingImages(Dataset[dict[str, Any]]):
         self.shards.fetch_ahead(ahead)
         stored = self.shards[sample_id]
         pixels = self.transform(stored[self.column], sample_rng(self.seed, epoch, sample_id), source)
-        found = {"image": pixels, "sample_id": sample_id}
-        if self.labels is not None:
-            found["label"] = label = whole_label(stored[self.labels.name], source)
-            if not 0 <= label < self.labels.num_classes:
-                raise InputError(
-                    f"{source}: its label must be a number from 0 to {self.labels.num_classes - 1}, got {label}"
-                )
-        return found
+        if self.labels is None:
+            return {"image": pixels, "sample_id": sample_id}
+        label = whole_label(stored[self.labels.name], source)
+        if not 0 <= label <= (largest := self.labels.num_classes - 1):
+            raise InputError(f"{source}: its label must be a number from 0 to {largest}, got {label}")
+        return pixels, label
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the state after this many samples of the epoch; Composer saves it, and counts from its beginning."""
