@@ -103,7 +103,8 @@ def build_train_loader(
     """
     local = Path(loader.local)
     if loader.remote is not None:
-        raise_on_all_ranks(check_room(room_of_node(loader, shards, num_nodes()), local))
+        share = 1.0 if loader.num_canonical_nodes % num_nodes() else 1 / num_nodes()
+        raise_on_all_ranks(check_room(room_needed(shards, local, loader.cache_limit, share), local))
     check_memory(loader, batch_size, transform.image_size)
     with errors_of("train_loader", InputError):
         dataset = StreamingImages(
@@ -129,12 +130,6 @@ def build_train_loader(
 def build_transform(loader: ShardLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
     """Build the augmentation of the training images."""
     return RandomResizedCropFlip(image_size, loader.crop_scale, loader.crop_ratio, loader.flip, interpolation)
-
-
-def room_of_node(loader: TrainLoaderConfig, shards: list[dict[str, Any]], num_nodes: int) -> int:
-    """Return the bytes that this node's share of the shards still needs on its disk."""
-    share = 1.0 if loader.num_canonical_nodes % num_nodes else 1 / num_nodes
-    return room_needed(shards, Path(loader.local), loader.cache_limit, share)
 
 
 def check_memory(loader: ShardLoaderConfig, batch_size: int, image_size: ImageSize) -> None:

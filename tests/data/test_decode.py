@@ -1,6 +1,8 @@
 """The pixels of decoded and augmented images."""
 
+import errno
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
+from d2v_composer.data import images
 from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng
 from d2v_composer.system.errors import InputError
 
@@ -72,7 +75,14 @@ def test_pixels_of_a_jpeg_are_those_of_torchvision(width: int, height: int, samp
         assert torch.equal(mirrored, expected.flip(-1))
 
 
-RESTARTS = saved(photo(90, 70), restart_marker_blocks=3)
+RESTARTS, HOLED = saved(photo(90, 70), restart_marker_blocks=3), saved(photo(90, 70))
+CUTTABLE = {
+    "RGB inside": saved(photo(90, 70), keep_rgb=True),
+    "restart markers": RESTARTS,
+    "a thumbnail with an end of its own": RESTARTS[:2] + b"\xff\xe1\0\x06\xff\xd8\xff\xd9" + RESTARTS[2:],
+    "a hole": HOLED[: len(HOLED) // 2] + HOLED[len(HOLED) // 2 + 200 :],
+    "nothing but the end after the middle": HOLED[: len(HOLED) // 2] + b"\xff\xd9",
+}
 OTHER_IMAGES = {
     "grayscale": saved(photo(90, 70), mode="L"),
     "CMYK": saved(photo(90, 70), mode="CMYK"),
@@ -84,29 +94,10 @@ OTHER_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHER_IMAGES)
-def test_pillow_decodes_images_of_other_kinds(kind: str) -> None:
-    encoded = OTHER_IMAGES[kind]
-    assert CuttableJpeg.parse(encoded, kind) is None
-    box = random_crop_box(90, 70, sample_rng(0, 0, 3), SCALE, RATIO)
-    pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, 3))
-    assert torch.equal(pixels, expected_pixels(encoded, box, 32))
-
-
-HOLED = saved(photo(90, 70))
-UNUSUAL_JPEGS = {
-    "RGB inside": saved(photo(90, 70), keep_rgb=True),
-    "restart markers": RESTARTS,
-    "a thumbnail with an end of its own": RESTARTS[:2] + b"\xff\xe1\0\x06\xff\xd8\xff\xd9" + RESTARTS[2:],
-    "a hole": HOLED[: len(HOLED) // 2] + HOLED[len(HOLED) // 2 + 200 :],
-    "nothing but the end after the middle": HOLED[: len(HOLED) // 2] + b"\xff\xd9",
-}
-
-
-@pytest.mark.parametrize("kind", UNUSUAL_JPEGS)
-def test_unusual_and_corrupt_jpegs_have_pillows_pixels(kind: str) -> None:
-    encoded = UNUSUAL_JPEGS[kind]
-    assert CuttableJpeg.parse(encoded, kind)
+@pytest.mark.parametrize("kind", CUTTABLE | OTHER_IMAGES)
+def test_unusual_and_corrupt_images_have_pillows_pixels(kind: str) -> None:
+    encoded = (CUTTABLE | OTHER_IMAGES)[kind]
+    assert (CuttableJpeg.parse(encoded, kind) is None) == (kind in OTHER_IMAGES)
     for sample_id in range(20):
         box = random_crop_box(90, 70, sample_rng(0, 0, sample_id), SCALE, RATIO)
         pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, sample_id))
@@ -155,3 +146,14 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 def test_an_image_too_narrow_for_any_box_is_cropped_in_the_middle() -> None:
     assert random_crop_box(1000, 10, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (493, 0, 506, 10)
     assert random_crop_box(10, 1000, sample_rng(0, 0, 0), (0.5, 1.0), RATIO) == (0, 493, 10, 506)
+
+
+def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptors(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(images, "open_image", no_descriptors)
+    with pytest.raises(OSError, match="Too many open files"):
+        images.decode_rgb(HOLED, "sample 3")
+    # Pillow would drop a format whose module cannot be opened at its first use.
+    assert set(images.IMAGE_FORMATS) <= Image.OPEN.keys()

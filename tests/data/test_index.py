@@ -11,7 +11,7 @@ import pytest
 from composer.utils import dist
 
 from d2v_composer.builders import data as builders_data
-from d2v_composer.builders.data import build_train_loader, read_train_index, room_of_node
+from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data import streaming
@@ -20,7 +20,6 @@ from d2v_composer.data.index import check_room, read_image_index, room_needed
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 
-GB = 10**9
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
@@ -75,20 +74,10 @@ def test_needs_room_for_shards_that_are_not_here(many_shards: Path, tmp_path: Pa
     assert room_needed(shards, tmp_path) == sum(sizes[3:])
     assert room_needed(shards, tmp_path, sum(sizes[:5])) == sum(sizes[3:5])
     assert room_needed(shards, tmp_path, 100) == 0
+    assert room_needed(shards, tmp_path, share=1 / 2) == sum(sizes) // 2 - sum(sizes[:3])
     free = shutil.disk_usage(tmp_path).free
     assert check_room(free // 2, tmp_path) is None
     assert "GB of the disk are free: make room, or set a cache limit" in str(check_room(2 * free, tmp_path))
-
-
-@pytest.mark.parametrize(("parts", "share"), [(1, 1), (2, 1 / 2), (4, 1 / 2), (3, 1)])
-def test_a_node_needs_room_for_its_share(many_shards: Path, tmp_path: Path, parts: int, share: float) -> None:
-    """Of two nodes that cut the order into this many parts."""
-    shards = read(many_shards)
-    for shard in shards:
-        shard["raw_data"]["bytes"] = GB
-    loader = TrainLoaderConfig(local=str(tmp_path), num_canonical_nodes=parts)
-    assert room_of_node(loader, shards, 2) == share * len(shards) * GB
-    assert room_of_node(loader, shards, 1) == len(shards) * GB
 
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,16 +31,3 @@ def test_an_epoch_is_the_same_with_workers_and_differs_from_the_next() -> None:
     assert torch.equal(images, again)
     assert torch.equal(labels, labels_again)
     assert not torch.equal(labels, epoch_of(workers=0, epoch=2)[1])
-
-
-def test_a_batch_of_all_ranks_has_the_same_images() -> None:
-    def batches(ranks: int) -> list[set[tuple[int, int]]]:
-        of_ranks = []
-        for rank in range(ranks):
-            sampler = EpochSampler(augmented(), ranks, rank, seed=5, drop_last=True)  # pyright: ignore[reportArgumentType]
-            sampler.set_epoch(3)
-            of_ranks.append(list(sampler)[: 20 // ranks])
-        size = BATCH_SIZE // ranks
-        return [{each for rank in of_ranks for each in rank[i * size : (i + 1) * size]} for i in range(5)]
-
-    assert batches(1) == batches(2) == batches(4)

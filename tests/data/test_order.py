@@ -93,12 +93,3 @@ def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) 
     order.load_state_dict(order.state_dict(0) | {"epoch": EPOCH, "initial_physical_nodes": NODES})
     rest = global_batches(order, FEWER_NODES, trained * GLOBAL_BATCH)
     assert np.array_equal(np.sort(rest), np.sort(batches[trained:]))
-
-
-def test_shards_are_fetched_before_their_samples_are_read(many_shards: Path) -> None:
-    dataset = open_images(many_shards)
-    asked: list[int] = []
-    for sample in dataset.order:
-        asked += sample.ahead
-        assert dataset.shards.shard_of(sample.sample_id) in asked
-    assert set(asked) == set(range(32))
