@@ -269,7 +269,7 @@ def _start_or_resume(
 ) -> tuple[dict[str, Any], np.memmap]:
     """Return the progress, and the rows, (N, D), in a file. ``skipped`` has index and reason of unreadable images."""
     path, recorded = folder / "embeddings.npy", folder / "progress.json"
-    if not recorded.exists():
+    if not (recorded.exists() and path.exists()):
         npy.open_memmap(path, "w+", np.dtype(dtype), shape)
         with path.open("r+b") as file:
             # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
