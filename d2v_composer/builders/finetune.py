@@ -152,7 +152,10 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         InputError: A file, data set or setting cannot be used.
     """
     ask_logging_servers(config)
-    backbone = load_backbone(config)
+    with node_leaders_first("the model"):
+        backbone = load_trained_model(config).model
+    if isinstance(backbone, Student):
+        backbone = without_head(backbone)  # of an earlier fine-tuning run
     embedding = choose_embedding(backbone, backbone.provenance, config.pooling, config.representation)
     images = build_images(config, backbone.encoder.config)
     about = describe_model(config, backbone, embedding, images)
@@ -173,17 +176,6 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
     return BuiltFinetuning(arguments, model, record, images)
-
-
-def load_backbone(config: FinetuneConfig) -> Student | Teacher:
-    """Load the student or teacher of ``model``, without the head of an earlier fine-tuning run.
-
-    Raises:
-        InputError: Its file cannot be used.
-    """
-    with node_leaders_first("the model"):
-        model = load_trained_model(config).model
-    return without_head(model) if isinstance(model, Student) else model
 
 
 def describe_model(

@@ -113,8 +113,8 @@ def _warnings(run: Run) -> Iterator[str]:
     for state in HEALTH_STATES:
         batches = [step for step, value in sorted(run.log.get(f"health/{state}", {}).items()) if value]
         if batches:
-            when = f"at batch {batches[0]}" if len(batches) == 1 else f"at batches {batches[0]} to {batches[-1]}"
-            yield f"{state.replace('_', ' ')} {when} ({len(batches)} measurements)"
+            when = f"at batches {batches[0]} to {batches[-1]} ({len(batches)} measurements)"
+            yield f"{state.replace('_', ' ')} {when}"
 
 
 @mpl.rc_context(STYLE)
