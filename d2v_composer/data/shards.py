@@ -24,7 +24,6 @@ from streaming.base.compression import decompress
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
-from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
 from d2v_composer.data.index import INDEX, fetch_index
@@ -57,7 +56,7 @@ class Shards:
     Args:
         local: The data set, or the cache of a remote one. Processes and runs may share a cache.
         remote: The address in an object store, or ``None``.
-        cache_limit: The most that ``local`` may hold of a remote data set, in bytes or as '100gb'; default: all of it.
+        cache_limit: The most that ``local`` may hold of a remote data set, in bytes; default: all of it.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:
@@ -73,11 +72,11 @@ class Shards:
         *,
         local: str | Path,
         remote: str | None = None,
-        cache_limit: int | str | None = None,
+        cache_limit: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         self.local, self.remote, self.timeout = Path(local), remote and remote.rstrip("/"), timeout
-        self.limit = bytes_to_int(cache_limit or 0)
+        self.limit = cache_limit or 0
         # Its shards would be evicted, and lost.
         if self.limit and Path(remote or local).resolve() == self.local.resolve():
             raise InputError(f"cache_limit is for the cache of a remote data set; {local} is the data set")

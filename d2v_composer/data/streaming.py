@@ -168,7 +168,7 @@ class StreamingImages(Dataset[Any]):
         column: The column of the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
         seed: The seed of the order and of the augmentation.
         labels: Their column; default: none.
-        cache_limit: The most that ``local`` may hold of a remote data set, in bytes or as '100gb'; default: all of it.
+        cache_limit: The most that ``local`` may hold of a remote data set, in bytes; default: all of it.
         timeout: How long an unreachable store is retried, in seconds.
         **order: The other arguments of :class:`EpochOrder`.
 
@@ -176,8 +176,8 @@ class StreamingImages(Dataset[Any]):
         order: The sampler.
 
     Raises:
-        InputError: The index cannot be read.
-        ValueError: ``cache_limit`` is too small, or set for a local data set; or ``epoch_size`` is too large.
+        InputError: The index cannot be read, or ``cache_limit`` is too small, or set for a local data set.
+        ValueError: ``epoch_size`` is too large.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class StreamingImages(Dataset[Any]):
         column: str = "image",
         seed: int,
         labels: LabelColumn | None = None,
-        cache_limit: int | str | None = None,
+        cache_limit: int | None = None,
         timeout: float = 600.0,
         **order: Any,
     ) -> None:

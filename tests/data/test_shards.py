@@ -256,7 +256,7 @@ def test_reads_shards_without_hashes_and_without_locks(tmp_path: Path, monkeypat
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
         patch.setattr("fcntl.flock", no_locks)
-        dataset = open_images(tmp_path / "cache", data, cache_limit="1mb")
+        dataset = open_images(tmp_path / "cache", data, cache_limit=1 << 20)
         assert read_epoch(dataset, workers=2) == ALL
     assert {file.name for file in (tmp_path / "cache").iterdir()} - {file.name for file in data.iterdir()} == {LOCKS}
     truncate(data / "shard.00001.mds")
