@@ -32,11 +32,9 @@ ALIBI_SCALE = f"{IMAGE}alibi_scale"
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 FINE_TUNED = ("head.", "fc_norm.", "model.")
-# Fields of our config and their names in cfg["model"] and in cfg["model"]["modalities"]["image"].
-MODEL_FIELDS = {name: name for name in ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")}
-IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")} | {
-    "image_size": "input_size"
-}
+# Fields of our config, in cfg["model"] and in cfg["model"]["modalities"]["image"], where image_size is input_size.
+MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
+IMAGE_FIELDS = ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")
 
 
 class FairseqCheckpoint(NamedTuple):
@@ -140,8 +138,8 @@ def _find_unsupported(sizes: Sizes, stored: Mapping[str, Tensor]) -> str | None:
 
 def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
     """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's."""
-    found = {name: sizes.model_value(theirs) for name, theirs in MODEL_FIELDS.items()}
-    found |= {name: sizes.image_value(theirs) for name, theirs in IMAGE_FIELDS.items()}
+    found = {name: sizes.model_value(name) for name in MODEL_FIELDS}
+    found |= {name: sizes.image_value(name) for name in IMAGE_FIELDS} | {"image_size": sizes.image_value("input_size")}
     found = {name: value for name, value in found.items() if value is not None}
     # Clamped to the depth, as fairseq's slice does.
     depth = Data2Vec2Config(**found, average_top_k_layers=1).depth

@@ -149,10 +149,8 @@ def load_student(path: str | Path) -> Student:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        if is_trained(load_untrusted(file)):
-            command = d2v("export", path, "student.safetensors")
-            raise InputError(f"{path}: is a training checkpoint: export its student first: {command}")
-        raise InputError(f"{path}: is a PyTorch file, expected an exported student, a .safetensors")
+        command = d2v("export", path, "student.safetensors")
+        raise InputError(f"{path}: expected an exported student; export that of a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
     sizes, _ = pop_sizes(path, stored.tensors)

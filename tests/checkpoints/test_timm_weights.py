@@ -63,20 +63,6 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
         {"state_dict": {name: 0 * tensor for name, tensor in tensors.items()}, "state_dict_ema": tensors}, path
     ),
     "half": lambda tensors, path: torch.save({name: tensor.half() for name, tensor in tensors.items()}, path),
-    # As a program that keeps all weights in one buffer writes them.
-    "parts of one memory": lambda tensors, path: torch.save(
-        {
-            name: part.view(tensors[name].shape)
-            for name, part in zip(
-                tensors,
-                torch.cat([each.flatten() for each in tensors.values()]).split(
-                    [each.numel() for each in tensors.values()]
-                ),
-                strict=True,
-            )
-        },
-        path,
-    ),
 }
 
 
@@ -250,8 +236,6 @@ def test_a_file_without_weights_is_refused(contents: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "timm/resnet18"}, "timm/resnet18 is a ResNet; only"),
-        ({"model": MODEL, "first_blocks": 6}, "first_blocks must be a whole number from 0 to 5, got 6"),
         ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
         ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
         ({"model": "data2vec2", "image_size": 112}, "image_size is fixed in the file of data2vec2"),
