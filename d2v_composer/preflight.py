@@ -33,7 +33,6 @@ from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
-from d2v_composer.system.files import existing_folder
 from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
@@ -145,9 +144,7 @@ class Rehearsal:
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
-        self.folder = RunFolder.parse(self.save_folder).local.absolute()
-        self.cache = Path(config.train_loader.local, FOLDER).absolute()
-        self.made_in = {each: existing_folder(each) for each in (self.folder, self.cache)}
+        self.folder, self.cache = RunFolder.parse(self.save_folder).local, Path(config.train_loader.local, FOLDER)
         self.log = self.folder / "log.jsonl"  # node 0's
         self.process: subprocess.Popen[bytes] | None = None
         self.batch = self.checkpoint_bytes = 0
@@ -207,18 +204,15 @@ class Rehearsal:
         return ", ".join(name for name, arguments in self.config.loggers.items() if arguments is not None) or "none"
 
     def train(self) -> str:
-        """Train a few batches, with retrieval and health at every batch."""
-        overrides = ["retrieval.interval=1ba"]
-        if self.config.callbacks.get("health") is not None:
-            overrides.append("callbacks.health.interval=1ba")
+        """Train a few batches, with retrieval at every batch."""
         self.remove()  # what a killed preflight left
-        self.start("max_duration=500ba", *overrides)
+        self.start("max_duration=500ba", "retrieval.interval=1ba")
         if self.node.rank == 0:
             self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
         trained = int(self.node.exchange("trained", str(self.num_batches()))[0])
         if trained < STOP_AFTER_BATCHES:
             raise self.fault(f"{trained} of {STOP_AFTER_BATCHES} batches were trained")
-        return f"{trained} batches, with retrieval and health at each"
+        return f"{trained} batches, with retrieval at each"
 
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with 143."""
@@ -319,12 +313,9 @@ class Rehearsal:
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
     def remove(self) -> str:
-        """Remove the rehearsal's files, and the folders above them that it made."""
-        for folder, existing in self.made_in.items():
+        """Remove the rehearsal's files."""
+        for folder in (self.folder, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # a parent is not empty
-                while (folder := folder.parent) != existing:
-                    folder.rmdir()
         address = Address.parse(self.save_folder)
         if self.node.rank == 0 and address.scheme == "s3":  # Composer cannot delete a file of another store
             store = S3ObjectStore(address.bucket)
@@ -356,12 +347,13 @@ class Rehearsal:
             f"{last.get('throughput/data_wait', 0):.0%} of it waiting for data"
         )
         evaluations = batches // in_batches(config.retrieval.interval) if self.num_labeled else 0
-        larger = max(sum(self.num_labeled.values()) / (2 * IMAGES_PER_SET * max(len(self.num_labeled), 1)), 1)
+        measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled.values()) or 1
+        larger = sum(self.num_labeled.values()) / measured
         evaluating = evaluations * last.get("time/zero_shot_retrieval", 0) * larger / 3600
         hours = batches * batch_size / pace / 3600 + evaluating
         yield (
             f"time          {hours:.1f} h for {batches:,} batches, {evaluating:.1f} h of it in {evaluations} "
-            f"retrievals (at most): {hours * num_ranks:.1f} {'GPU' if torch.cuda.is_available() else 'rank'}-hours"
+            f"retrievals: {hours * num_ranks:.1f} {'GPU' if torch.cuda.is_available() else 'rank'}-hours"
         )
         saved, kept = batches // in_batches(config.save_interval) + 1, config.save_num_checkpoints_to_keep
         most = saved if kept < 0 else min(kept + 1, saved)

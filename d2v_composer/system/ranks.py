@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +17,8 @@ from d2v_composer.system.errors import InputError, reason
 COLLECTIVE_SECONDS = 300.0
 # A leader sends a heartbeat while it works; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
-# Rank 0 holds the store: after a failure it stays so long at most, until the others have read the reason.
-FAREWELL_SECONDS = 10.0
+# Rank 0 holds the store: after a failure it stays until the others have read the reason.
+FAREWELL_SECONDS = 3.0
 OK, BEAT, BAD_INPUT, FAILED = "ok", "beat ", "input ", "failed "
 
 ObjectT = TypeVar("ObjectT")
@@ -91,7 +91,8 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
         for leader in leaders:
             _wait(store, f"{turn}/{leader}", f"{what}: rank {leader}")
     except Exception:  # not after Ctrl-C or SIGTERM, which the other ranks get too
-        _leave(store, f"{turn}/left")
+        if rank == 0:
+            time.sleep(FAREWELL_SECONDS)
         raise
     if rank not in leaders:
         yield
@@ -139,15 +140,6 @@ def _wait(store: Any, key: str, who: str) -> None:
             raise RuntimeError(f"{who} has not responded for {SILENT_SECONDS:.0f} s")
         else:
             time.sleep(POLL_SECONDS)
-
-
-def _leave(store: Any, key: str) -> None:
-    """Count the ranks that leave with an error; rank 0 leaves last, or after a while."""
-    with suppress(RuntimeError):  # rank 0 has left already
-        left, deadline = store.add(key, 1), time.monotonic() + FAREWELL_SECONDS
-        while dist.get_global_rank() == 0 and left < dist.get_world_size() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            left = store.add(key, 0)
 
 
 def gather_objects(mine: ObjectT) -> list[ObjectT]:

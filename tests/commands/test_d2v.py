@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from d2v_composer.commands.__main__ import COMMANDS, main
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, losses_of, run_command, small_run, start_python
+from helpers import GOLDEN, ROOT
 
 
 def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,45 +70,6 @@ def test_the_next_step_can_be_copied(
     monkeypatch.setenv("RANK", "1")
     command_line.print_next("three")
     assert capsys.readouterr().out == "next: one\nnext: two\n"
-
-
-def test_the_steps_after_a_training_work(uninterrupted: Path, labeled: Path, small_data: Path, tmp_path: Path) -> None:
-    """The run has finished, so that the command prints its steps at once."""
-    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
-    folder = tmp_path / "run"
-    run = run_command(sys.executable, ROOT / "recipes" / "train.py", *small_run(folder, small_data, sets))
-    assert run.returncode == 0, run.stderr
-    steps = [shlex.split(line.removeprefix("next: ")) for line in run.stdout.splitlines() if line.startswith("next: ")]
-    (evaluate, export) = (step[step.index(name) :] for step, name in zip(steps, ("evaluate", "export"), strict=True))
-    assert load_evaluate_config(evaluate[1:]).datasets["squares"] is not None
-    main(export)
-    assert (folder / "student.safetensors").is_file()
-
-
-# A command whose reader leaves at once.
-DEAF = """
-import os, sys
-pipe = os.pipe()
-for descriptor in (1, 2):
-    os.dup2(pipe[1], descriptor)
-os.close(pipe[0])
-sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
-from d2v_composer.system import command_line
-"""
-
-
-@pytest.fixture
-def piped() -> Callable[..., int]:
-    def run(code: str, *arguments: str) -> int:
-        return start_python("-c", DEAF + code, *arguments).wait(60)
-
-    return run
-
-
-def test_a_training_outlives_its_reader(piped: Callable[..., int], small_data: Path, tmp_path: Path) -> None:
-    arguments = small_run(tmp_path / "run", small_data, "console_log_interval=1ba")
-    assert piped("from recipes import train; command_line.run(train.main)", *arguments) == 0
-    assert len(losses_of(tmp_path / "run")) == 14
 
 
 def test_a_command_ends_quietly_without_its_reader(tmp_path: Path) -> None:

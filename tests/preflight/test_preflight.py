@@ -64,7 +64,7 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
     assert set(verdicts.values()) == {"ok"}
     for line in ("pace ", "time ", "checkpoints ", f"next: composer -n 1 {PREFLIGHT.with_name('train.py')} "):
         assert f"\n{line}" in needed
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_every_fault_before_training_is_named(
@@ -108,7 +108,7 @@ def test_the_needs_of_the_whole_run(
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = "\n".join(run.needs())
     assert "1,280 images/s on 8 rank(s), 20% of it" in text
-    assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals (at most): 13.5 rank-hours" in text
+    assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals: 13.5 rank-hours" in text
     assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10, 10**9))
     with pytest.raises(InputError, match=r": 4 checkpoints need 1\.4 GB, 1\.0 GB are free"):
@@ -184,7 +184,7 @@ def test_a_fault_is_found_by_the_rehearsal(tmp_path: Path, small_data: Path, lab
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"\n{phase:14} FAILED" in result.stdout
     assert "\nexport         skipped" in result.stdout
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labeled: 
     [(status, first), (other_status, second)] = rehearse()
     assert (status, other_status) == (0, 0), first + second
     assert "images/s on 2 rank(s)" in first
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
 
     [(status, first), (other_status, second)] = rehearse("teacher.checkpoint=missing.pt")
     assert (status, other_status) == (1, 1), first + second

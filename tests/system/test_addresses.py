@@ -1,15 +1,27 @@
 """Composer parses addresses as we do; those that it would parse differently are refused."""
 
+import logging
 import random
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import requests
 from composer.utils import parse_uri
 from composer.utils.misc import partial_format
 
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
+from d2v_composer.system import retry as retry_module
+from d2v_composer.system.addresses import (
+    Address,
+    RunFolder,
+    check_run_name,
+    file_name,
+    hide_all_secrets,
+    hide_secrets,
+    identity,
+)
+from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 
@@ -52,18 +64,6 @@ def test_composer_saves_where_we_look() -> None:
             assert RunFolder.parse(f"runs/{name}").local.name == name
 
 
-def test_save_folders_are_parsed() -> None:
-    for text, folder in (
-        ("runs/a", RunFolder(Path("runs/a"))),
-        ("/x/a b/é=1e-3@2,%23/", RunFolder(Path("/x/a b/é=1e-3@2,%23"))),
-        ("../a", RunFolder(Path("../a"))),
-        ("s3://bucket/", RunFolder(Path(), "s3://bucket")),
-        ("s3://bucket/runs/a/", RunFolder(Path("runs/a"), "s3://bucket/runs/a")),
-        ("dbfs:/Volumes/a/b/c", RunFolder(Path("Volumes/a/b/c"), "dbfs:/Volumes/a/b/c")),
-    ):
-        assert RunFolder.parse(text) == folder
-
-
 REFUSED = [
     *("/x/vit#3", "/x/vit?3", "/x/vit;3", "/x/a\\b", "/x/{run_name}", "s3://b/}", "//x/y", "a:b", "s3:/b/x"),
     *("ftp://x/y", "s3://a@b/x", "s3:///x", "s3://b c/x", "s3://[b/x", "s3://b/a//c", "s3://b/../c"),
@@ -75,14 +75,6 @@ def test_folders_that_are_refused() -> None:
     for text in REFUSED:
         with pytest.raises(ValueError, match=r"expected .*got "):
             RunFolder.parse(text)
-
-
-def test_only_paths_that_composer_misreads_are_refused() -> None:
-    for path in ("/x/a#3", "/x/a?3", "/x/a;3", "/x/{run_name}", "//x/y", "a:b"):
-        store, bucket, read = parse_uri(path)
-        assert (store, bucket, partial_format(read, run_name="a")) != ("", "", path)
-        with pytest.raises(ValueError, match="expected "):
-            check_path(path)
 
 
 def test_addresses_are_parsed() -> None:
@@ -98,3 +90,42 @@ def test_addresses_are_parsed() -> None:
             with pytest.raises(InputError, match="expected ") as caught:
                 door(wrong)
             assert str(caught.value).startswith(f"{wrong}: expected ")
+
+
+def test_secrets_are_removed_from_text() -> None:
+    for address, shown in (
+        ("https://user:hunter2@host/base.pt#top", "https://host/base.pt"),
+        ("https://host/base.pt?token=topsecret&versionId=3", "https://host/base.pt?versionId=3"),
+        ("https://host/base.pt?Expires=1&Signature=topsecret&Key-Pair-Id=K", "https://host/base.pt"),
+        ("https://a.blob.core.windows.net/c/f?sv=2022&sp=r&sig=topsecret", "https://a.blob.core.windows.net/c/f"),
+        ("sftp://user:hunter2@host:22/data/train", "sftp://host:22/data/train"),
+        ("oci://bucket@namespace/key", "oci://bucket@namespace/key"),
+        ("/data/what?/file#1", "/data/what?/file#1"),
+        ("cannot (https://u:hunter2@[::1]/f?sig=topsecret): 403", "cannot (https://[::1]/f 403"),
+    ):
+        assert hide_secrets(address) == shown
+    nested = {"a": ['say "https://u:hunter2@host/f\\" é', 3, None], "b": {"c": "https://host/f?token=topsecret\n"}}
+    assert hide_all_secrets(nested) == {"a": ['say "https://host/f\\" é', 3, None], "b": {"c": "https://host/f\n"}}
+
+
+def test_identity_ignores_signatures_only() -> None:
+    assert identity("https://u:p@host/get?sha=1&sig=2#x") == identity("https://host/get?sha=1&sig=3")
+    assert identity("https://host/get?sha=1") != identity("https://host/get?sha=2")
+    assert file_name("https://host/a/base.pt?token=topsecret") == "base.pt"
+    assert file_name("/models/what?.pt") == "what?.pt"
+
+
+def test_errors_and_retries_show_no_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "https://user:hunter2@host/f?token=topsecret"
+    status, [line] = explain(InputError(f"{address} is missing"))
+    assert (status, line) == (2, "error: https://host/f is missing")
+    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
+    failures = iter([requests.ConnectionError(f"no answer of {address}")])
+
+    def attempt() -> None:
+        for failure in failures:
+            raise failure
+
+    with caplog.at_level(logging.WARNING):
+        retry_module.retry(attempt, address, timeout=5)
+    assert "https://host/f: no answer of https://host/f; retrying" in caplog.text

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.processes import LAUNCHER, allow_open_files, die_with_parent
+from d2v_composer.system.processes import LAUNCHER, allow_open_files, die_with_parent, start_program
 
 # A command that ends while it has a worker that sleeps for ever, which multiprocessing would wait for.
 WITH_WORKER = """
@@ -38,6 +39,16 @@ def test_all_threads_block_the_signals_and_a_command_ends_its_workers() -> None:
     assert threads > 2
     # SIGINT is number 2, SIGTERM 15. The kernel shows none of them as blocked in the thread that waits for them.
     assert sorted(masks) == [0, 0x4002]
+
+
+def test_programs_of_others_are_started_without_the_mask() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        program = start_program(["sleep", "600"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    program.terminate()
+    assert program.wait(30) == -signal.SIGTERM
 
 
 def test_a_worker_ends_with_its_parent() -> None:

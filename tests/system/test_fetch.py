@@ -1,0 +1,190 @@
+"""Files come whole from slow, broken and unreachable servers, or with the right error; signatures are not stored."""
+
+import socket
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+from botocore.exceptions import ConnectTimeoutError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from d2v_composer.builders.training import build_run_record
+from d2v_composer.checkpoints.load import load_any, load_teacher
+from d2v_composer.config.load import load_config
+from d2v_composer.system import fetch as fetch_module
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import cache_folder, fetch, transfer
+from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
+from helpers import GOLDEN, serving, small_run, time_limit
+
+FILE = bytes(range(256)) * 80  # 20 kB
+SIGNED = (
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIASECRET%2F20260101%2Fus-east-1%2Fs3%2Faws4_request"
+    "&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Security-Token=" + "S" * 900
+)
+SECRETS = ("AKIASECRET", "SSSS", "X-Amz", "first-signature", "second-signature")
+
+
+class Sending(NamedTuple):
+    """Parameters with which the server sends a file."""
+
+    bytes_at_a_time: int = 1 << 20
+    pause: float = 0
+    """Seconds before each part."""
+    ends_after: int | None = None
+    """Bytes sent of those in the header; ``None``: all."""
+
+
+class Server(ThreadingHTTPServer):
+    """Serves GET /bucket/key like S3, without authentication, but not to expired signatures."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"base.pt": (GOLDEN / "tiny_base.pt").read_bytes(), "file": FILE}
+        self.sending = Sending()
+        self.requests: list[str] = []
+
+    def address(self, signature: str, more: str = "") -> str:
+        return f"http://127.0.0.1:{self.server_port}/bucket/base.pt?{more}{SIGNED}&X-Amz-Signature={signature}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing."""
+
+    def do_GET(self) -> None:
+        key = self.path.split("?")[0].removeprefix("/bucket/")
+        self.server.requests.append(key)
+        if "expired" in self.path:
+            self.send_error(403)
+            return
+        content = self.server.files.get(key)
+        self.send_response(404 if content is None else 200)
+        content = b"<Error><Code>NoSuchKey</Code></Error>" if content is None else content
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        sending = self.server.sending
+        sent, step = content[: sending.ends_after], sending.bytes_at_a_time
+        try:
+            for start in range(0, len(sent), step):
+                time.sleep(sending.pause)
+                self.wfile.write(sent[start : start + step])
+        except OSError:  # the client disconnected
+            self.close_connection = True
+        self.close_connection |= sending.ends_after is not None
+
+
+@pytest.fixture(autouse=True)
+def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serving(Server()) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield server
+
+
+def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Server, tmp_path: Path) -> None:
+    server.sending = Sending(bytes_at_a_time=1024, pause=0.05)
+    start = time.monotonic()
+    transfer("s3://bucket/file", tmp_path / "file", 0.1)
+    assert time.monotonic() - start > 1
+    assert (tmp_path / "file").read_bytes() == FILE
+
+
+def test_stalled_broken_and_missing_downloads_are_errors(server: Server, tmp_path: Path) -> None:
+    server.sending = Sending(bytes_at_a_time=1, pause=0.05)
+    with pytest.raises(TimeoutError, match=r"too slow: \d bytes in 0 s"), time_limit(20):
+        transfer("s3://bucket/file", tmp_path / "file", 0.3)
+    server.sending = Sending(ends_after=7000)
+    with pytest.raises(ConnectionError, match=r"truncated after 7000 of 20480 bytes") as caught:
+        transfer("s3://bucket/file", tmp_path / "file", 5)
+    assert not is_lasting(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/a#b\?c: not found"):
+        transfer("s3://bucket/a#b?c", tmp_path / "file", 5)
+    assert server.requests[-1] == "a%23b%3Fc"
+
+
+def test_a_presigned_teacher_is_cached_and_recorded_without_its_query(
+    server: Server, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_teacher(server.address("first-signature"))
+    assert teacher.provenance["source"] == "base.pt"
+    assert fetch(server.address("second-signature")) == fetch(server.address("first-signature"))  # with a new signature
+    assert server.requests == ["base.pt"]
+    assert sorted(path.name[17:] for path in cache_folder().iterdir()) == ["base.pt", "base.pt.lock"]
+
+    override = f"teacher.checkpoint={server.address('second-signature')}"
+    monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
+    config = load_config(small_run(small_data, small_data, override))
+    record = build_run_record(config, (), teacher=teacher.provenance).record
+    bare = server.address("").partition("?")[0]
+    assert record["config"]["teacher"]["checkpoint"] == bare
+    assert record["command"] == f"recipes/train.py yamls/quickstart.yaml teacher.checkpoint={bare} seed=3"
+    assert not [secret for secret in SECRETS if secret in str(record)]
+    assert fetch(bare) == fetch(server.address("first-signature"))  # like an evaluation
+    assert fetch(server.address("first-signature", "versionId=1&")) != fetch(bare)
+    with pytest.raises(InputError, match=r"base\.pt: cannot be fetched \(403 Client Error") as caught:
+        load_any(server.address("expired", "versionId=2&"))
+    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+
+
+def test_an_unreachable_host_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that accepts no connection, as behind a firewall, because its queue is full."""
+    assert CONNECT_SECONDS <= 10
+    monkeypatch.setattr(fetch_module, "CONNECT_SECONDS", 0.3)
+    with socket.socket() as host:
+        host.bind(("127.0.0.1", 0))
+        host.listen(0)
+        waiting = [socket.socket() for _ in range(8)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(host.getsockname())
+        address = f"http://127.0.0.1:{host.getsockname()[1]}"
+        monkeypatch.setenv("S3_ENDPOINT_URL", address)
+        with pytest.raises(requests.ConnectTimeout), time_limit(60):
+            transfer(f"{address}/base.pt", tmp_path / "base.pt", timeout=600)
+        with pytest.raises(ConnectTimeoutError), time_limit(60):
+            transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
+        for each in waiting:
+            each.close()
+
+
+def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own attempts
+    with pytest.raises(FileNotFoundError) as caught:
+        hf_hub_download("someone/images", "index.json", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
+    assert (is_lasting(caught.value), is_missing(caught.value)) == (False, False)
+    offline = LocalEntryNotFoundError("offline mode is enabled")
+    offline.__cause__ = OfflineModeIsEnabled("offline")
+    assert is_lasting(offline)
+    for kind, status, answers in (
+        (EntryNotFoundError, 404, (True, True)),
+        (RepositoryNotFoundError, 401, (True, False)),
+        (HfHubHTTPError, 429, (False, False)),
+    ):
+        response = requests.Response()
+        response.status_code = status
+        error = kind("refused", response=response)
+        assert (is_lasting(error), is_missing(error)) == answers
