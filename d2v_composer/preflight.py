@@ -255,6 +255,8 @@ class Rehearsal:
 
     def check_disk_space(self) -> str:
         """Compare the free space with what the checkpoints need; the rehearsal itself does so for its cache."""
+        if self.node.rank != 0 or self.config.save_folder is None:
+            return "no checkpoints here"
         kept = max(self.config.save_num_checkpoints_to_keep, 1) + 1  # the next is written before the oldest goes
         needed, free = kept * self.checkpoint_bytes / 1e9, shutil.disk_usage(self.folder).free / 1e9
         if needed > free:

@@ -46,14 +46,6 @@ def rehearsal(*arguments: str) -> Rehearsal:
     return Rehearsal(arguments, load_config(arguments), PREFLIGHT.with_name("train.py"), Node())
 
 
-def failures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
-    """Make the checks before the rehearsal, and return the findings of those that fail."""
-    run = rehearsal(*arguments)
-    for name, look in run.checks().items():
-        run.node.check(name, look)
-    return {row[:14].strip(): row[23:] for row in capsys.readouterr().out.splitlines() if row[15:21] == "FAILED"}
-
-
 def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labeled: Path) -> None:
     arguments = small_preflight(tmp_path / "runs" / "good", small_data, labeled)
     result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=600)
@@ -77,12 +69,15 @@ def test_every_fault_before_training_is_named(
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "index.json").write_text("{")
-    found = failures(
-        capsys,
+    run = rehearsal(
         *small_preflight(tmp_path / "run", data, tmp_path),
         f"teacher.checkpoint={tmp_path / 'teacher.pt'}",
         f"loggers={{mlflow: {{tracking_uri: 'http://127.0.0.1:{free_port()}'}}}}",
     )
+    for name, look in run.checks().items():
+        run.node.check(name, look)
+    rows = capsys.readouterr().out.splitlines()
+    found = {row[:14].strip(): row[23:] for row in rows if row[15:21] == "FAILED"}
     assert found.keys() == {"models", "data", "labeled sets", "loggers"}
     assert "teacher.pt: " in found["models"]
     assert "missing" in found["data"]
@@ -129,43 +124,35 @@ def remote_preflight(tmp_path: Path, labeled: Path) -> list[str]:
 
 
 def test_a_missing_shard_of_a_store_is_named(
-    store: GatedStore,
-    small_data: Path,
-    tmp_path: Path,
-    labeled: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    store: GatedStore, small_data: Path, tmp_path: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = remote_preflight(tmp_path, labeled)
     for variable, value in store.environment.items():
         monkeypatch.setenv(variable, value)
-    assert failures(capsys, *arguments) == {}
+    run = rehearsal(*remote_preflight(tmp_path, labeled))
+    assert run.check_data().startswith("96 samples in 4 shards")
     shard = sorted(small_data.glob("*.mds"))[1].name
     store.client().delete_object(Bucket=BUCKET, Key=f"images/{shard}")
     try:
-        missing = f"1 of {len(list(small_data.glob('*.mds')))} shards are missing, first {shard}"
-        assert missing in failures(capsys, *arguments)["data"]
+        with pytest.raises(InputError, match=f"1 of 4 shards are missing, first {shard}"):
+            run.check_data()
     finally:
         store.client().upload_file(str(small_data / shard), BUCKET, f"images/{shard}")
 
 
 @pytest.mark.slow
-def test_a_store_that_denies_writing_is_found(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
-    arguments = remote_preflight(tmp_path, labeled)
-    environment = store.reader_environment
-    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=600, cwd=tmp_path, environment=environment)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "PutObject" in next(row for row in result.stdout.splitlines() if row.startswith("training       FAILED"))
-
-
-@pytest.mark.slow
 def test_a_run_in_a_store_resumes_from_it_and_nothing_is_left(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
-    before = store.objects(BUCKET).keys()
-    arguments = remote_preflight(tmp_path, labeled)
-    result = run_command(
-        sys.executable, PREFLIGHT, *arguments, timeout=600, cwd=tmp_path, environment=store.environment
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    before, arguments = store.objects(BUCKET).keys(), remote_preflight(tmp_path, labeled)
+
+    def rehearse(environment: dict[str, str]) -> tuple[int, str]:
+        command = (sys.executable, PREFLIGHT, *arguments)
+        result = run_command(*command, timeout=600, cwd=tmp_path, environment=environment)
+        return result.returncode, result.stdout
+
+    status, table = rehearse(store.reader_environment)  # which denies writing
+    assert status == 1
+    assert "PutObject" in next(row for row in table.splitlines() if row.startswith("training       FAILED"))
+    status, table = rehearse(store.environment)
+    assert status == 0, table
     composers_own = {".credentials_validated_successfully"}  # at a bucket's root
     assert store.objects(BUCKET).keys() - composers_own == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
