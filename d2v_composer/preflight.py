@@ -146,7 +146,7 @@ class Rehearsal:
         self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
         self.folder, self.cache = RunFolder.parse(self.save_folder).local, Path(config.train_loader.local, FOLDER)
         self.log = self.folder / "log.jsonl"  # node 0's
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[Any] | None = None
         self.batch = self.checkpoint_bytes = 0
 
     def checks(self) -> dict[str, Callable[[], str]]:
@@ -175,7 +175,8 @@ class Rehearsal:
 
     def check_data(self) -> str:
         """Read the index, and find every shard of it: here in its full size, or by name in the store."""
-        loader, options = self.config.train_loader, {"option": "train_loader.column"}
+        loader = self.config.train_loader
+        options: dict[str, Any] = {"option": "train_loader.column"}
         if loader.remote is None:
             self.shards = read_image_index(Path(loader.local), loader.column, **options)
         else:

@@ -163,7 +163,7 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Start a program of somebody else's: in a session of its own, with no signal blocked; it dies with this process.
 
     A program of ours blocks and watches the signals itself, whatever it inherits.
