@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
 SMALL_SHARDS = ("--shard-size", "10kb", "--workers", "2")
 REMOTE_SHARDS = ("--shard-size", "50kb", "--workers", "2")
+main = convert_images.main
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +56,6 @@ def bucket(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch, request: p
     name = f"b{abs(hash(request.node.name))}"
     object_store.create_bucket(name)
     return name
-
-
-def main(arguments: Sequence[str]) -> convert.Conversion:
-    """Call ``d2v convert-images`` in this process."""
-    return convert_images.main(arguments)
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -123,36 +118,21 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     assert tree(out) == before
 
 
-@pytest.mark.parametrize("layout", ["ILSVRC/Data/CLS-LOC", "."])
-def test_val_takes_its_labels_from_a_file(tmp_path: Path, layout: str):
-    for i, name in enumerate(CLASSES):
-        write(tmp_path / "in" / layout / "train" / name / f"{i}.JPEG", encoded_image(i))
-    rows = ["ImageId,PredictionString"]
-    for i in range(4):
-        write(tmp_path / "in" / layout / "val" / f"ILSVRC2012_val_{i:08}.JPEG", encoded_image(10 + i))
-        rows.append(f"ILSVRC2012_val_{i:08},{CLASSES[2 - i % 2]} 85 1 499 272")
-    write(tmp_path / "in" / "LOC_val_solution.csv", "\n".join(rows).encode())
-    found = find_images(tmp_path / "in", "val")
-    # Only two classes, but numbered as in train.
-    assert [file.label for file in found.files] == [2, 1, 2, 1]
-    result = main([str(tmp_path / "in"), str(tmp_path / "out"), "--split", "val", "--workers", "1"])
-    assert (result.images, result.classes) == (4, 3)
-
-
 @pytest.mark.parametrize(
-    ("lines", "want"),
+    ("name", "lines", "want"),
     [
-        (["a.jpg 10", "b 2"], [1, 2]),  # in the order of the train folder's classes
-        (["val/a.jpg 1", "val/b.jpg 1"], [0, 0]),
-        (["a.jpg 0", "b.jpg 1"], "the train folder has no class '0'"),
-        (["a.jpg 1"], "no label for b"),
-        (["490", "361"], r"'filename label', or it is Kaggle's LOC_val_solution\.csv .*devkit"),
+        ("LOC_val_solution.csv", ["ImageId,PredictionString", "a,10 85 1 499 272", "b,2 85 1 9 2 10 1 2 3 4"], [1, 2]),
+        ("val_labels.txt", ["a.jpg 10", "b 2"], [1, 2]),  # in the order of the train folder's classes
+        ("val_labels.txt", ["val/a.jpg 1", "val/b.jpg 1"], [0, 0]),
+        ("val_labels.txt", ["a.jpg 0", "b.jpg 1"], "the train folder has no class '0'"),
+        ("val_labels.txt", ["a.jpg 1"], "no label for b"),
+        ("val_labels.txt", ["490", "361"], r"'filename label', or it is Kaggle's LOC_val_solution\.csv .*devkit"),
     ],
 )
-def test_text_labels_agree_with_the_train_folder(tmp_path: Path, lines: list[str], want: list | str):
-    for name in ("train/1/a.jpg", "train/2/a.jpg", "train/10/a.jpg", "val/a.jpg", "val/b.jpg"):
-        write(tmp_path / name, encoded_image(0))
-    write(tmp_path / "val_labels.txt", "\n".join(lines).encode())
+def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list[str], want: list | str):
+    for path in ("train/1/a.jpg", "train/2/a.jpg", "train/10/a.jpg", "val/a.jpg", "val/b.jpg"):
+        write(tmp_path / "ILSVRC/Data/CLS-LOC" / path, encoded_image(0))
+    write(tmp_path / name, "\n".join(lines).encode())
     if isinstance(want, str):
         with pytest.raises(InputError, match=want):
             find_images(tmp_path, "val")
@@ -202,12 +182,6 @@ def colors(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.open(io.BytesIO(encoded_image(3, size=64))).resize(size)
 
 
-def exif_with_orientation() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
-
-
 ODD_FILES = {
     "PNG": saved(colors(), "PNG"),
     "CMYK": saved(colors().convert("CMYK")),
@@ -222,7 +196,9 @@ def test_odd_files_become_rgb_jpegs(tmp_path: Path):
         write(tmp_path / "in" / f"{kind}.JPEG", encoded)
         converted = np.asarray(decode_rgb(as_rgb_jpeg(encoded, kind, None, quality=95), kind)).astype(int)
         assert kind == "GIF" or np.abs(converted - np.asarray(decode_rgb(encoded, kind))).mean() < 4  # dithered
-    plain = write(tmp_path / "in" / "plain.JPEG", saved(colors(), exif=exif_with_orientation(), comment=b"kept"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # an orientation, which is not applied
+    plain = write(tmp_path / "in" / "plain.JPEG", saved(colors(), exif=exif, comment=b"kept"))
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
     found = images(tmp_path / "out")
     assert plain.read_bytes() in found
@@ -245,19 +221,13 @@ def test_resizes_the_short_side(tmp_path: Path):
     assert sum(map(len, images(tmp_path / "30"))) < sum(map(len, found))
 
 
-def with_unreadable(source: Path, folder: Path) -> Path:
-    shutil.copytree(source, folder)
-    whole = encoded_image(1, size=48)
-    write(folder / "train" / CLASSES[0] / "cut.JPEG", whole[: len(whole) // 2])
-    write(folder / "train" / CLASSES[1] / "empty.JPEG", b"")
-    return folder
-
-
 def test_unreadable_images_stop_or_are_skipped_and_finished_shards_are_kept(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Finished shards are kept if they are whole; those of other settings are replaced."""
-    damaged, out = with_unreadable(source, tmp_path / "in"), tmp_path / "out"
+    damaged, out, whole = shutil.copytree(source, tmp_path / "in"), tmp_path / "out", encoded_image(1, size=48)
+    write(damaged / "train" / CLASSES[0] / "cut.JPEG", whole[: len(whole) // 2])
+    write(damaged / "train" / CLASSES[1] / "empty.JPEG", b"")
     named = r"/train/n014\d+/(cut|empty)\.JPEG: not an image that can be read .*--skip-unreadable"
     for shard_size in ("4kb", "10kb"):
         with pytest.raises(InputError, match=named):
