@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2v_composer.callbacks import ZeroShotRetrieval
+    from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy

@@ -23,7 +23,8 @@ from d2v_composer.builders.training import (
     build_run_record,
     build_scheduler,
 )
-from d2v_composer.callbacks import RunRecord, SeededBatches
+from d2v_composer.callbacks.algorithms import SeededBatches
+from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.checkpoints.load import without_head
 from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, TrainLoaderConfig

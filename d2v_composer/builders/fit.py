@@ -3,16 +3,16 @@
 import re
 import sys
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from composer import State, Trainer
 from composer.utils import dist
 
-from d2v_composer.builders.finetune import BuiltFinetuning
 from d2v_composer.builders.run import BuiltRun
 from d2v_composer.builders.run_folder import find_run_folder
-from d2v_composer.callbacks import Checkpoints, Uploads
-from d2v_composer.callbacks.logging import num_batches
+from d2v_composer.callbacks.checkpointing import Checkpoints
+from d2v_composer.callbacks.logging import Uploads, num_batches
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import log_picture_files
 from d2v_composer.config.schema import FinetuneConfig, TrainConfig, TrainerConfig
@@ -25,6 +25,9 @@ from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.ranks import rank_zero_first
+
+if TYPE_CHECKING:  # a distillation needs nothing of it
+    from d2v_composer.builders.finetune import BuiltFinetuning
 
 Log = Mapping[str, Mapping[int, float]]
 
@@ -140,7 +143,7 @@ def describe_run(config: TrainConfig, run: BuiltRun, state: State) -> str:
     return _header(config, state, lines)
 
 
-def describe_finetuning(config: FinetuneConfig, built: BuiltFinetuning, state: State) -> str:
+def describe_finetuning(config: FinetuneConfig, built: "BuiltFinetuning", state: State) -> str:
     """Return the lines that open a fine-tuning's log; see :func:`describe_run`."""
     backbone, images = built.model.backbone, built.images
     start = "random weights" if config.from_scratch else hide_secrets(config.model)
@@ -189,9 +192,7 @@ def describe_batch(config: TrainerConfig, ranks: int) -> str:
     """Describe the images of one step, and the parts in which they are processed if there are several."""
     micro, on_each = config.device_train_microbatch_size, config.global_train_batch_size // ranks
     text = f"{config.global_train_batch_size} images" + (f", {on_each} a device" if ranks > 1 else "")
-    if micro == "auto":
-        return f"{text}, microbatches found automatically"
-    return text if micro in (None, on_each) else f"{text}, microbatches of {micro}"
+    return text if micro in (None, on_each) else f"{text}, microbatches: {micro}"
 
 
 def _millions(module: torch.nn.Module) -> str:

@@ -10,7 +10,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
-from d2v_composer.callbacks import ProgressLogger
+from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.yaml_names import LOGGERS
 from d2v_composer.callbacks.zero_shot_retrieval import Draw, shows_pictures
 from d2v_composer.checkpoints.resume import LOG
@@ -62,13 +62,12 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
     """
     loggers: list[LoggerDestination] = [_build_progress(config)]
     folder = find_run_folder(config)
-    with rank_zero_first("the loggers"):
-        for name, arguments in config.loggers.items():
-            if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
-                continue
-            with errors_of(f"loggers.{name}"):
-                in_folder = arguments if folder is None else _in_run_folder(name, arguments, folder)
-                loggers.append(LOGGERS[name](**in_folder))
+    for name, arguments in config.loggers.items():
+        if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
+            continue
+        with errors_of(f"loggers.{name}"):
+            in_folder = arguments if folder is None else _in_run_folder(name, arguments, folder)
+            loggers.append(LOGGERS[name](**in_folder))
     return loggers
 
 

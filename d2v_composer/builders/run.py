@@ -19,7 +19,10 @@ from d2v_composer.builders.training import (
     build_run_record,
     build_scheduler,
 )
-from d2v_composer.callbacks import Checkpoints, NanGuard, RunRecord, Throughput, Uploads, ZeroShotRetrieval
+from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
+from d2v_composer.callbacks.logging import Throughput, Uploads
+from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.data.index import describe_data

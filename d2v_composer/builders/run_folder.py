@@ -7,12 +7,12 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from d2v_composer.callbacks import RunRecord
+from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
 from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.schema import TrainerConfig
-from d2v_composer.system.addresses import Address, RunFolder, check_path
+from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
@@ -30,7 +30,8 @@ def build_load_path(config: TrainerConfig) -> str | None:
     if config.load_path is None:
         return None
     is_remote = Address.parse(config.load_path).is_remote
-    path = _cached_checkpoint(config.load_path) if is_remote else Path(config.load_path)
+    cached = f"checkpoints/{hashlib.sha256(config.load_path.encode()).hexdigest()[:16]}.pt"
+    path = cache_folder() / cached if is_remote else Path(config.load_path)
     with node_leaders_first("the checkpoint"):
         if dist.get_local_rank() == 0:
             if is_remote:
@@ -75,15 +76,6 @@ def check_record(load_path: str, record: RunRecord) -> None:
     callbacks = read_checkpoint(load_path, mmap=True)["state"].get("callbacks", {})
     if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
         record.load_state_dict(callbacks["RunRecord"])
-
-
-def _cached_checkpoint(address: str) -> Path:
-    path = cache_folder() / "checkpoints" / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}.pt"
-    try:
-        check_path(str(path))
-    except ValueError as error:
-        raise InputError(f"TORCH_HOME: {error}") from error
-    return path
 
 
 def find_run_folder(config: TrainerConfig) -> RunFolder | None:

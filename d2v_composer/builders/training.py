@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.algorithms import CutMix, GradientClipping, LabelSmoothing, MixUp
@@ -14,9 +14,10 @@ from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
-from d2v_composer.callbacks import RunRecord, ZeroShotRetrieval
 from d2v_composer.callbacks.algorithms import EMA, GradientNorm
+from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.config.schema import (
     AlgorithmsConfig,
@@ -26,12 +27,14 @@ from d2v_composer.config.schema import (
     TrainerConfig,
 )
 from d2v_composer.evaluation.evaluate import build_embeds
-from d2v_composer.models.classification import Classifier
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
+
+if TYPE_CHECKING:  # a distillation needs nothing of it
+    from d2v_composer.models.classification import Classifier
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
 ALGORITHMS = {
@@ -87,7 +90,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
     return _adamw(config, [{"params": matrices}, {"params": vectors}])
 
 
-def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: Classifier) -> torch.optim.AdamW:
+def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: "Classifier") -> torch.optim.AdamW:
     """Build torch's AdamW with a learning rate for each depth; the head's group, with ``lr``, comes first."""
     head, weights = max(model.depth_of_trained.values()), dict(model.named_parameters())
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}

@@ -286,20 +286,12 @@ class FolderLock:
         os.pwrite(lock, f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n".encode(), 0)
 
     def is_removed(self) -> bool:
-        """Return True if the folder or its lock was removed."""
-        try:
-            os.stat(self.path)
-            return os.fstat(self.lock).st_nlink == 0  # the path may name a new file
-        except FileNotFoundError:
-            return True
-        except OSError:  # the file system is unreachable
-            return False
+        """Return True if the folder or its lock was removed; the path may name a new file."""
+        return not self.path.exists() or os.fstat(self.lock).st_nlink == 0
 
 
 # fairseq's --min-loss-scale: below it every step is skipped.
 MIN_LOSS_SCALE = 1e-4
-# The loss scaler halves 65536 to 64 in this many skipped batches.
-MAX_SKIPPED_BATCHES = 10
 
 
 class NanGuard(Callback):
@@ -307,12 +299,9 @@ class NanGuard(Callback):
 
     Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
 
-    With a loss scaler (amp_fp16) a batch whose loss is not finite is skipped, and the scale halved. Ten such batches in
-    a row stop the run.
+    With a loss scaler (amp_fp16) a batch whose loss is not finite is skipped, and the scale halved, until it is below
+    :data:`MIN_LOSS_SCALE`.
     """
-
-    def __init__(self) -> None:
-        self.num_skipped = 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Check the batch's loss, which is the same on all ranks, and the loss scale.
@@ -322,12 +311,10 @@ class NanGuard(Callback):
         """
         batch, scale = int(state.timestamp.batch) - 1, loss_scale(state)
         loss = (state.total_loss_dict or {}).get("loss/train/total", 0.0)
-        self.num_skipped = 0 if math.isfinite(loss) else self.num_skipped + 1
         # On a GPU the Trainer has an enabled scaler in any precision; this is set when a loss is first scaled.
         is_scaled = scale > 0 and getattr(state.scaler, "_scale", None) is not None
-        if self.num_skipped > (MAX_SKIPPED_BATCHES - 1 if is_scaled else 0):
-            in_a_row = f", {self.num_skipped} batches in a row" if self.num_skipped > 1 else ""
-            raise FloatingPointError(f"batch {batch}: the training loss is {loss}{in_a_row}; {ADVICE}")
+        if not math.isfinite(loss) and not is_scaled:
+            raise FloatingPointError(f"batch {batch}: the training loss is {loss}; {ADVICE}")
         if 0 < scale < MIN_LOSS_SCALE:
             raise FloatingPointError(
                 f"batch {batch}: the loss scale fell to {scale:g}: the gradients are not finite, and every step is "

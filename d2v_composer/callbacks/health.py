@@ -83,6 +83,10 @@ class Health(Callback):
         regression: Callable[[Any, Any], Regression] | None = None,
         num_extra_tokens: int | None = None,
     ) -> None:
+        if not (regression is None or callable(regression)):
+            raise ValueError(f"regression must be a function, got {regression!r}")
+        if not (num_extra_tokens is None or (type(num_extra_tokens) is int and num_extra_tokens >= 0)):
+            raise ValueError(f"num_extra_tokens must be a number of at least 0, got {num_extra_tokens!r}")
         self.is_due = due_every(interval)
         self.grace = Time.from_timestring(grace)
         self.regression = regression

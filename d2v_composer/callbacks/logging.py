@@ -19,10 +19,8 @@ from d2v_composer.callbacks.trainer_state import due_every
 from d2v_composer.checkpoints.resume import upload
 from d2v_composer.system.errors import RunError, writing
 
-# metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding.
-RETRIEVED = re.compile(r"metrics/([^/]+)/(?:([^/]+)/)?bank_train/top(\d+)")
-# The accuracy of a fine-tuned classifier.
-CLASSIFIED = re.compile(r"metrics/test/top(\d+)")
+# metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
+ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
 # An accuracy, and those of several embeddings below it.
 BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
 # Logged number → how progress shows it.
@@ -78,13 +76,13 @@ class ProgressLogger(LoggerDestination):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
         when = "" if step is None else f" at batch {step}"
-        if top_k := classified(metrics):
-            self.write(f"evaluation{when}: {', '.join(top_k)}")
         found: dict[str, list[str]] = {}
-        for (dataset, baseline), (k, accuracy) in retrieved(metrics).items():
-            found.setdefault(f"{dataset} top-{k}", []).append(f"{baseline or 'student'} {accuracy:.1%}")
-        for measured, values in found.items():
-            self.write(f"retrieval{when}: {measured}: {', '.join(values)}")
+        for (dataset, baseline), (k, accuracy) in accuracies(metrics).items():
+            what = f"retrieval{when}: {dataset} top-{k}:" if dataset else f"evaluation{when}: top-{k}"
+            who = f"{baseline or 'student'} " if dataset else ""
+            found.setdefault(what, []).append(f"{who}{accuracy:.1%}")
+        for what, values in found.items():
+            self.write(f"{what} {', '.join(values)}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
@@ -122,28 +120,21 @@ class ProgressLogger(LoggerDestination):
     def status(self) -> list[str]:
         """Return the latest numbers that were logged."""
         known = [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
-        latest = {dataset: value for (dataset, baseline), value in retrieved(self.latest).items() if not baseline}
-        known += classified(self.latest)[:1]
-        return known + [f"{dataset} top-{k} {accuracy:.1%}" for dataset, (k, accuracy) in latest.items()]
+        return known + [
+            f"{dataset} top-{k} {accuracy:.1%}".lstrip()
+            for (dataset, baseline), (k, accuracy) in accuracies(self.latest).items()
+            if not baseline
+        ]
 
 
-def retrieved(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Map data set and baseline ('' for the model) to the smallest k and its accuracy, with the primary embedding."""
+def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Map data set ('' for a classifier's) and baseline ('' for the model) to the smallest k and its accuracy."""
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for key, accuracy in metrics.items():
-        if (match := RETRIEVED.fullmatch(key)) is not None:
-            name, k = (match[1], match[2] or ""), int(match[3])
+        if (match := ACCURACY.fullmatch(key)) is not None:
+            name, k = (match[1] or "", match[2] or ""), int(match[3])
             found[name] = min(found.get(name, (k, accuracy)), (k, accuracy))
     return found
-
-
-def classified(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the accuracies of a classifier, by k."""
-    return [
-        f"top-{match[1]} {metrics[key]:.1%}"
-        for key in sorted(metrics)
-        if (match := CLASSIFIED.fullmatch(key)) is not None
-    ]
 
 
 def num_batches(state: State) -> int:

@@ -11,13 +11,11 @@ from helpers import ROOT
 @pytest.mark.parametrize(
     ("ranks", "micro", "text"),
     [
-        (1, None, "256 images"),
         (1, 256, "256 images"),
-        (1, 64, "256 images, microbatches of 64"),
-        (8, None, "256 images, 32 a device"),
+        (1, 64, "256 images, microbatches: 64"),
         (8, 32, "256 images, 32 a device"),
-        (8, 16, "256 images, 32 a device, microbatches of 16"),
-        (8, "auto", "256 images, 32 a device, microbatches found automatically"),
+        (8, 16, "256 images, 32 a device, microbatches: 16"),
+        (8, "auto", "256 images, 32 a device, microbatches: auto"),
     ],
 )
 def test_the_batch_of_each_device(ranks: int, micro: int | str | None, text: str) -> None:

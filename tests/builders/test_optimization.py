@@ -51,9 +51,8 @@ def test_a_warmup_rises_for_its_batches_epochs_or_share_of_the_run(
     assert learning_rates(max_duration, t_warmup, num_batches + 1) == pytest.approx(rising)
 
 
-@pytest.mark.parametrize("t_warmup", ["0.1dur", "0ba"])
-def test_a_short_run_needs_no_warmup(t_warmup: str) -> None:
-    assert learning_rates("4ba", t_warmup, 4) == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+def test_a_short_run_needs_no_warmup() -> None:
+    assert learning_rates("4ba", "0.1dur", 4) == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
 
 
 def test_a_warmup_is_not_longer_than_the_run_in_other_units_either() -> None:

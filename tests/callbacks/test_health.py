@@ -10,7 +10,6 @@ from typing import cast
 import pytest
 import torch
 from composer import Callback, ComposerModel, Logger, State, Trainer
-from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -20,7 +19,7 @@ from d2v_composer.callbacks.health import Health, effective_rank
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES, read_jsonl
 from d2v_composer.models.targets import Regression, regression_loss
-from helpers import LabeledDevice, OnDevice, small_run
+from helpers import small_run
 from recipes import train as train_recipe
 
 NUM_BATCHES = 20
@@ -132,52 +131,6 @@ def test_warns_of_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
     assert measured["scaler_skips"] == [0.0, 1.0, 0.0, 0.0]
     assert warnings_of(caplog) == ["health: scaler_skips at batch 10: the loss scale fell from 1024 to 512"]
     assert loss_scale(cast("State", SimpleNamespace(scaler=GradScaler("cpu", enabled=False)))) == 0.0
-
-
-def test_the_lowest_loss_is_kept_in_checkpoints(caplog: pytest.LogCaptureFixture) -> None:
-    first = Health("5ba")
-    train(Regressor(), first)
-    again = Health("5ba")
-    again.load_state_dict(first.state_dict())
-    assert train(Regressor(errors=dict.fromkeys(range(20), 0.2)), again)["diverging"] == [1.0] * 4
-
-
-def test_measures_the_last_microbatch_as_the_model_saw_it() -> None:
-    """On the device, with the transforms of the user's own DataSpec."""
-
-    def shift(batch: Tensor) -> Tensor:
-        return batch + 100
-
-    seen: list[Tensor] = []
-
-    class Cosines(Regressor):
-        def layer_cosines(self, batch: Tensor, num_images: int) -> Tensor:
-            seen.append(batch)
-            return batch.mean(dim=(0, 1))[:1]
-
-    def regression(outputs: Regression, batch: Tensor) -> Regression:
-        assert batch.shape == outputs.target.shape == (3, 5, 16)
-        seen.append(batch)
-        return outputs
-
-    batches = DataLoader(list(torch.zeros(22, 5, 16)), batch_size=11)  # pyright: ignore[reportArgumentType]
-    model = Cosines()
-    health = Health("1ba", regression=regression)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataSpec(batches, microbatch_transforms=shift),
-        max_duration="2ba",
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
-        callbacks=[health],
-        device=LabeledDevice(),
-        device_train_microbatch_size=4,
-        progress_bar=False,
-    )
-    trainer.fit()
-    trainer.close()
-    assert len(seen) == 4
-    assert all(isinstance(batch, OnDevice) and batch.eq(100).all() for batch in seen)
-    assert health.microbatch is None  # its memory is free for an evaluation
 
 
 def test_effective_rank_counts_directions() -> None:

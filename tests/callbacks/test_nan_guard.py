@@ -146,39 +146,20 @@ def test_stops_after_moments_that_are_not_finite(tmp_path: Path) -> None:
     assert_all_saved_is_finite(tmp_path)
 
 
-class Scaler(Callback):
-    """Gives the run a loss scaler with a given scale, as Composer does on a GPU with amp_fp16."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        scaler = GradScaler("cpu", init_scale=self.scale if state.timestamp.batch >= 3 else 1024.0)
-        scaler.scale(torch.zeros(1))  # the first loss initializes it
-        state.scaler = cast(Any, scaler)
-
-
-def test_stops_when_the_loss_scale_is_too_small(tmp_path: Path) -> None:
-    """As fairseq does at 1e-4: nothing is learned below."""
-    assert len(train(tmp_path / "above", build_model(), some_images(), Scaler(1.1e-4))) == NUM_BATCHES
-    with pytest.raises(FloatingPointError, match=r"^batch 3: the loss scale fell to 5e-05: the gradients"):
-        train(tmp_path / "below", build_model(), some_images(), Scaler(5e-5))
-    assert (tmp_path / "below" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
-
-
 class LossScaling(Callback):
     """Runs Composer's own loop of amp_fp16 without a GPU, in float32.
 
     Args:
         infinite: The batches whose loss is infinite.
+        scale: The first scale.
     """
 
-    def __init__(self, infinite: Container[int]) -> None:
-        self.infinite = infinite
+    def __init__(self, infinite: Container[int], scale: float = 1024.0) -> None:
+        self.infinite, self.scale = infinite, scale
         self.scales: list[float] = []
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        state.scaler = cast(Any, GradScaler("cpu", init_scale=1024.0))
+        state.scaler = cast(Any, GradScaler("cpu", init_scale=self.scale))
         state.precision = Precision.AMP_FP16
 
     def after_loss(self, state: State, logger: Logger) -> None:
@@ -195,7 +176,7 @@ no_cuda = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'
 
 
 @no_cuda
-def test_the_loss_scaler_may_skip_nine_batches_in_a_row(tmp_path: Path) -> None:
+def test_the_loss_scaler_may_skip_batches(tmp_path: Path) -> None:
     """And another later. Checkpoints in between hold the unchanged student and the scale."""
     scaling = LossScaling({*range(1, 10), 11})
     losses = train(tmp_path, build_model(), some_images(), scaling)
@@ -212,12 +193,14 @@ def test_the_loss_scaler_may_skip_nine_batches_in_a_row(tmp_path: Path) -> None:
 
 
 @no_cuda
-def test_stops_after_ten_skipped_batches_in_a_row(tmp_path: Path) -> None:
-    """The cause is then the model, not the scale."""
-    with pytest.raises(FloatingPointError, match=r"^batch 10: the training loss is inf, 10 batches in a row; earlier"):
-        train(tmp_path, build_model(), some_images(), LossScaling(range(1, 12)))
+def test_stops_when_the_loss_scale_is_too_small(tmp_path: Path) -> None:
+    """As fairseq does: below it nothing is learned, and every batch is skipped."""
+    with pytest.raises(
+        FloatingPointError, match=r"^batch 4: the loss scale fell to 6\.1\S+e-05: the gradients are not finite"
+    ):
+        train(tmp_path, build_model(), some_images(), LossScaling(range(1, 12), scale=2.0**-10))
     assert_all_saved_is_finite(tmp_path)
-    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba10-rank0.pt"
+    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba4-rank0.pt"
 
 
 def test_stops_at_the_first_infinite_loss_without_loss_scaling(tmp_path: Path) -> None:
@@ -237,22 +220,11 @@ def test_stops_at_the_first_infinite_loss_without_loss_scaling(tmp_path: Path) -
     assert_all_saved_is_finite(tmp_path)
 
 
-@pytest.fixture
-def tf32() -> Iterator[tuple[Any, Any]]:
-    """torch's two switches, restored afterwards."""
-    switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    yield switches
-    for switch, allowed in zip(switches, before, strict=True):
-        switch.allow_tf32 = allowed
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_the_users_choice(allowed: bool, tf32: tuple[Any, Any], small_data: Path, tmp_path: Path) -> None:
+def test_tf32_is_the_users_choice(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although each of Composer's GPU devices changes it."""
-    for switch in tf32:
-        switch.allow_tf32 = not allowed
-    train_recipe.main(
-        small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=1ba", f"allow_tf32={allowed}")
-    )
-    assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
+    switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
+    for switch in switches:
+        monkeypatch.setattr(switch, "allow_tf32", True)
+    options = ("max_duration=1ba", "scheduler.t_warmup=1ba", "allow_tf32=false")
+    train_recipe.main(small_run(tmp_path, small_data, *options))
+    assert not any(switch.allow_tf32 for switch in switches)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2v_composer.builders.training import FIXED_IN_A_FINETUNING
-from d2v_composer.callbacks import RunRecord
+from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.system.errors import InputError
 
 
