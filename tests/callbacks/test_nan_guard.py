@@ -220,11 +220,16 @@ def test_stops_at_the_first_infinite_loss_without_loss_scaling(tmp_path: Path) -
     assert_all_saved_is_finite(tmp_path)
 
 
-def test_tf32_is_the_users_choice(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_the_users_choice(small_data: Path, tmp_path: Path) -> None:
     """Although each of Composer's GPU devices changes it."""
     switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
-    for switch in switches:
-        monkeypatch.setattr(switch, "allow_tf32", True)
+    before = [switch.allow_tf32 for switch in switches]
     options = ("max_duration=1ba", "scheduler.t_warmup=1ba", "allow_tf32=false")
-    train_recipe.main(small_run(tmp_path, small_data, *options))
-    assert not any(switch.allow_tf32 for switch in switches)
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        train_recipe.main(small_run(tmp_path, small_data, *options))
+        assert not any(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
