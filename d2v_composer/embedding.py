@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
 from d2v_composer.data.index import INDEX, fetch_index, keep_encoded, read_image_index
-from d2v_composer.data.labeled import CIFAR_FOLDERS, Format, load_labeled_set
+from d2v_composer.data.labeled import CIFAR_FOLDERS, Format, load_labeled_set, worker_options
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
@@ -35,7 +34,6 @@ from d2v_composer.system.errors import InputError, RunError, UnreadableImageErro
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
 from d2v_composer.system.machine import install_command
-from d2v_composer.system.processes import die_with_parent
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 ROW_GROUP = 4096  # of a Parquet file
@@ -338,11 +336,8 @@ def _load(
     loader = DataLoader(
         indices,  # pyright: ignore[reportArgumentType]: it has a length and items
         batch_size=batch_size,
-        num_workers=workers,
         collate_fn=load_batch,
-        multiprocessing_context=get_context("fork") if workers else None,
-        worker_init_fn=lambda _: die_with_parent(),
-        pin_memory=torch.cuda.is_available(),
+        **worker_options(workers, prefetch_factor=2),
     )
     try:
         yield from loader
