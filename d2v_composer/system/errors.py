@@ -51,11 +51,11 @@ def reading(path: str | Path) -> Iterator[None]:
     """Read a file or folder in the block: any exception becomes one line with its path.
 
     Raises:
-        InputError: The block raised an exception. An InputError passes unchanged.
+        InputError: The block raised an exception. An InputError or RunError passes unchanged.
     """
     try:
         yield
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)

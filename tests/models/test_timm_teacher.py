@@ -25,14 +25,20 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
     "vit_giant_patch14_dinov2": (SMALL_14, 1),  # SwiGLU
     "vit_base_patch16_clip_224": (WIDE, 1),  # norm_pre
     "vit_base_patch16_siglip_224": (WIDE, 0),  # no CLS, attention pooling
+    "vit_base_patch16_siglip_gap_224": (SMALL, 1),
     "vit_base_patch16_rpn_224": (SMALL, 1),  # post-norm branches
     "vit_dlittle_patch16_reg1_gap_256": (SMALL, 1),  # differential attention, q/k norm
     "aimv2_large_patch14_224": (SMALL_14, 1),  # RMS norms
+    "deit3_small_patch16_224": (SMALL, 3),
     "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
+    "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
     "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one pixel of the stem
+    "eva02_tiny_patch14_224": (SMALL_14, 1),
     "eva02_base_patch16_clip_224": (WIDE, 0),
     "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches
     "vit_small_patch16_dinov3": (WIDE, 2),
+    "vit_small_plus_patch16_dinov3_qkvb": (SMALL, None),
+    "vit_small_patch16_rope_224": (SMALL, 0),
     "vit_small_patch16_rope_mixed_ape_224": (WIDE, 2),  # rotary positions of each block
     "vit_pe_core_tiny_patch16_384": (SMALL, 1),
     "beit_base_patch16_224": (WIDE, 1),  # relative bias of each block
