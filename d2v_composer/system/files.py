@@ -48,19 +48,12 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         raise InputError(f"{path}: is a folder, expected a file to write")
     if not overwrite and os.path.lexists(path):
         raise InputError(f"{path}: exists already: choose another file, or append --overwrite")
-    if (fault := find_unwritable(path.parent)) is not None:
-        raise InputError(f"{path}: {fault}")
-
-
-def find_unwritable(folder: Path) -> str | None:
-    """Return why files cannot be written into a folder, which may not exist yet; ``None`` if they can."""
-    absolute = folder.absolute()
-    existing = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
+    folder = path.parent.absolute()
+    existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:  # permissions do not show a read-only file system, nor what root may not do
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        return f"cannot be written: {existing}: {error.strerror}"
-    return None
+        raise InputError(f"{path}: cannot be written: {existing}: {error.strerror}") from error
 
 
 @contextmanager
