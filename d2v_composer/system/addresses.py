@@ -13,7 +13,7 @@ from typing_extensions import Self
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]+")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]*[^\s\"'<>\\:;,.)]")
 # Query parameters of presigned addresses: S3 (both kinds), GCS, CloudFront and Azure.
 SIGNATURE = re.compile(
     r"x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|"

@@ -66,26 +66,23 @@ def test_commands_import_what_they_use(uninterrupted: Path, tmp_path: Path) -> N
             image = torch.randint(0, 256, (3, 32, 32), generator=torch.manual_seed(number), dtype=torch.uint8)
             write_png(image, str(folder / f"{number}.png"))
     (tmp_path / "run").symlink_to(uninterrupted)
+    (tmp_path / "copy").mkdir()
+    for name in ("log.jsonl", "run.yaml"):
+        (tmp_path / "copy" / name).write_bytes((uninterrupted / name).read_bytes())
     photos = "datasets={photos: {format: folder, root: photos}}"
     commands = [
+        ["d2v", "report", "copy"],
         ["d2v", "convert-teacher", str(GOLDEN / "tiny_base.pt"), "teacher.safetensors"],
         ["d2v", "export", "run/latest-rank0.pt", "student.safetensors", "--teacher", "teacher.safetensors"],
         ["d2v", "embed", "student.safetensors", "photos", "photos.npy", "--workers", "0"],
         ["d2v", "evaluate", "model=student.safetensors", photos, "ks=[1]", "out=evaluation"],
     ]
-    *before, _ = imported_after(commands, tmp_path)  # evaluate reads a YAML, and its schema knows the Trainer's
-    assert not set().union(*before[:2]) & {"composer", "streaming", "matplotlib"}
+    report, teacher, student, *_ = imported_after(commands, tmp_path)
+    assert report == {"torch", "matplotlib"}
+    assert not (teacher | student) & {"composer", "streaming"}
+    assert (tmp_path / "copy" / "report.html").is_file()
     made = {"teacher.safetensors", "student.safetensors", "photos.npy", "photos.ids.npy", "evaluation"}
     assert made <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_the_report_needs_no_composer(uninterrupted: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for name in ("log.jsonl", "run.yaml"):
-        (copy / name).write_bytes((uninterrupted / name).read_bytes())
-    assert imported_after([["d2v", "report", "run"]], tmp_path) == [{"torch", "matplotlib"}]
-    assert (copy / "report.html").is_file()
 
 
 def test_public_names_can_be_imported_all_at_once() -> None:

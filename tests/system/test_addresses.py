@@ -101,7 +101,7 @@ def test_secrets_are_removed_from_text() -> None:
         ("sftp://user:hunter2@host:22/data/train", "sftp://host:22/data/train"),
         ("oci://bucket@namespace/key", "oci://bucket@namespace/key"),
         ("/data/what?/file#1", "/data/what?/file#1"),
-        ("cannot (https://u:hunter2@[::1]/f?sig=topsecret): 403", "cannot (https://[::1]/f 403"),
+        ("cannot (https://u:hunter2@[::1]/f?sig=topsecret): 403", "cannot (https://[::1]/f): 403"),
     ):
         assert hide_secrets(address) == shown
     nested = {"a": ['say "https://u:hunter2@host/f\\" é', 3, None], "b": {"c": "https://host/f?token=topsecret\n"}}
@@ -117,8 +117,8 @@ def test_identity_ignores_signatures_only() -> None:
 
 def test_errors_and_retries_show_no_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     address = "https://user:hunter2@host/f?token=topsecret"
-    status, [line] = explain(InputError(f"{address} is missing"))
-    assert (status, line) == (2, "error: https://host/f is missing")
+    status, [line] = explain(InputError(f"{address}: no such file"))
+    assert (status, line) == (2, "error: https://host/f: no such file")
     monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
     failures = iter([requests.ConnectionError(f"no answer of {address}")])
 
