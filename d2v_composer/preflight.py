@@ -153,6 +153,7 @@ class Rehearsal:
         return {
             "models": self.check_models,
             "data": self.check_data,
+            "save_folder": self.check_rights,
             "labeled sets": self.check_labeled_sets,
             "loggers": self.check_loggers,
         }
@@ -164,7 +165,6 @@ class Rehearsal:
             "resume": self.resume,
             "export": self.export,
             "disk space": self.check_disk_space,
-            "removal": self.remove,
         }
 
     def check_models(self) -> str:
@@ -191,6 +191,19 @@ class Rehearsal:
                 raise InputError(f"{loader.remote}: {first}")
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
         return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all there"
+
+    def check_rights(self) -> str:
+        """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
+        address = Address.parse(self.save_folder)
+        if address.scheme != "s3":
+            return "the rehearsal writes and reads"
+        client = S3ObjectStore(address.bucket).client
+        target = {"Bucket": address.bucket, "Key": f"{address.path}/rights-{self.node.rank}"}
+        client.put_object(**target, Body=b"preflight")
+        client.list_objects_v2(Bucket=address.bucket, Prefix=address.path)
+        client.get_object(**target)
+        client.delete_object(**target)
+        return f"{self.config.save_folder}: write, list, read, delete"
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets; download CIFAR if the run would."""
@@ -315,7 +328,7 @@ class Rehearsal:
         print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
-    def remove(self) -> str:
+    def remove(self) -> None:
         """Remove the rehearsal's files."""
         for folder in (self.folder, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
@@ -324,13 +337,12 @@ class Rehearsal:
             store = S3ObjectStore(address.bucket)
             for key in store.list_objects(f"{address.path}/"):
                 store.client.delete_object(Bucket=address.bucket, Key=key)
-        return f"of {self.save_folder}"
 
     def close(self) -> None:
         """Kill what still runs, and remove the files."""
         if self.process is not None:
             self.signal(signal.SIGKILL)
-            with suppress(Exception):  # the table has it
+            with suppress(Exception):  # a store that denies it was named in the table
                 self.remove()
         self.temporary.cleanup()
 
