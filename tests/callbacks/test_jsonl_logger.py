@@ -1,21 +1,10 @@
-"""The log: its place, and corrupt lines."""
+"""Reading a log with corrupt lines."""
 
 from pathlib import Path
 
 import pytest
 
-from d2v_composer.builders.loggers import build_loggers
-from d2v_composer.callbacks import JSONLLogger
-from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.metrics import read_jsonl
-from helpers import small_run
-
-
-def test_the_log_follows_save_folder(small_data: Path) -> None:
-    config = load_config([*small_run(Path("unused"), small_data, "save_folder=s3://saved/run")])
-    jsonl = next(each for each in build_loggers(config) if isinstance(each, JSONLLogger))
-    assert jsonl.path == Path("run/log.jsonl")
-
 
 CORRUPT = [
     b"\xff\xfe{",
