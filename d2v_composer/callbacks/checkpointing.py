@@ -137,11 +137,10 @@ class Checkpoints(Callback):
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-        if dist.get_global_rank() == 0:
-            if self.uploads is None:
+            if dist.get_global_rank() == 0 and self.uploads is None:
                 prune(self.folder.local, self.num_to_keep)
-            else:
-                self.uploads.start(self._upload, self.uploads, path)
+        if dist.get_global_rank() == 0 and self.uploads is not None:
+            self.uploads.start(self._upload, self.uploads, path)
 
     def _upload(self, uploads: Uploads, checkpoint: Path) -> None:
         if checkpoint.exists():  # else it was outdated when the one before it was uploaded

@@ -96,11 +96,8 @@ def find_other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
 
 def data_words(record: Mapping[str, Any]) -> str:
     """Describe a record's data set for an error."""
-    location, samples, shards, digest = (
-        lookup(record, f"data.{name}") for name in ("location", "samples", "shards", "sha256")
-    )
-    in_shards = "" if shards is None else f" in {shards} shards"
-    return f"{location} ({samples} samples{in_shards}, {str(digest)[:8]})"
+    location, samples, digest = (lookup(record, f"data.{name}") for name in ("location", "samples", "sha256"))
+    return f"{location} ({samples} samples, {str(digest)[:8]})"
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:
