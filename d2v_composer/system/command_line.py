@@ -90,11 +90,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def size(text: str) -> int:
-    """Return a number of bytes, such as 60gb, as Streaming reads it."""
-    from streaming.base.util import bytes_to_int  # takes seconds
+    """Return a number of bytes, such as 60gb = 6e10 or 60gib, as YAMLs read it."""
+    from pydantic import ByteSize, TypeAdapter  # a fifth of a second
 
     try:
-        return bytes_to_int(text)
+        return int(TypeAdapter(ByteSize).validate_python(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be bytes or a size such as '60gb', got {text!r}") from error
 
