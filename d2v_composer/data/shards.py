@@ -103,10 +103,8 @@ class Shards:
         self._ahead: deque[int] = deque()
         self._threads: list[threading.Thread] = []
         self._pid = os.getpid()
-        for left in find_partials(self._known) if remote is not None else ():
-            with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
-                if is_abandoned:
-                    left.unlink(missing_ok=True)
+        if remote is not None:
+            self._remove_abandoned()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -145,6 +143,9 @@ class Shards:
         """
         deadline = time.monotonic() + self.timeout
         while not self._is_here(shard_id) and not self._fetch(shard_id, deadline - time.monotonic()):
+            if time.monotonic() > deadline:
+                what = "another process's download of it, or for room in the cache"
+                raise ShardError(f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for {what}")
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
@@ -180,6 +181,14 @@ class Shards:
 
     def _lock(self, name: str) -> Path:
         return self.local / LOCKS / name
+
+    def _remove_abandoned(self, suffix: str = "") -> None:
+        """Remove the temporary files of killed processes, which hold no lock any longer."""
+        for left in find_partials(self._known):
+            if left.name.endswith(suffix):
+                with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
+                    if is_abandoned:
+                        left.unlink(missing_ok=True)
 
     def _is_here(self, shard_id: int) -> bool:
         """Return True if a shard can be read; verify a file that this process has not read yet."""
@@ -258,6 +267,7 @@ class Shards:
                     if room < 0:
                         path.unlink()
                 return
+            self._remove_abandoned(RESERVED)
         raise NoRoomError
 
 

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,21 @@ def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
         assert (cache / ours[-1]).exists()
     assert read_epoch(other) == ALL
     assert [name for name in foreign if (cache / name).read_text() != name] == []
+
+
+def test_waits_for_room_no_longer_than_the_timeout(many_shards: Path, tmp_path: Path) -> None:
+    """Processes of another run that were killed keep no room in the cache."""
+    cache = tmp_path / "cache"
+    dataset = open_images(cache, many_shards, cache_limit=LIMIT, timeout=1)
+    shards = sorted(path.name for path in many_shards.glob("*.mds"))
+    for name in shards:
+        (cache / f"{name}.7-7.partial.reserved").touch()
+    with ExitStack() as live, time_limit(30):
+        for name in shards[::2]:
+            live.enter_context(sole_user(cache / LOCKS / name))
+        with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for .* room in the cache"):
+            read_epoch(dataset)
+    assert read_epoch(dataset) == ALL
 
 
 @pytest.mark.parametrize("workers", [0, 2])
