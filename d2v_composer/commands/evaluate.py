@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
     from d2v_composer.config.load import load_evaluate_config
-    from d2v_composer.evaluation.evaluate import OUT_FILES, Evaluation, evaluate
+    from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     if global_rank() != 0:
         return None
     if config.out is not None:  # before minutes of work
-        for name in OUT_FILES:
-            check_out_file(Path(config.out, name))
+        check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates, sizes, embedding = build_comparison(config, device)
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)

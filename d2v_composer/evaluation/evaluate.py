@@ -22,14 +22,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, Measure, find_primary, metric_key
+from d2v_composer.evaluation.metrics import BANKS, Measure, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder, height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
 
 NUM_RESAMPLES = 2000
-OUT_FILES = ("evaluation.json", "evaluation.csv")
 
 Log = Mapping[str, Mapping[int, float]]
 """Key → step → value."""
@@ -192,10 +191,6 @@ class Evaluation(NamedTuple):
     """Data set → the name of each label; empty if the labels are only numbers."""
 
     @property
-    def datasets(self) -> list[str]:
-        return list(dict.fromkeys(each.dataset for each in self.retrievals))
-
-    @property
     def measures(self) -> list[tuple[str, Measure]]:
         """All pairs of bank and what was measured with it."""
         return list(dict.fromkeys((each.bank, measure) for each in self.retrievals for measure in each.hits))
@@ -203,23 +198,18 @@ class Evaluation(NamedTuple):
     @property
     def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
         """Candidate, data set and bank → its result with the primary embedding, or with the fallback for it."""
-        names: dict[str, set[str]] = {}
-        for each in self.retrievals:
-            names.setdefault(each.candidate, set()).add(each.embedding)
-        shown = {candidate: find_primary(self.primary, found, fall_back=True) for candidate, found in names.items()}
         return {
             (each.candidate, each.dataset, each.bank): each
+            for name in ("", *reversed(primary_fallbacks(self.primary)))  # the last one that a candidate has
             for each in self.retrievals
-            if each.embedding == shown[each.candidate]
+            if each.embedding == name
         }
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
         """Return the teacher gap closed; ``None`` if there is no gap, or one of the three was not evaluated."""
-        primaries = self.primaries
-        keys = [(name, dataset, bank) for name in ("untrained student", "student", "teacher")]
-        if not all(key in primaries for key in keys):
-            return None
-        return gap_closed_interval(*(primaries[key].hits[measure] for key in keys))
+        found = [self.primaries.get((name, dataset, bank)) for name in ("untrained student", "student", "teacher")]
+        hits = [each.hits[measure] for each in found if each is not None]
+        return gap_closed_interval(*hits) if len(hits) == len(found) else None
 
     def rows(self) -> list[dict[str, str | int | float | None]]:
         """Return one row for each candidate, data set, bank, embedding and k, or probe."""
@@ -244,7 +234,7 @@ class Evaluation(NamedTuple):
             "results": self.rows(),
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
-                for dataset in self.datasets
+                for dataset in self.class_names
                 for bank, measure in self.measures
                 if (closed := self.gap_closed(dataset, bank, measure)) is not None
             ],
@@ -264,9 +254,8 @@ class Evaluation(NamedTuple):
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        as_json = json.dumps(about | self.as_json(), indent=1) + "\n"
-        for name, text in zip(OUT_FILES, (as_json, table.getvalue()), strict=True):
-            write_atomically(folder / name, text)
+        write_atomically(folder / "evaluation.json", json.dumps(about | self.as_json(), indent=1) + "\n")
+        write_atomically(folder / "evaluation.csv", table.getvalue())
 
 
 def describe_measure(measure: Measure) -> dict[str, str | int | None]:
@@ -301,12 +290,11 @@ def evaluate(
         print(f"embedding {sum(labeled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
-        splits = {"train": labeled.train.labels, "test": labeled.test.labels}
         for name, of_candidate in embedded.items():
             for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
-                [labels] = [each for split, each in splits.items() if split != found.bank]
+                bank, queries = labeled[:2] if found.bank == "train" else (labeled.test, labeled.train)
                 hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
-                confusion = confusion_matrix(labels, splits[found.bank][found.nearest[:, 0].cpu()])
+                confusion = confusion_matrix(queries.labels, bank.labels[found.nearest[:, 0].cpu()])
                 yield Retrieval(name, dataset, found.bank, found.embedding, hits, confusion, found.strength)
 
 

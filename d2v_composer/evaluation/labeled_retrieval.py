@@ -3,7 +3,7 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from d2v_composer.evaluation.nearest_neighbors import (
     retrieval_hits,
     vote,
 )
+from d2v_composer.system.command_line import progress_bar
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import LabeledSet
@@ -71,12 +72,8 @@ def embed_set(
     for split in BANKS:
         images = getattr(labeled, split).images
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
-        parts: Iterable[Tensor] = ranks.share(len(images)).split(batch_size)
-        if progress is not None:
-            from d2v_composer.system.command_line import progress_bar  # without a bar, a callback needs no command
-
-            parts = progress_bar(parts, desc=f"{progress} {split}", unit="batches")
-        for indices in parts:
+        parts = ranks.share(len(images)).split(batch_size)
+        for indices in progress_bar(parts, desc=f"{progress} {split}", unit="batches", disable=progress is None):
             batch = to_device(images[indices])
             for model, embed in embeds.items():
                 embeddings = embed(batch)

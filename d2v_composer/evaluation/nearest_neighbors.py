@@ -57,18 +57,16 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in parts]
     with full_float32(bank.device.type):
         for number, bank_ND in enumerate(bank.split(BANK_PART)):
-            # The length of a query does not change the order: its cosines are divided by it at the end.
             unit_ND = normalize(bank_ND.float(), dim=1)
             for i, part in enumerate(parts):
                 similarities_QN = buffer[: len(part) * len(unit_ND)].view(len(part), len(unit_ND))
-                torch.mm(part.float(), unit_ND.T, out=similarities_QN)
+                torch.mm(normalize(part.float(), dim=1), unit_ND.T, out=similarities_QN)
                 more = top_k(similarities_QN, k)
                 similarities = torch.cat([nearest[i].similarities, more.similarities], dim=1)
                 indices = torch.cat([nearest[i].indices, more.indices + number * BANK_PART], dim=1)
                 similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
                 nearest[i] = TopK(similarities, indices.gather(1, chosen))
-    similarities, indices = (torch.cat(each) for each in zip(*nearest, strict=True))
-    return TopK(similarities / vector_norm(queries.float(), dim=1, keepdim=True).clamp(min=SHORTEST), indices)
+    return TopK(*(torch.cat(each) for each in zip(*nearest, strict=True)))
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
@@ -81,13 +79,11 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """
     found = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
     part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
-    at_once = max(1, part_bytes // (12 * max(1, found.shape[1] * bank.shape[1])))
+    at_once = max(1, part_bytes // (12 * found.shape[1] * bank.shape[1]))
     nearest = []
     for indices_QK, part_QD in zip(found.split(at_once), queries.split(at_once), strict=True):
-        bank_QKD, query_QD1 = bank[indices_QK].double(), part_QD.double()[:, :, None]
-        lengths_QK = vector_norm(bank_QKD, dim=2).clamp(min=SHORTEST)
-        lengths_Q1 = vector_norm(query_QD1, dim=1).clamp(min=SHORTEST)
-        cosines_QK = (bank_QKD @ query_QD1)[:, :, 0] / lengths_QK / lengths_Q1
+        bank_QKD, query_QD1 = bank[indices_QK].double(), normalize(part_QD.double(), dim=1)[:, :, None]
+        cosines_QK = (bank_QKD @ query_QD1)[:, :, 0] / vector_norm(bank_QKD, dim=2).clamp(min=SHORTEST)
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
         nearest.append(TopK(cosines_QK[:, :k], indices_QK.gather(1, order_QK)[:, :k]))
     return TopK(*(torch.cat(parts) for parts in zip(*nearest, strict=True)))

@@ -66,7 +66,7 @@ def evaluation_tables(evaluation: Evaluation) -> str:
     parts = []
     looked_up = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, int)]
     probed = [column for column in evaluation.measures if column not in looked_up]
-    for dataset in evaluation.datasets:
+    for dataset in evaluation.class_names:
         parts.append(_accuracy_table(evaluation, dataset, "Zero-shot retrieval", looked_up))
         if probed:
             parts.append(_accuracy_table(evaluation, dataset, "Probes fitted to train, judged on test", probed))
