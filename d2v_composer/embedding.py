@@ -79,8 +79,6 @@ def open_collection(
     root = Path(source)
     if local is not None or (root / INDEX).is_file():
         return _mds(source, local or root, cache_limit, column or "image", image_size, interpolation)
-    if not root.is_dir():
-        raise InputError(f"{source}: {'is not a folder' if root.exists() else 'no such folder'}")
     if column is not None:
         raise InputError(f"{source}: has no {INDEX}: --column is for an MDS data set")
     for format, name in CIFAR_FOLDERS.items():
@@ -92,9 +90,10 @@ def open_collection(
 
 def _folder(root: Path, image_size: ImageSize, interpolation: str) -> ImageCollection:
     """Open a folder and its subfolders; the paths are the ids."""
-    files, _ = list_images(root)
-    described = [str(root.resolve()), *(f"{file.path} {file.num_bytes} {file.mtime_ns}" for file in files)]
-    with reading(root):  # a name that is not UTF-8 fails here, and not when Parquet is written
+    with reading(root):
+        files, _ = list_images(root)
+        described = [str(root.resolve()), *(f"{file.path} {file.num_bytes} {file.mtime_ns}" for file in files)]
+        # A name that is not UTF-8 fails here, and not when Parquet is written.
         fingerprint = _sha256("\n".join(described).encode())
     paths = np.array([file.path for file in files])
 
@@ -228,10 +227,10 @@ def embed_collection(
                     write_atomically(folder / "progress.json", json.dumps(progress))
                 bar.update(len(images) + len(skipped))
         seconds = time.monotonic() - start
-        indices, reasons = zip(*progress["skipped"], strict=True) if progress["skipped"] else ((), ())
-        ids = np.delete(collection.ids, indices)
+        ids = np.delete(collection.ids, [index for index, _ in progress["skipped"]])
         _finish(rows[: len(ids)], ids, out, folder)
-    return Embedding(len(ids), channels, list(reasons), resumed, seconds)
+    reasons = [reason for _, reason in progress["skipped"]]
+    return Embedding(len(ids), channels, reasons, resumed, seconds)
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -267,16 +266,17 @@ def _start_or_resume(
 ) -> tuple[dict[str, Any], np.memmap]:
     """Return the progress, and the rows, (N, D), in a file. ``skipped`` has index and reason of unreadable images."""
     path, recorded = folder / "embeddings.npy", folder / "progress.json"
-    if not (recorded.exists() and path.exists()):
+    progress = {"plan": plan, "images": 0, "skipped": []}
+    if recorded.exists() and path.exists():
+        progress = json.loads(recorded.read_bytes())
+        if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
+            another = f"an interrupted run had another {', '.join(changed)}"
+            raise InputError(f"{folder}: {another}: delete that folder, or choose another OUT")
+    else:
         npy.open_memmap(path, "w+", np.dtype(dtype), shape)
         with path.open("r+b") as file:
             # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return {"plan": plan, "images": 0, "skipped": []}, npy.open_memmap(path, "r+")
-    progress = json.loads(recorded.read_bytes())
-    if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
-        another = f"an interrupted run had another {', '.join(changed)}"
-        raise InputError(f"{folder}: {another}: delete that folder, or choose another OUT")
     return progress, npy.open_memmap(path, "r+")
 
 
