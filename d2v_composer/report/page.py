@@ -50,15 +50,15 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     record, config, hardware = run.record, run.record["config"], run.record["hardware"]
     shown = ("config", "versions", "hardware", weights_section(record))
     details = {name.title(): yaml.safe_dump(record[name], sort_keys=False, allow_unicode=True) for name in shown}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+    template = Path(__file__).with_name("page.html").read_text()
+    page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         run_name=config["run_name"],
         progress=f"{int(run.last('time/batch') or 0)} batches of {config['max_duration']}, "
         f"on {hardware['ranks']} × {hardware['gpu'] or hardware['cpu']}",
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
         sections=sections,
+        base64=lambda png: base64.b64encode(png).decode(),
         details={"Command": record["command"], **details},
     )
     files = {f"report/{name}.png": png for pictures in sections.values() for name, png in pictures.items()}
