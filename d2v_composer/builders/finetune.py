@@ -36,7 +36,6 @@ from d2v_composer.data.labeled import (
     fetch_class_names,
     load_labeled_set,
     load_mds,
-    mds_class_names,
     train_batches,
     with_classes_of_train,
 )
@@ -61,12 +60,12 @@ class FinetuneImages(NamedTuple):
     train_loader: DataLoader
     """Augmented uint8 images of this rank, with their labels."""
     test: LabeledImages
-    num_train: int
     class_names: tuple[str, ...]
     """Name of each label; empty if the labels are only numbers."""
     num_classes: int
     about: Mapping[str, Any]
-    """Description of the train images for the run's record; ``sha256`` identifies them and their labels."""
+    """Description of the train images for the run's record: ``location``, ``samples``, ``sha256`` of them and their
+    labels."""
 
 
 def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
@@ -84,7 +83,7 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        if loader.remote is not None and mds_class_names(root / "test") and dist.get_local_rank() == 0:
+        if loader.remote is not None and dist.get_local_rank() == 0:
             fetch_class_names(loader.remote, root / "train", loader.timeout)
         test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
         test, class_names = with_classes_of_train(test, root)
@@ -92,9 +91,8 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
     labels = LabelColumn(dataset.label_column, num_classes)
     transform = build_transform(loader, sizes.image_size, sizes.interpolation)
     train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed, labels)
-    data = describe_data(shards)
-    about = {"location": hide_secrets(loader.remote or loader.local), **data}
-    return FinetuneImages(train_loader, test, data["samples"], class_names, num_classes, about)
+    about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(shards)}
+    return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 
 def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
@@ -113,7 +111,7 @@ def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: Encoder
     check_memory(loader, batch_size, sizes.image_size)
     augmented = AugmentedImages(train, build_transform(loader, sizes.image_size, sizes.interpolation), config.seed)
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
-    return FinetuneImages(batches, test, num_images, class_names, num_classes, about)
+    return FinetuneImages(batches, test, class_names, num_classes, about)
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:

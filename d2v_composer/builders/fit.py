@@ -149,7 +149,7 @@ def describe_finetuning(config: FinetuneConfig, built: "BuiltFinetuning", state:
     start = "random weights" if config.from_scratch else hide_secrets(config.model)
     encoder = "trained" if config.train_encoder else "frozen"
     lines = {
-        "images": f"{images.num_train:,} to train, {len(images.test.labels):,} to evaluate, "
+        "images": f"{images.about['samples']:,} to train, {len(images.test.labels):,} to evaluate, "
         f"{built.model.head.out_features} classes",
         "model": f"{built.record.record['model']['kind']} from {start}: "
         f"encoder {_millions(backbone.encoder)}, {encoder}, "
