@@ -11,7 +11,6 @@ A study is a folder with base.yaml, a run, and rows.yaml, the changes of each ro
 in its own folder. If interrupted, its runs save, and the same command resumes them. At the end it prints a table.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from d2v_composer.system import command_line
-from d2v_composer.system.command_line import d2v, print_next
+from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import if_interrupted
 
@@ -75,7 +75,7 @@ class Study(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "study", nargs="?", default=DEFAULT_STUDY, help="folder of the YAMLs; default: yamls/ablations/data2vec2"
     )
@@ -119,38 +119,42 @@ def train_rows(study: Study, folders: Mapping[str, Path], images: Path, jobs: in
         InputError: Some rows failed; the others have finished.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    waiting, running, problems = list(folders), dict[str, subprocess.Popen[bytes]](), list[str]()
+    running, problems = list[subprocess.Popen[bytes]](), list[str]()
     is_stopping = threading.Event()
 
     def stop() -> str:
         is_stopping.set()
         time.sleep(POLL_SECONDS)  # a run that is being started is among the running ones then
-        for process in running.values():  # by SIGTERM: a second Ctrl-C would end them at once
+        for process in running:  # by SIGTERM: a second Ctrl-C would end them at once
             process.terminate()
-        for process in running.values():
+        for process in running:
             process.wait()
         return "the same command resumes"
 
+    def train(row: str) -> None:
+        if is_stopping.is_set():
+            return
+        output = folders[row] / "output.txt"
+        print(f"{row}: training, its lines go to {output}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a") as file:
+            command = train_command(study, row, folders[row], images)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        running.append(process)
+        status = process.wait()
+        if is_stopping.is_set():
+            return
+        if status:
+            problems.append(f"{row}: failed with status {status}, see {output}")
+            print(f"{problems[-1]}; the other rows go on", file=sys.stderr)
+        else:
+            print(f"{row}: finished")
+
     with if_interrupted(stop):
-        while waiting or running:
-            if is_stopping.is_set():
-                time.sleep(POLL_SECONDS)  # until this command ends
-            elif waiting and len(running) < jobs:
-                row = waiting.pop(0)
-                print(f"{row}: training, its lines go to {folders[row] / 'output.txt'}")
-                folders[row].mkdir(parents=True, exist_ok=True)
-                with (folders[row] / "output.txt").open("a") as output:
-                    command = train_command(study, row, folders[row], images)
-                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                    running[row] = process
-            elif ended := [row for row, process in running.items() if process.poll() is not None]:
-                if status := running.pop(ended[0]).returncode:
-                    problems.append(f"{ended[0]}: failed with status {status}, see {folders[ended[0]] / 'output.txt'}")
-                    print(f"{problems[-1]}; the other rows go on", file=sys.stderr)
-                else:
-                    print(f"{ended[0]}: finished")
-            else:
-                time.sleep(POLL_SECONDS)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(train, folders))
+        while is_stopping.is_set():
+            time.sleep(POLL_SECONDS)  # until this command ends
     if problems:
         raise InputError(*problems)
 
