@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, product
@@ -221,18 +221,19 @@ class ZeroShotRetrieval(Callback):
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
             with without_gradient, get_precision_context(state.precision, state.precision_config):
                 for dataset in self.datasets:
-                    for baseline, of_set in self.measure_set(dataset, embeds, state).items():
-                        metrics[baseline] |= of_set
+                    for baseline, key, accuracy in self.measure_set(dataset, embeds, state):
+                        metrics[baseline][key] = accuracy
         finally:
             model.train(was_training)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         return metrics
 
-    def measure_set(self, dataset: str, embeds: Mapping[str | None, Embed], state: State) -> dict[str | None, Metrics]:
-        """Return the accuracies on one set, in both directions, for every embedding."""
+    def measure_set(
+        self, dataset: str, embeds: Mapping[str | None, Embed], state: State
+    ) -> Iterator[tuple[str | None, str, float]]:
+        """Yield baseline, key and accuracy on one set, in both directions, for every embedding."""
         labeled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
-        metrics: dict[str | None, Metrics] = {}
 
         def to_device(tensor: Tensor) -> Tensor:
             self.stop_if_asked()  # before each batch of images, and each search
@@ -241,7 +242,6 @@ class ZeroShotRetrieval(Callback):
         embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress)
         for baseline, embeddings in embedded.items():
             primary = find_primary(self.primary, embeddings["train"].keys(), fall_back=baseline is not None)
-            metrics[baseline] = {}
             for found in look_up(embeddings, labeled, self.ks, to_device, ranks, self.probes):
                 names = [found.embedding or None]
                 if found.embedding == primary:
@@ -250,8 +250,7 @@ class ZeroShotRetrieval(Callback):
                         self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
                 for name, (measure, hits) in product(names, found.hits.items()):
                     key = metric_key(dataset, found.bank, measure, name, baseline)
-                    metrics[baseline][key] = hits.double().mean().item()
-        return metrics
+                    yield baseline, key, hits.double().mean().item()
 
     def stop_if_asked(self) -> None:
         if self.should_stop():
