@@ -210,9 +210,7 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, to the representation, (B, T, D)."""
-        if self.representation == "output":
-            return self.forward_blocks(self.encode(x))[0]
-        return self.norm_mean(self.ffn_outputs(self.encode(x)), normalization=self.normalization)
+        return self.represent(self.encode(x), self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or pooled features, (B, D), with ``pre_logits`` or no head."""
@@ -258,7 +256,6 @@ def pretrained_cfg(config: StoredEncoderConfig) -> dict[str, Any]:
         "mean": config.image_mean,
         "std": config.image_std,
         "num_classes": 0,
-        "first_conv": "encoder.local_encoder.proj" if isinstance(config, ImageEncoderConfig) else None,
         "classifier": "head",
     }
 

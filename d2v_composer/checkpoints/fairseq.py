@@ -23,7 +23,6 @@ from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.files import check_out_file
 
 IMAGE = "modality_encoders.IMAGE."
 ENCODER = "encoder."
@@ -32,9 +31,11 @@ ALIBI_SCALE = f"{IMAGE}alibi_scale"
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
 FINE_TUNED = ("head.", "fc_norm.", "model.")
-# Fields of our config, in cfg["model"] and in cfg["model"]["modalities"]["image"], where image_size is input_size.
+# Fields of our config in cfg["model"], and names in cfg["model"]["modalities"]["image"] → fields of our config.
 MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
-IMAGE_FIELDS = ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")
+IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")} | {
+    "input_size": "image_size"
+}
 
 
 class FairseqCheckpoint(NamedTuple):
@@ -56,54 +57,28 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "mo
         InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
     """
     checkpoint = plain(load_untrusted(file))
-    stored, sizes = _section(checkpoint, "model"), Sizes(_section(checkpoint, "cfg"))
+    stored, cfg = _section(checkpoint, "model"), _section(checkpoint, "cfg")
+    sizes = _section(cfg, "model")
     if is_trained(checkpoint):
         raise InputError(
             f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
         )
-    if stored is None or sizes.model is None:
+    if stored is None or sizes is None:
         raise InputError(f"{path}: not a data2vec 2.0 checkpoint of fairseq: it has no dicts 'model' and cfg['model']")
     if weights == "ema":
         stored = _section(stored, "_ema")
         if stored is None:
             raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-    if (problem := _find_unsupported(sizes, stored)) is not None:
+    model, image = _fields(cfg, sizes), _fields(cfg, _section(_section(sizes, "modalities"), "image"))
+    if (problem := _find_unsupported(model, image, stored)) is not None:
         raise InputError(f"{path}: {problem}")
     with reading(path):
-        config = _read_config(sizes, stored)
+        config = _read_config(model, image, stored)
     used = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
     provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return FairseqCheckpoint(teacher, [name for name in stored if name.startswith(LEFT)])
-
-
-class Sizes:
-    """Reads sizes from a checkpoint's ``cfg``, pickled from any classes.
-
-    Args:
-        cfg: The whole ``cfg``, to which OmegaConf's interpolations refer.
-    """
-
-    def __init__(self, cfg: dict[Any, Any] | None) -> None:
-        self.cfg = cfg
-        self.model = _section(cfg, "model")
-        self.image = _section(_section(self.model, "modalities"), "image")
-
-    def model_value(self, name: str, default: Any = None) -> Any:
-        """Return a field of ``cfg["model"]``; the default if it is missing or null."""
-        return self._value(self.model, name, default)
-
-    def image_value(self, name: str, default: Any = None) -> Any:
-        """Return a field of ``cfg["model"]["modalities"]["image"]``; the default if it is missing or null."""
-        return self._value(self.image, name, default)
-
-    def _value(self, section: dict[Any, Any] | None, name: str, default: Any) -> Any:
-        value = plain((section or {}).get(name))
-        if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
-            *sections, name = value[2:-1].split(".")
-            value = plain((reduce(_section, sections, self.cfg) or {}).get(name))
-        return default if value is None else value
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:
@@ -113,7 +88,20 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
     return dict(dict.items(section)) if isinstance(section, dict) else None
 
 
-def _find_unsupported(sizes: Sizes, stored: Mapping[str, Tensor]) -> str | None:
+def _fields(cfg: dict[Any, Any] | None, section: dict[Any, Any] | None) -> dict[Any, Any]:
+    """Return the fields of a section of ``cfg``, pickled from any class, without those that are null."""
+    found = {}
+    for name, value in (section or {}).items():
+        value = plain(value)
+        if isinstance(value, str) and value.startswith("${") and value.endswith("}"):  # OmegaConf's interpolation
+            *sections, last = value[2:-1].split(".")
+            value = plain((reduce(_section, sections, cfg) or {}).get(last))
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _find_unsupported(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> str | None:
     """Return why a checkpoint is not a supported teacher; ``None`` if it is one."""
     modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
     if others := sorted(modalities - {"IMAGE"}):
@@ -125,28 +113,27 @@ def _find_unsupported(sizes: Sizes, stored: Mapping[str, Tensor]) -> str | None:
         )
     if not modalities:
         return f"not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*"
-    if sizes.model_value("layer_norm_first", False):
+    if model.get("layer_norm_first"):
         return "pre-norm models (layer_norm_first: true) are not supported, because the released ones are post-norm"
-    if sizes.image_value("use_alibi_encoder", False):
-        dims, distance = sizes.image_value("alibi_dims", 2), sizes.image_value("alibi_distance", "manhattan")
-        if (dims, distance) != (2, "manhattan") or sizes.image_value("learned_alibi", False):
+    if image.get("use_alibi_encoder"):
+        dims, distance = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan")
+        if (dims, distance) != (2, "manhattan") or image.get("learned_alibi"):
             return "ALiBi other than alibi_dims 2, manhattan, not learned, is not supported, because images use these"
         if ALIBI_SCALE not in stored:
             return f"ALiBi is on, but tensor {ALIBI_SCALE} is missing"
     return None
 
 
-def _read_config(sizes: Sizes, stored: Mapping[str, Tensor]) -> Data2Vec2Config:
+def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
     """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's."""
-    found = {name: sizes.model_value(name) for name in MODEL_FIELDS}
-    found |= {name: sizes.image_value(name) for name in IMAGE_FIELDS} | {"image_size": sizes.image_value("input_size")}
-    found = {name: value for name, value in found.items() if value is not None}
+    found = {name: model[name] for name in MODEL_FIELDS if name in model}
+    found |= {name: image[theirs] for theirs, name in IMAGE_FIELDS.items() if theirs in image}
     # Clamped to the depth, as fairseq's slice does.
     depth = Data2Vec2Config(**found, average_top_k_layers=1).depth
-    top_k = sizes.model_value("average_top_k_layers", depth)
+    top_k = model.get("average_top_k_layers", depth)
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
-    if sizes.image_value("use_alibi_encoder", False):
-        found["num_alibi_heads"] = sizes.image_value("num_alibi_heads", Data2Vec2Config(**found).num_heads)
+    if image.get("use_alibi_encoder"):
+        found["num_alibi_heads"] = image.get("num_alibi_heads", Data2Vec2Config(**found).num_heads)
         found["alibi_scale_shape"] = tuple(stored[ALIBI_SCALE].shape)
     return Data2Vec2Config(**found)
 
@@ -202,7 +189,6 @@ def convert_teacher(
     Raises:
         InputError: As :func:`load_data2vec2`; or ``out`` cannot be written.
     """
-    check_out_file(out)
     file = fetch_model(source)
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")

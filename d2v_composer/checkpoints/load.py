@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from d2v_composer.checkpoints.student_file import (
     stored_primary,
     write_model_file,
 )
-from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
 from d2v_composer.models.student import Student
@@ -60,22 +59,6 @@ class Loaded(NamedTuple):
         """The student, or a teacher from its own file."""
         model: Any = self.teacher if self.student is None else self.student  # every file has one of them
         return model
-
-
-@overload
-def load_teacher(path: str | Path, weights: Weights = "model", *, first_blocks: int | None = None) -> Data2Vec2: ...
-
-
-@overload
-def load_teacher(
-    path: str | Path | None,
-    weights: Weights = "model",
-    *,
-    model: str,
-    first_blocks: int | None = None,
-    image_size: ImageSize | str | None = None,
-    option: Callable[[str], str] = str,
-) -> Teacher: ...
 
 
 def load_teacher(

@@ -58,15 +58,7 @@ def load_timm_teacher(
     image_size: ImageSize | str | None = None,
     option: Callable[[str], str] = str,
 ) -> TimmTeacher:
-    """Load a frozen teacher, in eval mode and float32.
-
-    Args:
-        path: A .safetensors or PyTorch file: a local path, https://, or an object store's address. ``None``: timm's
-            pretrained weights, from the hub or its cache.
-        model: ``timm/NAME``.
-        first_blocks: Blocks in the shared encoder; default a sixth of all.
-        image_size: Pixels per side, or (height, width); default timm's for this model.
-        option: The name of one of these arguments → what the user sets it with, for errors.
+    """Load a frozen teacher ``timm/NAME``, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
         InputError: The model cannot be a teacher, or the file is not one of its weights.
@@ -130,8 +122,6 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: It is truncated, or holds anything that would be code.
     """
-    if file.suffix == ".npz":
-        raise InputError(f"{file}: NumPy's files (JAX weights) are not supported; use timm's .safetensors")
     contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
         contents = contents[nested[0]]

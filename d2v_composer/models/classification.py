@@ -88,12 +88,9 @@ class Classifier(ComposerModel):
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute the embeddings of images, (B, D), with gradient."""
-        backbone, encoder = self.backbone, self.backbone.encoder
+        encoder = self.backbone.encoder
         x_BTD = encoder.encode_with_gradient(images) if self.train_encoder else encoder(images)
-        if self.representation == "output":
-            x_BTD, _ = backbone.forward_blocks(x_BTD)
-        else:
-            x_BTD = backbone.norm_mean(backbone.ffn_outputs(x_BTD), normalization=backbone.normalization)
+        x_BTD = self.backbone.represent(x_BTD, self.representation)
         return poolings(x_BTD, self.representation, encoder.config)[self.embedding]
 
     @torch.no_grad()

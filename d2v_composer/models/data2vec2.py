@@ -66,15 +66,9 @@ class ImageEncoderConfig:
             raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
-        layers = self.allowed_layers
-        if shape is not None and (not heads or shape not in [(n, 1, h, 1, 1) for n in layers for h in (1, heads)]):
-            expected = f"({layers[-1]} or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+        if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
+            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
-
-    @property
-    def allowed_layers(self) -> Sequence[int]:
-        """Layers that ALiBi's scale may have: those of this encoder, and any of a teacher after it."""
-        return 1, *range(max(1, self.prenet_depth), self.prenet_depth + MAX_DEPTH + 1)
 
     @property
     def has_cls_token(self) -> bool:
@@ -164,10 +158,9 @@ class Data2Vec2Config(ImageEncoderConfig):
         check_whole("depth", self.depth, 1, MAX_DEPTH)
         super().__post_init__()
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
-
-    @property
-    def allowed_layers(self) -> Sequence[int]:
-        return 1, self.prenet_depth + self.depth
+        shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
+        if shape is not None and shape[0] not in (1, num_blocks):
+            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
 
     def encoder_config(self) -> ImageEncoderConfig:
         """Return the sizes of the modality encoder alone."""

@@ -42,11 +42,6 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
-def check_mlp_ratio(mlp_ratio: Any, embed_dim: int) -> None:
-    """Raise ValueError unless the ratio gives 1 to ``MAX_WIDTH`` hidden units."""
-    check_number("mlp_ratio", mlp_ratio, 1 / embed_dim, MAX_WIDTH / embed_dim)
-
-
 def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
     """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
     for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):

@@ -17,7 +17,7 @@ from d2v_composer.models.encoder import (
     Encoder,
     build_alibi,
     check_choice,
-    check_mlp_ratio,
+    check_number,
     check_whole,
 )
 from d2v_composer.models.targets import Normalization
@@ -63,7 +63,7 @@ class Student(Transformer):
 
     def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
         dim, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
-        check_mlp_ratio(config.mlp_ratio, dim)
+        check_number("mlp_ratio", config.mlp_ratio, 1 / dim, MAX_WIDTH / dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if dim % config.num_heads:
             raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")

@@ -106,6 +106,12 @@ class Transformer(nn.Module, ABC):
         layers = list(self.iterate_blocks(x))
         return layers[-1][0], [ffn_output for _, ffn_output in layers]
 
+    def represent(self, x: Tensor, representation: Representation) -> Tensor:
+        """Return a representation, (B, T, D), with gradient, from :meth:`encode`'s (B, T, D)."""
+        if representation == "output":
+            return self.forward_blocks(x)[0]
+        return self.norm_mean(self.ffn_outputs(x), normalization=self.normalization)
+
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
         for block in self.block_list:

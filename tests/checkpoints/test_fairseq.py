@@ -101,8 +101,9 @@ def test_alibi_scales_of_layers_or_heads_alone(shape: tuple[int, ...], tmp_path:
 def test_another_shape_of_alibi_scale_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     checkpoint["model"][SCALE] = torch.ones(shape)
-    expected = f"alibi_scale_shape must be (5 or 1, 1, 12 or 1, 1, 1), null without ALiBi, got {shape}"
-    assert expected in refusal(save(checkpoint, tmp_path))
+    found = refusal(save(checkpoint, tmp_path))
+    assert "alibi_scale_shape must be " in found
+    assert found.endswith(f", got {shape}")
     del checkpoint["model"][SCALE]
     assert f"ALiBi is on, but tensor {SCALE} is missing" in refusal(save(checkpoint, tmp_path))
 

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from torchvision.datasets import cifar
 
 from d2v_composer import embedding, load_teacher
+from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.images import decode_rgb, to_tensor
@@ -53,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def teacher() -> Data2Vec2:
-    return load_teacher(TEACHER)
+    return load_data2vec2(TEACHER, "model")
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_the_learning_rate_decays_from_the_head_to_the_patches() -> None:
 
 def test_from_scratch_keeps_no_weight_but_the_fixed_positions() -> None:
     trained, model = load_teacher(GOLDEN / "tiny_base.pt"), load_teacher(GOLDEN / "tiny_base.pt")
-    scale = model.block_list[0].norm1.weight
+    scale = model.get_parameter("blocks.0.norm1.weight")
     torch.nn.init.constant_(scale, 3.0)
     randomize(model)
     assert torch.equal(scale, torch.ones_like(scale))

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
 from d2v_composer.models.targets import norm_mean, regression_loss
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.transformer import poolings
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -36,7 +38,7 @@ def paper_model() -> DistillationModel:
 
 @pytest.fixture
 def teacher() -> Data2Vec2:
-    return load_teacher(GOLDEN / "tiny_base.pt")
+    return load_data2vec2(GOLDEN / "tiny_base.pt", "model")
 
 
 def images_for(teacher: Data2Vec2, count: int = 4) -> torch.Tensor:
@@ -44,7 +46,7 @@ def images_for(teacher: Data2Vec2, count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def macs_of(teacher: Data2Vec2) -> int:
+def macs_of(teacher: Teacher) -> int:
     return teacher.encoder.forward_macs() + teacher.forward_macs()
 
 
@@ -100,7 +102,7 @@ def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_alibi"])
 def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
-    whole = load_teacher(GOLDEN / f"{name}.pt")
+    whole = load_data2vec2(GOLDEN / f"{name}.pt", "model")
     images, num_blocks = images_for(whole), whole.config.prenet_depth + whole.config.depth
     x = whole.encode(images)
     output, ffn_outputs = whole.forward_blocks(x)
