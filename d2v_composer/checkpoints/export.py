@@ -67,11 +67,6 @@ class Embedder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.student.embed(images, self.primary.pooling, self.primary.representation)
 
-    def example(self) -> Tensor:
-        """Return a batch of two images; torch.export would treat a batch size of one as constant."""
-        config = self.student.encoder.config
-        return torch.zeros(2, config.in_chans, *height_and_width(config.image_size))
-
 
 def describe(embedder: Embedder) -> dict[str, str]:
     """Return the preprocessing of images that the program expects, as JSON, and the name of the embedding."""
@@ -121,7 +116,9 @@ def export_program(embedder: Embedder, path: Path) -> None:
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
     """Trace the program for any number of images."""
-    images = embedder.example()
+    config = embedder.student.encoder.config
+    # Two, because torch.export treats a batch size of one as constant.
+    images = torch.zeros(2, config.in_chans, *height_and_width(config.image_size))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)

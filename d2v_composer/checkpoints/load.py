@@ -208,15 +208,11 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Loade
     sizes: Any = student.encoder.config
     file, options = path, {"first_blocks": sizes.prenet_depth}
     if isinstance(sizes, TimmEncoderConfig):
-        file, options = _file_of(path, sizes.model), options | {"model": sizes.model, "image_size": sizes.image_size}
+        file = None if path == sizes.model else path  # the name of a timm model stands for its pretrained weights
+        options |= {"model": sizes.model, "image_size": sizes.image_size}
     teacher = load_teacher(file, weights, **options)
     check_same_encoder(path, teacher.encoder, student.encoder)
     return Loaded(student, teacher)
-
-
-def _file_of(path: str, model: str) -> str | None:
-    """Return the file of a student's teacher; a timm model's name stands for its pretrained weights."""
-    return None if path == model and model.startswith(PREFIX) else path
 
 
 def _load_checkpoint(
@@ -244,7 +240,7 @@ def _load_trained(
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random"}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    file = settings["checkpoint"] if teacher_path is None else _file_of(teacher_path, options["model"])
+    file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
         teacher = load_teacher(file, settings["weights"], **options)
         if (found := teacher.provenance["sha256"]) != (expected := record["teacher"]["sha256"]):

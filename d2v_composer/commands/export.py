@@ -37,14 +37,9 @@ def main(argv: Sequence[str]) -> "Student":
     parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
-    parser.add_argument(
-        "--pooling", choices=get_args(Pooling), help="of .onnx, .pt2; default: the run's primary embedding"
-    )
-    parser.add_argument(
-        "--representation",
-        choices=get_args(Representation),
-        help="of .onnx, .pt2; default: the run's primary embedding",
-    )
+    for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
+        about = "of .onnx, .pt2; default: the run's primary embedding"
+        parser.add_argument(option, choices=get_args(choices), help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     out = arguments.out
@@ -70,10 +65,11 @@ def main(argv: Sequence[str]) -> "Student":
         write(Embedder(student, embedding.primary), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-    if "head.weight" in student.state_dict() and out.suffix == ".safetensors":
-        print_next(TIMM.format(str(out), student.state_dict()["head.weight"].shape[0]))
-        return student
-    print_next(
-        PROGRAMS[out.suffix].format(str(out)) if out.suffix in PROGRAMS else d2v("embed", out, "IMAGES", EMBEDDINGS)
-    )
+    head = student.state_dict().get("head.weight")
+    if out.suffix in PROGRAMS:
+        print_next(PROGRAMS[out.suffix].format(str(out)))
+    elif head is not None:
+        print_next(TIMM.format(str(out), len(head)))
+    else:
+        print_next(d2v("embed", out, "IMAGES", EMBEDDINGS))
     return student

@@ -53,6 +53,9 @@ class ImageEncoderConfig:
     """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
+    # The same for all, and thus not stored.
+    interpolation = "bicubic"
+    is_normalized = True
 
     def __post_init__(self) -> None:
         # A strict load of the tensors finds all other wrong sizes.
@@ -74,14 +77,6 @@ class ImageEncoderConfig:
     def has_cls_token(self) -> bool:
         """True if there are extra tokens. The first is CLS."""
         return self.num_extra_tokens > 0
-
-    @property
-    def interpolation(self) -> str:
-        return "bicubic"
-
-    @property
-    def is_normalized(self) -> bool:
-        return True
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -37,19 +37,14 @@ class TimmEncoderConfig:
     outputs: tuple[float, ...] = ()
     """A few numbers that it computes from a fixed image, in an exported file. Another version of timm may silently
     build something else under the same name."""
+    # The same for all, and thus not stored.
+    is_normalized = False
+    norm_eps = 1e-6
 
     def __post_init__(self) -> None:
         # Only what a file says of itself; TimmEncoder compares all other fields with timm's model.
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
-
-    @property
-    def is_normalized(self) -> bool:
-        return False
-
-    @property
-    def norm_eps(self) -> float:
-        return 1e-6
 
     @property
     def prenet_depth(self) -> int:
