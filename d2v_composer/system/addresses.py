@@ -52,10 +52,9 @@ class Address(NamedTuple):
             return cls(scheme, bucket, path)
         # Composer and Streaming would read another key.
         parts = path.rstrip("/").split("/") if path else []
-        if re.search(r"[#?\s]", bucket + path.replace(" ", "")) or not {"", ".", ".."}.isdisjoint(parts):
+        is_odd = re.search(r"[][]", bucket) or re.search(r"[#?\s]", bucket + path.replace(" ", ""))
+        if is_odd or not (bucket or scheme == "dbfs") or not {"", ".", ".."}.isdisjoint(parts):
             raise ValueError(f"expected {scheme}://BUCKET/KEY without '#', '?', '//' or '..', got {text!r}")
-        if (not bucket and scheme != "dbfs") or re.search(r"[][]", bucket):
-            raise ValueError(f"expected {scheme}://BUCKET/…, got {text!r}")
         return cls(scheme, bucket, path.rstrip("/"))
 
     @property

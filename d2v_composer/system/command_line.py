@@ -6,7 +6,6 @@ traceback for a fault of ours.
 
 import argparse
 import gc
-import os
 import shlex
 import shutil
 import sys
@@ -128,9 +127,6 @@ class _Lines(tqdm):
             self.bar_format = LINE if self.total else LINE_WITHOUT_TOTAL
             print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
 
-    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Print nothing between two lines."""
-
     def clear(self, *_: Any, **__: Any) -> None:
         """Leave what is printed."""
 
@@ -141,7 +137,7 @@ EMBEDDINGS = "embeddings.npy"
 
 def print_next(*steps: str) -> None:
     """Print the steps on rank 0, one a line."""
-    if os.environ.get("RANK", "0") == "0":
+    if processes.global_rank() == 0:
         print("\n".join(f"next: {step}" for step in steps), flush=True)
 
 

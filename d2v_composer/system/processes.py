@@ -132,7 +132,7 @@ def _receive(number: int) -> None:
         if not _is_deferred:
             # In a thread, so that a second Ctrl-C is heard meanwhile.
             threading.Thread(target=end_by_signal, args=(_received,), daemon=True).start()
-        elif _notice is not None and _received == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        elif _notice is not None and _received == signal.SIGINT and global_rank() == 0:
             _print(_notice, sys.stdout)
     elif number == signal.SIGINT:  # Composer's launcher sends SIGTERM right after the first Ctrl-C
         _end("Interrupted again: ended at once")

@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -49,18 +49,14 @@ def num_nodes() -> int:
     return dist.get_world_size() // dist.get_local_world_size()
 
 
-@contextmanager
-def node_leaders_first(what: str) -> Iterator[None]:
+def node_leaders_first(what: str) -> AbstractContextManager[None]:
     """Let the first rank of each node run a block before the others run it; see :func:`leaders_first`."""
-    with leaders_first(range(0, dist.get_world_size(), dist.get_local_world_size()), what):
-        yield
+    return leaders_first(range(0, dist.get_world_size(), dist.get_local_world_size()), what)
 
 
-@contextmanager
-def rank_zero_first(what: str) -> Iterator[None]:
+def rank_zero_first(what: str) -> AbstractContextManager[None]:
     """Let rank 0 run a block before all others run it; see :func:`leaders_first`."""
-    with leaders_first([0], what):
-        yield
+    return leaders_first([0], what)
 
 
 @contextmanager
