@@ -82,8 +82,7 @@ def benchmark_data(
     source = "crops of scikit-image's photographs" if images is None else str(images)
     setting = {"images": len(files), "source": source, "workers": workers, "rounds": rounds}
     size = {"kilobytes_per_image": round(sum(map(len, originals)) / len(originals) / 1e3, 1)}
-    packages = ("torch", "torchvision", "pillow", "simplejpeg", "mosaicml-streaming", "litdata")
-    return describe(setting | size, "images/s", rates, ratios, packages)
+    return describe(setting | size, "images/s", rates, ratios)
 
 
 def make_photos(folder: Path, num_images: int) -> Path:

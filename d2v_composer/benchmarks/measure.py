@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import progress_bar
-from d2v_composer.system.machine import describe_machine, package_versions
+from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
 
 Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""
@@ -52,7 +52,6 @@ def describe(
     unit: str,
     rates: Mapping[str, Rates],
     compared: Mapping[str, tuple[str, str, float | None]],
-    packages: Sequence[str],
 ) -> dict[str, Any]:
     """Return a benchmark's result, ready for JSON.
 
@@ -61,13 +60,12 @@ def describe(
         unit: Unit of the rates.
         rates: Name → rates; the first program is the baseline.
         compared: What is compared → the names of two programs, and the least ratio that is promised, if any is.
-        packages: Distributions whose versions matter.
     """
     baseline = next(iter(rates.values()))
     return {
         **setting,
         "machine": describe_machine(),
-        "versions": package_versions(*packages),
+        "versions": package_versions(*OUR_PACKAGES, "simplejpeg", "litdata", "faiss-cpu"),
         "unit": unit,
         "rows": [
             {"name": name, "rates": each.tolist(), "ratio_to_baseline": ratio(each, baseline)}

@@ -91,7 +91,6 @@ def benchmark_step(
             "ours ÷ matrix product alone": (ours_name, PRODUCT, of_product),
             "ours ÷ naive": (ours_name, NAIVE, of_naive),
         },
-        ("torch", "mosaicml", "triton"),
     )
 
 

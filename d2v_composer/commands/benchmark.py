@@ -22,15 +22,13 @@ from typing import Any
 
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.files import check_out_file, write_atomically
+from d2v_composer.system.files import write_atomically
 
 
 def main(argv: Sequence[str]) -> None:
     """Run a benchmark, and print and write its result."""
     options = vars(parse(argv))
     name, out = options.pop("benchmark"), options.pop("json")
-    if out is not None:
-        check_out_file(out)
 
     import torch
 
