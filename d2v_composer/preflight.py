@@ -1,6 +1,5 @@
 """Rehearse a run: check rights and disk space, train it small with a SIGTERM and a resume, compute its needs."""
 
-import json
 import logging
 import os
 import shutil
@@ -144,7 +143,8 @@ class Rehearsal:
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
-        self.folder, self.cache = RunFolder.parse(self.save_folder).local, Path(config.train_loader.local, FOLDER)
+        self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
+        self.cache = Path(config.train_loader.local, FOLDER)
         self.log = self.folder / "log.jsonl"  # node 0's
         self.process: subprocess.Popen[Any] | None = None
         self.batch = self.checkpoint_bytes = 0
@@ -176,14 +176,18 @@ class Rehearsal:
     def check_data(self) -> str:
         """Read the index, and find every shard of it: here in its full size, or by name in the store."""
         loader = self.config.train_loader
-        options: dict[str, Any] = {"option": "train_loader.column"}
-        if loader.remote is None:
-            self.shards = read_image_index(Path(loader.local), loader.column, **options)
-        else:
-            options["source"] = loader.remote
-            with TemporaryDirectory() as temporary:
-                fetch_index(loader.remote, Path(temporary))
-                self.shards = read_image_index(Path(temporary), loader.column, shards_may_be_missing=True, **options)
+        folder = Path(loader.local)
+        if loader.remote is not None:
+            folder = Path(self.temporary.name)
+            fetch_index(loader.remote, folder)
+        self.shards = read_image_index(
+            folder,
+            loader.column,
+            option="train_loader.column",
+            source=loader.remote,
+            shards_may_be_missing=loader.remote is not None,
+        )
+        if loader.remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{loader.remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
             if missing := [name for name in names if name not in stored]:
@@ -194,13 +198,13 @@ class Rehearsal:
 
     def check_rights(self) -> str:
         """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
-        address = Address.parse(self.save_folder)
-        if address.scheme != "s3":
+        if self.address.scheme != "s3":
             return "the rehearsal writes and reads"
-        client = S3ObjectStore(address.bucket).client
-        target = {"Bucket": address.bucket, "Key": f"{address.path}/rights-{self.node.rank}"}
+        _, bucket, path = self.address
+        client = S3ObjectStore(bucket).client
+        target = {"Bucket": bucket, "Key": f"{path}/rights-{self.node.rank}"}
         client.put_object(**target, Body=b"preflight")
-        client.list_objects_v2(Bucket=address.bucket, Prefix=address.path)
+        client.list_objects_v2(Bucket=bucket, Prefix=path)
         client.get_object(**target)
         client.delete_object(**target)
         return f"{self.config.save_folder}: write, list, read, delete"
@@ -239,19 +243,16 @@ class Rehearsal:
 
     def resume(self) -> str:
         """Go on with the intervals of the YAML, long enough to measure the pace."""
-        if RunFolder.parse(self.save_folder).address is not None:
+        if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
-        size = self.log.stat().st_size if self.log.is_file() else 0
         last = self.batch + BATCHES_AFTER_RESUME
         self.start(f"max_duration={last}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
             raise self.fault(f"the resumed run failed with status {status}")
         if self.node.rank == 0:
-            entries = map(json.loads, self.log.read_bytes()[size:].splitlines())
-            batches = [entry["step"] for entry in entries if "loss/train/total" in entry]
-            if batches != list(range(self.batch, last)):
-                raise RunError(f"trained batches {batches[:1]} to {batches[-1:]} instead of {self.batch} to {last - 1}")
+            if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
+                raise self.fault(f"the run started again instead of resuming at batch {self.batch}")
             self.logged = read_jsonl(self.log)
             self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches, then retrieval"
@@ -332,11 +333,11 @@ class Rehearsal:
         """Remove the rehearsal's files."""
         for folder in (self.folder, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-        address = Address.parse(self.save_folder)
-        if self.node.rank == 0 and address.scheme == "s3":  # Composer cannot delete a file of another store
-            store = S3ObjectStore(address.bucket)
-            for key in store.list_objects(f"{address.path}/"):
-                store.client.delete_object(Bucket=address.bucket, Key=key)
+        scheme, bucket, path = self.address
+        if self.node.rank == 0 and scheme == "s3":  # Composer cannot delete a file of another store
+            store = S3ObjectStore(bucket)
+            for key in store.list_objects(f"{path}/"):
+                store.client.delete_object(Bucket=bucket, Key=key)
 
     def close(self) -> None:
         """Kill what still runs, and remove the files."""
