@@ -4,9 +4,7 @@ A name is imported when it is first used: torch, Composer and timm take seconds 
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module, metadata
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -46,12 +44,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
@@ -62,13 +55,11 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
     return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
 
 
-class _FindTimm(MetaPathFinder):
+class _FindTimm:
     """Find timm as usual; once it is imported, and not merely looked up, it knows the student."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == "timm" else None
+    def find_spec(self, fullname: str, *args: Any) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, *args) if fullname == "timm" else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -67,7 +67,7 @@ def test_composer_saves_where_we_look() -> None:
 REFUSED = [
     *("/x/vit#3", "/x/vit?3", "/x/vit;3", "/x/a\\b", "/x/{run_name}", "s3://b/}", "//x/y", "a:b", "s3:/b/x"),
     *("ftp://x/y", "s3://a@b/x", "s3:///x", "s3://b c/x", "s3://[b/x", "s3://b/a//c", "s3://b/../c"),
-    *(" /x/y", "/x/\n", "", "/x/" + "é" * 128),
+    *(" /x/y", "/x/\n", ""),
 ]
 
 
