@@ -101,14 +101,11 @@ def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
 
 def defaults(schema: type[Section]) -> dict[str, Any]:
     """Return the defaults as plain values, so that references and overrides of list items find them."""
-    values: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            values[name] = defaults(field.annotation)
-        elif not field.is_required():
-            default = field.default.model_dump() if isinstance(field.default, Section) else field.default
-            values[name] = list(default) if isinstance(default, tuple) else default
-    return values
+    required = {
+        name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
+    }
+    sections = {name: defaults(section) for name, section in required.items() if section is not None}
+    return schema.model_construct().model_dump(mode="json") | sections
 
 
 def apply(merged: Any, override: str) -> None:

@@ -117,12 +117,6 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def check_load_path(text: str) -> None:
-    """Check that Composer reads a local path as it is written."""
-    if not Address.parse(text).is_remote:
-        check_path(text)
-
-
 def arguments_of(known: Mapping[str, type]) -> AfterValidator:
     """Validate name → arguments of callbacks or loggers."""
 
@@ -358,7 +352,7 @@ class TrainerConfig(RunConfig):
     save_interval: Batches = "1000ba"
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool), NUMBER] = 3
     autoresume: bool = True
-    load_path: Annotated[Text, checked(check_load_path)] | None = None
+    load_path: Annotated[Text, checked(lambda text: Address.parse(text).is_remote or check_path(text))] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
     def contradictions(self) -> Iterator[str]:

@@ -102,7 +102,6 @@ class Shards:
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
         self._threads: list[threading.Thread] = []
-        self._pid = os.getpid()
         if remote is not None:
             self._remove_abandoned()
 
@@ -150,12 +149,10 @@ class Shards:
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
         """Start to fetch and verify shards that will be needed. An error is raised when they are needed."""
-        if self._pid != os.getpid():  # threads do not survive a fork
-            self._pid, self._ahead, self._threads = os.getpid(), deque(), []
         for shard_id in shard_ids:
             if shard_id not in self._ahead and not (shard_id in self._verified and self._paths[shard_id].exists()):
                 self._ahead.append(shard_id)
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads = [thread for thread in self._threads if thread.is_alive()]  # none is in a forked process
         with suppress(RuntimeError):  # no more threads can be started; the reader will fetch the shards
             while len(self._threads) < len(self._ahead) and len(self._threads) < self._num_ahead():
                 # A daemon, so that a process can exit while it waits for a store.
