@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> "Conversion":
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
     classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"
     print(
-        f"wrote {conversion.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
+        f"wrote {arguments.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
         f"{conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
     print("other files:", ", ".join(f"{count} {name}" for name, count in source.ignored.items()) or "none")

@@ -65,7 +65,7 @@ class ImageSource(NamedTuple):
     files: list[ImageFile]
     """The images by path; all have a label, or none has."""
     classes: list[str] | None
-    """The name of each label; ``None`` if the labels have no names."""
+    """The name of each label; ``None`` without labels."""
     ignored: dict[str, int]
     """The number of other files by suffix."""
     pixels: Tensor | None = None
@@ -136,7 +136,7 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
     if split not in ("train", "test"):
         raise InputError(f"{CIFAR10}{folder}: no split {split!r}; there is: train, test")
     labeled = load_labeled_set("cifar10", folder, image_size=32, interpolation="bicubic", download=True)
-    images, labels = labeled.test if split == "test" else labeled.train
+    images, labels = getattr(labeled, split)
     files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
     return ImageSource(folder / split, files, list(labeled.class_names), {}, images)
 
@@ -359,7 +359,6 @@ def work_folder(out: str) -> Path:
 class Conversion(NamedTuple):
     """The result of a conversion."""
 
-    out: str
     images: int
     classes: int | None
     """``None`` if the images have no labels."""
@@ -425,9 +424,8 @@ def convert_images(
         task.publish_json(INDEX, {"version": 2, "shards": entries})
         shutil.rmtree(work)
     return Conversion(
-        out=out,
         images=num_images,
-        classes=len(source.classes or {file.label for file in source.files} - {None}) or None,
+        classes=source.classes and len(source.classes),
         bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
         shards=len(entries),
         skipped=skipped,

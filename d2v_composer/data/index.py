@@ -127,19 +127,19 @@ def read_image_index(
             if not 0 < 4 * num_samples <= num_bytes:
                 raise InputError(f"{source}: its {INDEX} claims {num_samples} samples in {num_bytes} bytes")
             if not shards_may_be_missing:
-                _check_files(folder, files)
+                _check_file(folder, files)
     if not shards:
         raise InputError(f"{source}: the data set is empty: its {INDEX} lists no samples")
     return shards
 
 
-def _check_files(folder: Path, files: list[dict[str, Any]]) -> None:
-    here = [file for file in files if (folder / file["basename"]).is_file()]
-    if not here:
-        raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
-    for file in here:
-        if (size := (folder / file["basename"]).stat().st_size) != file["bytes"]:
-            raise InputError(f"{folder / file['basename']}: the shard has {size} bytes, the index says {file['bytes']}")
+def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
+    for path, num_bytes in ((folder / file["basename"], file["bytes"]) for file in files):
+        if path.is_file():
+            if (size := path.stat().st_size) != num_bytes:
+                raise InputError(f"{path}: the shard has {size} bytes, the index says {num_bytes}")
+            return
+    raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
 
 
 def keep_encoded(readers: Sequence[Any], column: str) -> None:
