@@ -425,7 +425,7 @@ def convert_images(
         shutil.rmtree(work)
     return Conversion(
         images=num_images,
-        classes=source.classes and len(source.classes),
+        classes=len(source.classes) if source.classes else None,
         bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
         shards=len(entries),
         skipped=skipped,
