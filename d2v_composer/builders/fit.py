@@ -71,25 +71,14 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Callable[[], str]) -> 
             print(header())
         trainer.fit()
         if (checkpoints := find_callback(trainer.state, Checkpoints)) is not None:
-            checkpoints.end_training(trainer.state, trainer.logger)
+            checkpoints.end_training(trainer.state)
         return True
     if dist.get_global_rank() == 0:  # Composer would raise an error
         print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
     # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
-    if trainer.state.evaluators and not _is_evaluated(trainer.state, config):
+    if trainer.state.evaluators:
         trainer.eval()
     return False
-
-
-def _is_evaluated(state: State, config: TrainerConfig) -> bool:
-    """Return True if rank 0's log has an evaluation after the last batch."""
-    found = [False]
-    if dist.get_global_rank() == 0 and (folder := find_run_folder(config)) is not None:
-        path, prefix = folder.local / "log.jsonl", f"metrics/{state.evaluators[0].label}/"
-        series = read_jsonl(path) if path.is_file() else {}
-        found = [any(key.startswith(prefix) and int(state.timestamp.batch) in series[key] for key in series)]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable[[Log], Run], is_new: bool) -> None:

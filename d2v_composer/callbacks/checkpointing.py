@@ -114,7 +114,7 @@ class Checkpoints(Callback):
         if self.is_due(state, Event.BATCH_CHECKPOINT) or self._is_stopping():
             self._save(state)
         if not self.is_last_batch:
-            self._exit_if_stopping(state, logger)
+            self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save at the end of a run whose duration is in epochs."""
@@ -177,16 +177,16 @@ class Checkpoints(Callback):
             if self.uploads is not None:
                 self.uploads.wait()
 
-    def end_training(self, state: State, logger: Logger) -> None:
+    def end_training(self, state: State) -> None:
         """Exit if a signal came since the last batch; all is saved, and from now on a signal ends the process at once.
 
         Call it on every rank.
         """
         self._agree(state)  # a rank that left before the others have agreed would fail them
-        self._exit_if_stopping(state, logger)
+        self._exit_if_stopping(state)
         processes.obey_signals()
 
-    def _exit_if_stopping(self, state: State, logger: Logger) -> None:
+    def _exit_if_stopping(self, state: State) -> None:
         if self.stopped_by is None:
             return
         self._wait_for_uploads()
@@ -251,7 +251,6 @@ def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[st
 
 # Workers of a killed run may hold its lock for a while.
 LOCK_WAIT_SECONDS = 10.0
-LONGEST_NOTE = 4096
 
 
 class FolderLock:
@@ -270,19 +269,17 @@ class FolderLock:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local}: cannot be written ({error.strerror})") from error
+        other, user = [*self.path.read_text(errors="replace").splitlines(), "", "it"][:2]
         if lock is None:
-            user = self.path.read_text(errors="replace").splitlines()[1:2]
             raise InputError(
-                f"save_folder: {folder.local} is in use by another run: choose another run_name or save_folder"
-                f"{''.join(f', or stop {each}' for each in user)}"
+                f"save_folder: {folder.local} is in use by another run: choose another run_name or save_folder, "
+                f"or stop {user}"
             )
         self.lock, self.release = lock, weakref.finalize(self, os.close, lock)
-        other = os.pread(lock, LONGEST_NOTE, 0).decode(errors="replace").partition("\n")[0]
         if other not in ("", folder.address):
             this = folder.address or "this run"
             raise InputError(f"save_folder: {folder.local} holds the files of {other}, not those of {this}")
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n".encode(), 0)
+        self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:
         """Return True if the folder or its lock was removed; the path may name a new file."""
@@ -342,9 +339,6 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested containers, named by their keys."""
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
+    elif isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from named_tensors(each, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, each in enumerate(value):
-            yield from named_tensors(each, f"{name}.{i}")

@@ -198,7 +198,7 @@ def test_in_the_last_batch_the_retrieval_is_finished_and_the_run_exits(run: Run,
     assert [entry["batch"] for entry in run.retrieval.history] == [LAST_BATCH]
     assert not run.retrieval.was_stopped
     with pytest.raises(SystemExit) as ended:
-        run.stop.end_training(run.state, run.logger)
+        run.stop.end_training(run.state)
     assert ended.value.code == 128 + signum
 
 
@@ -206,7 +206,7 @@ def test_before_the_first_batch_and_after_the_last_the_programs_own_handlers_are
     before = signal.getsignal(signal.SIGTERM)
     run.end_batch(LAST_BATCH)
     assert signal.getsignal(signal.SIGTERM) != before
-    run.stop.end_training(run.state, run.logger)
+    run.stop.end_training(run.state)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
