@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +11,6 @@ from composer.utils import dist
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
 from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.yaml_names import LOGGERS
-from d2v_composer.callbacks.zero_shot_retrieval import Draw, shows_pictures
 from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import RunFolder
@@ -69,15 +67,6 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
             in_folder = arguments if folder is None else _in_run_folder(name, arguments, folder)
             loggers.append(LOGGERS[name](**in_folder))
     return loggers
-
-
-def draw_for(loggers: Sequence[LoggerDestination]) -> Draw | None:
-    """Return the function that draws what retrieval finds, if a logger shows pictures."""
-    if not shows_pictures(loggers):
-        return None
-    from d2v_composer.report.page import draw_gallery  # matplotlib, which other runs do not need
-
-    return draw_gallery
 
 
 def _build_progress(config: TrainerConfig) -> ProgressLogger:

@@ -11,9 +11,9 @@ from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.utils import dist
 from PIL import Image
 
-from d2v_composer.builders.loggers import draw_for
 from d2v_composer.callbacks.zero_shot_retrieval import Draw, ZeroShotRetrieval, log_picture_files
 from d2v_composer.data.labeled import LabeledImages, LabeledSet
+from d2v_composer.report.page import draw_gallery
 
 STATE: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=6))
 
@@ -46,7 +46,7 @@ def measured(logger: Any, draw: Draw | None) -> None:
 
 def test_a_retrieval_is_drawn_on_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = Shown()
-    measured(logger, draw_for([TensorboardLogger()]))
+    measured(logger, draw_gallery)
     assert logger.pictures == [("retrieval/squares", (688, 640, 3))]
     monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
     measured(Shown(), lambda *_: pytest.fail("drawn"))
@@ -61,7 +61,6 @@ def test_a_failure_to_draw_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_nothing_is_drawn_without_a_logger_that_shows_it(tmp_path: Path) -> None:
-    assert draw_for([InMemoryLogger()]) is None
     logger: Any = Shown(InMemoryLogger())
     log_picture_files(logger, [tmp_path / "missing.png"])
     assert logger.pictures == []
