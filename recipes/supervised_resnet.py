@@ -7,7 +7,6 @@
 Options: --epochs N, default 5. It uses nothing else of this repository but the quickstart's images.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from torchvision.models import resnet18
 
 from d2v_composer import ZeroShotRetrieval
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.system.command_line import print_next
+from d2v_composer.system.command_line import make_parser, print_next
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"
 
@@ -40,7 +39,7 @@ class Scale(nn.Module):
 
 def main(argv: Sequence[str]) -> ZeroShotRetrieval:
     """Train, and print the accuracies before training and after each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=5, help="default: 5")
     arguments = parser.parse_args(argv)
 

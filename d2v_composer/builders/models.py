@@ -1,7 +1,5 @@
 """Build teacher, student and the model that distils them; the models that an evaluation compares; labeled sets."""
 
-from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,11 +11,10 @@ from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.encoder import Encoder, EncoderConfig, ImageSize
+from d2v_composer.models.encoder import EncoderConfig, ImageSize
 from d2v_composer.models.execution import choose_precision, compile_model, find_missing
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
 
@@ -117,9 +114,13 @@ def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolatio
     Raises:
         InputError: A data set cannot be used.
     """
-    load = partial(load_labeled_set, image_size=image_size, interpolation=interpolation, max_images=lookup.max_images)
     return {
-        name: load(**labeled.model_dump()).numbered()
+        name: load_labeled_set(
+            **labeled.model_dump(),
+            image_size=image_size,
+            interpolation=interpolation,
+            max_images=lookup.max_images,
+        ).numbered()
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
@@ -140,13 +141,10 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
     encoder = untrained.encoder
-    return Comparison(_candidates(encoder, models), encoder.config, embedding)
-
-
-def _candidates(encoder: Encoder, models: Mapping[str, Transformer]) -> list[Candidate]:
-    """Return the embeddings to compare, with the number of weights and the GFLOP per image of each."""
+    # Number of weights, and GFLOP per image.
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
     for name, model in models.items():
         costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
-    return [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
+    candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
+    return Comparison(candidates, encoder.config, embedding)

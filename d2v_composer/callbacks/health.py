@@ -156,7 +156,6 @@ class Health(Callback):
             for tensor in (outputs.prediction, outputs.target)
         )
         cosine_BT = cosine_similarity(prediction, target, dim=2)
-        num_extra_tokens = 0 if outputs.cls_prediction is not None else num_extra_tokens  # dropped there
         metrics = {}
         if cosine_BT.shape[1] > num_extra_tokens:
             metrics["cosine/patch"] = cosine_BT[:, num_extra_tokens:].mean()

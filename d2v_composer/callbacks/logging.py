@@ -87,7 +87,7 @@ class ProgressLogger(LoggerDestination):
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(self.status()), refresh=False)
-            self.bar.update(int(state.timestamp.batch) - self.bar.n)
+            self.bar.update()
         self.print_line(state, Event.BATCH_END)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
@@ -96,7 +96,6 @@ class ProgressLogger(LoggerDestination):
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
 
     def print_line(self, state: State, event: Event) -> None:
         """Print one plain line, if it is due."""
@@ -141,11 +140,8 @@ def num_batches(state: State) -> int:
     """Return the number of batches of the whole run."""
     duration = state.max_duration
     assert isinstance(duration, Time)
-    if duration.unit == TimeUnit.BATCH:
-        return duration.value
-    assert duration.unit == TimeUnit.EPOCH
-    assert state.dataloader_len is not None
-    return duration.value * int(state.dataloader_len)
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: int(state.dataloader_len or 0)}
+    return duration.value * batches[duration.unit]
 
 
 class JSONLLogger(LoggerDestination):

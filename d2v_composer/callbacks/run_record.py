@@ -51,18 +51,12 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with the checkpoint's record, see :meth:`check`."""
-        self.check(state["record"])
-
-    def check(self, before: Mapping[str, Any]) -> None:
-        """Check that a run with another record may resume from a checkpoint.
-
-        Args:
-            before: The record in the checkpoint.
+        """Check that this run may resume from the checkpoint of a run with another record.
 
         Raises:
             InputError: A fixed key or the data set has changed; names each change.
         """
+        before = state["record"]
         found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
         changes = [*find_other_data(before, self.record), *chain.from_iterable(found)]
         if changes:

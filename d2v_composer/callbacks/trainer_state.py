@@ -30,7 +30,7 @@ def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable
     Raises:
         ValueError: The interval is not a positive duration; Composer would silently never call.
     """
-    if not isinstance(interval, str) or not interval.strip() or Time.from_timestring(interval).value <= 0:
+    if not isinstance(interval, str) or Time.from_timestring(interval).value <= 0:
         raise ValueError(f"interval must be a positive duration such as '100ba', got {interval!r}")
     return create_interval_scheduler(interval, checkpoint_events=False, final_events=set(final_events))
 
