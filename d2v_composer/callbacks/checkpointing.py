@@ -200,8 +200,9 @@ class Checkpoints(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         processes.forget_signals()
-        if self.folder is not None and self.uploads is not None and dist.get_global_rank() == 0:
-            self.uploads.start(self.uploads.upload, self.folder.local / LOG)
+        uploads, self.uploads = self.uploads, None  # Composer closes again at exit, when no thread can start
+        if self.folder is not None and uploads is not None and dist.get_global_rank() == 0:
+            uploads.start(uploads.upload, self.folder.local / LOG)
 
     def post_close(self) -> None:
         if self.lock is not None:

@@ -122,6 +122,18 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
     assert caplog.messages == ["s3://bucket/run: cannot be written"]
 
 
+def test_a_second_close_uploads_nothing(tmp_path: Path) -> None:
+    """Composer closes callbacks again at exit, when no thread can start."""
+    uploads = Uploads("s3://bucket/run")
+    nothing: Any = None
+    checkpoints = Checkpoints(RunFolder(tmp_path, uploads.address), "5ba", uploads=uploads)
+    checkpoints.close(nothing, nothing)
+    uploads.thread.shutdown()
+    checkpoints.close(nothing, nothing)
+    checkpoints.post_close()
+    uploads.post_close()
+
+
 LAST_BATCH = 5
 
 
