@@ -151,7 +151,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     callbacks: list[Callback] = []
     for name, arguments in config.callbacks.items():
         if arguments is not None:
-            with errors_of(f"callbacks.{name}"):
+            with errors_of(f"callbacks.{name} with {arguments}"):
                 callbacks.append(CALLBACKS[name](**arguments))
     return callbacks
 
