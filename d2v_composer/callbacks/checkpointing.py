@@ -146,7 +146,8 @@ class Checkpoints(Callback):
         if checkpoint.exists():  # else it was outdated when the one before it was uploaded
             upload_checkpoint(checkpoint, uploads.address)
             uploads.upload(checkpoint.with_name(LOG))
-            prune(checkpoint.parent, self.num_to_keep)
+            with writing(checkpoint.parent):
+                prune(checkpoint.parent, self.num_to_keep)
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def should_stop(self) -> bool:
