@@ -47,6 +47,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
     """Build the paper's student as a timm model; ``timm.create_model("d2v2_student", checkpoint_path=FILE)`` calls it.
 

@@ -267,6 +267,9 @@ class FolderLock:
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.local / ".in_use"
+        for name in (LATEST, LOG, "run.yaml", "report.html"):  # found now, not when the first batch has been trained
+            if (folder.local / name).is_dir():
+                raise InputError(f"save_folder: {folder.local / name}: is a folder, expected a run's file")
         try:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
