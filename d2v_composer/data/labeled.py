@@ -261,8 +261,11 @@ def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImage
         return test, names or own
     if unknown := [name for name in own if name not in names]:
         raise InputError(f"{root / 'test'}: has a class that train lacks, by its {SUMMARY}: {unknown[0]}")
-    with reading(root / "test" / SUMMARY):  # it may have fewer names than there are labels
-        return test._replace(labels=torch.tensor([names.index(name) for name in own])[test.labels]), names
+    # A negative one would silently be the last name.
+    if nameless := [label for label in test.labels.unique().tolist() if not 0 <= label < len(own)]:
+        raise InputError(f"{root / 'test'}: label {nameless[0]} has no name in its {SUMMARY}")
+    numbers = torch.tensor([names.index(name) for name in own])
+    return test._replace(labels=numbers[test.labels]), names
 
 
 def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledImages:

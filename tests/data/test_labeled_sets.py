@@ -89,7 +89,7 @@ def test_splits_that_were_converted_by_themselves_have_the_numbers_of_train(
     ("names", "fault"),
     [
         (["bee", "dog"], "has a class that train lacks, by its conversion.json: dog"),
-        (["bee"], "conversion.json: cannot be read: index 1 is out of bounds"),
+        (["bee"], "label 1 has no name in its conversion.json"),
     ],
 )
 def test_a_class_that_train_lacks_is_refused(tmp_path: Path, names: list[str], fault: str) -> None:
@@ -97,8 +97,7 @@ def test_a_class_that_train_lacks_is_refused(tmp_path: Path, names: list[str], f
     write_named(tmp_path / "test", [0, 1], names)
     with pytest.raises(InputError) as caught:
         load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
-    assert str(caught.value).startswith(str(tmp_path / "test"))
-    assert fault in str(caught.value)
+    assert str(caught.value) == f"{tmp_path / 'test'}: {fault}"
 
 
 def test_labels_are_whole_numbers(tmp_path: Path) -> None:
