@@ -288,7 +288,13 @@ class FolderLock:
 
     def is_removed(self) -> bool:
         """Return True if the folder or its lock was removed; the path may name a new file."""
-        return not self.path.exists() or os.fstat(self.lock).st_nlink == 0
+        try:
+            os.stat(self.path)
+            return os.fstat(self.lock).st_nlink == 0
+        except FileNotFoundError:
+            return True
+        except OSError:  # a file system that is away for a moment must not end the run
+            return False
 
 
 # fairseq's --min-loss-scale: below it every step is skipped.

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept locally and in S3, uploads, signals during a retrieval, and one run a folder at a time."""
 
+import errno
 import logging
 import os
 import platform
@@ -18,7 +19,7 @@ import torch
 from composer.core import Precision
 
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.callbacks.checkpointing import Checkpoints, outdated, prune_store
+from d2v_composer.callbacks.checkpointing import Checkpoints, FolderLock, outdated, prune_store
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system import processes
@@ -255,6 +256,19 @@ def test_a_run_stops_when_its_folder_is_removed(tmp_path: Path, removed: str) ->
     finally:
         checkpoints.close(state, logger)
         checkpoints.post_close()
+
+
+def test_a_file_system_that_is_away_for_a_moment_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_away(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    lock = FolderLock(RunFolder(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", is_away)
+        assert not lock.is_removed()
+    lock.release()
 
 
 @pytest.mark.slow
