@@ -184,7 +184,7 @@ def start_training(*overrides: str, data: Path, cwd: Path = ROOT, environment: d
 
 
 def has_trained(folder: Path) -> bool:
-    """Tell whether a run has finished a batch: it has logged the loss of the next one."""
+    """Return True if a run has finished a batch: it has logged the loss of the next one."""
     log = folder / "log.jsonl"
     return log.exists() and log.read_text().count("loss/train/total") > 1
 

@@ -125,7 +125,7 @@ def test_the_whole_does_not_grow() -> None:
 
 
 def test_the_promises_import_no_module_of_the_package() -> None:
-    """What their helpers import counts as well; the package's own names are public."""
+    """Imports of their helpers count too; the package's own names are public."""
     tests = ROOT / "tests"
     left, seen, internal = sorted((tests / "promises").glob("*.py")), set(), []
     left.append(tests / "shared_fixtures.py")

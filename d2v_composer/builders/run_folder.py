@@ -15,7 +15,7 @@ from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
+from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
 
 
 def build_load_path(config: TrainerConfig) -> str | None:
@@ -47,7 +47,7 @@ def _find_newest(folder: RunFolder) -> Path | None:
     Raises:
         InputError: A node cannot get it, or has another of that name: nodes would train different weights.
     """
-    on_several_nodes = dist.get_world_size() > dist.get_local_world_size()
+    on_several_nodes = num_nodes() > 1
     found: list[tuple[str, str] | None] = [None]
     with rank_zero_first("the newest checkpoint"):
         if dist.get_global_rank() == 0 and (newest := find_newest_checkpoint(folder, uploads=on_several_nodes)):

@@ -194,7 +194,7 @@ class StudentOptions(Section):
 
 
 class TargetsConfig(Section):
-    """What the student regresses."""
+    """The target that the student regresses."""
 
     extra_tokens: ExtraTokens = "regress"
     """CLS and registers: regress them like patches; drop them, as in data2vec's pre-training; or regress only them."""

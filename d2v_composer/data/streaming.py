@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """What the main process asks of a worker."""
+    """A request of the main process to a worker."""
 
     epoch: int
     sample_id: int

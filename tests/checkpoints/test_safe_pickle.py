@@ -115,7 +115,7 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("way", ARMED)
 def test_no_code_of_a_file_runs(way: str, canary: Path, tmp_path: Path) -> None:
-    """What stands beside the teacher does not change it."""
+    """Content beside the teacher does not change it."""
     make, is_read = ARMED[way]
     pickle.loads(pickle.dumps(make(canary)))
     canary.unlink()  # it works

@@ -1,4 +1,4 @@
-"""What is checked before training: the index of the data set, space on the disk, and shared memory for batches."""
+"""Checks before training: the index of the data set, space on the disk, and shared memory for batches."""
 
 import json
 import shutil

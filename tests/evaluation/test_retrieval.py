@@ -18,7 +18,7 @@ def random_vectors(*counts: int, dim: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
 def test_neighbors_are_a_brute_forces_in_float64(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What all images have in common hides no neighbor: cosines near 1 differ by less than float32 tells apart."""
+    """A part that all images share hides no neighbor: cosines near 1 differ by less than float32 tells apart."""
     monkeypatch.setattr(neighbors, "BANK_PART", 3_000)  # four parts, the last one short
     bank, queries = (each + offset for each in random_vectors(10_000, 500, dim=96))
     units = [normalize(each.double(), dim=1) for each in (queries, bank)]
