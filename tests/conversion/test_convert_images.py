@@ -21,6 +21,7 @@ from d2v_composer.data import convert
 from d2v_composer.data.convert import CIFAR10, as_rgb_jpeg, convert_cifar10, find_images, work_folder
 from d2v_composer.data.images import decode_rgb
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.system import retry
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.files import sole_user
@@ -30,7 +31,6 @@ from helpers import encoded_image
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
 SMALL_SHARDS = ("--shard-size", "10kb", "--workers", "2")
-REMOTE_SHARDS = ("--shard-size", "50kb", "--workers", "2")
 main = convert_images.main
 
 
@@ -46,16 +46,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(NUM_IMAGES):
         write(folder / "train" / CLASSES[i % 3] / f"{CLASSES[i % 3]}_{i}.JPEG", encoded_image(i, size=48))
     return folder
-
-
-@pytest.fixture
-def bucket(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """The name of a new bucket."""
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    name = f"b{abs(hash(request.node.name))}"
-    object_store.create_bucket(name)
-    return name
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -101,15 +91,10 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     assert len(found) == len(want) == result.images == NUM_IMAGES
     assert (result.classes, result.skipped) == (3, [])
     assert result.shards == len(list(out.glob("shard.*.mds"))) > 5
-    assert result.bytes == sum(path.stat().st_size for path in out.glob("shard.*.mds"))
-    # One index, and no temporary files.
     assert {name for name in tree(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
-    assert json.loads((out / "conversion.json").read_bytes())["classes"] == list(CLASSES)
     # Shuffled over all classes: the first shard has more than one.
     assert len({int(sample["label"]) for sample in found[:12]}) > 1
-    printed = capfd.readouterr()
-    assert "90 images, 3 classes" in printed.out
-    assert printed.err == ""
+    assert "90 images, 3 classes" in capfd.readouterr().out
     before = tree(out)
     dataset = StreamingDataset(local=str(out), batch_size=4, shuffle=False, validate_hash="sha1")
     assert sorted(sample["image"] for sample in dataset) == originals(source)
@@ -151,7 +136,6 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
         (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
         (["a/1.jpg", "2.jpg"], [], "2.jpg: is next to class folders"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "no class 'b'"),
-        (["1.jpg"], ["--labels", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
     ],
 )
@@ -164,10 +148,7 @@ def test_ambiguous_input_is_one_line(tmp_path: Path, files: list[str], options: 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unwritable_out_is_one_line(source: Path, tmp_path: Path):
-    write(tmp_path / "file", b"")
-    with pytest.raises(OSError, match="Not a directory"):
-        main([str(source), str(tmp_path / "file" / "out")])
+def test_an_unsuitable_out_is_one_line(source: Path, tmp_path: Path):
     write(tmp_path / "full" / "thesis.tex", b"mine")
     with pytest.raises(InputError, match="is not empty"):
         main([str(source), str(tmp_path / "full")])
@@ -182,17 +163,10 @@ def colors(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.open(io.BytesIO(encoded_image(3, size=64))).resize(size)
 
 
-ODD_FILES = {
-    "PNG": saved(colors(), "PNG"),
-    "CMYK": saved(colors().convert("CMYK")),
-    "grayscale": saved(colors().convert("L")),
-    "sixteen bits": saved(Image.fromarray(np.asarray(colors().convert("L")).astype(np.uint16) << 8), "PNG"),
-    "GIF": saved(colors(), "GIF"),
-}
-
-
 def test_odd_files_become_rgb_jpegs(tmp_path: Path):
-    for kind, encoded in ODD_FILES.items():
+    deep = Image.fromarray(np.asarray(colors().convert("L")).astype(np.uint16) << 8)
+    odd = {"CMYK": saved(colors().convert("CMYK")), "16 bits": saved(deep, "PNG"), "GIF": saved(colors(), "GIF")}
+    for kind, encoded in odd.items():
         write(tmp_path / "in" / f"{kind}.JPEG", encoded)
         converted = np.asarray(decode_rgb(as_rgb_jpeg(encoded, kind, None, quality=95), kind)).astype(int)
         assert kind == "GIF" or np.abs(converted - np.asarray(decode_rgb(encoded, kind))).mean() < 4  # dithered
@@ -202,23 +176,20 @@ def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
     found = images(tmp_path / "out")
     assert plain.read_bytes() in found
-    assert len(found) == len(ODD_FILES) + 1
+    assert len(found) == len(odd) + 1
     for encoded in found:
         image = Image.open(io.BytesIO(encoded))
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (60, 40))
-        image.load()
 
 
 def test_resizes_the_short_side(tmp_path: Path):
     write(tmp_path / "in" / "wide.jpg", saved(colors((300, 200))))
     write(tmp_path / "in" / "tall.jpg", saved(colors((101, 333))))
     small = write(tmp_path / "in" / "small.jpg", saved(colors((50, 40))))
-    for quality in ("90", "30"):
-        main([str(tmp_path / "in"), str(tmp_path / quality), "--resize", "64", "--quality", quality, "--workers", "1"])
-    found = images(tmp_path / "90")
+    main([str(tmp_path / "in"), str(tmp_path / "out"), "--resize", "64", "--workers", "1"])
+    found = images(tmp_path / "out")
     assert sorted(Image.open(io.BytesIO(encoded)).size for encoded in found) == [(50, 40), (64, 211), (96, 64)]
     assert small.read_bytes() in found  # never enlarged
-    assert sum(map(len, images(tmp_path / "30"))) < sum(map(len, found))
 
 
 def test_unreadable_images_stop_or_are_skipped_and_finished_shards_are_kept(
@@ -248,18 +219,17 @@ def test_unreadable_images_stop_or_are_skipped_and_finished_shards_are_kept(
     assert images(out) == originals(source)
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
-def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Path, number: int):
+def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Path):
     read_bytes, command = Path.read_bytes, [str(source), str(tmp_path / "out"), *SMALL_SHARDS, "--skip-unreadable"]
 
     def fail(path: Path) -> bytes:
         if path.name.endswith("_17.JPEG"):
-            raise OSError(number, os.strerror(number), str(path))
+            raise OSError(errno.EIO, "Input/output error", str(path))
         return read_bytes(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_bytes", fail)
-        with pytest.raises(InputError, match=rf"_17\.JPEG: cannot be read: {os.strerror(number)}$"):
+        with pytest.raises(InputError, match=r"_17\.JPEG: cannot be read: Input/output error$"):
             main(command)
     assert main(command).skipped == []
 
@@ -286,25 +256,25 @@ def test_two_conversions_at_once_are_one_line(source: Path, tmp_path: Path, monk
         main([str(source), str(tmp_path / "out")])
 
 
-def test_writes_to_an_object_store(source: Path, tmp_path: Path, object_store: GatedStore, bucket: str):
-    remote = f"s3://{bucket}/imagenet/train"
-    main([str(source), str(tmp_path / "local"), *REMOTE_SHARDS])
-    assert main([str(source), remote, *REMOTE_SHARDS]).images == NUM_IMAGES
-    # The same data set as on disk, and no copy of it here.
-    assert object_store.objects(bucket, "imagenet/train/") == tree(tmp_path / "local")
-    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
-    dataset = StreamingDataset(local=str(tmp_path / "cache"), remote=remote, batch_size=4, shuffle=False)
-    assert sorted(sample["image"] for sample in dataset) == originals(source)
-
-
-def test_an_object_store_without_bucket_or_access_is_one_line(
-    source: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+def test_writes_to_an_object_store(
+    source: Path, tmp_path: Path, object_store: GatedStore, monkeypatch: pytest.MonkeyPatch
 ):
+    """A store without the bucket, or without access, is one line."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)  # the missing index is asked for several times
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    remote = f"{object_store.create_bucket('conversion')}/imagenet/train"
+    shards = ("--shard-size", "50kb", "--workers", "2")
+    main([str(source), str(tmp_path / "local"), *shards])
+    assert main([str(source), remote, *shards]).images == NUM_IMAGES
+    # The same data set as on disk, and no copy of it here.
+    assert object_store.objects("conversion", "imagenet/train/") == tree(tmp_path / "local")
+    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
     with pytest.raises(InputError, match="cannot be written"):
         main([str(source), "s3://no-such-bucket/train"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match="cannot be written"):
-        main([str(source), f"s3://{bucket}/train"])
+        main([str(source), "s3://conversion/train"])
 
 
 def test_cifar10_keeps_its_pixels_labels_and_order(
