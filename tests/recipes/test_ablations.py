@@ -18,7 +18,7 @@ from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teac
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
 from recipes import ablations
-from recipes.ablations import Study
+from recipes.ablations import as_overrides, read_rows
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> Non
 @pytest.mark.parametrize("rows", ["", "- seed: 18", "a: {seed: 18", "a: 18"])
 def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(rows)
-    assert f"{tmp_path / 'rows.yaml'}: " in refused_by(lambda folder: Study.read(folder, []), tmp_path)
+    assert f"{tmp_path / 'rows.yaml'}: " in refused_by(read_rows, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("argv", "study", "changes", "images"),
     [
         (["seed=3"], "data2vec2", ["seed=3"], ("cifar10_sample", 10_000, 2_000)),
-        (["{timm}", "--jobs", "1", "seed=3", "--whole"], "timm", ["seed=3"], ("cifar10",)),
+        (["{timm}", "seed=3", "--whole"], "timm", ["seed=3"], ("cifar10",)),
         (["a=s3://b/c", "{timm}=3"], "data2vec2", ["a=s3://b/c", "{timm}=3"], ("cifar10_sample", 10_000, 2_000)),
     ],
 )
@@ -56,30 +56,31 @@ def test_changes_may_stand_anywhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[Any] = []
+    converted: list[Any] = []
+    monkeypatch.setattr(convert, "convert_cifar10", lambda _, *arguments: converted.append(arguments))
+    used: list[Any] = []
 
-    def train_rows(study: Study, folders: object, images: Path, jobs: int) -> NoReturn:
-        found.append((study, images))
+    def train_rows(commands: dict[str, list[str]], folders: object) -> NoReturn:
+        used.extend(commands["base"][2:])
         raise InputError("stop")
 
-    monkeypatch.setattr(convert, "convert_cifar10", lambda _, *arguments: found.append(arguments))
     monkeypatch.setattr(ablations, "train_rows", train_rows)
     timm = str(ablations.STUDIES / "timm")
     with pytest.raises(InputError, match="stop"):
         ablations.main([*(argument.replace("{timm}", timm) for argument in argv), "--images", str(tmp_path)])
-    [converted, (used, folder)] = found
-    assert converted == (tmp_path / images[0], *images[1:])
-    assert folder == converted[0]
-    assert (used.base.parent.name, used.changes) == (study, [each.replace("{timm}", timm) for each in changes])
+    assert converted == [(tmp_path / images[0], *images[1:])]
+    assert used[0] == str(ablations.STUDIES / study / "base.yaml")
+    assert used[1 : 1 + len(changes)] == [each.replace("{timm}", timm) for each in changes]
+    assert f"train_loader.local={converted[0][0] / 'train'}" in used
 
 
 def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_path: Path) -> None:
     row = {"seed": 18, "retrieval.max_images": None, "train_loader.crop_scale": [0.5, 1]}
-    study = Study(QUICKSTART.parent / "quickstart.yaml", {"a": row}, ["seed=3", "save_folder=elsewhere"])
     folder, images = tmp_path / "a", QUICKSTART / "cifar10"
-    python, script, *arguments = ablations.train_command(study, "a", folder, images)
-    assert (python, script) == (sys.executable, str(ROOT / "recipes" / "train.py"))
-    config = load_config(arguments)
+    changes = ["seed=3", "save_folder=elsewhere"]
+    python, script, base, *overrides = ablations.train_command(tmp_path, row, changes, folder, images)
+    assert (python, script, base) == (sys.executable, str(ROOT / "recipes" / "train.py"), str(tmp_path / "base.yaml"))
+    config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
     assert (config.seed, config.save_folder, config.run_name) == (18, str(folder), "a")
     assert config.train_loader.local == str(images / "train")
     assert (config.retrieval.max_images, config.train_loader.crop_scale) == (None, (0.5, 1.0))
@@ -114,19 +115,19 @@ command_line.run(ablations.main)
 """
 
 
-def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_others_save(tmp_path: Path) -> None:
+def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     fails = 'import sys\nif any(each.endswith("/base") for each in sys.argv):\n    sys.exit(2)\n'
     (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
     failure = f"base: failed with status 2, see {tmp_path / 'base' / 'output.txt'}; the other rows go on\n"
-    rows = ("--rows", "depth 1", "--rows", "depth 2", "--rows", "depth 4", "--jobs", "2")
+    rows = ("--rows", "depth 1", "--rows", "depth 2")
     program = start_python("-c", WITH_ROOT, tmp_path, *rows, "--out", tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("*/started"))) == 2 and failure == program.stderr)
+    wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure == program.stderr)
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=20) == 143
     assert program.stderr == f"{failure}SIGTERM: the same command resumes\n"
-    assert sorted(path.parent.name for path in tmp_path.glob("*/saved")) == ["depth_1", "depth_2"]
-    assert not (tmp_path / "depth_4").exists()
+    assert (tmp_path / "depth_1" / "saved").exists()
+    assert not (tmp_path / "depth_2").exists()
 
 
 def test_all_failures_end_the_command(tmp_path: Path) -> None:
@@ -156,10 +157,9 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         "retrieval.datasets.cifar10.root": QUICKSTART / "cifar10",
     }
     base = load_config([str(path.parent / "base.yaml"), *(f"{key}={value}" for key, value in places.items())])
-    study = Study.read(path.parent, [])
-    for name in study.rows:
-        overrides = [*(f"{key}={value}" for key, value in places.items()), *study.overrides(name)]
-        config = load_config([str(study.base), *overrides])
+    for name, row in read_rows(path.parent).items():
+        overrides = [*(f"{key}={value}" for key, value in places.items()), *as_overrides(row)]
+        config = load_config([str(path.parent / "base.yaml"), *overrides])
         is_another_reading = (config.targets.normalization, config.teacher.first_blocks) != (
             base.targets.normalization,
             base.teacher.first_blocks,
@@ -172,12 +172,12 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_choices_are_compared_at_equal_compute() -> None:
-    study = Study.read(ablations.STUDIES / "choices", [])
+    study = ablations.STUDIES / "choices"
     images = QUICKSTART / "cifar10"
     places = (f"train_loader.local={images / 'train'}", f"retrieval.datasets.cifar10.root={images}")
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     costs = {}
-    for name in study.rows:
-        config = load_config([str(study.base), *places, *study.overrides(name)])
+    for name, row in read_rows(study).items():
+        config = load_config([str(study / "base.yaml"), *places, *as_overrides(row)])
         costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
