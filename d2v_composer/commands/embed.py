@@ -2,12 +2,11 @@
 
     d2v embed student.safetensors photos photos.npy
     d2v embed runs/quickstart/latest-rank0.pt photos photos.npy --normalize --dtype float16
-    d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.parquet --local /mnt/nvme/imagenet
+    d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.npy --local /mnt/nvme/imagenet
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
-NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns
-id and embedding. An id is the image's path relative to SOURCE, its number in an MDS data set, or train/00000, …,
-test/00000, … of CIFAR. Images are resized to the model's square without cropping.
+NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: an image's path relative to
+SOURCE, or its number in an MDS data set. Images are resized to the model's square without cropping.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
@@ -24,11 +23,6 @@ from d2v_composer.system.errors import InputError
 if TYPE_CHECKING:
     from d2v_composer.embedding import Embedding
 
-
-HOW_TO_READ = {
-    ".npy": "import numpy; embeddings = numpy.load({!r}, mmap_mode='r')",
-    ".parquet": "import pyarrow.parquet; table = pyarrow.parquet.read_table({!r})",
-}
 LARGEST = 1 << 20
 
 
@@ -68,7 +62,7 @@ def main(argv: Sequence[str]) -> "Embedding":
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
-    print_next(HOW_TO_READ[out.suffix].format(str(out)))
+    print_next(f"import numpy; embeddings = numpy.load({str(out)!r}, mmap_mode='r')")
     return embedding
 
 
@@ -81,8 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help="a folder of images, MDS or CIFAR; or MDS at s3://, …")
-    add("out", metavar="OUT", type=Path, help="a file: .npy or .parquet")
+    add("source", metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
     add("--teacher", help="the checkpoint's teacher, if it was moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
@@ -94,15 +88,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--normalize", action="store_true", help="scale embeddings to length 1")
     add("--dtype", choices=("float32", "float16"), default="float32", help="type of the numbers; default: float32")
     add("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
-    add("--part-size", type=int, default=4096, help="images between two records of the progress; default: 4096")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core")
     add("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
-    add("--column", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    add("--column", metavar="NAME", default="image", help="the column of MDS that holds the images; default: image")
     add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     arguments = parser.parse_args(argv)
-    for name, smallest in {"batch_size": 1, "part_size": 1, "workers": 0}.items():
+    for name, smallest in {"batch_size": 1, "workers": 0}.items():
         if not smallest <= getattr(arguments, name) <= LARGEST:
             raise InputError(f"{option(name)}: must be {smallest} to {LARGEST}, got {getattr(arguments, name)}")
     return arguments

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from d2v_composer.data.images import (
 from d2v_composer.data.index import SUMMARY, keep_encoded, read_image_index
 from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import download_existing
 from d2v_composer.system.processes import die_with_parent
 from d2v_composer.system.retry import is_lasting
@@ -339,6 +339,23 @@ def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
         "multiprocessing_context": "fork",
         "worker_init_fn": lambda _: die_with_parent(),
     }
+
+
+def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Yield a function's result for each item, in order, which processes compute ahead.
+
+    Raises:
+        RunError: A worker was killed.
+        Exception: The function's, whose message becomes the last line of the worker's traceback.
+    """
+    loader = DataLoader(items, batch_size=None, collate_fn=function, **worker_options(workers, prefetch_factor=2))  # pyright: ignore[reportArgumentType]: items have a length
+    try:
+        yield from loader
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1]
+        if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
+            raise
+        raise RunError(f"the images cannot be read further ({cause}): the same command resumes") from error
 
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:

@@ -89,5 +89,3 @@ def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_
             read()
     with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
         train_loader(data, "train_loader.column=y")
-    with pytest.raises(InputError, match=r"has no index\.json: --column is for an MDS data set"):
-        open_collection(str(files[0].parent), 32, "bicubic", column="x")

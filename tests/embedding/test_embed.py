@@ -1,10 +1,9 @@
-"""Embed every kind of source into both kinds of file; kill and resume; refuse bad input."""
+"""Embed every kind of source; kill and resume; refuse bad input."""
 
 import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -19,10 +18,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pyarrow import parquet
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.datasets import cifar
 
 from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
@@ -38,9 +35,14 @@ from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, wait_un
 
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
-SMALL_PARTS = ("--part-size", "10", "--batch-size", "4")
+SMALL_BATCHES = ("--batch-size", "4")
 # Another order of sums.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "PART", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +79,6 @@ def embed(model: Path, source: Path | str, out: Path, *options: str | Path, work
 
 def loaded(out: Path) -> tuple[list, NDArray]:
     """Read ids and embeddings."""
-    if out.suffix == ".parquet":
-        table = parquet.read_table(out)
-        return table["id"].to_pylist(), np.array(table["embedding"].to_pylist())
     return np.load(out.with_name(f"{out.stem}.ids.npy")).tolist(), np.load(out, mmap_mode="r")
 
 
@@ -94,12 +93,9 @@ def image_paths(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.[jJp]*"))
 
 
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_embeds_a_folder(
-    teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
-) -> None:
-    out = tmp_path / "new" / f"photos.{suffix}"
-    embed(TEACHER, photos, out, *SMALL_PARTS, workers=2)
+def test_embeds_a_folder(teacher: Data2Vec2, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "photos.npy"
+    embed(TEACHER, photos, out, *SMALL_BATCHES, workers=2)
     ids, embeddings = loaded(out)
     assert ids == image_paths(photos)
     np.testing.assert_allclose(
@@ -109,23 +105,22 @@ def test_embeds_a_folder(
     assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", wrote)
     assert following.startswith("next: ")
     # There are no other files.
-    assert set(os.listdir(out.parent)) == {out.name} | ({"photos.ids.npy"} if suffix == "npy" else set())
+    assert set(os.listdir(out.parent)) == {"photos.npy", "photos.ids.npy"}
 
 
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_path: Path, suffix: str) -> None:
+def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
     options = ("--pooling", "mean_patches", "--representation", "layer_mean", "--normalize", "--dtype", "float16")
     images = [(photos / path).read_bytes() for path in image_paths(photos)]
     want = torch.from_numpy(expected(teacher, images, pooling="mean_patches", representation="layer_mean"))
-    embed(TEACHER, photos, tmp_path / f"photos.{suffix}", "--precision", "amp_bf16", *options)
-    _, embeddings = loaded(tmp_path / f"photos.{suffix}")
+    embed(TEACHER, photos, tmp_path / "photos.npy", "--precision", "amp_bf16", *options)
+    _, embeddings = loaded(tmp_path / "photos.npy")
     np.testing.assert_allclose(embeddings, normalize(want, dim=1).numpy(), rtol=0, atol=3e-2)
-    assert suffix == "parquet" or embeddings.dtype == np.float16
+    assert embeddings.dtype == np.float16
 
 
 def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: Path, tmp_path: Path) -> None:
-    embed(TEACHER, many_shards, tmp_path / "mds.parquet", *SMALL_PARTS, workers=2)
-    ids, embeddings = loaded(tmp_path / "mds.parquet")
+    embed(TEACHER, many_shards, tmp_path / "mds.npy", *SMALL_BATCHES, workers=2)
+    ids, embeddings = loaded(tmp_path / "mds.npy")
     assert ids == list(range(NUM_IMAGES))
     np.testing.assert_allclose(embeddings, expected(teacher, [encoded_image(i) for i in ids]), **TOLERANCE)
     data = shutil.copytree(many_shards, tmp_path / "data")
@@ -140,7 +135,7 @@ def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: P
 def test_embeds_from_an_object_store(
     object_store: GatedStore, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_PARTS)
+    embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_BATCHES)
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
     object_store.create_bucket_of_images("embedding", many_shards)
@@ -148,27 +143,11 @@ def test_embeds_from_an_object_store(
     cache.mkdir()
     (cache / "shard.00003.mds").write_bytes(b"damaged")  # shards of an earlier run are verified too
     options = ("--local", cache, "--cache-limit", "30kb")
-    embed(TEACHER, "s3://embedding/images", tmp_path / "remote.npy", *options, *SMALL_PARTS, workers=2)
+    embed(TEACHER, "s3://embedding/images", tmp_path / "remote.npy", *options, *SMALL_BATCHES, workers=2)
     assert sum(path.stat().st_size for path in cache.iterdir() if path.is_file()) <= 30_000
     with pytest.raises(InputError, match=r"s3://embedding/nothing/index\.json: cannot be fetched"):
         embed(TEACHER, "s3://embedding/nothing", tmp_path / "nothing.npy", "--local", tmp_path / "other")
     assert (tmp_path / "remote.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
-
-
-def test_embeds_cifar(teacher: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["cat", "dog"]}))
-    rows = np.random.default_rng(0).integers(0, 256, (2, 4, 3072), dtype=np.uint8)
-    for name, pixels in zip(("train", "test"), rows, strict=True):
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [0] * 4}))
-    for i, source in enumerate((tmp_path, folder)):
-        embed(TEACHER, source, tmp_path / f"{i}.npy")
-        ids, embeddings = loaded(tmp_path / f"{i}.npy")
-        assert ids == [f"{split}/{i:05}" for split in ("train", "test") for i in range(4)]
-        want = teacher.embed(torch.from_numpy(rows).view(8, 3, 32, 32)).numpy()
-        np.testing.assert_allclose(embeddings, want, **TOLERANCE)
 
 
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +167,12 @@ def test_resumes_to_the_same_bytes_after_a_kill_and_replaces_a_file_only_then(
 ) -> None:
     source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "photos.npy"
     folder, ids, whole = tmp_path / ".photos.npy.partial", tmp_path / "photos.ids.npy", tmp_path / "whole.npy"
-    embed(TEACHER, source, whole, *SMALL_PARTS)
+    embed(TEACHER, source, whole, *SMALL_BATCHES)
     for file in (out, ids):
         file.write_bytes(b"old")
     with pytest.raises(InputError, match=r"photos\.npy: exists already: choose another file, or append --overwrite"):
         embed(TEACHER, source, out)
-    again = (*SMALL_PARTS, "--overwrite")
+    again = (*SMALL_BATCHES, "--overwrite")
     embed_images, calls = Transformer.embed, itertools.count()
 
     def embed_slowly(*arguments: Any) -> Tensor:
@@ -245,7 +224,7 @@ def test_resumes_to_the_same_bytes_from_any_step(
     """Interrupted before a step by which files change, with an image that is skipped."""
     source, out, whole = shutil.copytree(photos / "b", tmp_path / "b"), tmp_path / "out.npy", tmp_path / "whole.npy"
     (source / "00.jpg").touch()
-    arguments, call = ("--skip-unreadable", "--overwrite", *SMALL_PARTS), getattr(owner, name)
+    arguments, call = ("--skip-unreadable", "--overwrite", *SMALL_BATCHES), getattr(owner, name)
     embed(TEACHER, source, whole, *arguments)
 
     def interrupt(*paths: Any, **options: Any) -> Any:
@@ -269,15 +248,16 @@ def test_a_full_disk_is_one_line_before_the_first_image(tmp_path: Path, photos: 
     resource.setrlimit(resource.RLIMIT_FSIZE, (7000, hard))  # the file needs 41 rows of 192 bytes
     try:
         with pytest.raises(RunError, match=f"^{out}: cannot be written: File too large$"):
-            embed(TEACHER, photos, out, *SMALL_PARTS)
+            embed(TEACHER, photos, out, *SMALL_BATCHES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert embed(TEACHER, photos, out, *SMALL_PARTS).images == 41
+    assert embed(TEACHER, photos, out, *SMALL_BATCHES).images == 41
 
 
 def test_unreadable_images_stop_or_are_skipped(
-    teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(embedding, "PART", 4)
     images = [encoded_image(i) for i in range(8)]
     source, out = tmp_path / "source", tmp_path / "out.npy"
     source.mkdir()
@@ -285,10 +265,10 @@ def test_unreadable_images_stop_or_are_skipped(
         (source / f"{i:02}.jpg").write_bytes(image)
     (source / "05.jpg").unlink()
     (source / "05.jpg").symlink_to("nowhere")
-    small, named = ("--part-size", "4", "--batch-size", "4"), f"{source / '05.jpg'}: cannot be read"
+    named = f"{source / '05.jpg'}: cannot be read"
     with pytest.raises(InputError, match=rf"^{named}.*; --skip-unreadable skips such images$"):
-        embed(TEACHER, source, out, *small, workers=1)
-    result = embed(TEACHER, source, out, *small, "--skip-unreadable")
+        embed(TEACHER, source, out, *SMALL_BATCHES, workers=1)
+    result = embed(TEACHER, source, out, *SMALL_BATCHES, "--skip-unreadable")
     ids, embeddings = loaded(out)
     assert ids == [f"{i:02}.jpg" for i in (0, 1, 2, 3, 4, 6, 7)]
     np.testing.assert_allclose(embeddings, expected(teacher, images[:5] + images[6:]), **TOLERANCE)
@@ -314,7 +294,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
             ["--local", "cache"],
             "photos: --local is needed for an object store's shards, and for noth",
         ),
-        ("photos", "o.csv", [], "o.csv: must end in .npy or .parquet"),
+        ("photos", "o.csv", [], "o.csv: must end in .npy"),
         ("photos", "half.npy", [], "half.ids.npy: exists already: choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
         ("photos", "o.npy", ["--batch-size", "0"], "--batch-size: must be 1 to 1048576, got 0"),

@@ -381,7 +381,7 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
 def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """21: killed and interrupted at random moments; one line says how to go on."""
     model, source = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train"
-    options = ("--workers", "1", "--part-size", "500", "--batch-size", "50")
+    options = ("--workers", "1", "--batch-size", "50")
     ended = d2v("embed", model, source, tmp_path / "whole.npy", *options)
     assert ended.returncode == 0, ended.stderr
     command = [*D2V, "embed", model, source, tmp_path / "killed.npy", *options]
