@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torchvision.io import write_png
 
 import d2v_composer
 from d2v_composer.commands.__main__ import COMMANDS
@@ -32,14 +30,10 @@ for program, *arguments in commands:
 """
 
 
-def fresh_environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def imported_after(commands: list[list[str]], cwd: Path) -> list[set[str]]:
     """Run commands in one fresh interpreter; each must succeed. Return what is imported after each."""
     arguments = [json.dumps(HEAVY), json.dumps(commands)]
-    environment = fresh_environment()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-c", RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )
@@ -57,48 +51,38 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert not set().union(*found)
 
 
-def test_commands_import_what_they_use(uninterrupted: Path, tmp_path: Path) -> None:
+# timm knows the student without a name of ours, whichever of the two a user imports first.
+WITH_TIMM = """
+import sys, d2v_composer, timm
+assert timm.is_model("d2v2_student")
+timm.models._registry._model_entrypoints.clear()
+del sys.modules["d2v_composer"]
+import d2v_composer
+sys.exit(0 if timm.is_model("d2v2_student") else "timm was imported first")
+"""
+
+
+def test_commands_import_what_they_use_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:
     """Each in turn, in another directory than the repository's, with paths relative to it."""
-    for split in ("train", "test"):
-        for number in range(4):
-            folder = tmp_path / "photos" / split / str(number % 2)
-            folder.mkdir(parents=True, exist_ok=True)
-            image = torch.randint(0, 256, (3, 32, 32), generator=torch.manual_seed(number), dtype=torch.uint8)
-            write_png(image, str(folder / f"{number}.png"))
-    (tmp_path / "run").symlink_to(uninterrupted)
     (tmp_path / "copy").mkdir()
     for name in ("log.jsonl", "run.yaml"):
         (tmp_path / "copy" / name).write_bytes((uninterrupted / name).read_bytes())
-    photos = "datasets={photos: {format: folder, root: photos}}"
+    (tmp_path / "with_timm.py").write_text(WITH_TIMM)
     commands = [
         ["d2v", "report", "copy"],
         ["d2v", "convert-teacher", str(GOLDEN / "tiny_base.pt"), "teacher.safetensors"],
-        ["d2v", "export", "run/latest-rank0.pt", "student.safetensors", "--teacher", "teacher.safetensors"],
-        ["d2v", "embed", "student.safetensors", "photos", "photos.npy", "--workers", "0"],
-        ["d2v", "evaluate", "model=student.safetensors", photos, "ks=[1]", "out=evaluation"],
+        ["with_timm.py"],
     ]
-    report, teacher, student, *_ = imported_after(commands, tmp_path)
+    report, teacher, _ = imported_after(commands, tmp_path)
     assert report == {"torch", "matplotlib"}
-    assert not (teacher | student) & {"composer", "streaming"}
+    assert not teacher & {"composer", "streaming"}
     assert (tmp_path / "copy" / "report.html").is_file()
-    made = {"teacher.safetensors", "student.safetensors", "photos.npy", "photos.ids.npy", "evaluation"}
-    assert made <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "teacher.safetensors").is_file()
 
 
 def test_public_names_can_be_imported_all_at_once() -> None:
     names: dict[str, object] = {}
     exec("from d2v_composer import *", names)
-    assert {name: names[name] for name in d2v_composer.__all__} == {
-        name: getattr(d2v_composer, name) for name in d2v_composer.__all__
-    }
+    assert set(d2v_composer.__all__) <= set(names)
     with pytest.raises(AttributeError, match="has no attribute 'load_studnet'"):
         _ = d2v_composer.load_studnet
-
-
-@pytest.mark.parametrize(
-    "imports", ["import timm, d2v_composer", pytest.param("import d2v_composer, timm", marks=pytest.mark.slow)]
-)
-def test_timm_knows_the_student(imports: str) -> None:
-    """Without a name of ours, as a user of timm imports both."""
-    code = f"{imports}; assert timm.is_model('d2v2_student')"
-    subprocess.run([sys.executable, "-c", code], env=fresh_environment(), check=True, timeout=60)
