@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +20,7 @@ from d2v_composer.system.files import (
     sole_user,
     write_atomically,
 )
+from helpers import run_command
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -110,4 +110,5 @@ assert len(list(DataLoader(torch.zeros(8, 1000), 2, num_workers=1))) == 4
 def test_a_long_tmpdir_does_not_hang_a_data_loader(tmp_path: Path) -> None:
     long = tmp_path / ("long" * 25)
     long.mkdir()
-    subprocess.run([sys.executable, "-c", LOAD], env=os.environ | {"TMPDIR": str(long)}, check=True, timeout=60)
+    ended = run_command(sys.executable, "-c", LOAD, timeout=60, environment={"TMPDIR": str(long)})
+    assert ended.returncode == 0, ended.stderr

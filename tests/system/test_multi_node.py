@@ -19,7 +19,6 @@ from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 from helpers import free_port
 
 FORK = multiprocessing.get_context("fork")
-
 COLLECTIVE_SECONDS = 1.0
 
 pytestmark = pytest.mark.usefixtures("no_process_group")
@@ -59,10 +58,9 @@ def ended(ranks: Sequence[BaseProcess], seconds: float = 60) -> list[int | None]
 
 
 def _download_longer_than_the_timeout_of_a_collective() -> None:
-    for first in (node_leaders_first, rank_zero_first):
-        with first("the teacher"):
-            if dist.get_local_rank() == 0:
-                time.sleep(1.5 * COLLECTIVE_SECONDS)
+    with node_leaders_first("the teacher"):
+        if dist.get_local_rank() == 0:
+            time.sleep(1.5 * COLLECTIVE_SECONDS)
     dist.barrier()
 
 

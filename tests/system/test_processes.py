@@ -1,18 +1,14 @@
 """Signals reach one thread of a command; its children live no longer than it does."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
-from multiprocessing.connection import Connection
 
-import psutil
 import pytest
 
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.processes import LAUNCHER, allow_open_files, die_with_parent, start_program
+from d2v_composer.system.processes import LAUNCHER, allow_open_files, start_program
 
 # A command that ends while it has a worker that sleeps for ever, which multiprocessing would wait for.
 WITH_WORKER = """
@@ -51,27 +47,6 @@ def test_programs_of_others_are_started_without_the_mask() -> None:
     assert program.wait(30) == -signal.SIGTERM
 
 
-def test_a_worker_ends_with_its_parent() -> None:
-    receive, send = multiprocessing.Pipe(duplex=False)
-    parent = multiprocessing.get_context("fork").Process(target=_start_worker, args=(send,))
-    parent.start()
-    worker = psutil.Process(receive.recv())
-    parent.kill()
-    parent.join()
-    worker.wait(timeout=30)
-
-
-def _start_worker(send: Connection) -> None:
-    multiprocessing.get_context("fork").Process(target=_work, args=(send,)).start()
-    time.sleep(600)
-
-
-def _work(send: Connection) -> None:
-    die_with_parent()
-    send.send(os.getpid())
-    time.sleep(600)
-
-
 def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(32, 4096)]
     monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
@@ -86,7 +61,7 @@ def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit(monkeypatch: pyt
 def test_only_composers_launcher_is_one() -> None:
     """A shell or nohup that started a rank may end before it."""
     launchers = (
-        "/usr/bin/python /opt/bin/composer -n 2",
+        "/bin/python /opt/bin/composer -n 2",
         "python3 -m composer.cli.launcher -n 2",
         "python -u composer",
     )
