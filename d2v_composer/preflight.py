@@ -22,7 +22,6 @@ from composer.utils.object_store import S3ObjectStore
 from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which pyright does not see there
 
 from d2v_composer.builders.data import count_samples
-from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
@@ -155,7 +154,6 @@ class Rehearsal:
             "data": self.check_data,
             "save_folder": self.check_rights,
             "labeled sets": self.check_labeled_sets,
-            "loggers": self.check_loggers,
         }
 
     def phases(self) -> dict[str, Callable[[], str]]:
@@ -214,12 +212,6 @@ class Rehearsal:
         sets = build_labeled_sets(self.config.retrieval, self.image_size, self.interpolation)
         self.num_labeled = {name: sum(labeled.num_images) for name, labeled in sets.items()}
         return ", ".join(f"{name}: {count} images" for name, count in self.num_labeled.items()) or "none"
-
-    def check_loggers(self) -> str:
-        """Ask the servers of W&B and MLflow from the first node, which logs."""
-        if self.node.rank == 0:
-            check_logging_servers(self.config)
-        return ", ".join(name for name, arguments in self.config.loggers.items() if arguments is not None) or "none"
 
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""

@@ -96,7 +96,6 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
         "scheduler.t_warmup=4ba",
         "save_interval=2ba",
         "student.depth=3",
-        "console_log_interval=100ba",
         "train_loader.num_workers=0",
         "report=false",  # seconds
         *overrides,

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, build_transform, check_memory, read_train_index
-from d2v_composer.builders.loggers import ask_logging_servers
 from d2v_composer.builders.models import load_trained_model
 from d2v_composer.builders.run import build_trainer_arguments
 from d2v_composer.builders.training import (
@@ -150,7 +149,6 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     Raises:
         InputError: A file, data set or setting cannot be used.
     """
-    ask_logging_servers(config)
     with node_leaders_first("the model"):
         backbone = load_trained_model(config).model
     if isinstance(backbone, Student):

@@ -14,7 +14,6 @@ from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks.checkpointing import Checkpoints
 from d2v_composer.callbacks.logging import Uploads, num_batches
 from d2v_composer.callbacks.trainer_state import find_callback
-from d2v_composer.callbacks.zero_shot_retrieval import log_picture_files
 from d2v_composer.config.schema import FinetuneConfig, TrainConfig, TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.execution import name_precision
@@ -99,7 +98,6 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, make_run: Callable
     try:
         with if_interrupted(lambda: f"the model is saved, not its report; later: {d2v('report', folder)}"):
             written = write_report(make_run(read_jsonl(folder / "log.jsonl")), folder)
-        log_picture_files(trainer.logger, written[1:])
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)

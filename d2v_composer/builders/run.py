@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from composer.core import Callback
 
 from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
-from d2v_composer.builders.loggers import ask_logging_servers, build_loggers
+from d2v_composer.builders.loggers import build_loggers
 from d2v_composer.builders.models import build_model
 from d2v_composer.builders.run_folder import build_load_path, check_record, find_run_folder
 from d2v_composer.builders.training import (
@@ -22,13 +22,12 @@ from d2v_composer.builders.training import (
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.logging import Throughput, Uploads
 from d2v_composer.callbacks.run_record import RunRecord
-from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval, shows_pictures
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.data.index import describe_data
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
-from d2v_composer.report.page import draw_gallery
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import find_missing_file
@@ -53,7 +52,6 @@ def build_run(config: TrainConfig) -> BuiltRun:
     Raises:
         InputError: A file, data set or setting cannot be used.
     """
-    ask_logging_servers(config)
     shards = read_train_index(config.train_loader, config.global_train_batch_size)
     model = build_model(config)
     sizes, loader = model.teacher.config, config.train_loader
@@ -71,8 +69,6 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
     }
-    if retrieval is not None and shows_pictures(arguments["loggers"]):
-        retrieval.draw = draw_gallery
     return BuiltRun(arguments, model, record, retrieval)
 
 

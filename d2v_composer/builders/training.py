@@ -14,7 +14,7 @@ from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of, find_run_folder
-from d2v_composer.callbacks.algorithms import EMA, GradientNorm
+from d2v_composer.callbacks.algorithms import GradientNorm
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -42,7 +42,6 @@ ALGORITHMS = {
     "mixup": MixUp,
     "cutmix": CutMix,
     "label_smoothing": LabelSmoothing,
-    "ema": EMA,
 }
 # A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_IN_ANY_RUN = (
@@ -72,7 +71,6 @@ FIXED_IN_A_FINETUNING = (
     "config.dataset.label_column",
     "config.train_encoder",
     "config.from_scratch",
-    "config.algorithms.ema",
     "config.train_loader.stream",
     "config.optimizer",
     "model.representation",

@@ -330,7 +330,7 @@ class NanGuard(Callback):
 
 
 def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check the weights, their average and the optimizer's moments, on all ranks.
+    """Check the weights and the optimizer's moments, on all ranks.
 
     Args:
         checkpoint: The contents of a checkpoint, before they are written.
@@ -339,7 +339,7 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
         FloatingPointError: A number is not finite.
     """
     state = checkpoint["state"]
-    tensors = named_tensors({part: state.get(part) for part in ("model", "optimizers", "algorithms")})
+    tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
     mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
     if found := next((name for name in gather_objects(mine) if name is not None), None):
         batch = int(state["timestamp"]["Timestamp"]["batch"]) - 1

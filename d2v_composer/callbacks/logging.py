@@ -10,12 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger, LoggerDestination, MLFlowLogger
 from composer.utils import dist
 from tqdm import tqdm
 
-from d2v_composer.callbacks.trainer_state import due_every
 from d2v_composer.checkpoints.resume import upload
 from d2v_composer.system.errors import RunError, writing
 
@@ -43,24 +42,20 @@ class ProgressLogger(LoggerDestination):
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
 
     Args:
-        bar: Show a bar, which needs a terminal.
-        lines_interval: Longest interval of the printed lines, a Composer time string; a line follows another within
-            ten seconds and a batch in any case. ``None``: print none.
+        bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
         stream: Output stream; default stderr.
     """
 
-    def __init__(self, bar: bool, lines_interval: str | None, stream: TextIO | None = None) -> None:
+    def __init__(self, bar: bool, stream: TextIO | None = None) -> None:
         self.shows_bar = bar
-        final_events = {Event.BATCH_END, Event.EPOCH_END}
-        self.line_is_due = None if lines_interval is None else due_every(lines_interval, final_events)
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
-        self.first_batch = self.last_line = 0
+        self.first_batch = 0
         self.started_at = self.last_line_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.first_batch = self.last_line = int(state.timestamp.batch)
+        self.first_batch = int(state.timestamp.batch)
         self.started_at = self.last_line_at = time.monotonic()
         if self.shows_bar and dist.get_global_rank() == 0:
             self.bar = tqdm(
@@ -88,24 +83,19 @@ class ProgressLogger(LoggerDestination):
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(self.status()), refresh=False)
             self.bar.update()
-        self.print_line(state, Event.BATCH_END)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        self.print_line(state, Event.EPOCH_END)
+        if not self.shows_bar:
+            self.print_line(int(state.timestamp.batch), num_batches(state))
 
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def print_line(self, state: State, event: Event) -> None:
+    def print_line(self, batch: int, total: int) -> None:
         """Print one plain line, if it is due."""
-        batch, total, now = int(state.timestamp.batch), num_batches(state), time.monotonic()
-        # A line may have been printed at the end of the batch, or the run was resumed at the end of an epoch.
-        if self.line_is_due is None or batch == self.last_line:
+        now = time.monotonic()
+        if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
             return
-        if not self.line_is_due(state, event) and now - self.last_line_at < SECONDS_BETWEEN_LINES:
-            return
-        self.last_line, self.last_line_at = batch, now
+        self.last_line_at = now
         left = (now - self.started_at) / (batch - self.first_batch) * (total - batch)
         place = f"batch {batch}/{total} ({100 * batch // total} %)"
         self.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]))
@@ -241,15 +231,11 @@ class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``.
 
     MLflow's store of files keeps each metric as a file of that name. ``top1`` would be a file and a folder, and MLflow
-    silently loses all metrics of a call in which one cannot be written. It writes ``#`` for a ``/`` in a picture's
-    name, and cannot read such files.
+    silently loses all metrics of a call in which one cannot be written.
     """
 
     def rename(self, key: str) -> str:
         return super().rename(BELOW_AN_ACCURACY.sub(r"\1.", key))
-
-    def log_images(self, images: Any, name: str = "image", *others: Any, **named: Any) -> None:
-        super().log_images(images, name.replace("/", "."), *others, **named)
 
 
 class Throughput(Callback):

@@ -1,39 +1,28 @@
 """Measure zero-shot retrieval during training: the quality of the representations."""
 
-import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from composer.core import Callback, Event, State, get_precision_context
-from composer.loggers import Logger, LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.loggers import Logger
 from composer.utils import dist
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import LabeledSet  # and with it all that reads images
 
-log = logging.getLogger(__name__)
-
 Metrics = dict[str, float]
 """Metric key → accuracy."""
-Draw = Callable[["LabeledSet", Tensor], NDArray[np.uint8]]
-"""Draws a labeled set, given the bank indices of each query's nearest images, (Q, K), nearest first, as
-(height, width, 3)."""
 
 
 class _StoppedError(Exception):
@@ -69,8 +58,6 @@ class ZeroShotRetrieval(Callback):
             and the majority), ``linear``, by a logistic regression (seconds for each embedding).
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
-        draw: Draws what the test images find among the train images after each evaluation, logged as
-            ``retrieval/{dataset}`` on rank 0; ``None``: no pictures.
 
     Attributes:
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
@@ -97,7 +84,6 @@ class ZeroShotRetrieval(Callback):
         probes: Collection[str] = (),
         device_batch_size: int = 256,
         progress_bar: bool = True,
-        draw: Draw | None = None,
     ) -> None:
         for name, labeled in datasets.items():
             smallest = min(labeled.num_images)
@@ -114,7 +100,6 @@ class ZeroShotRetrieval(Callback):
         self.probes = tuple(probes)
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
-        self.draw = draw
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
@@ -205,10 +190,6 @@ class ZeroShotRetrieval(Callback):
             else:
                 self.baseline_metrics |= metrics
         logger.log_metrics({key: accuracy for metrics in measured.values() for key, accuracy in metrics.items()})
-        if self.draw is not None and None in measured and dist.get_global_rank() == 0:
-            for name, labeled in self.datasets.items():
-                nearest = self.neighbors[name]["train"].long()
-                log_picture(logger, f"retrieval/{name}", partial(self.draw, labeled, nearest))
 
     def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
         """Return the accuracies of baselines and (under ``None``) the model by key; log the time."""
@@ -267,24 +248,3 @@ def embed_method(model: torch.nn.Module) -> Embed:
         if callable(getattr(model, name, None)):
             return getattr(model, name)
     raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")
-
-
-def log_picture_files(logger: Logger, files: Iterable[Path]) -> None:
-    """Log PNG files, such as a report's, as ``report/{name}``, if a logger shows pictures."""
-    if shows_pictures(logger.destinations):
-        for file in files:
-            log_picture(logger, f"report/{file.stem}", lambda file=file: np.asarray(Image.open(file).convert("RGB")))
-
-
-def log_picture(logger: Logger, name: str, draw: Callable[[], NDArray[np.uint8]]) -> None:
-    """Draw and log a picture, (height, width, 3) uint8. A failure is a warning: a picture is not worth a run."""
-    try:
-        # An array: TensorBoard's logger would take the values of a tensor for 0 to 1. A table of W&B has no steps.
-        logger.log_images(draw(), name, channels_last=True, use_table=False)
-    except Exception as error:  # noqa: BLE001
-        log.warning("picture %s: cannot be logged (%s: %s)", name, type(error).__name__, reason(error))
-
-
-def shows_pictures(loggers: Sequence[LoggerDestination]) -> bool:
-    """Return True if one of the loggers shows pictures."""
-    return any(isinstance(each, MLFlowLogger | TensorboardLogger | WandBLogger) for each in loggers)

@@ -52,7 +52,7 @@ OUR_GLOBALS = [
     *(type(np.dtype(name)) for name in ("uint32", "uint64", "int64", "float64")),
 ]
 # Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"CutMix", "EMA", "GradientClipping", "GradientNorm", "LabelSmoothing", "MixUp"}
+OUR_ALGORITHMS = {"CutMix", "GradientClipping", "GradientNorm", "LabelSmoothing", "MixUp"}
 
 
 class CorruptCheckpointError(InputError):

@@ -342,8 +342,6 @@ class TrainerConfig(RunConfig):
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
     """Name of the logger → its arguments; null: off."""
     progress_bar: bool = True
-    log_to_console: bool = False
-    console_log_interval: Interval = "100ba"
     report: bool = True
     """Write report.html at the end of the run; d2v report writes one at any time."""
     save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
@@ -457,20 +455,12 @@ class CutMixConfig(Section):
     alpha: Positive = 1.0
 
 
-class EMAConfig(Section):
-    """Moving average of the weights."""
-
-    half_life: Batches = "1000ba"
-
-
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
     """Composer's algorithms, in their order; null: off."""
 
     mixup: MixUpConfig | None = None
     cutmix: CutMixConfig | None = None
     label_smoothing: LabelSmoothingConfig | None = None
-    ema: EMAConfig | None = None
-    """Evaluate and save a moving average of the weights."""
 
     def contradictions(self) -> Iterator[str]:
         if self.mixup is not None and self.cutmix is not None:

@@ -2,17 +2,14 @@
 
 import signal
 import time
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from d2v_composer.builders.loggers import check_logging_servers
 from d2v_composer.config import schema
 from d2v_composer.config.load import load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.machine import find_wrong_packages, install_command
 from d2v_composer.system.processes import REPORT_SECONDS
 from helpers import ROOT
 
@@ -190,12 +187,3 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, message: str) -> No
 def test_a_file_that_is_not_there_is_named() -> None:
     assert problems_of("missing.yaml") == ["missing.yaml: cannot be read: No such file or directory"]
     assert "no YAML given" in problems_of()[0]
-
-
-def test_the_packages_of_loggers_are_compared_with_what_composer_works_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", {"wandb": "0.31.0"}.__getitem__)
-    with pytest.raises(InputError, match=r"^loggers\.wandb: does not work with wandb 0\.31\.0: pip install 'wandb<0"):
-        check_logging_servers(load("loggers={jsonl: {}, wandb: {}, tensorboard: null}"))
-    monkeypatch.undo()
-    assert list(find_wrong_packages()) == []
-    assert install_command("", "omegaconf", "pyarrow") == "pip install 'omegaconf<3,>=2.4'"

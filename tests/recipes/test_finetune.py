@@ -94,10 +94,8 @@ def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: P
     assert after["head.weight"].abs().max() > 0
 
 
-def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels_and_averaged_weights(
-    student: Path, labeled: Path, tmp_path: Path
-) -> None:
-    options = ("algorithms.mixup={}", "algorithms.ema={half_life: 4ba}")
+def test_a_killed_run_resumes_bit_for_bit_with_mixed_labels(student: Path, labeled: Path, tmp_path: Path) -> None:
+    options = ("algorithms.mixup={}",)
     whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
     assert whole.returncode == 0, whole.stderr
     arguments = small_finetuning(tmp_path / "killed", student, labeled, *options)
@@ -128,7 +126,7 @@ finetune.main(sys.argv[1:], [Kill()])
 def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
     student: Path, labeled: Path, tmp_path: Path
 ) -> None:
-    options = ("algorithms.ema={half_life: 4ba}", "max_duration=4ba", "eval_interval=3ba")
+    options = ("max_duration=4ba", "eval_interval=3ba")
     whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
     arguments = small_finetuning(tmp_path / "killed", student, labeled, *options)
     killed = run_command(sys.executable, "-c", KILLED_IN_LAST_EVALUATION, *arguments)
