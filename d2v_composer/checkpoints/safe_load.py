@@ -5,17 +5,15 @@ or a training program name are replaced by :class:`Stub`. What it does not check
 """
 
 import datetime
-import io
 import pickletools
 import re
 import time
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +28,8 @@ LATEST = "latest-rank0.pt"
 LARGEST_PICKLE = 8 << 20
 # Tuples within a tuple. Each may hold the same one twice, and hashing 60 of them would take 2^60 steps.
 MOST_TUPLES = 1000
-# torch knows this function, which allocates as many bytes as the file asks for.
-ALLOCATES = "builtins.bytearray"
+# torch knows this function, which allocates as many bytes as the file asks for; the names in Python 3 and 2.
+ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
 DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
 # Wrappers around a value: an OmegaConf leaf around an enum's value is two.
 MAX_WRAPPERS = 8
@@ -107,9 +105,10 @@ def load_untrusted(path: Path) -> Any:
     """
     with _reading(path, InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to the file's author
-        names, is_archive = _inspect(path)
-        with torch.serialization.safe_globals([(Stub, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        _inspect(path)
+        stubs = [(Stub, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def is_trained(contents: Any) -> bool:
@@ -158,27 +157,24 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; of torch's interpreter, the line that is not advice."""
-    found = re.search(r"GLOBAL (\S+) w(as not an allowed|hose module)|WeightsUnpickler error: .*", str(error))
-    if found is None:
-        return reason(error)
-    return f"it names {found[1]}, which no checkpoint needs" if found[1] else found[0]
+    """Return an error's first line; of torch's interpreter, what it stopped at instead of its advice."""
+    found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
+    return found[0] if found else reason(error)
 
 
-def _inspect(path: Path) -> tuple[set[str], bool]:
-    """Check what torch does not: sizes and checksums of an archive, and its pickle, before torch reads it.
+def _inspect(path: Path) -> None:
+    """Check what torch does not, before it reads an archive: sizes, checksums, and the pickle.
 
-    Returns:
-        The globals that the file's pickles name; whether it is an archive, as torch writes since version 1.6.
+    Raises:
+        ValueError: It would take too much time or memory, or a checksum is wrong.
+        zipfile.BadZipFile: It is no archive.
     """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
         raise ValueError(f"it has {num_bytes} bytes, at most {LARGEST_FILE} are read")
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # as torch decides
-            file.seek(0)
-            pickles = io.BytesIO(file.read(LARGEST_PICKLE))  # five, then the tensors' numbers
-            return set[str]().union(*(_check_pickle(pickles, num_bytes) for _ in range(5))), False
+        if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
+            raise ValueError("no PyTorch archive; save an older file again with torch >= 1.6")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
@@ -191,27 +187,18 @@ def _inspect(path: Path) -> tuple[set[str], bool]:
         pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
         if pickled.file_size > LARGEST_PICKLE:
             raise ValueError(f"its pickle has {pickled.file_size} bytes, at most {LARGEST_PICKLE} are read")
-        return _check_pickle(io.BytesIO(archive.read(pickled)), num_bytes), True
+        _check_pickle(archive.read(pickled))
 
 
-class _Tuple(NamedTuple):
-    items: list[Any]
-    num_tuples: int
-
-
-def _check_pickle(file: BinaryIO, num_bytes: int) -> set[str]:
-    """Follow a pickle without building anything, and return the globals that it names.
-
-    Args:
-        file: Positioned at the pickle.
-        num_bytes: Bytes of the file that it is in.
+def _check_pickle(pickled: bytes) -> None:
+    """Follow a pickle without building anything.
 
     Raises:
         ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.
     """
-    names, numbers = set[str](), dict[Any, int]()
-    stack, marks, memo = list[Any](), list[int](), dict[Any, Any]()
-    for opcode, argument, _ in pickletools.genops(file):
+    # For each object in the pickle: how many tuples it is made of.
+    stack, marks, memo = list[int](), list[int](), dict[Any, int]()
+    for opcode, argument, _ in pickletools.genops(pickled):
         needed = opcode.stack_before
         if pickletools.markobject in needed:
             start = marks.pop()
@@ -222,32 +209,18 @@ def _check_pickle(file: BinaryIO, num_bytes: int) -> set[str]:
         del stack[start - below :]
         if opcode.name == "MARK":
             marks.append(len(stack))
-        elif opcode.name == "GLOBAL":
-            stack.append(_python3_name(str(argument)))
-            names.add(stack[-1])
         elif opcode.name.startswith("TUPLE"):
-            stack.append(_Tuple(taken, 1 + sum(each.num_tuples for each in taken if isinstance(each, _Tuple))))
-            if stack[-1].num_tuples > MOST_TUPLES:
+            stack.append(1 + sum(taken))
+            if stack[-1] > MOST_TUPLES:
                 raise ValueError(f"tuples within tuples, more than {MOST_TUPLES}")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:
             stack.append(memo[argument])
-        elif opcode.name == "BINPERSID":  # a storage: its record, and how many numbers it has
-            numbers[taken[0].items[2]] = taken[0].items[4]
-            stack.append(None)
+        elif argument in ALLOCATES:
+            raise ValueError(f"it names {argument}, which no checkpoint needs")
         else:
-            stack.extend([argument] * len(opcode.stack_after))
-    if sum(numbers.values()) > num_bytes:
-        raise ValueError(f"its tensors have {sum(numbers.values())} numbers, more than it has bytes")
-    if ALLOCATES in names:
-        raise ValueError(f"it names {ALLOCATES}, which no checkpoint needs")
-    return names
-
-
-def _python3_name(argument: str) -> str:
-    module, _, name = argument.partition(" ")
-    return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+            stack.extend([0] * len(opcode.stack_after))
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:

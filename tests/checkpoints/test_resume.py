@@ -128,7 +128,7 @@ def test_no_code_of_a_checkpoint_runs(
     message = f"^(load_path: )?{newest}: is not a checkpoint of recipes/train.py"
     with pytest.raises(InputError, match=message) as refused:
         train.main(arguments)
-    assert poison is with_algorithm or "it names posix.system, which no checkpoint needs" in str(refused.value)
+    assert poison is with_algorithm or "GLOBAL posix.system" in str(refused.value)
     assert not canary.exists()
     if poison is with_canary:
         load_checkpoint(newest)

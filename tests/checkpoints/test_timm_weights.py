@@ -54,7 +54,6 @@ def images_of(*shape: int) -> Tensor:
 FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
     "nested": lambda tensors, path: torch.save({"state_dict": {"model": tensors}, "epoch": 3}, path),
     "with arguments": lambda tensors, path: torch.save({"model": tensors, "args": argparse.Namespace(lr=0.1)}, path),
-    "legacy": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
     "wrapped": lambda tensors, path: torch.save({f"module._orig_mod.{name}": tensors[name] for name in tensors}, path),
     "DINO's": lambda tensors, path: torch.save(
         {"student": {}, "teacher": {f"backbone.{name}": tensor for name, tensor in tensors.items()}}, path
