@@ -1,16 +1,13 @@
-"""Rehearse a run: check rights and disk space, train it small with a SIGTERM and a resume, compute its needs."""
+"""Rehearse a run: check its parts, train it small with a SIGTERM and a resume, compute its needs."""
 
-import logging
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from datetime import timedelta
+from os import killpg
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +16,6 @@ import torch
 from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
-from torch._C._distributed_c10d import TCPStore  # torch.distributed's, which pyright does not see there
 
 from d2v_composer.builders.data import count_samples
 from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
@@ -28,7 +24,6 @@ from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.index import fetch_index, read_image_index
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.models.encoder import ImageSize
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.processes import if_interrupted, start_program
@@ -40,65 +35,12 @@ BATCHES_AFTER_RESUME = 20  # the pace is logged every ten batches; the first ten
 IMAGES_PER_SET = 128
 SHUFFLED_SAMPLES = 2048
 PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the timeout of collectives too
-OTHER_NODES = timedelta(seconds=2 * PHASE_SECONDS)  # the slowest may still be fetching the teacher
-
-log = logging.getLogger(__name__)
-
-
-class Node:
-    """This node among those of the run, one process each.
-
-    The nodes share one of torch's stores, not a process group: the devices stay free for the rehearsal.
-    """
-
-    def __init__(self) -> None:
-        """Read the variables of Composer's launcher; without it, one node of one rank."""
-        self.ranks, self.rank = dist.get_local_world_size(), dist.get_node_rank()
-        self.num_nodes = dist.get_world_size() // self.ranks
-        self.store = None
-        if self.num_nodes > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = TCPStore(address, port, self.num_nodes, is_master=self.rank == 0, timeout=OTHER_NODES)
-
-    def exchange(self, key: str, text: str) -> list[str]:
-        """Send a text to the other nodes under a new key, wait for theirs, and return all in the nodes' order."""
-        if self.store is None:
-            return [text]
-        self.store.set(f"{key}/{self.rank}", text)
-        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.num_nodes)]
-
-    def check(self, name: str, look: Callable[[], str]) -> bool:
-        """Make a check on every node and print its row.
-
-        Args:
-            name: The row's name, a new one each time.
-            look: Returns what it found; raises if the run would fail.
-
-        Returns:
-            True if the check passed on all nodes.
-        """
-        found = fault = ""
-        try:
-            found = look()
-        except Exception as error:  # the run would fail with it too
-            log.debug("%s", name, exc_info=True)
-            fault = reason(error)
-        faults = [(rank, each) for rank, each in enumerate(self.exchange(name, fault)) if each]
-        if not faults:
-            print_row(name, "ok", found)
-        for rank, each in faults:
-            print_row(name, "FAILED", each if self.num_nodes == 1 else f"node {rank}: {each}")
-        return not faults
-
-
-def print_row(name: str, verdict: str, found: str) -> None:
-    print(f"{name:14} {verdict:7} {found}", flush=True)
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
     """Check and rehearse a run, and print a table and what the whole run will need.
 
-    Call it in one process of each node, before a process group exists.
+    Call it in one process, before a process group exists.
 
     Args:
         argv: The YAML and its overrides.
@@ -106,45 +48,54 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
         train_script: ``recipes/train.py``.
 
     Returns:
-        True if all checks passed on all nodes.
+        True if all checks passed.
     """
-    node = Node()
-    with closing(Rehearsal(argv, config, train_script, node)) as rehearsal, if_interrupted(rehearsal.close):
+    with closing(Rehearsal(argv, config, train_script)) as rehearsal, if_interrupted(rehearsal.close):
         print_row("check", "verdict", "found")
-        passed = [node.check(name, look) for name, look in rehearsal.checks().items()]
-        ready = all(passed)
+        passed = True
+        for name, look in rehearsal.checks().items():
+            passed &= check(name, look)
         for name, phase in rehearsal.phases().items():
-            if ready:
-                ready = node.check(name, phase)
+            if passed:
+                passed = check(name, phase)
             else:
                 print_row(name, "skipped", "fix the failure above first")
-        if ready and node.rank == 0:
+        if passed:
             print("\nThe whole run will need (if nothing else used the machine during the rehearsal):")
-            print("\n".join(rehearsal.needs()), flush=True)
-        node.exchange("end", "")  # node 0 holds the store until all have read it
-    return ready
+            print(rehearsal.needs(), flush=True)
+    return passed
+
+
+def check(name: str, look: Callable[[], str]) -> bool:
+    """Print the row of a check, which returns what it found, and raises if the run would fail."""
+    try:
+        print_row(name, "ok", look())
+    except Exception as error:  # noqa: BLE001  (the run would fail with it too)
+        print_row(name, "FAILED", reason(error))
+        return False
+    return True
+
+
+def print_row(name: str, verdict: str, found: str) -> None:
+    print(f"{name:14} {verdict:7} {found}", flush=True)
 
 
 class Rehearsal:
     """The user's run, made small, in folders of its own.
 
-    Each check and each phase returns what it found or did, and raises if the run would fail. The checks are made even
-    if others fail, so that all faults are found at once.
+    Each check and each phase returns what it found or did, and raises if the run would fail.
     """
 
-    def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path, node: Node) -> None:
-        self.argv, self.config, self.train_script, self.node = argv, config, train_script, node
-        self.image_size: ImageSize = 224
-        self.interpolation = "bicubic"
+    def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
+        self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
         self.shards: list[dict[str, Any]] = []
-        self.num_labeled: dict[str, int] = {}
+        self.num_labeled: list[int] = []
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
         self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
         self.cache = Path(config.train_loader.local, FOLDER)
-        self.log = self.folder / "log.jsonl"  # node 0's
         self.process: subprocess.Popen[Any] | None = None
         self.batch = self.checkpoint_bytes = 0
 
@@ -162,35 +113,33 @@ class Rehearsal:
             "SIGTERM": self.stop,
             "resume": self.resume,
             "export": self.export,
-            "disk space": self.check_disk_space,
+            "checkpoints": self.check_disk_space,
         }
 
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
         check_fit(self.config, teacher)
-        self.image_size, self.interpolation = teacher.config.image_size, teacher.config.interpolation
         return f"teacher of {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
         """Read the index, and find every shard of it: here in its full size, or by name in the store."""
         loader = self.config.train_loader
-        folder = Path(loader.local)
-        if loader.remote is not None:
+        remote, folder = loader.remote, Path(loader.local)
+        if remote is not None:
             folder = Path(self.temporary.name)
-            fetch_index(loader.remote, folder)
+            fetch_index(remote, folder)
         self.shards = read_image_index(
             folder,
             loader.column,
             option="train_loader.column",
-            source=loader.remote,
-            shards_may_be_missing=loader.remote is not None,
+            source=remote,
+            shards_may_be_missing=remote is not None,
         )
-        if loader.remote is not None:
-            stored = {Path(key).name for key in list_remote_objects(f"{loader.remote.rstrip('/')}/")}
+        if remote is not None:
+            stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
             if missing := [name for name in names if name not in stored]:
-                first = f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}"
-                raise InputError(f"{loader.remote}: {first}")
+                raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}")
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
         return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all there"
 
@@ -199,8 +148,7 @@ class Rehearsal:
         if self.address.scheme != "s3":
             return "the rehearsal writes and reads"
         _, bucket, path = self.address
-        client = S3ObjectStore(bucket).client
-        target = {"Bucket": bucket, "Key": f"{path}/rights-{self.node.rank}"}
+        client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")
         client.list_objects_v2(Bucket=bucket, Prefix=path)
         client.get_object(**target)
@@ -208,27 +156,24 @@ class Rehearsal:
         return f"{self.config.save_folder}: write, list, read, delete"
 
     def check_labeled_sets(self) -> str:
-        """Load the labeled sets; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, self.image_size, self.interpolation)
-        self.num_labeled = {name: sum(labeled.num_images) for name, labeled in sets.items()}
-        return ", ".join(f"{name}: {count} images" for name, count in self.num_labeled.items()) or "none"
+        """Load the labeled sets, small; download CIFAR if the run would."""
+        sets = build_labeled_sets(self.config.retrieval, 32, "bicubic")
+        self.num_labeled = [sum(labeled.num_images) for labeled in sets.values()]
+        return ", ".join(f"{name}: {sum(labeled.num_images)} images" for name, labeled in sets.items()) or "none"
 
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""
         self.remove()  # what a killed preflight left
         self.start("max_duration=500ba", "retrieval.interval=1ba")
-        if self.node.rank == 0:
-            self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
-        trained = int(self.node.exchange("trained", str(self.num_batches()))[0])
-        if trained < STOP_AFTER_BATCHES:
+        self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
+        if (trained := self.num_batches()) < STOP_AFTER_BATCHES:
             raise self.fault(f"{trained} of {STOP_AFTER_BATCHES} batches were trained")
         return f"{trained} batches, with retrieval at each"
 
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with 143."""
         self.signal(signal.SIGTERM)
-        status = self.wait(STOP_SECONDS)
-        self.batch = int(self.node.exchange("stopped", str(self.num_batches()))[0])
+        status, self.batch = self.wait(STOP_SECONDS), self.num_batches()
         if status != 128 + signal.SIGTERM:
             raise self.fault(f"status {status} instead of 143 within {STOP_SECONDS:.0f} s of SIGTERM")
         return f"all processes exited with status 143 after batch {self.batch}"
@@ -238,21 +183,17 @@ class Rehearsal:
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
-        last = self.batch + BATCHES_AFTER_RESUME
-        self.start(f"max_duration={last}ba")
+        self.start(f"max_duration={self.batch + BATCHES_AFTER_RESUME}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
             raise self.fault(f"the resumed run failed with status {status}")
-        if self.node.rank == 0:
-            if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
-                raise self.fault(f"the run started again instead of resuming at batch {self.batch}")
-            self.logged = read_jsonl(self.log)
-            self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
+        if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
+            raise self.fault(f"the run started again instead of resuming at batch {self.batch}")
+        self.logged = self.read_log()
+        self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches, then retrieval"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
-        if self.node.rank != 0:
-            return "on node 0"
         out = Path(self.temporary.name, "student.safetensors")
         student, _ = load_any(str(self.folder / LATEST), teacher_path=self.config.teacher.checkpoint)
         assert student is not None  # a checkpoint has one
@@ -262,28 +203,31 @@ class Rehearsal:
 
     def check_disk_space(self) -> str:
         """Compare the free space with what the checkpoints need; the rehearsal itself does so for its cache."""
-        if self.node.rank != 0 or self.config.save_folder is None:
-            return "no checkpoints here"
-        kept = max(self.config.save_num_checkpoints_to_keep, 1) + 1  # the next is written before the oldest goes
-        needed, free = kept * self.checkpoint_bytes / 1e9, shutil.disk_usage(self.folder).free / 1e9
+        config, kept = self.config, self.config.save_num_checkpoints_to_keep
+        if config.save_folder is None:
+            return "none: save_folder is null"
+        saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
+        most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
+        needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
+        found = (
+            f"{saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: {needed:.1f} GB at "
+            f"most at a time, {free:.1f} GB are free"
+        )
         if needed > free:
-            raise InputError(f"{self.folder.parent}: {kept} checkpoints need {needed:.1f} GB, {free:.1f} GB are free")
-        return f"{kept} checkpoints in {self.folder.parent}: {needed:.1f} GB of {free:.1f} GB free"
+            raise InputError(f"{self.folder.parent}: {found}")
+        return found
+
+    def read_log(self) -> dict[str, dict[int, float]]:
+        path = self.folder / "log.jsonl"
+        return read_jsonl(path) if path.is_file() else {}
 
     def num_batches(self) -> int:
-        return len(read_jsonl(self.log).get("loss/train/total", {})) if self.log.is_file() else 0
+        return len(self.read_log().get("loss/train/total", {}))
 
     def start(self, *overrides: str) -> None:
         """Start the run with overrides that keep it apart from the user's, and let it read little."""
-        loader, node = self.config.train_loader, self.node
-        launcher = [sys.executable]
-        if node.num_nodes * node.ranks > 1:
-            launcher += ["-m", "composer.cli", "--nproc", str(node.ranks)]
-        if node.num_nodes > 1:
-            with socket.create_server(("", 0)) as probe:
-                port = node.exchange(f"port after {self.batch}", str(probe.getsockname()[1]))[0]
-            launcher += ["--world_size", str(node.num_nodes * node.ranks), "--node_rank", str(node.rank)]
-            launcher += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", port]
+        loader = self.config.train_loader
+        launcher = ["-m", "composer.cli", "--nproc", str(self.ranks)] if self.ranks > 1 else []
         own = [
             f"run_name={self.config.run_name}",
             f"save_folder={self.save_folder}",
@@ -297,8 +241,8 @@ class Rehearsal:
         ]
         if loader.remote is not None:
             own.append(f"train_loader.local={self.cache}")
-        command = [*launcher, str(self.train_script), *self.argv, *own, *overrides]
         with self.output.open("wb") as output:
+            command = [sys.executable, *launcher, *self.command, *own, *overrides]
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
@@ -313,7 +257,7 @@ class Rehearsal:
         """Send a signal to every process of the run, as systemd and SLURM do."""
         if self.process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signum)
+                killpg(self.process.pid, signum)
 
     def fault(self, what: str) -> RunError:
         """Print the run's last lines, and return the error."""
@@ -326,7 +270,7 @@ class Rehearsal:
         for folder in (self.folder, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
         scheme, bucket, path = self.address
-        if self.node.rank == 0 and scheme == "s3":  # Composer cannot delete a file of another store
+        if scheme == "s3":  # Composer cannot delete a file of another store
             store = S3ObjectStore(bucket)
             for key in store.list_objects(f"{path}/"):
                 store.client.delete_object(Bucket=bucket, Key=key)
@@ -339,33 +283,24 @@ class Rehearsal:
                 self.remove()
         self.temporary.cleanup()
 
-    def needs(self) -> Iterator[str]:
-        """Yield what the whole run will need, a line each."""
-        config, num_ranks = self.config, self.node.num_nodes * self.node.ranks
-        batch_size = config.global_train_batch_size
-        last = {key: values[max(values)] for key, values in self.logged.items()}
+    def in_batches(self, duration: str) -> int:
+        """Return a duration in batches, such as 600ba or 100ep."""
+        per_unit = count_samples(self.shards) // self.config.global_train_batch_size if duration.endswith("ep") else 1
+        return int(duration[:-2]) * per_unit
 
-        def in_batches(duration: str) -> int:
-            per_unit = count_samples(self.shards) // batch_size if duration.endswith("ep") else 1
-            return int(duration[:-2]) * per_unit
-
-        batches, pace = in_batches(config.max_duration), last["throughput/images_per_sec"]
-        yield (
-            f"pace          {pace:,.0f} images/s on {num_ranks} rank(s), "
-            f"{last.get('throughput/data_wait', 0):.0%} of it waiting for data"
-        )
-        evaluations = batches // in_batches(config.retrieval.interval) if self.num_labeled else 0
-        measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled.values()) or 1
-        larger = sum(self.num_labeled.values()) / measured
-        evaluating = evaluations * last.get("time/zero_shot_retrieval", 0) * larger / 3600
-        hours = batches * batch_size / pace / 3600 + evaluating
-        yield (
-            f"time          {hours:.1f} h for {batches:,} batches, {evaluating:.1f} h of it in {evaluations} "
-            f"retrievals: {hours * num_ranks:.1f} {'GPU' if torch.cuda.is_available() else 'rank'}-hours"
-        )
-        saved, kept = batches // in_batches(config.save_interval) + 1, config.save_num_checkpoints_to_keep
-        most = saved if kept < 0 else min(kept + 1, saved)
-        yield (
-            f"checkpoints   {saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: "
-            f"{self.checkpoint_bytes * most / 1e9:.1f} GB at most at a time"
+    def needs(self) -> str:
+        """Return what the whole run will need."""
+        config, last = self.config, {key: values[max(values)] for key, values in self.logged.items()}
+        batches, pace = self.in_batches(config.max_duration), last["throughput/images_per_sec"]
+        retrievals = batches // self.in_batches(config.retrieval.interval) if self.num_labeled else 0
+        measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled) or 1
+        seconds = last.get("time/zero_shot_retrieval", 0) * sum(self.num_labeled) / measured
+        evaluating = retrievals * seconds / 3600
+        hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
+        return (
+            f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
+            f"{last.get('throughput/data_wait', 0):.0%} of it waiting for data\n"
+            f"time          {hours:.1f} h for {batches:,} batches, "
+            f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
+            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"
         )

@@ -22,16 +22,19 @@ from composer.utils import dist
 
 from d2v_composer.config.load import load_config
 from d2v_composer.preflight import preflight
+from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Rehearse in one process of each node, which starts the other ranks."""
+    """Rehearse in the first process, which starts the other ranks of its own."""
     if dist.get_local_rank() != 0:
         return
-    train = Path(__file__).with_name("train.py")
+    train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
+    if dist.get_world_size() > ranks:
+        raise InputError(f"several nodes: rehearse on one: composer -n {ranks} recipes/preflight.py FILE.yaml …")
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)
-    command_line.print_next(shlex.join(["composer", "-n", str(dist.get_local_world_size()), str(train), *argv]))
+    command_line.print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))
 
 
 if __name__ == "__main__":

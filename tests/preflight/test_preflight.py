@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from d2v_composer.config.load import load_config
-from d2v_composer.preflight import Node, Rehearsal
+from d2v_composer.preflight import Rehearsal, check
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import ROOT, command_environment, free_port, run_command, small_run, wait_until
+from helpers import ROOT, run_command, small_run, wait_until
+from recipes import preflight
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
 BUCKET = "preflight"
@@ -43,7 +44,7 @@ def small_preflight(folder: Path | str, data: Path, labeled: Path, *overrides: s
 
 
 def rehearsal(*arguments: str) -> Rehearsal:
-    return Rehearsal(arguments, load_config(arguments), PREFLIGHT.with_name("train.py"), Node())
+    return Rehearsal(arguments, load_config(arguments), PREFLIGHT.with_name("train.py"))
 
 
 def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labeled: Path) -> None:
@@ -52,9 +53,9 @@ def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path,
     assert result.returncode == 0, result.stdout + result.stderr
     table, _, needed = result.stdout.partition("\n\n")
     verdicts = {line[:14].strip(): line[15:22].strip() for line in table.splitlines()[1:]}
-    assert {"training", "SIGTERM", "resume", "export"} <= verdicts.keys()
+    assert {"training", "SIGTERM", "resume", "export", "checkpoints"} <= verdicts.keys()
     assert set(verdicts.values()) == {"ok"}
-    for line in ("pace ", "time ", "checkpoints ", f"next: composer -n 1 {PREFLIGHT.with_name('train.py')} "):
+    for line in ("pace ", "time ", f"next: composer -n 1 {PREFLIGHT.with_name('train.py')} "):
         assert f"\n{line}" in needed
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -74,7 +75,7 @@ def test_every_fault_before_training_is_named(
         f"teacher.checkpoint={tmp_path / 'teacher.pt'}",
     )
     for name, look in run.checks().items():
-        run.node.check(name, look)
+        check(name, look)
     rows = capsys.readouterr().out.splitlines()
     found = {row[:14].strip(): row[23:] for row in rows if row[15:21] == "FAILED"}
     assert found.keys() == {"models", "data", "labeled sets"}
@@ -95,17 +96,15 @@ def test_the_needs_of_the_whole_run(
         "save_interval=1000ba",
         "save_num_checkpoints_to_keep=3",
     )
-    run.node.num_nodes, run.node.ranks = 2, 4
-    run.num_labeled, run.checkpoint_bytes = {"a": 512}, 354_500_000
+    run.ranks, run.num_labeled, run.checkpoint_bytes = 8, [512], 354_500_000
     run.shards = [{"samples": 5000 * 256 + 255}]
     measured = {"throughput/images_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
-    text = "\n".join(run.needs())
+    text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of it" in text
     assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals: 13.5 rank-hours" in text
-    assert "31 of 354 MB, 3 kept: 1.4 GB at most" in text
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10, 10**9))
-    with pytest.raises(InputError, match=r": 4 checkpoints need 1\.4 GB, 1\.0 GB are free"):
+    with pytest.raises(InputError, match=r": 31 of 354 MB, 3 kept: 1\.4 GB at most at a time, 1\.0 GB"):
         run.check_disk_space()
 
 
@@ -180,28 +179,8 @@ def test_a_preflight_that_is_stopped_leaves_no_process(tmp_path: Path, small_dat
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 
-@pytest.mark.slow
-def test_two_nodes_rehearse_together(tmp_path: Path, small_data: Path, labeled: Path) -> None:
-    """Both tables show the failures of either node, and both launchers exit with the same status."""
-    arguments = small_preflight(tmp_path / "run", small_data, labeled)
-
-    def rehearse(*more: str) -> list[tuple[int, str]]:
-        port = str(free_port())
-        nodes = []
-        for rank in (0, 1):
-            place = ["--nproc", "1", "--world_size", "2", "--node_rank", str(rank)]
-            launcher = [sys.executable, "-m", "composer.cli", *place, "--master_addr", "127.0.0.1"]
-            command = [*launcher, "--master_port", port, str(PREFLIGHT), *arguments, *(more if rank else ())]
-            nodes.append(subprocess.Popen(command, stdout=-1, text=True, cwd=ROOT, env=command_environment()))
-        outputs = [node.communicate(timeout=900)[0] for node in nodes]
-        return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
-
-    [(status, first), (other_status, second)] = rehearse()
-    assert (status, other_status) == (0, 0), first + second
-    assert "images/s on 2 rank(s)" in first
-    assert not list((tmp_path / "run").iterdir())
-
-    [(status, first), (other_status, second)] = rehearse("teacher.checkpoint=missing.pt")
-    assert (status, other_status) == (1, 1), first + second
-    assert "models         FAILED  node 1: teacher.checkpoint: missing.pt: no such file" in first
-    assert "training       skipped" in second
+def test_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"composer -n 2 recipes/preflight\.py"):
+        preflight.main(["any.yaml"])
