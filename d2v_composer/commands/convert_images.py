@@ -10,7 +10,8 @@ cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels a
 Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
-Layouts and labels files: see find_images in d2v_composer/data/convert.py.
+The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
+folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file: image, class.
 """
 
 import argparse
@@ -40,14 +41,15 @@ def main(argv: Sequence[str]) -> "Conversion":
     """Convert, and print a report."""
     arguments = parse(argv)
 
-    from d2v_composer.data.convert import Encoding, convert_images, find_images
+    from d2v_composer.data.convert import convert_images, find_images
 
     start = time.monotonic()
     source = find_images(arguments.source, arguments.split, arguments.labels)
     conversion = convert_images(
         source,
         arguments.out,
-        Encoding(arguments.resize, arguments.quality),
+        resize=arguments.resize,
+        quality=arguments.quality,
         seed=arguments.seed,
         workers=arguments.workers,
         shard_bytes=arguments.shard_size,
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> "Conversion":
     )
     if conversion.resumed:
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
-    classes = "no labels" if conversion.classes is None else f"{conversion.classes} classes"
+    classes = "no labels" if source.classes is None else f"{len(source.classes)} classes"
     print(
         f"wrote {arguments.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
         f"{conversion.shards} shards, in {time.monotonic() - start:.0f} s"
@@ -75,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     add("--split", default="train", help="the split's folder; default: train")
-    add("--labels", help="a file with the labels of a flat folder; none: no labels")
+    add("--labels", help="a CSV file: image, class; or none")
     add("--resize", type=int, metavar="N", help="shrink the short side to N pixels; default: keep bytes")
     add("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")

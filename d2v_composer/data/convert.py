@@ -12,11 +12,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -29,7 +26,6 @@ from streaming.base.storage import CloudUploader
 from torch import Tensor
 
 from d2v_composer.data.images import (
-    SUFFIXES,
     ImageFile,
     decoding,
     list_images,
@@ -39,15 +35,15 @@ from d2v_composer.data.images import (
     to_rgb,
 )
 from d2v_composer.data.index import INDEX, SUMMARY
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.labeled import load_labeled_set, map_in_workers
 from d2v_composer.data.shards import find_fault
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import sole_user, write_atomically
-from d2v_composer.system.processes import die_with_parent, if_interrupted
+from d2v_composer.system.processes import if_interrupted
 
-LAYOUTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
+KAGGLE = "ILSVRC/Data/CLS-LOC"
 SPLITS = ("train", "val", "validation", "test")
 NO_LABELS = "none"
 CIFAR10 = "cifar10:"
@@ -77,23 +73,17 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
 
     ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
 
-    The images of a folder are in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive), SOURCE/Data/CLS-LOC/SPLIT,
-    SOURCE/CLS-LOC/SPLIT or SOURCE/SPLIT; without any split, in SOURCE itself. There, a folder per class gives the
-    labels: 0, 1, … in the order of the class names, which are those of the train folder for every split. A flat folder
-    needs a labels file:
-
-    - Kaggle's LOC_SPLIT_solution.csv (``ImageId,PredictionString``; the class is the string's first word), or any CSV
-      file with the image in the first column and the class in the second;
-    - a text file with a line ``filename class`` per image.
-
-    An image is named with or without its suffix. The file is SPLIT.txt, SPLIT_labels.txt, labels.txt or Kaggle's; in
-    SOURCE, next to the folder or in it, unless ``labels`` names another. The ground truth file of ILSVRC's devkit is
-    not supported: it has no file names, and its numbers are not in the order of the train folder's classes.
+    The images of a folder are in SOURCE/SPLIT, or in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive); without any
+    split, in SOURCE itself. There, a folder per class gives the labels: 0, 1, … in the order of the class names, which
+    are those of the train folder for every split. A flat folder takes its labels from SOURCE/LOC_SPLIT_solution.csv
+    (Kaggle's), if it is there, or from any CSV file with the image's path, with or without its suffix, in the first
+    column, and the class, one word, in the second. The ground truth file of ILSVRC's devkit is not supported: it has no
+    file names, and its numbers are not in the order of the train folder's classes.
 
     Args:
         source: The folder, or ``cifar10:FOLDER``.
         split: The split's folder.
-        labels: A labels file, or ``none`` for images without labels.
+        labels: A CSV file, or ``none`` for images without labels.
 
     Raises:
         InputError: There are no images, or their labels are ambiguous.
@@ -101,33 +91,31 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
     if str(source).startswith(CIFAR10):
         return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split)
     source = Path(source)
-    if not source.is_dir():
-        raise InputError(f"{source}: {'is not a folder' if source.exists() else 'no such folder'}")
-    candidates = [(name, source / layout / name) for layout in reversed(LAYOUTS) for name in (*SPLITS, split)]
-    folders = {name: folder for name, folder in candidates if folder.is_dir()}
-    if split not in folders and (folders or split != "train"):
-        hint = f"there is: {', '.join(folders)}" if folders else "omit --split if the folder itself is the split"
-        raise InputError(f"{source}: no split {split!r}; {hint}")
-    root = folders.get(split, source)
+    splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
+    root, train = splits / split, splits / "train"
+    if not root.is_dir():
+        others = [name for name in SPLITS if (splits / name).is_dir()]
+        if others or split != "train":
+            raise InputError(f"{source}: no split {split!r}; there is: {', '.join(others) or 'none, omit --split'}")
+        root = source
     files, ignored = list_images(root)
     if labels is None and not any("/" in file.path for file in files):
-        names = (f"LOC_{split}_solution.csv", f"{split}.txt", f"{split}_labels.txt", "labels.txt")
-        paths = [folder / name for folder in (source, root, root.parent) for name in names]
-        labels = next((path for path in paths if path.is_file()), NO_LABELS)
+        labels = csv if (csv := source / f"LOC_{split}_solution.csv").is_file() else NO_LABELS
     if labels == NO_LABELS:
         return ImageSource(root, files, None, ignored)
-    classes = list_subfolders(folders.get("train", root))
+    classes = list_subfolders(train if train.is_dir() else root)
+    names = [file.path.split("/")[0] for file in files]
     if labels is not None:
-        names = _read_labels(Path(labels), files)
-        classes = classes or sorted(set(names), key=lambda name: (len(name), name))  # numbers in their order
-    else:
-        names = [file.path.rpartition("/")[0].split("/")[0] for file in files]
-        if "" in names:
-            stray = root / files[names.index("")].path
-            raise InputError(f"{stray}: is next to class folders, without a class; --labels none ignores these")
-    if unknown := set(names) - set(classes):
-        raise InputError(f"{labels or root}: the train folder has no class {min(unknown)!r}")
+        with reading(labels):
+            rows = [line.split(",") for line in Path(labels).read_text(encoding="utf-8-sig").splitlines()]
+        known = {row[0]: row[1].strip().partition(" ")[0] for row in rows if len(row) > 1}
+        names = [known.get(file.path) or known.get(os.path.splitext(file.path)[0], "") for file in files]
+        classes = classes or sorted({*names} - {""})
     number = {name: label for label, name in enumerate(classes)}
+    for file, name in zip(files, names, strict=True):
+        if name not in number:
+            expected = f"expected a class, one of {', '.join(classes):.80}, got {name!r}"
+            raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return ImageSource(root, labeled, classes, ignored)
 
@@ -139,38 +127,6 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
     images, labels = getattr(labeled, split)
     files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
     return ImageSource(folder / split, files, list(labeled.class_names), {}, images)
-
-
-def _read_labels(path: Path, files: list[ImageFile]) -> list[str]:
-    labels: dict[str, str] = {}
-    with reading(path):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    for row in (line.split(",") if path.suffix == ".csv" else line.rsplit(maxsplit=1) for line in lines):
-        if len(row) < 2:
-            raise InputError(
-                f"{path}: not a labels file: each line must be 'filename label', or it is Kaggle's "
-                "LOC_val_solution.csv (the bare numbers of ILSVRC's devkit are not in the order of the classes)"
-            )
-        name = _without_suffix(row[0].strip())
-        labels[name] = labels[PurePosixPath(name).name] = row[1].split()[0]
-    names = [_without_suffix(file.path) for file in files]
-    if unlabeled := next((name for name in names if name not in labels), None):
-        raise InputError(f"{path}: no label for {unlabeled}")
-    return [labels[name] for name in names]
-
-
-def _without_suffix(name: str) -> str:
-    path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else str(path)
-
-
-class Encoding(NamedTuple):
-    """The encoding of stored images."""
-
-    resize: int | None = None
-    """Shrink a longer short side to this many pixels; ``None``: keep the files' bytes."""
-    quality: int = 90
-    """The quality of JPEGs that are encoded again."""
 
 
 def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> bytes:
@@ -204,48 +160,34 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
         return buffer.getvalue()
 
 
-class Shard(NamedTuple):
-    """The record of a finished shard."""
-
-    entry: dict[str, Any] | None
-    """Its entry in the index; ``None`` if none of its images was readable."""
-    skipped: list[str]
-    existed: bool = False
-    """An interrupted run had finished it."""
-
-
-class Task(NamedTuple):
+class _Task(NamedTuple):
     """A conversion, as its workers inherit it."""
 
     source: ImageSource
-    encoding: Encoding
-    skip_unreadable: bool
-    out: str
-    is_remote: bool
-    work: Path
-    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
     groups: list[NDArray[np.int64]]
     """The numbers of each shard's images."""
+    resize: int | None
+    quality: int
+    skip_unreadable: bool
+    out: str
+    work: Path
+    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
     """The folder of the records of these shards; other images or settings have another one."""
 
-    def check(self) -> None:
-        """Check that ``out`` can be written, and holds nothing but an interrupted conversion.
+    def check_out(self) -> None:
+        """Check that ``out`` can be written, and has no finished data set.
 
         Raises:
             InputError: One of these does not hold.
         """
-        folder = Path(self.out)
-        if self.is_remote:
+        is_finished = (Path(self.out) / INDEX).exists()
+        if is_remote(self.out):
             try:
                 with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
                     is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
             except Exception as error:
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
-        else:
-            is_finished = (folder / INDEX).exists()
-            if not is_finished and folder.is_dir() and any(folder.iterdir()) and not self.work.is_dir():
-                raise InputError(f"{folder}: is not empty, and holds no interrupted conversion")
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
             raise InputError(f"{self.out}: has a finished data set: remove it, or choose another OUT")
@@ -257,60 +199,55 @@ class Task(NamedTuple):
         Raises:
             RunError: The disk or the store fails.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
         with writing(self.out), TemporaryDirectory(dir=self.work) as folder:
-            uploader = CloudUploader.get((folder, self.out), retry=ATTEMPTS) if self.is_remote else None
+            uploader = CloudUploader.get((folder, self.out), retry=ATTEMPTS) if is_remote(self.out) else None
             path = Path(folder, name)
             yield path
             if uploader is None:
                 with suppress(FileNotFoundError):
-                    os.replace(path, Path(self.out) / name)
+                    path.replace(Path(self.out) / name)
             elif path.exists():
                 try:
                     uploader.upload_file(name)
                 except Exception as error:
                     raise RunError(f"{self.out}: cannot be written: {reason(error)}") from error
 
-    def publish_json(self, name: str, content: dict[str, Any]) -> None:
-        """Publish a JSON file."""
-        with self.published(name) as path:
-            path.write_text(json.dumps(content, sort_keys=True))
+    def finish_shard(self, number: int) -> dict[str, Any]:
+        """Write a group's shard, unless it exists.
 
-    def finish_shard(self, number: int) -> Shard:
-        """Write a group's shard, unless it exists."""
-        record = self.records / f"{number}.json"
+        Returns:
+            Its record: ``entry`` in the index, ``None`` if none of its images was readable, and the ``skipped`` images.
+        """
+        record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            shard = Shard(*json.loads(record.read_bytes()), existed=True)
-            file = FileInfo(**shard.entry["raw_data"]) if shard.entry else None
-            path = Path(self.out) / file.basename if file else record
+            done, path = json.loads(record.read_bytes()), Path(self.out, name)
             # A store keeps what it has accepted.
-            is_whole = self.is_remote or file is None or (path.exists() and find_fault(path, file) is None)
-            if is_whole and (self.skip_unreadable or not shard.skipped):
-                return shard
-        with self.published(f"shard.{number:05}.mds") as path:
-            shard = self._write([self.source.files[i] for i in self.groups[number]], path)
-        write_atomically(record, json.dumps([shard.entry, shard.skipped]))
-        return shard
-
-    def _write(self, files: list[ImageFile], path: Path) -> Shard:
+            is_whole = (
+                done["entry"] is None
+                or is_remote(self.out)
+                or (path.exists() and find_fault(path, FileInfo(**done["entry"]["raw_data"])) is None)
+            )
+            if is_whole and (self.skip_unreadable or not done["skipped"]):
+                return done
+        files = [self.source.files[i] for i in self.groups[number]]
         columns = {"image": "bytes"} if files[0].label is None else {"image": "bytes", "label": "int"}
-        writer = MDSWriter(columns=columns, out=str(path.parent / "mds"), hashes=HASHES, size_limit=None)
-        skipped: list[str] = []
-        for file in files:
-            try:
-                writer.write({"image": self._read_image(file), "label": file.label})
-            except UnreadableImageError as error:
-                if not self.skip_unreadable:
-                    raise InputError(f"{error}; --skip-unreadable skips such images") from error
-                skipped.append(str(error).removeprefix(f"{self.source.root}/"))
-        entry = None
-        if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
-            writer.flush_shard()
-            entry = writer.shards[0]
-            (path.parent / "mds" / entry["raw_data"]["basename"]).rename(path)
-            entry["raw_data"]["basename"] = path.name
-        writer.executor.shutdown()
-        return Shard(entry, skipped)
+        done = {"entry": None, "skipped": []}
+        with self.published(name) as path:
+            writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
+            writer.shards = [None] * number  # their number becomes the next one's name
+            for file in files:
+                try:
+                    writer.write({"image": self._read_image(file), "label": file.label})
+                except UnreadableImageError as error:
+                    if not self.skip_unreadable:
+                        raise InputError(f"{error}; --skip-unreadable skips such images") from error
+                    done["skipped"].append(str(error).removeprefix(f"{self.source.root}/"))
+            if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
+                writer.flush_shard()
+                done["entry"] = writer.shards[-1]
+            writer.executor.shutdown()
+        write_atomically(record, json.dumps(done))
+        return done
 
     def _read_image(self, file: ImageFile) -> bytes:
         if self.source.pixels is not None:
@@ -319,34 +256,7 @@ class Task(NamedTuple):
             return buffer.getvalue()
         path = self.source.root / file.path
         with reading(path):
-            return as_rgb_jpeg(read_image_file(path), str(path), *self.encoding)
-
-    def finish(self, workers: int) -> list[Shard]:
-        """Finish all shards in worker processes; return them in their order."""
-        shards: list[Shard] = []
-        left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
-        bar = progress_bar(total=len(self.source.files), desc="converting", unit="images")
-        try:
-            with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (self,)) as pool, left, bar:
-                for group, shard in zip(self.groups, pool.map(_finish_shard, range(len(self.groups))), strict=True):
-                    shards.append(shard)
-                    bar.update(len(group))
-        except BrokenProcessPool as error:
-            hint = "the same command resumes, with fewer workers if memory is short"
-            raise RunError(f"--workers {workers}: a worker was killed; {hint}") from error
-        return shards
-
-
-_tasks: list[Task] = []  # a worker's own
-
-
-def _start_worker(task: Task) -> None:
-    die_with_parent()
-    _tasks.append(task)
-
-
-def _finish_shard(number: int) -> Shard:
-    return _tasks[-1].finish_shard(number)
+            return as_rgb_jpeg(read_image_file(path), str(path), self.resize, self.quality)
 
 
 def work_folder(out: str) -> Path:
@@ -360,8 +270,6 @@ class Conversion(NamedTuple):
     """The result of a conversion."""
 
     images: int
-    classes: int | None
-    """``None`` if the images have no labels."""
     bytes: int
     """The size of all shards."""
     shards: int
@@ -374,8 +282,9 @@ class Conversion(NamedTuple):
 def convert_images(
     source: ImageSource,
     out: str | Path,
-    encoding: Encoding,
     *,
+    resize: int | None = None,
+    quality: int = 90,
     seed: int = 0,
     workers: int = 1,
     shard_bytes: int = 1 << 26,
@@ -386,7 +295,8 @@ def convert_images(
     Args:
         source: The images; see :func:`find_images`. CIFAR-10's become PNGs, in their order.
         out: A folder, or an address in any store that mosaicml-streaming can write: s3://, gs://, …
-        encoding: How to store the images of a folder.
+        resize: Shrink a longer short side to this many pixels; ``None``: keep the files' bytes.
+        quality: The quality of JPEGs that are encoded again.
         seed: The seed of the order.
         workers: Processes that convert.
         shard_bytes: The approximate size of a shard.
@@ -397,47 +307,50 @@ def convert_images(
         RunError: The disk or the store fails, or a worker was killed.
     """
     out = str(out).rstrip("/")
-    work = work_folder(out)
+    work, folder = work_folder(out), Path(out)
     if source.pixels is None and work.is_relative_to(source.root.resolve()):
         raise InputError(f"{out}: is in the folder of the images, {source.root}")
-    groups = _groups(source, encoding, seed, shard_bytes)
-    described = repr((source.root.resolve(), encoding, source.files, [group.tolist() for group in groups]))
-    records = work / hashlib.sha256(described.encode()).hexdigest()[:16]
-    task = Task(source, encoding, skip_unreadable, out, is_remote(out), work, groups, records)
-    task.check()
+    if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
+    groups = _groups(source, resize, seed, shard_bytes)
+    settings = repr((source.root.resolve(), source.files, resize, quality, seed, shard_bytes))
+    records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    task = _Task(source, groups, resize, quality, skip_unreadable, out, work, records)
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
-        task.check()  # again: that conversion may have finished
-        shards = task.finish(workers)
-        entries = [shard.entry for shard in shards if shard.entry is not None]
+        task.check_out()
+        resumed, shards = len(list(records.glob("*.json"))), []
+        left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
+        with left, progress_bar(total=len(source.files), desc="converting", unit="images") as bar:
+            done = map_in_workers(task.finish_shard, range(len(groups)), workers)
+            for group, shard in zip(groups, done, strict=True):
+                shards.append(shard)
+                bar.update(len(group))
+        entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
             raise InputError(f"{out}: none of the {len(source.files)} images can be read")
         names = {entry["raw_data"]["basename"] for entry in entries}
-        for path in () if task.is_remote else Path(out).glob("shard.*.mds"):
+        for path in folder.glob("shard.*.mds"):
             if path.name not in names:  # of an interrupted conversion with other settings
                 path.unlink()
-        skipped = [line for shard in shards for line in shard.skipped]
+        skipped = [line for shard in shards for line in shard["skipped"]]
         num_images = sum(entry["samples"] for entry in entries)
         summary = {"images": num_images, "classes": source.classes, "skipped": skipped, "seed": seed}
-        task.publish_json(SUMMARY, summary | encoding._asdict())
-        task.publish_json(INDEX, {"version": 2, "shards": entries})
+        summary |= {"resize": resize, "quality": quality}
+        for name, content in ((SUMMARY, summary), (INDEX, {"version": 2, "shards": entries})):
+            with task.published(name) as path:
+                path.write_text(json.dumps(content, sort_keys=True))
         shutil.rmtree(work)
-    return Conversion(
-        images=num_images,
-        classes=len(source.classes) if source.classes else None,
-        bytes=sum(entry["raw_data"]["bytes"] for entry in entries),
-        shards=len(entries),
-        skipped=skipped,
-        resumed=sum(shard.existed for shard in shards),
-    )
+    num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
+    return Conversion(num_images, num_bytes, len(entries), skipped, resumed)
 
 
-def _groups(source: ImageSource, encoding: Encoding, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
+def _groups(source: ImageSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
     """Return the numbers of the images of each shard of about ``shard_bytes``, in a random order."""
     sizes = np.array([file.num_bytes for file in source.files])
-    if encoding.resize:
-        sizes = np.minimum(sizes, encoding.resize**2 * BYTES_PER_SQUARE)
+    if resize:
+        sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
     order = np.arange(len(sizes))
     if source.pixels is None:
         order = np.random.default_rng(seed).permutation(order)
@@ -461,4 +374,4 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
         if not (out / split / INDEX).exists():
             source = find_images(f"{CIFAR10}{images}", split)
             source = source._replace(files=source.files[:num_images])
-            convert_images(source, out / split, Encoding(), workers=os.cpu_count() or 1)
+            convert_images(source, out / split, workers=os.cpu_count() or 1)

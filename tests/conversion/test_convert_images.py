@@ -89,7 +89,7 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     want = {path.read_bytes(): CLASSES.index(path.parent.name) for path in (source / "train").rglob("*.JPEG")}
     assert {sample["image"]: int(sample["label"]) for sample in found} == want
     assert len(found) == len(want) == result.images == NUM_IMAGES
-    assert (result.classes, result.skipped) == (3, [])
+    assert result.skipped == []
     assert result.shards == len(list(out.glob("shard.*.mds"))) > 5
     assert {name for name in tree(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
     # Shuffled over all classes: the first shard has more than one.
@@ -107,11 +107,8 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     ("name", "lines", "want"),
     [
         ("LOC_val_solution.csv", ["ImageId,PredictionString", "a,10 85 1 499 272", "b,2 85 1 9 2 10 1 2 3 4"], [1, 2]),
-        ("val_labels.txt", ["a.jpg 10", "b 2"], [1, 2]),  # in the order of the train folder's classes
-        ("val_labels.txt", ["val/a.jpg 1", "val/b.jpg 1"], [0, 0]),
-        ("val_labels.txt", ["a.jpg 0", "b.jpg 1"], "the train folder has no class '0'"),
-        ("val_labels.txt", ["a.jpg 1"], "no label for b"),
-        ("val_labels.txt", ["490", "361"], r"'filename label', or it is Kaggle's LOC_val_solution\.csv .*devkit"),
+        ("LOC_val_solution.csv", ["a.jpg,0", "b.jpg,1"], r"val/a.jpg: expected a class, one of 1, 10, 2, got '0'"),
+        ("LOC_val_solution.csv", ["a.jpg, 1"], r"val/b.jpg: expected a class, one of .*, got ''"),
     ],
 )
 def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list[str], want: list | str):
@@ -124,7 +121,7 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
     else:
         assert [file.label for file in find_images(tmp_path, "val").files] == want
     result = main([str(tmp_path), str(tmp_path / "out"), "--split", "val", "--labels", "none", "--workers", "1"])
-    assert (result.images, result.classes) == (2, None)
+    assert result.images == 2
     assert all(sample.keys() == {"image"} for sample in samples(tmp_path / "out"))
 
 
@@ -134,8 +131,8 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
         ([], [], "no images"),
         (["val/a/1.jpg"], [], "no split 'train'; there is: val"),
         (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
-        (["a/1.jpg", "2.jpg"], [], "2.jpg: is next to class folders"),
-        (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "no class 'b'"),
+        (["a/1.jpg", "2.jpg"], [], "2.jpg: expected a class, one of a, got '2.jpg'; --labels none"),
+        (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected a class, one of a, got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
     ],
 )
@@ -236,7 +233,7 @@ def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Pat
 
 def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(convert, "as_rgb_jpeg", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match="--workers 2: a worker was killed; the same command resumes"):
+    with pytest.raises(RunError, match=r"DataLoader worker .*: the same command resumes"):
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
 
