@@ -22,12 +22,6 @@ EXPORT = "export that of a training checkpoint first"
 TEACHER = GOLDEN / "tiny_base.pt"
 
 
-@pytest.fixture
-def student(tmp_path: Path) -> Path:
-    save_student(load_teacher(TEACHER).build_student(depth=1), tmp_path / "student.safetensors")
-    return tmp_path / "student.safetensors"
-
-
 def refusal(load: Callable[..., Any], *arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         load(*arguments)
@@ -41,10 +35,9 @@ def test_load_student_names_the_command_for_another_file() -> None:
         assert refusal(load_student, path).endswith(f"expected an exported student; {EXPORT}: {command}")
 
 
-def test_load_teacher_names_the_kind_of_another_file(uninterrupted: Path, student: Path) -> None:
+def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "latest-rank0.pt"
     assert "is a training checkpoint, expected a teacher; " in refusal(load_teacher, checkpoint)
-    assert "is the file of a student, expected that of a teacher" in refusal(load_teacher, student)
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher, load_any])

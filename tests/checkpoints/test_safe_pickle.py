@@ -6,7 +6,6 @@ import enum
 import importlib
 import os
 import pickle
-import tarfile
 import types
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from omegaconf import OmegaConf
 
 from d2v_composer import load_teacher
 from d2v_composer.checkpoints.safe_load import load_untrusted, plain
-from helpers import GOLDEN, refused_by, time_limit
+from helpers import GOLDEN, refused_by
 
 QKV = "blocks.1.attn.qkv.weight"
 
@@ -70,12 +69,10 @@ def new(cls: type, canary: Path) -> Any:
 ARMED: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "os.system": (lambda canary: Call(os.system, f"touch {canary}"), False),
     "exec": (lambda canary: Call(builtins.exec, f"open({str(canary)!r}, 'w').close()"), True),
-    "method": (lambda canary: Call(Path.touch, canary), False),
     "call_of_a_call": (
         lambda canary: Call(Call(getattr, Call(importlib.import_module, "os"), "system"), f"touch {canary}"),
         False,
     ),
-    "class": (lambda canary: Call(RunsInNew, canary), True),
     "new": (lambda canary: new(RunsInNew, canary), True),
     "setstate": (lambda canary: new(RunsInSetstate, canary), True),
 }
@@ -153,22 +150,6 @@ def zipped(body: bytes, folder: Path) -> Path:
     return path
 
 
-def first_pickle(body: bytes, folder: Path) -> Path:
-    """A bare pickle."""
-    path = folder / "teacher.pt"
-    path.write_bytes(body)
-    return path
-
-
-def tar(body: bytes, folder: Path) -> Path:
-    """A file of the oldest format, whose members are all the same pickle."""
-    path, member = folder / "teacher.pt", first_pickle(body, folder).rename(folder / "body")
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            archive.add(member, name)
-    return path
-
-
 def hand_made(canary: Path) -> dict[str, bytes]:
     command = U(f"touch {canary}")
     stub, system = G("some.where", "Class") + b")R", G("os", "system")
@@ -187,12 +168,9 @@ def hand_made(canary: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("format", [zipped, first_pickle, tar])
-def test_no_code_of_a_hand_made_pickle_runs(
-    format: Callable[[bytes, Path], Path], canary: Path, tmp_path: Path
-) -> None:
+def test_no_code_of_a_hand_made_pickle_runs(canary: Path, tmp_path: Path) -> None:
     for name, body in hand_made(canary).items():
-        refusal(format(b"\x80\x02" + body, tmp_path))
+        refusal(zipped(b"\x80\x02" + body, tmp_path))
         assert not canary.exists(), name
 
 
@@ -217,15 +195,6 @@ def test_a_file_of_torch_before_1_6_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     torch.save(read(), path, _use_new_zipfile_serialization=False)
     assert "save an older file again with torch >= 1.6" in refusal(path)
-
-
-def test_a_size_that_nests_without_end_is_named_soon(tmp_path: Path) -> None:
-    teacher, nested = read(), [1]
-    for _ in range(60):
-        nested = [nested, nested]
-    teacher["cfg"]["model"]["depth"] = nested
-    with time_limit(20):
-        assert "depth must be a whole number" in refusal(save(teacher, tmp_path))
 
 
 # Loaded contents.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return file.metadata()
 
 
-def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> Path:
-    """Replace the file's tensors or metadata."""
-    tensors = load_file(path) if tensors is None else tensors
-    save_file(tensors, path, read_metadata(path) | metadata)
+def rewrite(path: Path, **metadata: str) -> Path:
+    """Replace some of the file's metadata."""
+    save_file(load_file(path), path, read_metadata(path) | metadata)
     return path
 
 
@@ -80,14 +78,13 @@ def test_a_converted_teacher_is_the_same_bit_for_bit(name: str, weights: Any, tm
         load_teacher(path, other)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.2)])
-def test_a_teacher_stored_in_16_bits_is_float32_and_close(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+def test_a_teacher_stored_in_16_bits_is_float32_and_close(tmp_path: Path) -> None:
     path = tmp_path / "teacher.safetensors"
-    convert_teacher(golden(), path, dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
+    convert_teacher(golden(), path, dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     teacher, original = load_teacher(path), load_teacher(golden())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
-    torch.testing.assert_close(targets(teacher), targets(original), rtol=0, atol=tolerance)
+    torch.testing.assert_close(targets(teacher), targets(original), rtol=0, atol=0.02)
 
 
 def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,10 +101,9 @@ def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pyt
     assert set(conversion.left) == decoder
     assert len(conversion.used) + len(decoder) == len(stored)
     printed = capsys.readouterr().out
-    for text in (f"used {len(conversion.used)} tensors", f"left {len(decoder)} tensors"):
-        assert text in printed
+    assert f"used {len(conversion.used)} tensors" in printed
     for group in {name.rsplit(".", 1)[0] for name in decoder}:
-        assert group in printed
+        assert group in printed.partition(f"left {len(decoder)} tensors")[2]
 
 
 # No partial files.
@@ -125,15 +121,7 @@ def test_an_unusable_source_leaves_the_output_as_it_was(tmp_path: Path) -> None:
         assert out.read_bytes() == b"what was there before"
 
 
-@pytest.mark.parametrize("out", ["folder", "file/teacher.safetensors"])
-def test_an_output_that_cannot_be_written_is_refused(out: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_bytes(b"")
-    refused_by(lambda path: convert_teacher(golden(), path), tmp_path / out)
-    assert files_in(tmp_path) == ["file", "folder"]
-
-
-# Corrupt files, false headers, other formats.
+# Corrupt files, other contents.
 
 
 def test_a_truncated_file_is_refused(converted: Path, exported: Path) -> None:
@@ -144,38 +132,14 @@ def test_a_truncated_file_is_refused(converted: Path, exported: Path) -> None:
             assert refused_by(load, path)
 
 
-LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "shape": lambda header: header[QKV].update(shape=[10**6, 10**6]),
-    "offsets": lambda header: header[QKV].update(data_offsets=[0, 10**12]),
-    "dtype": lambda header: header[QKV].update(dtype="F64"),
-    "metadata": lambda header: header.update(__metadata__=[1]),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_a_false_header_is_refused(lie: str, converted: Path) -> None:
-    content = converted.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    LIES[lie](header)
-    encoded = json.dumps(header).encode()
-    converted.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
-    assert refused_by(load_teacher, converted)
-
-
-CONFIGS = ["", "{", "[]", "null", '{"depth": 3}', '{"surprise": 1}']
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("config", [*CONFIGS, DEEP], ids=[*CONFIGS, "deep"])
-def test_unusable_sizes_are_refused(config: str, converted: Path) -> None:
-    refused_by(load_teacher, rewrite(converted, config=config))
-
-
-@pytest.mark.parametrize("metadata", [{"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}])
-def test_other_metadata_are_refused(metadata: dict[str, str], converted: Path, exported: Path) -> None:
+def test_other_metadata_are_refused(converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
-        assert refused_by(load, rewrite(path, None, **metadata))
+        content = path.read_bytes()
+        for metadata in ({"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}):
+            path.write_bytes(content)
+            assert refused_by(load, rewrite(path, **metadata))
+    for config in ("", "[]", '{"depth": 3}', "[" * 100_000):
+        refused_by(load_teacher, rewrite(converted, format_version="1", config=config))
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
@@ -187,8 +151,6 @@ def test_other_programs_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for load in (load_teacher, load_student):
         assert "is no file of d2v_composer" in refused_by(load, tmp_path / "other.safetensors")
-    assert "no such file" in refused_by(load_student, tmp_path / "nowhere.safetensors")
-    assert "is a folder" in refused_by(load_student, tmp_path)
 
 
 # Students.
@@ -200,7 +162,7 @@ def embeddings(student: Student) -> dict[str, torch.Tensor]:
         return student.embed_all(images)
 
 
-@pytest.mark.parametrize(("name", "alibi"), [("tiny_base", True), ("tiny_alibi", True), (NAMES[2], False)])
+@pytest.mark.parametrize(("name", "alibi"), [("tiny_alibi", True), (NAMES[2], False)])
 def test_an_exported_student_is_the_same(name: str, alibi: bool, tmp_path: Path) -> None:
     source, path = tmp_path / "teacher.pt", tmp_path / "new" / "student.safetensors"
     source.write_bytes(golden(name).read_bytes())
