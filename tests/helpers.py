@@ -24,7 +24,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from composer.devices import DeviceCPU
 from PIL import Image
 from streaming import MDSWriter
 from torch import Tensor
@@ -66,20 +65,6 @@ def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
     with time_limit(seconds):
         while not holds():
             time.sleep(0.005)
-
-
-class OnDevice(Tensor):
-    """A tensor that was moved to the device, or computed from such a one."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnDevice":
-        return self.clone().as_subclass(OnDevice)
-
-
-class LabeledDevice(DeviceCPU):
-    """A device that labels the tensors moved to it, but no weights."""
-
-    def tensor_to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.as_subclass(OnDevice)
 
 
 def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
@@ -174,12 +159,6 @@ def start_python(*arguments: str | Path, cwd: Path = ROOT, environment: dict[str
     """Start a Python program from a process that has imported what it needs."""
     variables = command_environment() | (environment or {})
     return preloaded_python().start([str(part) for part in arguments], cwd, variables)
-
-
-def start_training(*overrides: str, data: Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Program:
-    """Start :func:`small_run` with overrides, ``save_folder`` among them."""
-    command = train_command(small_run(Path("unused"), data, *overrides))
-    return start_python(*command[1:], cwd=cwd, environment=environment)
 
 
 def has_trained(folder: Path) -> bool:

@@ -1,38 +1,28 @@
-"""Checkpoints: what is kept locally and in S3, uploads, signals during a retrieval, and one run a folder at a time."""
+"""Checkpoints: what is kept locally and in S3, uploads, and one run a folder at a time."""
 
 import errno
 import logging
 import os
-import platform
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from composer.core import Precision
 
-from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.callbacks.checkpointing import Checkpoints, FolderLock, outdated, prune_store
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.checkpoints.safe_load import LATEST
-from d2v_composer.system import processes
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 from helpers import (
     ROOT,
-    assert_same_student,
     command_environment,
     has_trained,
     small_run,
-    start_python,
     train_command,
     wait_until,
 )
@@ -82,28 +72,6 @@ def test_pruning_a_store_leaves_other_folders_alone(
     assert {name for name in store.objects(BUCKET) if "/" not in name} == set(names_of(10, 20))
 
 
-def test_an_unreachable_store_is_waited_for_while_training_continues(
-    store: GatedStore, uninterrupted: Path, small_data: Path, tmp_path: Path
-) -> None:
-    """Then the checkpoints are uploaded, and the outdated one is removed."""
-    folder = tmp_path / "away"
-    overrides = (f"save_folder=s3://{BUCKET}/away", "save_interval=7ba", "save_num_checkpoints_to_keep=1")
-    command = train_command(small_run(Path("unused"), small_data, *overrides))[1:]
-    process = start_python(*command, cwd=tmp_path, environment=store.environment)
-    wait_until(lambda: has_trained(folder), seconds=90)
-    with store.unreachable():
-        wait_until(lambda: (folder / "ep2-ba14-rank0.pt").is_file(), seconds=90)
-        time.sleep(5)  # Composer's own uploader fails after seconds
-        assert process.poll() is None
-    assert process.wait(timeout=90) == 0, process.stderr
-    stored = store.objects(BUCKET, "away/")
-    assert stored[f"{LATEST}.symlink"].decode().strip() == "away/ep2-ba14-rank0.pt"
-    assert stored["ep2-ba14-rank0.pt"] == (folder / "ep2-ba14-rank0.pt").read_bytes()
-    assert stored["log.jsonl"] == (folder / "log.jsonl").read_bytes()
-    assert [name for name in stored if name.endswith(".pt")] == ["ep2-ba14-rank0.pt"]
-    assert_same_student(folder, uninterrupted)
-
-
 def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.LogCaptureFixture) -> None:
     uploads, done = Uploads("s3://bucket/run"), []
 
@@ -123,134 +91,23 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
     assert caplog.messages == ["s3://bucket/run: cannot be written"]
 
 
-def test_a_second_close_uploads_nothing(tmp_path: Path) -> None:
-    """Composer closes callbacks again at exit, when no thread can start."""
-    uploads = Uploads("s3://bucket/run")
-    nothing: Any = None
-    checkpoints = Checkpoints(RunFolder(tmp_path, uploads.address), "5ba", uploads=uploads)
-    checkpoints.close(nothing, nothing)
-    uploads.thread.shutdown()
-    checkpoints.close(nothing, nothing)
-    checkpoints.post_close()
-    uploads.post_close()
-
-
-LAST_BATCH = 5
-
-
-class Timestamp(int):
-    """The number of a batch, as Composer gives it."""
-
-    @property
-    def batch(self) -> int:
-        return int(self)
-
-
-class Run:
-    """A run of one rank with one retrieval, which does something while it measures and while it logs the accuracy."""
-
-    def __init__(self) -> None:
-        self.stop, self.retrieval = Checkpoints(None, "1000ba"), ZeroShotRetrieval({}, embed=lambda images: images)
-        self.while_measuring: Callable[[], object] = int
-        self.while_logging: Callable[[], object] = int
-        self.logged: list[dict[str, float]] = []
-        self.retrieval.datasets = {"small": None}  # type: ignore[dict-item]
-        self.retrieval.measure_set = self.measure_set
-        self.state: Any = SimpleNamespace(
-            callbacks=[self.stop, self.retrieval],
-            model=torch.nn.Identity(),
-            fsdp_enabled=False,
-            precision=Precision.FP32,
-            precision_config=None,
-            max_duration=LAST_BATCH,
-        )
-        self.stop.init(self.state, self.logger)
-
-    @property
-    def logger(self) -> Any:
-        return SimpleNamespace(log_metrics=self.log_metrics)
-
-    def measure_set(self, dataset: str, embeds: Any, state: Any) -> Iterator[tuple[str | None, str, float]]:
-        self.retrieval.stop_if_asked()
-        self.while_measuring()
-        self.retrieval.stop_if_asked()
-        yield None, "accuracy", 0.5
-
-    def log_metrics(self, metrics: dict[str, float]) -> None:
-        self.while_logging()
-        self.logged.append(metrics)
-
-    def end_batch(self, batch: int) -> None:
-        self.state.timestamp = Timestamp(batch)
-        self.stop.batch_end(self.state, self.logger)
-        self.retrieval.evaluate(self.state, self.logger)
-
-
-@pytest.fixture
-def run() -> Iterator[Run]:
-    yield Run()
-    processes.forget_signals()
-
-
-def test_a_signal_cuts_a_measurement_short_and_nothing_else(run: Run) -> None:
-    run.while_logging = lambda: signal.raise_signal(signal.SIGTERM)
-    run.end_batch(3)
-    assert not run.retrieval.was_stopped
-    assert [entry["batch"] for entry in run.retrieval.history] == [3]
-    assert [list(metrics) for metrics in run.logged] == [["time/zero_shot_retrieval"], ["accuracy"]]
-    run.end_batch(4)
-    assert run.stop.stopped_by == signal.SIGTERM
-    assert run.retrieval.was_stopped
-    assert len(run.logged) == 2
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_in_the_last_batch_the_retrieval_is_finished_and_the_run_exits(run: Run, signum: signal.Signals) -> None:
-    run.while_measuring = lambda: signal.raise_signal(signum)
-    run.end_batch(LAST_BATCH)
-    assert [entry["batch"] for entry in run.retrieval.history] == [LAST_BATCH]
-    assert not run.retrieval.was_stopped
-    with pytest.raises(SystemExit) as ended:
-        run.stop.end_training(run.state)
-    assert ended.value.code == 128 + signum
-
-
-def test_before_the_first_batch_and_after_the_last_the_programs_own_handlers_are_in_place(run: Run) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    run.end_batch(LAST_BATCH)
-    assert signal.getsignal(signal.SIGTERM) != before
-    run.stop.end_training(run.state)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v_composer.callbacks.checkpointing.LOCK_WAIT_SECONDS", 0.1)
-    first = Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba")
-    this_one = f"or stop process {os.getpid()} of {platform.node()}$"
-    with pytest.raises(InputError, match=f" is in use by another run: .*, {this_one}"):
-        Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba")
-    first.post_close()
-    Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba").post_close()
+def test_a_folder_is_of_one_address(tmp_path: Path) -> None:
+    for _ in range(2):
+        Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba").post_close()
     for address, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
         with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not those of {words}"):
             Checkpoints(RunFolder(tmp_path, address), "5ba")
 
 
-@pytest.mark.parametrize("removed", ["", ".in_use", "replaced"])
-def test_a_run_stops_when_its_folder_is_removed(tmp_path: Path, removed: str) -> None:
-    """Without it there is no lock, log or record."""
+def test_a_run_stops_when_its_folder_is_another_runs(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     checkpoints = Checkpoints(RunFolder(folder), "5ba")
     state: Any = SimpleNamespace(callbacks=[], timestamp=SimpleNamespace(batch=3), max_duration=None)
     logger: Any = None
     try:
         checkpoints.batch_end(state, logger)
-        if removed == ".in_use":
-            (folder / removed).unlink()
-        else:
-            shutil.rmtree(folder)
-        if removed == "replaced":
-            Checkpoints(RunFolder(folder), "5ba").post_close()
+        shutil.rmtree(folder)
+        Checkpoints(RunFolder(folder), "5ba").post_close()
         with pytest.raises(RunError, match=r"run or its lock \.in_use was removed .* stopped after batch 2;"):
             checkpoints.batch_end(state, logger)
     finally:

@@ -1,16 +1,7 @@
 """Progress of a run: bar and lines, and the callbacks that measure their numbers."""
 
-import contextlib
-import fcntl
 import io
-import os
-import pty
 import re
-import struct
-import sys
-import termios
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
-from helpers import small_run
-from recipes import train as train_recipe
 
 
 class Clock:
@@ -153,27 +142,3 @@ def test_a_slow_run_prints_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPa
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["batch 3/6 (50 %)", "batch 6/6 (100 %)"]
     assert lines[0].endswith("left 00:12")
-
-
-def test_a_terminal_gets_a_bar(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    shown = bytearray()
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # the other end is closed
-            while part := os.read(controller, 1 << 16):
-                shown.extend(part)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    with os.fdopen(terminal, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        train_recipe.main(small_run(tmp_path / "run", small_data))
-        monkeypatch.undo()
-    reader.join(timeout=10)
-    os.close(controller)
-    text = shown.decode(errors="replace")
-    bar = r"quickstart +100%\|.*\| 14/14 \[\d\d:\d\d<00:00, loss \d\.\d{4}, \d+ images/s, data wait \d+%\]"
-    assert re.search(bar, text), text[-3000:]
-    assert not any(line.startswith("batch ") for line in text.splitlines())

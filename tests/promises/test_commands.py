@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,22 +97,37 @@ def test_each_command_names_the_next(small_data: Path, labeled: Path, tmp_path: 
     assert (tmp_path / "run" / "student.safetensors").is_file()
 
 
+ON_A_TERMINAL = """
+import os, runpy, sys
+terminal = os.open(sys.argv[1], os.O_RDWR)
+os.dup2(terminal, 1)
+os.dup2(terminal, 2)
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_terminal_gets_a_bar(small_data: Path, tmp_path: Path) -> None:
     """19: what a pipe gets, tests/promises/test_run.py shows."""
     ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    arguments = small_run(tmp_path / "run", small_data, "max_duration=2ba", "scheduler.t_warmup=0ba")
-    program = subprocess.Popen(train_command(arguments), stdout=theirs, stderr=theirs, env=command_environment())
+    command = train_command(small_run(tmp_path / "run", small_data))[1:]
+    program, shown = start_python("-c", ON_A_TERMINAL, os.ttyname(theirs), *command), bytearray()
+
+    def has_ended() -> bool:
+        ended = program.poll() is not None
+        with suppress(BlockingIOError):
+            shown.extend(os.read(ours, 1 << 16))
+        return ended
+
+    wait_until(has_ended, seconds=60)
     os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 1 << 16):
-            shown += part
-    except OSError:  # it has ended
-        pass
-    assert program.wait(60) == 0, shown.decode()
-    assert b"\r" in shown
-    assert re.search(rb"2/2|100\s?%", shown), shown.decode()
+    os.close(ours)
+    text = shown.decode()
+    assert program.poll() == 0, text
+    assert re.search(r"\rquickstart +100%\|.*\| 14/14 \[\d\d:\d\d<00:00, loss \d\.\d{4}, \d+ images/s, ", text), text
+    assert not re.search(r"^batch ", text, re.MULTILINE)
 
 
 def test_lines_arrive_at_once_in_a_pipe_and_a_reader_may_leave(small_data: Path, tmp_path: Path) -> None:

@@ -186,10 +186,8 @@ def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Pat
     assert f"Rank {victim} crashed with exit code -9" in launcher.stdout + launcher.stderr
 
 
-def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
-    small_data: Path, labeled: Path, tmp_path: Path
-) -> None:
-    """10, 11: the signal comes as the retrieval of batch 10 starts."""
+def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
+    """10, 11: that of batch 10 is cut short, and measured by the resumed run; the last one is finished at once."""
     retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
     options = (retrieval, "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED)
     runs = {name: small_run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped")}
@@ -199,7 +197,8 @@ def test_a_retrieval_that_was_cut_short_is_measured_by_the_resumed_run(
     assert f"Interrupted: saved at batch 10 in {tmp_path / 'stopped'}; the same command resumes" in stopped.stdout
     key = "metrics/small/bank_train/top1"
     assert list(log_of(tmp_path / "stopped")[key]) == [0, 5]
-    run_training(*runs["stopped"])
+    again = run_command(sys.executable, *traced(runs["stopped"]), environment={"AT": "batch_start 13 retrieval_int"})
+    assert again.returncode == 130, again.stderr
     assert_same_student(tmp_path / "stopped", tmp_path / "undisturbed")
     ours, theirs = (log_of(tmp_path / name)[key] for name in runs)
     assert ours == theirs

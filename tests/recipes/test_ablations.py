@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 from d2v_composer.builders.models import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
-from d2v_composer.data import convert
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
@@ -38,40 +36,6 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> Non
 def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(rows)
     assert f"{tmp_path / 'rows.yaml'}: " in refused_by(read_rows, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("argv", "study", "changes", "images"),
-    [
-        (["seed=3"], "data2vec2", ["seed=3"], ("cifar10_sample", 10_000, 2_000)),
-        (["{timm}", "seed=3", "--whole"], "timm", ["seed=3"], ("cifar10",)),
-        (["a=s3://b/c", "{timm}=3"], "data2vec2", ["a=s3://b/c", "{timm}=3"], ("cifar10_sample", 10_000, 2_000)),
-    ],
-)
-def test_changes_may_stand_anywhere(
-    argv: list[str],
-    study: str,
-    changes: list[str],
-    images: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    converted: list[Any] = []
-    monkeypatch.setattr(convert, "convert_cifar10", lambda _, *arguments: converted.append(arguments))
-    used: list[Any] = []
-
-    def train_rows(commands: dict[str, list[str]], folders: object) -> NoReturn:
-        used.extend(commands["base"][2:])
-        raise InputError("stop")
-
-    monkeypatch.setattr(ablations, "train_rows", train_rows)
-    timm = str(ablations.STUDIES / "timm")
-    with pytest.raises(InputError, match="stop"):
-        ablations.main([*(argument.replace("{timm}", timm) for argument in argv), "--images", str(tmp_path)])
-    assert converted == [(tmp_path / images[0], *images[1:])]
-    assert used[0] == str(ablations.STUDIES / study / "base.yaml")
-    assert used[1 : 1 + len(changes)] == [each.replace("{timm}", timm) for each in changes]
-    assert f"train_loader.local={converted[0][0] / 'train'}" in used
 
 
 def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_path: Path) -> None:

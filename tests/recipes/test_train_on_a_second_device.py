@@ -4,7 +4,6 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from composer import Callback, Logger, State, Trainer
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.models import build_comparison
-from d2v_composer.callbacks import Health, ZeroShotRetrieval
+from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_student, load_teacher
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
@@ -23,7 +22,7 @@ from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel
 from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
-from programs.second_device import MixedDevicesError, SecondDevice, second_device
+from programs.second_device import SecondDevice, second_device
 from recipes import supervised_resnet, train
 
 pytestmark = [
@@ -185,39 +184,3 @@ def test_embeddings_may_return_to_the_host(device: SecondDevice) -> None:
     )
     train_small(device, retrieval)
     assert len(retrieval.history) == 2
-
-
-class HostBatch(Health):
-    """Read the batch that Composer leaves at a batch's end, on the host."""
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.microbatch = state.batch
-        super().batch_end(state, logger)
-
-
-class Mixture(Callback):
-    """Mix devices in an elementwise operation that XLA itself allows."""
-
-    def __init__(self, host: Any) -> None:
-        self.host = host
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        assert state.outputs is not None
-        torch.mul(state.outputs[0], self.host)
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (HostBatch("1ba"), r"^sub_ of cpu \(8, 3, 32, 32\), xla:0 "),
-        (Mixture(torch.ones(48)), r"^mul of xla:0 \(8, 17, 48\), cpu \(48,\)"),
-    ],
-)
-def test_a_mixture_is_refused(fault: Callback, message: str, device: SecondDevice) -> None:
-    """Each of these faults makes the suite fail."""
-    with pytest.raises(MixedDevicesError, match=message):
-        train_small(device, fault)
-
-
-def test_numbers_may_be_on_the_host(device: SecondDevice) -> None:
-    train_small(device, Mixture(torch.tensor(2.0)), Mixture(2.0))
