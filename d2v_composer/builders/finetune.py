@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from composer.core import DataSpec, Evaluator
-from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,11 +31,10 @@ from d2v_composer.data.labeled import (
     AugmentedImages,
     LabeledImages,
     eval_batches,
-    fetch_class_names,
     load_labeled_set,
     load_mds,
+    read_class_names,
     train_batches,
-    with_classes_of_train,
 )
 from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
@@ -82,10 +80,8 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        if loader.remote is not None and dist.get_local_rank() == 0:
-            fetch_class_names(loader.remote, root / "train", loader.timeout)
         test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
-        test, class_names = with_classes_of_train(test, root)
+        class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(dataset.label_column, num_classes)
     transform = build_transform(loader, sizes.image_size, sizes.interpolation)

@@ -25,11 +25,8 @@ from d2v_composer.data.images import (
 )
 from d2v_composer.data.index import SUMMARY, keep_encoded, read_image_index
 from d2v_composer.models.encoder import ImageSize
-from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, reading, reason
-from d2v_composer.system.fetch import download_existing
 from d2v_composer.system.processes import die_with_parent
-from d2v_composer.system.retry import is_lasting
 
 Format = Literal["cifar10", "cifar100", "folder", "mds"]
 CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -51,11 +48,6 @@ class LabeledImages(NamedTuple):
     labels: Tensor
     """(N,) int64."""
 
-    def at_most(self, num_images: int) -> "LabeledImages":
-        """Return at most this many images, evenly spaced, since a folder lists them class by class."""
-        chosen = torch.tensor(evenly_spaced(len(self.labels), num_images))
-        return LabeledImages(self.images[chosen], self.labels[chosen])
-
 
 class LabeledSet(NamedTuple):
     """Two splits: each is the bank for the other's queries."""
@@ -66,8 +58,11 @@ class LabeledSet(NamedTuple):
     """The name of each label; empty if the labels are only numbers."""
 
     def at_most(self, num_images: int) -> "LabeledSet":
-        """Return at most this many images of each split, see :meth:`LabeledImages.at_most`."""
-        return self._replace(train=self.train.at_most(num_images), test=self.test.at_most(num_images))
+        """Return at most this many images of each split, evenly spaced, since a folder lists them class by class."""
+        chosen = (torch.tensor(evenly_spaced(total, num_images)) for total in self.num_images)
+        pairs = zip((self.train, self.test), chosen, strict=True)
+        train, test = (LabeledImages(split.images[those], split.labels[those]) for split, those in pairs)
+        return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
         """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each."""
@@ -129,7 +124,7 @@ def load_labeled_set(
     else:
         options = image_size, interpolation, column, label_column, max_images
         train, test = (load_mds(root / split, *options) for split in ("train", "test"))
-        labeled = LabeledSet(train, *with_classes_of_train(test, root))
+        labeled = LabeledSet(train, test, read_class_names(root))
     for split in (labeled.train, labeled.test):
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
@@ -215,57 +210,21 @@ def whole_label(value: Any, source: str) -> int:
     raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
-def mds_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names that d2v convert-images wrote next to the index, if it did."""
-    if not (folder / SUMMARY).exists():
-        return ()
-    with reading(folder / SUMMARY):
-        return tuple(json.loads((folder / SUMMARY).read_bytes())["classes"] or ())
-
-
-def fetch_class_names(remote: str, local: Path, retry_timeout: float) -> None:
-    """Fetch the names of a remote data set's classes next to its index, if they are not here and it has any.
-
-    Args:
-        remote: The data set's address.
-        local: Its cache, which holds its index.
-        retry_timeout: Time for which an unreachable store is asked again, in seconds.
+def read_class_names(root: Path) -> tuple[str, ...]:
+    """Return the names that d2v convert-images wrote next to the index of ROOT/train or ROOT/test, if it did.
 
     Raises:
-        InputError: The store is unreachable.
+        InputError: The two differ, so that a label means another class in test than in train.
     """
-    if (local / SUMMARY).exists():
-        return
-    address = f"{remote.rstrip('/')}/{SUMMARY}"
-    try:
-        download_existing(address, local / SUMMARY, retry_timeout)
-    except Exception as error:
-        if not is_lasting(error):  # some stores deny what they do not have
-            raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
-
-
-def with_classes_of_train(test: LabeledImages, root: Path) -> tuple[LabeledImages, tuple[str, ...]]:
-    """Return the test images of MDS with the numbers that their classes have in train, and the names of these.
-
-    The splits may have been converted by themselves, each with numbers for its own classes.
-
-    Args:
-        test: With its own numbers.
-        root: The folder of both splits.
-
-    Raises:
-        InputError: Train lacks a class.
-    """
-    names, own = (mds_class_names(root / split) for split in ("train", "test"))
-    if not names or not own or names == own:
-        return test, names or own
-    if unknown := [name for name in own if name not in names]:
-        raise InputError(f"{root / 'test'}: has a class that train lacks, by its {SUMMARY}: {unknown[0]}")
-    # A negative one would silently be the last name.
-    if nameless := [label for label in test.labels.unique().tolist() if not 0 <= label < len(own)]:
-        raise InputError(f"{root / 'test'}: label {nameless[0]} has no name in its {SUMMARY}")
-    numbers = torch.tensor([names.index(name) for name in own])
-    return test._replace(labels=numbers[test.labels]), names
+    found = set()
+    for path in (root / split / SUMMARY for split in ("train", "test")):
+        if path.exists():
+            with reading(path):
+                found.add(tuple(json.loads(path.read_bytes())["classes"] or ()))
+    names, *others = sorted(found - {()}) or [()]
+    if others:
+        raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")
+    return names
 
 
 def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledImages:
