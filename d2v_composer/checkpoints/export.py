@@ -30,7 +30,6 @@ from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file
-from d2v_composer.system.machine import install_command
 
 OPSET = 18
 
@@ -86,7 +85,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise InputError(f"{path}: needs {' and '.join(missing)}: {install_command('onnx', *missing)}")
+        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     program = torch.onnx.export(
         trace(embedder),
         input_names=["images"],
