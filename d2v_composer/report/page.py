@@ -7,30 +7,17 @@ from pathlib import Path
 
 import jinja2
 import matplotlib as mpl
-import numpy as np
 import torch
 import yaml
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.evaluate import class_name, gap_closed
-from d2v_composer.evaluation.metrics import BANKS, HEALTH_STATES
-from d2v_composer.report.plots import (
-    GREEN,
-    STYLE,
-    VERMILION,
-    WIDTH,
-    confusion_plot,
-    curves,
-    gap_plot,
-    probe_plot,
-    retrieval_plot,
-)
-from d2v_composer.report.run import Run, latest, weights_section
+from d2v_composer.evaluation.metrics import HEALTH_STATES
+from d2v_composer.report.plots import GREEN, STYLE, VERMILION, WIDTH, accuracy_plots, confusion_plot, curves
+from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
 DPI = 150
@@ -48,8 +35,11 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     """
     sections = {title: {name: _png(figure) for name, figure in figures} for title, figures in _sections(run) if figures}
     record, config, hardware = run.record, run.record["config"], run.record["hardware"]
-    shown = ("config", "versions", "hardware", weights_section(record))
-    details = {name.title(): yaml.safe_dump(record[name], sort_keys=False, allow_unicode=True) for name in shown}
+    details = {
+        name.title(): yaml.safe_dump(record[name], sort_keys=False, allow_unicode=True)
+        for name in record
+        if name != "command"
+    }
     template = Path(__file__).with_name("page.html").read_text()
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         run_name=config["run_name"],
@@ -70,19 +60,19 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 
 def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
     """Yield title and plots by name."""
-    names = run.dataset_names
-    retrieval = [(f"retrieval_{name}_bank_{bank}", retrieval_plot(run, name, bank)) for name in names for bank in BANKS]
-    gaps = [(f"gap_closed_{name}", figure) for name in names if (figure := gap_plot(run, name)) is not None]
-    yield "Retrieval", retrieval + gaps
-    yield "Probes", [(f"probes_{name}", probe_plot(run, name)) for name in run.probed]
+    yield "Retrieval and probes", list(accuracy_plots(run))
     yield "Training", list(curves(run))
-    for name in run.looked_up:
-        bank, queries, class_names = run.datasets[name]
-        nearest = run.neighbors[name]["train"].long()
+    for name, (bank, queries, class_names) in run.datasets.items():
+        found = run.neighbors.get(name, {})
+        if (len(found.get("test", ())), len(found.get("train", ()))) != run.datasets[name].num_images:
+            continue  # not looked up, or among other images
+        nearest = found["train"].long()
         confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
-        shown = enumerate(galleries(run.datasets[name], nearest, GALLERY_FIGURES), 1)
-        figures = [(f"confusion_{name}", confusion), *((f"gallery_{name}_{i}", figure) for i, figure in shown)]
-        yield f"Nearest images of the queries of {name} (bank train)", figures
+        chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
+        parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
+        shown = [gallery(run.datasets[name], part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
+        figures = [(f"gallery_{name}_{i}", figure) for i, figure in enumerate(shown, 1)]
+        yield f"Nearest images of the queries of {name} (bank train)", [(f"confusion_{name}", confusion), *figures]
 
 
 def _png(figure: Figure) -> bytes:
@@ -96,11 +86,12 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for k in (1, 5):
         if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
             yield f"top-{k} of the test images", f"{100 * accuracy:.1f} %", ""
-    for name in run.dataset_names:
-        k = run.smallest_k
+    for name in run.retrieval["datasets"]:
+        k = min(run.retrieval["ks"])
         student = run.accuracies(name, "train", k)
         before, after, teacher = student.get(0), latest(student), latest(run.accuracies(name, "train", k, "teacher"))
-        assert after is not None  # dataset_names are those with one
+        if after is None:
+            continue
         others = {"untrained": before, "teacher": teacher}
         notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
         yield f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes)
@@ -111,10 +102,9 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
 def _warnings(run: Run) -> Iterator[str]:
     """Yield the states that Health found, and when."""
     for state in HEALTH_STATES:
-        batches = [step for step, value in sorted(run.log.get(f"health/{state}", {}).items()) if value]
+        batches = [step for step, value in run.log.get(f"health/{state}", {}).items() if value]
         if batches:
-            when = f"at batches {batches[0]} to {batches[-1]} ({len(batches)} measurements)"
-            yield f"{state.replace('_', ' ')} {when}"
+            yield f"{state.replace('_', ' ')} at batches {min(batches)} to {max(batches)}"
 
 
 @mpl.rc_context(STYLE)
@@ -138,27 +128,6 @@ def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
     for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, nearest.shape[1] + 1))]):
         grid[0][column].set_title(head, fontsize=10, fontweight="bold")
     return figure
-
-
-def galleries(labeled: LabeledSet, nearest: Tensor, num_figures: int) -> Iterator[Figure]:
-    """Yield galleries of test images, the same random ones in every run, fewer for a small set.
-
-    Args:
-        labeled: A data set.
-        nearest: Indices of the nearest train images of all test images, nearest first, (Q, K).
-        num_figures: The most galleries.
-    """
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(nearest), generator=generator)[: num_figures * QUERIES_A_FIGURE]
-    for part in chosen.split(QUERIES_A_FIGURE):
-        yield gallery(labeled, part, nearest[part, :NEIGHBORS_SHOWN])
-
-
-def draw_gallery(labeled: LabeledSet, nearest: Tensor) -> NDArray[np.uint8]:
-    """Return the first of a set's :func:`galleries` as pixels, (height, width, 3)."""
-    canvas = FigureCanvasAgg(next(galleries(labeled, nearest, num_figures=1)))
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _show(axes: Axes, image: Tensor, text: str, color: str, frame: float = 0.8) -> None:

@@ -1,6 +1,6 @@
 """Plot a run, as matplotlib figures.
 
-Shapes: N bank images, Q queries, K neighbors, C classes.
+Shapes: Q queries.
 """
 
 import fnmatch
@@ -11,13 +11,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import class_name, confusion_matrix, gap_closed_by_step
-from d2v_composer.report.run import EMBEDDINGS, Run, latest
+from d2v_composer.evaluation.metrics import BANKS
+from d2v_composer.report.run import EMBEDDINGS, Run
 from d2v_composer.report.tables import PROBE_HEADS
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
@@ -35,110 +35,95 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-# File name → title and the log's keys.
+# File name → title, unit ("%" of a share) or scale, and the log's keys.
 CURVES = {
-    "accuracy": ("Accuracy on the test images", "metrics/test/top*"),
-    "loss": ("Loss", "loss/train/total", "metrics/test/loss"),
-    "learning_rate": ("Learning rate", "lr-AdamW/group0"),
-    "gradient_norm": ("Gradient norm before clipping", "l2_norm/grad/global"),
-    "throughput": ("Throughput in images/s", "throughput/images_per_sec"),
-    "data_wait": ("Part of the time spent waiting for images", "throughput/data_wait"),
-    "cosines": ("Cosine of prediction and target", "health/cosine/cls", "health/cosine/patch"),
-    "layers": ("Cosine of prediction and each teacher layer", "health/cosine/layer_*"),
-    "variance": ("Variance over the images", "health/*_variance"),
-    "effective_rank": ("Effective rank of the predictions", "health/effective_rank"),
+    "accuracy": ("Accuracy on the test images", "%", "metrics/test/top*"),
+    "loss": ("Loss", "log", "loss/train/total", "metrics/test/loss"),
+    "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
+    "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
+    "throughput": ("Throughput in images/s", "", "throughput/images_per_sec"),
+    "data_wait": ("Part of the time spent waiting for images", "%", "throughput/data_wait"),
+    "cosines": ("Cosine of prediction and target", "", "health/cosine/cls", "health/cosine/patch"),
+    "layers": ("Cosine of prediction and each teacher layer", "", "health/cosine/layer_*"),
+    "variance": ("Variance over the images", "", "health/*_variance"),
+    "effective_rank": ("Effective rank of the predictions", "", "health/effective_rank"),
 }
-LOG_SCALE, SHARES = ("loss", "gradient_norm"), ("accuracy", "data_wait")
+
+
+Line = tuple[Mapping[int, float] | float, dict[str, Any]]
+"""Step → value, or the height of a horizontal line; and matplotlib's options."""
 
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield file name and figure of every plot over steps that the log has values for."""
-    for name, (title, *keys) in CURVES.items():
-        lines = {key: run.log[key] for wanted in keys for key in fnmatch.filter(run.log, wanted)}
+    for name, (title, scale, *keys) in CURVES.items():
+        lines = {key: (run.log[key], {}) for wanted in keys for key in fnmatch.filter(run.log, wanted)}
         if lines:
-            yield name, _curve_plot(name, title, lines)
+            yield name, plot(title, scale, lines)
+
+
+def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Yield file name and figure of each data set's retrieval, probes and teacher gap closed over the steps."""
+    for dataset in run.retrieval["datasets"]:
+        ks = sorted(run.retrieval["ks"])
+        measures = {k: f"top-{k}" for k in ks}
+        for bank in BANKS:
+            if lines := _accuracies(run, dataset, bank, measures):
+                yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
+        if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
+            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
+        closed = {name: gap_closed_by_step(run.log, dataset, name, ks[0]) for name in EMBEDDINGS}
+        if any(closed.values()):
+            lines = {name: (values, {}) for name, values in closed.items() if values}
+            figure = plot(f"Teacher gap closed on {dataset}, top-{ks[0]}", "%", lines)
+            figure.axes[0].axhline(1, color="k", linewidth=1)
+            figure.axes[0].set_ylim(-0.3, 1.3)  # where the gap is small, its parts are large and say little
+            yield f"gap_closed_{dataset}", figure
+
+
+def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) -> dict[str, Line]:
+    """Return the student's lines and the baselines' levels: a color per model, a line style per measure."""
+    lines = {}
+    for (measure, label), style in zip(measures.items(), cycle(["-", "--", ":", "-."])):
+        for model, color in MODEL_COLORS.items():
+            values = run.accuracies(dataset, bank, measure, None if model == "student" else model)
+            if values:
+                look = {"color": color, "linestyle": style}
+                lines[f"{model}, {label}"] = values if model == "student" else values[max(values)], look
+    return lines
 
 
 @mpl.rc_context(STYLE)
-def _curve_plot(name: str, title: str, lines: Mapping[str, Mapping[int, float]]) -> Figure:
-    figure, axes = _plot_over_batches(title)
+def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
+    """Plot lines over the batches, long ones with their running mean.
+
+    Args:
+        title: Title of the plot.
+        scale: "%" for shares, "log", or "".
+        lines: Label → line.
+    """
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="batch")
     if len(lines) > 6:
         axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
-    for label, values in lines.items():
-        finite = {step: values[step] for step in sorted(values) if np.isfinite(values[step])}
-        steps, numbers = list(finite), list(finite.values())
-        [line] = axes.plot(steps, numbers, alpha=0.3, linewidth=0.7)
-        width = max(1, len(numbers) // 100)  # of the running mean
-        means = np.convolve(numbers, np.ones(width) / width, mode="valid") if numbers else []
-        axes.plot(steps[width - 1 :], means, color=line.get_color(), label=label)
-    if all(number > 0 for values in lines.values() for number in values.values()):
-        if name in LOG_SCALE:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-    if name in SHARES:
+    for label, (values, look) in lines.items():
+        if isinstance(values, float):
+            axes.axhline(values, label=label, **look)
+            continue
+        steps = [step for step in sorted(values) if np.isfinite(values[step])]
+        numbers, width = [values[step] for step in steps], max(1, len(steps) // 100)
+        means = np.convolve(numbers, np.full(width, 1 / width), mode="valid") if numbers else []
+        [line] = axes.plot(steps[width - 1 :], means, label=label, marker="." if len(steps) < 50 else "", **look)
+        if width > 1:
+            axes.plot(steps, numbers, color=line.get_color(), alpha=0.3, linewidth=0.7)
+    if axes.dataLim.y0 > 0:
+        axes.set(yscale="log") if scale == "log" else axes.set_ylim(bottom=0)
+    if scale == "%":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-def _plot_over_batches(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = figure.subplots()
-    axes.set(title=title, xlabel="batch")
-    return figure, axes
-
-
-def retrieval_plot(run: Run, dataset: str, bank: str) -> Figure:
-    """Plot accuracy over the steps, with the baselines as horizontal lines: a color per model, a line style per k."""
-    measures = {k: f"top-{k}" for k in sorted(run.record["config"]["retrieval"]["ks"])}
-    return _accuracy_plot(run, dataset, bank, measures, f"{dataset}, bank {bank}")
-
-
-def probe_plot(run: Run, dataset: str) -> Figure:
-    """Plot the accuracy of each probe over the steps, as :func:`retrieval_plot` does."""
-    return _accuracy_plot(run, dataset, "train", PROBE_HEADS, f"{dataset}, probes fitted to train, judged on test")
-
-
-@mpl.rc_context(STYLE)
-def _accuracy_plot(run: Run, dataset: str, bank: str, measures: Mapping[Any, str], title: str) -> Figure:
-    figure, axes = _plot_over_batches(title)
-    for (measure, label), style in zip(measures.items(), cycle(["-", "--", ":", "-."])):
-        for model, color in MODEL_COLORS.items():
-            values = run.accuracies(dataset, bank, measure, None if model == "student" else model)
-            look: dict[str, Any] = {"color": color, "linestyle": style, "label": f"{model}, {label}"}
-            if model == "student" and values:
-                axes.plot(sorted(values), [values[step] for step in sorted(values)], marker=".", **look)
-            elif (value := latest(values)) is not None:
-                axes.axhline(value, **look)
-    _finish_shares(axes)
-    return figure
-
-
-@mpl.rc_context(STYLE)
-def gap_plot(run: Run, dataset: str) -> Figure | None:
-    """Plot the teacher gap closed in each embedding over the steps.
-
-    Returns:
-        ``None`` if the log lacks the untrained student or the teacher.
-    """
-    closed = {name: gap_closed_by_step(run.log, dataset, name, run.smallest_k) for name in EMBEDDINGS}
-    if not any(closed.values()):
-        return None
-    figure, axes = _plot_over_batches(f"Teacher gap closed on {dataset}, top-{run.smallest_k}")
-    for name, values in closed.items():
-        if values:
-            axes.plot([*values], [*values.values()], marker=".", label=name)
-    axes.axhline(1, color="k", linewidth=1)
-    axes.set_ylim(-0.3, 1.3)  # where the gap is small, its parts are large and say little
-    _finish_shares(axes)
-    return figure
-
-
-def _finish_shares(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 @mpl.rc_context({**STYLE, "axes.grid": False})

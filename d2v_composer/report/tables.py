@@ -1,6 +1,7 @@
 """Format the results of a run, an evaluation and a study as text tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -14,21 +15,19 @@ if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
 
-def format_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
+PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
+DATASET = "cifar10"
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
     """Return a table whose first column is aligned left and whose other columns are aligned right.
 
     Args:
         head: The name of each column.
-        rows: The cells of each row; missing ones are empty.
-        markdown: Draw the lines of a Markdown table.
+        rows: The cells of each row, at least one row; missing cells are empty.
+        style: A format of tabulate's.
     """
-    cells = list(rows)
-    aligned = ("left",) if cells else None  # tabulate fails without rows
-    style = "github" if markdown else "plain"
-    return tabulate(cells, head, style, stralign="right", colalign=aligned, disable_numparse=True)
-
-
-PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
+    return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
@@ -39,56 +38,45 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
     columns, first, last = retrieval.measures, retrieval.history[0], retrieval.history[-1]
     before, after, teacher = "student before", "student after", "teacher"
     names = [name for name in retrieval.baselines or {} if name != teacher]
+    students = {before: {} if first["batch"] else first["metrics"], after: last["metrics"]}
     head, tables = _head(columns), []
     for dataset in retrieval.datasets:
         rows: dict[str, list[float]] = {}
-        for name in (*names, before, after, teacher):
-            baseline, metrics = name, retrieval.baseline_metrics
-            if name in (before, after):
-                baseline, metrics = None, {before: first, after: last}[name]["metrics"]
+        for name in (*names, *students, teacher):
+            baseline, metrics = (None, students[name]) if name in students else (name, retrieval.baseline_metrics)
             keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
-            # A resume may ask for another set, k or probe.
-            if all(key in metrics for key in keys) and not (name == before and first["batch"]):
+            if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
                 rows[name] = [metrics[key] for key in keys]
+        if not rows:
+            continue
         cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
         title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
-        lines = [title, format_table(head, cells)]
+        tables.append(f"{title}\n{format_table(head, cells)}")
         if {before, after, teacher} <= rows.keys():
             closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
             said = "none: the teacher is no better than before training" if closed is None else f"{100 * closed:.0f} %"
-            lines.append(f"teacher gap closed ({head[1]}): {said}")
-        tables.append("\n".join(lines))
+            tables[-1] += f"\nteacher gap closed ({head[1]}): {said}"
     return "\n\n".join(tables)
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
     """Return accuracies with intervals, the teacher gap closed, and the size of each model."""
-    parts = []
-    looked_up = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, int)]
-    probed = [column for column in evaluation.measures if column not in looked_up]
-    for dataset in evaluation.class_names:
-        parts.append(_accuracy_table(evaluation, dataset, "Zero-shot retrieval", looked_up))
-        if probed:
-            parts.append(_accuracy_table(evaluation, dataset, "Probes fitted to train, judged on test", probed))
+    primaries, parts = evaluation.primaries, []
+    kinds = {"Zero-shot retrieval": int, "Probes fitted to train, judged on test": str}
+    for dataset, (what, kind) in product(evaluation.class_names, kinds.items()):
+        columns = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, kind)]
+        rows = [
+            [name, *(_percent(primaries[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
+            for name, *_ in evaluation.candidates
+        ]
+        closed = [evaluation.gap_closed(dataset, bank, measure) for bank, measure in columns]
+        if any(closed):
+            rows.append(["teacher gap closed", *map(_percent, closed)])
+        if columns:
+            title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
+            parts.append(f"{title}\n{format_table(_head(columns), rows)}")
     costs = [[name, f"{number / 1e6:.2f}", f"{gflop:.2f}"] for name, _, number, gflop in evaluation.candidates]
     return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image"], costs)])
-
-
-def _accuracy_table(evaluation: Evaluation, dataset: str, what: str, columns: Sequence[tuple[str, Measure]]) -> str:
-    primaries, head = evaluation.primaries, _head(columns)
-    rows = [
-        [name, *(_percent(primaries[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
-        for name in (candidate.name for candidate in evaluation.candidates)
-    ]
-    if ("train", "linear") in columns:
-        head.append("L2 strength")
-        for row in rows:
-            row.append(f"{primaries[row[0], dataset, 'train'].strength:g}")
-    closed = [evaluation.gap_closed(dataset, bank, measure) for bank, measure in columns]
-    if any(closed):
-        rows.append(["teacher gap closed", *("–" if each is None else _percent(each) for each in closed)])
-    title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
-    return f"{title}\n{format_table(head, rows)}"
 
 
 def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
@@ -96,11 +84,10 @@ def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
     return ["", *names]
 
 
-def _percent(interval: Interval) -> str:
+def _percent(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-DATASET = "cifar10"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
@@ -129,7 +116,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
             lines.append(["– its untrained", *(_top1(log, name, step=0) for name in names)])
             lines.append(["– its teacher", *(_top1(log, name, "teacher") for name in names)])
     lines.append(["teacher", *(_top1(first, name, "teacher") for name in names)])
-    return format_table(["bank train / bank test", *names, "loss", "s"], lines, markdown=True)
+    return format_table(["bank train / bank test", *names, "loss", "s"], lines, "github")
 
 
 def _top1(log: Log, embedding: str, baseline: str | None = None, step: int | None = None) -> str:

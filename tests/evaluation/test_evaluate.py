@@ -151,9 +151,8 @@ def test_confusion_matrix() -> None:
     accuracy = linear_probe_accuracy(embeddings[0], labeled.train.labels, embeddings[1], labeled.test.labels, strength)
     assert retrievals[0].accuracy("linear").value == accuracy
     tables = evaluation_tables(Evaluation(candidates, retrievals, "output_cls", {"set": ()}))
-    [row] = re.findall(r"linear probe +L2 strength\n(.*)\n", tables)
+    [row] = re.findall(r"linear probe\n(.*)\n", tables)
     assert row.split()[:2] == ["student", f"{100 * accuracy:.1f}"]
-    assert row.endswith(f" {strength:g}")
 
 
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
