@@ -24,6 +24,7 @@ from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.index import fetch_index, read_image_index
 from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.processes import if_interrupted, start_program
@@ -196,7 +197,7 @@ class Rehearsal:
         """Export the student of the newest checkpoint, and load it again."""
         out = Path(self.temporary.name, "student.safetensors")
         student, _ = load_any(str(self.folder / LATEST), teacher_path=self.config.teacher.checkpoint)
-        assert student is not None  # a checkpoint has one
+        assert isinstance(student, Student)  # a checkpoint has one
         save_student(student, out)
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"

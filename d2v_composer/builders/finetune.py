@@ -24,7 +24,7 @@ from d2v_composer.builders.training import (
 from d2v_composer.callbacks.algorithms import SeededBatches
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.checkpoints.load import without_head
-from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding, sizes_of
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import (
@@ -146,16 +146,16 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         InputError: A file, data set or setting cannot be used.
     """
     with node_leaders_first("the model"):
-        backbone = load_trained_model(config).model
+        backbone, _ = load_trained_model(config)
     if isinstance(backbone, Student):
         backbone = without_head(backbone)  # of an earlier fine-tuning run
-    embedding = choose_embedding(backbone, backbone.provenance, config.pooling, config.representation)
+    embedding = choose_embedding(backbone, config.pooling, config.representation)
     images = build_images(config, backbone.encoder.config)
     about = describe_model(config, backbone, embedding, images)
     if config.from_scratch:
         randomize(backbone)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
-    model = Classifier(backbone, images.num_classes, *embedding.primary, config.train_encoder, cpu_bf16)
+    model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
     record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=images.about)
     arguments = {
@@ -172,14 +172,14 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
 
 
 def describe_model(
-    config: FinetuneConfig, backbone: Student | Teacher, embedding: ChosenEmbedding, images: FinetuneImages
+    config: FinetuneConfig, backbone: Student | Teacher, embedding: PrimaryEmbedding, images: FinetuneImages
 ) -> dict[str, Any]:
     """Describe what is fine-tuned, for the run's record; a student so that its export needs no other file."""
     about = {
         "kind": "student" if isinstance(backbone, Student) else "teacher",
         "path": hide_secrets(config.model),
         "sha256": hash_weights(backbone),
-        **embedding.primary._asdict(),
+        **embedding._asdict(),
         "num_classes": images.num_classes,
         "class_names": list(images.class_names),
         "provenance": backbone.provenance,

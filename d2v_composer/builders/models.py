@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from d2v_composer.builders.run_folder import errors_of
-from d2v_composer.checkpoints.load import Loaded, TimmWeights, load_any, load_teacher
-from d2v_composer.checkpoints.student_file import ChosenEmbedding, choose_embedding
+from d2v_composer.checkpoints.load import Models, load_any, load_teacher
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
@@ -58,8 +58,11 @@ def build_teacher(config: TeacherConfig) -> Teacher:
     Raises:
         InputError: Its file cannot be used.
     """
-    with errors_of("teacher.checkpoint", InputError):
-        return load_teacher(config.checkpoint, option="teacher.{}".format, **config.model_dump(exclude={"checkpoint"}))
+    try:
+        return load_teacher(config.checkpoint, **config.model_dump(exclude={"checkpoint"}))
+    except InputError as error:
+        key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
+        raise InputError(f"{key}{error}") from error
 
 
 def check_fit(config: TrainConfig, teacher: Teacher) -> None:
@@ -79,14 +82,14 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
 
 
-def load_trained_model(config: ModelConfig) -> Loaded:
-    """Load a student, and its teacher if known; or a teacher alone.
+def load_trained_model(config: ModelConfig) -> Models:
+    """Load a model and its teacher as :func:`~d2v_composer.checkpoints.load.load_any`.
 
     Raises:
         InputError: A file cannot be used.
     """
-    timm_weights = TimmWeights(config.checkpoint, config.first_blocks, config.image_size)
-    return load_any(config.model, config.weights, config.teacher, "teacher=PATH", timm_weights)
+    sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
+    return load_any(config.model, config.weights, config.teacher, **sizes)
 
 
 GFLOP_PER_MAC = 2e-9
@@ -99,7 +102,7 @@ class Comparison(NamedTuple):
     """On the device, in eval mode."""
     sizes: EncoderConfig
     """Their encoder's."""
-    embedding: ChosenEmbedding
+    embedding: PrimaryEmbedding
     """The primary embedding."""
 
 
@@ -132,14 +135,14 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    student, teacher = loaded = load_trained_model(config)
-    model = loaded.model
+    model, teacher = load_trained_model(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         untrained = Student(model.encoder, model.config) if isinstance(model, Student) else model.build_student()
-    embedding = choose_embedding(model, model.provenance, config.pooling, config.representation)
+    embedding = choose_embedding(model, config.pooling, config.representation)
+    student = model if isinstance(model, Student) else None
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
-    models = {name: model.eval().to(device) for name, model in named.items() if model is not None}
+    models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
     encoder = untrained.encoder
     # Number of weights, and GFLOP per image.
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()

@@ -1,9 +1,8 @@
 """Load teachers and students from files, and write them."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +10,6 @@ from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, read_newest
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    DEFAULT_PRIMARY,
     PrimaryEmbedding,
     build_encoder,
     check_fits,
@@ -35,30 +33,8 @@ from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
 
-
-class TimmWeights(NamedTuple):
-    """The weights and sizes of a model timm/NAME, as for :func:`load_teacher`."""
-
-    checkpoint: str | Path | None = None
-    first_blocks: int | None = None
-    image_size: ImageSize | str | None = None
-
-
-PRETRAINED = TimmWeights()
-
-
-class Loaded(NamedTuple):
-    """The models of a file."""
-
-    student: Student | None
-    """Fine-tuned, it has a head."""
-    teacher: Teacher | None
-
-    @property
-    def model(self) -> Student | Teacher:
-        """The student, or a teacher from its own file."""
-        model: Any = self.teacher if self.student is None else self.student  # every file has one of them
-        return model
+Models = tuple[Student | Teacher, Teacher | None]
+NAME_IT = "--teacher PATH, or teacher=PATH beside a YAML"
 
 
 def load_teacher(
@@ -68,7 +44,6 @@ def load_teacher(
     model: str = DATA2VEC2,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
-    option: Callable[[str], str] = str,
 ) -> Teacher:
     """Load a frozen teacher, in eval mode and float32.
 
@@ -81,29 +56,28 @@ def load_teacher(
         first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
             data2vec 2.0.
         image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
-        option: The name of one of these arguments → what the user sets it with, for errors.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
     """
     if model.startswith(PREFIX):
         if weights != "model":
-            raise InputError(f"{option('weights')}: {model} has no {weights} weights; allowed here: model")
+            raise InputError(f"weights: {model} has no {weights} weights; allowed here: model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
-        return load_timm_teacher(path, model, first_blocks, image_size, option)
+        return load_timm_teacher(path, model, first_blocks, image_size)
     if model != DATA2VEC2:
-        raise InputError(f"{option('model')}: must be {DATA2VEC2} or timm/NAME, got {model!r}")
+        raise InputError(f"model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
     if path is None:
-        raise InputError(f"{option('checkpoint')}: {DATA2VEC2} needs a file")
+        raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
     if image_size is not None:
-        raise InputError(f"{option('image_size')} is fixed in the file of {DATA2VEC2}")
+        raise InputError(f"image_size is fixed in the file of {DATA2VEC2}")
     teacher = load_data2vec2(path, weights)
     if first_blocks is not None:
         try:
             teacher.share_blocks(first_blocks)
         except ValueError as error:
-            raise InputError(f"{path}: {str(error).replace('first_blocks', option('first_blocks'))}") from error
+            raise InputError(str(error)) from error
     return teacher
 
 
@@ -112,7 +86,7 @@ def save_student(student: Student, out: Path) -> None:
 
     One with a head is written as a classifier, for timm.
     """
-    primary = stored_primary(student.provenance) or DEFAULT_PRIMARY
+    primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), student.encoder
     if isinstance(encoder.config, TimmEncoderConfig):
         from timm import __version__ as now
@@ -148,49 +122,52 @@ def load_any(
     path: str | Path,
     weights: Weights = "model",
     teacher_path: str | None = None,
-    teacher_option: str = "--teacher PATH",
-    timm_weights: TimmWeights = PRETRAINED,
-    option: Callable[[str], str] = str,
-) -> Loaded:
-    """Load the student and the teacher of any supported file.
+    *,
+    checkpoint: str | Path | None = None,
+    first_blocks: int | None = None,
+    image_size: ImageSize | str | None = None,
+) -> Models:
+    """Load the model of any supported file, and its teacher.
 
     Args:
-        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``: no student. An exported
-            or fine-tuned student's: a teacher only with ``teacher_path``. A training checkpoint: both.
+        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``; an exported or fine-tuned
+            student, or a training checkpoint.
         weights: Weights to take from a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
-        teacher_option: What the user sets ``teacher_path`` with, named if that path no longer holds the teacher.
-        timm_weights: Weights of ``timm/NAME``; default: timm's pretrained ones.
-        option: As for :func:`load_teacher`.
+        checkpoint: For ``timm/NAME``, as the path of :func:`load_teacher`.
+        first_blocks: For ``timm/NAME``, as for :func:`load_teacher`.
+        image_size: For ``timm/NAME``, as for :func:`load_teacher`.
+
+    Returns:
+        A student and its teacher, ``None`` if it is not known; or a teacher twice.
 
     Raises:
         InputError: The file is corrupt, or not supported.
     """
+    sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
     if str(path).startswith(PREFIX) and not Path(path).exists():
-        checkpoint, first_blocks, image_size = timm_weights
-        sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
-        loaded = Loaded(None, load_teacher(checkpoint, weights, model=str(path), **sizes, option=option))
-    elif given := [option(name) for name, value in timm_weights._asdict().items() if value is not None]:
+        model = teacher = load_teacher(checkpoint, weights, model=str(path), **sizes)
+    elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
         raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
     else:
 
-        def load(file: Path) -> Loaded:
-            return _load_file(path, fetch_model(file), weights, teacher_path, teacher_option)
+        def load(file: Path) -> Models:
+            return _load_file(path, fetch_model(file), weights, teacher_path)
 
-        loaded = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
-    student, teacher = loaded
-    if student is None and teacher_path is not None:
-        raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
-    if student is not None and teacher is not None:
-        teacher.normalization = student.normalization  # so that their embeddings compare
-    return loaded
+        model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
+    if not isinstance(model, Student):
+        if teacher_path is not None:
+            raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+    elif teacher is not None:
+        teacher.normalization = model.normalization  # so that their embeddings compare
+    return model, teacher
 
 
-def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, teacher_option: str) -> Loaded:
+def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None) -> Models:
     """Load ``file``, the local copy of ``path``."""
     kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
     if is_trained(contents):
-        return _load_checkpoint(file, contents, weights, teacher_path, teacher_option)
+        return _load_checkpoint(file, contents, weights, teacher_path)
     if kind == "student":
         return _with_teacher(load_student(path), teacher_path, weights)
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
@@ -198,13 +175,14 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
             f"{path}: does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
             "this file as its checkpoint"
         )
-    return Loaded(None, load_teacher(path, weights))
+    teacher = load_teacher(path, weights)
+    return teacher, teacher
 
 
-def _with_teacher(student: Student, path: str | None, weights: Weights) -> Loaded:
+def _with_teacher(student: Student, path: str | None, weights: Weights) -> Models:
     """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
     if path is None:
-        return Loaded(student, None)
+        return student, None
     sizes: Any = student.encoder.config
     file, options = path, {"first_blocks": sizes.prenet_depth}
     if isinstance(sizes, TimmEncoderConfig):
@@ -212,21 +190,19 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Loade
         options |= {"model": sizes.model, "image_size": sizes.image_size}
     teacher = load_teacher(file, weights, **options)
     check_same_encoder(path, teacher.encoder, student.encoder)
-    return Loaded(student, teacher)
+    return student, teacher
 
 
-def _load_checkpoint(
-    path: Path, contents: Any, weights: Weights, teacher_path: str | None, teacher_option: str
-) -> Loaded:
+def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: str | None) -> Models:
     """Load the models of a checkpoint of ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
         callbacks, tensors = contents["state"]["callbacks"], dict(contents["state"]["model"])
         record = callbacks["RunRecord"]["record"]
         if "model" in record:
             return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
-        loaded = _load_trained(path, record, tensors, teacher_path, teacher_option)
-        loaded.model.provenance["retrieval"] = (callbacks.get("ZeroShotRetrieval", {}).get("history") or [None])[-1]
-        return loaded
+        student, teacher = _load_trained(path, record, tensors, teacher_path)
+        student.provenance["retrieval"] = (callbacks.get("ZeroShotRetrieval", {}).get("history") or [None])[-1]
+        return student, teacher
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -234,8 +210,8 @@ def _load_checkpoint(
 
 
 def _load_trained(
-    path: Path, record: dict[str, Any], tensors: dict[str, Tensor], teacher_path: str | None, teacher_option: str
-) -> Loaded:
+    path: Path, record: dict[str, Any], tensors: dict[str, Tensor], teacher_path: str | None
+) -> tuple[Student, Teacher]:
     """Load a training run's student, with the run's record as provenance, and its teacher."""
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random"}
@@ -248,7 +224,7 @@ def _load_trained(
     except InputError as error:
         if teacher_path is not None:
             raise
-        raise InputError(f"{error}; if the teacher of {path} has moved, name its file: {teacher_option}") from error
+        raise InputError(f"{error}; if the teacher of {path} has moved, name its file: {NAME_IT}") from error
 
     def build() -> Student:
         return teacher.build_student(**sizes, normalization=config["targets"]["normalization"])
@@ -258,7 +234,7 @@ def _load_trained(
     student = build()
     student.blocks.load_state_dict(blocks)
     student.provenance = dict(record)
-    return Loaded(student.eval(), teacher)
+    return student.eval(), teacher
 
 
 def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:

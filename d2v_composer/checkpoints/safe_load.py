@@ -106,7 +106,7 @@ def load_untrusted(path: Path) -> Any:
     with _reading(path, InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to the file's author
         _inspect(path)
-        stubs = [(Stub, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+        stubs: list[Any] = [(Stub, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

@@ -21,8 +21,8 @@ from d2v_composer.models.data2vec2 import Data2Vec2Config, ImageEncoder, ImageEn
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_config import TimmEncoderConfig
-from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
@@ -238,47 +238,28 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 """For a file without the record of a run, such as a teacher's: data2vec 2.0 base retrieves best with it."""
 
 
-class ChosenEmbedding(NamedTuple):
-    """The embedding that a command computes."""
-
-    primary: PrimaryEmbedding
-    origin: str
-
-    def __str__(self) -> str:
-        return f"{self.primary.name} ({self.origin})"
-
-
 def choose_embedding(
-    model: Transformer, provenance: Mapping[str, Any], pooling: Pooling | None, representation: Representation | None
-) -> ChosenEmbedding:
-    """Choose the embedding asked for, or else the primary embedding of the model's run.
-
-    Args:
-        model: A student or a teacher.
-        provenance: The model's.
-        pooling: As asked for; ``None``: the primary embedding's.
-        representation: As asked for; ``None``: the primary embedding's.
+    model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
+) -> PrimaryEmbedding:
+    """Choose the embedding asked for; ``None``: as in the primary embedding of the model's run.
 
     Raises:
         InputError: ``pooling`` is cls, and the model has no CLS token.
     """
     if pooling == "cls" and not model.has_cls_token:
         raise InputError("pooling: this model has no CLS token; allowed are mean, mean_patches")
-    stored = stored_primary(provenance)
-    primary = stored or DEFAULT_PRIMARY
+    primary = stored_primary(model.provenance)
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling="mean_patches")
-    origin = "the primary embedding of the model's run" if stored else "the default, since the file has no run's record"
-    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
-    return ChosenEmbedding(chosen, "as asked" if pooling or representation else origin)
+    return PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
 
 
-def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding | None:
-    """Return the primary embedding in the record of a model's run; ``None`` without a record that names one."""
+def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
+    """Return the primary embedding in the record of a model's run; without such a record ``DEFAULT_PRIMARY``."""
     for section in (lambda: provenance["config"]["retrieval"], lambda: provenance["model"]):  # of a fine-tuning run
         with suppress(LookupError, TypeError, ValueError):
             return PrimaryEmbedding.parse(section())
-    return None
+    return DEFAULT_PRIMARY
 
 
 def build_encoder(config: StoredEncoderConfig) -> Encoder:

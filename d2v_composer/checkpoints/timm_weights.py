@@ -35,8 +35,6 @@ from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, mate
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reason
 
-# Arguments named in the errors of a model's sizes.
-SIZE = re.compile(r"^(first_blocks|image_size)\b")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
 NESTED = ("state_dict_ema", "model_ema", "model", "state_dict", "module", "teacher", "encoder")
@@ -56,7 +54,6 @@ def load_timm_teacher(
     model: str,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
-    option: Callable[[str], str] = str,
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
@@ -67,9 +64,9 @@ def load_timm_teacher(
         built = build_timm_model(model, image_size)
         config = teacher_config(model, built, first_blocks)
     except ValueError as error:
-        raise InputError(SIZE.sub(lambda name: option(name[0]), str(error))) from error
+        raise InputError(str(error)) from error
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
-    file = fetch_pretrained(model, pretrained, option) if path is None else fetch_model(path)
+    file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
     stored = read_state_dict(file)
     materialize(built)
     try:
@@ -89,7 +86,7 @@ def load_timm_teacher(
     return TimmTeacher(built, config, provenance)
 
 
-def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable[[str], str]) -> Path:
+def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     """Return timm's pretrained weights in the hub's cache, after fetching them if they are not there.
 
     The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
@@ -99,7 +96,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
     if not repository:
-        raise InputError(f"{model}: timm has no pretrained weights on the hub: give {option('checkpoint')}, a file")
+        raise InputError(f"{model}: timm has no pretrained weights on the hub: give checkpoint, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
     problem = ""
     for from_cache, name in product((True, False), names):
@@ -112,7 +109,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any], option: Callable
                 break  # each attempt to reach the hub takes half a minute
     raise InputError(
         f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
-        f"them once with network access, or give {option('checkpoint')}, a file"
+        f"them once with network access, or give checkpoint, a file"
     )
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> "Embedding":
 
     import torch
 
-    from d2v_composer.checkpoints.load import TimmWeights, load_any
+    from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.embedding import EmbeddingOptions, check_out, embed_collection, open_collection
     from d2v_composer.models.execution import name_precision
@@ -43,16 +43,14 @@ def main(argv: Sequence[str]) -> "Embedding":
     if arguments.precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
     check_out(out, overwrite=arguments.overwrite)
-    timm_weights = TimmWeights(arguments.checkpoint, arguments.first_blocks, arguments.image_size)
-    model = load_any(
-        arguments.model, arguments.weights, arguments.teacher, timm_weights=timm_weights, option=option
-    ).model
-    chosen = choose_embedding(model, model.provenance, arguments.pooling, arguments.representation)
-    arguments.representation, arguments.pooling = chosen.primary
+    timm = {name: getattr(arguments, name) for name in ("checkpoint", "first_blocks", "image_size")}
+    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
+    chosen = choose_embedding(model, arguments.pooling, arguments.representation)
+    arguments.representation, arguments.pooling = chosen
     sizes = model.encoder.config
     place = {name: getattr(arguments, name) for name in ("local", "cache_limit", "column")}
     collection = open_collection(arguments.source, sizes.image_size, sizes.interpolation, **place)
-    print(f"embedding: {chosen}")
+    print(f"embedding: {chosen.name}")
     options = EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields})
     how = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
     embedding = embed_collection(model.eval().to(device), collection, out, options, device=device, **how)
@@ -64,11 +62,6 @@ def main(argv: Sequence[str]) -> "Embedding":
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
     print_next(f"import numpy; embeddings = numpy.load({str(out)!r}, mmap_mode='r')")
     return embedding
-
-
-def option(name: str) -> str:
-    """Return the option for an argument of :func:`~d2v_composer.checkpoints.load.load_any`."""
-    return f"--{name.replace('_', '-')}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -97,5 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for name, smallest in {"batch_size": 1, "workers": 0}.items():
         if not smallest <= getattr(arguments, name) <= LARGEST:
-            raise InputError(f"{option(name)}: must be {smallest} to {LARGEST}, got {getattr(arguments, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')}: must be {smallest} to {LARGEST}, got {getattr(arguments, name)}"
+            )
     return arguments

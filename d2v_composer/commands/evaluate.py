@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     for name, labeled in datasets.items():
         if max(config.ks) > min(labeled.num_images):
             raise InputError(f"ks: must be at most {min(labeled.num_images)}, the images of {name}'s smaller set")
-    print(f"embedding: {embedding}")
+    print(f"embedding: {embedding.name}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     batch_size = config.device_eval_batch_size
     retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, autocast_dtype, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, embedding.primary.name, class_names)
+    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names)
     print(evaluation_tables(evaluation))
     if config.out is not None:
         used = hide_all_secrets(config.model_dump(mode="json"))

@@ -52,17 +52,18 @@ def main(argv: Sequence[str]) -> "Student":
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.models.student import Student
 
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
-    if student is None:
+    if not isinstance(student, Student):
         raise InputError(f"{arguments.source}: is a teacher; expected a training checkpoint or an exported student")
-    embedding = choose_embedding(student, student.provenance, arguments.pooling, arguments.representation)
-    print(f"embedding: {embedding}")
+    embedding = choose_embedding(student, arguments.pooling, arguments.representation)
+    print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
         save_student(student, out)
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
-        write(Embedder(student, embedding.primary), out)
+        write(Embedder(student, embedding), out)
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     head = student.state_dict().get("head.weight")

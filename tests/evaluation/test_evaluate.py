@@ -45,8 +45,8 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
         printed[model] = capsys.readouterr().out
         found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
-    assert printed[checkpoint].startswith("embedding: layer_mean_cls (the primary embedding of the model's run)\nZero-")
-    assert printed[student].startswith("embedding: layer_mean_mean (as asked)\n")
+    assert printed[checkpoint].startswith("embedding: layer_mean_cls\nZero-")
+    assert printed[student].startswith("embedding: layer_mean_mean\n")
     names = [candidate["name"] for candidate in found[checkpoint]["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
     assert [candidate["name"] for candidate in found[student]["candidates"]] == names[:-1]  # without a teacher
@@ -89,7 +89,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
     evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, "max_images=8", "precision=amp_bf16"])
     printed = capsys.readouterr().out
     first, *lines = printed.splitlines()
-    assert first == "embedding: output_cls (the default, since the file has no run's record)"
+    assert first == "embedding: output_cls"
     assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]

@@ -161,9 +161,9 @@ def test_registers_are_not_cls() -> None:
     images = images_for(teacher.config)
     names = {f"{name}_{pooling}" for name in ("output", "layer_mean") for pooling in ("mean", "mean_patches")}
     assert set(student.embed_all(images)) == names
-    assert choose_embedding(student, {}, None, None).primary.name == "output_mean_patches"
+    assert choose_embedding(student, None, None).name == "output_mean_patches"
     with pytest.raises(InputError, match="this model has no CLS token"):
-        choose_embedding(student, {}, "cls", None)
+        choose_embedding(student, "cls", None)
     outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
     assert outputs.cls_prediction is None
     assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)
