@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -167,11 +167,11 @@ def has_trained(folder: Path) -> bool:
     return log.exists() and log.read_text().count("loss/train/total") > 1
 
 
-def run_ranks(arguments: list[str], num_nodes: int = 1, timeout: float = 300) -> None:
-    """Train on two ranks, on one node or two. Both must succeed."""
-    with started_ranks(*train_command(arguments)[1:], ranks=2, num_nodes=num_nodes) as programs:
+def run_ranks(*arguments: str | Path, ranks: int = 2, **options: Any) -> None:
+    """Run a Python program on each rank. All must succeed."""
+    with started_ranks(*arguments, ranks=ranks, **options) as programs:
         for program in programs:
-            assert program.wait(timeout) == 0, program.stderr
+            assert program.wait(300) == 0, program.stderr
 
 
 @contextmanager
@@ -180,9 +180,13 @@ def started_ranks(
     ranks: int,
     num_nodes: int = 1,
     environment: dict[str, str] | None = None,
-    cwd: Path = ROOT,
+    folders: Sequence[Path] = (ROOT, ROOT),
 ) -> Iterator[list[Program]]:
-    """Start a Python program on each rank, with the variables that Composer's launcher sets, and kill it afterwards."""
+    """Start a Python program on each rank, with the variables that Composer's launcher sets, and kill it afterwards.
+
+    Args:
+        folders: The working folder of each rank.
+    """
     shared = {
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks // num_nodes,
@@ -195,7 +199,7 @@ def started_ranks(
             node_rank, local_rank = divmod(rank, ranks // num_nodes)
             variables = shared | {"RANK": rank, "LOCAL_RANK": local_rank, "NODE_RANK": node_rank} if ranks > 1 else {}
             variables = {name: str(value) for name, value in variables.items()} | (environment or {})
-            programs.append(start_python(*arguments, cwd=cwd, environment=variables))
+            programs.append(start_python(*arguments, cwd=folders[rank], environment=variables))
         yield programs
     finally:
         for program in programs:
@@ -260,7 +264,7 @@ def assert_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
 
 
 def losses_of(folder: Path) -> dict[int, float]:
-    return log_of(folder)["loss/train/total"]
+    return log_of(folder).get("loss/train/total", {})
 
 
 def log_of(folder: Path) -> dict[str, dict[int, float]]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from composer import Callback, Logger, State, Trainer
+from composer import Callback, Event, Logger, State, Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Precision
 from torch import Tensor, nn
@@ -104,39 +104,50 @@ def first_gradient(state: State) -> Tensor:
     return next(each.grad for each in state.model.parameters() if each.grad is not None)
 
 
-class BadGradient(Callback):
-    """Makes one number of a gradient infinite or NaN before the step of batch 5."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def after_backward(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch == 5:
-            first_gradient(state).view(-1)[3] = self.value
-
-
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_stops_after_a_gradient_that_is_not_finite(value: float, tmp_path: Path) -> None:
+def infinite_gradient(state: State) -> None:
     """Clipping turns it into NaN in every weight, while the batch's loss is normal."""
-    with pytest.raises(
-        FloatingPointError, match=r"^batch 5: model\.student\.blocks\S+ is not finite; earlier checkpoints"
-    ):
-        train(tmp_path, build_model(), some_images(), BadGradient(value))
+    first_gradient(state).view(-1)[3] = torch.inf
+
+
+def large_gradient(state: State) -> None:
+    """Its square is beyond float32. AdamW divides by it, so that the weight would never change again."""
+    first_gradient(state).fill_(1e30)
+
+
+def infinite_loss(state: State) -> None:
+    assert isinstance(state.loss, Tensor)
+    state.loss = state.loss * torch.inf
+
+
+class Fault(Callback):
+    """Changes the state in batch 5."""
+
+    def __init__(self, at: Event, change: Callable[[State], None]) -> None:
+        self.at, self.change = at, change
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event is Event.FIT_START:  # on a GPU Composer has an enabled scaler in fp32, but does not use it
+            state.scaler = cast(Any, GradScaler("cpu"))
+        if event is self.at and state.timestamp.batch == 5:
+            self.change(state)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            Fault(Event.AFTER_BACKWARD, infinite_gradient),
+            r"model\.student\.blocks\S+ is not finite; earlier",
+        ),
+        (Fault(Event.AFTER_TRAIN_BATCH, large_gradient), r"optimizers\.AdamW\.state\.\S+\.exp_avg_sq is not finite"),
+        (Fault(Event.AFTER_LOSS, infinite_loss), "the training loss is inf; earlier checkpoints"),
+    ],
+)
+def test_stops_after_numbers_that_are_not_finite(fault: Fault, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=f"^batch 5: {message}"):
+        train(tmp_path, build_model(), some_images(), fault)
     assert_all_saved_is_finite(tmp_path)
     assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba5-rank0.pt"
-
-
-def test_stops_after_moments_that_are_not_finite(tmp_path: Path) -> None:
-    """AdamW divides by them, so that the weight would never change again."""
-
-    class LargeGradient(Callback):
-        def after_train_batch(self, state: State, logger: Logger) -> None:
-            if state.timestamp.batch == 5:
-                first_gradient(state).fill_(1e30)  # after clipping; its square is beyond float32
-
-    with pytest.raises(FloatingPointError, match=r"^batch 5: optimizers\.AdamW\.state\.\S+\.exp_avg_sq is not finite"):
-        train(tmp_path, build_model(), some_images(), LargeGradient())
-    assert_all_saved_is_finite(tmp_path)
 
 
 class LossScaling(Callback):
@@ -157,8 +168,7 @@ class LossScaling(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) in self.infinite:
-            assert isinstance(state.loss, Tensor)
-            state.loss = state.loss * torch.inf
+            infinite_loss(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.scales.append(loss_scale(state))
@@ -194,23 +204,6 @@ def test_stops_when_the_loss_scale_is_too_small(tmp_path: Path) -> None:
         train(tmp_path, build_model(), some_images(), LossScaling(range(1, 12), scale=2.0**-10))
     assert_all_saved_is_finite(tmp_path)
     assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba4-rank0.pt"
-
-
-def test_stops_at_the_first_infinite_loss_without_loss_scaling(tmp_path: Path) -> None:
-    """On a GPU Composer has an enabled scaler in fp32 and amp_bf16, too, but does not use it."""
-
-    class Unused(Callback):
-        def fit_start(self, state: State, logger: Logger) -> None:
-            state.scaler = cast(Any, GradScaler("cpu"))
-
-        def after_loss(self, state: State, logger: Logger) -> None:
-            if state.timestamp.batch == 5:
-                assert isinstance(state.loss, Tensor)
-                state.loss = state.loss * torch.inf
-
-    with pytest.raises(FloatingPointError, match=r"^batch 5: the training loss is inf; earlier checkpoints"):
-        train(tmp_path, build_model(), some_images(), Unused())
-    assert_all_saved_is_finite(tmp_path)
 
 
 def test_tf32_is_the_users_choice(small_data: Path, tmp_path: Path) -> None:

@@ -47,19 +47,6 @@ def rehearsal(*arguments: str) -> Rehearsal:
     return Rehearsal(arguments, load_config(arguments), PREFLIGHT.with_name("train.py"))
 
 
-def test_a_good_run_passes_and_nothing_is_left(tmp_path: Path, small_data: Path, labeled: Path) -> None:
-    arguments = small_preflight(tmp_path / "runs" / "good", small_data, labeled)
-    result = run_command(sys.executable, PREFLIGHT, *arguments, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    table, _, needed = result.stdout.partition("\n\n")
-    verdicts = {line[:14].strip(): line[15:22].strip() for line in table.splitlines()[1:]}
-    assert {"training", "SIGTERM", "resume", "export", "checkpoints"} <= verdicts.keys()
-    assert set(verdicts.values()) == {"ok"}
-    for line in ("pace ", "time ", f"next: composer -n 1 {PREFLIGHT.with_name('train.py')} "):
-        assert f"\n{line}" in needed
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
 def test_every_fault_before_training_is_named(
     tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,10 +130,17 @@ def test_faults_of_a_store_are_named(
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_resumes_from_it_and_nothing_is_left(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
+def test_a_good_run_passes_and_nothing_is_left(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
+    """It resumes from a store."""
     before, command = store.objects(BUCKET).keys(), (sys.executable, PREFLIGHT, *remote_preflight(tmp_path, labeled))
     result = run_command(*command, timeout=600, cwd=tmp_path, environment=store.environment)
     assert result.returncode == 0, result.stdout + result.stderr
+    table, _, needed = result.stdout.partition("\n\n")
+    verdicts = {line[:14].strip(): line[15:22].strip() for line in table.splitlines()[1:]}
+    assert {"training", "SIGTERM", "resume", "export"} <= verdicts.keys()
+    assert set(verdicts.values()) == {"ok"}
+    for line in ("pace ", "time ", f"next: composer -n 1 {PREFLIGHT.with_name('train.py')} "):
+        assert f"\n{line}" in needed
     composers_own = {".credentials_validated_successfully"}  # at a bucket's root
     assert store.objects(BUCKET).keys() - composers_own == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

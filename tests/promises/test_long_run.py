@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from helpers import inode_of, log_of, losses_of, shared_memory_of, small_run, start_python, train_command
+from helpers import inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
 from programs.preloaded import Program
 
 
@@ -69,7 +69,7 @@ def usage_of(program: Program, temporary: Path) -> Usage:
 
 def step_of(folder: Path) -> int:
     """Return the last step in a run's log; -1 without one."""
-    return max(log_of(folder).get("loss/train/total", [-1]))
+    return max(losses_of(folder), default=-1)
 
 
 def long_run(folder: Path, labeled: Path, num_steps: int, interval: int) -> list[str]:

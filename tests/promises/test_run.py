@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path,
     run_training(*alone)
     assert_same_student(tmp_path / "alone", uninterrupted)
     assert losses_of(tmp_path / "alone") == losses_of(uninterrupted)
-    run_ranks(small_run(tmp_path / "together", small_data, "train_loader.num_workers=1"))
+    run_ranks(*train_command(small_run(tmp_path / "together", small_data, "train_loader.num_workers=1"))[1:])
     assert_same_losses(losses_of(tmp_path / "together"), losses_of(uninterrupted), num_steps=14)
 
 

@@ -1,7 +1,6 @@
 """Promises 3, 8 and 10: several ranks train like one process: compiled, sharded, in microbatches, on several nodes."""
 
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,6 @@ from helpers import (
     QUICKSTART,
     ROOT,
     assert_same_losses,
-    command_environment,
-    free_port,
     log_of,
     losses_of,
     run_command,
@@ -22,6 +19,7 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    train_command,
 )
 
 LAUNCHER = Path(sys.executable).parent / "composer"
@@ -111,46 +109,11 @@ def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, t
     assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
 
 
-def run_on_two_nodes(
-    arguments: list[str], folders: tuple[Path, Path] = (ROOT, ROOT), environment: dict[str, str] | None = None
-) -> None:
-    """Run Composer's launcher twice, with one process each, as on two machines with these working folders."""
-    script = ROOT / "recipes" / "train.py"
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    nodes = [
-        subprocess.Popen(
-            [LAUNCHER, "--nproc", "1", "--world_size", "2", "--node_rank", str(rank), *address, script, *arguments],
-            env=command_environment() | (environment or {}),
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, folder in enumerate(folders)
-    ]
-    try:
-        for node in nodes:
-            output, _ = node.communicate(timeout=120)
-            assert node.returncode == 0, output
-    finally:
-        for node in nodes:
-            node.kill()
-
-
 def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """They share data set and folder, as on machines with a common file system."""
-    run_ranks(small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL), num_nodes=2)
+    arguments = small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL)
+    run_ranks(*train_command(arguments)[1:], num_nodes=2)
     assert_same_run(tmp_path / "run", evaluated)
-
-
-@pytest.mark.slow
-def test_two_nodes_resume_from_a_checkpoint(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
-    resumed = shutil.copytree(evaluated, tmp_path / "resumed", symlinks=True)
-    latest = resumed / "latest-rank0.pt"
-    latest.unlink()
-    latest.symlink_to("ep1-ba12-rank0.pt")
-    run_on_two_nodes(small_run(resumed, small_data, *WITH_RETRIEVAL))
-    assert_same_run(resumed, evaluated)
 
 
 @pytest.mark.slow
@@ -172,6 +135,7 @@ def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
     (run / "latest-rank0.pt").symlink_to("ep1-ba12-rank0.pt")
     folders[1].mkdir()
     save = f"save_folder=s3://{bucket}/runs/killed"
-    run_on_two_nodes(small_run(run, small_data, save, *WITH_RETRIEVAL), folders, object_store.environment)
+    command = train_command(small_run(run, small_data, save, *WITH_RETRIEVAL))[1:]
+    run_ranks(*command, num_nodes=2, folders=folders, environment=object_store.environment)
     assert_same_run(run, evaluated)
     assert (folders[1] / "runs" / "killed" / "ep1-ba12-rank0.pt").is_file()

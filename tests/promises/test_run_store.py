@@ -68,11 +68,11 @@ def test_a_killed_run_resumes_on_another_machine(
     there.mkdir()
     arguments = run_in_store("killed", tmp_path / "cache", "save_interval=5ba", "report=true")
     kill = variables | {"AT": "batch_start 12 kill"}
-    with started_ranks(*traced(arguments), ranks=1, environment=kill, cwd=here) as [killed]:
+    with started_ranks(*traced(arguments), ranks=1, environment=kill, folders=[here]) as [killed]:
         assert killed.wait(180) == -signal.SIGKILL, killed.stderr
     before = losses_of(here / "runs" / "killed")
 
-    with started_ranks(*traced(arguments), ranks=1, environment=variables, cwd=there) as [again]:
+    with started_ranks(*traced(arguments), ranks=1, environment=variables, folders=[there]) as [again]:
         folder = there / "runs" / "killed"
         wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=120)
         with store.unreachable():
@@ -114,7 +114,7 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
     assert f"s3://{BUCKET}/runs/damaged" in failure(denied, denied.returncode)
     assert denied.returncode in (1, 2)
 
-    with started_ranks(*traced(arguments), ranks=1, environment=variables, cwd=tmp_path) as [program]:
+    with started_ranks(*traced(arguments), ranks=1, environment=variables, folders=[tmp_path]) as [program]:
         assert program.wait(180) == 0, program.stderr
     assert newest in program.stderr
     assert " at batch 12" in program.stdout

@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback, Logger, State, Trainer
-from torch.utils.data import DataLoader
 
 from d2v_composer.builders.models import build_comparison
-from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.checkpoints.load import load_student, load_teacher
+from d2v_composer.checkpoints.load import load_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.embedding import EmbeddingOptions, embed_collection, open_collection
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.models.distillation import DistillationModel
-from helpers import GOLDEN, ROOT, load_checkpoint, losses_of, small_run, student_of
+from helpers import ROOT, load_checkpoint, losses_of, small_run, student_of
 from programs.second_device import SecondDevice, second_device
 from recipes import supervised_resnet, train
 
@@ -154,33 +151,3 @@ def test_another_projects_run_measures_retrieval(
     monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
     retrieval = supervised_resnet.main(["--epochs", "1"])
     assert [entry["batch"] for entry in retrieval.history] == [0, 2]
-
-
-def train_small(device: SecondDevice, *callbacks: Callback) -> None:
-    """Train on two batches of 8 images."""
-    teacher = load_teacher(GOLDEN / "tiny_base.pt")
-    model = DistillationModel(teacher, teacher.build_student(depth=1))
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(list(some_images(16)), batch_size=8),  # pyright: ignore[reportArgumentType]
-        max_duration="2ba",
-        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad]),
-        callbacks=list(callbacks),
-        device=device,
-        progress_bar=False,
-    )
-    trainer.fit()
-    trainer.close()
-
-
-def some_images(num: int) -> torch.Tensor:
-    return torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_embeddings_may_return_to_the_host(device: SecondDevice) -> None:
-    images = LabeledImages(some_images(12), torch.arange(12) % 3)
-    retrieval = ZeroShotRetrieval(
-        {"small": LabeledSet(images, images)}, "1ba", embed=lambda images: images.flatten(1).float().cpu()
-    )
-    train_small(device, retrieval)
-    assert len(retrieval.history) == 2
