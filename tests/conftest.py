@@ -10,8 +10,8 @@ LONG_FILES = (
     "test_commands.py",
     "test_run_store.py",
     "test_run_ranks.py",
-    "test_preflight.py",
-    "test_checkpoint_retention.py",
+    "test_loggers.py",
+    "test_finetune.py",
 )
 
 

@@ -226,9 +226,9 @@ def train_command(arguments: list[str], ranks: int = 1) -> list[str]:
     return [launcher, "-n", str(ranks), script, *arguments]
 
 
-def train_until_killed(arguments: list[str], batch: int, recipe: str = "train") -> None:
-    """Run a training recipe in one process that is killed when the batch starts."""
-    killed = run_command(sys.executable, *traced(arguments, recipe), environment={"AT": f"batch_start {batch} kill"})
+def train_until_killed(arguments: list[str], moment: str, recipe: str = "train") -> None:
+    """Run a training recipe in one process that is killed at an event of a batch, such as ``batch_start 3``."""
+    killed = run_command(sys.executable, *traced(arguments, recipe), environment={"AT": f"{moment} kill"})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 

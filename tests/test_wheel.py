@@ -1,4 +1,4 @@
-"""The wheel, built from the source distribution, works in an environment that has nothing of the checkout."""
+"""The wheel works in an environment that has nothing of the checkout."""
 
 import os
 import shutil
@@ -19,8 +19,6 @@ from helpers import GOLDEN, ROOT, encoded_image
 
 pytestmark = pytest.mark.slow
 
-BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command outside the checkout and without what points to it, and return its output."""
@@ -32,7 +30,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the source distribution of a copy of the checkout's files."""
+    """The wheel of a copy of the checkout's files."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -40,10 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in ("d2v_composer", "recipes", "tests", "yamls"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    run(sys.executable, "-c", BUILD_SDIST, folder, cwd=source)
-    (sdist,) = folder.glob("*.tar.gz")
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
-    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, sdist, cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
 

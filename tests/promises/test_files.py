@@ -27,12 +27,10 @@ from d2v_composer import load_student, load_teacher
 from helpers import (
     D2V,
     GOLDEN,
-    ROOT,
     d2v,
     encoded_image,
     failure,
     load_checkpoint,
-    run_command,
     small_run,
     start_python,
     student_of,
@@ -269,7 +267,9 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-@pytest.mark.parametrize("what", SIZES)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow) if what == "a million lists" else what for what in SIZES]
+)
 def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, exported: Path, tmp_path: Path) -> None:
     """16."""
     path = tmp_path / "student.safetensors"
@@ -501,9 +501,3 @@ def test_a_teacher_cannot_be_exported(tmp_path: Path) -> None:
     line = failure(d2v("export", TEACHER, tmp_path / "none.safetensors"), 2)
     assert f"{TEACHER}: is a teacher" in line
     assert not (tmp_path / "none.safetensors").exists()
-
-
-def test_another_runs_file_is_not_read_as_weights(small_data: Path, tmp_path: Path) -> None:
-    """16, 18: a student's file is not a checkpoint to resume from."""
-    ended = run_command(*train_command(small_run(tmp_path / "run", small_data, f"load_path={ROOT / 'README.md'}")))
-    assert "README.md" in failure(ended, 2)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from helpers import inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
+from helpers import family_of, inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
 from programs.preloaded import Program
 
 
@@ -55,13 +55,12 @@ def anonymous_megabytes(pid: int) -> float:
 
 
 def usage_of(program: Program, temporary: Path) -> Usage:
-    main = psutil.Process(program.pid)
-    family = [main, *main.children(recursive=True)]
+    main, *workers = family_of(program.pid)
     return Usage(
         anonymous_megabytes(program.pid),
         main.num_fds(),  # workers live for an epoch, with copies of these
         main.num_threads(),
-        len(family),
+        1 + len(workers),
         len(shared_memory_of(program.pid)),
         len(list(temporary.rglob("*"))),
     )

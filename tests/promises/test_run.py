@@ -57,7 +57,7 @@ def batch_of(checkpoint: Path) -> int:
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
     """3, 10: the same bits as without the kill; on two ranks, the same losses."""
     alone = small_run(tmp_path / "alone", small_data)
-    train_until_killed(alone, batch)
+    train_until_killed(alone, f"batch_start {batch}")
     assert len(losses_of(tmp_path / "alone")) == batch
     shutil.copytree(tmp_path / "alone", tmp_path / "together", symlinks=True)
     run_training(*alone)

@@ -154,7 +154,7 @@ def test_sigterm_to_all_processes_still_uploads_the_checkpoint(
         ("train_loader.remote=s3://nobody/images", "s3://nobody/images/index.json"),
         (f"train_loader.remote=s3://{BUCKET}/nothing", f"s3://{BUCKET}/nothing/index.json"),
         (f"teacher.checkpoint=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt"),
-        (f"load_path=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt"),
+        pytest.param(f"load_path=s3://{BUCKET}/no.pt", f"s3://{BUCKET}/no.pt", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_object_is_one_line(variables: dict[str, str], tmp_path: Path, override: str, message: str) -> None:

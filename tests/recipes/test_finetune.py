@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,27 +109,12 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert whole.returncode == 0, whole.stderr
     assert "images    96 to train, 48 to evaluate, 4 classes" in whole.stdout
     arguments = small_finetuning(tmp_path / "killed", student, labeled, *options, *when_killed)
-    train_until_killed(arguments, 5, "finetune")
+    train_until_killed(arguments, "batch_start 5", "finetune")
     again = finetune(*arguments)
     assert again.returncode == 0, again.stderr
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
     ours, expected = model_of(tmp_path / "killed"), model_of(tmp_path / "whole")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-
-
-# Kill the process when the evaluation after the last batch starts.
-KILLED_IN_LAST_EVALUATION = """
-import os, signal, sys
-from composer import Callback
-from recipes import finetune
-
-class Kill(Callback):
-    def eval_start(self, state, logger):
-        if state.timestamp >= state.max_duration:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-finetune.main(sys.argv[1:], [Kill()])
-"""
 
 
 @pytest.mark.slow
@@ -140,8 +124,7 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(
     options = ("max_duration=4ba", "eval_interval=3ba")
     whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
     arguments = small_finetuning(tmp_path / "killed", student, labeled, *options)
-    killed = run_command(sys.executable, "-c", KILLED_IN_LAST_EVALUATION, *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train_until_killed(arguments, "eval_start 4", "finetune")
     assert sorted(read_jsonl(tmp_path / "killed" / "log.jsonl")["metrics/test/top1"]) == [3]
     again = finetune(*arguments)
     assert again.returncode == 0, again.stderr
