@@ -25,14 +25,14 @@ if __name__ == "__main__":
 from composer import Callback, Trainer
 from composer.utils import reproducibility
 
-from d2v_composer.builders.data import build_collective_timeout, count_open_files
-from d2v_composer.builders.finetune import EVALUATOR, BuiltFinetuning, build_finetuning
-from d2v_composer.builders.fit import describe_finetuning, fit_and_close, write_run_report
+from d2v_composer.builders.finetune import EVALUATOR, build_finetuning
+from d2v_composer.builders.fit import fit_and_close, write_run_report
 from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
-from d2v_composer.report.run import Run
+from d2v_composer.models.classification import Classifier
+from d2v_composer.models.student import Student
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.processes import allow_open_files
@@ -48,40 +48,34 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         callbacks: Callbacks beside those of the YAML.
     """
     config = load_finetune_config(argv)
-    allow_open_files(count_open_files(config.train_loader))
-    join_ranks(build_collective_timeout(config.train_loader))
+    allow_open_files()
+    join_ranks(config.train_loader.timeout)
     reproducibility.seed_all(config.seed)
     with patched_composer(read_checkpoint):
         built = build_finetuning(config)
         built.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**built.trainer_arguments)
-    fit_and_close(
-        trainer,
-        config,
-        header=lambda: describe_finetuning(config, built, trainer.state),
-        report=lambda is_new: report(trainer, config, built, is_new),
-    )
-    name_next_step(config, built)
+    fit_and_close(trainer, config, built.header, lambda: report(trainer, config, built.model))
+    name_next_step(config, built.model)
     return trainer
 
 
-def report(trainer: Trainer, config: FinetuneConfig, built: BuiltFinetuning, is_new: bool) -> None:
+def report(trainer: Trainer, config: FinetuneConfig, model: Classifier) -> None:
     """Print the accuracy of the last evaluation, and write the report into the run's folder."""
     metrics = trainer.state.eval_metric_values
-    found = {name: float(metrics[name]) for name in built.model.metrics if name in metrics}
+    found = {name: float(metrics[name]) for name in model.metrics if name in metrics}
     if found:
-        title = f"{len(built.images.test.labels):,} {EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}"
         loss = f"{found.pop('loss'):.4f}"
         row = [config.run_name, *(f"{100 * value:.2f}" for value in found.values()), loss]
         table = format_table(["", *(name.replace("top", "top-") for name in found), "loss"], [row])
-        print(f"\n{title}, accuracy in %\n{table}")
-    write_run_report(trainer, config, lambda log: Run(built.record.record, log, {}, {}), is_new)
+        print(f"\n{EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}, accuracy in %\n{table}")
+    write_run_report(trainer, config)
 
 
-def name_next_step(config: FinetuneConfig, built: BuiltFinetuning) -> None:
+def name_next_step(config: FinetuneConfig, model: Classifier) -> None:
     """Print how to export the classifier."""
     run_folder = find_run_folder(config)
-    if run_folder is not None and built.record.record["model"]["kind"] == "student":
+    if run_folder is not None and isinstance(model.backbone, Student):
         print_next(d2v("export", run_folder.local / LATEST, run_folder.local / "classifier.safetensors"))
 
 

@@ -24,15 +24,14 @@ import yaml
 from composer import Callback, Trainer
 from composer.utils import reproducibility
 
-from d2v_composer.builders.data import build_collective_timeout, count_open_files
-from d2v_composer.builders.fit import describe_run, fit_and_close, write_run_report
-from d2v_composer.builders.run import BuiltRun, build_run
+from d2v_composer.builders.fit import fit_and_close, write_run_report
+from d2v_composer.builders.run import build_run
 from d2v_composer.builders.run_folder import find_run_folder
+from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.execution import join_units
-from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.processes import allow_open_files
@@ -48,8 +47,8 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         callbacks: Callbacks beside those of the YAML.
     """
     config = load_config(argv)
-    allow_open_files(count_open_files(config.train_loader))
-    join_ranks(build_collective_timeout(config.train_loader))
+    allow_open_files()
+    join_ranks(config.train_loader.timeout)
     reproducibility.seed_all(config.seed)
     with patched_composer(read_checkpoint):
         run = build_run(config)
@@ -57,23 +56,16 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         trainer = Trainer(**run.trainer_arguments)
     if trainer.state.fsdp_config is not None:
         join_units(run.model, trainer.state.fsdp_config.device_mesh)
-    fit_and_close(
-        trainer,
-        config,
-        header=lambda: describe_run(config, run, trainer.state),
-        report=lambda is_new: report(trainer, config, run, is_new),
-    )
+    fit_and_close(trainer, config, run.header, lambda: report(trainer, config, run.retrieval))
     name_next_steps(config)
     return trainer
 
 
-def report(trainer: Trainer, config: TrainConfig, run: BuiltRun, is_new: bool) -> None:
+def report(trainer: Trainer, config: TrainConfig, retrieval: ZeroShotRetrieval | None) -> None:
     """Print the retrieval table, and write the report into the run's folder."""
-    retrieval = run.retrieval
     if retrieval is not None and retrieval.history:
         print(f"\n{retrieval_table(retrieval)}")
-    neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
-    write_run_report(trainer, config, lambda log: Run(run.record.record, log, neighbors, datasets), is_new)
+    write_run_report(trainer, config, retrieval)
 
 
 def name_next_steps(config: TrainConfig) -> None:

@@ -16,7 +16,6 @@ from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shar
 from d2v_composer.models.encoder import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import (
-    COLLECTIVE_SECONDS,
     gather_objects,
     node_leaders_first,
     num_nodes,
@@ -25,24 +24,10 @@ from d2v_composer.system.ranks import (
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300
-# Grace of a collective beyond the longest wait of a rank for its images.
-LATE_SECONDS = 60
 # Time for a store to answer at the start, if the data set's index is not in the cache.
 INDEX_SECONDS = 60.0
-# More than any run was seen to need. Each tensor that a worker has ready is an open file.
-OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 16
 # Fields of the section that are StreamingImages' arguments.
 PASSED_ON = {"column", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
-
-
-def build_collective_timeout(loader: ShardLoaderConfig) -> float:
-    """Return Composer's timeout of a collective, or a longer one if a rank may wait longer for a store."""
-    return COLLECTIVE_SECONDS if loader.remote is None else max(COLLECTIVE_SECONDS, loader.timeout + LATE_SECONDS)
-
-
-def count_open_files(loader: ShardLoaderConfig) -> int:
-    """Return the number of files that a training process may have open."""
-    return OPEN_FILES + OPEN_FILES_PER_WORKER * loader.num_workers
 
 
 def read_train_index(

@@ -17,12 +17,11 @@ from d2v_composer.builders.run import build_trainer_arguments
 from d2v_composer.builders.training import (
     FIXED_IN_A_FINETUNING,
     build_algorithms,
-    build_layerwise_optimizer,
+    build_optimizer,
     build_run_record,
     build_scheduler,
 )
 from d2v_composer.callbacks.algorithms import SeededBatches
-from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.checkpoints.load import without_head
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, TrainLoaderConfig
@@ -133,8 +132,8 @@ class BuiltFinetuning(NamedTuple):
     trainer_arguments: dict[str, Any]
     """Arguments of Composer's Trainer."""
     model: Classifier
-    record: RunRecord
-    images: FinetuneImages
+    header: dict[str, str]
+    """Lines that open the run's log."""
 
 
 def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
@@ -163,12 +162,17 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),
         "eval_dataloader": Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
         "eval_interval": config.eval_interval,
-        "optimizers": build_layerwise_optimizer(config.optimizer, model),
+        "optimizers": build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
         "schedulers": build_scheduler(config, len(images.train_loader)),
         "algorithms": build_algorithms(config.algorithms),
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
-    return BuiltFinetuning(arguments, model, record, images)
+    header = {
+        "images": f"{images.about['samples']:,} to train, {len(images.test.labels):,} to evaluate, "
+        f"{images.num_classes} classes",
+        "start": "random weights" if config.from_scratch else hide_secrets(config.model),
+    }
+    return BuiltFinetuning(arguments, model, header)
 
 
 def describe_model(

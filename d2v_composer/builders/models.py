@@ -32,7 +32,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     with errors_of("student"):
         student = teacher.build_student(**config.student.model_dump(), normalization=targets.normalization)
     uses_fsdp = config.parallelism_config.fsdp is not None
-    if not uses_fsdp and config.frozen_dtype is None:  # FSDP casts what it gathers, and needs one dtype in a block
+    if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(precision.dtype)
     model = DistillationModel(
         teacher,

@@ -29,9 +29,6 @@ from d2v_composer.data.index import describe_data
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import find_missing_file
-from d2v_composer.system.ranks import node_leaders_first
 
 
 class BuiltRun(NamedTuple):
@@ -40,8 +37,9 @@ class BuiltRun(NamedTuple):
     trainer_arguments: dict[str, Any]
     """Arguments of Composer's Trainer."""
     model: DistillationModel
-    record: RunRecord
     retrieval: ZeroShotRetrieval | None
+    header: dict[str, str]
+    """Lines that open the run's log."""
 
 
 def build_run(config: TrainConfig) -> BuiltRun:
@@ -69,7 +67,11 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
     }
-    return BuiltRun(arguments, model, record, retrieval)
+    header = {"images": f"{data['samples']:,} in {hide_secrets(data['location'])}"}
+    if retrieval is not None:
+        sets = ", ".join(retrieval.datasets)
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"
+    return BuiltRun(arguments, model, retrieval, header)
 
 
 def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: list[Callback]) -> dict[str, Any]:
@@ -84,9 +86,6 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
     """
     chosen = build_callbacks(config)
-    with node_leaders_first("load_path"):  # before the folder exists
-        if config.load_path is not None and (missing := find_missing_file(config.load_path)) is not None:
-            raise InputError(f"load_path: {config.load_path}: {missing}")
     folder = find_run_folder(config)
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     advice = "; the same command resumes" if config.autoresume else ""

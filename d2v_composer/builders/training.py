@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from composer.algorithms import CutMix, GradientClipping, LabelSmoothing, MixUp
@@ -19,22 +19,13 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
-from d2v_composer.config.schema import (
-    AlgorithmsConfig,
-    LayerwiseOptimizerConfig,
-    OptimizerConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from d2v_composer.config.schema import AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
-
-if TYPE_CHECKING:  # a distillation needs nothing of it
-    from d2v_composer.models.classification import Classifier
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
 ALGORITHMS = {
@@ -45,6 +36,7 @@ ALGORITHMS = {
 }
 # A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_IN_ANY_RUN = (
+    "data.sha256",  # the position in the order of samples is that data set's
     "config.seed",
     "config.global_train_batch_size",
     "config.train_loader.shuffle",
@@ -77,35 +69,39 @@ FIXED_IN_A_FINETUNING = (
     "model.pooling",
     "model.sha256",
     "model.num_classes",
-    "model.class_names",
 )
 
 
-def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.AdamW:
-    """Build torch's AdamW of the trained parameters; norms and biases have a group of their own."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices, vectors = [each for each in trained if each.ndim > 1], [each for each in trained if each.ndim <= 1]
-    return _adamw(config, [{"params": matrices}, {"params": vectors}])
+def build_optimizer(
+    config: OptimizerConfig,
+    model: torch.nn.Module,
+    depths: Mapping[str, int] | None = None,
+    layer_decay: float = 1.0,
+) -> torch.optim.AdamW:
+    """Build torch's AdamW of the trained parameters; norms and biases have groups of their own.
 
-
-def build_layerwise_optimizer(config: LayerwiseOptimizerConfig, model: "Classifier") -> torch.optim.AdamW:
-    """Build torch's AdamW with a learning rate for each depth; the head's group, with ``lr``, comes first."""
-    head, weights = max(model.depth_of_trained.values()), dict(model.named_parameters())
+    Args:
+        config: The section.
+        model: The model.
+        depths: Name of each trained parameter → its depth; default: all are of one.
+        layer_decay: Learning rate of a depth over that of the next one; the last one's, whose groups come first, is
+            ``lr``.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    depths = depths or dict.fromkeys(weights, 0)
+    last = max(depths.values())
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
-    for name, depth in model.depth_of_trained.items():
-        groups.setdefault((head - depth, weights[name].ndim <= 1), []).append(weights[name])
-    return _adamw(
-        config, [{"params": groups[each], "lr": config.lr * config.layer_decay ** each[0]} for each in sorted(groups)]
-    )
-
-
-def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """Build torch's AdamW of groups that each hold only matrices or only norms and biases."""
-    for group in groups:
-        if not config.decay_norms_and_biases and all(each.ndim <= 1 for each in group["params"]):
-            group["weight_decay"] = 0.0
-    fields = config.model_dump(exclude={"decay_norms_and_biases", "layer_decay"})
-    return torch.optim.AdamW(groups, **fields, fused=True)
+    for name, depth in depths.items():
+        groups.setdefault((last - depth, weights[name].ndim <= 1), []).append(weights[name])
+    arguments = [
+        {
+            "params": groups[distance, is_vector],
+            "lr": config.lr * layer_decay**distance,
+            "weight_decay": 0.0 if is_vector and not config.decay_norms_and_biases else config.weight_decay,
+        }
+        for distance, is_vector in sorted(groups)
+    ]
+    return torch.optim.AdamW(arguments, betas=config.betas, eps=config.eps, fused=True)
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:

@@ -132,15 +132,15 @@ class Checkpoints(Callback):
         with writing(self.folder.local):
             try:
                 save_checkpoint(state, str(partial), ignore_keys=check_finite)  # a callable gets the contents
-                if dist.get_global_rank() == 0:
-                    publish(partial, path)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-            if dist.get_global_rank() == 0 and self.uploads is None:
-                prune(self.folder.local, self.num_to_keep)
-        if dist.get_global_rank() == 0 and self.uploads is not None:
-            self.uploads.start(self._upload, self.uploads, path)
+            if dist.get_global_rank() == 0:
+                publish(partial, path)
+                if self.uploads is None:
+                    prune(self.folder.local, self.num_to_keep)
+                else:
+                    self.uploads.start(self._upload, self.uploads, path)
 
     def _upload(self, uploads: Uploads, checkpoint: Path) -> None:
         if checkpoint.exists():  # else it was outdated when the one before it was uploaded
@@ -170,14 +170,6 @@ class Checkpoints(Callback):
         self.stopped_by = (*STOPS, None)[code]
         return code
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._wait_for_uploads()
-
-    def _wait_for_uploads(self) -> None:
-        with rank_zero_first("the upload of the checkpoint"):  # minutes, which no collective would wait
-            if self.uploads is not None:
-                self.uploads.wait()
-
     def end_training(self, state: State) -> None:
         """Exit if a signal came since the last batch; all is saved, and from now on a signal ends the process at once.
 
@@ -190,7 +182,9 @@ class Checkpoints(Callback):
     def _exit_if_stopping(self, state: State) -> None:
         if self.stopped_by is None:
             return
-        self._wait_for_uploads()
+        with rank_zero_first("the upload of the checkpoint"):  # minutes, which no collective would wait
+            if self.uploads is not None:
+                self.uploads.wait()
         dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
             said = f"{'stopped' if self.folder is None else 'saved'} at batch {int(state.timestamp.batch)}{self.advice}"

@@ -5,8 +5,8 @@ Shapes: B images, T tokens, N patches of them, D channels, L layers of the teach
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_context
@@ -63,7 +63,8 @@ class Health(Callback):
     more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
     scale fell, and each time a step was skipped.
 
-    The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; or pass ``regression``.
+    The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; else override
+    :meth:`regression`. Leading tokens that are not patches are the ``num_extra_tokens`` of its ``student``, or none.
     The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many images:
     at most 1 % of a training run, at the default interval.
 
@@ -71,31 +72,22 @@ class Health(Callback):
         interval: Composer time string.
         grace: Time in which the loss may be as bad as a constant prediction's, a Composer time string: longer than
             the warm-up; '0.2dur' is a fifth of the run.
-        regression: (outputs, batch) → prediction and target, for a model that returns something else; both of the
-            last microbatch, on the model's device.
-        num_extra_tokens: Number of leading tokens that are not patches; default: the model's own, or 0.
     """
 
-    def __init__(
-        self,
-        interval: str = "100ba",
-        grace: str = "0.2dur",
-        regression: Callable[[Any, Any], Regression] | None = None,
-        num_extra_tokens: int | None = None,
-    ) -> None:
-        if not (regression is None or callable(regression)):
-            raise ValueError(f"regression must be a function, got {regression!r}")
-        if not (num_extra_tokens is None or (type(num_extra_tokens) is int and num_extra_tokens >= 0)):
-            raise ValueError(f"num_extra_tokens must be a number of at least 0, got {num_extra_tokens!r}")
+    def __init__(self, interval: str = "100ba", grace: str = "0.2dur") -> None:
         self.is_due = due_every(interval)
         self.grace = Time.from_timestring(grace)
-        self.regression = regression
-        self.num_extra_tokens = num_extra_tokens
         self.losses: list[float] = []
         self.lowest_loss = math.inf
         self.scale = self.previous_scale = 0.0
         self.present: set[str] = set()
         self.microbatch: Any = None
+
+    def regression(self, outputs: Any, batch: Any) -> Regression:
+        """Return prediction and target of the last microbatch, on the model's device."""
+        if not isinstance(outputs, Regression):
+            raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
+        return outputs
 
     def after_forward(self, state: State, logger: Logger) -> None:
         # On the device, with the images of the outputs. At BATCH_END state.batch is the whole batch, on the host.
@@ -116,13 +108,9 @@ class Health(Callback):
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
         """Measure, log, and warn of each state that was absent at the last measurement."""
-        outputs = state.outputs if self.regression is None else self.regression(state.outputs, self.microbatch)
-        if not isinstance(outputs, Regression):
-            raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
-        model: Any = unwrapped(state)
-        student, num_extra_tokens = getattr(model, "student", None), self.num_extra_tokens
-        if num_extra_tokens is None:
-            num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
+        outputs, model = self.regression(state.outputs, self.microbatch), cast("Any", unwrapped(state))
+        student = getattr(model, "student", None)
+        num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
         metrics = self.compare(outputs, num_extra_tokens, getattr(student, "has_cls_token", True))
         if hasattr(model, "layer_cosines"):  # in the run's precision; on all ranks, as FSDP requires
             with get_precision_context(state.precision, state.precision_config):

@@ -70,14 +70,9 @@ class ProgressLogger(LoggerDestination):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
-        when = "" if step is None else f" at batch {step}"
-        found: dict[str, list[str]] = {}
         for (dataset, baseline), (k, accuracy) in accuracies(metrics).items():
-            what = f"retrieval{when}: {dataset} top-{k}:" if dataset else f"evaluation{when}: top-{k}"
-            who = f"{baseline or 'student'} " if dataset else ""
-            found.setdefault(what, []).append(f"{who}{accuracy:.1%}")
-        for what, values in found.items():
-            self.write(f"{what} {', '.join(values)}")
+            kind, what = ("retrieval", f"{dataset} {baseline or 'student'} ") if dataset else ("evaluation", "")
+            self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:

@@ -1,7 +1,6 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ WORDS = {
     "model.representation": "representation",
     "model.pooling": "pooling",
     "model.num_classes": "number of classes",
-    "model.class_names": "class_names",
+    "data.sha256": "train_loader or dataset (sha256 of the images)",
 }
 
 
@@ -54,12 +53,11 @@ class RunRecord(Callback):
         """Check that this run may resume from the checkpoint of a run with another record.
 
         Raises:
-            InputError: A fixed key or the data set has changed; names each change.
+            InputError: A fixed key has changed; names each change.
         """
         before = state["record"]
         found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
-        changes = [*find_other_data(before, self.record), *chain.from_iterable(found)]
-        if changes:
+        if changes := [change for changes in found for change in changes]:
             raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
 
 
@@ -68,30 +66,8 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
-    elif isinstance(before, list) and isinstance(now, list):
-        for number, (old, new) in enumerate(zip_longest(before, now)):
-            if old != new:
-                yield from find_changes(f"{WORDS.get(key, key)}[{number}]", old, new)
-                return  # the first one: there may be a thousand
     elif before != now:
         yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
-
-
-def find_other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Describe a change of the data set: the position in the order of samples is the old one's."""
-    if lookup(before, "data.sha256") == lookup(now, "data.sha256"):
-        return
-    if lookup(now, "config.dataset") is not None:
-        key = "dataset.root"
-    else:
-        key = f"train_loader.{'local' if lookup(now, 'config.train_loader.remote') is None else 'remote'}"
-    yield f"{key}: {data_words(now)}, but the checkpoint was trained on another data set, {data_words(before)}"
-
-
-def data_words(record: Mapping[str, Any]) -> str:
-    """Describe a record's data set for an error."""
-    location, samples, digest = (lookup(record, f"data.{name}") for name in ("location", "samples", "sha256"))
-    return f"{location} ({samples} samples, {str(digest)[:8]})"
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:

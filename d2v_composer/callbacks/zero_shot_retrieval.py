@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key, primary_fallbacks
+from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
@@ -89,15 +89,13 @@ class ZeroShotRetrieval(Callback):
             smallest = min(labeled.num_images)
             if not 1 <= min(ks) <= max(ks) <= smallest:
                 raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
-        if unknown := set(probes) - set(PROBES):
-            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(sorted(unknown))}")
         self.datasets = dict(datasets)
         self.ks = tuple(ks)
         self.embed = embed
         self.primary = primary
         self.baselines = baselines
         self.at_start = at_start
-        self.probes = tuple(probes)
+        self.probes = probes
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
@@ -143,33 +141,29 @@ class ZeroShotRetrieval(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the measurements, with the short keys and the neighbors of the present primary embedding.
+        """Restore the measurements.
 
         Raises:
-            InputError: A set has other images than before, whose accuracies cannot be compared.
+            InputError: The accuracies cannot be compared with those before.
         """
+        if state["primary"] != self.primary:  # that of the short keys
+            raise InputError(
+                f"retrieval.representation, retrieval.pooling: {state['primary']} in the checkpoint, {self.primary} "
+                "asked; every embedding has a key of its own"
+            )
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):
                 raise InputError(
-                    f"retrieval.datasets.{name}: has other images than the checkpoint's, whose accuracies cannot be "
-                    "compared: give the set another name, or set it and max_images back"
+                    f"retrieval.datasets.{name}: has other images than the checkpoint's: give the set another name, or "
+                    "set it and max_images back"
                 )
-        self.history = [{**entry, "metrics": self.with_primary(entry["metrics"])} for entry in state["history"]]
-        self.baseline_metrics = self.with_primary(state["baseline_metrics"])
-        self.neighbors = state["neighbors"] if state["primary"] == self.primary else {}
-        self.was_stopped = state["was_stopped"]
-
-    def with_primary(self, metrics: Metrics) -> Metrics:
-        """Return metrics whose short keys are the primary embedding's."""
-        for name in reversed(primary_fallbacks(self.primary)):
-            suffix = f"/{name}"
-            metrics = metrics | {key.removesuffix(suffix): metrics[key] for key in metrics if key.endswith(suffix)}
-        return metrics
+        self.history, self.baseline_metrics = state["history"], state["baseline_metrics"]
+        self.neighbors, self.was_stopped = state["neighbors"], state["was_stopped"]
 
     @property
     def measures(self) -> list[tuple[str, Measure]]:
         """All pairs of bank and k, then those of 'train' and what a probe measures."""
-        probed = chain.from_iterable(measures for probe, measures in PROBES.items() if probe in self.probes)
+        probed = chain.from_iterable(PROBES[probe] for probe in self.probes)
         return [*product(BANKS, self.ks), *product(["train"], probed)]
 
     def evaluate(self, state: State, logger: Logger) -> None:
@@ -217,7 +211,8 @@ class ZeroShotRetrieval(Callback):
         progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
 
         def to_device(tensor: Tensor) -> Tensor:
-            self.stop_if_asked()  # before each batch of images, and each search
+            if self.should_stop():  # before each batch of images, and each search
+                raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
         embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress)
@@ -232,10 +227,6 @@ class ZeroShotRetrieval(Callback):
                 for name, (measure, hits) in product(names, found.hits.items()):
                     key = metric_key(dataset, found.bank, measure, name, baseline)
                     yield baseline, key, hits.double().mean().item()
-
-    def stop_if_asked(self) -> None:
-        if self.should_stop():
-            raise _StoppedError
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

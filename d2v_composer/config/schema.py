@@ -35,6 +35,7 @@ from d2v_composer.models.student import Init
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
+from d2v_composer.system.fetch import find_missing_file
 from d2v_composer.system.processes import num_ranks
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
@@ -62,8 +63,7 @@ class Section(BaseModel):
 def suggest(name: str, allowed: Sequence[str]) -> str:
     """Return the hint that follows an unknown name: the nearest one, and all that are allowed."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"{hint} (allowed: {', '.join(allowed)})" if allowed else hint
+    return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed)})"
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
@@ -115,6 +115,14 @@ def read_precision(choice: str) -> str:
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def check_file(address: str) -> None:
+    """Raise ValueError if there is no such local file, or Composer would not read it."""
+    if not Address.parse(address).is_remote:
+        check_path(address)
+    if (missing := find_missing_file(address)) is not None:
+        raise ValueError(f"{address}: {missing}")
 
 
 def arguments_of(known: Mapping[str, type]) -> AfterValidator:
@@ -350,7 +358,7 @@ class TrainerConfig(RunConfig):
     save_interval: Batches = "1000ba"
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool), NUMBER] = 3
     autoresume: bool = True
-    load_path: Annotated[Text, checked(lambda text: Address.parse(text).is_remote or check_path(text))] | None = None
+    load_path: Annotated[Text, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
     def contradictions(self) -> Iterator[str]:
@@ -376,8 +384,6 @@ class TrainConfig(TrainerConfig):
     """Fields of recipes/train.py."""
 
     compile: bool = False
-    frozen_dtype: Literal["float32"] | None = None
-    """Dtype of frozen linear and convolution weights; default: the compute dtype of ``precision``."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     parallelism_config: ParallelismConfig = ParallelismConfig()

@@ -21,8 +21,6 @@ from multiprocessing import popen_fork, resource_tracker
 from pathlib import Path
 from typing import Any
 
-from d2v_composer.system.errors import InputError
-
 NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
 # python /…/bin/composer …, or python -m composer.cli.launcher …
@@ -184,18 +182,10 @@ def _at_parents_death(signum: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
-def allow_open_files(needed: int) -> None:
-    """Raise the limit of open files of this process and its children to ``needed``.
-
-    Raises:
-        InputError: The machine's hard limit is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise InputError(f"this run needs {needed} open files, the limit is {hard} (ulimit -Hn): raise it")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+def allow_open_files() -> None:
+    """Raise the limit of open files to the hard one: each tensor that a data worker has ready is an open file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Pipe(io.FileIO):

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from composer.devices import Device
 from composer.utils import dist, get_device
 
 from d2v_composer.system.errors import InputError, reason
 
 # Composer's default timeout of every collective: how long a rank waits after another one crashed.
 COLLECTIVE_SECONDS = 300.0
+# Grace of a collective beyond the longest wait of a rank for its images.
+LATE_SECONDS = 60
 # A leader sends a heartbeat while it works; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
 # Rank 0 holds the store: after a failure it stays until the others have read the reason.
@@ -25,23 +26,19 @@ ObjectT = TypeVar("ObjectT")
 _turns = itertools.count()
 
 
-def join_ranks(timeout: float = COLLECTIVE_SECONDS) -> Device:
+def join_ranks(longest_wait: float) -> None:
     """Initialize torch.distributed if there are several ranks, and run a first collective on this rank's device.
 
     A barrier as the first collective would not know the device: NCCL would use GPU number rank % GPUs, which is another
     rank's if a node runs fewer ranks than it has GPUs.
 
     Args:
-        timeout: Of each collective, in seconds.
-
-    Returns:
-        The device; a GPU becomes torch.cuda's current one.
+        longest_wait: Seconds for which another rank may wait for its images: a collective waits longer.
     """
     device = get_device(None)  # makes a GPU the current device
     if dist.get_world_size() > 1:
-        dist.initialize_dist(device, timeout)
+        dist.initialize_dist(device, max(COLLECTIVE_SECONDS, longest_wait + LATE_SECONDS))
         dist.all_reduce(device.tensor_to_device(torch.zeros(1)))
-    return device
 
 
 def num_nodes() -> int:

@@ -34,6 +34,7 @@ class Regressor(ComposerModel):
         self.shift = shift
         self.errors = errors or {}
         self.num_batches = 0
+        self.student = SimpleNamespace(num_extra_tokens=1, has_cls_token=True)
 
     def forward(self, batch: Tensor) -> Regression:
         error = self.errors.get(self.num_batches, 0.1)
@@ -73,7 +74,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    measured = train(Regressor(), Health("5ba", num_extra_tokens=1))
+    measured = train(Regressor(), Health("5ba"))
     assert all(measured[name] == [0.0] * 4 for name in HEALTH_STATES)
     assert warnings_of(caplog) == []
     assert measured["target_variance"] == pytest.approx([1.0] * 4, abs=0.2)
@@ -97,7 +98,7 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
     ],
 )
 def test_warns_once_of_each_state(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    measured = train(model, Health("5ba", num_extra_tokens=1))
+    measured = train(model, Health("5ba"))
     assert {name for name in HEALTH_STATES if any(measured[name])} == {state}
     [warning] = warnings_of(caplog)  # once, however long the state lasts
     assert re.search(reason, warning)

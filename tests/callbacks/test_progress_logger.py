@@ -125,8 +125,9 @@ def test_plain_lines_show_the_logged_numbers() -> None:
     stream = io.StringIO()
     train(loggers=[ProgressLogger(bar=False, stream=stream)], callbacks=[Throughput(every=1), Retrieval()])
     retrievals, (last,) = partition(stream.getvalue().splitlines())
-    assert retrievals[0] == "retrieval at batch 1: some top-1: student 1.0%, teacher 80.0%"
-    assert len(retrievals) == 6
+    assert retrievals[0] == "retrieval at batch 1: some student top-1 1.0%"
+    assert retrievals[1] == "retrieval at batch 1: some teacher top-1 80.0%"
+    assert len(retrievals) == 12
     assert re.search(r"  \d+ images/s  data wait \d+%  some top-1 6\.0%  left", last)
 
 

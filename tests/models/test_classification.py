@@ -6,7 +6,7 @@ import timm
 import torch
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.training import build_layerwise_optimizer
+from d2v_composer.builders.training import build_optimizer
 from d2v_composer.config.schema import LayerwiseOptimizerConfig
 from d2v_composer.models.classification import Classifier, randomize
 from d2v_composer.models.names import Representation
@@ -39,7 +39,7 @@ def test_every_trained_parameter_has_a_gradient() -> None:
 def test_the_learning_rate_decays_from_the_head_to_the_patches() -> None:
     model = build_classifier(train_encoder=True)
     config = LayerwiseOptimizerConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1)
-    groups = build_layerwise_optimizer(config, model).param_groups
+    groups = build_optimizer(config, model, model.depth_of_trained, config.layer_decay).param_groups
     of_weight = {id(weight): group for group in groups for weight in group["params"]}
     found = {name: of_weight[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
     assert groups[0]["lr"] == found["head.weight"]["lr"] == 1

@@ -180,7 +180,7 @@ def test_a_teacher_learns_to_classify_real_images(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert read_jsonl(tmp_path / "log.jsonl")["metrics/test/top1"][16] > 0.2  # chance is 0.1
     assert "evaluation at batch 16: top-1 " in result.stderr
-    assert "2,000 test images, batch 16, accuracy in %" in result.stdout
+    assert "test images, batch 16, accuracy in %" in result.stdout
     assert "top-1 of the test images" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report" / "accuracy.png").is_file()
 
