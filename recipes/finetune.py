@@ -27,7 +27,6 @@ from composer.utils import reproducibility
 
 from d2v_composer.builders.finetune import EVALUATOR, build_finetuning
 from d2v_composer.builders.fit import fit_and_close, write_run_report
-from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
@@ -74,7 +73,7 @@ def report(trainer: Trainer, config: FinetuneConfig, model: Classifier) -> None:
 
 def name_next_step(config: FinetuneConfig, model: Classifier) -> None:
     """Print how to export the classifier."""
-    run_folder = find_run_folder(config)
+    run_folder = config.run_folder
     if run_folder is not None and isinstance(model.backbone, Student):
         print_next(d2v("export", run_folder.local / LATEST, run_folder.local / "classifier.safetensors"))
 

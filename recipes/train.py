@@ -26,7 +26,6 @@ from composer.utils import reproducibility
 
 from d2v_composer.builders.fit import fit_and_close, write_run_report
 from d2v_composer.builders.run import build_run
-from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_config
@@ -70,10 +69,9 @@ def report(trainer: Trainer, config: TrainConfig, retrieval: ZeroShotRetrieval |
 
 def name_next_steps(config: TrainConfig) -> None:
     """Print how to evaluate and export the student."""
-    run_folder = find_run_folder(config)
-    if run_folder is None:
+    if config.run_folder is None:
         return
-    checkpoint = run_folder.local / LATEST
+    checkpoint = config.run_folder.local / LATEST
     used = {
         name: labeled.model_dump(exclude_defaults=True)
         for name, labeled in config.retrieval.datasets.items()
@@ -81,7 +79,7 @@ def name_next_steps(config: TrainConfig) -> None:
     }
     datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
     evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
-    print_next(*evaluate, d2v("export", checkpoint, run_folder.local / "student.safetensors"))
+    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / "student.safetensors"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import yaml
 from composer import Trainer
 from composer.utils import dist
 
-from d2v_composer.builders.run_folder import find_run_folder
 from d2v_composer.callbacks.checkpointing import Checkpoints
 from d2v_composer.callbacks.logging import Uploads, num_batches
 from d2v_composer.callbacks.trainer_state import find_callback
@@ -100,10 +99,9 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
         config: The run's.
         retrieval: The run's, after the last evaluation.
     """
-    run_folder = find_run_folder(config)
-    if not config.report or run_folder is None or not (run_folder.local / LOG).is_file():
+    if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
-    folder = run_folder.local
+    folder = config.run_folder.local
     neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
     try:
         with if_interrupted(lambda: f"the model is saved, not its report; later: {d2v('report', folder)}"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from composer.loggers import LoggerDestination
 
-from d2v_composer.builders.run_folder import errors_of, find_run_folder
+from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.yaml_names import LOGGERS
 from d2v_composer.checkpoints.resume import LOG
@@ -24,7 +24,7 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
         InputError: A logger's package is missing, or it refuses the value of an argument.
     """
     loggers: list[LoggerDestination] = [ProgressLogger(bar=sys.stderr.isatty())] if config.progress_bar else []
-    folder = find_run_folder(config)
+    folder = config.run_folder
     for name, arguments in config.loggers.items():
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
             continue

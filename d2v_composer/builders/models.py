@@ -34,15 +34,16 @@ def build_model(config: TrainConfig) -> DistillationModel:
     uses_fsdp = config.parallelism_config.fsdp is not None
     if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(precision.dtype)
-    model = DistillationModel(
-        teacher,
-        student,
-        config.prediction,
-        targets.extra_tokens,
-        targets.average_top_k_layers,
-        precision.cpu_bf16,
-        targets.source,
-    )
+    with errors_of("targets"):
+        model = DistillationModel(
+            teacher,
+            student,
+            config.prediction,
+            targets.extra_tokens,
+            targets.average_top_k_layers,
+            precision.cpu_bf16,
+            targets.source,
+        )
     if config.compile:
         if (missing := find_missing()) is not None:
             raise InputError(f"compile: {missing}; install it, or compile=false")
@@ -76,8 +77,6 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
         raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
-    if config.targets.extra_tokens != "regress" and not teacher.num_extra_tokens:
-        raise InputError("targets.extra_tokens: this teacher has no extra tokens; allowed here: regress")
     if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
         raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
 

@@ -8,7 +8,7 @@ from composer.core import Callback
 from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
 from d2v_composer.builders.loggers import build_loggers
 from d2v_composer.builders.models import build_model
-from d2v_composer.builders.run_folder import build_load_path, check_record, find_run_folder
+from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.builders.training import (
     FIXED_BY_A_CHECKPOINT,
     build_algorithms,
@@ -86,14 +86,11 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
     """
     chosen = build_callbacks(config)
-    folder = find_run_folder(config)
+    folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
-    advice = "; the same command resumes" if config.autoresume else ""
-    saved = "; save_folder is null" if folder is None else f" in {hide_secrets(str(config.save_folder))}{advice}"
     # First lock the folder, then select the checkpoint in it: another run could still write one.
-    checkpoints = Checkpoints(
-        folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads=uploads, advice=saved
-    )
+    advice = "; the same command resumes" if config.autoresume else ""
+    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
     load_path = build_load_path(config)
     if load_path is not None:
         check_record(load_path, record)

@@ -1,4 +1,4 @@
-"""Find the run's folder, and the checkpoint that the Trainer loads."""
+"""Find the checkpoint that the Trainer loads."""
 
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def build_load_path(config: TrainerConfig) -> str | None:
     Raises:
         InputError: It is corrupt, cannot be read, or ``recipes/train.py`` did not write it.
     """
-    folder = find_run_folder(config)
+    folder = config.run_folder
     if config.autoresume and folder is not None and (newest := _find_newest(folder)) is not None:
         return str(newest)
     if config.load_path is None:
@@ -76,11 +76,6 @@ def check_record(load_path: str, record: RunRecord) -> None:
     callbacks = read_checkpoint(load_path, mmap=True)["state"].get("callbacks", {})
     if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
         record.load_state_dict(callbacks["RunRecord"])
-
-
-def find_run_folder(config: TrainerConfig) -> RunFolder | None:
-    """Return the run's folder; ``None`` if the run saves nothing."""
-    return None if config.save_folder is None else RunFolder.parse(config.save_folder)
 
 
 @contextmanager

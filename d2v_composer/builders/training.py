@@ -13,7 +13,7 @@ from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAn
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_labeled_sets
-from d2v_composer.builders.run_folder import errors_of, find_run_folder
+from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.algorithms import GradientNorm
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.yaml_names import CALLBACKS
@@ -165,8 +165,7 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
         "versions": package_versions(*OUR_PACKAGES),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
-    folder = find_run_folder(config)
-    return RunRecord(record, folder and folder.local, fixed)
+    return RunRecord(record, config.run_folder and config.run_folder.local, fixed)
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:

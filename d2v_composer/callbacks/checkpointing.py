@@ -66,7 +66,7 @@ class Checkpoints(Callback):
         save_interval: The interval of checkpoints in batches, a Composer time string.
         num_to_keep: The number to keep on this machine, and in S3; -1 keeps all.
         uploads: The run's uploads, if the folder is in a store.
-        advice: The end of the line that says at which batch the run stopped.
+        advice: The end of the line that says where the run was saved.
 
     Raises:
         InputError: Another run uses the folder, it holds another run's files, or it cannot be written.
@@ -187,7 +187,8 @@ class Checkpoints(Callback):
                 self.uploads.wait()
         dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
-            said = f"{'stopped' if self.folder is None else 'saved'} at batch {int(state.timestamp.batch)}{self.advice}"
+            batch, folder = int(state.timestamp.batch), self.folder
+            said = f"saved at batch {batch} in {folder.address or folder.local}{self.advice}" if folder else "not saved"
             with suppress(OSError):  # a killed launcher may have closed the terminal
                 tqdm.write(f"{processes.NAMES[self.stopped_by]}: {said}")
                 sys.stdout.flush()

@@ -361,6 +361,11 @@ class TrainerConfig(RunConfig):
     load_path: Annotated[Text, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """The folder ``save_folder``; ``None`` if the run saves nothing."""
+        return None if self.save_folder is None else RunFolder.parse(self.save_folder)
+
     def contradictions(self) -> Iterator[str]:
         warmup, length = map(Time.from_timestring, (self.scheduler.t_warmup, self.max_duration))
         if warmup.unit == length.unit and warmup > length:
