@@ -23,10 +23,9 @@ if __name__ == "__main__":
     command_line.begin(__doc__)
 
 from composer import Callback, Trainer
-from composer.utils import reproducibility
 
 from d2v_composer.builders.finetune import EVALUATOR, build_finetuning
-from d2v_composer.builders.fit import fit_and_close, write_run_report
+from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
@@ -34,8 +33,6 @@ from d2v_composer.models.classification import Classifier
 from d2v_composer.models.student import Student
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import d2v, print_next
-from d2v_composer.system.processes import allow_open_files
-from d2v_composer.system.ranks import join_ranks
 from d2v_composer.system.third_party import patched_composer
 
 
@@ -47,9 +44,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         callbacks: Callbacks beside those of the YAML.
     """
     config = load_finetune_config(argv)
-    allow_open_files()
-    join_ranks(config.train_loader.timeout)
-    reproducibility.seed_all(config.seed)
+    join_and_seed(config)
     with patched_composer(read_checkpoint):
         built = build_finetuning(config)
         built.trainer_arguments["callbacks"].extend(callbacks)

@@ -22,9 +22,8 @@ if __name__ == "__main__":
 
 import yaml
 from composer import Callback, Trainer
-from composer.utils import reproducibility
 
-from d2v_composer.builders.fit import fit_and_close, write_run_report
+from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
 from d2v_composer.builders.run import build_run
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
@@ -33,8 +32,6 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.execution import join_units
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.command_line import d2v, print_next
-from d2v_composer.system.processes import allow_open_files
-from d2v_composer.system.ranks import join_ranks
 from d2v_composer.system.third_party import patched_composer
 
 
@@ -46,9 +43,7 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
         callbacks: Callbacks beside those of the YAML.
     """
     config = load_config(argv)
-    allow_open_files()
-    join_ranks(config.train_loader.timeout)
-    reproducibility.seed_all(config.seed)
+    join_and_seed(config)
     with patched_composer(read_checkpoint):
         run = build_run(config)
         run.trainer_arguments["callbacks"].extend(callbacks)

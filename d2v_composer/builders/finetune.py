@@ -91,10 +91,9 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
 
 def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
     with node_leaders_first("the data set"):
-        labeled = load_labeled_set(
+        train, test, class_names = load_labeled_set(
             **dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
         )
-    train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")

@@ -1,4 +1,4 @@
-"""Run a Trainer to its end: say before what it will do, and write the report after."""
+"""Run a Trainer: join the ranks and say what it will do before, and write the report after."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import yaml
 from composer import Trainer
-from composer.utils import dist
+from composer.utils import dist, reproducibility
 
 from d2v_composer.callbacks.checkpointing import Checkpoints
 from d2v_composer.callbacks.logging import Uploads, num_batches
@@ -21,8 +21,15 @@ from d2v_composer.report.run import Run
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
-from d2v_composer.system.processes import if_interrupted
-from d2v_composer.system.ranks import rank_zero_first
+from d2v_composer.system.processes import allow_open_files, if_interrupted
+from d2v_composer.system.ranks import join_ranks, rank_zero_first
+
+
+def join_and_seed(config: TrainerConfig) -> None:
+    """Raise the limit of open files, join the ranks, and seed. Call it first, on every rank."""
+    allow_open_files()
+    join_ranks(config.train_loader.timeout)
+    reproducibility.seed_all(config.seed)
 
 
 def fit_and_close(

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show loss, images/s, the share of waiting for data, the latest retrieval and the time left, on rank 0.
+    """Show loss, images/s, the share of waiting for data and the time left, on rank 0.
 
-    Each retrieval, and each evaluation of a classifier, also has a line of its own.
+    Each retrieval, and each evaluation of a classifier, has a line of its own.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -103,12 +103,7 @@ class ProgressLogger(LoggerDestination):
 
     def status(self) -> list[str]:
         """Return the latest numbers that were logged."""
-        known = [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
-        return known + [
-            f"{dataset} top-{k} {accuracy:.1%}".lstrip()
-            for (dataset, baseline), (k, accuracy) in accuracies(self.latest).items()
-            if not baseline
-        ]
+        return [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:

@@ -8,9 +8,9 @@ from composer.core import Callback, Event, State, Time
 from composer.utils import create_interval_scheduler
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
-WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
+WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 

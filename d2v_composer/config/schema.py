@@ -5,10 +5,8 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 
 import difflib
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +14,6 @@ from composer.core import Time
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -87,13 +84,6 @@ def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(validate)
 
 
-def read_number(value: Any) -> Any:
-    """Read a number in quotes, or one that a reference such as ${oc.env:LR} gives as text."""
-    with suppress(ValueError):
-        return json.loads(value) if isinstance(value, str) else value
-    return value
-
-
 def duration(pattern: str, example: str) -> AfterValidator:
     """Validate a Composer time string: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
     return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
@@ -144,20 +134,19 @@ def arguments_of(known: Mapping[str, type]) -> AfterValidator:
     return checked(check)
 
 
-NUMBER = BeforeValidator(read_number)
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
 IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
 AddressText = Annotated[Text, checked(Address.parse)]
 LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
-Whole = Annotated[int, Field(ge=0, le=LARGEST_INT), NUMBER]
-Count = Annotated[int, Field(ge=1, le=LARGEST_INT), NUMBER]
-Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
-Positive = Annotated[float, Field(gt=0), NUMBER]
+Whole = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
-Up1000 = Annotated[int, Field(ge=1, le=1000), NUMBER]
-Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Up1000 = Annotated[int, Field(ge=1, le=1000)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
 Precision = Annotated[PrecisionChoice, AfterValidator(read_precision)]
 Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
@@ -217,14 +206,14 @@ class TargetsConfig(Section):
 class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
-    num_workers: Annotated[int, Field(ge=0, le=1000), NUMBER] = 8
+    num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
     prefetch_factor: Up1000 = 2
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
     crop_ratio: Range = (3 / 4, 4 / 3)
     flip: Fraction = 0.5
     remote: AddressText | None = None
     """s3://, gs://, …; default: the data set is on this machine."""
-    timeout: Annotated[float, Field(ge=1, le=1e6), NUMBER] = 600.0
+    timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
     """Seconds for which an unreachable store is retried before the run fails."""
     shuffle: bool = True
     shuffle_block_size: Count = 1 << 16
@@ -249,7 +238,7 @@ class OptimizerConfig(Section):
     lr: Positive = 5e-4
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
     eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
@@ -356,7 +345,7 @@ class TrainerConfig(RunConfig):
     """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
-    save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool), NUMBER] = 3
+    save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool)] = 3
     autoresume: bool = True
     load_path: Annotated[Text, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
@@ -444,7 +433,7 @@ class FinetuneLoaderConfig(ShardLoaderConfig):
 class LayerwiseOptimizerConfig(OptimizerConfig):
     """torch.optim.AdamW with a learning rate for each depth."""
 
-    layer_decay: Annotated[float, Field(ge=0.01, le=1), NUMBER] = 1.0
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Learning rate of a block over that of the block after it; the head's is ``lr``."""
 
 

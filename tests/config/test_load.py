@@ -54,10 +54,12 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.optimizer.lr, config.student.depth, config.student.mlp_ratio) == (1e-4, 2, 3.0)
     assert (config.callbacks["memory_monitor"], config.callbacks["lr_monitor"]) == ({}, None)
     assert Path(config.teacher.checkpoint or "").is_file()  # ${here:…} is beside the YAML
-    config = load("optimizer.betas[0]=0.8", "student.depth=${oc.env:DEPTH}", "retrieval.datasets={}", "run_name=2026")
+    config = load(
+        "optimizer.betas[0]=0.8", "student.depth=${oc.decode:${oc.env:DEPTH}}", "retrieval.datasets={}", "run_name=2026"
+    )
     assert (config.optimizer.betas, config.student.depth, config.retrieval.datasets) == ((0.8, 0.98), 3, {})
     assert (config.run_name, config.save_folder) == ("2026", "runs/2026")
-    config = load("optimizer.lr='1e-3'", "train_loader.cache_limit=2gb", "optimizer.weight_decay=0", "algorithms={}")
+    config = load("optimizer.lr=1e-3", "train_loader.cache_limit=2gb", "optimizer.weight_decay=0", "algorithms={}")
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.train_loader.cache_limit) == (1e-3, 0, 2 * 10**9)
 
 
