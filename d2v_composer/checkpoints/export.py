@@ -158,34 +158,28 @@ class TimmStudent(Student):
         self.asked_pool = global_pool
         self.asked_representation: Representation | None = representation
         self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
-        self.set_primary(DEFAULT_PRIMARY)
+        self.set_features(DEFAULT_PRIMARY)
         self.reset_classifier(num_classes)
 
-    def set_primary(self, primary: PrimaryEmbedding) -> None:
-        """Compute a primary embedding, except for what was asked for.
+    def set_features(self, primary: PrimaryEmbedding) -> None:
+        """Choose the features and their pooling: what was asked for, else those of a primary embedding.
 
-        Raises:
-            ValueError: As :meth:`set_features`.
-        """
-        pool = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
-        pool = "avg" if pool == "token" and not self.has_cls_token else pool
-        self.set_features(self.asked_representation or primary.representation, self.asked_pool or pool)
-
-    def set_features(self, representation: Representation, global_pool: str) -> None:
-        """Choose the features and their pooling; saved with the tensors, so that a loaded model has the same.
+        They are saved with the tensors, so that a loaded model has the same.
 
         Raises:
             ValueError: One is unknown, or needs a CLS token that the model lacks.
         """
+        representation = self.asked_representation or primary.representation
         check_choice("representation", representation, Representation)
-        if global_pool not in POOLINGS or (global_pool == "token" and not self.has_cls_token):
-            allowed = "token, avg or mean" if self.has_cls_token else "avg or mean, since there is no CLS token"
-            raise ValueError(f"global_pool must be {allowed}, got {global_pool!r}")
-        self.representation: Representation = representation
-        self.global_pool = global_pool
+        allowed = [name for name in POOLINGS if self.has_cls_token or name != "token"]
+        of_primary = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
+        pool = self.asked_pool or (of_primary if of_primary in allowed else "avg")
+        if pool not in allowed:
+            raise ValueError(f"global_pool must be one of {', '.join(allowed)}, got {pool!r}")
+        self.representation, self.global_pool = representation, pool
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         self.block_list[-1].norm2.requires_grad_(representation == "output")
-        stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[global_pool]))
+        stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -195,7 +189,8 @@ class TimmStudent(Student):
             ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
         """
         if global_pool is not None:
-            self.set_features(self.representation, global_pool)
+            self.asked_pool = global_pool
+            self.set_features(PrimaryEmbedding(self.representation, "cls"))
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
@@ -233,7 +228,7 @@ class TimmStudent(Student):
         configs = check_student(CONFIG_TENSOR, sizes, tensors)
         if configs != (self.encoder.config, self.config):
             TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
-        self.set_primary(primary)
+        self.set_features(primary)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
         result = super().load_state_dict(tensors, strict, assign)

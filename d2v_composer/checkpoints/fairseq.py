@@ -3,14 +3,13 @@
 import datetime
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, plain
+from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
     is_safetensors,
@@ -30,7 +29,6 @@ ALIBI_SCALE = f"{IMAGE}alibi_scale"
 # Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
 LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
-FINE_TUNED = ("head.", "fc_norm.", "model.")
 # Fields of our config in cfg["model"], and names in cfg["model"]["modalities"]["image"] → fields of our config.
 MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
 IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")} | {
@@ -38,14 +36,7 @@ IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "pat
 }
 
 
-class FairseqCheckpoint(NamedTuple):
-    """A teacher from a checkpoint, and the file's names of unused tensors."""
-
-    teacher: Data2Vec2
-    left: list[str]
-
-
-def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "model") -> FairseqCheckpoint:
+def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
     """Read and check a fairseq checkpoint, without running its code.
 
     Args:
@@ -53,12 +44,14 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "mo
         file: Its local copy.
         weights: ``model``, or ``ema`` for the moving average, which was the model's own teacher.
 
+    Returns:
+        The teacher, and the file's names of unused tensors.
+
     Raises:
         InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
     """
-    checkpoint = plain(load_untrusted(file))
-    stored, cfg = _section(checkpoint, "model"), _section(checkpoint, "cfg")
-    sizes = _section(cfg, "model")
+    checkpoint = load_untrusted(file)
+    stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_trained(checkpoint):
         raise InputError(
             f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
@@ -70,7 +63,8 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "mo
         if stored is None:
             raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-    model, image = _fields(cfg, sizes), _fields(cfg, _section(_section(sizes, "modalities"), "image"))
+    image = _section(_section(sizes, "modalities"), "image") or {}
+    model, image = ({name: each for name, each in fields.items() if each is not None} for fields in (sizes, image))
     if (problem := _find_unsupported(model, image, stored)) is not None:
         raise InputError(f"{path}: {problem}")
     with reading(path):
@@ -78,49 +72,26 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights = "mo
     used = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
     provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
-    return FairseqCheckpoint(teacher, [name for name in stored if name.startswith(LEFT)])
+    return teacher, [name for name in stored if name.startswith(LEFT)]
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:
-    """Return a dict within a dict, pickled from any class; ``None`` if there is none."""
+    """Return a dict within a dict; ``None`` if there is none."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
-    section = plain(dict.get(container, name)) if isinstance(container, dict) else None
+    section = dict.get(container, name) if isinstance(container, dict) else None
     return dict(dict.items(section)) if isinstance(section, dict) else None
-
-
-def _fields(cfg: dict[Any, Any] | None, section: dict[Any, Any] | None) -> dict[Any, Any]:
-    """Return the fields of a section of ``cfg``, pickled from any class, without those that are null."""
-    found = {}
-    for name, value in (section or {}).items():
-        value = plain(value)
-        if isinstance(value, str) and value.startswith("${") and value.endswith("}"):  # OmegaConf's interpolation
-            *sections, last = value[2:-1].split(".")
-            value = plain((reduce(_section, sections, cfg) or {}).get(last))
-        if value is not None:
-            found[name] = value
-    return found
 
 
 def _find_unsupported(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> str | None:
     """Return why a checkpoint is not a supported teacher; ``None`` if it is one."""
-    modalities = {name.split(".")[1] for name in stored if name.startswith("modality_encoders.")}
-    if others := sorted(modalities - {"IMAGE"}):
-        return f"{others[0].lower()} checkpoints are not supported, because only images are"
-    if any(name.startswith(FINE_TUNED) for name in stored):
-        return (
-            "fine-tuned checkpoints are not supported, because a teacher must be self-supervised: use the pre-trained "
-            "file"
-        )
-    if not modalities:
-        return f"not a data2vec 2.0 image checkpoint: it has no tensor {IMAGE}*"
+    if not any(name.startswith(IMAGE) for name in stored):
+        return f"not a data2vec 2.0 image checkpoint, or fine-tuned: use a pre-trained one, with tensors {IMAGE}*"
     if model.get("layer_norm_first"):
         return "pre-norm models (layer_norm_first: true) are not supported, because the released ones are post-norm"
     if image.get("use_alibi_encoder"):
         dims, distance = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan")
         if (dims, distance) != (2, "manhattan") or image.get("learned_alibi"):
             return "ALiBi other than alibi_dims 2, manhattan, not learned, is not supported, because images use these"
-        if ALIBI_SCALE not in stored:
-            return f"ALiBi is on, but tensor {ALIBI_SCALE} is missing"
     return None
 
 
@@ -150,7 +121,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        return read_fairseq_checkpoint(path, file, weights).teacher
+        return read_fairseq_checkpoint(path, file, weights)[0]
     stored = read_model_file(file)
     stored.expect(path, "teacher")
     with reading(path):
@@ -161,22 +132,13 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
 
 
-class ConvertedTeacher(NamedTuple):
-    """Report of :func:`convert_teacher`."""
-
-    config: Data2Vec2Config
-    provenance: dict[str, Any]
-    used: list[str]
-    left: list[str]
-
-
 def convert_teacher(
     source: str | Path,
     out: Path,
     weights: Weights = "model",
     dtype: torch.dtype = torch.float32,
     licence: str | None = None,
-) -> ConvertedTeacher:
+) -> tuple[Data2Vec2, list[str]]:
     """Convert fairseq's checkpoint to a safetensors file.
 
     Args:
@@ -186,6 +148,9 @@ def convert_teacher(
         dtype: Stored dtype; a loaded teacher is float32 in any case.
         licence: A note on the weights' licence for the metadata.
 
+    Returns:
+        As :func:`read_fairseq_checkpoint`.
+
     Raises:
         InputError: As :func:`load_data2vec2`; or ``out`` cannot be written.
     """
@@ -193,11 +158,11 @@ def convert_teacher(
     if is_safetensors(file):
         raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
-    provenance = teacher.provenance | {
+    teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
         "licence": licence or LICENCE_NOTE,
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}
-    write_model_file(out, "teacher", asdict(teacher.config), provenance, tensors)
-    return ConvertedTeacher(teacher.config, provenance, list(tensors), left)
+    write_model_file(out, "teacher", asdict(teacher.config), teacher.provenance, tensors)
+    return teacher, left

@@ -31,8 +31,6 @@ MOST_TUPLES = 1000
 # torch knows this function, which allocates as many bytes as the file asks for; the names in Python 3 and 2.
 ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
 DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
-# Wrappers around a value: an OmegaConf leaf around an enum's value is two.
-MAX_WRAPPERS = 8
 # A run may save a newer checkpoint and remove the one that is being read; its pointer is missing for a moment.
 READ_ATTEMPTS, READ_PAUSE = 20, 0.05
 
@@ -58,43 +56,14 @@ class CorruptCheckpointError(InputError):
 
 
 class Stub:
-    """Stands for an object of a class that is not loaded, and records what the pickle gives it."""
-
-    args: tuple[Any, ...]
-    state: Any
-    items: dict[Any, Any]
+    """Stands for an object of a class that is not loaded, and ignores what the pickle gives it."""
 
     def __new__(cls, *args: Any) -> "Stub":
-        stub = super().__new__(cls)
-        stub.args, stub.state, stub.items = args, {}, {}
-        return stub
+        return super().__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def __setstate__(self, state: Any) -> None: ...
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
-
-
-def plain(value: Any) -> Any:
-    """Return the dict, number or string that a :class:`Stub` stands for; other values as they are.
-
-    OmegaConf's nodes become their content, namespaces and other objects their attributes, enums their value. Values
-    inside are not converted, because a file may nest without end.
-    """
-    for _ in range(MAX_WRAPPERS):
-        if not isinstance(value, Stub):
-            return value
-        state = value.state if isinstance(value.state, dict) else {}
-        if "_content" in state or "_val" in state:
-            value = state.get("_content", state.get("_val"))
-        elif state or value.items:
-            return state | value.items
-        elif len(value.args) == 1:
-            value = value.args[0]
-        else:
-            return {}
-    return None
+    def __setitem__(self, key: Any, value: Any) -> None: ...
 
 
 def load_untrusted(path: Path) -> Any:

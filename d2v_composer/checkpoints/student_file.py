@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,6 @@ from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
-Kind = Literal["teacher", "student", "classifier"]
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 1, "student": 2, "classifier": 1}
 """A student of version 2 names its primary embedding in ``config_json``."""
 CONFIG_TENSOR = "config_json"
@@ -53,7 +52,7 @@ class ModelFile(NamedTuple):
     provenance: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def expect(self, path: str | Path, kind: Kind) -> None:
+    def expect(self, path: str | Path, kind: str) -> None:
         """Check the kind.
 
         Raises:
@@ -65,7 +64,7 @@ class ModelFile(NamedTuple):
 
 
 def write_model_file(
-    path: Path, kind: Kind, config: dict[str, Any], provenance: dict[str, Any], tensors: Mapping[str, Tensor]
+    path: Path, kind: str, config: dict[str, Any], provenance: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write a complete file, or leave ``path`` as it was.
 

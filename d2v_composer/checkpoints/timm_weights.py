@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transformer_hybrid
 from torch import Tensor, nn
@@ -104,9 +103,6 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
             return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=from_cache))
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
-            is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            if not (from_cache or is_missing):
-                break  # each attempt to reach the hub takes half a minute
     raise InputError(
         f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
         f"them once with network access, or give checkpoint, a file"
@@ -137,8 +133,6 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
         Exception: These are not weights of such a model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
-    if len(named) < len(stored):
-        raise ValueError("it holds two models whose names differ in what is before them, such as module.: keep one")
     patch = built.patch_embed.proj
     kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
     if isinstance(patch, nn.Conv2d) and not any(each.numel() == patch.weight.numel() for each in kernels):

@@ -18,10 +18,10 @@ from d2v_composer.system.command_line import make_parser, print_next
 from d2v_composer.system.files import check_out_file
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.fairseq import ConvertedTeacher
+    from d2v_composer.models.data2vec2 import Data2Vec2
 
 
-def main(argv: Sequence[str]) -> "ConvertedTeacher":
+def main(argv: Sequence[str]) -> "Data2Vec2":
     """Convert, and print the file's used and unused tensors."""
     parser = make_parser(__doc__)
     parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
@@ -38,21 +38,21 @@ def main(argv: Sequence[str]) -> "ConvertedTeacher":
     from d2v_composer.checkpoints.fairseq import convert_teacher
 
     dtype = getattr(torch, arguments.dtype)
-    teacher = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
-    print_report(teacher, arguments.out)
+    teacher, left = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
+    print_report(teacher, left, arguments.out)
     checkpoint = shlex.quote(f"teacher.checkpoint={arguments.out.resolve()}")
     print_next(f"composer recipes/train.py yamls/distill.yaml {checkpoint}")
     return teacher
 
 
-def print_report(teacher: "ConvertedTeacher", out: Path) -> None:
+def print_report(teacher: "Data2Vec2", left: Sequence[str], out: Path) -> None:
     config, provenance = teacher.config, teacher.provenance
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     print(
         f"data2vec 2.0 image model: width {config.embed_dim}, {config.num_heads} heads, {config.prenet_depth} + "
         f"{config.depth} blocks, {config.image_size} px in patches of {config.patch_size}"
     )
-    for verb, names in (("used", teacher.used), ("left", teacher.left)):
+    for verb, names in (("used", list(teacher.state_dict())), ("left", left)):
         print(f"{verb} {len(names)} tensors")
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")

@@ -1,6 +1,6 @@
-"""Evaluate embeddings: retrieval and probes with their uncertainty, and what is confused with what.
+"""Evaluate embeddings: retrieval and probes with their uncertainty.
 
-Shapes: Q queries, C classes.
+Shapes: Q queries.
 """
 
 import csv
@@ -166,8 +166,6 @@ class Retrieval(NamedTuple):
     """'' for a candidate with a single one."""
     hits: dict[Measure, NDArray[np.bool_]]
     """k → whether any of the k nearest has the query's label, (Q,); with bank 'train', also what a probe measures."""
-    confusion: NDArray[np.int64]
-    """(C, C): queries of class i whose nearest bank image is of class j."""
     strength: float | None = None
     """L2 penalty strength of the linear probe, if there is one."""
 
@@ -238,10 +236,6 @@ class Evaluation(NamedTuple):
                 for bank, measure in self.measures
                 if (closed := self.gap_closed(dataset, bank, measure)) is not None
             ],
-            "confusion": [
-                {"candidate": candidate, "dataset": dataset, "bank": bank, "matrix": each.confusion.tolist()}
-                for (candidate, dataset, bank), each in self.primaries.items()
-            ],
             "candidates": [
                 {"name": name, "parameters": num_parameters, "gflop_per_image": gflop}
                 for name, _, num_parameters, gflop in self.candidates
@@ -292,14 +286,5 @@ def evaluate(
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
         for name, of_candidate in embedded.items():
             for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
-                bank, queries = labeled[:2] if found.bank == "train" else (labeled.test, labeled.train)
                 hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
-                confusion = confusion_matrix(queries.labels, bank.labels[found.nearest[:, 0].cpu()])
-                yield Retrieval(name, dataset, found.bank, found.embedding, hits, confusion, found.strength)
-
-
-def confusion_matrix(labels: Tensor, found: Tensor, num_classes: int = 0) -> NDArray[np.int64]:
-    """Count how often queries of class i found class j, (C, C), C at least ``num_classes``."""
-    num_classes = max(num_classes, int(torch.stack([labels, found]).max()) + 1)
-    counts = torch.bincount(labels * num_classes + found, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).numpy()
+                yield Retrieval(name, dataset, found.bank, found.embedding, hits, found.strength)

@@ -177,15 +177,12 @@ class Ranks(NamedTuple):
         """Return the shares of all ranks in the order of the images, (N, …)."""
         if self.world_size == 1:
             return share[:num_images]
+        # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are
+        # more than the cores, they sleep at every barrier, and every later operation takes longer.
         shares = share.new_empty(self.world_size, *share.shape)
-        if share.is_cpu:
-            # gloo's all_gather copies in its own threads, each of which starts a pool of OpenMP threads. Once there are
-            # more of them than cores, they sleep at every barrier, and every later operation takes longer.
-            shares[self.rank] = share
-            for rank, received in enumerate(shares):
-                torch.distributed.broadcast(received, src=rank)
-        else:
-            torch.distributed.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous())
+        shares[self.rank] = share
+        for rank, received in enumerate(shares):
+            torch.distributed.broadcast(received, src=rank)
         return shares.transpose(0, 1).flatten(0, 1)[:num_images]
 
 

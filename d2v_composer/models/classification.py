@@ -15,10 +15,10 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.attention import init_linear_layers
+from d2v_composer.models.distillation import check_tensors
 from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.transformer import Transformer, poolings
-from d2v_composer.system.errors import InputError
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.
@@ -79,7 +79,7 @@ class Classifier(ComposerModel):
         self.metrics["loss"] = MeanMetric()
         # Constants, and equal on all ranks: DDP would broadcast them before every forward pass.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.register_load_state_dict_post_hook(check_complete)
+        self.register_load_state_dict_pre_hook(check_tensors)
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of a batch, (B, C) float32."""
@@ -155,14 +155,3 @@ def randomize(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.ones_(parameter)
-
-
-def check_complete(module: nn.Module, incompatible_keys: Any) -> None:
-    """Check that a loaded state dict had exactly the model's tensors; Composer would accept others.
-
-    Raises:
-        InputError: A tensor is missing or unknown.
-    """
-    for what, names in (("lacks", incompatible_keys.missing_keys), ("has unknown", incompatible_keys.unexpected_keys)):
-        if names:
-            raise InputError(f"the checkpoint {what} {len(names)} of the classifier's tensors, first {names[0]}")

@@ -92,7 +92,7 @@ class DistillationModel(ComposerModel):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         # Hooks instead of overrides: DDP's wrapper calls only the hooks of inner modules.
         self.register_state_dict_post_hook(keep_trained_tensors)
-        self.register_load_state_dict_pre_hook(check_trained_tensors)
+        self.register_load_state_dict_pre_hook(check_tensors)
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
     def forward(self, batch: Batch) -> Regression:
@@ -200,23 +200,20 @@ def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str,
             del state_dict[name]
 
 
-def check_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Check that a state dict has exactly the student's tensors; Composer loads without ``strict``.
+def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    """Check that a state dict has exactly a module's tensors; Composer may load without ``strict``.
 
     Raises:
         InputError: A tensor is missing, unknown or misshapen.
     """
-    expected = module.state_dict(prefix=prefix)
-    missing = [name for name in expected if name not in state_dict]
-    unknown = [name for name in state_dict if name.startswith(prefix) and name not in expected]
-    if missing:
-        raise InputError(f"the checkpoint lacks {len(missing)} of the student's tensors, first {missing[0]}")
-    if unknown:
-        raise InputError(f"the checkpoint has {len(unknown)} tensors that are not the student's, first {unknown[0]}")
-    for name, tensor in expected.items():
-        if state_dict[name].shape != tensor.shape:
-            shapes = tuple(state_dict[name].shape), tuple(tensor.shape)
-            raise InputError(f"the checkpoint's tensor {name} has shape {shapes[0]}, the student's is {shapes[1]}")
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
+        for tensors in (state_dict, module.state_dict(prefix=prefix))
+    )
+    if different := sorted(found.items() ^ expected.items()):
+        name, _ = different[0]
+        shapes = [each.get(name, "missing") for each in (found, expected)]
+        raise InputError(f"tensor {name}: {shapes[0]} in the checkpoint, {shapes[1]} in the model")
 
 
 def expect_no_frozen_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:

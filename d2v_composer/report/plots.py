@@ -10,12 +10,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from d2v_composer.evaluation.evaluate import class_name, confusion_matrix, gap_closed_by_step
+from d2v_composer.evaluation.evaluate import class_name, gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS
 from d2v_composer.report.run import EMBEDDINGS, Run
 from d2v_composer.report.tables import PROBE_HEADS
@@ -135,7 +137,8 @@ def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) ->
         found: Labels of their nearest images, (Q,) int64.
         class_names: The name of each label; a label without one is shown as its number.
     """
-    counts = confusion_matrix(labels, found, len(class_names))
+    num_classes = max(len(class_names), int(torch.stack([labels, found]).max()) + 1)
+    counts = multiclass_confusion_matrix(found, labels, num_classes).numpy()
     shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(WIDTH, WIDTH))
     axes = figure.subplots()

@@ -1,19 +1,12 @@
 """fairseq's checkpoints are read with their sizes, ALiBi and weights; unusable ones are refused."""
 
-import argparse
-import enum
 import math
-import pickle
-import sys
-import types
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from d2v_composer import load_teacher
@@ -105,7 +98,7 @@ def test_another_shape_of_alibi_scale_is_refused(shape: tuple[int, ...], tmp_pat
     assert "alibi_scale_shape must be " in found
     assert found.endswith(f", got {shape}")
     del checkpoint["model"][SCALE]
-    assert f"ALiBi is on, but tensor {SCALE} is missing" in refusal(save(checkpoint, tmp_path))
+    assert SCALE in refusal(save(checkpoint, tmp_path))
 
 
 # Which weights.
@@ -133,55 +126,6 @@ def test_ema_weights_may_be_missing(tmp_path: Path) -> None:
     assert load_teacher(path).config.depth == 3
     with pytest.raises(InputError, match=r"no ema weights .*weights=model"):
         load_teacher(path, weights="ema")
-
-
-# Missing classes.
-
-
-@pytest.fixture
-def foreign(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module whose objects can be pickled until it is deleted."""
-    module = types.ModuleType("another_fairseq")
-    classes = (type("Record", (), {}), type("AttributeDict", (dict,), {}), enum.Enum("Modality", ["IMAGE"]))
-    for each in classes:
-        each.__module__ = module.__name__
-        setattr(module, each.__name__, each)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
-
-
-def as_dict_config(cfg: dict[str, Any], _: Any) -> Any:
-    cfg["model"]["modalities"]["image"]["num_alibi_heads"] = "${model.num_heads}"  # as data2vec's own dataclass has it
-    return OmegaConf.create(cfg)
-
-
-def as_namespaces(cfg: dict[str, Any], _: Any) -> Any:
-    cfg["model"]["modalities"]["image"] = argparse.Namespace(**cfg["model"]["modalities"]["image"])
-    return cfg | {"model": argparse.Namespace(**cfg["model"]), "common": argparse.Namespace()}
-
-
-def as_foreign_objects(cfg: dict[str, Any], foreign: Any) -> Any:
-    cfg["model"]["modalities"] = foreign.AttributeDict(cfg["model"]["modalities"])
-    cfg["model"]["modalities"]["image"]["type"] = foreign.Modality.IMAGE
-    record = foreign.Record()
-    vars(record).update(cfg | {"by_modality": {foreign.Modality.IMAGE: 1}})
-    return record
-
-
-@pytest.mark.parametrize("wrap", [as_dict_config, as_namespaces, as_foreign_objects])
-def test_sizes_are_read_from_missing_classes(
-    wrap: Callable[..., Any], foreign: types.ModuleType, tmp_path: Path
-) -> None:
-    checkpoint = read("tiny_alibi")
-    checkpoint["cfg"] = wrap(checkpoint["cfg"], foreign)
-    checkpoint["model"] = defaultdict(list, checkpoint["model"])
-    path = save(checkpoint, tmp_path)
-    del sys.modules[foreign.__name__]
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
-    assert load_teacher(path).config == load_teacher(GOLDEN / "tiny_alibi.pt").config
-    for ours, plain in zip(run_teacher(path), run_teacher(GOLDEN / "tiny_alibi.pt"), strict=True):
-        assert torch.equal(ours, plain)
 
 
 # Tensors that do not fit the sizes.
@@ -263,8 +207,7 @@ def renamed(checkpoint: Checkpoint, old: str, new: str) -> None:
 
 
 KINDS: dict[str, Callable[[Checkpoint], Any]] = {
-    "text": lambda checkpoint: renamed(checkpoint, ".IMAGE.", ".TEXT."),
-    "audio": lambda checkpoint: renamed(checkpoint, ".IMAGE.", ".AUDIO."),
+    "not a data2vec 2.0 image": lambda checkpoint: renamed(checkpoint, ".IMAGE.", ".AUDIO."),
     "fine-tuned": lambda checkpoint: renamed(checkpoint, "", "model."),
     "pre-norm": lambda checkpoint: checkpoint["cfg"]["model"].update(layer_norm_first=True),
     "ALiBi": lambda checkpoint: image_cfg(checkpoint).update(alibi_dims=1),
@@ -275,9 +218,7 @@ KINDS: dict[str, Callable[[Checkpoint], Any]] = {
 def test_unsupported_kinds_are_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     KINDS[kind](checkpoint)
-    message = refusal(save(checkpoint, tmp_path))
-    assert kind in message
-    assert "not supported, because" in message
+    assert kind in refusal(save(checkpoint, tmp_path))
 
 
 @pytest.mark.parametrize(

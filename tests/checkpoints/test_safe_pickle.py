@@ -18,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from d2v_composer import load_teacher
-from d2v_composer.checkpoints.safe_load import load_untrusted, plain
+from d2v_composer.checkpoints.safe_load import Stub, load_untrusted
 from helpers import GOLDEN, refused_by
 
 QKV = "blocks.1.attn.qkv.weight"
@@ -204,7 +204,7 @@ def test_a_class_is_not_imported(monkeypatch: pytest.MonkeyPatch, canary: Path, 
     (tmp_path / "hostile_module.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Size: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     loaded = load_untrusted(zipped(b"\x80\x02" + G("hostile_module", "Size") + b")R.", tmp_path))
-    assert plain(loaded) == {}
+    assert isinstance(loaded, Stub)
     assert not canary.exists()
     importlib.import_module("hostile_module")
     assert canary.exists()
@@ -214,7 +214,7 @@ class Kind(enum.Enum):
     IMAGE = "image"
 
 
-def test_harmless_objects_give_their_values_and_tensors_beside_them_are_unchanged(tmp_path: Path) -> None:
+def test_tensors_beside_harmless_objects_are_unchanged(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     tensors = [base, base[1:, ::2], base.t(), base.half(), base.bfloat16(), base.bool(), torch.tensor(2.5)]
     content = {
@@ -227,10 +227,6 @@ def test_harmless_objects_give_their_values_and_tensors_beside_them_are_unchange
         "tensors": tensors,
     }
     loaded = load_untrusted(save(content, tmp_path))
-    fairseq = plain(loaded["fairseq"])
-    assert (fairseq["size"], plain(fairseq["nested"])) == (3, {"lr": 0.5})
-    assert {name: plain(each) for name, each in plain(loaded["omegaconf"]).items()} == content["omegaconf"]
-    assert plain(loaded["enum"]) == "image"
     assert len(loaded["numpy"]) == 3
     assert isinstance(loaded["parameter"], torch.nn.Parameter)
     assert loaded["size"] == torch.Size([3, 4])

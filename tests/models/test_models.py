@@ -241,11 +241,11 @@ def test_a_checkpoint_without_a_student_tensor_is_refused(teacher: Data2Vec2) ->
     without = {key: tensor for key, tensor in checkpoint.items() if key != name}
     misshapen = checkpoint | {name: checkpoint[name][:1]}
     for broken, message in (
-        (renamed, "lacks 24"),
-        (without, f"lacks 1 .*{name}"),
-        (misshapen, rf"{name} has shape \(1, 144\), .* \(48, 144\)"),
+        (renamed, r"pupil\.blocks\..* in the checkpoint, missing in the model"),
+        (without, f"{name}: missing in the checkpoint"),
+        (misshapen, rf"{name}: \(1, 144\) in the checkpoint, \(48, 144\) in the model"),
     ):
         with pytest.raises(InputError, match=message):
             model.load_state_dict(broken, strict=False)
-    with pytest.raises(InputError, match=r"has 1 tensors that are not the student's, first student\.blocks\.9"):
+    with pytest.raises(InputError, match=r"student\.blocks\.9.* missing in the model"):
         model.load_state_dict(checkpoint | {"student.blocks.9.norm1.bias": torch.zeros(48)}, strict=False)
