@@ -15,7 +15,6 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from d2v_composer.evaluation.evaluate import class_name, gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS
@@ -138,7 +137,7 @@ def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) ->
         class_names: The name of each label; a label without one is shown as its number.
     """
     num_classes = max(len(class_names), int(torch.stack([labels, found]).max()) + 1)
-    counts = multiclass_confusion_matrix(found, labels, num_classes).numpy()
+    counts = torch.bincount(labels * num_classes + found, minlength=num_classes**2).view(num_classes, -1).numpy()
     shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(WIDTH, WIDTH))
     axes = figure.subplots()
