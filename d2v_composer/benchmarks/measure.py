@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,18 +18,18 @@ Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""
 
 
-def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], rounds: int) -> dict[str, Rates]:
+def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats: int) -> dict[str, Rates]:
     """Measure programs in turns, after one warm-up pass of each.
 
     Args:
         passes: Name → a pass, and the units of work that it does.
-        rounds: Measured passes of each program.
+        repeats: Measured passes of each program.
 
     Returns:
         Name → units per second.
     """
-    names, rates = list(passes), {name: np.empty(rounds) for name in passes}
-    for number in progress_bar(range(-1, rounds), desc="measuring", unit="rounds"):
+    names, rates = list(passes), {name: np.empty(repeats) for name in passes}
+    for number in progress_bar(range(-1, repeats), desc="measuring", unit="rounds"):
         first = max(0, number) % len(names)  # so that no program always follows the same one
         for name in names[first:] + names[:first]:
             work, units = passes[name]
@@ -48,49 +48,32 @@ def ratio(own: Rates, baseline: Rates) -> float:
 
 
 def describe(
-    setting: Mapping[str, Any],
-    unit: str,
-    rates: Mapping[str, Rates],
-    compared: Mapping[str, tuple[str, str, float | None]],
+    setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Return a benchmark's result, ready for JSON.
 
     Args:
         setting: What was measured.
         unit: Unit of the rates.
-        rates: Name → rates; the first program is the baseline.
-        compared: What is compared → the names of two programs, and the least ratio that is promised, if any is.
+        rates: Name → rates.
+        compared: Names of two programs: the ratio of their rates is part of the result.
     """
-    baseline = next(iter(rates.values()))
     return {
         **setting,
         "machine": describe_machine(),
         "versions": package_versions(*OUR_PACKAGES, "simplejpeg", "litdata", "faiss-cpu"),
         "unit": unit,
-        "rows": [
-            {"name": name, "rates": each.tolist(), "ratio_to_baseline": ratio(each, baseline)}
-            for name, each in rates.items()
-        ],
-        "ratios": [
-            {"what": what, "ratio": ratio(rates[own], rates[other]), "at_least": least}
-            for what, (own, other, least) in compared.items()
-        ],
+        "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
+        "ratios": [{"what": f"{own} ÷ {other}", "ratio": ratio(rates[own], rates[other])} for own, other in compared],
     }
 
 
 def format_result(result: Mapping[str, Any]) -> str:
     """Return the setting, the table and the ratios of :func:`describe`'s result."""
-    tables = ("unit", "rows", "ratios")
-    about = [f"{name}: {value}" for name, value in result.items() if name not in tables]
-    rows = [
-        (row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max)), f"{row['ratio_to_baseline']:.2f}")
-        for row in result["rows"]
-    ]
-    ratios = [
-        f"{each['what']}: {each['ratio']:.2f}" + (f", expected at least {each['at_least']}" if each["at_least"] else "")
-        for each in result["ratios"]
-    ]
-    return "\n".join([*about, "", format_table(["", result["unit"], "least", "most", "×"], rows), "", *ratios])
+    about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
+    rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
+    ratios = [f"{each['what']}: {each['ratio']:.2f}" for each in result["ratios"]]
+    return "\n".join([*about, "", format_table(["", result["unit"], "least", "most"], rows), "", *ratios])
 
 
 @contextmanager

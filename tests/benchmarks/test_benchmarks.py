@@ -28,7 +28,6 @@ def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, float], dict[str, An
     report = tmp_path / "report.json"
     benchmark.main([*arguments, "--repeats", "1", "--json", str(report)])
     found: dict[str, Any] = json.loads(report.read_text())
-    assert found["rows"][0]["ratio_to_baseline"] == 1
     rates = {row["name"]: row["rates"][0] for row in found["rows"]}
     assert all(rate > 0 for rate in rates.values())
     return rates, {each["what"]: pytest.approx(each["ratio"]) for each in found["ratios"]}
@@ -45,8 +44,8 @@ def test_data_beside_image_folder_and_litdata(
     rates, ratios = run(tmp_path, "data", "--num-images", "32", "--workers", workers, "--remote", remote)
     assert list(rates) == ["ImageFolder + PIL", "litdata + PIL", "ours, local disk", "ours, S3 warm"]
     assert ratios == {
-        "local disk ÷ ImageFolder + PIL": rates["ours, local disk"] / rates["ImageFolder + PIL"],
-        "S3 warm ÷ local disk": rates["ours, S3 warm"] / rates["ours, local disk"],
+        "ours, local disk ÷ ImageFolder + PIL": rates["ours, local disk"] / rates["ImageFolder + PIL"],
+        "ours, S3 warm ÷ ours, local disk": rates["ours, S3 warm"] / rates["ours, local disk"],
     }
 
 
@@ -57,16 +56,17 @@ def test_step_beside_the_naive_program(options: list[str], tmp_path: Path, capsy
     small = ["--batch-size", "2", "--precision", "amp_bf16", "--size", "quickstart"]
     rates, ratios = run(tmp_path, "step", *small, *options)
     assert list(rates) == ["naive", "ours, eager", *([] if options else ["ours"]), "matrix product alone"]
-    of_naive = rates["ours, eager" if options else "ours"] / rates["naive"]
-    assert ratios["ours ÷ naive"] == of_naive
-    assert f"ours ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
+    ours = "ours, eager" if options else "ours"
+    of_naive = rates[ours] / rates["naive"]
+    assert ratios[f"{ours} ÷ naive"] == of_naive
+    assert f"{ours} ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_retrieval_beside_the_matrix_product_and_faiss(tmp_path: Path) -> None:
     rates, ratios = run(tmp_path, "retrieval", "--bank", "3000", "--queries", "200", "--dim", "64", "--k", "5")
     assert list(rates) == ["matrix product alone", "ours", "faiss IndexFlatIP"]
-    assert ratios == {"ours ÷ matrix product": rates["ours"] / rates["matrix product alone"]}
+    assert ratios == {"ours ÷ matrix product alone": rates["ours"] / rates["matrix product alone"]}
 
 
 def test_contenders_that_find_something_else_are_an_error() -> None:
@@ -86,12 +86,10 @@ def test_contenders_that_find_something_else_are_an_error() -> None:
     ("arguments", "message"),
     [
         (["data", "--images", "absent"], "absent: cannot be read: No such file or directory"),
-        (["step", "--device", "cuda"], "--device cuda: torch finds no GPU on this machine"),
         (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError) as caught:
         benchmark.main(arguments)
     assert str(caught.value).startswith(message)
