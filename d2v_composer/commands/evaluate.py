@@ -23,15 +23,14 @@ from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import EMBEDDINGS, d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
-from d2v_composer.system.processes import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig
     from d2v_composer.evaluation.evaluate import Evaluation
 
 
-def main(argv: Sequence[str]) -> "Evaluation | None":
-    """Print the tables, and write them to ``out``. Of several processes only the first one works."""
+def main(argv: Sequence[str]) -> "Evaluation":
+    """Print the tables, and write them to ``out``."""
     command_line.show_help(argv, __doc__)
 
     import torch
@@ -44,8 +43,6 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
     from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
 
     config = load_evaluate_config(argv)
-    if global_rank() != 0:
-        return None
     if config.out is not None:  # before minutes of work
         check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,9 +52,8 @@ def main(argv: Sequence[str]) -> "Evaluation | None":
         if max(config.ks) > min(labeled.num_images):
             raise InputError(f"ks: must be at most {min(labeled.num_images)}, the images of {name}'s smaller set")
     print(f"embedding: {embedding.name}")
-    autocast_dtype = choose_precision(config.precision).autocast_dtype
-    batch_size = config.device_eval_batch_size
-    retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, autocast_dtype, config.probes))
+    batch_size, dtype = config.device_eval_batch_size, choose_precision(config.precision).autocast_dtype
+    retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, dtype, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
     evaluation = Evaluation(candidates, retrievals, embedding.name, class_names)
     print(evaluation_tables(evaluation))
@@ -75,7 +71,8 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
     if has_student and config.model.endswith(".pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
-    names = ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation")
-    values = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
-    given = [str(part) for option in values.items() if option[1] not in (None, "model") for part in option]
+    given = list[str]()
+    for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
+        if (value := getattr(config, name)) not in (None, "model"):
+            given += [f"--{name.replace('_', '-')}", str(value)]
     return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)
