@@ -59,18 +59,15 @@ def main(argv: Sequence[str]) -> "Student":
         raise InputError(f"{arguments.source}: is a teacher; expected a training checkpoint or an exported student")
     embedding = choose_embedding(student, arguments.pooling, arguments.representation)
     print(f"embedding: {embedding.name}")
+    head = student.state_dict().get("head.weight")
     if out.suffix == ".safetensors":
         save_student(student, out)
+        step = d2v("embed", out, "IMAGES", EMBEDDINGS) if head is None else TIMM.format(str(out), len(head))
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
         write(Embedder(student, embedding), out)
+        step = PROGRAMS[out.suffix].format(str(out))
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-    head = student.state_dict().get("head.weight")
-    if out.suffix in PROGRAMS:
-        print_next(PROGRAMS[out.suffix].format(str(out)))
-    elif head is not None:
-        print_next(TIMM.format(str(out), len(head)))
-    else:
-        print_next(d2v("embed", out, "IMAGES", EMBEDDINGS))
+    print_next(step)
     return student

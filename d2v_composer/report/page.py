@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -34,22 +35,15 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         The written files, the page first.
     """
     sections = {title: {name: _png(figure) for name, figure in figures} for title, figures in _sections(run) if figures}
-    record, config, hardware = run.record, run.record["config"], run.record["hardware"]
-    details = {
-        name.title(): yaml.safe_dump(record[name], sort_keys=False, allow_unicode=True)
-        for name in record
-        if name != "command"
-    }
     template = Path(__file__).with_name("page.html").read_text()
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
-        run_name=config["run_name"],
-        progress=f"{int(run.last('time/batch') or 0)} batches of {config['max_duration']}, "
-        f"on {hardware['ranks']} × {hardware['gpu'] or hardware['cpu']}",
+        record=run.record,
+        num_batches=int(run.last("time/batch") or 0),
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
         sections=sections,
-        base64=lambda png: base64.b64encode(png).decode(),
-        details={"Command": record["command"], **details},
+        base64=base64.b64encode,
+        dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     )
     files = {f"report/{name}.png": png for pictures in sections.values() for name, png in pictures.items()}
     (folder / "report").mkdir(exist_ok=True)
