@@ -68,7 +68,7 @@ def _find_newest(folder: RunFolder) -> Path | None:
 
 
 def check_record(load_path: str, record: RunRecord) -> None:
-    """Compare the run with the checkpoint's record before a model is built into which its tensors do not fit.
+    """Compare the run with the checkpoint's record, before tensors of another size are loaded.
 
     Raises:
         InputError: Names the settings that differ.

@@ -60,7 +60,7 @@ class Section(BaseModel):
 def suggest(name: str, allowed: Sequence[str]) -> str:
     """Return the hint that follows an unknown name: the nearest one, and all that are allowed."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
-    return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed)})"
+    return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
@@ -124,8 +124,7 @@ def arguments_of(known: Mapping[str, type]) -> AfterValidator:
             if name not in known:
                 lines.append(f".{name}: no such name{suggest(name, list(known))}")
             elif arguments:
-                signature = inspect.getfullargspec(known[name])
-                allowed = signature.args[1:] + signature.kwonlyargs
+                allowed = list(inspect.signature(known[name]).parameters)
                 wrong = [argument for argument in arguments if argument not in allowed]
                 lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
         if lines:
