@@ -8,13 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from torchvision.datasets.folder import default_loader
 
-from d2v_composer.benchmarks.data import make_photos
 from d2v_composer.benchmarks.measure import interleave, one_core, ratio
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
@@ -93,14 +90,6 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError) as caught:
         benchmark.main(arguments)
     assert str(caught.value).startswith(message)
-
-
-def test_photos_have_imagenets_sizes(tmp_path: Path) -> None:
-    files = list(make_photos(tmp_path / "photos", 100).rglob("*.jpg"))
-    sizes = np.array([default_loader(str(path)).size for path in files])
-    assert len(files) == 100
-    assert sizes.mean(axis=0) == pytest.approx([452, 387], rel=0.05)
-    assert np.mean([path.stat().st_size for path in files]) == pytest.approx(110_000, rel=0.1)
 
 
 def test_interleaving_rotates_the_first_and_skips_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

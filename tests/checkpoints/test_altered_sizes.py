@@ -1,6 +1,5 @@
 """A file with one altered size is refused in one line, or its model embeds as before."""
 
-import copy
 import functools
 import json
 import re
@@ -42,43 +41,31 @@ HOSTILE = {
     "beyond a double": "1e999",
     "many": "1000",
     "as wide as may be": "65536",
-    "of 5000 digits": "9" * 5000,
     "a number as text": '"3"',
     "lines": '"a\\nb"',
-    "zeros": "[0, 0, 0]",
     "huge numbers": "[1e300, 1e300, 1e300]",
-    "NaN in a list": "[NaN, NaN, NaN]",
     "huge shape": "[1000000, 1, 1000000, 1, 1]",
-    "words": '["a", "b", "c"]',
     "nests without end": "[" * 20_000 + "]" * 20_000,
     "a section": '{"a": 1}',
 }
 PLACE = "@place@"
-# Values that no tensor contradicts: no ALiBi, a mean of 0.
-MAY_DIFFER = [("student", "num_alibi_heads", "0"), ("encoder", "image_mean", "zeros"), ("image_mean", "zeros")]
+MAY_DIFFER = ("num_alibi_heads", "0")  # no tensor contradicts it
 
 
-def alterations(sizes: Sizes) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Yield the path of a size, the alteration, and the JSON of the altered sizes."""
-    for path in paths(sizes):
-        *above, name = path
-        dropped, replaced = copy.deepcopy(sizes), copy.deepcopy(sizes)
-        in_dropped, in_replaced = (
-            functools.reduce(lambda each, key: each[key], above, of) for of in (dropped, replaced)
-        )
-        value, in_replaced[name] = in_dropped.pop(name), PLACE
-        yield path, "dropped", json.dumps(dropped)
+def alterations(sizes: Sizes, section: Sizes) -> Iterator[tuple[str, str, str]]:
+    """Yield the name of each size in a section of the sizes, the alteration, and the JSON of the altered sizes."""
+    for name, value in list(section.items()):
+        section[name] = PLACE
         for what, hostile in HOSTILE.items():
-            yield path, what, json.dumps(replaced).replace(f'"{PLACE}"', hostile)
-        in_dropped[f"{name}s"] = value
-        yield path, "misspelt", json.dumps(dropped)
-
-
-def paths(sizes: Sizes, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in sizes.items():
-        yield (*above, name)
+            yield name, what, json.dumps(sizes).replace(f'"{PLACE}"', hostile)
+        del section[name]
+        yield name, "dropped", json.dumps(sizes)
+        section[f"{name}s"] = value
+        yield name, "misspelt", json.dumps(sizes)
+        del section[f"{name}s"]
+        section[name] = value
         if isinstance(value, dict):
-            yield from paths(value, (*above, name))
+            yield from alterations(sizes, value)
 
 
 @functools.cache
@@ -128,7 +115,7 @@ def exported(tmp_path: Path) -> Path:
     return tmp_path / "student.safetensors"
 
 
-# Of 21 alterations of each size; one in five has all of them, and all sizes.
+# Of 17 alterations of each size; one in five has all of them, and all sizes.
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("load", [load_teacher, load_student, timm_model])
 def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, exported: Path, tmp_path: Path) -> None:
@@ -137,8 +124,9 @@ def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, expor
         source = tmp_path / "teacher.safetensors"
         convert_teacher(TEACHER, source)
     expected, wrong, num_refused = embeddings(load(source)), [], 0
-    every = list(islice(alterations(sizes_of(source)), 0, None, step))
-    for path, what, text in every:
+    sizes = sizes_of(source)
+    every = list(islice(alterations(sizes, sizes), 0, None, step))
+    for name, what, text in every:
         altered = with_sizes(source, text)
         try:
             found = embeddings(load(altered))
@@ -146,13 +134,12 @@ def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, expor
             num_refused += 1
             start = "config_json: " if load is timm_model else str(altered)
             if "\n" in str(error) or not str(error).startswith(start) or len(str(error)) > 500:
-                wrong.append((path, what, str(error)))
-            continue
+                wrong.append((name, what, str(error)))
         except Exception as error:  # noqa: BLE001
-            wrong.append((path, what, repr(error)[:200]))
-            continue
-        if not torch.allclose(found, expected, atol=1e-4) and (*path, what) not in MAY_DIFFER:
-            wrong.append((path, what, "other embeddings"))
+            wrong.append((name, what, repr(error)[:200]))
+        else:
+            if not torch.allclose(found, expected, atol=1e-4) and (name, what) != MAY_DIFFER:
+                wrong.append((name, what, "other embeddings"))
     assert not wrong, "\n".join(map(str, wrong))
     assert num_refused > len(every) / 2
 

@@ -61,20 +61,6 @@ def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole_image(width: int, height: i
             assert np.array_equal(np.asarray(jpeg.crop(box)), np.asarray(whole.crop(box)))
 
 
-@pytest.mark.parametrize("sampling", ["444", "422", "420"])
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (341, 256), (97, 131), (3, 2)])
-def test_pixels_of_a_jpeg_are_those_of_torchvision(width: int, height: int, sampling: str) -> None:
-    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
-    for sample_id in range(10):
-        box = random_crop_box(width, height, sample_rng(1, 2, sample_id), SCALE, RATIO)
-        expected = expected_pixels(encoded, box, 64)
-        straight, mirrored = (
-            RandomResizedCropFlip(64, flip=flip)(encoded, sample_rng(1, 2, sample_id)) for flip in (0.0, 1.0)
-        )
-        assert torch.equal(straight, expected)
-        assert torch.equal(mirrored, expected.flip(-1))
-
-
 RESTARTS, HOLED = saved(photo(90, 70), restart_marker_blocks=3), saved(photo(90, 70))
 CUTTABLE = {
     "RGB inside": saved(photo(90, 70), keep_rgb=True),
@@ -87,21 +73,20 @@ OTHER_IMAGES = {
     "grayscale": saved(photo(90, 70), mode="L"),
     "CMYK": saved(photo(90, 70), mode="CMYK"),
     "PNG": saved(photo(90, 70), "PNG"),
-    "palette PNG": saved(photo(90, 70), "PNG", mode="P"),
-    "WebP": saved(photo(90, 70), "WEBP"),
     "progressive": saved(photo(90, 70), progressive=True),
     "bytes behind the end": saved(photo(90, 70)) + b"\0\0",
 }
 
 
 @pytest.mark.parametrize("kind", CUTTABLE | OTHER_IMAGES)
-def test_unusual_and_corrupt_images_have_pillows_pixels(kind: str) -> None:
+def test_pixels_are_those_of_torchvision(kind: str) -> None:
     encoded = (CUTTABLE | OTHER_IMAGES)[kind]
     assert (CuttableJpeg.parse(encoded, kind) is None) == (kind in OTHER_IMAGES)
     for sample_id in range(20):
         box = random_crop_box(90, 70, sample_rng(0, 0, sample_id), SCALE, RATIO)
-        pixels = RandomResizedCropFlip(32, flip=0.0)(encoded, sample_rng(0, 0, sample_id))
-        assert torch.equal(pixels, expected_pixels(encoded, box, 32))
+        expected = expected_pixels(encoded, box, 32)
+        for flip, wanted in ((0.0, expected), (1.0, expected.flip(-1))):
+            assert torch.equal(RandomResizedCropFlip(32, flip=flip)(encoded, sample_rng(0, 0, sample_id)), wanted)
 
 
 @pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])
@@ -124,10 +109,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None
 def test_boxes_are_distributed_as_torchvisions() -> None:
     ours = np.array([random_crop_box(500, 375, sample_rng(0, 0, i), SCALE, RATIO) for i in range(4000)])
     left, top, right, bottom = ours.T
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (right <= 500).all()
-    assert (bottom <= 375).all()
+    assert min(left.min(), top.min(), 500 - right.max(), 375 - bottom.max()) >= 0
 
     torch.manual_seed(0)
     image = torch.empty(3, 375, 500)

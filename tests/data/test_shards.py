@@ -73,15 +73,10 @@ def size(folder: Path) -> int:
     return total
 
 
-DAMAGES = {"missing": Path.unlink, "truncated": truncate, "corrupt": flip_bit}
-CAUSES = {"truncated": "bytes, the index says", "corrupt": r"its content has changed \(xxh64\)"}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_verifies_a_local_data_set_but_never_changes_it(remote: Path, damage: str) -> None:
-    DAMAGES[damage](remote / "shard.00007.mds")
+def test_verifies_a_local_data_set_but_never_changes_it(remote: Path) -> None:
+    flip_bit(remote / "shard.00007.mds")
     before = {file.name: file.read_bytes() for file in remote.iterdir()}
-    with pytest.raises(ShardError, match=rf"shard\.00007\.mds: .*{CAUSES.get(damage, 'the shard is missing')}"):
+    with pytest.raises(ShardError, match=r"shard\.00007\.mds: .*its content has changed \(xxh64\)"):
         read_epoch(open_images(remote))
     assert {file.name: file.read_bytes() for file in remote.iterdir()} == before
 
@@ -183,22 +178,6 @@ def test_a_limit_below_what_is_mixed_is_told(
     assert same_files(data, many_shards)
 
 
-def test_evicts_what_was_used_longest_ago(many_shards: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(many_shards, tmp_path / "cache")
-    for number, path in enumerate(sorted(cache.glob("*.mds"))):
-        os.utime(path, (number, number))
-        if number == 31:
-            path.unlink()
-    shards = open_images(cache, many_shards, cache_limit=size(cache)).shards
-    shards.prepare(0)  # read now: no longer the oldest
-    shards.prepare(31)
-    assert {path.name for path in many_shards.glob("*.mds")} - {path.name for path in cache.glob("*.mds")} <= {
-        "shard.00001.mds",
-        "shard.00002.mds",
-    }
-    assert size(cache) <= shards.limit
-
-
 def test_fetches_several_shards_ahead_but_not_more_than_the_machine_may(
     many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +254,7 @@ def test_reads_shards_without_hashes_and_without_locks(tmp_path: Path, monkeypat
         assert read_epoch(dataset, workers=2) == ALL
     assert {file.name for file in (tmp_path / "cache").iterdir()} - {file.name for file in data.iterdir()} == {LOCKS}
     truncate(data / "shard.00001.mds")
-    with pytest.raises(ShardError, match=CAUSES["truncated"]):
+    with pytest.raises(ShardError, match="bytes, the index says"):
         read_epoch(open_images(data))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer import knn_accuracy, retrieval_accuracy
+from d2v_composer import knn_accuracy
 from d2v_composer.evaluation import nearest_neighbors as neighbors
 from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors, nearest_neighbors, top_k
 from helpers import peak_allocated
@@ -59,14 +59,6 @@ def test_any_k_works_and_of_equal_images_the_first_is_found_first() -> None:
         exact_neighbors(bank, torch.ones(2, 4), 13)
     with pytest.raises(RuntimeError, match="4x12"):  # torch names the shapes
         exact_neighbors(bank, torch.ones(2, 5), 1)
-
-
-def test_accuracy_by_hand() -> None:
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 5.0], [-1.0, 0.0]])
-    bank_labels = torch.tensor([0, 1, 2, 3])
-    queries = torch.tensor([[2.0, 0.01], [0.1, 1.0], [0.2, -0.01]])
-    # Nearest first: (0, 1, 2), (2, 1, 0) and (0, 1, ...): right at once, only among three, and never.
-    assert retrieval_accuracy(bank, bank_labels, queries, torch.tensor([0, 0, 3])) == {1: 1 / 3, 3: 2 / 3}
 
 
 def test_the_smallest_label_wins_a_tie() -> None:

@@ -8,18 +8,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from d2v_composer.models.attention import SHORT_SEQUENCE, Alibi, Attention, Block, alibi_slopes, manhattan_distance
+from d2v_composer.models.attention import SHORT_SEQUENCE, Alibi, Attention, Block, manhattan_distance
 
 
 def build_alibi(rows: int, columns: int, num_heads: int = 6, num_alibi_heads: int = 6, num_extra: int = 1) -> Alibi:
     heads = {"num_heads": num_heads, "num_alibi_heads": num_alibi_heads}
     return Alibi((rows, columns), **heads, num_extra_tokens=num_extra)
-
-
-def test_slopes_are_geometric_series() -> None:
-    torch.testing.assert_close(alibi_slopes(4), torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]))
-    # 6 heads: those of 4, then the first and third of 8.
-    torch.testing.assert_close(alibi_slopes(6)[4:], torch.tensor([2.0**-1, 2.0**-3]))
 
 
 def test_bias_is_the_distance_on_the_grid() -> None:

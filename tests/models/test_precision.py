@@ -6,12 +6,6 @@ import torch
 from d2v_composer.models.execution import choose_precision, name_precision
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, gpu: bool, gpu_bf16: bool, cpu_bf16: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_bf16 or including_emulation)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
-
-
 @pytest.mark.parametrize(
     ("gpu", "gpu_bf16", "cpu_bf16", "expected"),
     [
@@ -23,13 +17,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, gpu: bool, gpu_bf16: bool, cpu_bf16
     ],
 )
 def test_auto_is_what_the_machine_has_instructions_for(
-    monkeypatch: pytest.MonkeyPatch,
-    gpu: bool,
-    gpu_bf16: bool,
-    cpu_bf16: bool,
-    expected: tuple[str, torch.dtype, str, bool],
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, gpu_bf16: bool, cpu_bf16: bool, expected: tuple[object, ...]
 ) -> None:
-    pretend(monkeypatch, gpu, gpu_bf16, cpu_bf16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_bf16 or including_emulation)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
     assert (name_precision("auto"), *choose_precision("auto")) == expected
     for explicit in ("fp32", "amp_bf16", "amp_fp16"):
         assert name_precision(explicit) == explicit

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import (
     acquire,
-    check_out_file,
     find_partials,
     out_file,
     partial_file,
@@ -55,20 +53,6 @@ def test_a_partial_file_is_found_by_its_file_alone_and_writers_do_not_meet(tmp_p
         assert {*find_partials([path])} == {first, second}
         assert not list(tmp_path.glob("*.pt"))
     assert path.read_text() == "first"  # renamed last
-
-
-def test_refuses_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    for path, message in (
-        ("folder", "is a folder, expected a file to write"),
-        ("file/x.npy", "file: Not a directory"),
-        ("/proc/new/x.npy", "/proc/new/x.npy: cannot be written: /proc: "),
-        ("s3://bucket/x.npy", "expected a local file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_out_file(Path(path))
 
 
 def test_a_lock_has_one_holder_and_others_may_wait_for_it(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import requests
@@ -36,16 +35,6 @@ SIGNED = (
 SECRETS = ("AKIASECRET", "SSSS", "X-Amz", "first-signature", "second-signature")
 
 
-class Sending(NamedTuple):
-    """Parameters with which the server sends a file."""
-
-    bytes_at_a_time: int = 1 << 20
-    pause: float = 0
-    """Seconds before each part."""
-    ends_after: int | None = None
-    """Bytes sent of those in the header; ``None``: all."""
-
-
 class Server(ThreadingHTTPServer):
     """Serves GET /bucket/key like S3, without authentication, but not to expired signatures."""
 
@@ -54,7 +43,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {"base.pt": (GOLDEN / "tiny_base.pt").read_bytes(), "file": FILE}
-        self.sending = Sending()
+        self.part, self.pause = 1 << 20, 0.0  # bytes at a time, and seconds before them
+        self.ends_after: int | None = None  # bytes of those in the header
         self.requests: list[str] = []
 
     def address(self, signature: str, more: str = "") -> str:
@@ -79,15 +69,14 @@ class Handler(BaseHTTPRequestHandler):
         content = b"<Error><Code>NoSuchKey</Code></Error>" if content is None else content
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        sending = self.server.sending
-        sent, step = content[: sending.ends_after], sending.bytes_at_a_time
+        sent = content[: self.server.ends_after]
         try:
-            for start in range(0, len(sent), step):
-                time.sleep(sending.pause)
-                self.wfile.write(sent[start : start + step])
+            for start in range(0, len(sent), self.server.part):
+                time.sleep(self.server.pause)
+                self.wfile.write(sent[start : start + self.server.part])
         except OSError:  # the client disconnected
             self.close_connection = True
-        self.close_connection |= sending.ends_after is not None
+        self.close_connection |= self.server.ends_after is not None
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +95,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Server, tmp_path: Path) -> None:
-    server.sending = Sending(bytes_at_a_time=1024, pause=0.05)
+    server.part, server.pause = 1024, 0.05
     start = time.monotonic()
     transfer("s3://bucket/file", tmp_path / "file", 0.1)
     assert time.monotonic() - start > 1
@@ -114,10 +103,10 @@ def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Serve
 
 
 def test_stalled_broken_and_missing_downloads_are_errors(server: Server, tmp_path: Path) -> None:
-    server.sending = Sending(bytes_at_a_time=1, pause=0.05)
+    server.part, server.pause = 1, 0.05
     with pytest.raises(TimeoutError, match=r"too slow: \d bytes in 0 s"), time_limit(20):
         transfer("s3://bucket/file", tmp_path / "file", 0.3)
-    server.sending = Sending(ends_after=7000)
+    server.part, server.pause, server.ends_after = 1 << 20, 0, 7000
     with pytest.raises(ConnectionError, match=r"truncated after 7000 of 20480 bytes") as caught:
         transfer("s3://bucket/file", tmp_path / "file", 5)
     assert not is_lasting(caught.value)
