@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -78,19 +78,12 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep all threads of this process, present and future, on one core."""
+    """Keep this thread, and those that it starts in the block, on one core."""
     allowed, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
-    torch.set_num_threads(1)
-    _pin_threads({max(allowed)})
+    torch.set_num_threads(1)  # torch has started its own
+    os.sched_setaffinity(0, {max(allowed)})
     try:
         yield
     finally:
-        _pin_threads(allowed)
+        os.sched_setaffinity(0, allowed)
         torch.set_num_threads(num_threads)
-
-
-def _pin_threads(cores: set[int]) -> None:
-    # The affinity of a process is that of its main thread; a new thread inherits its creator's.
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), cores)

@@ -173,11 +173,6 @@ class Retrieval(NamedTuple):
         return accuracy_interval(self.hits[measure])
 
 
-def class_name(class_names: Sequence[str], label: int | Tensor) -> str:
-    """Return a label's name; the number if it has none."""
-    return class_names[int(label)] if int(label) < len(class_names) else str(int(label))
-
-
 class Evaluation(NamedTuple):
     """All results."""
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.evaluate import class_name, gap_closed
+from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import HEALTH_STATES
-from d2v_composer.report.plots import GREEN, STYLE, VERMILION, WIDTH, accuracy_plots, confusion_plot, curves
+from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
@@ -56,15 +56,15 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
     """Yield title and plots by name."""
     yield "Retrieval and probes", list(accuracy_plots(run))
     yield "Training", list(curves(run))
-    for name, (bank, queries, class_names) in run.datasets.items():
+    for name, labeled in run.datasets.items():
         found = run.neighbors.get(name, {})
-        if (len(found.get("test", ())), len(found.get("train", ()))) != run.datasets[name].num_images:
+        if (len(found.get("test", ())), len(found.get("train", ()))) != labeled.num_images:
             continue  # not looked up, or among other images
-        nearest = found["train"].long()
+        nearest, (bank, queries, class_names) = found["train"].long(), labeled
         confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
-        shown = [gallery(run.datasets[name], part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
+        shown = [gallery(labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
         figures = [(f"gallery_{name}_{i}", figure) for i, figure in enumerate(shown, 1)]
         yield f"Nearest images of the queries of {name} (bank train)", [(f"confusion_{name}", confusion), *figures]
 
@@ -115,10 +115,10 @@ def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
     for row, query, indices in zip(grid, chosen, nearest.long(), strict=True):
         label = queries.labels[query]
-        _show(row[0], queries.images[query], class_name(class_names, label), "k")
+        _show(row[0], queries.images[query], class_names[label], "k")
         for axes, index in zip(row[1:], indices, strict=True):
-            mark, color = ("✓", GREEN) if bank.labels[index] == label else ("✗", VERMILION)
-            _show(axes, bank.images[index], f"{mark} {class_name(class_names, bank.labels[index])}", color, frame=4)
+            mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
+            _show(axes, bank.images[index], f"{mark} {class_names[bank.labels[index]]}", color, frame=4)
     for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, nearest.shape[1] + 1))]):
         grid[0][column].set_title(head, fontsize=10, fontweight="bold")
     return figure

@@ -11,27 +11,22 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from cycler import cycler
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import class_name, gap_closed_by_step
+from d2v_composer.evaluation.evaluate import gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS
 from d2v_composer.report.run import EMBEDDINGS, Run
 from d2v_composer.report.tables import PROBE_HEADS
 
-# Okabe and Ito's palette, which color-blind readers can tell apart.
-BLUE, ORANGE, GREEN, VERMILION, PINK, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#8a8f98"
 WIDTH, HEIGHT = 6.4, 3.9
-MODEL_COLORS = {"student": BLUE, "teacher": VERMILION, "encoder": GREEN, "pixels": GREY}
+MODEL_COLORS = {"student": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2"}
 STYLE: dict[Any, Any] = {
+    **style.library["tableau-colorblind10"],
     "axes.grid": True,
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, VERMILION, PINK, GREY]),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -85,11 +80,11 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
 def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) -> dict[str, Line]:
     """Return the student's lines and the baselines' levels: a color per model, a line style per measure."""
     lines = {}
-    for (measure, label), style in zip(measures.items(), cycle(["-", "--", ":", "-."])):
+    for (measure, label), dashes in zip(measures.items(), cycle(["-", "--", ":", "-."])):
         for model, color in MODEL_COLORS.items():
             values = run.accuracies(dataset, bank, measure, None if model == "student" else model)
             if values:
-                look = {"color": color, "linestyle": style}
+                look = {"color": color, "linestyle": dashes}
                 lines[f"{model}, {label}"] = values if model == "student" else values[max(values)], look
     return lines
 
@@ -106,7 +101,7 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(title=title, xlabel="batch")
-    if len(lines) > 6:
+    if len(lines) > 10:
         axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
     for label, (values, look) in lines.items():
         if isinstance(values, float):
@@ -134,18 +129,17 @@ def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) ->
     Args:
         labels: Labels of the queries, (Q,) int64.
         found: Labels of their nearest images, (Q,) int64.
-        class_names: The name of each label; a label without one is shown as its number.
+        class_names: The name of each label.
     """
-    num_classes = max(len(class_names), int(torch.stack([labels, found]).max()) + 1)
-    counts = torch.bincount(labels * num_classes + found, minlength=num_classes**2).view(num_classes, -1).numpy()
+    size = len(class_names)
+    counts = torch.bincount(labels * size + found, minlength=size**2).view(size, size).numpy()
     shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(WIDTH, WIDTH))
     axes = figure.subplots()
     figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0), ax=axes, shrink=0.75, format="%d %%")
-    if len(shares) <= 20:
-        names = [class_name(class_names, label) for label in range(len(shares))]
-        axes.set_xticks(range(len(shares)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(shares)), names)
+    if size <= 20:
+        axes.set_xticks(range(size), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(size), class_names)
         for (i, j), share in np.ndenumerate(shares):
             color = "w" if share > 0.6 * shares.max() else "k"
             axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)

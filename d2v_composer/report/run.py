@@ -31,7 +31,7 @@ class Run(NamedTuple):
     neighbors: Mapping[str, Mapping[str, Tensor]]
     """As in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, LabeledSet]
-    """The images of the data sets that can still be read."""
+    """The images that can still be read; each label has a name."""
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
@@ -78,11 +78,10 @@ def read_run(folder: Path) -> Run:
             run = run._replace(neighbors=callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {}))
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"]}
+        options = {"download": False, "max_images": retrieval["max_images"], "image_size": SHOWN_SIZE}
         try:
             if labeled is not None:
-                images = load_labeled_set(**labeled | options, image_size=SHOWN_SIZE, interpolation="bicubic")
-                datasets[name] = images.numbered()
+                datasets[name] = load_labeled_set(**labeled | options, interpolation="bicubic").numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")
     return run._replace(datasets=datasets)
