@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class ProgressLogger(LoggerDestination):
     """Show loss, images/s, the share of waiting for data and the time left, on rank 0.
 
-    Each retrieval, and each evaluation of a classifier, has a line of its own.
+    Each accuracy of a retrieval or of a classifier's evaluation has a line of its own.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -70,9 +70,11 @@ class ProgressLogger(LoggerDestination):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
-        for (dataset, baseline), (k, accuracy) in accuracies(metrics).items():
-            kind, what = ("retrieval", f"{dataset} {baseline or 'student'} ") if dataset else ("evaluation", "")
-            self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
+        for key, accuracy in metrics.items():
+            if (match := ACCURACY.fullmatch(key)) is not None:
+                dataset, baseline, k = match.groups()
+                kind, what = ("retrieval", f"{dataset} {baseline or 'student'} ") if dataset else ("evaluation", "")
+                self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
@@ -104,16 +106,6 @@ class ProgressLogger(LoggerDestination):
     def status(self) -> list[str]:
         """Return the latest numbers that were logged."""
         return [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
-
-
-def accuracies(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Map data set ('' for a classifier's) and baseline ('' for the model) to the smallest k and its accuracy."""
-    found: dict[tuple[str, str], tuple[int, float]] = {}
-    for key, accuracy in metrics.items():
-        if (match := ACCURACY.fullmatch(key)) is not None:
-            name, k = (match[1] or "", match[2] or ""), int(match[3])
-            found[name] = min(found.get(name, (k, accuracy)), (k, accuracy))
-    return found
 
 
 def num_batches(state: State) -> int:
