@@ -14,11 +14,9 @@ from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, load_checkpoint
 
-EXPORT = "export that of a training checkpoint first"
 TEACHER = GOLDEN / "tiny_base.pt"
 
 
@@ -27,12 +25,6 @@ def refusal(load: Callable[..., Any], *arguments: Any) -> str:
         load(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_load_student_names_the_command_for_another_file() -> None:
-    for path in (TEACHER, Path(__file__)):
-        command = d2v("export", path, "student.safetensors")
-        assert refusal(load_student, path).endswith(f"expected an exported student; {EXPORT}: {command}")
 
 
 def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:

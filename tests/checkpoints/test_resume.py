@@ -154,7 +154,6 @@ def test_another_programs_file_is_refused(tmp_path: Path) -> None:
         ({"GradScaler": {"scale": 512.0}}, "amp_bf16", False),
         ({"GradScaler": {}}, "amp_fp16", False),  # a CPU's is disabled, and a GPU's refuses an empty state
         ({"ClosureGradScaler": {"scale": 512.0}}, "amp_fp16", False),
-        ({"ClosureGradScaler": {"scale": 512.0}}, "fp32", False),
     ],
 )
 def test_precision_and_device_may_change(saved: dict[str, Any], precision: str, is_loaded: bool) -> None:

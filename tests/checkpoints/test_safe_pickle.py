@@ -124,16 +124,6 @@ def test_a_file_cannot_replace_a_dicts_methods(tmp_path: Path) -> None:
     refusal(zipped(body, tmp_path))
 
 
-def test_a_hidden_torchscript_archive_is_refused(canary: Path, tmp_path: Path) -> None:
-    """torch.load hands an archive with a record ``constants.pkl`` to another reader than ours."""
-    path = zipped(b"\x80\x02" + hand_made(canary)["global"], tmp_path)
-    with zipfile.ZipFile(path, "a") as archive:
-        root = archive.namelist()[0].split("/")[0]
-        archive.writestr(f"{root}/constants.pkl", b"\x80\x02" + hand_made(canary)["global"])
-    assert "torchscript" in refusal(path)
-    assert not canary.exists()
-
-
 def test_a_file_of_torch_before_1_6_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     torch.save(read(), path, _use_new_zipfile_serialization=False)

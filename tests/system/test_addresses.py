@@ -16,10 +16,8 @@ from d2v_composer.system.addresses import (
     Address,
     RunFolder,
     check_run_name,
-    file_name,
     hide_all_secrets,
     hide_secrets,
-    identity,
 )
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
@@ -101,13 +99,6 @@ def test_secrets_are_removed_from_text() -> None:
         assert hide_secrets(address) == shown
     nested = {"a": ['say "https://u:hunter2@host/f\\" é', 3, None], "b": {"c": "https://host/f?token=topsecret\n"}}
     assert hide_all_secrets(nested) == {"a": ['say "https://host/f\\" é', 3, None], "b": {"c": "https://host/f\n"}}
-
-
-def test_identity_ignores_signatures_only() -> None:
-    assert identity("https://u:p@host/get?sha=1&sig=2#x") == identity("https://host/get?sha=1&sig=3")
-    assert identity("https://host/get?sha=1") != identity("https://host/get?sha=2")
-    assert file_name("https://host/a/base.pt?token=topsecret") == "base.pt"
-    assert file_name("/models/what?.pt") == "what?.pt"
 
 
 def test_errors_and_retries_show_no_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

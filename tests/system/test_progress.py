@@ -16,9 +16,6 @@ def test_a_pipe_gets_lines_instead_of_a_bar(
     with command_line.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
         bar.update()
         bar.update(2)
-    with command_line.progress_bar(desc="a file", unit="B", miniters=1, unit_scale=True) as bar:
-        bar.update(5_000_000)
-    *lines, last = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     photos = r"photos: \d of 4 images, (\?|\d+\.\d\d) images/s, left [\d:?]+"
     assert [line[8] for line in lines if re.fullmatch(photos, line)] == ["1", "2", "4"]
-    assert re.fullmatch(r"a file: 5\.00M B, [\d.]+\w? B/s", last)
