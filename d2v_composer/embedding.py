@@ -24,9 +24,9 @@ from torch.nn.functional import normalize
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
 from d2v_composer.data.index import INDEX, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.labeled import map_in_workers
-from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, UnreadableImageError, reading, writing

@@ -1,11 +1,9 @@
 """Small ViTs of each kind, registered in timm, for tests without downloads."""
 
-from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import Beit, Eva, VisionTransformer, register_model
 from timm.models.beit import _create_beit
 from timm.models.eva import _create_eva
@@ -41,15 +39,6 @@ def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
 @register_model
 def small_dinov3_without_bias(pretrained: bool = False, **options: Any) -> Eva:
     return small_dinov3(pretrained, **({"qkv_bias": False} | options))
-
-
-@register_model
-def small_hybrid(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Convolutions with BatchNorm come before the patches."""
-    stem = partial(HybridEmbed, backbone=timm.create_model("test_resnet", features_only=True, out_indices=[2]))
-    return _create_vision_transformer(
-        "small_hybrid", pretrained, **(SMALL | {"embed_layer": stem, "patch_size": 2} | options)
-    )
 
 
 def register_small_vit(name: str) -> None:

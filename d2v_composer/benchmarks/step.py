@@ -17,10 +17,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.benchmarks.measure import describe, interleave
 from d2v_composer.models.attention import Attention, Block, init_linear_layers
-from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.execution import PRECISIONS, compile_model, find_missing, name_precision
+from d2v_composer.models.sizes import Data2Vec2Config, height_and_width
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
 

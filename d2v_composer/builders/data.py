@@ -13,7 +13,7 @@ from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.index import check_room, describe_data, fetch_index, read_image_index, room_needed
 from d2v_composer.data.labeled import worker_options
 from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shared_memory, shared_memory_needed
-from d2v_composer.models.encoder import ImageSize, height_and_width
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import (
     gather_objects,

@@ -38,8 +38,8 @@ from d2v_composer.data.labeled import (
 from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier, randomize
-from d2v_composer.models.encoder import EncoderConfig
 from d2v_composer.models.execution import choose_precision
+from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets

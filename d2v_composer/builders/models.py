@@ -11,8 +11,8 @@ from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.encoder import EncoderConfig, ImageSize
 from d2v_composer.models.execution import choose_precision, compile_model, find_missing
+from d2v_composer.models.sizes import EncoderConfig, ImageSize
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError

@@ -15,7 +15,6 @@ from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     DEFAULT_PRIMARY,
     PrimaryEmbedding,
-    StoredEncoderConfig,
     build_encoder,
     check_outputs,
     check_student,
@@ -24,9 +23,8 @@ from d2v_composer.checkpoints.student_file import (
     sizes_of,
 )
 from d2v_composer.models.attention import Alibi
-from d2v_composer.models.data2vec2 import ImageEncoderConfig
-from d2v_composer.models.encoder import check_choice, height_and_width
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, check_choice, height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file
@@ -146,7 +144,7 @@ class TimmStudent(Student):
 
     def __init__(
         self,
-        encoder_config: StoredEncoderConfig = PAPER_ENCODER,
+        encoder_config: EncoderConfig = PAPER_ENCODER,
         student_config: StudentConfig | None = None,
         num_classes: int = 0,
         global_pool: str | None = None,
@@ -236,7 +234,7 @@ class TimmStudent(Student):
         return result
 
 
-def pretrained_cfg(config: StoredEncoderConfig) -> dict[str, Any]:
+def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
     """Return the preprocessing for timm's ``resolve_data_config``."""
     return {
         "architecture": "d2v2_student",

@@ -18,8 +18,9 @@ from d2v_composer.checkpoints.student_file import (
     sha256,
     write_model_file,
 )
-from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
+from d2v_composer.models.sizes import Data2Vec2Config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
@@ -69,7 +70,8 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         raise InputError(f"{path}: {problem}")
     with reading(path):
         config = _read_config(model, image, stored)
-    used = {_our_name(name): tensor for name, tensor in stored.items() if not name.startswith(LEFT)}
+    renamed = {f"{ENCODER}{name.removeprefix(IMAGE)}" if name.startswith(IMAGE) else name: name for name in stored}
+    used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(LEFT)}
     provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(LEFT)]
@@ -107,10 +109,6 @@ def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[s
         found["num_alibi_heads"] = image.get("num_alibi_heads", Data2Vec2Config(**found).num_heads)
         found["alibi_scale_shape"] = tuple(stored[ALIBI_SCALE].shape)
     return Data2Vec2Config(**found)
-
-
-def _our_name(name: str) -> str:
-    return ENCODER + name.removeprefix(IMAGE) if name.startswith(IMAGE) else name
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:

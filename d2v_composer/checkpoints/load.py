@@ -24,11 +24,10 @@ from d2v_composer.checkpoints.student_file import (
     stored_primary,
     write_model_file,
 )
-from d2v_composer.models.encoder import ImageSize
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
+from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
@@ -196,13 +195,11 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Model
 def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: str | None) -> Models:
     """Load the models of a checkpoint of ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
-        callbacks, tensors = contents["state"]["callbacks"], dict(contents["state"]["model"])
-        record = callbacks["RunRecord"]["record"]
+        state = contents["state"]
+        record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
         if "model" in record:
             return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
-        student, teacher = _load_trained(path, record, tensors, teacher_path)
-        student.provenance["retrieval"] = (callbacks.get("ZeroShotRetrieval", {}).get("history") or [None])[-1]
-        return student, teacher
+        return _load_trained(path, record, tensors, teacher_path)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -211,10 +211,8 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder or a YAML."""
+    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
-    if str(path).endswith((".yaml", ".yml")):
-        raise InputError(f"{path}: is a YAML, expected the file of a model")
     return fetch(path)

@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2v_composer.models.data2vec2 import Data2Vec2Config, ImageEncoder, ImageEncoderConfig
+from d2v_composer.models.data2vec2 import ImageEncoder
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, TimmEncoderConfig, check_choice
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_config import TimmEncoderConfig
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
@@ -32,16 +32,12 @@ CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 LARGEST_JSON = 4 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# BatchNorm's number of batches, a whole number.
-COUNTER = "num_batches_tracked"
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
 # Relative to the norm. Training in bfloat16 rounds the encoder's weights.
 OUTPUT_TOLERANCE = 1e-3
 
-ConfigT = TypeVar("ConfigT", Data2Vec2Config, ImageEncoderConfig, StudentConfig, TimmEncoderConfig)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-StoredEncoderConfig = ImageEncoderConfig | TimmEncoderConfig
 
 
 class ModelFile(NamedTuple):
@@ -170,8 +166,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
         ValueError: One does not.
     """
     for name, tensor in tensors.items():
-        is_float = tensor.dtype in FLOATS or name.endswith(COUNTER)
-        if not is_float or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
         if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.isfinite().all():
@@ -196,7 +191,7 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
             raise InputError(f"{source}: is not the student's teacher: its encoder has another {name}")
 
 
-def read_config(config_class: type[ConfigT], fields: Any) -> ConfigT:
+def read_config(config_class: type[Any], fields: Any) -> Any:
     """Build a config from a file's JSON, in which tuples are lists.
 
     Raises:
@@ -227,10 +222,9 @@ class PrimaryEmbedding(NamedTuple):
         Raises:
             LookupError, TypeError, ValueError: One is missing or unknown.
         """
-        found = cls(fields["representation"], fields["pooling"])
-        if found.representation not in get_args(Representation) or found.pooling not in get_args(Pooling):
-            raise ValueError("it names no embedding by representation and pooling")
-        return found
+        check_choice("representation", fields["representation"], Representation)
+        check_choice("pooling", fields["pooling"], Pooling)
+        return cls(fields["representation"], fields["pooling"])
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
@@ -261,7 +255,7 @@ def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
     return DEFAULT_PRIMARY
 
 
-def build_encoder(config: StoredEncoderConfig) -> Encoder:
+def build_encoder(config: EncoderConfig) -> Encoder:
     """Build an encoder of any kind, frozen, to load a state dict into."""
     if isinstance(config, ImageEncoderConfig):
         return ImageEncoder(config).freeze()
@@ -315,7 +309,7 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
 
 def check_student(
     source: Any, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[StoredEncoderConfig, StudentConfig]:
+) -> tuple[EncoderConfig, StudentConfig]:
     """Check a student's sizes and tensors. Every reader of such a file calls this first.
 
     Args:

@@ -16,9 +16,8 @@ from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
-from timm.layers.hybrid_embed import HybridEmbed
-from timm.models import Beit, Eva, beit, eva, vision_transformer, vision_transformer_hybrid
-from torch import Tensor, nn
+from timm.models import Beit, Eva, beit, eva, vision_transformer
+from torch import Tensor
 
 from d2v_composer.checkpoints.safe_load import fetch_model, load_untrusted
 from d2v_composer.checkpoints.student_file import (
@@ -29,7 +28,7 @@ from d2v_composer.checkpoints.student_file import (
     read_model_file,
     sha256,
 )
-from d2v_composer.models.encoder import ImageSize
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reason
@@ -135,7 +134,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     patch = built.patch_embed.proj
     kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
-    if isinstance(patch, nn.Conv2d) and not any(each.numel() == patch.weight.numel() for each in kernels):
+    if not any(each.numel() == patch.weight.numel() for each in kernels):
         size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
         raise ValueError(f"it has no patches of {size} pixels in its width")
     biases = [name for name, each in named.items() if name.endswith(BIASES[0]) and each.any()]
@@ -158,8 +157,6 @@ def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]
         return eva.checkpoint_filter_fn
     if isinstance(built, Beit):
         return beit.checkpoint_filter_fn
-    if isinstance(built.patch_embed, HybridEmbed):
-        return vision_transformer_hybrid.checkpoint_filter_fn
     options: dict[str, Any] = {}
     if "flexi" in model or "radio" in model:
         aligned = getattr(vision_transformer, "_RADIO_ALIGN_CORNERS", ())

@@ -25,9 +25,9 @@ from typing_extensions import Self
 
 from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
 from d2v_composer.models.distillation import Prediction
-from d2v_composer.models.encoder import parse_image_size
 from d2v_composer.models.execution import name_precision
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.sizes import parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.teacher import ExtraTokens, TargetSource

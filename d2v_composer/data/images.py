@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from d2v_composer.models.encoder import ImageSize, height_and_width
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, UnreadableImageError
 
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.

@@ -24,7 +24,7 @@ from d2v_composer.data.images import (
     to_pixels,
 )
 from d2v_composer.data.index import SUMMARY, keep_encoded, read_image_index
-from d2v_composer.models.encoder import ImageSize
+from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.processes import die_with_parent
 

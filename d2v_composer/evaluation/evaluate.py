@@ -24,7 +24,8 @@ from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
 from d2v_composer.evaluation.metrics import BANKS, Measure, metric_key, primary_fallbacks
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
-from d2v_composer.models.encoder import Encoder, height_and_width
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
 
@@ -44,22 +45,16 @@ class Interval(NamedTuple):
 
 def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
     """Return the share of hits, (Q,), with its interval."""
-    return _interval(hits.mean(), resample(hits)[:, 0])
+    return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def gap_closed_interval(
-    untrained: NDArray[np.bool_], student: NDArray[np.bool_], teacher: NDArray[np.bool_]
-) -> Interval | None:
-    """Return :func:`gap_closed` with its interval, from the hits on the same queries, (Q,) each."""
-    value = gap_closed(untrained.mean(), student.mean(), teacher.mean())
+def gap_closed_interval(*hits: NDArray[np.bool_]) -> Interval | None:
+    """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
+    value = gap_closed(*(each.mean() for each in hits))
     if value is None:
         return None
-    resampled = [gap_closed(*accuracies) for accuracies in resample(untrained, student, teacher)]
-    return _interval(value, [each for each in resampled if each is not None])
-
-
-def _interval(value: float, resampled: NDArray[np.float64] | list[float]) -> Interval:
-    return Interval(float(value), *np.percentile(resampled, [2.5, 97.5]).tolist())
+    resampled = [gap_closed(*accuracies) for accuracies in resample(*hits)]
+    return Interval(value, *np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist())
 
 
 def gap_closed(untrained: float, student: float, teacher: float) -> float | None:

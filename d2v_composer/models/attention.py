@@ -181,11 +181,18 @@ class Mlp(nn.Module):
 
 
 class Block(FfnBlock):
-    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output."""
+    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output.
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float) -> None:
+    With ``has_entrance``, ``x`` is the input behind a LayerNorm of its own: a pre-norm residual stream has no bounded
+    scale.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float, has_entrance: bool = False
+    ) -> None:
         super().__init__()
         self.attention_width = embed_dim
+        self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps) if has_entrance else None
         self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
@@ -194,22 +201,11 @@ class Block(FfnBlock):
     def forward(
         self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /
     ) -> tuple[Tensor | None, Tensor]:
+        if self.norm0 is not None:
+            x_BTD = self.norm0(x_BTD)
         attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, context))
         ffn_output_BTD = self.mlp(attended_BTD)
         return self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None, ffn_output_BTD
-
-
-class EntranceBlock(Block):
-    """A block behind its own LayerNorm, for an input of unbounded scale: a pre-norm residual stream."""
-
-    def __init__(self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float) -> None:
-        super().__init__(embed_dim, num_heads, mlp_hidden_dim, norm_eps)
-        self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps)
-
-    def forward(
-        self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /
-    ) -> tuple[Tensor | None, Tensor]:
-        return super().forward(self.norm0(x_BTD), context, needs_output)
 
 
 def init_linear_layers(module: nn.Module) -> None:

@@ -16,8 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.distillation import check_tensors
-from d2v_composer.models.encoder import height_and_width
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 
 Batch = Sequence[Tensor]

@@ -4,92 +4,18 @@ Shapes: B images, T tokens, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from reprlib import repr as short
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, FfnBlock
-from d2v_composer.models.encoder import (
-    MAX_DEPTH,
-    MAX_WIDTH,
-    Encoder,
-    build_alibi,
-    check_number,
-    check_pixel_statistics,
-    check_whole,
-)
+from d2v_composer.models.attention import Block
+from d2v_composer.models.encoder import Encoder, build_alibi
+from d2v_composer.models.sizes import Data2Vec2Config, ImageEncoderConfig, check_whole
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
-    """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
-
-    Raises:
-        ValueError: A size is out of range, or does not fit the others.
-    """
-
-    embed_dim: int = 768
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    prenet_depth: int = 4
-    num_extra_tokens: int = 0
-    image_size: int = 224
-    patch_size: int = 16
-    in_chans: int = 3
-    num_alibi_heads: int = 0
-    """0: no ALiBi (``use_alibi_encoder: false``)."""
-    alibi_scale_shape: tuple[int, ...] | None = None
-    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
-    image_mean: tuple[float, ...] = IMAGENET_MEAN
-    image_std: tuple[float, ...] = IMAGENET_STD
-    # The same for all, and thus not stored.
-    interpolation = "bicubic"
-    is_normalized = True
-
-    def __post_init__(self) -> None:
-        # A strict load of the tensors finds all other wrong sizes.
-        check_whole("num_heads", self.num_heads, 1, MAX_WIDTH)
-        check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
-        check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
-        check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {short(self.embed_dim)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
-        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
-        shape, heads = self.alibi_scale_shape, self.num_alibi_heads
-        if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
-            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
-            raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
-
-    @property
-    def has_cls_token(self) -> bool:
-        """True if there are extra tokens. The first is CLS."""
-        return self.num_extra_tokens > 0
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def num_patches(self) -> int:
-        return math.prod(self.grid_size)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_extra_tokens + self.num_patches
 
 
 class ImageEncoder(Encoder):
@@ -115,8 +41,8 @@ class ImageEncoder(Encoder):
         self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
 
     @property
-    def block_list(self) -> list[FfnBlock]:
-        return cast("list[FfnBlock]", list(cast("nn.ModuleList", self.context_encoder["blocks"])))
+    def block_list(self) -> list[Any]:
+        return list(cast("nn.ModuleList", self.context_encoder["blocks"]))
 
     def embed_patches(self, images: Tensor) -> Tensor:
         x_BND = self.local_encoder["proj"](self.prepare(images)).flatten(2).transpose(1, 2)
@@ -141,27 +67,6 @@ class ImageEncoder(Encoder):
         return [self.alibi(x_BTD, layer_scale) for layer_scale in self.alibi_scale]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data2Vec2Config(ImageEncoderConfig):
-    """Sizes of a data2vec 2.0 image model."""
-
-    depth: int = 8
-    average_top_k_layers: int = 8
-    """Number of last blocks in the target, as in pre-training."""
-
-    def __post_init__(self) -> None:
-        check_whole("depth", self.depth, 1, MAX_DEPTH)
-        super().__post_init__()
-        check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
-        shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
-        if shape is not None and shape[0] not in (1, num_blocks):
-            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
-
-    def encoder_config(self) -> ImageEncoderConfig:
-        """Return the sizes of the modality encoder alone."""
-        return ImageEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(ImageEncoderConfig)})
-
-
 class Data2Vec2(Teacher):
     """A data2vec 2.0 teacher, frozen and in eval mode.
 
@@ -178,10 +83,6 @@ class Data2Vec2(Teacher):
         blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
         super().__init__(ImageEncoder(config.encoder_config()), blocks, config, provenance)
         self.freeze()
-
-    @property
-    def block_list(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         prenet_depth = self.config.prenet_depth

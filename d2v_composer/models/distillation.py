@@ -12,7 +12,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from d2v_composer.models.encoder import check_choice
+from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, normalize, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
@@ -98,15 +98,11 @@ class DistillationModel(ComposerModel):
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of a batch."""
         with self.cpu_autocast():
-            return self.compare(images_of(batch))
-
-    def compare(self, images: Tensor) -> Regression:
-        """Compute prediction and target of images, in the current precision."""
-        x_BTD = self.teacher.encode(images)
-        target = self.teacher.targets(
-            x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
-        )
-        prediction = self.predict(x_BTD)
+            x_BTD = self.teacher.encode(images_of(batch))
+            target = self.teacher.targets(
+                x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
+            )
+            prediction = self.predict(x_BTD)
         has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
         return Regression(prediction[:, self.regressed], target, prediction[:, 0] if has_cls_loss else None)
 

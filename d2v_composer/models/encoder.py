@@ -3,73 +3,16 @@
 Shapes: B images, S pixels per side (or height and width), E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
-import re
 from abc import abstractmethod
-from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Protocol, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from typing_extensions import Self
 
-from d2v_composer.models.attention import Alibi, FfnBlock
-
-ImageSize = int | tuple[int, int]
-"""Pixels per side of a square, or (height, width)."""
-
-# Far above any vision transformer's. Larger sizes mean a corrupt file, or one that would exhaust the memory.
-MAX_WIDTH = 1 << 16
-MAX_DEPTH = 1000
-MAX_PATCHES = 1 << 14
-
-
-def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless it is a whole number within the range."""
-    if type(value) is not int or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
-
-
-def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
-    """Raise ValueError, with the name of the size, unless it is a number within the range."""
-    if type(value) not in (int, float) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
-
-
-def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
-    """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
-    for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
-        if not isinstance(values, tuple) or len(values) != in_chans:
-            raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {short(values)}")
-        for value in values:
-            check_number(name, value, minimum, 1.0)
-
-
-def height_and_width(image_size: ImageSize) -> tuple[int, int]:
-    """Return (height, width) in pixels."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def parse_image_size(image_size: Any) -> ImageSize:
-    """Return an image size from any source: pixels per side, or (height, width) if they differ.
-
-    Raises:
-        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
-    """
-    shape = image_size if isinstance(image_size, tuple) else (image_size,)
-    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
-        shape = tuple(map(int, image_size.split("x")))
-    if len(shape) not in (1, 2):
-        raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
-    for size in shape:
-        check_whole("image_size", size, 1, MAX_WIDTH)
-    return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
+from d2v_composer.models.attention import Alibi
+from d2v_composer.models.sizes import EncoderConfig, height_and_width
 
 
 class Frozen(nn.Module):
@@ -96,37 +39,6 @@ class Frozen(nn.Module):
         return self
 
 
-class EncoderConfig(Protocol):
-    """Sizes of an encoder."""
-
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...  # of a student's LayerNorms, too
-    @property
-    def num_extra_tokens(self) -> int: ...  # before the patches: CLS and registers
-    @property
-    def has_cls_token(self) -> bool: ...  # the first extra token is CLS; some models have registers only
-    @property
-    def image_size(self) -> ImageSize: ...
-    @property
-    def in_chans(self) -> int: ...
-    @property
-    def image_mean(self) -> tuple[float, ...]: ...
-    @property
-    def image_std(self) -> tuple[float, ...]: ...
-    @property
-    def interpolation(self) -> str: ...  # bicubic or bilinear
-    @property
-    def grid_size(self) -> tuple[int, int]: ...  # rows and columns of patches
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def is_normalized(self) -> bool: ...  # by a LayerNorm; a pre-norm residual stream has no bounded scale
-
-
 class Encoder(Frozen):
     """Patches, positions, extra tokens, then blocks.
 
@@ -151,8 +63,8 @@ class Encoder(Frozen):
 
     @property
     @abstractmethod
-    def block_list(self) -> list[FfnBlock]:
-        """The blocks, typed."""
+    def block_list(self) -> list[Any]:
+        """The blocks, whose kind is the subclass's."""
 
     @abstractmethod
     def embed_patches(self, images: Tensor) -> Tensor:

@@ -6,28 +6,20 @@ Shapes: B images, E extra tokens, N patches, T = E + N tokens, D channels.
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import Encoder, EncoderConfig, Frozen, check_choice, check_whole
-from d2v_composer.models.student import Init, Student, StudentConfig, init_from_teacher
+from d2v_composer.models.encoder import Encoder, Frozen
+from d2v_composer.models.sizes import TeacherConfig, check_choice, check_whole
+from d2v_composer.models.student import Init, Student, StudentConfig
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
 
 ExtraTokens = Literal["regress", "drop", "only"]
 TargetSource = Literal["ffn", "block"]
-
-
-class TeacherConfig(EncoderConfig, Protocol):
-    """Sizes of a teacher."""
-
-    @property
-    def depth(self) -> int: ...  # number of blocks after the encoder
-    @property
-    def average_top_k_layers(self) -> int: ...  # number of last blocks in the target, unless another is asked for
 
 
 class Teacher(Transformer, Frozen):
@@ -139,8 +131,16 @@ class Teacher(Transformer, Frozen):
             normalization=normalization,
         )
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
-        if init != "random":
-            init_from_teacher(student, self.init_sources(init), init)
-            if num_heads != self.config.num_heads:
-                raise ValueError(f"init {init} needs the teacher's {self.config.num_heads} heads")
+        if init == "random":
+            return student
+        sources = self.init_sources(init)
+        if depth > len(sources) or num_heads != self.config.num_heads:
+            raise ValueError(
+                f"init {init} needs the teacher's {self.config.num_heads} heads, and at most its {len(sources)} blocks"
+            )
+        try:
+            for block, source in zip(student.block_list, sources, strict=False):
+                (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())
+        except RuntimeError as error:  # its first line is a title
+            raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student

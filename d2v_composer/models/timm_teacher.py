@@ -6,60 +6,40 @@ Shapes: B images, T tokens, D channels, L blocks.
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
-from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
-from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import (
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.names import PREFIX
+from d2v_composer.models.sizes import (
     MAX_PATCHES,
-    Encoder,
     ImageSize,
+    TimmEncoderConfig,
+    TimmTeacherConfig,
     check_whole,
     height_and_width,
     parse_image_size,
 )
-from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, RelativeBias, TimmBlock, check_block, take_contexts
-from d2v_composer.models.timm_config import NUM_OUTPUTS, TimmEncoderConfig
 
 CLASSES = (VisionTransformer, Eva, Beit)
-STEMS = (PatchEmbed, HybridEmbed)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
 ATTENTION_TENSORS = "proj.bias, proj.weight, qkv.bias, qkv.weight"  # of a student's attention
-# The prime that spreads an encoder's outputs in a file over tokens and channels.
-OUTPUT_STEP = 1_000_003
+# An encoder's outputs in a file: how many, and the prime that spreads them over tokens and channels.
+NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmTeacherConfig(TimmEncoderConfig):
-    """Sizes of a timm ViT."""
-
-    depth: int
-    """Number of blocks after the encoder."""
-
-    @property
-    def average_top_k_layers(self) -> int:
-        """All blocks."""
-        return self.depth
-
-    def encoder_config(self) -> TimmEncoderConfig:
-        """Return the sizes of the encoder alone."""
-        return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
 
 
 def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
@@ -80,13 +60,11 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
         allowed = ", ".join(kind.__name__ for kind in CLASSES)
         raise ValueError(f"{model} is a {type(built).__name__}; only timm's classes {allowed} can be teachers")
     stem: Any = built.patch_embed
-    if type(stem) not in STEMS:
-        allowed = ", ".join(kind.__name__ for kind in STEMS)
-        raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; supported are {allowed}")
+    if type(stem) is not PatchEmbed:
+        raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; only PatchEmbed is supported")
     for block in built.blocks:
         check_block(block)
-    # Pixels of a token: a patch, times the stride of the convolutions before it.
-    patch = tuple(size // count for size, count in zip(stem.img_size, stem.grid_size, strict=True))
+    patch = stem.patch_size
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
         shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
@@ -205,10 +183,7 @@ class TimmEncoder(Encoder):
                 )
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
-        image = torch.empty(1, config.in_chans, *height_and_width(config.image_size), device="meta")
-        with FlopCounterMode(display=False) as counter:
-            deepcopy(self.stem.patch_embed).to("meta")(image)
-        self.stem_macs = counter.get_total_flops() // 2
+        self.stem_macs = math.prod(config.grid_size) * self.stem.patch_embed.proj.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
@@ -216,8 +191,8 @@ class TimmEncoder(Encoder):
                 materialize(part)
 
     @property
-    def block_list(self) -> list[FfnBlock]:
-        return cast("list[FfnBlock]", list(self.blocks))
+    def block_list(self) -> list[Any]:
+        return list(self.blocks)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         return self.stem.forward_features(self.prepare(images))
@@ -263,10 +238,6 @@ class TimmTeacher(Teacher):
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Make the final norm a unit too; a root stays gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
-
-    @property
-    def block_list(self) -> list[TimmBlock]:
-        return cast("list[TimmBlock]", list(self.blocks))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         return self.contexts(x_BTD)

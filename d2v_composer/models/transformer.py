@@ -7,15 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import Encoder, EncoderConfig
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.targets import Normalization, norm_mean
 
 
@@ -70,9 +71,9 @@ class Transformer(nn.Module, ABC):
         return isinstance(module, Encoder | FfnBlock)
 
     @property
-    def block_list(self) -> Sequence[FfnBlock]:
-        """:attr:`blocks`, typed."""
-        return cast("list[FfnBlock]", list(self.blocks))
+    def block_list(self) -> list[Any]:
+        """:attr:`blocks`, whose kind is the subclass's."""
+        return list(self.blocks)
 
     @property
     def num_extra_tokens(self) -> int:

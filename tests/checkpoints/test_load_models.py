@@ -33,10 +33,9 @@ def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher, load_any])
-def test_a_runs_folder_and_a_yaml_are_no_model(load: Callable[..., Any], uninterrupted: Path) -> None:
+def test_a_runs_folder_is_no_model(load: Callable[..., Any], uninterrupted: Path) -> None:
     expected = f"{uninterrupted}: is the folder of a run, not a model's file; its newest checkpoint is "
     assert refusal(load, uninterrupted) == f"{expected}{uninterrupted / 'latest-rank0.pt'}"
-    assert "evaluate.yaml: is a YAML, expected the file of a model" in refusal(load, ROOT / "yamls" / "evaluate.yaml")
 
 
 def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: Path, tmp_path: Path) -> None:

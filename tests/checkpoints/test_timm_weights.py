@@ -246,7 +246,7 @@ def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any]
 # Students.
 
 
-@pytest.mark.parametrize("name", ["small_beit", "small_mixed_rope", "small_hybrid"])
+@pytest.mark.parametrize("name", ["small_beit", "small_mixed_rope"])
 def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None:
     """Its preprocessing is the file's own: another tag of the same model may have another one."""
     weights = save(random_vit(name), tmp_path / "weights.safetensors")

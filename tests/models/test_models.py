@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.classification import Classifier
-from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import resize, resize_in_float
+from d2v_composer.models.sizes import Data2Vec2Config
 from d2v_composer.models.targets import norm_mean, regression_loss
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.transformer import poolings
@@ -159,9 +160,9 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     attention = teacher.build_student(depth=2, init="teacher_attention")
     torch.testing.assert_close(attention.block_list[1].attn.qkv.weight, teacher.block_list[1].attn.qkv.weight)
     assert attention.block_list[1].attn.qkv.weight.requires_grad
-    with pytest.raises(ValueError, match=r"teacher_blocks needs the teacher's sizes: mlp.fc1.weight \(144, 48\)"):
+    with pytest.raises(ValueError, match=r"teacher_blocks needs the teacher's sizes: size mismatch for mlp.fc1.weight"):
         teacher.build_student(depth=2, init="teacher_blocks")
-    with pytest.raises(ValueError, match="the student has 4 blocks, the teacher 3"):
+    with pytest.raises(ValueError, match="at most its 3 blocks"):
         teacher.build_student(depth=4, init="teacher_attention")
     with pytest.raises(ValueError, match="num_heads must divide the width 48, got 5"):
         teacher.build_student(num_heads=5)

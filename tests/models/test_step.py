@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
-from d2v_composer.models.data2vec2 import Data2Vec2, Data2Vec2Config
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.sizes import Data2Vec2Config
 from helpers import peak_allocated
 
 MIB = 2**20

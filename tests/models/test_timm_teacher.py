@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.timm_teacher import TimmTeacher, TimmTeacherConfig, build_timm_model, teacher_config
+from d2v_composer.models.sizes import TimmTeacherConfig
+from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}
@@ -31,8 +32,6 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
     "aimv2_large_patch14_224": (SMALL_14, 1),  # RMS norms
     "deit3_small_patch16_224": (SMALL, 3),
     "deit_tiny_distilled_patch16_224": (SMALL, 1),  # two tokens
-    "vit_tiny_r_s16_p8_224": (SMALL, 1),  # a convolutional stem
-    "vit_small_r26_s32_224": (SMALL, 1),  # one convolution less: patches of one pixel of the stem
     "eva02_tiny_patch14_224": (SMALL_14, 1),
     "eva02_base_patch16_clip_224": (WIDE, 0),
     "eva02_enormous_patch14_clip_224": (SMALL_14, 1),  # post-norm branches

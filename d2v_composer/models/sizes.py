@@ -1,0 +1,218 @@
+"""Sizes of encoders and teachers, and checks of those from files. No torch or timm: they take seconds to import.
+
+An encoder's config has, as a field or otherwise: ``num_extra_tokens`` before the patches (CLS and registers),
+``has_cls_token`` (the first of them is CLS), ``grid_size`` (rows and columns of patches), ``norm_eps`` (of a student's
+LayerNorms, too), and ``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale).
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from reprlib import repr as short  # a list in a file may hold another one a million times
+from typing import Any, Literal, get_args
+
+ImageSize = int | tuple[int, int]
+"""Pixels per side of a square, or (height, width)."""
+
+# Far above any vision transformer's. Larger sizes mean a corrupt file, or one that would exhaust the memory.
+MAX_WIDTH = 1 << 16
+MAX_DEPTH = 1000
+MAX_PATCHES = 1 << 14
+
+
+def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
+    """Raise ValueError, with the name of the size, unless it is a whole number within the range."""
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
+
+
+def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
+    """Raise ValueError, with the name of the size, unless it is a number within the range."""
+    if type(value) not in (int, float) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
+
+
+def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
+    """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
+    for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
+        if not isinstance(values, tuple) or len(values) != in_chans:
+            raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {short(values)}")
+        for value in values:
+            check_number(name, value, minimum, 1.0)
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return (height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def parse_image_size(image_size: Any) -> ImageSize:
+    """Return an image size from any source: pixels per side, or (height, width) if they differ.
+
+    Raises:
+        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
+    """
+    shape = image_size if isinstance(image_size, tuple) else (image_size,)
+    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
+        shape = tuple(map(int, image_size.split("x")))
+    if len(shape) not in (1, 2):
+        raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
+    for size in shape:
+        check_whole("image_size", size, 1, MAX_WIDTH)
+    return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
+
+    Raises:
+        ValueError: A size is out of range, or does not fit the others.
+    """
+
+    embed_dim: int = 768
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    prenet_depth: int = 4
+    num_extra_tokens: int = 0
+    image_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_alibi_heads: int = 0
+    """0: no ALiBi (``use_alibi_encoder: false``)."""
+    alibi_scale_shape: tuple[int, ...] | None = None
+    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    # The same for all, and thus not stored.
+    interpolation = "bicubic"
+    is_normalized = True
+
+    def __post_init__(self) -> None:
+        # A strict load of the tensors finds all other wrong sizes.
+        check_whole("num_heads", self.num_heads, 1, MAX_WIDTH)
+        check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
+        check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
+        check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {short(self.embed_dim)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+        shape, heads = self.alibi_scale_shape, self.num_alibi_heads
+        if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
+            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+            raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
+
+    @property
+    def has_cls_token(self) -> bool:
+        """True if there are extra tokens. The first is CLS."""
+        return self.num_extra_tokens > 0
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid_size)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_extra_tokens + self.num_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2Vec2Config(ImageEncoderConfig):
+    """Sizes of a data2vec 2.0 image model."""
+
+    depth: int = 8
+    average_top_k_layers: int = 8
+    """Number of last blocks in the target, as in pre-training."""
+
+    def __post_init__(self) -> None:
+        check_whole("depth", self.depth, 1, MAX_DEPTH)
+        super().__post_init__()
+        check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
+        shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
+        if shape is not None and shape[0] not in (1, num_blocks):
+            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
+
+    def encoder_config(self) -> ImageEncoderConfig:
+        """Return the sizes of the modality encoder alone."""
+        return ImageEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(ImageEncoderConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmEncoderConfig:
+    """Sizes of a timm ViT's encoder. The model's name gives all others.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    first_blocks: int
+    """Number of blocks in the encoder."""
+    embed_dim: int
+    num_heads: int
+    num_extra_tokens: int
+    has_cls_token: bool
+    image_size: ImageSize
+    grid_size: tuple[int, int]
+    in_chans: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    interpolation: str
+    timm: str
+    """Version of timm that built it."""
+    outputs: tuple[float, ...] = ()
+    """A few numbers that it computes from a fixed image, in an exported file. Another version of timm may silently
+    build something else under the same name."""
+    # The same for all, and thus not stored.
+    is_normalized = False
+    norm_eps = 1e-6
+
+    def __post_init__(self) -> None:
+        # Only what a file says of itself; TimmEncoder compares all other fields with timm's model.
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+        check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
+
+    @property
+    def prenet_depth(self) -> int:
+        """:attr:`first_blocks`, under data2vec's name."""
+        return self.first_blocks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_extra_tokens + math.prod(self.grid_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmTeacherConfig(TimmEncoderConfig):
+    """Sizes of a timm ViT."""
+
+    depth: int
+    """Number of blocks after the encoder."""
+
+    @property
+    def average_top_k_layers(self) -> int:
+        """All blocks."""
+        return self.depth
+
+    def encoder_config(self) -> TimmEncoderConfig:
+        """Return the sizes of the encoder alone."""
+        return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
+
+
+EncoderConfig = ImageEncoderConfig | TimmEncoderConfig
+TeacherConfig = Data2Vec2Config | TimmTeacherConfig
