@@ -173,8 +173,8 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"tensor {name} has values that are not finite, or fewer than its shape")
 
 
-def loading_fault(error: RuntimeError) -> str:
-    """Return the first fault that load_state_dict found; its first line is a title."""
+def loading_fault(error: Exception) -> str:
+    """Return an error's line, or the first fault that load_state_dict found: its first line is a title."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 

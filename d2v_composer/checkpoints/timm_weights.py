@@ -70,8 +70,7 @@ def load_timm_teacher(
     try:
         load_weights(built, model, stored)
     except Exception as error:
-        said = loading_fault(error) if isinstance(error, RuntimeError) else reason(error)
-        raise InputError(f"{file}: not weights of {model}: {said[:300]}") from error
+        raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
     licence = pretrained.get("license") or "not stated by timm"
     provenance = {
         "model": model,
@@ -93,8 +92,6 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
         InputError: There are none, or they are neither in the cache nor reachable.
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
-    if not repository:
-        raise InputError(f"{model}: timm has no pretrained weights on the hub: give checkpoint, a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
     problem = ""
     for from_cache, name in product((True, False), names):
@@ -104,7 +101,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
             problem = reason(error)[:200]
     raise InputError(
         f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
-        f"them once with network access, or give checkpoint, a file"
+        "them once with network access, or give checkpoint, a file"
     )
 
 
