@@ -174,7 +174,8 @@ class TimmStudent(Student):
         pool = self.asked_pool or (of_primary if of_primary in allowed else "avg")
         if pool not in allowed:
             raise ValueError(f"global_pool must be one of {', '.join(allowed)}, got {pool!r}")
-        self.representation, self.global_pool = representation, pool
+        self.representation: Representation = representation
+        self.global_pool = pool
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         self.block_list[-1].norm2.requires_grad_(representation == "output")
         stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))

@@ -126,11 +126,10 @@ def name_precision(choice: str, on_gpu: bool | None = None) -> str:
     return "amp_bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def choose_precision(choice: str, on_gpu: bool | None = None) -> Precision:
-    """Return how to compute with a precision on a GPU or a CPU; default: on this machine's GPU, if it has one."""
-    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    name = name_precision(choice, on_gpu)
-    cpu_bf16 = name == "amp_bf16" and not on_gpu
+def choose_precision(choice: str) -> Precision:
+    """Return how to compute with a precision on this machine's GPU, or on its CPU if it has none."""
+    name = name_precision(choice)
+    cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
 
 

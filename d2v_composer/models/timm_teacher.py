@@ -64,7 +64,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
         raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; only PatchEmbed is supported")
     for block in built.blocks:
         check_block(block)
-    patch = stem.patch_size
+    patch = cast("tuple[int, int]", stem.patch_size)
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
         shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
