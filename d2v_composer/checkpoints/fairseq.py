@@ -66,8 +66,6 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     image = _section(_section(sizes, "modalities"), "image") or {}
     model, image = ({name: each for name, each in fields.items() if each is not None} for fields in (sizes, image))
-    if (problem := _find_unsupported(model, image, stored)) is not None:
-        raise InputError(f"{path}: {problem}")
     with reading(path):
         config = _read_config(model, image, stored)
     renamed = {f"{ENCODER}{name.removeprefix(IMAGE)}" if name.startswith(IMAGE) else name: name for name in stored}
@@ -84,21 +82,19 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
     return dict(dict.items(section)) if isinstance(section, dict) else None
 
 
-def _find_unsupported(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> str | None:
-    """Return why a checkpoint is not a supported teacher; ``None`` if it is one."""
-    if not any(name.startswith(IMAGE) for name in stored):
-        return f"not a data2vec 2.0 image checkpoint, or fine-tuned: use a pre-trained one, with tensors {IMAGE}*"
-    if model.get("layer_norm_first"):
-        return "pre-norm models (layer_norm_first: true) are not supported, because the released ones are post-norm"
-    if image.get("use_alibi_encoder"):
-        dims, distance = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan")
-        if (dims, distance) != (2, "manhattan") or image.get("learned_alibi"):
-            return "ALiBi other than alibi_dims 2, manhattan, not learned, is not supported, because images use these"
-    return None
-
-
 def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's."""
+    """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's.
+
+    Raises:
+        ValueError: They are not those of a supported teacher.
+    """
+    if not any(name.startswith(IMAGE) for name in stored):
+        raise ValueError(f"not a data2vec 2.0 image checkpoint, or fine-tuned: use a pre-trained one, with {IMAGE}*")
+    if model.get("layer_norm_first"):
+        raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
+    alibi_kind = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan"), image.get("learned_alibi")
+    if image.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
+        raise ValueError("ALiBi other than alibi_dims 2, manhattan, not learned, is not supported; images use these")
     found = {name: model[name] for name in MODEL_FIELDS if name in model}
     found |= {name: image[theirs] for theirs, name in IMAGE_FIELDS.items() if theirs in image}
     # Clamped to the depth, as fairseq's slice does.

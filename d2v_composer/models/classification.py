@@ -4,8 +4,6 @@ Shapes: B images, S pixels per side, T tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from composer.models import ComposerModel
@@ -15,7 +13,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.attention import init_linear_layers
-from d2v_composer.models.distillation import check_tensors
+from d2v_composer.models.distillation import check_tensors, cpu_autocast
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
@@ -83,7 +81,7 @@ class Classifier(ComposerModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of a batch, (B, C) float32."""
-        with self.cpu_autocast():
+        with cpu_autocast(self.cpu_bf16):
             return self.head(self.embed(batch[0])).float()
 
     def embed(self, images: Tensor) -> Tensor:
@@ -112,9 +110,6 @@ class Classifier(ComposerModel):
             metric.update(self.loss(outputs, batch), weight=len(outputs))
         else:
             metric.update(outputs, batch[1])
-
-    def cpu_autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
 
     def _freeze_unused(self) -> None:
         """Freeze what gets no gradient from a batch of one image."""

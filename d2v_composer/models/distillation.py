@@ -97,7 +97,7 @@ class DistillationModel(ComposerModel):
 
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of a batch."""
-        with self.cpu_autocast():
+        with cpu_autocast(self.cpu_bf16):
             x_BTD = self.teacher.encode(images_of(batch))
             target = self.teacher.targets(
                 x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
@@ -135,7 +135,7 @@ class DistillationModel(ComposerModel):
             num_images: Use this many of its last images.
         """
         ignored, normalization = self.ignored_tokens, self.student.normalization
-        with self.cpu_autocast():
+        with cpu_autocast(self.cpu_bf16):
             x_BTD = self.teacher.encode(images_of(batch)[-num_images:])
             prediction_BTD = self.predict(x_BTD)
             cosines = [
@@ -166,12 +166,8 @@ class DistillationModel(ComposerModel):
 
     def compute(self, function: Callable[[Tensor], EmbeddingT], images: Tensor) -> EmbeddingT:
         """Call a function in the model's precision, see :meth:`in_precision`."""
-        with self.cpu_autocast():
+        with cpu_autocast(self.cpu_bf16):
             return function(images)
-
-    def cpu_autocast(self) -> AbstractContextManager[Any]:
-        # Not autocast(enabled=False), which would disable the caller's.
-        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Return the operations of a training step (2 per multiply-accumulate), in linear layers and attention."""
@@ -182,6 +178,12 @@ class DistillationModel(ComposerModel):
             + self.student.backward_macs()
         )
         return 2 * macs * len(images_of(batch))
+
+
+def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
+    """Return a context in which a CPU computes in bfloat16, if it is on."""
+    # Not autocast(enabled=False), which would disable the caller's.
+    return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
 
 
 def images_of(batch: Batch) -> Tensor:
