@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.files import write_atomically
@@ -31,8 +32,7 @@ def positive(text: str) -> int:
 
 
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
-ALL = {"--repeats": (positive, "measured passes; default: 5"), "--json": (Path, "file for the result as JSON")}
-OPTIONS = {
+OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
         "--size": (("base", "large", "quickstart"), "default: base"),
         "--batch-size": (positive, "images a step; default: 8, on a GPU 256"),
@@ -59,9 +59,11 @@ def main(argv: Sequence[str]) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, own in OPTIONS.items():
         each = benchmarks.add_parser(name, argument_default=argparse.SUPPRESS)
-        for option, (kind, about) in (own | ALL).items():
+        for option, (kind, about) in own.items():
             choices = kind if isinstance(kind, tuple) else None
             each.add_argument(option, type=None if choices else kind, choices=choices, help=about)
+        each.add_argument("--repeats", type=positive, help="measured passes; default: 5")
+        each.add_argument("--json", type=Path, help="file for the result as JSON")
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
     options = vars(parser.parse_args(argv))

@@ -118,16 +118,15 @@ def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
         _show(row[0], queries.images[query], class_names[label], "k")
         for axes, index in zip(row[1:], indices, strict=True):
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
-            _show(axes, bank.images[index], f"{mark} {class_names[bank.labels[index]]}", color, frame=4)
-    for column, head in enumerate(["query", *(f"nearest {i}" for i in range(1, nearest.shape[1] + 1))]):
-        grid[0][column].set_title(head, fontsize=10, fontweight="bold")
+            _show(axes, bank.images[index], f"{mark} {class_names[bank.labels[index]]}", color)
+    figure.suptitle("query, then its nearest images")
     return figure
 
 
-def _show(axes: Axes, image: Tensor, text: str, color: str, frame: float = 0.8) -> None:
+def _show(axes: Axes, image: Tensor, text: str, color: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.grid(visible=False)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(text, color=color, fontsize=10)
     for spine in axes.spines.values():
-        spine.set(visible=True, color=color, linewidth=frame)
+        spine.set(visible=True, color=color, linewidth=3)

@@ -104,7 +104,7 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
     if len(lines) > 10:
         axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
     for label, (values, look) in lines.items():
-        if isinstance(values, float):
+        if not isinstance(values, Mapping):
             axes.axhline(values, label=label, **look)
             continue
         steps = [step for step in sorted(values) if np.isfinite(values[step])]
