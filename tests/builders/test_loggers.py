@@ -1,9 +1,7 @@
 """Metrics arrive at W&B, TensorBoard and MLflow."""
 
 import json
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
 from d2v_composer.evaluation.metrics import read_jsonl
-from helpers import small_run, train_command
+from helpers import run_command, small_run, train_command
 
 ALL = ("loggers.tensorboard={}", "loggers.mlflow={experiment_name: mine}", "loggers.wandb={project: mine}")
 
@@ -29,9 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
     folder = started_in / "runs" / "mine"
     sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
     arguments = small_run(folder, small_data, sets, "retrieval.interval=14ba", "run_name=mine", *ALL)
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    command = train_command(arguments)
-    result = subprocess.run(command, cwd=started_in, env=variables, capture_output=True, text=True, timeout=300)
+    result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr
     assert [path.name for path in started_in.iterdir()] == ["runs"]
     own = re.compile(r"wandb: |.* INFO mlflow\.|batch \d+/14 |retrieval at batch \d+: |$")
