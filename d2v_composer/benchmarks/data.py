@@ -37,7 +37,6 @@ LOCAL, WARM = "ours, local disk", "ours, S3 warm"
 SIZES = {(500, 375): 0.50, (375, 500): 0.16, (500, 333): 0.16, (333, 500): 0.06, (400, 300): 0.06, (300, 300): 0.06}
 QUALITY = 99
 SMALLEST_CROP = 0.6  # side, as a share of the largest crop's
-NUM_CLASSES = 10
 
 
 def benchmark(**options: Any) -> dict[str, Any]:
@@ -99,24 +98,23 @@ def benchmark_data(
 
 
 def make_photos(folder: Path, num_images: int) -> Path:
-    """Write random crops of scikit-image's photographs, in ImageNet's sizes, as JPEGs in class folders.
+    """Write random crops of scikit-image's photographs, in ImageNet's sizes, as JPEGs in one class folder.
 
     They need no network.
     """
     from skimage import data
 
     arrays = (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0])
-    photographs = [Image.fromarray(each) for each in arrays]
+    photographs, one_class = [Image.fromarray(each) for each in arrays], folder / "photographs"
+    one_class.mkdir(parents=True)
     for i in range(num_images):
         rng = random.Random(i)
         photo, [(width, height)] = photographs[i % len(photographs)], rng.choices([*SIZES], [*SIZES.values()])
         scale = min(photo.width / width, photo.height / height) * rng.uniform(SMALLEST_CROP, 1)
         left, top = rng.uniform(0, photo.width - width * scale), rng.uniform(0, photo.height - height * scale)
         box = (left, top, left + width * scale, top + height * scale)
-        path = folder / f"class{i % NUM_CLASSES}" / f"{i:06}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
         crop = photo.resize((width, height), Image.Resampling.BICUBIC, box)
-        crop.save(path, quality=QUALITY, subsampling="4:2:0")
+        crop.save(one_class / f"{i:06}.jpg", quality=QUALITY, subsampling="4:2:0")
     return folder
 
 

@@ -60,8 +60,10 @@ def main(argv: Sequence[str]) -> None:
     for name, own in OPTIONS.items():
         each = benchmarks.add_parser(name, argument_default=argparse.SUPPRESS)
         for option, (kind, about) in own.items():
-            choices = kind if isinstance(kind, tuple) else None
-            each.add_argument(option, type=None if choices else kind, choices=choices, help=about)
+            if isinstance(kind, tuple):
+                each.add_argument(option, choices=kind, help=about)
+            else:
+                each.add_argument(option, type=kind, help=about)
         each.add_argument("--repeats", type=positive, help="measured passes; default: 5")
         each.add_argument("--json", type=Path, help="file for the result as JSON")
         if name == "step":
