@@ -16,7 +16,6 @@ from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shar
 from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import (
-    gather_objects,
     node_leaders_first,
     num_nodes,
     raise_on_all_ranks,
@@ -56,7 +55,7 @@ def read_train_index(
             shards_may_be_missing=loader.remote is not None,
         )
     # With other data on a node, some samples would be read twice, others never.
-    found = gather_objects((dist.get_node_rank(), describe_data(shards)["sha256"]))
+    found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards)["sha256"]))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
         raise InputError(f"{local}: another data set on node {others[0]} than on node 0")
     if (num_samples := count_samples(shards)) < batch_size:

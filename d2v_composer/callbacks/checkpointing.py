@@ -33,7 +33,7 @@ from d2v_composer.system import processes
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import acquire
-from d2v_composer.system.ranks import gather_objects, rank_zero_first
+from d2v_composer.system.ranks import rank_zero_first
 
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
 # What the ranks agree on: the greatest wins.
@@ -336,7 +336,7 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
     state = checkpoint["state"]
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
     mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
-    if found := next((name for name in gather_objects(mine) if name is not None), None):
+    if found := next((name for name in dist.all_gather_object(mine) if name is not None), None):
         batch = int(state["timestamp"]["Timestamp"]["batch"]) - 1
         raise FloatingPointError(f"batch {batch}: {found} is not finite; {ADVICE}")
 

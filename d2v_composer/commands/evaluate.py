@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
-from d2v_composer.system.command_line import EMBEDDINGS, d2v, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
@@ -75,4 +75,4 @@ def next_step(config: "EvaluateConfig", has_student: bool) -> str:
     for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
         if (value := getattr(config, name)) not in (None, "model"):
             given += [f"--{name.replace('_', '-')}", str(value)]
-    return d2v("embed", config.model, "IMAGES", EMBEDDINGS, *given)
+    return d2v("embed", config.model, "IMAGES", "embeddings.npy", *given)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.system.command_line import EMBEDDINGS, d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> "Student":
     head = student.state_dict().get("head.weight")
     if out.suffix == ".safetensors":
         save_student(student, out)
-        step = d2v("embed", out, "IMAGES", EMBEDDINGS) if head is None else TIMM.format(str(out), len(head))
+        step = d2v("embed", out, "IMAGES", "embeddings.npy") if head is None else TIMM.format(str(out), len(head))
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
         write(Embedder(student, embedding), out)

@@ -102,8 +102,6 @@ def size(text: str) -> int:
 
 LINE_SECONDS = 10.0
 """Seconds between two lines; shorter work prints none."""
-LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, left {remaining}"
-LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}"
 
 
 def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
@@ -117,7 +115,7 @@ def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
     """
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
-    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False}
+    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False, "ncols": 0}
     return _Lines(*iterable, desc=desc, unit=f" {unit}", **quiet, **options)
 
 
@@ -126,15 +124,10 @@ class _Lines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:
-            self.bar_format = LINE if self.total else LINE_WITHOUT_TOTAL
             print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
 
     def clear(self, *_: Any, **__: Any) -> None:
         """Leave what is printed."""
-
-
-# The file of embeddings that a step proposes.
-EMBEDDINGS = "embeddings.npy"
 
 
 def print_next(*steps: str) -> None:

@@ -8,7 +8,6 @@ import ctypes
 import io
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -23,8 +22,6 @@ from typing import Any
 
 NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
-# python /…/bin/composer …, or python -m composer.cli.launcher …
-LAUNCHER = re.compile(rb"[^\0]*python[^\0]*\0(-[^\0]*\0)*([^\0]*/)?composer[.\0]")
 
 _is_watching = False
 _received: signal.Signals | None = None
@@ -49,7 +46,8 @@ def handle_signals() -> None:
     # Children inherit the mask: SIGTERM would not end them, and multiprocessing would wait for them for ever at exit.
     popen_fork.Popen.terminate = popen_fork.Popen.kill
     threading.Thread(target=_watch, args=(_not_ignored(),), daemon=True).start()
-    if "LOCAL_RANK" in os.environ and LAUNCHER.match(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
+    # A shell or nohup that started a rank may end before it.
+    if "LOCAL_RANK" in os.environ and b"composer" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
         _at_parents_death(signal.SIGTERM)
 
 

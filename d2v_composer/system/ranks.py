@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from composer.utils import dist, get_device
@@ -22,7 +22,6 @@ BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
 FAREWELL_SECONDS = 3.0
 OK, BEAT, BAD_INPUT, FAILED = "ok", "beat ", "input ", "failed "
 
-ObjectT = TypeVar("ObjectT")
 _turns = itertools.count()
 
 
@@ -135,17 +134,12 @@ def _wait(store: Any, key: str, who: str) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def gather_objects(mine: ObjectT) -> list[ObjectT]:
-    """Return every rank's object, in order of rank; with one rank, no collective runs."""
-    return [mine] if dist.get_world_size() == 1 else dist.all_gather_object(mine)
-
-
 def raise_on_all_ranks(fault: str | None) -> None:
     """Raise a fault that any rank found on every rank, so that no rank waits for one that ended.
 
     Raises:
         InputError: With the fault of the lowest rank that has one.
     """
-    for each in gather_objects(fault):
+    for each in dist.all_gather_object(fault):
         if each is not None:
             raise InputError(each)

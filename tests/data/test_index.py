@@ -46,7 +46,9 @@ def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, mo
 
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
-    monkeypatch.setattr(builders_data, "gather_objects", lambda this: [this, this, (1, this[1]), (2, "another")])
+    monkeypatch.setattr(
+        builders_data.dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")]
+    )
     with pytest.raises(InputError, match=rf"^{small_data}: another data set on node 2 than on node 0$"):
         read_train_index(TrainLoaderConfig(local=str(small_data)), 16)
 

@@ -17,5 +17,5 @@ def test_a_pipe_gets_lines_instead_of_a_bar(
         bar.update()
         bar.update(2)
     lines = capsys.readouterr().err.splitlines()
-    photos = r"photos: \d of 4 images, (\?|\d+\.\d\d) images/s, left [\d:?]+"
-    assert [line[8] for line in lines if re.fullmatch(photos, line)] == ["1", "2", "4"]
+    photos = r"photos: \d+% \d/4 \[[\d:]+<[\d:?]+, *(\?|\d+\.\d\d) images/s\]"
+    assert [line.split()[2] for line in lines if re.fullmatch(photos, line)] == ["1/4", "2/4", "4/4"]
