@@ -22,19 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2v_composer.system.command_line import make_parser, print_next, size
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.command_line import make_parser, print_next, size, whole
 
 if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
-
-LIMITS = {
-    "resize": (1, 65500),
-    "quality": (1, 100),
-    "workers": (1, 1024),
-    "seed": (0, 1 << 32),
-    "shard_size": (1, 1 << 31),
-}
 
 
 def main(argv: Sequence[str]) -> "Conversion":
@@ -78,15 +69,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     add("--split", default="train", help="the split's folder; default: train")
     add("--labels", help="a CSV file: image, class; or none")
-    add("--resize", type=int, metavar="N", help="shrink the short side to N pixels; default: keep bytes")
-    add("--quality", type=int, default=90, help="of JPEGs encoded again; default: 90")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
-    add("--seed", type=int, default=0, help="seed of the order; default: 0")
+    add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: keep bytes")
+    add("--quality", type=whole(1, 100), default=90, help="of JPEGs encoded again; default: 90")
+    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes; default: one per core")
+    add("--seed", type=whole(0, 1 << 32), default=0, help="seed of the order; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
     add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
-    arguments = parser.parse_args(argv)
-    for name, (smallest, largest) in LIMITS.items():
-        value = getattr(arguments, name)
-        if value is not None and not smallest <= value <= largest:
-            raise InputError(f"--{name.replace('_', '-')}: must be {smallest} to {largest}, got {value}")
-    return arguments
+    return parser.parse_args(argv)

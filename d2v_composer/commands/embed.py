@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
-from d2v_composer.system.command_line import make_parser, print_next, size
+from d2v_composer.system.command_line import make_parser, print_next, size, whole
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.embedding import Embedding
-
-LARGEST = 1 << 20
 
 
 def main(argv: Sequence[str]) -> "Embedding":
@@ -80,17 +78,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
     add("--normalize", action="store_true", help="scale embeddings to length 1")
     add("--dtype", choices=("float32", "float16"), default="float32", help="type of the numbers; default: float32")
-    add("--batch-size", type=int, default=256, help="images embedded at once; default: 256")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; default: one per core")
+    add("--batch-size", type=whole(1, 1 << 20), default=256, help="images embedded at once; default: 256")
+    add(
+        "--workers",
+        type=whole(0, 1024),
+        default=os.cpu_count() or 1,
+        help="processes that decode; default: one per core",
+    )
     add("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
     add("--column", metavar="NAME", default="image", help="the column of MDS that holds the images; default: image")
     add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
-    arguments = parser.parse_args(argv)
-    for name, smallest in {"batch_size": 1, "workers": 0}.items():
-        if not smallest <= getattr(arguments, name) <= LARGEST:
-            raise InputError(
-                f"--{name.replace('_', '-')}: must be {smallest} to {LARGEST}, got {getattr(arguments, name)}"
-            )
-    return arguments
+    return parser.parse_args(argv)

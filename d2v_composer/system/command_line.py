@@ -85,9 +85,25 @@ def show_help(argv: Sequence[str], text: str | None) -> None:
         sys.exit(0)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)  # one line, without the usage
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser whose ``--help`` shows a command's docstring as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def whole(smallest: int, largest: int) -> Callable[[str], int]:
+    """Return an option's type: a whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and smallest <= int(text) <= largest):
+            raise argparse.ArgumentTypeError(f"must be {smallest} to {largest}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def size(text: str) -> int:

@@ -133,7 +133,10 @@ def transfer(address: str, path: Path, timeout: float) -> None:
     else:
         from streaming.base.storage import CloudDownloader  # takes seconds
 
-        CloudDownloader.direct_download(address, str(path), timeout)
+        whole = Path(f"{path}.whole")
+        whole.unlink(missing_ok=True)  # Streaming keeps a file that is there
+        CloudDownloader.direct_download(address, str(whole), timeout)
+        whole.replace(path)
 
 
 def _transfer_from_web(address: str, path: Path, timeout: float) -> None:

@@ -273,7 +273,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
         ("photos", "o.csv", [], "o.csv: must end in .npy"),
         ("photos", "half.npy", [], "half.ids.npy: exists already: choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
-        ("photos", "o.npy", ["--batch-size", "0"], "--batch-size: must be 1 to 1048576, got 0"),
+        ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be 1 to 1048576, got '0'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
