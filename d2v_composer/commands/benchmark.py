@@ -21,15 +21,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.system.command_line import make_parser, whole
 from d2v_composer.system.files import write_atomically
 
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return int(text)
-
+positive = whole(1, 1 << 31)
 
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
