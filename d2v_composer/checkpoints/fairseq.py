@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted
+from d2v_composer.checkpoints.safe_load import Stub, fetch_model, is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
     is_safetensors,
@@ -65,7 +65,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
             raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     image = _section(_section(sizes, "modalities"), "image") or {}
-    model, image = ({name: each for name, each in fields.items() if each is not None} for fields in (sizes, image))
+    model, image = _fields(sizes), _fields(image)
     with reading(path):
         config = _read_config(model, image, stored)
     renamed = {f"{ENCODER}{name.removeprefix(IMAGE)}" if name.startswith(IMAGE) else name: name for name in stored}
@@ -76,10 +76,18 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:
-    """Return a dict within a dict; ``None`` if there is none."""
+    """Return a dict or another program's object within one; ``None`` if there is none."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
+    section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
     return dict(dict.items(section)) if isinstance(section, dict) else None
+
+
+def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the fields of a section that have a value; data2vec interpolates only what is our default, too."""
+    values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
+    is_reference = {name: isinstance(each, str) and each.startswith("${") for name, each in values.items()}
+    return {name: each for name, each in values.items() if each is not None and not is_reference[name]}
 
 
 def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:

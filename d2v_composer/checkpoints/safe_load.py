@@ -55,15 +55,16 @@ class CorruptCheckpointError(InputError):
     """A checkpoint that is truncated or corrupt: a resume takes the one before it."""
 
 
-class Stub:
-    """Stands for an object of a class that is not loaded, and ignores what the pickle gives it."""
+class Stub(dict[Any, Any]):
+    """Stands for an object of a class that is not loaded; holds its attributes and items."""
 
-    def __new__(cls, *args: Any) -> "Stub":
-        return super().__new__(cls)
+    __hash__ = object.__hash__  # an enum may be a key
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        self.update(state if isinstance(state, dict) else {})
 
 
 def load_untrusted(path: Path) -> Any:

@@ -129,6 +129,8 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
         Exception: These are not weights of such a model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
+    if len(named) < len(stored):  # one would silently win
+        raise ValueError("it holds two models, whose names differ in a prefix such as module.: keep one")
     patch = built.patch_embed.proj
     kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
     if not any(each.numel() == patch.weight.numel() for each in kernels):

@@ -1,12 +1,15 @@
 """fairseq's checkpoints are read with their sizes, ALiBi and weights; unusable ones are refused."""
 
+import argparse
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from d2v_composer import load_teacher
@@ -177,6 +180,28 @@ def test_a_cfg_of_any_form_is_read_or_refused_soon(tmp_path: Path) -> None:
 
 
 # Other kinds of checkpoints.
+
+
+def as_dict_config(cfg: dict[str, Any]) -> Any:
+    cfg["model"]["modalities"]["image"]["num_alibi_heads"] = "${model.num_heads}"  # as data2vec's own dataclass has it
+    return OmegaConf.create(cfg)
+
+
+def as_namespaces(cfg: dict[str, Any]) -> Any:
+    cfg["model"]["modalities"]["image"] = argparse.Namespace(**cfg["model"]["modalities"]["image"])
+    return cfg | {"model": argparse.Namespace(**cfg["model"])}
+
+
+@pytest.mark.parametrize("wrap", [as_dict_config, as_namespaces])
+def test_sizes_are_read_from_objects_of_other_classes(wrap: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint = read("tiny_alibi")
+    checkpoint["cfg"] = wrap(checkpoint["cfg"])
+    path = save(checkpoint, tmp_path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    assert load_teacher(path).config == load_teacher(GOLDEN / "tiny_alibi.pt").config
+    for ours, plain in zip(run_teacher(path), run_teacher(GOLDEN / "tiny_alibi.pt"), strict=True):
+        assert torch.equal(ours, plain)
 
 
 def renamed(checkpoint: Checkpoint, old: str, new: str) -> None:

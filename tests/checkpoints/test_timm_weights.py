@@ -209,6 +209,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "rotary positions": ({"rope.freqs": torch.ones(2, 6, 8)}, "tensor rope.freqs is unknown"),
     "not finite": ({"cls_token": torch.full((1, 1, 64), np.nan)}, "cls_token has values that are not finite"),
     "quantized": ({QKV: torch.ones(192, 64, dtype=torch.int8)}, f"tensor {QKV} is not a dense floating-point tensor"),
+    "two models": ({"backbone.cls_token": torch.zeros(1, 1, 64)}, "it holds two models"),
     "code": ({"cls_token": Code(Path("canary"))}, "not a PyTorch checkpoint"),
 }
 
