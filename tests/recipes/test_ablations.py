@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -109,9 +108,7 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
 def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
 
-    def load_timm_teacher(
-        path: None, model: str, first_blocks: int, image_size: int, option: Callable[[str], str]
-    ) -> TimmTeacher:
+    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int) -> TimmTeacher:
         built = build_timm_model(model, image_size)
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
