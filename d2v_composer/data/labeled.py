@@ -305,11 +305,22 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
 
     Raises:
         RunError: A worker was killed.
-        Exception: The function's, whose message becomes the last line of the worker's traceback.
+        Exception: The function's; other than ours, with the worker's traceback as its text.
     """
-    loader = DataLoader(items, batch_size=None, collate_fn=function, **worker_options(workers, prefetch_factor=2))  # pyright: ignore[reportArgumentType]: items have a length
+
+    def call(item: Any) -> tuple[Any, Exception | None]:
+        try:
+            return function(item), None
+        except (InputError, RunError) as problem:
+            return None, problem
+
+    options = worker_options(workers, prefetch_factor=2)
     try:
-        yield from loader
+        # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
+        for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length
+            if problem is not None:
+                raise problem
+            yield result
     except (OSError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
