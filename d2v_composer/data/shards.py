@@ -40,6 +40,8 @@ POLL_SECONDS = 0.02
 FEWEST_AHEAD, MOST_AHEAD = 4, 64
 # The cache's folder of lock files: one for each shard, and one for the room.
 LOCKS = ".locks"
+# The end of a file beside a partial one: its shard will take room.
+RESERVED = "reserved"
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +179,13 @@ class Shards:
     def _lock(self, name: str) -> Path:
         return self.local / LOCKS / name
 
-    def _remove_abandoned(self) -> None:
+    def _remove_abandoned(self, suffix: str = "") -> None:
         """Remove the temporary files of killed processes, which hold no lock any longer."""
         for left in find_partials(self._known):
-            with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
-                if is_abandoned:
-                    left.unlink(missing_ok=True)
+            if left.name.endswith(suffix):
+                with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
+                    if is_abandoned:
+                        left.unlink(missing_ok=True)
 
     def _is_here(self, shard_id: int) -> bool:
         """Return True if a shard can be read; verify a file that this process has not read yet."""
@@ -214,6 +217,7 @@ class Shards:
             raise ShardError(f"{path}: the shard is missing")
 
         def attempt() -> None:
+            fetched.unlink(missing_ok=True)  # Streaming's downloaders keep a file that is there
             transfer(address, fetched, min(self.timeout, REQUEST_SECONDS))
             if reader.zip_data:
                 fetched.write_bytes(decompress(reader.compression, fetched.read_bytes()))
@@ -228,9 +232,11 @@ class Shards:
                 return is_ours
             try:
                 with partial_file(path, sync=False) as fetched:  # after a power failure, the shard is verified again
+                    reservation = Path(f"{fetched}.{RESERVED}")  # removed with the partial file, if this fails
                     if self.limit:
-                        self._reserve(fetched)
+                        self._reserve(reservation)
                     retry(attempt, address, timeout)
+                reservation.unlink(missing_ok=True)
             except NoRoomError:
                 return False
             except Exception as error:
@@ -240,25 +246,25 @@ class Shards:
         self._verified.add(shard_id)
         return True
 
-    def _reserve(self, fetched: Path) -> None:
-        """Make room for a shard: evict those that were used longest ago. Its partial file, made now, holds the room.
+    def _reserve(self, reservation: Path) -> None:
+        """Make room for a shard: evict those that were used longest ago.
 
         Raises:
             NoRoomError: Shards that are being fetched take the room.
         """
         # Suppressed: another program may remove the cache.
         with suppress(FileNotFoundError), sole_user(self._lock("room"), self.timeout) as is_our_turn:
-            fetching = sum(path.suffix == ".partial" for path in find_partials(self._known))
+            fetching = sum(path.name.endswith(RESERVED) for path in find_partials(self._known))
             room = self._room - self._largest * (1 + fetching)
             if room >= 0 and is_our_turn:
-                fetched.touch()
+                reservation.touch()
                 files = ((path, path.stat()) for path in self._paths if path.is_file())
                 for path, status in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
                     room -= status.st_size
                     if room < 0:
                         path.unlink()
                 return
-            self._remove_abandoned()
+            self._remove_abandoned(RESERVED)
         raise NoRoomError
 
 

@@ -133,10 +133,7 @@ def transfer(address: str, path: Path, timeout: float) -> None:
     else:
         from streaming.base.storage import CloudDownloader  # takes seconds
 
-        whole = Path(f"{path}.whole")
-        whole.unlink(missing_ok=True)  # Streaming keeps a file that is there
-        CloudDownloader.direct_download(address, str(whole), timeout)
-        whole.replace(path)
+        CloudDownloader.direct_download(address, str(path), timeout)
 
 
 def _transfer_from_web(address: str, path: Path, timeout: float) -> None:

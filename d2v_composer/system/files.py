@@ -17,7 +17,7 @@ from pathlib import Path
 from d2v_composer.system.errors import InputError, writing
 
 # NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
-PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.\w+)*$")
+PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 # Errors of file systems without locks, such as Lustre without its option for them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 POLL_SECONDS = 0.05

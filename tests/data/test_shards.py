@@ -90,7 +90,7 @@ def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
     index["shards"][9]["raw_data"]["basename"] = "sub/shard.00009.mds"
     (remote / "index.json").write_text(json.dumps(index))
     foreign = ["notes.partial", "shard.99999.mds.7-7.partial", "mine/shard.00005.mds.7-7.partial"]
-    ours = [f"shard.00005.mds.7-7.partial{end}" for end in ("", ".tmp", ".aB3dE5g7", ".whole.tmp")]
+    ours = [f"shard.00005.mds.7-7.partial{end}" for end in ("", ".tmp", ".aB3dE5g7", ".reserved")]
     ours += ["sub/shard.00009.mds.7-7.partial", "shard.00008.mds.7-7.partial"]
     for name in (*foreign, *ours):
         (cache / name).parent.mkdir(exist_ok=True, parents=True)
@@ -111,7 +111,7 @@ def test_waits_for_room_no_longer_than_the_timeout(many_shards: Path, tmp_path: 
     dataset = open_images(cache, many_shards, cache_limit=LIMIT, timeout=1)
     shards = sorted(path.name for path in many_shards.glob("*.mds"))
     for name in shards:
-        (cache / f"{name}.7-7.partial").touch()
+        (cache / f"{name}.7-7.partial.reserved").touch()
     with ExitStack() as live, time_limit(30):
         for name in shards[::2]:
             live.enter_context(sole_user(cache / LOCKS / name))
