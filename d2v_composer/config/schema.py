@@ -183,10 +183,6 @@ class StudentOptions(Section):
     mlp_ratio: Positive = 3.0
     alibi: bool = True
     init: Init = "random"
-    num_heads: Count | None = None
-    """Default: the teacher's."""
-    num_alibi_heads: Count | None = None
-    """Default: all heads."""
 
 
 class TargetsConfig(Section):

@@ -161,8 +161,6 @@ class Retrieval(NamedTuple):
     """'' for a candidate with a single one."""
     hits: dict[Measure, NDArray[np.bool_]]
     """k → whether any of the k nearest has the query's label, (Q,); with bank 'train', also what a probe measures."""
-    strength: float | None = None
-    """L2 penalty strength of the linear probe, if there is one."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
@@ -209,7 +207,6 @@ class Evaluation(NamedTuple):
                 "embedding": each.embedding,
                 **describe_measure(measure),
                 **each.accuracy(measure)._asdict(),
-                "strength": each.strength if measure == "linear" else None,
             }
             for each in self.retrievals
             for measure in each.hits
@@ -277,4 +274,4 @@ def evaluate(
         for name, of_candidate in embedded.items():
             for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
                 hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
-                yield Retrieval(name, dataset, found.bank, found.embedding, hits, found.strength)
+                yield Retrieval(name, dataset, found.bank, found.embedding, hits)

@@ -46,8 +46,6 @@ class Found(NamedTuple):
     hits: dict[Measure, Tensor]
     """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
     → (Q,) bool: whether it gives the query its label."""
-    strength: float | None = None
-    """L2 penalty strength of the linear probe, if there is one."""
 
 
 def embed_set(
@@ -117,8 +115,7 @@ def look_up(
                 for measure, temperature in {"knn": TEMPERATURE, "knn_majority": None}.items():
                     voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                     hits[measure] = voted == labels[query]
-            strength = None
             if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
                 probe = fit_linear_probe(images[bank], labels[bank])
-                hits["linear"], strength = probe.predict(images[query]) == labels[query], probe.strength
-            yield Found(name, bank, nearest, hits, strength)
+                hits["linear"] = probe.predict(images[query]) == labels[query]
+            yield Found(name, bank, nearest, hits)

@@ -19,7 +19,7 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Sizes of a student, and how its ``layer_mean`` is computed; its width and norm_eps are the encoder's.
+    """Sizes of a student, and how its ``layer_mean`` is computed; all other sizes are the encoder's.
 
     Raises:
         ValueError: A size is out of range, or ``normalization`` is unknown.
@@ -27,16 +27,14 @@ class StudentConfig:
 
     depth: int = 5
     mlp_ratio: float = 3.0
-    num_heads: int = 12
-    num_alibi_heads: int = 12
-    """0: no ALiBi."""
+    alibi: bool = True
     normalization: Normalization = "instance"
     """Normalization of each layer in the prediction and in ``layer_mean``."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
-        check_whole("student num_heads", self.num_heads, 1, MAX_WIDTH)
-        check_whole("student num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
+        if type(self.alibi) is not bool:
+            raise ValueError("student alibi must be true or false")
         check_choice("student normalization", self.normalization, Normalization)
 
 
@@ -53,20 +51,17 @@ class Student(Transformer):
     """
 
     def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
-        dim, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
+        dim, num_heads, norm_eps = encoder.config.embed_dim, encoder.config.num_heads, encoder.config.norm_eps
         check_number("mlp_ratio", config.mlp_ratio, 1 / dim, MAX_WIDTH / dim)
         hidden_dim = int(dim * config.mlp_ratio)
-        if dim % config.num_heads:
-            raise ValueError(f"student num_heads must divide the width {dim}, got {config.num_heads}")
         has_entrance = not encoder.config.is_normalized
         blocks = [
-            Block(dim, config.num_heads, hidden_dim, norm_eps, has_entrance and number == 0)
-            for number in range(config.depth)
+            Block(dim, num_heads, hidden_dim, norm_eps, has_entrance and number == 0) for number in range(config.depth)
         ]
         super().__init__(encoder, blocks, config.normalization)
         self.config = config
         self.provenance = provenance or {}
-        self.alibi = build_alibi(encoder.config, config.num_heads, config.num_alibi_heads)
+        self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:

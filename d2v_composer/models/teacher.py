@@ -100,8 +100,6 @@ class Teacher(Transformer, Frozen):
         mlp_ratio: float = 3.0,
         alibi: bool = True,
         init: Init = "random",
-        num_heads: int | None = None,
-        num_alibi_heads: int | None = None,
         normalization: Normalization = "instance",
     ) -> Student:
         """Build a trainable student that shares this teacher's encoder.
@@ -112,8 +110,6 @@ class Teacher(Transformer, Frozen):
             alibi: Add the 2-D ALiBi bias to the attention, as in the paper, though the teacher has none.
             init: ``random`` (the paper), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
-            num_heads: Default: the teacher's.
-            num_alibi_heads: Default: all heads.
             normalization: Normalization of each layer in the prediction and in ``layer_mean``: ``instance`` over
                 time, as in the paper, or ``layer`` over channels.
 
@@ -121,23 +117,13 @@ class Teacher(Transformer, Frozen):
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
         """
         check_choice("init", init, Init)
-        num_heads = self.config.num_heads if num_heads is None else num_heads
-        num_alibi_heads = num_heads if num_alibi_heads is None else num_alibi_heads
-        config = StudentConfig(
-            depth=depth,
-            mlp_ratio=mlp_ratio,
-            num_heads=num_heads,
-            num_alibi_heads=num_alibi_heads if alibi else 0,
-            normalization=normalization,
-        )
+        config = StudentConfig(depth=depth, mlp_ratio=mlp_ratio, alibi=alibi, normalization=normalization)
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init == "random":
             return student
         sources = self.init_sources(init)
-        if depth > len(sources) or num_heads != self.config.num_heads:
-            raise ValueError(
-                f"init {init} needs the teacher's {self.config.num_heads} heads, and at most its {len(sources)} blocks"
-            )
+        if depth > len(sources):
+            raise ValueError(f"init {init} needs at most the teacher's {len(sources)} blocks, got {depth}")
         try:
             for block, source in zip(student.block_list, sources, strict=False):
                 (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())

@@ -102,7 +102,7 @@ def embeddings(model: Transformer) -> Tensor:
 def timm_model(path: Path) -> Transformer:
     """Load like create_model with a checkpoint_path, into a smaller model than the paper's."""
     encoder = ImageEncoderConfig(embed_dim=8, num_heads=1, prenet_depth=0, image_size=32, num_extra_tokens=1)
-    model = TimmStudent(encoder, StudentConfig(depth=1, num_heads=1, num_alibi_heads=1))
+    model = TimmStudent(encoder, StudentConfig(depth=1))
     load_checkpoint(model, str(path))
     return model.eval()
 

@@ -65,7 +65,7 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SLIPS = {
     "optimiser.lr=1": "optimiser: no such key; did you mean optimizer? (allowed: ",
-    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init,",
+    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init)",
     "callbacks.speed_monitr={}": "callbacks.speed_monitr: no such name; did you mean speed_monitor?",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",

@@ -110,8 +110,7 @@ def test_one_embedding_is_looked_up_and_probed() -> None:
     assert retrievals[0].bank == "train"
     assert retrievals[0].accuracy(1).value == 0.6
     embeddings = [labels_as_embeddings(split.images)["output_cls"] for split in labeled[:2]]
-    strength = retrievals[0].strength
-    accuracy = linear_probe_accuracy(embeddings[0], labeled.train.labels, embeddings[1], labeled.test.labels, strength)
+    accuracy = linear_probe_accuracy(embeddings[0], labeled.train.labels, embeddings[1], labeled.test.labels)
     assert retrievals[0].accuracy("linear").value == accuracy
     tables = evaluation_tables(Evaluation(candidates, retrievals, "output_cls", {"set": ()}))
     [row] = re.findall(r"linear probe\n(.*)\n", tables)

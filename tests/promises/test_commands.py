@@ -174,7 +174,6 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
         ("load_path=nowhere.pt", ["load_path", "nowhere.pt", "no such file"]),
         ("train_loader.local=nowhere", ["train_loader.local", "nowhere"]),
         ("global_train_batch_size=97", ["96 samples", "global_train_batch_size 97"]),
-        ("student.num_heads=5", ["num_heads", "48", "5"]),
         ("targets.average_top_k_layers=4", ["average_top_k_layers", "3", "4"]),
         ("callbacks.speed_monitor.window_size=abc", ["window_size", "abc"]),
         ("callbacks.speed_moniter={}", ["speed_monitor"]),

@@ -249,7 +249,7 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "wide": lambda sizes: json.dumps(
         {
             "encoder": sizes["encoder"] | {"embed_dim": 1 << 16, "mlp_ratio": 1.0, "num_heads": 1},
-            "student": sizes["student"] | {"mlp_ratio": 1.0, "num_heads": 1, "num_alibi_heads": 0},
+            "student": sizes["student"] | {"mlp_ratio": 1.0, "alibi": False},
         }
     ),
     "deep": lambda sizes: json.dumps(sizes | {"student": sizes["student"] | {"depth": 1000}}),
