@@ -5,8 +5,8 @@ usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
     composer recipes/finetune.py yamls/finetune.yaml model=runs/quickstart/latest-rank0.pt
     composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors \\
         'dataset={format: folder, root: photos}' run_name=photos
-    composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors from_scratch=true \\
-        train_encoder=true optimizer.layer_decay=1.0 run_name=scratch
+    composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors train_encoder=true \\
+        optimizer.layer_decay=0.75 run_name=whole
 
 composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. The
 same command again resumes the run.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import progress_bar
-from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
+from d2v_composer.system.machine import describe_machine, package_versions
 
 Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""
@@ -61,7 +61,7 @@ def describe(
     return {
         **setting,
         "machine": describe_machine(),
-        "versions": package_versions(*OUR_PACKAGES, "simplejpeg", "litdata", "faiss-cpu"),
+        "versions": package_versions("simplejpeg", "litdata", "faiss-cpu"),
         "unit": unit,
         "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
         "ratios": [{"what": f"{own} ÷ {other}", "ratio": ratio(rates[own], rates[other])} for own, other in compared],

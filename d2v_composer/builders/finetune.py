@@ -37,7 +37,7 @@ from d2v_composer.data.labeled import (
 )
 from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
-from d2v_composer.models.classification import Classifier, randomize
+from d2v_composer.models.classification import Classifier
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
@@ -45,9 +45,6 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
-
-# Label numbers per class: a split may lack some classes.
-LARGEST_GAPS = 100
 
 
 class FinetuneImages(NamedTuple):
@@ -115,7 +112,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> 
     """
     labels = torch.cat(splits).unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
-    if smallest < 0 or num_known < 2 or largest >= LARGEST_GAPS * num_known:  # the classifier has an output for each
+    if smallest < 0 or num_known < 2 or largest >= 100 * num_known:  # the classifier has an output for each number
         found = f"{num_known} with labels from {smallest} to {largest}"
         raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0, got {found}")
     return max(len(class_names), largest + 1)
@@ -150,8 +147,6 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     images = build_images(config, backbone.encoder.config)
     about = describe_model(config, backbone, embedding, images)
-    if config.from_scratch:
-        randomize(backbone)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
@@ -169,7 +164,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     header = {
         "images": f"{images.about['samples']:,} to train, {len(images.test.labels):,} to evaluate, "
         f"{images.num_classes} classes",
-        "start": "random weights" if config.from_scratch else hide_secrets(config.model),
+        "start": hide_secrets(config.model),
     }
     return BuiltFinetuning(arguments, model, header)
 

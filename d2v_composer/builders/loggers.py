@@ -8,10 +8,9 @@ from composer.loggers import LoggerDestination
 
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.logging import ProgressLogger
-from d2v_composer.callbacks.yaml_names import LOGGERS
 from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.load import layered
-from d2v_composer.config.schema import TrainerConfig
+from d2v_composer.config.schema import LOGGERS, TrainerConfig
 from d2v_composer.system.addresses import RunFolder
 
 

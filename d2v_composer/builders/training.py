@@ -16,15 +16,14 @@ from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.algorithms import GradientNorm
 from d2v_composer.callbacks.run_record import RunRecord
-from d2v_composer.callbacks.yaml_names import CALLBACKS
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
-from d2v_composer.config.schema import AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
+from d2v_composer.config.schema import CALLBACKS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
+from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
@@ -62,7 +61,6 @@ FIXED_IN_A_FINETUNING = (
     "config.dataset.column",
     "config.dataset.label_column",
     "config.train_encoder",
-    "config.from_scratch",
     "config.train_loader.stream",
     "config.optimizer",
     "model.representation",
@@ -162,7 +160,7 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
         "config": hide_all_secrets(config.model_dump(mode="json")),
         "command": shlex.join(map(hide_secrets, sys.argv)),
         **contents,
-        "versions": package_versions(*OUR_PACKAGES),
+        "versions": package_versions(),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
     }
     return RunRecord(record, config.run_folder and config.run_folder.local, fixed)

@@ -58,7 +58,7 @@ class CorruptCheckpointError(InputError):
 class Stub(dict[Any, Any]):
     """Stands for an object of a class that is not loaded; holds its attributes and items."""
 
-    __hash__ = object.__hash__  # an enum may be a key
+    __hash__: Any = object.__hash__  # an enum may be a key
 
     def __init__(self, *args: Any) -> None:
         super().__init__()

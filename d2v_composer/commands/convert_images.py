@@ -14,7 +14,6 @@ The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archi
 folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file: image, class.
 """
 
-import argparse
 import os
 import shlex
 import time
@@ -30,7 +29,19 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> "Conversion":
     """Convert, and print a report."""
-    arguments = parse(argv)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
+    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
+    add("--split", default="train", help="the split's folder; default: train")
+    add("--labels", help="a CSV file: image, class; or none")
+    add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: keep bytes")
+    add("--quality", type=whole(1, 100), default=90, help="of JPEGs encoded again; default: 90")
+    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes; default: one per core")
+    add("--seed", type=whole(0, 1 << 32), default=0, help="seed of the order; default: 0")
+    add("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
+    add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
+    arguments = parser.parse_args(argv)
 
     from d2v_composer.data.convert import convert_images, find_images
 
@@ -60,19 +71,3 @@ def main(argv: Sequence[str]) -> "Conversion":
     name = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
     print_next(f"composer recipes/train.py yamls/{name}.yaml {shlex.quote(data)}")
     return conversion
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
-    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
-    add("--split", default="train", help="the split's folder; default: train")
-    add("--labels", help="a CSV file: image, class; or none")
-    add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: keep bytes")
-    add("--quality", type=whole(1, 100), default=90, help="of JPEGs encoded again; default: 90")
-    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes; default: one per core")
-    add("--seed", type=whole(0, 1 << 32), default=0, help="seed of the order; default: 0")
-    add("--shard-size", type=size, default="64mb", help="approximate; default: 64mb")
-    add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
-    return parser.parse_args(argv)

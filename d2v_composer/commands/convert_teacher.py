@@ -11,17 +11,14 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from d2v_composer.models.names import Weights
 from d2v_composer.system.command_line import make_parser, print_next
 from d2v_composer.system.files import check_out_file
 
-if TYPE_CHECKING:
-    from d2v_composer.models.data2vec2 import Data2Vec2
 
-
-def main(argv: Sequence[str]) -> "Data2Vec2":
+def main(argv: Sequence[str]) -> None:
     """Convert, and print the file's used and unused tensors."""
     parser = make_parser(__doc__)
     parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
@@ -39,14 +36,7 @@ def main(argv: Sequence[str]) -> "Data2Vec2":
 
     dtype = getattr(torch, arguments.dtype)
     teacher, left = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
-    print_report(teacher, left, arguments.out)
-    checkpoint = shlex.quote(f"teacher.checkpoint={arguments.out.resolve()}")
-    print_next(f"composer recipes/train.py yamls/distill.yaml {checkpoint}")
-    return teacher
-
-
-def print_report(teacher: "Data2Vec2", left: Sequence[str], out: Path) -> None:
-    config, provenance = teacher.config, teacher.provenance
+    config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     print(
         f"data2vec 2.0 image model: width {config.embed_dim}, {config.num_heads} heads, {config.prenet_depth} + "
@@ -57,3 +47,5 @@ def print_report(teacher: "Data2Vec2", left: Sequence[str], out: Path) -> None:
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")
     print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
+    checkpoint = shlex.quote(f"teacher.checkpoint={out.resolve()}")
+    print_next(f"composer recipes/train.py yamls/distill.yaml {checkpoint}")

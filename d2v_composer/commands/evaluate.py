@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
-    from d2v_composer.system.machine import OUR_PACKAGES, describe_machine, package_versions
+    from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)
     if config.out is not None:  # before minutes of work
@@ -59,16 +59,16 @@ def main(argv: Sequence[str]) -> "Evaluation":
     print(evaluation_tables(evaluation))
     if config.out is not None:
         used = hide_all_secrets(config.model_dump(mode="json"))
-        about = {"config": used, "machine": describe_machine(), "versions": package_versions(*OUR_PACKAGES)}
+        about = {"config": used, "machine": describe_machine(), "versions": package_versions()}
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
-    print_next(hide_secrets(next_step(config, has_student=any(each.name == "student" for each in candidates))))
+    print_next(hide_secrets(next_step(config)))
     return evaluation
 
 
-def next_step(config: "EvaluateConfig", has_student: bool) -> str:
+def next_step(config: "EvaluateConfig") -> str:
     """Return the next command: export a checkpoint's student, or embed with another model."""
-    if has_student and config.model.endswith(".pt"):
+    if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
     given = list[str]()

@@ -11,16 +11,12 @@ the run.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
-
-if TYPE_CHECKING:
-    from d2v_composer.models.student import Student
-
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -31,7 +27,7 @@ PROGRAMS = {
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 
 
-def main(argv: Sequence[str]) -> "Student":
+def main(argv: Sequence[str]) -> None:
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
     parser = make_parser(__doc__)
     parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
@@ -70,4 +66,3 @@ def main(argv: Sequence[str]) -> "Student":
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     print_next(step)
-    return student

@@ -2,7 +2,6 @@
 
     d2v report runs/quickstart
     d2v report /mnt/runs/distill
-    d2v report runs/distill    # the same, in a clone
 
 The page needs no other file and no network. Training writes it at its end; use this command for a run that is still
 running or was interrupted.

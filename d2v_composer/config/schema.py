@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from composer import callbacks as composer_callbacks
 from composer.core import Time
+from composer.loggers import TensorboardLogger, WandBLogger
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,7 +25,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from d2v_composer.callbacks.yaml_names import CALLBACKS, LOGGERS
+from d2v_composer.callbacks.health import Health
+from d2v_composer.callbacks.logging import JSONLLogger, RunMLFlowLogger
 from d2v_composer.models.distillation import Prediction
 from d2v_composer.models.execution import name_precision
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation, Weights
@@ -34,6 +37,25 @@ from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file
 from d2v_composer.system.processes import num_ranks
+
+# Names of the callbacks and loggers that a YAML may choose.
+CALLBACKS = {
+    "health": Health,
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+}
+
+LOGGERS = {
+    "jsonl": JSONLLogger,
+    "mlflow": RunMLFlowLogger,
+    "tensorboard": TensorboardLogger,
+    "wandb": WandBLogger,
+}
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 LARGEST_INT = (1 << 31) - 1
@@ -466,8 +488,6 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
-    from_scratch: bool = False
-    """Forget the weights: the same network, with random ones."""
     dataset: LabeledSetConfig
     """Its train images train, its test images are the evaluation's."""
     train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -477,8 +497,6 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.from_scratch and not self.train_encoder:
-            yield ".from_scratch: needs train_encoder=true: a frozen encoder would keep its random weights"
         if self.train_loader.stream and self.dataset.format != "mds":
             yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
         if self.callbacks.get("health") is not None:

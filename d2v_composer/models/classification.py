@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.distillation import check_tensors, cpu_autocast
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.sizes import height_and_width
@@ -127,26 +126,3 @@ class Classifier(ComposerModel):
             if any(weight is each for each in block.parameters()):
                 return number
         return 0 if name.startswith("backbone.encoder.") else len(blocks) + 1
-
-
-@torch.no_grad()
-def randomize(model: nn.Module) -> None:
-    """Draw all weights again: linear layers, convolutions and tokens N(0, 0.02); biases 0; norms and scales 1.
-
-    A frozen model's relative biases become 0. Learned rotary frequencies stay: they are a table of rotations here.
-    """
-    for module in model.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()  # statistics and tables, too
-    init_linear_layers(model)
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            # timm draws the factors of a differential attention itself; their products as ones would overflow.
-            if FIXED in f"{name}.{own}" or isinstance(module, nn.Linear) or own.startswith("lambda_"):
-                continue
-            if own.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim > 1 and own != "alibi_scale":
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.ones_(parameter)

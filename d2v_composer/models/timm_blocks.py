@@ -128,11 +128,6 @@ class RelativeBias(FixedContexts):
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
         return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
 
-    def reset_parameters(self) -> None:
-        """Set the learned biases to 0."""
-        if self.table is not None:
-            self.table.zero_()
-
 
 @torch.no_grad()
 def take_contexts(model: Any) -> FixedContexts:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
-from d2v_composer.evaluation.metrics import Measure, metric_key, primary_fallbacks, read_jsonl
+from d2v_composer.evaluation.metrics import Measure, metric_key, read_jsonl
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
 
@@ -44,13 +44,8 @@ class Run(NamedTuple):
         return latest(self.log.get(key, {}))
 
     def accuracies(self, dataset: str, bank: str, measure: Measure, baseline: str | None = None) -> Mapping[int, float]:
-        """Return step → accuracy in the present primary embedding, of the student or a baseline.
-
-        The log's short keys are those of the primary embedding at that step, and a resume may have chosen another.
-        """
-        names = primary_fallbacks("{representation}_{pooling}".format_map(self.retrieval))
-        keys = [metric_key(dataset, bank, measure, name, baseline) for name in (*names, None)]
-        return next((self.log[key] for key in keys if key in self.log), {})
+        """Return step → accuracy in the primary embedding, of the student or a baseline."""
+        return self.log.get(metric_key(dataset, bank, measure, baseline=baseline), {})
 
 
 def latest(values: Mapping[int, float]) -> float | None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -23,15 +24,13 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    return [*re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()][0]
 
 
-def package_versions(*distributions: str) -> dict[str, str | None]:
-    """Return the versions of Python and of distributions; ``None`` if not installed."""
+def package_versions(*others: str) -> dict[str, str | None]:
+    """Return the versions of Python, our packages and other distributions; ``None`` if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in distributions:
+    for name in (*OUR_PACKAGES, *others):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

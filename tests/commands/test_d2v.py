@@ -34,9 +34,7 @@ def test_an_evaluation_needs_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyP
     photos = "datasets={photos: {format: folder, root: photos}}"
     config = load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}", photos, "pooling=mean"])
     assert (config.pooling, config.ks, list(config.datasets)) == ("mean", [1, 3], ["photos"])
-    assert evaluate_command.next_step(config, has_student=False).endswith(
-        "tiny_base.pt IMAGES embeddings.npy --pooling mean"
-    )
+    assert evaluate_command.next_step(config).endswith("tiny_base.pt IMAGES embeddings.npy --pooling mean")
     with pytest.raises(InputError, match=r"datasets: must have at least one .* such as 'datasets=\{cifar10: "):
         load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}"])
     with pytest.raises(InputError, match="model: is required"):

@@ -219,7 +219,6 @@ def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
 
 SLIPS = {
     "algorithms.cutmix: Composer cannot mix labels twice": ["algorithms.mixup={}", "algorithms.cutmix={}"],
-    "from_scratch: needs train_encoder=true": ["from_scratch=true"],
     "train_loader.remote: needs train_loader.stream=true": ["train_loader.remote=s3://b/c"],
     "callbacks.health: must be null in a fine-tuning run": ["callbacks={health: {}}"],
 }
