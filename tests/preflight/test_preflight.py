@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from composer.utils import dist
 
 from d2v_composer.config.load import load_config
 from d2v_composer.preflight import Rehearsal, check
@@ -174,7 +175,7 @@ def test_a_preflight_that_is_stopped_leaves_no_process(tmp_path: Path, small_dat
 
 
 def test_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)  # other tests of this process may have joined a group
+    monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
     with pytest.raises(InputError, match=r"composer -n 2 recipes/preflight\.py"):
         preflight.main(["any.yaml"])
