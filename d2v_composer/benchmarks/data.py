@@ -39,14 +39,7 @@ QUALITY = 99
 SMALLEST_CROP = 0.6  # side, as a share of the largest crop's
 
 
-def benchmark(**options: Any) -> dict[str, Any]:
-    """Call :func:`benchmark_data` with a temporary folder."""
-    with TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        return benchmark_data(Path(work), **options)
-
-
-def benchmark_data(
-    work: Path,
+def benchmark(
     images: Path | None = None,
     num_images: int = 1000,
     workers: int = 0,
@@ -56,7 +49,6 @@ def benchmark_data(
     """Write the images in every format, and measure images per second.
 
     Args:
-        work: An empty folder for all files.
         images: A folder of images in class folders; ``None``: crops of scikit-image's photographs.
         num_images: Images to read, chosen at random.
         workers: Worker processes; 0 measures one process with all its threads on one core.
@@ -66,27 +58,29 @@ def benchmark_data(
     Raises:
         InputError: The folder cannot be read.
     """
-    folder = images or make_photos(work / "images", num_images)
-    with reading(folder):
-        dataset = ImageFolder(str(folder), augment())
-    chosen = random.Random(0).sample(range(len(dataset)), min(num_images, len(dataset)))
-    files = [dataset.samples[i][0] for i in chosen]
-    originals = [Path(file).read_bytes() for file in files]
-    options = {"batch_size": BATCH_SIZE, "num_workers": workers, "persistent_workers": workers > 0}
-    write_shards(originals, str(work / "shards"))
-    loaders = {
-        IMAGE_FOLDER: DataLoader(Subset(dataset, chosen), shuffle=True, **options),
-        LITDATA: build_litdata(files, work / "litdata", options),
-        LOCAL: build_ours(work / "shards", None, options),
-    }
-    compared = [(LOCAL, IMAGE_FOLDER)]
-    if remote is not None:
-        write_shards(originals, remote)
-        loaders[WARM] = build_ours(work / "cache", remote, options)
-        compared.append((WARM, LOCAL))
-    passes = {name: (partial(take_all, loader, len(files)), len(files)) for name, loader in loaders.items()}
-    with one_core() if workers == 0 else nullcontext():
-        rates = interleave(passes, repeats)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        work = Path(name)
+        folder = images or make_photos(work / "images", num_images)
+        with reading(folder):
+            dataset = ImageFolder(str(folder), augment())
+        chosen = random.Random(0).sample(range(len(dataset)), min(num_images, len(dataset)))
+        files = [dataset.samples[i][0] for i in chosen]
+        originals = [Path(file).read_bytes() for file in files]
+        options = {"batch_size": BATCH_SIZE, "num_workers": workers, "persistent_workers": workers > 0}
+        write_shards(originals, str(work / "shards"))
+        loaders = {
+            IMAGE_FOLDER: DataLoader(Subset(dataset, chosen), shuffle=True, **options),
+            LITDATA: build_litdata(files, work / "litdata", options),
+            LOCAL: build_ours(work / "shards", None, options),
+        }
+        compared = [(LOCAL, IMAGE_FOLDER)]
+        if remote is not None:
+            write_shards(originals, remote)
+            loaders[WARM] = build_ours(work / "cache", remote, options)
+            compared.append((WARM, LOCAL))
+        passes = {program: (partial(take_all, loader, len(files)), len(files)) for program, loader in loaders.items()}
+        with one_core() if workers == 0 else nullcontext():
+            rates = interleave(passes, repeats)
     setting = {
         "images": len(files),
         "source": "crops of scikit-image's photographs" if images is None else str(images),

@@ -28,7 +28,7 @@ from d2v_composer.system.ranks import join_ranks, rank_zero_first
 def join_and_seed(config: TrainerConfig) -> None:
     """Raise the limit of open files, join the ranks, and seed. Call it first, on every rank."""
     allow_open_files()
-    join_ranks(config.train_loader.timeout)
+    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
     reproducibility.seed_all(config.seed)
 
 

@@ -95,6 +95,8 @@ class ZeroShotRetrieval(Callback):
         self.primary = primary
         self.baselines = baselines
         self.at_start = at_start
+        if not PROBES.keys() >= set(probes):
+            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(probes)}")
         self.probes = probes
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar

@@ -86,8 +86,12 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     """Return the fields of a section that have a value; data2vec interpolates only what is our default, too."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
-    is_reference = {name: isinstance(each, str) and each.startswith("${") for name, each in values.items()}
-    return {name: each for name, each in values.items() if each is not None and not is_reference[name]}
+    # Not str(each): a list may hold another one twice, 60 times over.
+    return {
+        name: each
+        for name, each in values.items()
+        if each is not None and not (isinstance(each, str) and each.startswith("${"))
+    }
 
 
 def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:

@@ -191,3 +191,5 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
     with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
+    with pytest.raises(ValueError, match="probes must be of knn, linear, got knm"):
+        ZeroShotRetrieval({"set": labeled}, probes=["knm"])
