@@ -73,7 +73,7 @@ def check_record(load_path: str, record: RunRecord) -> None:
     Raises:
         InputError: Names the settings that differ.
     """
-    callbacks = read_checkpoint(load_path, mmap=True)["state"].get("callbacks", {})
+    callbacks = read_checkpoint(load_path)["state"].get("callbacks", {})
     if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
         record.load_state_dict(callbacks["RunRecord"])
 

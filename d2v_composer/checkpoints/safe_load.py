@@ -86,10 +86,11 @@ def is_trained(contents: Any) -> bool:
     return isinstance(contents, dict) and "state" in contents
 
 
-def read_checkpoint(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint that names no other global than ours; the first other one raises UnpicklingError."""
     with torch.serialization.safe_globals(OUR_GLOBALS):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -103,7 +104,7 @@ def check_checkpoint(path: Path) -> None:
         _inspect(path)
     foreign = f"{path}: is not a checkpoint of recipes/train.py"
     try:
-        state = read_checkpoint(path, mmap=True)["state"]
+        state = read_checkpoint(path)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
     except Exception as error:
         if isinstance(error, RuntimeError):  # torch's reader of archives
