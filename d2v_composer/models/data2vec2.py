@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import Data2Vec2Config, ImageEncoderConfig, check_whole
+from d2v_composer.models.sizes import Data2Vec2Config, ImageEncoderConfig, check_whole, encoder_config
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
@@ -52,12 +52,7 @@ class ImageEncoder(Encoder):
         return self.context_encoder["norm"](x_BTD)
 
     def block_contexts(self, x_BTD: Tensor, num_layers: int | None = None) -> list[Tensor | None]:
-        """Return the attention biases of this encoder's blocks and of the teacher's blocks after them.
-
-        Args:
-            x_BTD: Input of the blocks.
-            num_layers: Number of blocks; default ``prenet_depth``.
-        """
+        """Return the attention biases of this encoder's blocks and of the teacher's blocks after them."""
         num_layers = self.config.prenet_depth if num_layers is None else num_layers
         if self.alibi is None:
             return [None] * num_layers
@@ -81,7 +76,7 @@ class Data2Vec2(Teacher):
     def __init__(self, config: Data2Vec2Config, provenance: dict[str, Any] | None = None) -> None:
         hidden_dim = int(config.embed_dim * config.mlp_ratio)
         blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
-        super().__init__(ImageEncoder(config.encoder_config()), blocks, config, provenance)
+        super().__init__(ImageEncoder(encoder_config(ImageEncoderConfig, config)), blocks, config, provenance)
         self.freeze()
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
@@ -99,7 +94,7 @@ class Data2Vec2(Teacher):
         depth = len(blocks) - first_blocks
         top_k = min(self.config.average_top_k_layers, depth)
         self.config = replace(self.config, prenet_depth=first_blocks, depth=depth, average_top_k_layers=top_k)
-        self.encoder.config = self.config.encoder_config()
+        self.encoder.config = encoder_config(ImageEncoderConfig, self.config)
         self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
         self.blocks = nn.ModuleList(blocks[first_blocks:])
         self.freeze()

@@ -146,10 +146,6 @@ class Data2Vec2Config(ImageEncoderConfig):
         if shape is not None and shape[0] not in (1, num_blocks):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
 
-    def encoder_config(self) -> ImageEncoderConfig:
-        """Return the sizes of the modality encoder alone."""
-        return ImageEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(ImageEncoderConfig)})
-
 
 @dataclass(frozen=True, kw_only=True)
 class TimmEncoderConfig:
@@ -209,10 +205,11 @@ class TimmTeacherConfig(TimmEncoderConfig):
         """All blocks."""
         return self.depth
 
-    def encoder_config(self) -> TimmEncoderConfig:
-        """Return the sizes of the encoder alone."""
-        return TimmEncoderConfig(**{each.name: getattr(self, each.name) for each in fields(TimmEncoderConfig)})
-
 
 EncoderConfig = ImageEncoderConfig | TimmEncoderConfig
 TeacherConfig = Data2Vec2Config | TimmTeacherConfig
+
+
+def encoder_config(kind: type[Any], config: TeacherConfig) -> Any:
+    """Return the sizes of a teacher's encoder alone."""
+    return kind(**{each.name: getattr(config, each.name) for each in fields(kind)})

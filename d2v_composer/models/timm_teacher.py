@@ -25,6 +25,7 @@ from d2v_composer.models.sizes import (
     TimmEncoderConfig,
     TimmTeacherConfig,
     check_whole,
+    encoder_config,
     height_and_width,
     parse_image_size,
 )
@@ -173,8 +174,9 @@ class TimmEncoder(Encoder):
         is_new = parts is None
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
-            found = teacher_config(config.model, model, config.first_blocks).encoder_config()
-            found = replace(found, **{name: getattr(config, name) for name in OF_A_FILE})
+            sizes = teacher_config(config.model, model, config.first_blocks)
+            own = {name: getattr(config, name) for name in OF_A_FILE}
+            found = replace(encoder_config(TimmEncoderConfig, sizes), **own)
             if config != found:
                 name = next(name for name, value in vars(found).items() if value != getattr(config, name))
                 raise ValueError(
@@ -223,7 +225,8 @@ class TimmTeacher(Teacher):
     def __init__(self, model: nn.Module, config: TimmTeacherConfig, provenance: dict[str, Any] | None = None) -> None:
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
-        super().__init__(TimmEncoder(config.encoder_config(), parts), parts.blocks[first:], config, provenance)
+        encoder = TimmEncoder(encoder_config(TimmEncoderConfig, config), parts)
+        super().__init__(encoder, parts.blocks[first:], config, provenance)
         self.contexts = parts.contexts.of_blocks(first, num_blocks)
         self.norm = parts.norm
         self.freeze()

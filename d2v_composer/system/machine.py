@@ -15,16 +15,12 @@ OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-st
 def describe_machine() -> dict[str, str | int]:
     """Return processor, GPU ('' for none), cores available to this process, memory and system."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": [*re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()][0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(),
     }
-
-
-def _cpu_model() -> str:
-    return [*re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()][0]
 
 
 def package_versions(*others: str) -> dict[str, str | None]:
