@@ -199,10 +199,6 @@ def embed_collection(
 def check_out(out: Path, *, overwrite: bool) -> None:
     """Check, before the work begins, that embeddings can be written.
 
-    Args:
-        out: The file.
-        overwrite: Accept one that exists.
-
     Raises:
         InputError: The suffix is not .npy, the file exists, or it cannot be written.
     """

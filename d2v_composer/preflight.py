@@ -43,11 +43,6 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
 
     Call it in one process, before a process group exists.
 
-    Args:
-        argv: The YAML and its overrides.
-        config: The same, as read.
-        train_script: ``recipes/train.py``.
-
     Returns:
         True if all checks passed.
     """

@@ -115,15 +115,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
-    """Return the command that trains a row, or resumes it; the checkpoint refuses what a run must not change.
-
-    Args:
-        study: Folder of the study.
-        row: The row's changes; they win over those of all rows.
-        changes: ``key=value`` of all rows.
-        folder: The row's folder.
-        images: Folder of CIFAR-10.
-    """
+    """Return the command that trains a row, or resumes it; its changes win over ``changes``, those of all rows."""
     own = {
         "run_name": folder.name,
         "save_folder": folder,

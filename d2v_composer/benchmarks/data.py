@@ -48,13 +48,6 @@ def benchmark(
 ) -> dict[str, Any]:
     """Write the images in every format, and measure images per second.
 
-    Args:
-        images: A folder of images in class folders; ``None``: crops of scikit-image's photographs.
-        num_images: Images to read, chosen at random.
-        workers: Worker processes; 0 measures one process with all its threads on one core.
-        remote: An address to write shards to and to read them from, such as an empty s3://BUCKET/PREFIX.
-        repeats: Measured passes of each contender.
-
     Raises:
         InputError: The folder cannot be read.
     """

@@ -50,14 +50,7 @@ def ratio(own: Rates, baseline: Rates) -> float:
 def describe(
     setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Return a benchmark's result, ready for JSON.
-
-    Args:
-        setting: What was measured.
-        unit: Unit of the rates.
-        rates: Name → rates.
-        compared: Names of two programs: the ratio of their rates is part of the result.
-    """
+    """Return a benchmark's result, ready for JSON."""
     return {
         **setting,
         "machine": describe_machine(),

@@ -22,13 +22,6 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure queries per second of each search, on the same random vectors; faiss uses the CPU.
 
-    Args:
-        bank: Vectors to search.
-        queries: Vectors to look up.
-        dim: Channels of a vector.
-        k: Neighbors of a query.
-        repeats: Measured passes of each search.
-
     Raises:
         InputError: ``k`` is more than ``bank``.
         RuntimeError: faiss finds other neighbors.

@@ -49,13 +49,6 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure images per second of each contender.
 
-    Args:
-        size: base, large or quickstart.
-        precision: auto, fp32, amp_bf16 or amp_fp16.
-        batch_size: Images per step; default: 8, on a GPU 256.
-        repeats: Measured passes of each contender.
-        compiles: Include torch.compile.
-
     Raises:
         InputError: There is no compiler.
         RuntimeError: The contenders find different losses.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.index import check_room, describe_data, fetch_index, read_image_index, room_needed
+from d2v_composer.data.index import check_room, describe_data, fetch_index, read_image_index
 from d2v_composer.data.labeled import worker_options
 from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shared_memory, shared_memory_needed
 from d2v_composer.models.sizes import ImageSize, height_and_width
@@ -33,11 +33,6 @@ def read_train_index(
     loader: TrainLoaderConfig, batch_size: int, label_column: str | None = None
 ) -> list[dict[str, Any]]:
     """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
-
-    Args:
-        loader: The section.
-        batch_size: The global batch size.
-        label_column: Column of labels, which a fine-tuning run needs too.
 
     Raises:
         InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
@@ -88,7 +83,7 @@ def build_train_loader(
     local = Path(loader.local)
     if loader.remote is not None:
         share = 1.0 if loader.num_canonical_nodes % num_nodes() else 1 / num_nodes()
-        raise_on_all_ranks(check_room(room_needed(shards, local, loader.cache_limit, share), local))
+        raise_on_all_ranks(check_room(shards, local, loader.cache_limit, share))
     check_memory(loader, batch_size, transform.image_size)
     with errors_of("train_loader", InputError):
         dataset = StreamingImages(

@@ -37,11 +37,7 @@ def fit_and_close(
 ) -> None:
     """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
 
-    Args:
-        trainer: With a checkpoint loaded if the run resumes.
-        config: The run's.
-        header: Lines of the run's own among those that open its log: name → text.
-        report: Prints and writes what the run has found.
+    The log opens with the run, its device, the lines of ``header`` (name → text), its model and its length.
     """
     # Only now: each DeviceGPU that Composer constructs allows TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -99,13 +95,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
-    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints.
-
-    Args:
-        trainer: Its loggers upload the files.
-        config: The run's.
-        retrieval: The run's, after the last evaluation.
-    """
+    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
     folder = config.run_folder.local

@@ -108,11 +108,6 @@ class Comparison(NamedTuple):
 def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
     """Load the data sets of a section ``datasets``, except those that are off.
 
-    Args:
-        lookup: The section and ``max_images``.
-        image_size: The model's.
-        interpolation: The model's.
-
     Raises:
         InputError: A data set cannot be used.
     """

@@ -77,11 +77,6 @@ def build_run(config: TrainConfig) -> BuiltRun:
 def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: list[Callback]) -> dict[str, Any]:
     """Build the Trainer's arguments that do not depend on the model and its data, and lock the run's folder.
 
-    Args:
-        config: The run's config.
-        record: The run's record.
-        others: Further callbacks.
-
     Raises:
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
     """

@@ -151,10 +151,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
 def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: Mapping[str, Any]) -> RunRecord:
     """Build the record of config, model, data and machine, which the run's folder and checkpoints keep.
 
-    Args:
-        config: The run's config.
-        fixed: Dotted keys of the record that a resume must not change.
-        contents: Sections such as ``teacher`` and ``data``; a ``sha256`` in them identifies weights or samples.
+    A ``sha256`` in the ``contents`` identifies weights or samples. ``fixed``: see :class:`RunRecord`.
     """
     record = {
         "config": hide_all_secrets(config.model_dump(mode="json")),

@@ -224,13 +224,7 @@ def prune(folder: Path, num_to_keep: int) -> None:
 
 
 def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints of a run's folder in S3; a failure must not stop the run.
-
-    Args:
-        address: The folder.
-        pointed_at: The checkpoint that the store's pointer names.
-        num_to_keep: The number of checkpoints to keep.
-    """
+    """Remove the outdated checkpoints of a run's folder in S3; a failure must not stop the run."""
     store, key = open_store(address)
     if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
         return
@@ -325,10 +319,7 @@ class NanGuard(Callback):
 
 
 def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check the weights and the optimizer's moments, on all ranks.
-
-    Args:
-        checkpoint: The contents of a checkpoint, before they are written.
+    """Check the weights and the optimizer's moments before a checkpoint is written, on all ranks.
 
     Raises:
         FloatingPointError: A number is not finite.

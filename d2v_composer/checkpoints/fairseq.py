@@ -38,12 +38,7 @@ IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "pat
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
-    """Read and check a fairseq checkpoint, without running its code.
-
-    Args:
-        path: Its address, for the provenance.
-        file: Its local copy.
-        weights: ``model``, or ``ema`` for the moving average, which was the model's own teacher.
+    """Read and check a fairseq checkpoint, the local copy of ``path``, without running its code.
 
     Returns:
         The teacher, and the file's names of unused tensors.

@@ -129,11 +129,6 @@ def sha256(path: Path) -> str:
 def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
     """Build a model with the tensors of a file.
 
-    Args:
-        source: Named in the error.
-        build: Builds the model; first called on the meta device.
-        tensors: Name → tensor of the file.
-
     Raises:
         InputError: As in :func:`check_fits`.
     """
@@ -311,11 +306,6 @@ def check_student(
     source: Any, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[EncoderConfig, StudentConfig]:
     """Check a student's sizes and tensors. Every reader of such a file calls this first.
-
-    Args:
-        source: Named in the error.
-        sizes: As of :func:`sizes_of`, from the file.
-        tensors: Name → tensor of the file.
 
     Raises:
         InputError: As in :func:`check_fits`.

@@ -136,12 +136,6 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
     is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
     too, so an image looks the same either way.
 
-    Args:
-        encoded: The file's bytes.
-        source: The image's name for errors.
-        resize: Shrink a longer short side to this many pixels.
-        quality: The quality of a JPEG that is encoded again.
-
     Raises:
         UnreadableImageError: The image cannot be decoded.
     """
@@ -361,11 +355,7 @@ def _groups(source: ImageSource, resize: int | None, seed: int, shard_bytes: int
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:
     """Write the first images of each split of CIFAR-10 to ``out``/train and ``out``/test, unless they exist.
 
-    Args:
-        images: The folder of torchvision's CIFAR-10, which is downloaded to it if it is missing.
-        out: A folder.
-        num_train: Number of training images.
-        num_test: Number of test images.
+    torchvision's CIFAR-10 is downloaded to the folder ``images`` if it is missing there.
 
     Raises:
         InputError: CIFAR-10 cannot be downloaded or is corrupt, or ``out`` cannot be written.

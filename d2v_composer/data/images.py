@@ -93,10 +93,6 @@ def read_image_file(path: Path) -> bytes:
 def decoding(stored: bytes | Image.Image, source: str) -> Iterator[None]:
     """Decode an image in the block: an error becomes one line that blames the image.
 
-    Args:
-        stored: The encoded or decoded image.
-        source: The image's name.
-
     Raises:
         UnreadableImageError: The image cannot be decoded. If memory or file descriptors run out, the error passes
             unchanged; Pillow's own OSErrors have no number.
@@ -148,10 +144,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
     """Decode an image file, or the decoded image of a ``pil`` column, to RGB; of an animation, the first frame.
-
-    Args:
-        stored: The file's bytes, or the image.
-        source: The image's name for errors.
 
     Raises:
         UnreadableImageError: As :func:`decoding`.
@@ -299,11 +291,6 @@ class RandomResizedCropFlip(NamedTuple):
 
     def __call__(self, image: bytes | Image.Image, rng: np.random.Generator, source: str = "image") -> Tensor:
         """Augment one image.
-
-        Args:
-            image: An image file's bytes, or a decoded image.
-            rng: The random generator.
-            source: The image's name for errors.
 
         Returns:
             (3, height, width) uint8.

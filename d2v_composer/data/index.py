@@ -12,7 +12,7 @@ from typing import Any
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import transfer
-from d2v_composer.system.files import existing_folder, partial_file
+from d2v_composer.system.files import partial_file
 from d2v_composer.system.retry import is_lasting, is_local, retry
 
 INDEX = "index.json"
@@ -57,23 +57,12 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
             raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
 
 
-def room_needed(shards: list[dict[str, Any]], local: Path, cache_limit: int | None = None, share: float = 1.0) -> int:
-    """Estimate the bytes of the shards that a node has yet to fetch.
-
-    Args:
-        shards: The shards as :func:`read_image_index` returns them.
-        local: The node's cache.
-        cache_limit: The most bytes that the cache may hold; ``None``: no limit.
-        share: The part of the data set that the node reads.
-    """
+def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:
+    """Return an error message if the disk has too little room for what a node has yet to fetch of its share, 0 to 1."""
     sizes = {local / shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
-    held = sum(size for path, size in sizes.items() if path.is_file())
-    return max(0, min(int(share * sum(sizes.values())), cache_limit or LARGEST) - held)
-
-
-def check_room(needed: int, local: Path) -> str | None:
-    """Return an error message if the disk of a cache has fewer free bytes than needed, else ``None``."""
-    if needed <= (free := shutil.disk_usage(existing_folder(local)).free):
+    wanted = min(int(share * sum(sizes.values())), cache_limit or LARGEST)
+    needed = wanted - sum(size for path, size in sizes.items() if path.is_file())
+    if needed <= (free := shutil.disk_usage(local).free):
         return None
     return (
         f"{local}: {needed / 1e9:.1f} GB of shards are still to come, {free / 1e9:.1f} GB of the disk are free: make "

@@ -272,12 +272,6 @@ def train_batches(
 
     A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
     batches.
-
-    Args:
-        dataset: The images.
-        global_batch_size: Over all ranks.
-        num_workers: Processes that augment; 0: this one.
-        prefetch_factor: Batches that each makes in advance.
     """
     from composer.utils import dist  # takes seconds, and only fine-tuning needs it
 

@@ -255,27 +255,14 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
 
 def shared_memory_needed(ranks: int, workers: int, prefetch_factor: int, batch_bytes: int) -> int:
-    """Return the bytes of shared memory that training data takes on one machine.
-
-    Args:
-        ranks: The ranks on this machine.
-        workers: The workers of each rank, ``train_loader.num_workers``.
-        prefetch_factor: The batches that each worker makes in advance.
-        batch_bytes: The bytes of one rank's batch: batch size x 3 x height x width for uint8 images.
-    """
+    """Return the bytes of shared memory that training data takes on one machine; workers and batch are one rank's."""
     # Beside those made in advance, each rank has one in the making and one in use.
     batches = (workers * prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0
     return ranks * (batches + workers * SEMAPHORES * PAGE)
 
 
 def check_shared_memory(needed: int) -> str | None:
-    """Return an error message if fewer bytes of shared memory are free than needed, else ``None``.
-
-    A process that writes more is killed by SIGBUS, without a message.
-
-    Args:
-        needed: The bytes; see :func:`shared_memory_needed`.
-    """
+    """Return an error message if fewer bytes are free; a process that writes more is killed by SIGBUS, silently."""
     if not SHARED_MEMORY.is_dir() or (usage := shutil.disk_usage(SHARED_MEMORY)).free >= needed:
         return None
     size = f"{math.ceil((usage.used + needed) / 2**20)}m"

@@ -20,13 +20,7 @@ DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Return a table whose first column is aligned left and whose other columns are aligned right.
-
-    Args:
-        head: The name of each column.
-        rows: The cells of each row, at least one row; missing cells are empty.
-        style: A format of tabulate's.
-    """
+    """Return a table, the first column aligned left and the others right. Missing cells are empty; a row must exist."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 

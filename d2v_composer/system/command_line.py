@@ -121,14 +121,7 @@ LINE_SECONDS = 10.0
 
 
 def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
-    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines.
-
-    Args:
-        iterable: As tqdm's, at most one.
-        desc: What is done, and to what.
-        unit: What is counted.
-        options: Other arguments of tqdm.
-    """
+    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
     quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False, "ncols": 0}

@@ -178,13 +178,7 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
 
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
-    """Return a client of S3; a forked process must not use its parent's.
-
-    Args:
-        timeout: Seconds until an answer.
-        endpoint: The server's address; ``None`` for AWS.
-        pid: The process that uses the client.
-    """
+    """Return a client of S3; a forked process must not use its parent's."""
     config = Config(
         connect_timeout=min(timeout, CONNECT_SECONDS),
         read_timeout=timeout,

@@ -27,17 +27,8 @@ LONGEST_SOCKET_FOLDER = 70
 log = logging.getLogger(__name__)
 
 
-def existing_folder(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
-
-
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     """Check, before the work begins, that a file can be written; its folder may not exist yet.
-
-    Args:
-        path: The file.
-        overwrite: Accept one that exists.
 
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.

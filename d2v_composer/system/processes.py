@@ -163,10 +163,6 @@ def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[
     """Start a program of somebody else's: in a session of its own, with no signal blocked; it dies with this process.
 
     A program of ours blocks and watches the signals itself, whatever it inherits.
-
-    Args:
-        arguments: Its command line.
-        options: Other arguments of Popen.
     """
 
     def prepare() -> None:

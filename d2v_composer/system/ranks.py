@@ -62,10 +62,6 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
     The block may take hours. No collective waits meanwhile: it would time out, as in Composer's
     ``run_local_rank_zero_first``. Each leader writes its outcome to the process group's store.
 
-    Args:
-        leaders: The ranks that run the block first.
-        what: The work, for error messages.
-
     Raises:
         InputError: On the waiting ranks, if a leader raised it.
         RuntimeError: On the waiting ranks, if a leader failed otherwise or stopped responding.
