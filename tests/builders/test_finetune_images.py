@@ -1,10 +1,14 @@
 """A fine-tuning's images have the classes of train, and a classifier has an output for each."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from d2v_composer import load_teacher
 from d2v_composer.builders.finetune import build_images, count_classes
@@ -13,23 +17,23 @@ from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_mds
 
 
-def write_split(folder: Path, labels: list[int], names: list[str]) -> None:
-    write_mds(folder, [encoded_image(seed) for seed in range(len(labels))], labels)
-    (folder / "conversion.json").write_text(json.dumps({"classes": names}))
-
-
-def test_streamed_images_and_test_images_have_the_classes_of_train(tmp_path: Path) -> None:
+def test_streamed_and_test_images_have_their_labels_and_the_classes_of_train(tmp_path: Path) -> None:
     root, train = tmp_path / "set", tmp_path / "store" / "train"
-    write_split(train, [0, 1, 2, 2], ["ant", "bee", "cat"])
-    write_split(root / "test", [1, 2], ["ant", "bee", "cat"])
-    loader = FinetuneLoaderConfig(stream=True, num_workers=0, remote=str(train))
+    for folder, labels in ((train, [0, 1, 2, 2]), (root / "test", [1, 2])):
+        write_mds(folder, [encoded_image(seed) for seed in range(len(labels))], labels)
+        (folder / "conversion.json").write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
+    options: dict[str, Any] = {"remote": str(train), "crop_scale": (1, 1), "crop_ratio": (1, 1), "flip": 0}
+    loader = FinetuneLoaderConfig(stream=True, num_workers=0, **options)
     dataset = LabeledSetConfig(format="mds", root=str(root))
     config = FinetuneConfig(model="x", dataset=dataset, train_loader=loader, global_train_batch_size=4)
     images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
     assert images.test.labels.tolist() == [1, 2]
     assert (images.class_names, images.num_classes) == (("ant", "bee", "cat"), 3)
     (batch,) = images.train_loader
-    assert sorted(batch[1].tolist()) == [0, 1, 2, 2]
+    found = {image.numpy().tobytes(): int(label) for image, label in zip(*batch, strict=True)}
+    for seed, label in enumerate([0, 1, 2, 2]):
+        pixels = np.array(Image.open(io.BytesIO(encoded_image(seed))))
+        assert found[pixels.transpose(2, 0, 1).tobytes()] == label
 
 
 def test_classes_are_counted_by_names_and_labels() -> None:

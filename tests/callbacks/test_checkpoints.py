@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +17,6 @@ from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
-from helpers import (
-    ROOT,
-    command_environment,
-    has_trained,
-    small_run,
-    train_command,
-    wait_until,
-)
 
 BUCKET = "saved"
 
@@ -126,17 +117,3 @@ def test_a_file_system_that_is_away_for_a_moment_does_not_end_a_run(
         patch.setattr(os, "stat", is_away)
         assert not lock.is_removed()
     lock.release()
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_when_their_folder_is_removed(small_data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = train_command(small_run(folder, small_data, "max_duration=100000ba"), ranks=2)
-    with (tmp_path / "output.txt").open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=command_environment(), stdout=file, stderr=file)
-    wait_until(lambda: has_trained(folder), seconds=90)
-    shutil.rmtree(folder)
-    status, output = process.wait(timeout=90), (tmp_path / "output.txt").read_text()
-    assert status == 1, output
-    assert f"error: save_folder: {folder} or its lock .in_use was removed" in output
-    assert "Traceback" not in output

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -384,6 +385,7 @@ def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path:
     lines = ended.stderr.splitlines()
     assert [line for line in lines if not line.startswith(("retrieval at batch ", "batch 2/4 ", "batch 4/4 "))] == []
     assert lines[-1].startswith("batch 4/4 (100 %)  loss ")
+    assert any(re.fullmatch(r"retrieval at batch 4: cifar10 student top-1 \d+\.\d%", line) for line in lines), lines
     for command in ("evaluate", "export"):  # the next commands are named
         assert f" {command} " in ended.stdout
     model = torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]["model"]

@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune import build_images
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.config.load import load_finetune_config
-from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabeledSetConfig
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
@@ -143,25 +141,6 @@ def test_two_ranks_train_and_evaluate_as_one(finetuned: Path, student: Path, lab
     for key in ("loss/train/total", "metrics/test/top1", "metrics/test/loss"):
         assert ours[key].keys() == expected[key].keys()
         np.testing.assert_allclose(list(ours[key].values()), list(expected[key].values()), rtol=1e-5)
-
-
-def test_a_streamed_image_keeps_its_label(labeled: Path) -> None:
-    """On every rank each pair of a batch is one of the set's."""
-    config = FinetuneConfig(
-        model="unused",
-        dataset=LabeledSetConfig(format="mds", root=str(labeled)),
-        train_loader=FinetuneLoaderConfig(stream=True, num_workers=0, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0),
-        global_train_batch_size=16,
-    )
-    images = build_images(config, load_teacher(GOLDEN / "tiny_base.pt").encoder.config)
-    train = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").train
-    expected = sorted((image.numpy().tobytes(), int(label)) for image, label in zip(*train, strict=True))
-    found = [
-        (image.numpy().tobytes(), int(label))
-        for batch in images.train_loader
-        for image, label in zip(*batch, strict=True)
-    ]
-    assert sorted(found) == expected
 
 
 def test_a_label_beyond_the_classes_is_one_line(student: Path, labeled: Path, tmp_path: Path) -> None:
