@@ -11,14 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from socketserver import BaseServer
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -35,8 +33,6 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 QUICKSTART = ROOT / "yamls" / "quickstart"
 TRACED = ROOT / "tests" / "programs" / "traced.py"
-
-ServerT = TypeVar("ServerT", bound=BaseServer)
 
 # Six batches of 16 an epoch.
 NUM_IMAGES = 96
@@ -106,17 +102,15 @@ def checkpoints_of(folder: Path) -> set[str]:
 
 def shared_memory_of(pid: int) -> set[tuple[str, int]]:
     """Return path and inode of the shared memory of a process and its children; a path alone may be reused."""
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    mapped = {region.path for each in family for region in each.memory_maps()}
+    mapped = {region.path for each in family_of(pid) for region in each.memory_maps()}
     return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
 
 
 def inode_of(path: str) -> int:
     """Return a file's inode; 0 if there is none."""
-    try:
+    with suppress(FileNotFoundError):
         return os.stat(path).st_ino
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 def run_command(
@@ -301,17 +295,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-@contextmanager
-def serving(server: ServerT) -> Iterator[ServerT]:
-    """Let a server answer in a thread while the block lasts."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 @contextmanager

@@ -52,19 +52,20 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 def find_imports() -> Iterator[Import]:
     """Yield every import of one of our modules, inside functions too."""
     for importer, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                found = [(alias.name, "") for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{importer}:{node.lineno}: a relative import"
-                found = [(node.module or "", alias.name) for alias in node.names]
-            else:
-                continue
-            for module, name in found:
-                if f"{module}.{name}" in MODULES:  # from package import module
-                    module, name = f"{module}.{name}", ""
-                if module in MODULES:
-                    yield Import(importer, node.lineno, module, name)
+        for line, module, name in imported(tree):
+            if f"{module}.{name}" in MODULES:  # from package import module
+                module, name = f"{module}.{name}", ""
+            if module in MODULES:
+                yield Import(importer, line, module, name)
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Yield line, module and name of each import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not getattr(node, "level", 0), f"line {node.lineno}: a relative import"
+            yield from ((node.lineno, *((module, each.name) if module else (each.name, ""))) for each in node.names)
 
 
 def level_of(module: str) -> tuple[int, str]:
@@ -134,15 +135,9 @@ def test_the_promises_import_no_module_of_the_package() -> None:
         if path in seen:
             continue
         seen.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            else:
-                continue
-            internal += [f"{path.name} imports {name}" for name in names if name.startswith("d2v_composer.")]
-            files = [folder / f"{name.replace('.', '/')}.py" for name in names for folder in (tests, path.parent)]
+        for _, name, _ in imported(ast.parse(path.read_text())):
+            internal += [f"{path.name} imports {name}"] if name.startswith("d2v_composer.") else []
+            files = [folder / f"{name.replace('.', '/')}.py" for folder in (tests, path.parent)]
             left += [file for file in files if file.is_file()]
     assert tests / "helpers.py" in seen
     assert tests / "programs" / "preloaded.py" in seen

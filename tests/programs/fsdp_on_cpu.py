@@ -45,8 +45,7 @@ class HoldsItsShare(Callback):
         if event in self.looked_at:
             gathered = gathered_units(state.model), gathered_bytes(state.model)
             assert gathered == (set(), 0), f"{event}: {gathered}"
-            held, whole = share(state.model)
-            self.largest = max(self.largest, held / whole)
+            self.largest = max(self.largest, share(state.model))
         if event is Event.FIT_END:
             print(f"held at most {self.largest:.2f} of the weights")
 

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from d2v_composer.models.execution import sharded_units
@@ -32,15 +32,7 @@ def gathered_bytes(model: nn.Module) -> int:
     )
 
 
-def share(model: nn.Module) -> tuple[int, int]:
-    """Return the number of weights on this rank, and of all weights."""
-    held = whole = 0
-    for parameter in model.parameters():
-        assert isinstance(parameter, DTensor)
-        held += local(parameter).numel()
-        whole += parameter.numel()
-    return held, whole
-
-
-def local(parameter: DTensor) -> Tensor:
-    return parameter.to_local()
+def share(model: nn.Module) -> float:
+    """Return the share of the weights that this rank holds."""
+    parameters = cast("list[DTensor]", list(model.parameters()))
+    return sum(each.to_local().numel() for each in parameters) / sum(each.numel() for each in parameters)

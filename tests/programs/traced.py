@@ -4,6 +4,8 @@ SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-pixels`` 
 AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
 itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
 when the model is next evaluated).
+GRAPHS=FOLDER: each process writes torch.compile's counts of graphs and breaks after each batch and its retrieval.
+BACKEND: torch.compile's.
 HANG="MODULE CLASS FUNCTION": another library's function hangs.
 """
 
@@ -14,9 +16,11 @@ import signal
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Callback, Event, Logger, State, Trainer
 from composer.utils import dist
 
@@ -26,18 +30,19 @@ SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
 class Trace(Callback):
     def __init__(self) -> None:
         self.event, self.batch, self.action = os.environ.get("AT", "none -1 none").split(" ")
-        self.folder = Path(os.environ["SAMPLES"]) if "SAMPLES" in os.environ else None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         batch = int(state.timestamp.batch)
         if event.value == self.event and batch == int(self.batch) and dist.get_global_rank() == 0:
             self.event = "none"
             self.act(state)
-        if event is Event.BATCH_START and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{dist.get_global_rank()}-{os.getpid()}").open("a") as file:
-                for sample_id, pixels in zip(state.batch["sample_id"].tolist(), state.batch["image"], strict=True):
-                    file.write(f"{batch} {sample_id} {zlib.crc32(pixels.contiguous().numpy())}\n")
+        if event is Event.BATCH_START and "SAMPLES" in os.environ:
+            for sample_id, pixels in zip(state.batch["sample_id"].tolist(), state.batch["image"], strict=True):
+                write("SAMPLES", f"{batch} {sample_id} {zlib.crc32(pixels.contiguous().numpy())}")
+        if event is Event.BATCH_CHECKPOINT and "GRAPHS" in os.environ:
+            from torch._dynamo.utils import counters
+
+            write("GRAPHS", f"{counters['stats']['unique_graphs']} {sum(counters['graph_break'].values())}")
 
     def act(self, state: State) -> None:
         if self.action == "hang":
@@ -59,6 +64,13 @@ class Trace(Callback):
             time.sleep(0.3)
 
 
+def write(variable: str, line: str) -> None:
+    folder = Path(os.environ[variable])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{dist.get_global_rank()}-{os.getpid()}").open("a") as file:
+        file.write(f"{line}\n")
+
+
 def hang(*_: Any, **__: Any) -> None:
     print("hangs", flush=True)
     time.sleep(600)
@@ -75,6 +87,8 @@ if __name__ == "__main__":
     if "HANG" in os.environ:
         module, owner, name = os.environ["HANG"].split(" ")
         setattr(getattr(importlib.import_module(module), owner), name, hang)
+    if "BACKEND" in os.environ:
+        torch.compile = partial(torch.compile, backend=os.environ["BACKEND"])
     Trainer.__init__ = initialize_with_trace
     sys.argv.pop(0)
     sys.path[0] = str(Path(sys.argv[0]).parent)

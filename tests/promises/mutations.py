@@ -4,7 +4,8 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from functools import reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 import yaml
@@ -47,29 +48,13 @@ class Mutation(NamedTuple):
     what: str
     path: Path
     """The keys down to the changed one."""
-    config: Mapping[str, Any]
-    """The YAML's keys and values without the slip."""
-    in_section: Mapping[str, Any] = MappingProxyType({})
-    """What the changed key's section gets in its place, or beside it if it has the key itself."""
-    at_top: Mapping[str, Any] = MappingProxyType({})
-
-    @property
-    def value(self) -> Any:
-        """The new value, if the slip changed one."""
-        return self.in_section.get(self.path[-1])
+    text: str
+    value: Any = None
+    """The new value, if the slip changed one."""
 
     @property
     def is_value(self) -> bool:
         return self.what in VALUES
-
-    @property
-    def text(self) -> str:
-        changed = copy.deepcopy(dict(self.config))
-        section = _get(changed, self.path[:-1])
-        if self.path[-1] not in self.in_section:
-            del section[self.path[-1]]
-        section.update(self.in_section)
-        return _dump({**changed, **self.at_top}).replace(TWIN, "")
 
 
 def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) -> list[Mutation]:
@@ -79,32 +64,31 @@ def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) 
 
 
 def _every(config: Mapping[str, Any]) -> Iterator[Mutation]:
-    for path in _paths(config):
+    for path, value in _paths(config):
         *parents, name = path
-        value = _get(config, path)
-        yield Mutation("dropped", path, config)
+        yield Mutation("dropped", path, _changed(config, path, {}))
         for misspelt in dict.fromkeys((name[:-1], name[0] + name[2:] + name[1:2], name.upper(), f"{name}s")):
             if misspelt not in ("", name):
-                yield Mutation("misspelt", path, config, {misspelt: value})
-        yield Mutation("doubled", path, config, {name: value, name + TWIN: copy.deepcopy(value)})
+                yield Mutation("misspelt", path, _changed(config, path, {misspelt: value}))
+        yield Mutation("doubled", path, _changed(config, path, {name: value, name + TWIN: copy.deepcopy(value)}))
         if parents:
-            yield Mutation("moved", path, config, at_top={name: value})
+            yield Mutation("moved", path, _changed(config, path, {}, **{name: value}))
         for what, other in VALUES.items():
-            yield Mutation(what, path, config, {name: other})
+            yield Mutation(what, path, _changed(config, path, {name: other}), other)
 
 
-def _paths(config: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
+def _paths(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
     for name, value in config.items():
-        yield (*above, name)
+        yield (*above, name), value
         if isinstance(value, Mapping):
             yield from _paths(value, (*above, name))
 
 
-def _get(config: Mapping[str, Any], path: Path) -> Any:
-    for name in path:
-        config = config[name]
-    return config
-
-
-def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+def _changed(config: Mapping[str, Any], path: Path, new: dict[str, Any], **at_top: Any) -> str:
+    """Return the YAML with ``new`` in place of a key, or beside it if it has the key itself."""
+    changed = copy.deepcopy(dict(config))
+    section = reduce(getitem, path[:-1], changed)
+    if path[-1] not in new:
+        del section[path[-1]]
+    section.update(new)
+    return yaml.safe_dump({**changed, **at_top}, sort_keys=False, allow_unicode=True).replace(TWIN, "")

@@ -14,6 +14,8 @@ import termios
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,12 +321,6 @@ def small_config(recipe: Recipe, labeled: Path, save_folder: Path) -> dict[str, 
     return config
 
 
-def value_at(config: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        config = config[name]
-    return config
-
-
 def means(found: Any, written: Any) -> bool:
     """Return True if a config has the values of the YAML; other fields of a section have their defaults."""
     if isinstance(written, Mapping):
@@ -362,7 +358,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
     if mutation.what in ("misspelt", "doubled") and "datasets" not in mutation.path[:-1]:
         return "accepted"
     if mutation.is_value and (run / "run.yaml").exists():
-        found = value_at(yaml.safe_load((run / "run.yaml").read_text())["config"], mutation.path)
+        found = reduce(getitem, mutation.path, yaml.safe_load((run / "run.yaml").read_text())["config"])
         return None if means(found, mutation.value) else f"means {found!r}"
     return None
 

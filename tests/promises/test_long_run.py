@@ -6,14 +6,22 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
-from helpers import family_of, inode_of, losses_of, shared_memory_of, small_run, start_python, train_command
+from helpers import (
+    family_of,
+    inode_of,
+    losses_of,
+    shared_memory_of,
+    small_run,
+    started_ranks,
+    train_command,
+    wait_until,
+)
 from programs.preloaded import Program
 
 
@@ -35,17 +43,6 @@ def temporary() -> Iterator[Path]:
     """A folder for temporary files with a short path, since it holds sockets."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         yield Path(folder)
-
-
-@contextmanager
-def started(arguments: list[str], temporary: Path) -> Iterator[Program]:
-    """Start a run with its own folder for temporary files."""
-    program = start_python(*train_command(arguments)[1:], environment={"TMPDIR": str(temporary)})
-    try:
-        yield program
-    finally:
-        program.kill()
-        program.wait(timeout=30)
 
 
 def anonymous_megabytes(pid: int) -> float:
@@ -97,17 +94,17 @@ def test_a_long_run_does_not_leak(
 ) -> None:
     folder = tmp_path / "run"
     shared_memory: set[tuple[str, int]] = set()
-    arguments = long_run(folder, labeled, num_steps, interval)
+    command = train_command(long_run(folder, labeled, num_steps, interval))[1:]
+    options: dict[str, Any] = {"ranks": 1, "environment": {"TMPDIR": str(temporary)}}
 
     # Kill it in its first third, and restart it.
-    with started(arguments, temporary) as program:
-        while step_of(folder) < interval:
-            assert program.poll() is None
-            time.sleep(0.1)
+    with started_ranks(*command, **options) as [program]:
+        wait_until(lambda: step_of(folder) >= interval or program.poll() is not None, seconds=600)
         shared_memory |= shared_memory_of(program.pid)
+    program.wait(timeout=30)
     left_by_kill = set(temporary.rglob("*"))
     usages: dict[int, list[Usage]] = defaultdict(list)
-    with started(arguments, temporary) as program:
+    with started_ranks(*command, **options) as [program]:
         while program.poll() is None:
             step = step_of(folder)
             if warm_up < step < num_steps - 1:  # after the last step the run shuts down

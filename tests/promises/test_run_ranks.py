@@ -19,6 +19,7 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    traced,
     train_command,
 )
 
@@ -67,12 +68,13 @@ def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_ranks_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
     arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
-    script = PROGRAMS / "count_graphs.py"
-    result = run_command(LAUNCHER, "-n", "2", script, backend, tmp_path / "counts", *arguments, timeout=400)
+    variables = {"BACKEND": backend, "GRAPHS": str(tmp_path / "counts")}
+    result = run_command(LAUNCHER, "-n", "2", *traced(arguments), timeout=400, environment=variables)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", evaluated)
-    for rank in (0, 1):
-        counts = [line.split() for line in (tmp_path / "counts" / str(rank)).read_text().splitlines()]
+    first, second = (tmp_path / "counts").iterdir()
+    for rank in (first, second):
+        counts = [line.split() for line in rank.read_text().splitlines()]
         graphs, breaks = ([int(each) for each in column] for column in zip(*counts, strict=True))
         assert len(graphs) == 14
         assert 10 < graphs[0] < 40

@@ -1,6 +1,7 @@
 """Files come whole from slow, broken and unreachable servers, or with the right error; signatures are not stored."""
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,7 @@ from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder, fetch, transfer
 from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
-from helpers import GOLDEN, serving, small_run, time_limit
+from helpers import GOLDEN, small_run, time_limit
 
 FILE = bytes(range(256)) * 80  # 20 kB
 SIGNED = (
@@ -89,9 +90,11 @@ def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving(Server()) as server:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         yield server
+        server.shutdown()
 
 
 def test_a_slow_but_steady_download_may_take_ten_times_the_timeout(server: Server, tmp_path: Path) -> None:
