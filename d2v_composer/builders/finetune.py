@@ -24,7 +24,7 @@ from d2v_composer.builders.training import (
 from d2v_composer.callbacks.algorithms import SeededBatches
 from d2v_composer.checkpoints.load import without_head
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, sizes_of
-from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, TrainLoaderConfig
+from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import (
     AugmentedImages,
@@ -68,11 +68,12 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
         InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
             shared memory.
     """
-    return (_streamed if config.train_loader.stream else _in_memory)(config, config.dataset, sizes)
+    return (_streamed if config.train_loader.stream else _in_memory)(config, sizes)
 
 
-def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
-    root, options = Path(dataset.root), config.train_loader.model_dump(exclude={"stream"})
+def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
+    dataset, root = config.dataset, Path(config.dataset.root)
+    options = config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
@@ -86,18 +87,18 @@ def _streamed(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderC
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 
-def _in_memory(config: FinetuneConfig, dataset: LabeledSetConfig, sizes: EncoderConfig) -> FinetuneImages:
+def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     with node_leaders_first("the data set"):
         train, test, class_names = load_labeled_set(
-            **dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
+            **config.dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
         )
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
     digest = hashlib.sha256(train.images.contiguous().numpy().data)
     digest.update(train.labels.numpy().data)
-    about = {"location": hide_secrets(dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
-    num_classes = count_classes(Path(dataset.root), class_names, train.labels, test.labels)
+    about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
+    num_classes = count_classes(Path(config.dataset.root), class_names, train.labels, test.labels)
     check_memory(loader, batch_size, sizes.image_size)
     augmented = AugmentedImages(train, build_transform(loader, sizes.image_size, sizes.interpolation), config.seed)
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)

@@ -163,7 +163,9 @@ class Health(Callback):
                 "collapse",
                 f"the prediction's variance over the images is {prediction:.2g}, its target's {target:.2g}",
             )
-        if math.isfinite(loss) and loss >= target and is_past(self.grace, state):
+        in_parts = self.grace.unit == TimeUnit.DURATION
+        elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
+        if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
             yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield "diverging", f"the loss {loss:.4g} is over {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
@@ -171,9 +173,3 @@ class Health(Callback):
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:
             yield "scaler_skips", f"the loss scale fell from {self.previous_scale:g} to {self.scale:g}"
-
-
-def is_past(grace: Time, state: State) -> bool:
-    """Return True if so much of the run is over."""
-    elapsed = state.get_elapsed_duration() if grace.unit == TimeUnit.DURATION else state.timestamp.get(grace.unit)
-    return elapsed is not None and elapsed >= grace

@@ -133,9 +133,7 @@ def load_any(
             student, or a training checkpoint.
         weights: Weights to take from a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
-        checkpoint: For ``timm/NAME``, as the path of :func:`load_teacher`.
-        first_blocks: For ``timm/NAME``, as for :func:`load_teacher`.
-        image_size: For ``timm/NAME``, as for :func:`load_teacher`.
+        checkpoint, first_blocks, image_size: For ``timm/NAME``, as for :func:`load_teacher`; checkpoint is its path.
 
     Returns:
         A student and its teacher, ``None`` if it is not known; or a teacher twice.
