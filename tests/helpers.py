@@ -22,10 +22,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from composer import Trainer
+from composer.models import ComposerModel
 from PIL import Image
 from streaming import MDSWriter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
 from programs.preloaded import PreloadedPython, Program
 
@@ -54,6 +57,33 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+class Classifier(ComposerModel):
+    """Another project's model of images, whose first layer embeds them."""
+
+    def __init__(self, num_pixels: int) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(num_pixels, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.head(Classifier.embed(self, batch[0]))
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.backbone(images.flatten(1) / 255)
 
 
 def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
@@ -245,6 +275,15 @@ def assert_same_student(folder: Path, expected: Path) -> None:
     ours, theirs = student_of(folder), student_of(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def fit(model: ComposerModel, loader: DataLoader, max_duration: str, lr: float = 0.01, **options: Any) -> None:
+    """Train a model of another project with SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    settings: dict[str, Any] = {"train_dataloader": loader, "optimizers": optimizer, "progress_bar": False}
+    trainer = Trainer(model=model, max_duration=max_duration, **settings, **options)
+    trainer.fit()
+    trainer.close()
 
 
 def family_of(pid: int) -> list[psutil.Process]:

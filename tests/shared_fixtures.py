@@ -13,7 +13,7 @@ from composer.utils import dist
 from streaming import MDSWriter
 
 from gated_store import GatedStore
-from helpers import NUM_IMAGES, encoded_image, run_command, small_run, train_command, write_mds
+from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
 
@@ -93,6 +93,5 @@ def object_store() -> Iterator[GatedStore]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = run_command(*train_command(small_run(folder, small_data)))
-    assert result.returncode == 0, result.stderr
+    run_training(*small_run(folder, small_data))
     return folder

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -73,13 +74,12 @@ def moment_of(number: int) -> tuple[Callable[[Path], bool], float]:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, labeled: Path) -> Callable[[int], Path]:
     """Return the folder of a run that is not killed, by its number of ranks."""
-    folders: dict[int, Path] = {}
 
+    @cache
     def run(ranks: int) -> Path:
-        if ranks not in folders:
-            folders[ranks] = tmp_path_factory.mktemp("undisturbed")
-            run_ranks(*train_command(quickstart(folders[ranks], labeled))[1:], ranks=ranks)
-        return folders[ranks]
+        folder = tmp_path_factory.mktemp("undisturbed")
+        run_ranks(*train_command(quickstart(folder, labeled))[1:], ranks=ranks)
+        return folder
 
     return run
 

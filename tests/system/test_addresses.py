@@ -1,24 +1,15 @@
 """Composer parses addresses as we do; those that it would parse differently are refused."""
 
-import logging
 import random
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import requests
 from composer.utils import parse_uri
 from composer.utils.misc import partial_format
 
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.system import retry as retry_module
-from d2v_composer.system.addresses import (
-    Address,
-    RunFolder,
-    check_run_name,
-    hide_all_secrets,
-    hide_secrets,
-)
+from d2v_composer.system.addresses import Address, RunFolder, check_run_name, hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
@@ -101,17 +92,7 @@ def test_secrets_are_removed_from_text() -> None:
     assert hide_all_secrets(nested) == {"a": ['say "https://host/f\\" é', 3, None], "b": {"c": "https://host/f\n"}}
 
 
-def test_errors_and_retries_show_no_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = "https://user:hunter2@host/f?token=topsecret"
-    status, [line] = explain(InputError(f"{address}: no such file"))
-    assert (status, line) == (2, "error: https://host/f: no such file")
-    monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
-    failures = iter([requests.ConnectionError(f"no answer of {address}")])
-
-    def attempt() -> None:
-        for failure in failures:
-            raise failure
-
-    with caplog.at_level(logging.WARNING):
-        retry_module.retry(attempt, address, timeout=5)
-    assert "https://host/f: no answer of https://host/f; retrying" in caplog.text
+def test_errors_show_no_secrets() -> None:
+    """Nor do retries, see test_retry.py."""
+    error = InputError("https://user:hunter2@host/f?token=topsecret: no such file")
+    assert explain(error) == (2, ["error: https://host/f: no such file"])

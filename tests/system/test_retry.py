@@ -17,11 +17,12 @@ def test_retries_until_success_or_the_timeout_or_an_error_that_will_not_pass(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry_module, "FIRST_PAUSE", 0.01)
-    attempt = Mock(side_effect=[*[ConnectionError("connection refused")] * 6, None])
+    address = "https://user:hunter2@host/f?token=topsecret"
+    attempt = Mock(side_effect=[*[ConnectionError(f"no answer of {address}")] * 6, None])
     with caplog.at_level(logging.WARNING):
-        retry(attempt, "s3://bucket/shard", timeout=30)
+        retry(attempt, address, timeout=30)
     said = [record.message.split(";")[0] for record in caplog.records]
-    assert (attempt.call_count, said) == (7, ["s3://bucket/shard: connection refused"] * 6)
+    assert (attempt.call_count, said) == (7, ["https://host/f: no answer of https://host/f"] * 6)
     for failure, timeout, counts in (
         (ConnectionError("connection refused"), 0.1, range(3, 1000)),
         (FileNotFoundError("not there"), 30, [4]),
