@@ -1,4 +1,4 @@
-"""The order of samples: Streaming's, on any number of ranks and workers, resumed in the middle, on 512 ranks."""
+"""The order of samples: Streaming's, also on 512 ranks; tests/promises/test_data.py has kills and workers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from streaming import StreamingDataset
 from streaming.base.world import World
 
 from d2v_composer.data.streaming import EpochOrder
-from helpers import NUM_IMAGES
-from streams import open_batches, open_images
+from streams import open_images
 
 SEED = 17
 RANKS_PER_NODE, NODES, FEWER_NODES = 8, 64, 48
@@ -31,33 +30,6 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
         assert {sample.epoch for sample in samples} == {epoch}
         images = [ours.shards[sample.sample_id]["image"] for sample in samples]
         assert images == [sample["image"] for sample in theirs]
-
-
-def batches_of(data: Path, workers: int, state: dict[str, int] | None = None) -> list[list[list[int]]]:
-    """The sample ids of two epochs, by batch."""
-    dataset, epochs = open_images(data), []
-    if state is not None:
-        dataset.load_state_dict(state)
-        assert dataset.state_dict(state["sample_in_epoch"], from_beginning=True) == state
-    for _ in range(2):
-        with open_batches(dataset, workers) as batches:
-            epochs.append([batch["sample_id"].tolist() for batch in batches])
-    return epochs
-
-
-def test_any_number_of_workers_reads_the_same_batches_also_after_a_resume(many_shards: Path) -> None:
-    first, second = batches_of(many_shards, workers=0)
-    assert first != second
-    assert batches_of(many_shards, workers=2) == [first, second]
-    dataset = open_images(many_shards)
-    with open_batches(dataset, workers=2) as batches:
-        assert [next(batches)["sample_id"].tolist() for _ in range(2)] == first[:2]
-        state = dataset.state_dict(32, from_beginning=True)
-    assert (state["epoch"], state["sample_in_epoch"]) == (0, 32)
-    assert batches_of(many_shards, 1, state) == [first[2:], second]
-    assert batches_of(many_shards, 0, state | {"sample_in_epoch": NUM_IMAGES}) == [[], second]
-    with open_batches(dataset, workers=1) as batches:  # the epoch that was left is over
-        assert [batch["sample_id"].tolist() for batch in batches] == second
 
 
 def global_batches(order: EpochOrder, num_nodes: int, first_sample: int = 0) -> NDArray[np.int64]:
