@@ -1,10 +1,8 @@
-"""Checks before training: the index of the data set, space on the disk, and shared memory for batches."""
+"""Checks before training: the same data on each node, space on the disk, and shared memory for batches."""
 
-import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 from composer.utils import dist
@@ -15,25 +13,10 @@ from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data import streaming
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.index import read_image_index
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
-
-
-def read(folder: Path, **options: Any) -> list[dict[str, Any]]:
-    return read_image_index(folder, "image", option="column", **options)
-
-
-def test_an_unusable_index_is_named_before_training(tmp_path: Path) -> None:
-    for index, fault in (
-        ('{"shards": [{"samples": 3}]}', "index.json: cannot be read: 'raw_data'"),
-        ('{"shards": [], "version": 2}', ": the data set is empty: its index.json lists no samples"),
-    ):
-        (tmp_path / "index.json").write_text(index)
-        with pytest.raises(InputError, match=f"^{tmp_path}.*{re.escape(fault)}"):
-            read(tmp_path)
 
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +48,3 @@ def test_refuses_to_start_with_too_little_shared_memory(
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9") as caught:
         build_train_loader(loader, shards, RandomResizedCropFlip(224), 16, seed=1)  # 16 x 3 x 224 x 224 bytes, 14 times
     assert "docker run --shm-size=" in str(caught.value)
-
-
-def test_counts_the_shared_memory_of_the_papers_run() -> None:
-    """On eight GPUs: 32 images of 224 pixels a rank, two batches in each of 64 workers and two in use per rank."""
-    batch_bytes = 32 * 3 * 224 * 224
-    needed = streaming.shared_memory_needed(ranks=8, workers=8, prefetch_factor=2, batch_bytes=batch_bytes)
-    assert needed == pytest.approx(8 * 18 * batch_bytes, rel=0.01)

@@ -22,7 +22,7 @@ from d2v_composer.data.shards import FEWEST_AHEAD, LOCKS
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import sole_user
 from helpers import NUM_IMAGES, encoded_image, time_limit, wait_until, write_mds
-from streams import open_batches, open_images, read_epoch
+from streams import open_images, read_epoch
 
 FORK = multiprocessing.get_context("fork")
 ALL = list(range(NUM_IMAGES))
@@ -73,14 +73,6 @@ def size(folder: Path) -> int:
     return total
 
 
-def test_verifies_a_local_data_set_but_never_changes_it(remote: Path) -> None:
-    flip_bit(remote / "shard.00007.mds")
-    before = {file.name: file.read_bytes() for file in remote.iterdir()}
-    with pytest.raises(ShardError, match=r"shard\.00007\.mds: .*its content has changed \(xxh64\)"):
-        read_epoch(open_images(remote))
-    assert {file.name: file.read_bytes() for file in remote.iterdir()} == before
-
-
 def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
     """Shards may be in subfolders. Partial files of a process that fetches, in whichever run, stay."""
     cache = tmp_path / "cache"
@@ -118,20 +110,6 @@ def test_waits_for_room_no_longer_than_the_timeout(many_shards: Path, tmp_path: 
         with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for .* room in the cache"):
             read_epoch(dataset)
     assert read_epoch(dataset) == ALL
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_fetches_shards_again_that_are_removed_during_an_epoch(many_shards: Path, tmp_path: Path, workers: int) -> None:
-    cache = tmp_path / "cache"
-    dataset = open_images(cache, many_shards, timeout=5)
-    assert read_epoch(dataset) == ALL
-    seen: list[int] = []
-    with time_limit(30), open_batches(dataset, workers) as batches:
-        for number, batch in enumerate(batches):
-            seen += batch["sample_id"].tolist()
-            for path in cache.glob("*.mds") if number in (0, 2) else ():
-                path.unlink(missing_ok=True)
-    assert sorted(seen) == ALL
 
 
 def read_twice(cache: Path, remote: Path, workers: int, limit: int | None) -> None:
