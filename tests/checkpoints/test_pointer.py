@@ -12,9 +12,7 @@ from d2v_composer.checkpoints import load
 from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system.errors import InputError
-from helpers import (
-    student_of,
-)
+from helpers import student_of
 
 
 def test_a_pointer_that_is_being_replaced_is_waited_for(uninterrupted: Path, tmp_path: Path) -> None:

@@ -104,38 +104,18 @@ def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pyt
         assert group in printed.partition(f"left {len(decoder)} tensors")[2]
 
 
-# No partial files.
-
-
-def test_an_unusable_source_leaves_the_output_as_it_was(tmp_path: Path) -> None:
-    out, damaged, converted = (tmp_path / name for name in ("out.safetensors", "damaged.pt", "teacher.safetensors"))
-    out.write_bytes(b"what was there before")
-    damaged.write_bytes(golden().read_bytes()[:-1000])
-    convert_teacher(golden(), converted)
-    before = files_in(tmp_path)
-    for source in (damaged, converted, tmp_path / "nowhere.pt"):
-        refused_by(lambda path: convert_teacher(path, out), source)
-        assert files_in(tmp_path) == before
-        assert out.read_bytes() == b"what was there before"
-
-
 # Corrupt files, other contents.
 
 
-def test_a_truncated_file_is_refused(converted: Path, exported: Path) -> None:
+def test_truncated_files_and_other_metadata_are_refused(converted: Path, exported: Path) -> None:
     for load, path in ((load_teacher, converted), (load_student, exported)):
         content = path.read_bytes()
-        for fraction in (0.0, 0.00001, 0.01, 0.999):
+        for fraction in (0.0, 0.01, 0.999):
             path.write_bytes(content[: int(fraction * len(content))])
-            assert refused_by(load, path)
-
-
-def test_other_metadata_are_refused(converted: Path, exported: Path) -> None:
-    for load, path in ((load_teacher, converted), (load_student, exported)):
-        content = path.read_bytes()
+            refused_by(load, path)
         for metadata in ({"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}):
             path.write_bytes(content)
-            assert refused_by(load, rewrite(path, **metadata))
+            refused_by(load, rewrite(path, **metadata))
     for config in ("", "[]", '{"depth": 3}', "[" * 100_000):
         refused_by(load_teacher, rewrite(converted, format_version="1", config=config))
 
