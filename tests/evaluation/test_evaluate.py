@@ -8,27 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_student, retrieval_accuracy
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
-from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.evaluate import (
-    Candidate,
-    Evaluation,
     accuracy_interval,
-    evaluate,
     gap_closed_by_step,
     gap_closed_interval,
 )
 from d2v_composer.evaluation.metrics import metric_key
-from d2v_composer.report.tables import evaluation_tables
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
+CLS = "layer_mean_cls"
 DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
 
 
@@ -38,7 +34,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export_student.main([str(checkpoint), str(student)])
     found, printed, few = {}, {}, (str(YAML), DATASETS, "max_images=60")
-    for model, options in ((checkpoint, ["probes=[knn]"]), (student, ["pooling=mean"])):
+    for model, options in ((checkpoint, ["probes=[knn,linear]"]), (student, ["pooling=mean"])):
         capsys.readouterr()
         evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
         printed[model] = capsys.readouterr().out
@@ -70,10 +66,11 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         assert f"{100 * accuracy:.1f} [" in printed[checkpoint]
     with (tmp_path / checkpoint.stem / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 2) * (1 + 3 + 6 + 6 + 6)
+    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 3) * (1 + 3 + 6 + 6 + 6)
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    by_vote = {row["embedding"]: row for row in rows if (row["candidate"], row["measure"]) == ("student", "knn")}
-    assert float(by_vote["layer_mean_cls"]["value"]) == knn_accuracy(*sets)
+    judged = {row["measure"]: row for row in rows if (row["candidate"], row["embedding"]) == ("student", CLS)}
+    assert float(judged["knn"]["value"]) == knn_accuracy(*sets)
+    assert float(judged["linear"]["value"]) == linear_probe_accuracy(*sets)
     assert "Probes fitted to train, judged on test on small" in printed[checkpoint]
 
 
@@ -93,30 +90,6 @@ def test_more_neighbors_than_images_are_refused() -> None:
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 
 
-def labels_as_embeddings(images: Tensor) -> dict[str, Tensor]:
-    return {"output_cls": torch.eye(3)[images[:, 0, 0, 0].long()]}
-
-
-def test_one_embedding_is_looked_up_and_probed() -> None:
-    """The embedding of an image is its first pixel."""
-
-    def numbered(numbers: list[int], labels: list[int]) -> LabeledImages:
-        images = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-        return LabeledImages(images, torch.tensor(labels))
-
-    labeled = LabeledSet(numbered([0, 1, 2], [0, 1, 2]), numbered([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]))
-    candidates = [Candidate("student", labels_as_embeddings, 1_000_000, 2.0)]
-    retrievals = list(evaluate(candidates, {"set": labeled}, [1], "cpu", batch_size=2, probes=["linear"]))
-    assert retrievals[0].bank == "train"
-    assert retrievals[0].accuracy(1).value == 0.6
-    embeddings = [labels_as_embeddings(split.images)["output_cls"] for split in labeled[:2]]
-    accuracy = linear_probe_accuracy(embeddings[0], labeled.train.labels, embeddings[1], labeled.test.labels)
-    assert retrievals[0].accuracy("linear").value == accuracy
-    tables = evaluation_tables(Evaluation(candidates, retrievals, "output_cls", {"set": ()}))
-    [row] = re.findall(r"linear probe\n(.*)\n", tables)
-    assert row.split()[:2] == ["student", f"{100 * accuracy:.1f}"]
-
-
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
     interval = accuracy_interval(np.arange(1000) % 4 == 0)
     half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
@@ -134,9 +107,6 @@ def test_the_gap_closed_is_paired_by_query() -> None:
     assert share is not None
     assert share.low < 0.5 < share.high < share.low + 0.3
     assert gap_closed_interval(teacher, half, untrained) is None
-
-
-CLS = "layer_mean_cls"
 
 
 def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:

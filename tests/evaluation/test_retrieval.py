@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from d2v_composer import knn_accuracy
 from d2v_composer.evaluation import nearest_neighbors as neighbors
-from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors, nearest_neighbors, top_k
+from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors, nearest_neighbors
 from helpers import peak_allocated
 
 
@@ -16,29 +16,19 @@ def random_vectors(*counts: int, dim: int) -> list[Tensor]:
     return [torch.randn(count, dim, generator=generator) for count in counts]
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
-def test_neighbors_are_a_brute_forces_in_float64(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("offset", "k"), [(0.0, 1), (1.0, 20), (5.0, 20), (0.0, 200)])
+def test_neighbors_are_a_brute_forces_in_float64(offset: float, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that all images share hides no neighbor: cosines near 1 differ by less than float32 tells apart."""
-    monkeypatch.setattr(neighbors, "BANK_PART", 3_000)  # four parts, the last one short
-    bank, queries = (each + offset for each in random_vectors(10_000, 500, dim=96))
+    monkeypatch.setattr(neighbors, "BANK_PART", 3_000)  # four parts, the last one of 100, fewer than some k
+    bank, queries = (each + offset for each in random_vectors(9_100, 500, dim=96))
     units = [normalize(each.double(), dim=1) for each in (queries, bank)]
     expected = (units[0] @ units[1].T).sort(dim=1, descending=True, stable=True)
-    found = exact_neighbors(bank, queries, 20)
-    assert torch.equal(found.indices, expected.indices[:, :20])
-    torch.testing.assert_close(found.similarities, expected.values[:, :20])
+    found = exact_neighbors(bank, queries, k)
+    assert torch.equal(found.indices, expected.indices[:, :k])
+    torch.testing.assert_close(found.similarities, expected.values[:, :k])
     # The length of vectors does not matter.
-    scaled = exact_neighbors(bank * torch.rand(len(bank), 1).add(0.1), queries * 1000, 20)
+    scaled = exact_neighbors(bank * torch.rand(len(bank), 1).add(0.1), queries * 1000, k)
     assert (scaled.indices == found.indices).double().mean() > 0.999
-
-
-@pytest.mark.parametrize("k", [1, 129, 130, 4000])
-@pytest.mark.parametrize("num_columns", [1, 127, 8191, 8192])
-def test_top_k_in_two_levels_is_topk(num_columns: int, k: int) -> None:
-    similarities = torch.randn(5, num_columns, generator=torch.Generator().manual_seed(k))
-    values, indices = top_k(similarities, k)
-    expected = similarities.topk(min(k, num_columns), dim=1)
-    assert torch.equal(values, expected.values)
-    assert torch.equal(indices, expected.indices)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
