@@ -28,10 +28,10 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, UnreadableImageError, reading, writing
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
+from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 PART = 1024  # images between two records of the progress

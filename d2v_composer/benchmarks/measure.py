@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from d2v_composer.report.tables import format_table
-from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.machine import describe_machine, package_versions
+from d2v_composer.system.progress import progress_bar
 
 Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""

@@ -16,8 +16,6 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.report.page import write_report
-from d2v_composer.report.run import Run
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
@@ -98,6 +96,9 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
+    from d2v_composer.report.page import write_report  # matplotlib takes a second to import
+    from d2v_composer.report.run import Run
+
     folder = config.run_folder.local
     neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
     try:

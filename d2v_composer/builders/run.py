@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from composer.core import Callback
 
 from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
-from d2v_composer.builders.loggers import build_loggers
 from d2v_composer.builders.models import build_model
 from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.builders.training import (
     FIXED_BY_A_CHECKPOINT,
     build_algorithms,
     build_callbacks,
+    build_loggers,
     build_optimizer,
     build_parallelism,
     build_retrieval,

@@ -1,5 +1,6 @@
-"""Build what turns a model into a training run: optimizer, schedule, algorithms, callbacks, retrieval and record."""
+"""Build what turns a model into a run: optimizer, schedule, algorithms, callbacks, loggers, retrieval and record."""
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,19 +10,23 @@ from typing import Any
 import torch
 from composer.algorithms import CutMix, GradientClipping, LabelSmoothing, MixUp
 from composer.core import Algorithm, Callback, Time, TimeUnit
+from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.algorithms import GradientNorm
+from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
-from d2v_composer.config.schema import CALLBACKS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
+from d2v_composer.config.load import layered
+from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
+from d2v_composer.system.addresses import RunFolder, hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
@@ -146,6 +151,38 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
             with errors_of(f"callbacks.{name} with {arguments}"):
                 callbacks.append(CALLBACKS[name](**arguments))
     return callbacks
+
+
+def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
+    """Build the progress logger and the section ``loggers``; the run's folder is the default place of what they write.
+
+    JSON lines without a file name are left out of a run without a folder.
+
+    Raises:
+        InputError: A logger's package is missing, or it refuses the value of an argument.
+    """
+    loggers: list[LoggerDestination] = [ProgressLogger(bar=sys.stderr.isatty())] if config.progress_bar else []
+    folder = config.run_folder
+    for name, arguments in config.loggers.items():
+        if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
+            continue
+        with errors_of(f"loggers.{name}"):
+            loggers.append(LOGGERS[name](**layered({} if folder is None else places(name, folder), arguments)))
+    return loggers
+
+
+def places(name: str, folder: RunFolder) -> dict[str, Any]:
+    """Return a logger's arguments that let it write into the run's folder, unless the environment names a place."""
+    local = folder.local.absolute()
+    if name == "jsonl":
+        return {"filename": str(folder.local / LOG)}
+    if name == "tensorboard":
+        return {"log_dir": str(local / "tensorboard_logs")}
+    if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
+        return {"tracking_uri": (local / "mlruns").as_uri()}
+    if name == "wandb" and "WANDB_DIR" not in os.environ:
+        return {"init_kwargs": {"dir": str(local)}}
+    return {}
 
 
 def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: Mapping[str, Any]) -> RunRecord:

@@ -37,11 +37,11 @@ from d2v_composer.data.images import (
 from d2v_composer.data.index import INDEX, SUMMARY
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
 from d2v_composer.data.shards import find_fault
-from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.processes import if_interrupted
+from d2v_composer.system.progress import progress_bar
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SPLITS = ("train", "val", "validation", "test")

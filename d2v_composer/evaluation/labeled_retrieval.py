@@ -21,7 +21,7 @@ from d2v_composer.evaluation.nearest_neighbors import (
     retrieval_hits,
     vote,
 )
-from d2v_composer.system.command_line import progress_bar
+from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import LabeledSet

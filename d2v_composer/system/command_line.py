@@ -1,4 +1,4 @@
-"""The frame of a command: exit status and error lines, parser, progress, next steps.
+"""The frame of a command: exit status and error lines, parser, next steps.
 
 Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failure; 130 or 143 after a signal; 1 with a
 traceback for a fault of ours.
@@ -14,8 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-from tqdm import tqdm
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
@@ -114,29 +112,6 @@ def size(text: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be bytes or a size such as '60gb', got {text!r}") from error
-
-
-LINE_SECONDS = 10.0
-"""Seconds between two lines; shorter work prints none."""
-
-
-def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
-    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines."""
-    if sys.stderr.isatty():
-        return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
-    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False, "ncols": 0}
-    return _Lines(*iterable, desc=desc, unit=f" {unit}", **quiet, **options)
-
-
-class _Lines(tqdm):
-    """A bar that prints lines instead of overwriting one."""
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:
-            print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
-
-    def clear(self, *_: Any, **__: Any) -> None:
-        """Leave what is printed."""
 
 
 def print_next(*steps: str) -> None:

@@ -15,9 +15,9 @@ from botocore.config import Config
 from filelock import FileLock
 
 from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
-from d2v_composer.system.command_line import progress_bar
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import partial_file
+from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import CONNECT_SECONDS, LASTING_ATTEMPTS, is_missing, retry
 
 # Timeout of an answer and of each part of a file.

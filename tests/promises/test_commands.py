@@ -178,6 +178,7 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
         ("global_train_batch_size=97", ["96 samples", "global_train_batch_size 97"]),
         ("targets.average_top_k_layers=4", ["average_top_k_layers", "3", "4"]),
         ("callbacks.speed_monitor.window_size=abc", ["window_size", "abc"]),
+        ("callbacks.speed_monitor.window_size=0", ["window_size", "> 0"]),
         ("callbacks.speed_moniter={}", ["speed_monitor"]),
         ("save_folder=/proc/nothing", ["save_folder", "/proc/nothing"]),
         ("retrieval.datasets={x: {format: mds, root: nowhere}}", ["nowhere", "index.json"]),
@@ -286,10 +287,11 @@ RUNS = {
         SMALL_RUN | {"model": str(TEACHER), "eval_interval": "2ba"},
     ),
 }
-# With little memory, so that a huge value cannot take the machine's.
+# With little memory, so that a huge value cannot take the machine's; and without a compiler's minutes.
 LIMITED = """
-import resource, runpy, sys
+import resource, runpy, sys, torch
 resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+torch.compiler.set_stance("force_eager")
 kind, *sys.argv = sys.argv[1:]
 if kind == "module":
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

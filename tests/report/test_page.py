@@ -15,10 +15,10 @@ import yaml
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.builders import fit
 from d2v_composer.commands import report
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl
+from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots, confusion_plot
 from d2v_composer.report.run import EMBEDDINGS, read_run
@@ -197,7 +197,7 @@ def test_training_succeeds_even_if_its_report_fails(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fit, "write_report", fail)
+    monkeypatch.setattr(page, "write_report", fail)
     trainer = train.main(small_run(folder, small_data, "max_duration=3ba", *short))
     assert trainer.state.timestamp.batch == 3
     assert capfd.readouterr().err.splitlines()[-1] == (

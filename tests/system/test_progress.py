@@ -4,16 +4,16 @@ import re
 
 import pytest
 
-from d2v_composer.system import command_line
+from d2v_composer.system import progress
 
 
 def test_a_pipe_gets_lines_instead_of_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(command_line.progress_bar(range(3), desc="photos", unit="images")) == [0, 1, 2]
+    assert list(progress.progress_bar(range(3), desc="photos", unit="images")) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # it is short
-    monkeypatch.setattr(command_line, "LINE_SECONDS", 0.0)
-    with command_line.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with progress.progress_bar(total=4, desc="photos", unit="images", initial=1, miniters=1) as bar:
         bar.update()
         bar.update(2)
     lines = capsys.readouterr().err.splitlines()
