@@ -2,19 +2,20 @@
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Callback, State
-from composer.loggers import InMemoryLogger, Logger
+from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
+from helpers import fit
 
 
 class Clock:
@@ -69,19 +70,13 @@ class Work(Callback):
         self.clock.seconds += 0.2
 
 
-def train(**arguments: Any) -> dict[str, list[tuple[Any, Any]]]:
+def train(
+    loader: DataLoader | None = None, loggers: Sequence[LoggerDestination] = (), **options: Any
+) -> dict[str, list[tuple[Any, Any]]]:
     """Train six batches of two, and return everything that was logged."""
-    memory, model = InMemoryLogger(), Linear()
-    settings = {
-        "train_dataloader": DataLoader(Numbers(), batch_size=2),
-        "max_duration": "6ba",
-        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
-        "progress_bar": False,
-        **arguments,
-    }
-    trainer = Trainer(model=model, **{**settings, "loggers": [memory, *settings.get("loggers", [])]})
-    trainer.fit()
-    trainer.close()
+    memory = InMemoryLogger()
+    loader = loader or DataLoader(Numbers(), batch_size=2)
+    fit(Linear(), loader, "6ba", lr=0.1, loggers=[memory, *loggers], **options)
     return memory.data
 
 
@@ -98,7 +93,7 @@ def test_throughput_excludes_callbacks_and_counts_waiting(monkeypatch: pytest.Mo
     clock = Clock()
     monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
     loader = DataLoader(Numbers(clock), batch_size=2)
-    logged = train(train_dataloader=loader, callbacks=[Throughput(every=3), Work(clock)])
+    logged = train(loader, callbacks=[Throughput(every=3), Work(clock)])
     assert [value for _, value in logged["throughput/images_per_sec"]] == pytest.approx([40, 40])
     assert [value for _, value in logged["throughput/data_wait"]] == pytest.approx([0.8, 0.8])
 

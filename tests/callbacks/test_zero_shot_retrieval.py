@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
-from composer.models import ComposerModel
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import knn_accuracy
@@ -17,32 +15,25 @@ from d2v_composer.data.labeled import LabeledImages, LabeledSet
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
+from helpers import Classifier, fit
 
 
 def pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() - 127
 
 
-class Classifier(ComposerModel):
-    """Another model than ours."""
+class Watched(Classifier):
+    """Records the images that are embedded, and in which mode."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Linear(3 * 8 * 8, 16)
-        self.head = nn.Linear(16, 4)
+        super().__init__(3 * 8 * 8)
         self.embedded: list[int] = []
         self.modes: list[bool] = []
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.head(self.backbone(batch[0]))
-
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
 
     def embed(self, images: Tensor) -> Tensor:
         self.embedded += images[:, 0, 0, 0].tolist()
         self.modes.append(self.training)
-        return self.backbone(images.flatten(1) / 255)
+        return super().embed(images)
 
 
 def numbered_images(count: int, first: int) -> LabeledImages:
@@ -56,17 +47,7 @@ def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> 
     samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
     sampler = dist.get_sampler(samples)
     loader = DataLoader(samples, batch_size=8 // dist.get_world_size(), sampler=sampler)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=loader,
-        max_duration=max_duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        callbacks=[callback],
-        progress_bar=False,
-        device_train_microbatch_size=4,
-    )
-    trainer.fit()
-    trainer.close()
+    fit(model, loader, max_duration, callbacks=[callback], device_train_microbatch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +64,7 @@ def test_evaluates_at_the_interval_and_at_the_end(
 ) -> None:
     labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labeled}, interval, at_start=at_start, device_batch_size=4)
-    model = Classifier()
+    model = Watched()
     train(model, callback, max_duration)
     assert [entry["batch"] for entry in callback.history] == batches
     # Every image once per evaluation, in eval mode; then training continues in train mode.
@@ -101,7 +82,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
     options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
     first = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", **options)
-    train(Classifier(), first, "10ba")
+    train(Watched(), first, "10ba")
     bank, queries = (pixels(images.images) for images in labeled[:2])
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     metrics, key = first.history[-1]["metrics"], "metrics/set/bank_train/top1"
@@ -112,7 +93,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
 
     more = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", probes=["knn", "linear"], **options)
     more.load_state_dict(first.state_dict())
-    train(Classifier(), more, "20ba")
+    train(Watched(), more, "20ba")
     probed, key_of_knn = more.history[-1]["metrics"], "metrics/set/knn/top1"
     accuracy = knn_accuracy(*sets)
     teachers = more.baseline_metrics["metrics/set/teacher/knn/top1"]
@@ -150,7 +131,7 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
     baselines = {name: partial(embed_as, name) for name in ("teacher", "pixels")}
     options: dict[str, Any] = {"embed": partial(embed_as, "student"), "baselines": baselines, "device_batch_size": 9}
     callback = ZeroShotRetrieval({"set": labeled}, "10ba", at_start=True, **options)
-    train(Classifier(), callback, "1ba")
+    train(Watched(), callback, "1ba")
     assert events == ["teacher", "pixels", "student"] * 2 + ["student"] * 2  # train and test images
     assert len(callback.baseline_metrics) == 2 * 4  # baselines, and both banks with both k
     assert [entry["batch"] for entry in callback.history] == [0, 1]
@@ -158,7 +139,7 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
     restored = ZeroShotRetrieval({"set": labeled}, "10ba", **options)
     restored.load_state_dict(callback.state_dict())
     events.clear()
-    train(Classifier(), restored, "1ba")
+    train(Watched(), restored, "1ba")
     assert events == []  # measured for this batch, too
 
 
@@ -173,21 +154,21 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
         primary="layer_mean_cls",
         baselines={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
     )
-    train(Classifier(), callback, "10ba")
+    train(Watched(), callback, "10ba")
     key = "metrics/set/bank_train/top1"
     metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
     assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == baselines["metrics/set/pixels/bank_train/top1"]
     assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
     without = ZeroShotRetrieval({"set": labeled}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
     with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
-        train(Classifier(), without, "10ba")
+        train(Watched(), without, "10ba")
 
 
 def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
     labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
-    model = Classifier()
+    model = Watched()
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="Classifier has no method embed_all or embed"):
+    with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
     with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))

@@ -22,10 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from composer import Trainer
-from composer.models import ComposerModel
 from mutations import Mutation, mutations
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import ZeroShotRetrieval, retrieval_accuracy
@@ -33,10 +30,12 @@ from helpers import (
     D2V,
     GOLDEN,
     ROOT,
+    Classifier,
     command_environment,
     d2v,
     encoded_image,
     failure,
+    fit,
     run_command,
     small_run,
     start_python,
@@ -386,38 +385,11 @@ def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, la
     assert not wrong, "\n".join(wrong)
 
 
-class Classifier(ComposerModel):
-    """Another project's model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Linear(3 * 32 * 32, 16)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.head(self.embed(batch[0]))
-
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, batch[1])
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.backbone(images.flatten(1) / 255)
-
-
 def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
     """22, 23: it measures what the final weights give, and leaves the model in training mode."""
     small = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")
-    model, callback = Classifier(), ZeroShotRetrieval({"small": small}, interval="3ba", at_start=True)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(TensorDataset(*small.train), batch_size=16),
-        max_duration="8ba",
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        callbacks=[callback],
-        progress_bar=False,
-    )
-    trainer.fit()
-    trainer.close()
+    model, callback = Classifier(3 * 32 * 32), ZeroShotRetrieval({"small": small}, interval="3ba", at_start=True)
+    fit(model, DataLoader(TensorDataset(*small.train), batch_size=16), "8ba", callbacks=[callback])
     assert [entry["batch"] for entry in callback.history] == [0, 3, 6, 8]
     assert model.training
     with torch.inference_mode():

@@ -28,12 +28,14 @@ from helpers import (
     encoded_image,
     failure,
     family_of,
+    flip_bit,
     run_command,
     small_run,
     start_python,
     started_ranks,
     traced,
     train_command,
+    truncated,
     wait_until,
     write_mds,
 )
@@ -192,15 +194,6 @@ def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: 
     assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
 
 
-def truncated(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def flip_bit(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
 @pytest.mark.parametrize("damage", [None, flip_bit, pytest.param(truncated, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["folder", "store"])
 def test_a_damaged_shard_is_named(
@@ -209,23 +202,18 @@ def test_a_damaged_shard_is_named(
     """4, 5, 18: a missing, altered or truncated shard ends the epoch in one line; it leaves no such file behind."""
     images = shutil.copytree(many_shards, tmp_path / "images")
     content = (many_shards / "shard.00007.mds").read_bytes()
-    overrides, environment, data = ["train_loader.num_workers=1"], {}, images
-    put = {"Bucket": "cloud", "Key": NAMED}
+    damaged = None if damage is None else damage(content)
     if place == "folder":
         (images / "shard.00007.mds").unlink()
-        if damage is not None:
-            (images / "shard.00007.mds").write_bytes(damage(content))
-    else:
-        data, environment = tmp_path / "cache", store.environment
-        overrides = from_store("train_loader.num_workers=1", "train_loader.timeout=2")
-        store.client().delete_object(**put) if damage is None else store.client().put_object(
-            **put, Body=damage(content)
-        )
-    try:
-        with recorded(tmp_path, data, *overrides, environment=environment) as [program]:
-            status = program.wait(60)
-    finally:
-        store.client().put_object(**put, Body=content)
+        if damaged is not None:
+            (images / "shard.00007.mds").write_bytes(damaged)
+    data = images if place == "folder" else tmp_path / "cache"
+    options = from_store("train_loader.timeout=2") if place == "store" else []
+    with (
+        store.replaced("cloud", NAMED, damaged),
+        recorded(tmp_path, data, *options, "train_loader.num_workers=1", environment=store.environment) as [program],
+    ):
+        status = program.wait(60)
     assert status in (1, 2)  # a missing one may be found before the run starts
     assert "shard.00007.mds" in failure(program, status)
     assert place == "folder" or not (data / "shard.00007.mds").exists()
@@ -307,19 +295,14 @@ def test_says_why_the_store_refuses_access(
 @pytest.mark.parametrize("bad", ["truncated", "missing", "of another data set"])
 def test_a_bad_index_in_the_store_is_one_line(store: GatedStore, many_shards: Path, tmp_path: Path, bad: str) -> None:
     """5, 18: and the cache's stays as it was."""
-    put, client = {"Bucket": "cloud", "Key": "images/index.json"}, store.client()
     index = (many_shards / "index.json").read_bytes()
     other = json.loads(index)
     other["shards"].pop()
+    contents = {"truncated": truncated(index), "missing": None, "of another data set": json.dumps(other).encode()}
     cache = shutil.copytree(many_shards, tmp_path / "cache")
-    client.delete_object(**put) if bad == "missing" else client.put_object(
-        **put, Body=truncated(index) if bad == "truncated" else json.dumps(other).encode()
-    )
-    try:
-        arguments = small_run(tmp_path / "run", cache, f"train_loader.remote={REMOTE}", "train_loader.timeout=2")
+    arguments = small_run(tmp_path / "run", cache, f"train_loader.remote={REMOTE}", "train_loader.timeout=2")
+    with store.replaced("cloud", "images/index.json", contents[bad]):
         ended = run_command(*train_command(arguments), environment=store.environment)
-    finally:
-        client.put_object(**put, Body=index)
     assert str(cache) in failure(ended, 2) or f"{REMOTE}/index.json" in failure(ended, 2)
     assert (cache / "index.json").read_bytes() == index
 

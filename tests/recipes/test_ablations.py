@@ -2,8 +2,10 @@
 
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from d2v_composer.builders.models import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
@@ -67,6 +70,7 @@ signal.pause()
 """
 WITH_ROOT = """
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from d2v_composer.data import convert
 from d2v_composer.system import command_line
@@ -104,6 +108,12 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
     ]
 
 
+def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
+    images = QUICKSTART / "cifar10"
+    places = (f"train_loader.local={images / 'train'}", f"retrieval.datasets.cifar10.root={images}")
+    return load_config([str(study / "base.yaml"), *places, *as_overrides(row)])
+
+
 @pytest.mark.parametrize("path", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)
 def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
@@ -113,14 +123,9 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
     monkeypatch.setattr(timm_weights, "load_timm_teacher", load_timm_teacher)
-    places = {
-        "train_loader.local": QUICKSTART / "cifar10" / "train",
-        "retrieval.datasets.cifar10.root": QUICKSTART / "cifar10",
-    }
-    base = load_config([str(path.parent / "base.yaml"), *(f"{key}={value}" for key, value in places.items())])
+    base = config_of(path.parent, {})
     for name, row in read_rows(path.parent).items():
-        overrides = [*(f"{key}={value}" for key, value in places.items()), *as_overrides(row)]
-        config = load_config([str(path.parent / "base.yaml"), *overrides])
+        config = config_of(path.parent, row)
         is_another_reading = (config.targets.normalization, config.teacher.first_blocks) != (
             base.targets.normalization,
             base.teacher.first_blocks,
@@ -134,11 +139,9 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_choices_are_compared_at_equal_compute() -> None:
     study = ablations.STUDIES / "choices"
-    images = QUICKSTART / "cifar10"
-    places = (f"train_loader.local={images / 'train'}", f"retrieval.datasets.cifar10.root={images}")
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     costs = {}
     for name, row in read_rows(study).items():
-        config = load_config([str(study / "base.yaml"), *places, *as_overrides(row)])
+        config = config_of(study, row)
         costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)

@@ -5,8 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,24 +23,21 @@ COLLECTIVE_SECONDS = 1.0
 pytestmark = pytest.mark.usefixtures("no_process_group")
 
 
-def run_ranks(folder: Path, rank_of: Callable[[], None], store: str = "") -> Sequence[BaseProcess]:
-    """Start two ranks of one node, with a short collective timeout and a store in a file, or at an address."""
+def statuses(folder: Path, rank_of: Callable[[], None], store: str = "") -> list[int | None]:
+    """Run two ranks of one node, with a short collective timeout and a store in a file, or at an address."""
     arguments = (folder, store or f"file://{folder}/store", rank_of)
     ranks = [FORK.Process(target=_run_rank, args=(number, *arguments)) for number in (0, 1)]
     for rank in ranks:
         rank.start()
-    return ranks
+    for rank in ranks:
+        rank.join(60)
+    return [rank.exitcode for rank in ranks]
 
 
 def _run_rank(number: int, folder: Path, store: str, rank_of: Callable[[], None]) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=store,
-        rank=number,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-    )
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=number, world_size=2, timeout=timeout)
     ranks.FAREWELL_SECONDS = 1.0
     dist.barrier()
     try:
@@ -49,12 +45,6 @@ def _run_rank(number: int, folder: Path, store: str, rank_of: Callable[[], None]
     except (InputError, RuntimeError) as error:
         (folder / f"{number}.txt").write_text(f"{type(error).__name__}: {error}")
         os._exit(3)
-
-
-def ended(ranks: Sequence[BaseProcess], seconds: float = 60) -> list[int | None]:
-    for rank in ranks:
-        rank.join(seconds)
-    return [rank.exitcode for rank in ranks]
 
 
 def _download_longer_than_the_timeout_of_a_collective() -> None:
@@ -65,7 +55,7 @@ def _download_longer_than_the_timeout_of_a_collective() -> None:
 
 
 def test_ranks_wait_longer_for_a_download_than_for_a_collective(tmp_path: Path) -> None:
-    assert ended(run_ranks(tmp_path, _download_longer_than_the_timeout_of_a_collective)) == [0, 0]
+    assert statuses(tmp_path, _download_longer_than_the_timeout_of_a_collective) == [0, 0]
 
 
 def _fail() -> None:
@@ -90,7 +80,7 @@ def _refuse_before_the_other_looks() -> None:
 )
 def test_waiting_ranks_stop_when_a_leader_fails(tmp_path: Path, rank_of: Callable[[], None], message: str) -> None:
     """Rank 0 keeps its store until the reason was read."""
-    assert ended(run_ranks(tmp_path, rank_of, f"tcp://127.0.0.1:{free_port()}")) == [3, 3]
+    assert statuses(tmp_path, rank_of, f"tcp://127.0.0.1:{free_port()}") == [3, 3]
     assert (tmp_path / "1.txt").read_text() == message
 
 
@@ -104,5 +94,5 @@ def _be_killed() -> None:
 
 def test_waiting_ranks_stop_after_a_leader_is_killed(tmp_path: Path) -> None:
     """On another node, say: Composer's launcher ends the ranks of its own node."""
-    assert ended(run_ranks(tmp_path, _be_killed)) == [-signal.SIGKILL, 3]
+    assert statuses(tmp_path, _be_killed) == [-signal.SIGKILL, 3]
     assert (tmp_path / "1.txt").read_text() == "RuntimeError: the teacher: rank 0 has not responded for 1 s"
