@@ -1,14 +1,23 @@
-"""Everything on a device that is not the host: ``python -m pytest -m device``, see tests/programs/second_device.py."""
+"""Everything on torch_xla's CPU, a device that is not the host: ``python -m pytest -m device``.
+
+tests/README.md describes the installation, in a separate folder, because Composer imports torch_xla if it can.
+"""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from composer import Callback, Logger, State, Trainer
+from composer.devices import DeviceCPU
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import load_student
@@ -19,8 +28,7 @@ from d2v_composer.embedding import EmbeddingOptions, embed_collection, open_coll
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from helpers import ROOT, load_checkpoint, losses_of, small_run, student_of
-from programs.second_device import SecondDevice, second_device
-from recipes import supervised_resnet, train
+from recipes import train
 
 pytestmark = [
     pytest.mark.device,
@@ -28,10 +36,70 @@ pytestmark = [
 ]
 
 
+# Functions that move tensors between devices.
+MOVES = {
+    "__deepcopy__",
+    "__set__",  # .grad, .data
+    "_has_compatible_shallow_copy_type",
+    "copy_",
+    "cpu",
+    "swap_tensors",
+    "to",
+}
+
+
+class OneDevice(TorchFunctionMode):
+    """Refuse operations that mix devices, some of which XLA computes. Host scalars are allowed.
+
+    Not a TorchDispatchMode, which changes XLA's results.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
+        devices = {each.device.type for each in tensors if each.ndim or each.device.type != "cpu"}
+        name = getattr(func, "__name__", str(func))
+        if len(devices) > 1 and name not in MOVES:
+            raise RuntimeError(f"{name} of {', '.join(f'{each.device} {tuple(each.shape)}' for each in tensors)}")
+        return func(*args, **(kwargs or {}))
+
+
+class SecondDevice(DeviceCPU):
+    """torch_xla's CPU, treated by Composer's Trainer like a GPU: it moves the model and each microbatch."""
+
+    name = "xla"
+
+    def __init__(self) -> None:
+        import torch_xla.core.xla_model as xm  # pyright: ignore[reportMissingImports]
+
+        self._device = xm.xla_device()
+
+    def module_to_device(self, module: Any) -> Any:
+        # In place, as on a GPU: the optimizer already holds the parameters.
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return module.to(self._device)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    def tensor_to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
+
+
 @pytest.fixture(scope="module")
 def device() -> Iterator[SecondDevice]:
-    with second_device() as device:
-        yield device
+    """The device, with replacements for features that XLA lacks."""
+    import torch_xla  # pyright: ignore[reportMissingImports]
+
+    torch_xla.experimental.eager_mode(True)  # one graph of a whole evaluation takes minutes and gigabytes
+    optimizer = torch.optim.AdamW
+    with pytest.MonkeyPatch.context() as patch:
+        # XLA makes no views of inference tensors, and has no fused AdamW.
+        patch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
+        patch.setattr(torch.optim, "AdamW", lambda *args, fused=None, **options: optimizer(*args, **options))
+        with OneDevice():
+            yield SecondDevice()
 
 
 @pytest.fixture
@@ -140,14 +208,3 @@ def test_an_exported_student_embeds_as_on_the_host(here: Path, labeled: Path, tm
         embed_collection(student.to(device), collection, out, options, device=device, workers=0)
         embedded.append(np.load(out))
     np.testing.assert_allclose(*embedded, atol=1e-4)
-
-
-def test_another_projects_run_measures_retrieval(
-    device: SecondDevice, labeled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """recipes/supervised_resnet.py with few images."""
-    few = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")
-    monkeypatch.setattr(supervised_resnet, "load_labeled_set", lambda *args, **options: few)
-    monkeypatch.setattr(supervised_resnet, "Trainer", partial(Trainer, device=device))
-    retrieval = supervised_resnet.main(["--epochs", "1"])
-    assert [entry["batch"] for entry in retrieval.history] == [0, 2]
