@@ -7,19 +7,19 @@ holds are checked throughout the run.
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed
 from composer import Callback, Event, Logger, State
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ReduceOp
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from sharded_state import gathered_bytes, gathered_units, share
-
 import small_vits  # noqa: F401  (they are registered in timm)
 from d2v_composer.config import schema
+from d2v_composer.models.execution import sharded_units
 from d2v_composer.system import command_line
 from recipes import train
 
@@ -31,6 +31,36 @@ def averaging(output: Tensor, input: Tensor, op: Any = ReduceOp.SUM, **options: 
     if op == ReduceOp.AVG:
         output.div_(torch.distributed.get_world_size())
     return done
+
+
+def parameter_groups(model: nn.Module) -> dict[str, Any]:
+    """Return FSDP's record of each unit."""
+    return {name: cast("Any", unit)._get_fsdp_state()._fsdp_param_group for name, unit in sharded_units(model).items()}
+
+
+def gathered_units(model: nn.Module) -> set[str]:
+    """Return the units whose weights are gathered on this rank, or being gathered."""
+    return {
+        name
+        for name, group in parameter_groups(model).items()
+        if not group.is_sharded or group._all_gather_result is not None
+    }
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the memory of weights beyond this rank's share."""
+    return sum(
+        gathered.untyped_storage().nbytes()
+        for group in parameter_groups(model).values()
+        for parameter in group.fsdp_params
+        for gathered in parameter.all_gather_outputs
+    )
+
+
+def share(model: nn.Module) -> float:
+    """Return the share of the weights that this rank holds."""
+    parameters = cast("list[DTensor]", list(model.parameters()))
+    return sum(each.to_local().numel() for each in parameters) / sum(each.numel() for each in parameters)
 
 
 class HoldsItsShare(Callback):
