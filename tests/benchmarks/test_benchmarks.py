@@ -3,15 +3,13 @@
 import json
 import os
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_composer.benchmarks.measure import interleave, one_core, ratio
+from d2v_composer.benchmarks.measure import one_core
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
@@ -88,24 +86,6 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError) as caught:
         benchmark.main(arguments)
     assert str(caught.value).startswith(message)
-
-
-def test_interleaving_rotates_the_first_and_skips_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    order, now = [], [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def passing(name: str, seconds: list[float]) -> tuple[Callable[[], None], float]:
-        def one_pass() -> None:
-            order.append(name)
-            now[0] += seconds.pop(0)
-
-        return one_pass, 2.0
-
-    # The warm-up does not count; the second round is half as fast for both.
-    rates = interleave({"a": passing("a", [9, 1, 2, 1]), "b": passing("b", [9, 2, 4, 2])}, 3)
-    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
-    assert rates["a"].tolist() == [2, 1, 2]
-    assert ratio(rates["b"], rates["a"]) == 0.5
 
 
 def test_one_core_holds_the_threads_that_start_in_it() -> None:

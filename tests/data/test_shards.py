@@ -21,7 +21,7 @@ from streaming.base.storage import LocalDownloader
 from d2v_composer.data.shards import FEWEST_AHEAD, LOCKS
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import sole_user
-from helpers import NUM_IMAGES, encoded_image, time_limit, wait_until, write_mds
+from helpers import NUM_IMAGES, encoded_image, time_limit, truncated, wait_until, write_mds
 from streams import open_images, read_epoch
 
 FORK = multiprocessing.get_context("fork")
@@ -55,10 +55,6 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 def same_files(folder: Path, other: Path) -> bool:
     ours, theirs = ({file.name: file.read_bytes() for file in each.glob("*.mds")} for each in (folder, other))
     return ours == theirs
@@ -71,6 +67,14 @@ def size(folder: Path) -> int:
         with suppress(FileNotFoundError):  # evicted just now
             total += file.stat().st_size if file.is_file() else 0
     return total
+
+
+def test_never_changes_a_local_data_set(remote: Path) -> None:
+    flip_bit(remote / "shard.00007.mds")
+    before = {file.name: file.read_bytes() for file in remote.iterdir()}
+    with pytest.raises(ShardError, match=r"shard\.00007\.mds: .*its content has changed \(xxh64\)"):
+        read_epoch(open_images(remote))
+    assert {file.name: file.read_bytes() for file in remote.iterdir()} == before
 
 
 def test_deletes_only_its_own_files(remote: Path, tmp_path: Path) -> None:
@@ -230,7 +234,7 @@ def test_reads_shards_without_hashes_and_without_locks(tmp_path: Path, monkeypat
         dataset = open_images(tmp_path / "cache", data, cache_limit=1 << 20)
         assert read_epoch(dataset, workers=2) == ALL
     assert {file.name for file in (tmp_path / "cache").iterdir()} - {file.name for file in data.iterdir()} == {LOCKS}
-    truncate(data / "shard.00001.mds")
+    (data / "shard.00001.mds").write_bytes(truncated((data / "shard.00001.mds").read_bytes()))
     with pytest.raises(ShardError, match="bytes, the index says"):
         read_epoch(open_images(data))
 

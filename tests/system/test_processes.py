@@ -5,9 +5,7 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
-from d2v_composer.system.processes import allow_open_files, start_program
+from d2v_composer.system.processes import start_program
 
 # A command that ends while it has a worker that sleeps for ever, which multiprocessing would wait for.
 WITH_WORKER = """
@@ -44,11 +42,3 @@ def test_programs_of_others_are_started_without_the_mask() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     program.terminate()
     assert program.wait(30) == -signal.SIGTERM
-
-
-def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [(32, 4096)]
-    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
-    monkeypatch.setattr("resource.setrlimit", lambda _, limit: limits.append(limit))
-    allow_open_files()
-    assert limits == [(32, 4096), (4096, 4096)]
