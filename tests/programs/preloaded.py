@@ -119,7 +119,9 @@ class PreloadedPython:
         message = json.loads(self._socket.recv(ANSWER_BYTES) or '{"pid": 0, "status": null}')
         if message["pid"] == 0:
             raise RuntimeError("the server of preloaded programs has ended")
-        if message["status"] is not None:
+        if message["status"] is None:  # started, perhaps under the number of a program that has ended
+            self._statuses.pop(message["pid"], None)
+        else:
             self._statuses[message["pid"]] = message["status"]
             self.megabytes[message["pid"]] = message["megabytes"]
         return message
