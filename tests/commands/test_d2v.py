@@ -1,4 +1,4 @@
-"""What a command says next, and a reader that leaves."""
+"""The next command that a command prints can be copied into this shell."""
 
 import sys
 from pathlib import Path

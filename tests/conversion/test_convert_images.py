@@ -187,7 +187,7 @@ def test_resizes_the_short_side(tmp_path: Path):
 
 
 def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(source: Path, tmp_path: Path):
-    """Of a conversion that stopped at an unreadable image."""
+    """The conversion that wrote them stopped at an unreadable image."""
     damaged, out, whole = shutil.copytree(source, tmp_path / "in"), tmp_path / "out", encoded_image(1, size=48)
     write(damaged / "train" / CLASSES[0] / "cut.JPEG", whole[: len(whole) // 2])
     write(damaged / "train" / CLASSES[1] / "empty.JPEG", b"")

@@ -21,7 +21,7 @@ from streaming.base.storage import LocalDownloader
 from d2v_composer.data.shards import FEWEST_AHEAD, LOCKS
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import sole_user
-from helpers import NUM_IMAGES, encoded_image, time_limit, truncated, wait_until, write_mds
+from helpers import NUM_IMAGES, encoded_image, flip_bit, time_limit, truncated, wait_until, write_mds
 from streams import open_images, read_epoch
 
 FORK = multiprocessing.get_context("fork")
@@ -49,10 +49,8 @@ def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], l
     return lambda: [name for name in record.read_text().splitlines() if name.endswith(".mds")]
 
 
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+def damage(path: Path, how: Callable[[bytes], bytes] = flip_bit) -> None:
+    path.write_bytes(how(path.read_bytes()))
 
 
 def same_files(folder: Path, other: Path) -> bool:
@@ -70,7 +68,7 @@ def size(folder: Path) -> int:
 
 
 def test_never_changes_a_local_data_set(remote: Path) -> None:
-    flip_bit(remote / "shard.00007.mds")
+    damage(remote / "shard.00007.mds")
     before = {file.name: file.read_bytes() for file in remote.iterdir()}
     with pytest.raises(ShardError, match=r"shard\.00007\.mds: .*its content has changed \(xxh64\)"):
         read_epoch(open_images(remote))
@@ -129,7 +127,7 @@ def test_two_runs_share_a_cache(
     cache = shutil.copytree(many_shards, tmp_path / "cache")
     for path in sorted(cache.glob("*.mds"))[4:]:
         path.unlink()
-    flip_bit(cache / "shard.00002.mds")
+    damage(cache / "shard.00002.mds")
     runs = [FORK.Process(target=read_twice, args=(cache, many_shards, workers, limit)) for workers in (0, 2)]
     for run in runs:
         run.start()
@@ -234,7 +232,7 @@ def test_reads_shards_without_hashes_and_without_locks(tmp_path: Path, monkeypat
         dataset = open_images(tmp_path / "cache", data, cache_limit=1 << 20)
         assert read_epoch(dataset, workers=2) == ALL
     assert {file.name for file in (tmp_path / "cache").iterdir()} - {file.name for file in data.iterdir()} == {LOCKS}
-    (data / "shard.00001.mds").write_bytes(truncated((data / "shard.00001.mds").read_bytes()))
+    damage(data / "shard.00001.mds", truncated)
     with pytest.raises(ShardError, match="bytes, the index says"):
         read_epoch(open_images(data))
 
@@ -249,9 +247,9 @@ def test_reads_compressed_shards(tmp_path: Path) -> None:
     assert not list(cache.glob("*.zstd*"))
     local = shutil.copytree(remote, tmp_path / "local")
     assert read_epoch(open_images(local)) == ALL
-    flip_bit(cache / "shard.00003.mds")
+    damage(cache / "shard.00003.mds")
     assert read_epoch(open_images(cache, remote)) == ALL
-    flip_bit(remote / "shard.00003.mds.zstd")
+    damage(remote / "shard.00003.mds.zstd")
     (cache / "shard.00003.mds").unlink()
     with pytest.raises(ShardError, match=r"shard\.00003\.mds\.zstd: the shard cannot be fetched"):
         read_epoch(open_images(cache, remote))
