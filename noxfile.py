@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import nox
 
 nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint"]
 PYTHONS = ["3.10", "3.11", "3.12"]
 SLOW_ON = "3.11"
 
@@ -20,6 +21,14 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *session.posargs)
     if session.python == SLOW_ON and not session.posargs:
         session.run("python", "-m", "pytest", "-m", "slow")
+
+
+@nox.session(venv_backend="uv", python=SLOW_ON)
+def newest(session: nox.Session) -> None:
+    """Run the default tests, or those of the arguments, on the newest torch, which Composer does not ask for."""
+    session.install("--override", ".uv/newest-torch.txt", "-e", ".[dev]")
+    session.run("python", "-c", "import torch; print(torch.__version__)")
+    session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session(venv_backend="none")
