@@ -1,6 +1,7 @@
 """The wheel works in an environment that has nothing of the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
     files = [path for path in (ROOT / "d2v_composer").rglob("*") if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".md", ".pyc")}
+    yamls = [*(ROOT / "yamls").glob("*.yaml"), *(ROOT / "yamls" / "quickstart").rglob("*")]
+    files = [path for path in yamls if path.is_file() and path.suffix != ".md"]
+    expected |= {f"d2v_composer/{path.relative_to(ROOT)}" for path in files}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == expected
 
@@ -75,3 +79,6 @@ def test_the_command_embeds_a_folder(python: Path, tmp_path: Path) -> None:
     embeddings = np.load(tmp_path / "photos.npy")
     assert embeddings.shape == (3, 48)
     assert len({tuple(row) for row in embeddings.tolist()}) == 3
+    (teacher,) = re.findall("checkpoint: (.*)", run(command, "init", "quickstart", cwd=tmp_path))
+    assert Path(teacher).is_file()
+    assert not Path(teacher).is_relative_to(ROOT)

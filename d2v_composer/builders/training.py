@@ -192,7 +192,7 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
     """
     record = {
         "config": hide_all_secrets(config.model_dump(mode="json")),
-        "command": shlex.join(map(hide_secrets, sys.argv)),
+        "command": shlex.join(map(hide_secrets, [*sys.argv[0].split(), *sys.argv[1:]])),  # 'd2v train'
         **contents,
         "versions": package_versions(),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},

@@ -1,7 +1,6 @@
 """Distil data2vec 2.0 image teachers into small students: the commands that need no checkout of the repository.
 
-A typical order: convert-teacher and convert-images, then training by recipes/train.py of the repository, then
-evaluate, export and embed.
+A typical order: convert-teacher, convert-images and train, then evaluate, export and embed.
 """
 
 import argparse
@@ -14,6 +13,8 @@ import d2v_composer
 from d2v_composer.system import command_line
 
 COMMANDS = {
+    "train": "distil a student as a YAML says",
+    "init": "print a YAML to start from",
     "convert-teacher": "write fairseq's checkpoint as one safe file",
     "convert-images": "write a folder of images as MDS shards, to a folder or a store",
     "report": "draw a run: its curves, tables and pictures in one HTML page",

@@ -1,0 +1,109 @@
+"""Distil a student: train, save, retrieve, report.
+
+usage: d2v train FILE.yaml [dotted.key=value …]
+
+    d2v init quickstart > quickstart.yaml
+    d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
+
+It trains on every GPU of this machine, or on the CPU; `composer -n N recipes/train.py …` of a clone on N of them.
+yamls/README.md of the repository describes every field. The same command again resumes the run.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from d2v_composer.system import command_line
+from d2v_composer.system.command_line import d2v, print_next
+
+if TYPE_CHECKING:
+    from composer import Callback, Trainer
+
+    from d2v_composer.callbacks import ZeroShotRetrieval
+    from d2v_composer.config.schema import TrainConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train on every GPU of this machine."""
+    command_line.show_help(argv, __doc__)
+    use_all_gpus("train", *argv)
+    train(argv)
+
+
+def use_all_gpus(*arguments: str) -> None:
+    """Replace this process by Composer's launcher of a command of d2v, if there are GPUs for several ranks."""
+    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
+    import torch
+
+    if "RANK" in os.environ or torch.cuda.device_count() < 2:  # a launcher started this process
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
+    program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
+    os.execv(sys.executable, [*program, *arguments])
+
+
+def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
+    """Train a student, and name the next steps.
+
+    Args:
+        argv: A YAML and its overrides.
+        callbacks: Callbacks beside those of the YAML.
+    """
+    from d2v_composer.config.load import load_config
+
+    config = load_config(argv)
+    trainer = fit(config, callbacks)
+    name_next_steps(config)
+    return trainer
+
+
+def fit(config: "TrainConfig", callbacks: "Sequence[Callback]" = ()) -> "Trainer":
+    """Train a student, from the run's last checkpoint if there is one, and report."""
+    from composer import Trainer
+
+    from d2v_composer.builders.fit import fit_and_close, join_and_seed
+    from d2v_composer.builders.run import build_run
+    from d2v_composer.checkpoints.safe_load import read_checkpoint
+    from d2v_composer.models.execution import join_units
+    from d2v_composer.system.third_party import patched_composer
+
+    join_and_seed(config)
+    with patched_composer(read_checkpoint):
+        run = build_run(config)
+        run.trainer_arguments["callbacks"].extend(callbacks)
+        trainer = Trainer(**run.trainer_arguments)
+    if trainer.state.fsdp_config is not None:
+        join_units(run.model, trainer.state.fsdp_config.device_mesh)
+    fit_and_close(trainer, config, run.header, lambda: report(trainer, config, run.retrieval))
+    return trainer
+
+
+def report(trainer: "Trainer", config: "TrainConfig", retrieval: "ZeroShotRetrieval | None") -> None:
+    """Print the retrieval table, and write the report into the run's folder."""
+    from d2v_composer.builders.fit import write_run_report
+    from d2v_composer.report.tables import retrieval_table
+
+    if retrieval is not None and retrieval.history:
+        print(f"\n{retrieval_table(retrieval)}")
+    write_run_report(trainer, config, retrieval)
+
+
+def name_next_steps(config: "TrainConfig") -> None:
+    """Print how to evaluate and export the student."""
+    import yaml
+
+    from d2v_composer.checkpoints.safe_load import LATEST
+
+    if config.run_folder is None:
+        return
+    checkpoint = config.run_folder.local / LATEST
+    used = {
+        name: labeled.model_dump(exclude_defaults=True)
+        for name, labeled in config.retrieval.datasets.items()
+        if labeled is not None
+    }
+    datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
+    evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
+    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / "student.safetensors"))
