@@ -1,6 +1,6 @@
 """Distil data2vec 2.0 image teachers into small students: the commands that need no checkout of the repository.
 
-A typical order: convert-teacher, convert-images and train, then evaluate, export and embed.
+distill is the shortest way. Step by step: convert-teacher, convert-images, train, then evaluate, export and embed.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import d2v_composer
 from d2v_composer.system import command_line
 
 COMMANDS = {
+    "distill": "distil a student from a folder of images, in one command",
     "train": "distil a student as a YAML says",
     "init": "print a YAML to start from",
     "convert-teacher": "write fairseq's checkpoint as one safe file",

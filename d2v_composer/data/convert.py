@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,6 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage import CloudUploader
-from torch import Tensor
 
 from d2v_composer.data.images import (
     ImageFile,
@@ -34,9 +33,9 @@ from d2v_composer.data.images import (
     read_image_file,
     to_rgb,
 )
-from d2v_composer.data.index import INDEX, SUMMARY
+from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, keep_encoded, read_image_index
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
-from d2v_composer.data.shards import find_fault
+from d2v_composer.data.shards import Shards, find_fault
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import sole_user, write_atomically
@@ -52,10 +51,11 @@ HASHES = ["sha1", "xxh64"]
 BYTES_PER_SQUARE = 0.4
 ATTEMPTS = 6  # half a minute with Streaming's back-off
 LOCK_SECONDS = 10.0
+MOST_HELD_OUT = 5000
 
 
 class ImageSource(NamedTuple):
-    """The images of a folder, or of CIFAR-10."""
+    """The images of a folder, of an MDS data set, or of CIFAR-10."""
 
     root: Path
     files: list[ImageFile]
@@ -64,8 +64,10 @@ class ImageSource(NamedTuple):
     """The name of each label; ``None`` without labels."""
     ignored: dict[str, int]
     """The number of other files by suffix."""
-    pixels: Tensor | None = None
-    """CIFAR-10's images, (N, 3, 32, 32) uint8; the paths of ``files`` are their numbers."""
+    load: Callable[[int], bytes | Image.Image] | None = None
+    """Returns an image by number, which the paths of ``files`` are then; ``None``: they are files."""
+    is_lossless: bool = False
+    """Keep the images as PNGs."""
 
 
 def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> ImageSource:
@@ -126,7 +128,53 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
     labeled = load_labeled_set("cifar10", folder, image_size=32, interpolation="bicubic", download=True)
     images, labels = getattr(labeled, split)
     files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
-    return ImageSource(folder / split, files, list(labeled.class_names), {}, images)
+    classes = list(labeled.class_names)
+
+    def load(number: int) -> Image.Image:
+        return Image.fromarray(images[number].permute(1, 2, 0).numpy())
+
+    return ImageSource(folder / split, files, classes, {}, load, is_lossless=True)
+
+
+def list_samples(source: str, column: str, cache: Path) -> ImageSource:
+    """List the images of an MDS data set, without labels.
+
+    Args:
+        source: Its folder, or its address in a store.
+        column: The column of images.
+        cache: The folder for the shards of a store.
+
+    Raises:
+        InputError: The index cannot be read, or has no such column.
+    """
+    remote = source if is_remote(source) else None
+    folder = Path(source) if remote is None else cache
+    if remote is not None:
+        fetch_index(remote, folder)
+    shards = read_image_index(
+        folder, column, option="--column", source=source, shards_may_be_missing=remote is not None
+    )
+    samples = Shards(local=folder, remote=remote)
+    keep_encoded(samples.readers, column)
+    sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
+    files = [ImageFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
+    return ImageSource(Path(source), files, None, {}, lambda number: samples[number][column])
+
+
+def hold_out(source: ImageSource, record: Path) -> tuple[ImageSource, ImageSource]:
+    """Return the images to train on, and a tenth of all, at most 5,000, to measure with.
+
+    A hash of its path chooses an image. The chosen paths are kept in the file ``record``: an image that comes or goes
+    before the next call moves no other image.
+    """
+    if not record.exists():
+        paths = [file.path for file in source.files]
+        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+        write_atomically(record, json.dumps(sorted(paths[: min(len(paths) // 10, MOST_HELD_OUT)])))
+    held = {*json.loads(record.read_bytes())}
+    parts = ([file for file in source.files if (file.path in held) == is_held] for is_held in (False, True))
+    train, test = (source._replace(files=files) for files in parts)
+    return train, test
 
 
 def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> bytes:
@@ -244,13 +292,14 @@ class _Task(NamedTuple):
         return done
 
     def _read_image(self, file: ImageFile) -> bytes:
-        if self.source.pixels is not None:
-            buffer = io.BytesIO()
-            Image.fromarray(self.source.pixels[int(file.path)].permute(1, 2, 0).numpy()).save(buffer, "PNG")
-            return buffer.getvalue()
-        path = self.source.root / file.path
+        path, load = self.source.root / file.path, self.source.load
         with reading(path):
-            return as_rgb_jpeg(read_image_file(path), str(path), self.resize, self.quality)
+            encoded = read_image_file(path) if load is None else load(int(file.path))
+            if isinstance(encoded, Image.Image):
+                buffer = io.BytesIO()
+                encoded.save(buffer, "PNG")
+                encoded = buffer.getvalue()
+            return encoded if self.source.is_lossless else as_rgb_jpeg(encoded, str(path), self.resize, self.quality)
 
 
 def work_folder(out: str) -> Path:
@@ -302,7 +351,7 @@ def convert_images(
     """
     out = str(out).rstrip("/")
     work, folder = work_folder(out), Path(out)
-    if source.pixels is None and work.is_relative_to(source.root.resolve()):
+    if source.load is None and work.is_relative_to(source.root.resolve()):
         raise InputError(f"{out}: is in the folder of the images, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
@@ -323,7 +372,7 @@ def convert_images(
                 bar.update(len(group))
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
-            raise InputError(f"{out}: none of the {len(source.files)} images can be read")
+            raise InputError(f"{source.root}: none of the {len(source.files)} images can be read")
         names = {entry["raw_data"]["basename"] for entry in entries}
         for path in folder.glob("shard.*.mds"):
             if path.name not in names:  # of an interrupted conversion with other settings
@@ -346,7 +395,7 @@ def _groups(source: ImageSource, resize: int | None, seed: int, shard_bytes: int
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
     order = np.arange(len(sizes))
-    if source.pixels is None:
+    if source.load is None:
         order = np.random.default_rng(seed).permutation(order)
     shards = sizes[order].cumsum() // shard_bytes
     return np.split(order, np.flatnonzero(np.diff(shards)) + 1)

@@ -46,7 +46,18 @@ from recipes.supervised_resnet import load_labeled_set
 
 TEACHER = GOLDEN / "tiny_base.pt"
 D2V_SCRIPT = Path(sys.executable).with_name("d2v")
-COMMANDS = ("train", "init", "convert-teacher", "convert-images", "report", "evaluate", "export", "embed", "benchmark")
+COMMANDS = (
+    "distill",
+    "train",
+    "init",
+    "convert-teacher",
+    "convert-images",
+    "report",
+    "evaluate",
+    "export",
+    "embed",
+    "benchmark",
+)
 RECIPES = ("train", "finetune", "preflight", "ablations", "supervised_resnet")
 
 

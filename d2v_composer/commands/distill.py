@@ -1,0 +1,188 @@
+"""Distil a student from images alone: no labels, no YAML, no clone.
+
+    d2v distill photos --teacher timm/vit_small_patch14_dinov2.lvd142m --out runs/photos
+    d2v distill photos --teacher teacher.safetensors --out runs/photos max_duration=20ep student.depth=3
+    d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
+
+SOURCE is a folder of images, or an MDS data set, also one in a store. A tenth of its images, at most 5,000, measure
+the student and are never trained on. Sizes and duration follow from the number of images, the teacher and the device.
+OUT receives distill.yaml (every setting, to read and for d2v train), images/, the run with its report.html, and
+student.safetensors. key=value changes a setting; yamls/README.md of the repository lists them.
+The same command again goes on after any interruption.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2v_composer.commands import export
+from d2v_composer.commands.train import fit, use_all_gpus
+from d2v_composer.models.names import DATA2VEC2, PREFIX
+from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
+from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
+from d2v_composer.system.command_line import make_parser
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file, write_atomically
+from d2v_composer.system.processes import global_rank
+
+if TYPE_CHECKING:
+    from d2v_composer.config.schema import TrainConfig
+    from d2v_composer.data.convert import ImageSource
+
+# A tenth of them are eleven, the fewest of which each has ten neighbors.
+FEWEST_IMAGES = 110
+# The paper's, on ImageNet: 30,000 batches of 256.
+EPOCHS, MOST_BATCHES = 6, 30_000
+# In OUT, and in its images/ the shards of a store while they are converted.
+SETTINGS, CACHE = "distill.yaml", "source"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Choose, convert, train, report and export."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add("changes", metavar="key=value", nargs="*", help="settings that differ from what is chosen")
+    add("--teacher", required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
+    add("--out", required=True, metavar="DIR", help="the folder of images, run and student")
+    add("--column", default="image", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.source, arguments.teacher = absolute(arguments.source), absolute(arguments.teacher)
+    out = arguments.out = Path(absolute(arguments.out))
+    if "RANK" not in os.environ:  # not a rank of a launcher's
+        prepare(arguments)
+        use_all_gpus("distill", *argv)
+
+    from d2v_composer.checkpoints.safe_load import LATEST
+
+    fit(read_settings(arguments, out / SETTINGS))
+    if global_rank() == 0:
+        export.main([str(out / LATEST), str(out / "student.safetensors"), "--overwrite"])
+
+
+def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
+    """Return the run's config: a YAML, what is chosen, what the command says.
+
+    Raises:
+        InputError: A change of a setting is wrong.
+    """
+    from d2v_composer.config.load import load_config
+
+    out, teacher = arguments.out, arguments.teacher
+    is_timm = teacher.startswith(PREFIX)
+    own = {
+        "run_name": out.name,
+        "teacher.model": teacher if is_timm else DATA2VEC2,
+        "teacher.checkpoint": None if is_timm else teacher,
+        "train_loader.local": str(out / "images" / "train"),
+    }
+    values = [f"{key}={json.dumps(value)}" for key, value in {**(chosen or {}), **own}.items()]
+    return load_config([str(path), *values, *arguments.changes, f"save_folder={json.dumps(str(out))}"])
+
+
+def prepare(arguments: Namespace) -> None:
+    """Choose the settings and convert the images, as far as an interrupted call has not.
+
+    Raises:
+        InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
+    """
+    import yaml
+
+    from d2v_composer.builders.models import build_teacher
+    from d2v_composer.data.convert import NO_LABELS, find_images, list_samples
+    from d2v_composer.data.index import INDEX
+    from d2v_composer.system.fetch import is_remote
+
+    source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / "images"
+    check_out_file(path)
+    command = hide_secrets(shlex.join(["d2v", "distill", source, "--teacher", arguments.teacher]))
+    if path.exists() and (found := path.read_text().partition("\n")[0][2:]) != command:
+        raise InputError(f"{arguments.out}: is of {found!r}; choose another --out")
+    if (images / "train" / INDEX).exists():  # written last
+        return
+    is_mds = is_remote(source) or Path(source, INDEX).is_file()
+    every = list_samples(source, arguments.column, images / CACHE) if is_mds else find_images(source, labels=NO_LABELS)
+    if (num_images := len(every.files)) < FEWEST_IMAGES:
+        raise InputError(f"{source}: has too few images: expected at least {FEWEST_IMAGES}, got {num_images}")
+    config = read_settings(arguments, path if path.exists() else "/dev/null")
+    sizes = build_teacher(config.teacher).config
+    if not path.exists():
+        chosen = choose(num_images, sizes)
+        print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+        config = read_settings(arguments, "/dev/null", chosen)
+        settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False)
+        write_atomically(path, f"# {command}\n{settings}")
+        print(f"every setting is in {path}")
+    sides = height_and_width(parse_image_size(config.teacher.image_size or sizes.image_size))
+    convert(every, images, resize=max(sides) * 8 // 7)  # as 256 for 224
+
+
+def absolute(place: str) -> str:
+    """Return an address, timm/NAME, or a path that does not depend on the working directory."""
+    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(place)
+
+
+def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
+    """Choose sizes and duration: those of the quickstart on a CPU, the paper's on GPUs.
+
+    Args:
+        num_images: Images of the source.
+        teacher: The teacher's sizes.
+
+    Returns:
+        Dotted key → value, where it is not the default.
+    """
+    import torch
+
+    num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    fewest, batch, side, lr = (3000, 256, 224, 0.384) if num_gpus else (600, 32, 112, 0.768)
+    while batch > max(num_images // 8, num_gpus):
+        batch //= 2
+    batch -= batch % max(num_gpus, 1)
+    num_batches = min(max(EPOCHS * num_images // batch, fewest), MOST_BATCHES)
+    chosen = {
+        "precision": "auto",
+        "max_duration": f"{num_batches}ba",
+        "global_train_batch_size": batch,
+        "device_eval_batch_size": 256 if num_gpus else 64,
+        "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
+        "train_loader.crop_scale": [0.35, 1.0],
+        "optimizer.lr": round(lr / teacher.embed_dim, 6),
+        "scheduler.t_warmup": "0.1dur",
+        "retrieval.interval": f"{num_batches // 2}ba",
+        "retrieval.at_start": True,
+        "retrieval.representation": "layer_mean",
+        "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
+        "retrieval.baselines": ["pixels", "encoder", "teacher"],
+        "callbacks": {"health": {"interval": "100ba"}, "lr_monitor": {}},
+        "loggers": {"jsonl": {}},
+        "save_interval": f"{min(num_batches // 6, 1000)}ba",
+        "save_num_checkpoints_to_keep": 2,
+    }
+    if isinstance(teacher, TimmTeacherConfig):
+        height, width = height_and_width(teacher.image_size)
+        patch = height // teacher.grid_size[0]
+        if height == width:  # else the model's own
+            chosen["teacher.image_size"] = min(height, side // patch * patch)
+        chosen["train_loader.crop_scale"] = [0.7, 1.0]  # the best of yamls/ablations/timm
+    return chosen
+
+
+def convert(source: "ImageSource", images: Path, resize: int) -> None:
+    """Write the images to train on and those held out as MDS, unless they are there."""
+    from d2v_composer.data.convert import convert_images, hold_out
+    from d2v_composer.data.index import INDEX, SUMMARY
+
+    train, test = hold_out(source, images / "held_out.json")
+    for split, part in {"test": test, "train": train}.items():
+        out = images / split
+        if (out / INDEX).exists():
+            continue
+        done = convert_images(part, out, resize=resize, workers=os.cpu_count() or 1, skip_unreadable=True)
+        print(f"{out}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
+    shutil.rmtree(images / CACHE, ignore_errors=True)
