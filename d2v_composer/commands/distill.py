@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any
 from d2v_composer.commands import export
 from d2v_composer.commands.train import fit, use_all_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
+from d2v_composer.models.sizes import (
+    Data2Vec2Config,
+    TeacherConfig,
+    TimmTeacherConfig,
+    height_and_width,
+    parse_image_size,
+)
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
@@ -109,9 +115,13 @@ def prepare(arguments: Namespace) -> None:
     every = list_samples(source, arguments.column, images / CACHE) if is_mds else find_images(source, labels=NO_LABELS)
     if (num_images := len(every.files)) < FEWEST_IMAGES:
         raise InputError(f"{source}: has too few images: expected at least {FEWEST_IMAGES}, got {num_images}")
-    config = read_settings(arguments, path if path.exists() else "/dev/null")
+    is_new = not path.exists()
+    if is_new:  # any sizes, to check the changes and to find the teacher
+        config = read_settings(arguments, "/dev/null", choose(num_images, Data2Vec2Config()))
+    else:
+        config = read_settings(arguments, path)
     sizes = build_teacher(config.teacher).config
-    if not path.exists():
+    if is_new:
         chosen = choose(num_images, sizes)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
         config = read_settings(arguments, "/dev/null", chosen)
