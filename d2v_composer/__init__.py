@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
+    from d2v_composer.evaluation.without_labels import neighbor_agreement
     from d2v_composer.models.distillation import DistillationModel
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "linear_probe_accuracy",
     "load_student",
     "load_teacher",
+    "neighbor_agreement",
     "retrieval_accuracy",
 ]
 
@@ -36,6 +38,7 @@ MODULES = {
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
+    "neighbor_agreement": "evaluation.without_labels",
     "retrieval_accuracy": "evaluation.nearest_neighbors",
 }
 

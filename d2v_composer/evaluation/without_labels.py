@@ -1,0 +1,67 @@
+"""Judge embeddings of images without labels: by the neighbors that another model gives them, and by augmented views.
+
+Shapes: N images, K neighbors, D channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2v_composer.evaluation.nearest_neighbors import ONE_RANK, Ranks, exact_neighbors, retrieval_hits
+
+NUM_COMMON = 10
+
+
+def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) -> float:
+    """Return the mean share of an image's k nearest others that two models have in common, from 0 to 1.
+
+    This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987). Chance is k / (N - 1).
+
+    Args:
+        embeddings: One model's embeddings, (N, D).
+        others: The other model's of the same images, (N, D of its own).
+        k: From 1 to N - 1.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    return common_shares(*(nearest_others(each, k) for each in (embeddings, others))).mean().item()
+
+
+def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK) -> Tensor:
+    """Return the indices of each image's k nearest others by cosine, nearest first, (N, k) int64.
+
+    Args:
+        images: (N, D), on every rank all of them.
+        k: From 1 to N - 1.
+        ranks: The processes that share the work.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 1 <= k < len(images):
+        raise ValueError(f"k must be from 1 to the {len(images) - 1} other images, got {k}")
+    found = exact_neighbors(images, ranks.take_share(images), k + 1).indices
+    is_other = found != ranks.share(len(images)).to(found.device)[:, None]
+    is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest
+    return ranks.gather(found[is_other].view(-1, k), len(images))
+
+
+def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
+    """Return the share of each image's neighbors that are also in the other model's, (N, K) twice → (N,) float64."""
+    return (nearest[:, :, None] == others.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)
+
+
+def instance_hits(first: Tensor, second: Tensor, ks: Sequence[int], ranks: Ranks = ONE_RANK) -> dict[int, Tensor]:
+    """Return k → whether an image's own second view is among the k second views that are nearest to its first, (N,).
+
+    Args:
+        first: The first view of each image, (N, D), on every rank all of them.
+        second: The second views, (N, D).
+        ks: Each from 1 to N.
+        ranks: The processes that share the work.
+    """
+    nearest = ranks.gather(exact_neighbors(second, ranks.take_share(first), max(ks)).indices, len(first))
+    numbers = torch.arange(len(first), device=first.device)
+    return retrieval_hits(nearest, numbers, numbers, ks)
