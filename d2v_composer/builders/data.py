@@ -106,11 +106,6 @@ def build_train_loader(
     )
 
 
-def build_transform(loader: ShardLoaderConfig, image_size: ImageSize, interpolation: str) -> RandomResizedCropFlip:
-    """Build the augmentation of the training images."""
-    return RandomResizedCropFlip(image_size, loader.crop_scale, loader.crop_ratio, loader.flip, interpolation)
-
-
 def check_memory(loader: ShardLoaderConfig, batch_size: int, image_size: ImageSize) -> None:
     """Check that the node has the shared memory for its ranks' batches of images.
 

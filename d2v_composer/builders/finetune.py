@@ -11,8 +11,8 @@ from composer.core import DataSpec, Evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.data import build_train_loader, build_transform, check_memory, read_train_index
-from d2v_composer.builders.models import load_trained_model
+from d2v_composer.builders.data import build_train_loader, check_memory, read_train_index
+from d2v_composer.builders.models import build_augmentation, load_trained_model
 from d2v_composer.builders.run import build_trainer_arguments
 from d2v_composer.builders.training import (
     FIXED_IN_A_FINETUNING,
@@ -77,11 +77,13 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
+        test = load_mds(
+            root / "test", sizes.image_size, sizes.interpolation, None, dataset.column, dataset.label_column
+        )
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(dataset.label_column, num_classes)
-    transform = build_transform(loader, sizes.image_size, sizes.interpolation)
+    transform = build_augmentation(loader, sizes, config.seed).transform
     train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed, labels)
     about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(shards)}
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
@@ -89,9 +91,12 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
 
 def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     with node_leaders_first("the data set"):
-        train, test, class_names = load_labeled_set(
+        labeled = load_labeled_set(
             **config.dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
         )
+    if not labeled.has_labels:
+        raise InputError(f"dataset: {config.dataset.root} has no labels to learn")
+    train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
         raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
@@ -100,7 +105,7 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
     num_classes = count_classes(Path(config.dataset.root), class_names, train.labels, test.labels)
     check_memory(loader, batch_size, sizes.image_size)
-    augmented = AugmentedImages(train, build_transform(loader, sizes.image_size, sizes.interpolation), config.seed)
+    augmented = AugmentedImages(train, build_augmentation(loader, sizes, config.seed))
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
     return FinetuneImages(batches, test, class_names, num_classes, about)
 

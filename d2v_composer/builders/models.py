@@ -1,5 +1,6 @@
 """Build teacher, student and the model that distils them; the models that an evaluation compares; labeled sets."""
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,16 @@ import torch
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.checkpoints.load import Models, load_any, load_teacher
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, TeacherConfig, TrainConfig
-from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.config.schema import (
+    EvaluateConfig,
+    LookupConfig,
+    ModelConfig,
+    ShardLoaderConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision, compile_model, find_missing
@@ -103,6 +112,8 @@ class Comparison(NamedTuple):
     """Their encoder's."""
     embedding: PrimaryEmbedding
     """The primary embedding."""
+    augment: Augmentation
+    """The augmentation of the model's run."""
 
 
 def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
@@ -123,18 +134,26 @@ def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolatio
     }
 
 
+def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int) -> Augmentation:
+    """Build the augmentation of the training images."""
+    crops = loader.crop_scale, loader.crop_ratio, loader.flip
+    return Augmentation(RandomResizedCropFlip(sizes.image_size, *crops, sizes.interpolation), seed)
+
+
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
 
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    model, teacher = load_trained_model(config)
+    trained, teacher = load_trained_model(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        untrained = Student(model.encoder, model.config) if isinstance(model, Student) else model.build_student()
-    embedding = choose_embedding(model, config.pooling, config.representation)
-    student = model if isinstance(model, Student) else None
+        untrained = (
+            Student(trained.encoder, trained.config) if isinstance(trained, Student) else trained.build_student()
+        )
+    embedding = choose_embedding(trained, config.pooling, config.representation)
+    student = trained if isinstance(trained, Student) else None
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
     encoder = untrained.encoder
@@ -144,4 +163,8 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     for name, model in models.items():
         costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
-    return Comparison(candidates, encoder.config, embedding)
+    loader = ShardLoaderConfig()
+    with suppress(LookupError, TypeError, ValueError):  # no run's record
+        recorded = trained.provenance["config"]["train_loader"]
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in ("crop_scale", "crop_ratio", "flip")})
+    return Comparison(candidates, encoder.config, embedding, build_augmentation(loader, encoder.config, config.seed))

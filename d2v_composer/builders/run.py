@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from composer.core import Callback
 
-from d2v_composer.builders.data import build_train_loader, build_transform, read_train_index
-from d2v_composer.builders.models import build_model
+from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.models import build_augmentation, build_model
 from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.builders.training import (
     FIXED_BY_A_CHECKPOINT,
@@ -52,8 +52,8 @@ def build_run(config: TrainConfig) -> BuiltRun:
     """
     shards = read_train_index(config.train_loader, config.global_train_batch_size)
     model = build_model(config)
-    sizes, loader = model.teacher.config, config.train_loader
-    transform = build_transform(loader, sizes.image_size, sizes.interpolation)
+    loader = config.train_loader
+    transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed)
     retrieval = build_retrieval(config, model)
     data = {"location": loader.remote or loader.local, **describe_data(shards)}

@@ -14,7 +14,7 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
-from d2v_composer.builders.models import build_labeled_sets
+from d2v_composer.builders.models import build_augmentation, build_labeled_sets
 from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.algorithms import GradientNorm
 from d2v_composer.callbacks.logging import ProgressLogger
@@ -224,6 +224,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             baselines={name: embeds[name] for name in retrieval.baselines},
             at_start=retrieval.at_start,
             probes=retrieval.probes,
+            augment=build_augmentation(config.train_loader, sizes, config.seed),
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )

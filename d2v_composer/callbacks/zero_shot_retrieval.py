@@ -1,9 +1,9 @@
-"""Measure zero-shot retrieval during training: the quality of the representations."""
+"""Measure zero-shot retrieval and its like during training: the quality of the representations."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +13,13 @@ from composer.utils import dist
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, find_primary, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Embed, check_size, embed_set, look_up, probes_on
+from d2v_composer.evaluation.metrics import PROBES, Measure, measures_of, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import LabeledSet  # and with it all that reads images
+    from d2v_composer.data.labeled import Augmentation, LabeledSet  # and with it all that reads images
 
 Metrics = dict[str, float]
 """Metric key → accuracy."""
@@ -43,10 +43,12 @@ class ZeroShotRetrieval(Callback):
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
-    ``{knn|knn_majority|linear}/top1`` in place of ``bank_{train|test}/top{k}``.
+    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``instance/top{k}`` in place of
+    ``bank_{train|test}/top{k}``.
 
     Args:
-        datasets: Name → labeled images; each split is the bank for the other's queries.
+        datasets: Name → labeled images; each split is the bank for the other's queries. Of a set without labels,
+            agreement and instance are measured, whatever ``probes`` says; without a teacher, instance alone.
         interval: Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
         embed: Function to use instead of the model's own method.
@@ -55,7 +57,11 @@ class ZeroShotRetrieval(Callback):
             ``retrieval_baselines()``, if it has that method.
         at_start: Evaluate the untrained model as well.
         probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
-            and the majority), ``linear``, by a logistic regression (seconds for each embedding).
+            and the majority), ``linear``, by a logistic regression (seconds for each embedding). Or look up test images
+            among themselves, without labels: ``agreement``, the share of each one's 10 nearest that the baseline named
+            teacher finds, too, in the embedding of the same name (for the primary embedding, in its primary one), and
+            ``instance``, whether one augmented view of it finds the other.
+        augment: Makes these views.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 
@@ -63,9 +69,11 @@ class ZeroShotRetrieval(Callback):
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         baseline_metrics: key → accuracy of the baselines.
+        teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
+            in checkpoints.
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
-            ``ks``; kept in checkpoints.
+            ``ks``; '' → those of the test images among themselves, (N, 10), for agreement; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -82,27 +90,32 @@ class ZeroShotRetrieval(Callback):
         baselines: Mapping[str, Embed] | None = None,
         at_start: bool = False,
         probes: Collection[str] = (),
+        augment: "Augmentation | None" = None,
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
+        if not PROBES.keys() >= set(probes):
+            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(probes)}")
+        if "agreement" in probes and baselines is not None and "teacher" not in baselines:
+            raise ValueError("agreement needs the teacher among the baselines")
         for name, labeled in datasets.items():
-            smallest = min(labeled.num_images)
-            if not 1 <= min(ks) <= max(ks) <= smallest:
-                raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
+            check_size(name, labeled, ks, probes)
+            if augment is None and ("instance" in probes or not labeled.has_labels):
+                raise ValueError(f"{name}: instance retrieval needs augment")
         self.datasets = dict(datasets)
         self.ks = tuple(ks)
         self.embed = embed
         self.primary = primary
         self.baselines = baselines
         self.at_start = at_start
-        if not PROBES.keys() >= set(probes):
-            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(probes)}")
         self.probes = probes
+        self.augment = augment
         self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
+        self.teacher_neighbors: dict[str, dict[str, Tensor]] = {}
         self.neighbors: dict[str, dict[str, Tensor]] = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
@@ -110,8 +123,11 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        wanted = product(self.datasets, self.measures, self.baselines)
-        keys = {metric_key(dataset, *measure, baseline=baseline) for dataset, measure, baseline in wanted}
+        keys = {
+            metric_key(dataset, *measure, baseline=baseline)
+            for dataset, baseline in product(self.datasets, self.baselines)
+            for measure in self.measures(dataset)
+        }
         embeds: dict[str | None, Embed] = {}
         if keys <= self.baseline_metrics.keys():
             logger.log_metrics(self.baseline_metrics)
@@ -137,6 +153,7 @@ class ZeroShotRetrieval(Callback):
             "history": self.history,
             "baseline_metrics": self.baseline_metrics,
             "primary": self.primary,
+            "teacher_neighbors": self.teacher_neighbors,
             "neighbors": self.neighbors,
             "images": {name: labeled.fingerprint() for name, labeled in self.datasets.items()},
             "was_stopped": self.was_stopped,
@@ -161,12 +178,15 @@ class ZeroShotRetrieval(Callback):
                 )
         self.history, self.baseline_metrics = state["history"], state["baseline_metrics"]
         self.neighbors, self.was_stopped = state["neighbors"], state["was_stopped"]
+        self.teacher_neighbors = state.get("teacher_neighbors", {})  # older checkpoints have none
 
-    @property
-    def measures(self) -> list[tuple[str, Measure]]:
-        """All pairs of bank and k, then those of 'train' and what a probe measures."""
-        probed = chain.from_iterable(PROBES[probe] for probe in self.probes)
-        return [*product(BANKS, self.ks), *product(["train"], probed)]
+    def probes_on(self, dataset: str) -> list[str]:
+        """Return what is measured on a set besides retrieval."""
+        return probes_on(self.datasets[dataset], self.probes, has_teacher="teacher" in (self.baselines or {}))
+
+    def measures(self, dataset: str) -> list[tuple[str, Measure]]:
+        """Return what is measured on a set, each with its bank."""
+        return measures_of(self.datasets[dataset].has_labels, self.ks, self.probes_on(dataset))
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure the model and log it, unless this was done for this batch or the run is to stop."""
@@ -217,18 +237,20 @@ class ZeroShotRetrieval(Callback):
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
-        embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress)
-        for baseline, embeddings in embedded.items():
-            primary = find_primary(self.primary, embeddings["train"].keys(), fall_back=baseline is not None)
-            for found in look_up(embeddings, labeled, self.ks, to_device, ranks, self.probes):
-                names = [found.embedding or None]
-                if found.embedding == primary:
-                    names.append(None)  # the short key
-                    if baseline is None:
-                        self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
-                for name, (measure, hits) in product(names, found.hits.items()):
-                    key = metric_key(dataset, found.bank, measure, name, baseline)
-                    yield baseline, key, hits.double().mean().item()
+        probes = self.probes_on(dataset)
+        augment = self.augment if "instance" in probes else None
+        embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress, augment)
+        teachers = self.teacher_neighbors.setdefault(dataset, {})
+        options = labeled, self.primary, self.ks, to_device, ranks, probes
+        for baseline, found in look_up(embedded, *options, teachers=teachers):
+            names = [found.embedding or None]
+            if found.is_primary:
+                names.append(None)  # the short key
+                if baseline is None:
+                    self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
+            for name, (measure, hits) in product(names, found.hits.items()):
+                key = metric_key(dataset, found.bank, measure, name, baseline)
+                yield baseline, key, hits.double().mean().item()
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

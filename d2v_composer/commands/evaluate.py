@@ -8,10 +8,11 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
 The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints the accuracies
-of retrieval, and of the probes that ``probes='[knn, linear]'`` asks for of the primary embedding of the
-model's run unless pooling and representation choose another embedding; ``out`` receives those of all embeddings as JSON
-and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks, image_size, weights,
-teacher, datasets, max_images, pooling, representation, ks, probes, precision, device_eval_batch_size, seed, out.
+of retrieval, and what ``probes='[knn, linear, agreement, instance]'`` asks for (the last two need no labels), of the
+primary embedding of the model's run unless pooling and representation choose another embedding; ``out`` receives those
+of all embeddings as JSON and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks,
+image_size, weights, teacher, datasets, max_images, pooling, representation, ks, probes, precision,
+device_eval_batch_size, seed, out.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,10 @@ def main(argv: Sequence[str]) -> "Evaluation":
     import torch
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
+    from d2v_composer.builders.run_folder import errors_of
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
+    from d2v_composer.evaluation.labeled_retrieval import check_size
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions
@@ -46,14 +49,16 @@ def main(argv: Sequence[str]) -> "Evaluation":
     if config.out is not None:  # before minutes of work
         check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates, sizes, embedding = build_comparison(config, device)
+    candidates, sizes, embedding, augment = build_comparison(config, device)
+    if "agreement" in config.probes and candidates[-1].name != "teacher":
+        raise InputError("probes: agreement is with the teacher: name it with teacher=PATH")
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
     for name, labeled in datasets.items():
-        if max(config.ks) > min(labeled.num_images):
-            raise InputError(f"ks: must be at most {min(labeled.num_images)}, the images of {name}'s smaller set")
+        with errors_of("datasets"):
+            check_size(name, labeled, config.ks, config.probes)
     print(f"embedding: {embedding.name}")
-    batch_size, dtype = config.device_eval_batch_size, choose_precision(config.precision).autocast_dtype
-    retrievals = list(evaluate(candidates, datasets, config.ks, device, batch_size, dtype, config.probes))
+    options = config.device_eval_batch_size, embedding.name, augment, choose_precision(config.precision).autocast_dtype
+    retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
     evaluation = Evaluation(candidates, retrievals, embedding.name, class_names)
     print(evaluation_tables(evaluation))

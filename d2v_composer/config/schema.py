@@ -307,16 +307,17 @@ class LabeledSetConfig(Section):
     download: bool = False
     column: Text = "image"
     """Column of images in an MDS data set."""
-    label_column: Text = "label"
-    """Column of labels in an MDS data set."""
+    label_column: Text | None = "label"
+    """Column of labels in an MDS data set; null: none. Without labels, as in a folder without class folders, the images
+    in ROOT/test, or all of ROOT, are judged by the probes that need none."""
 
 
 class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
-    probes: list[Literal["knn", "linear"]] = []
-    """Probes that classify the test images, besides retrieval."""
+    probes: list[Literal["knn", "linear", "agreement", "instance"]] = []
+    """Further measures of the test images: classifiers, and the two that need no labels."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → data set; null: off."""
     max_images: Count | None = None
@@ -502,6 +503,8 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
         yield from super().contradictions()
         if self.train_loader.stream and self.dataset.format != "mds":
             yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
+        if self.dataset.label_column is None:
+            yield ".dataset.label_column: must be a column: a classifier learns labels"
         if self.callbacks.get("health") is not None:
             yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher's targets"
 

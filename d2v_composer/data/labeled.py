@@ -50,7 +50,7 @@ class LabeledImages(NamedTuple):
 
 
 class LabeledSet(NamedTuple):
-    """Two splits: each is the bank for the other's queries."""
+    """Two splits: each is the bank for the other's queries; or test images alone, without labels: all are 0."""
 
     train: LabeledImages
     test: LabeledImages
@@ -59,13 +59,15 @@ class LabeledSet(NamedTuple):
 
     def at_most(self, num_images: int) -> "LabeledSet":
         """Return at most this many images of each split, evenly spaced, since a folder lists them class by class."""
-        chosen = (torch.tensor(evenly_spaced(total, num_images)) for total in self.num_images)
+        chosen = (torch.tensor(evenly_spaced(total, num_images), dtype=torch.int64) for total in self.num_images)
         pairs = zip((self.train, self.test), chosen, strict=True)
         train, test = (LabeledImages(split.images[those], split.labels[those]) for split, those in pairs)
         return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
         """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each."""
+        if not self.has_labels:
+            return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_images)
@@ -79,6 +81,16 @@ class LabeledSet(NamedTuple):
         """Return a hash that tells sets apart, by their labels: pixels vary with the libraries that decode them."""
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+
+    @classmethod
+    def without_labels(cls, images: LabeledImages) -> "LabeledSet":
+        """Return a set of images without labels."""
+        return cls(LabeledImages(images.images[:0], images.labels[:0]), images)
+
+    @property
+    def has_labels(self) -> bool:
+        """False for a set of test images alone."""
+        return len(self.train.labels) > 0
 
     @property
     def num_images(self) -> tuple[int, int]:
@@ -94,38 +106,42 @@ def load_labeled_set(
     interpolation: str,
     download: bool = False,
     column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
     max_images: int | None = None,
 ) -> LabeledSet:
-    """Load a labeled set.
+    """Load a labeled set, or one without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test.
+            root/test/CLASS/…; ``mds``: root/train and root/test. Without labels only root/test is read, or the whole
+            root if it has neither split.
         root: The folder.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
         column: The column of an MDS data set that holds the images.
-        label_column: The column of an MDS data set that holds the labels.
+        label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
 
     Raises:
         InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
     """
-    root = Path(root)
+    root, options = Path(root), (image_size, interpolation, max_images)
+    splits = root / "train", root / "test"
+    alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
         labeled = whole if max_images is None else whole.at_most(max_images)
     elif format == "folder":
-        labeled = _load_folders(root, image_size, interpolation, max_images)
+        labeled = _load_folders(root, alone, *options)
+    elif label_column is None:
+        labeled = LabeledSet.without_labels(load_mds(alone, *options, column, None))
     else:
-        options = image_size, interpolation, column, label_column, max_images
-        train, test = (load_mds(root / split, *options) for split in ("train", "test"))
+        train, test = (load_mds(split, *options, column, label_column) for split in splits)
         labeled = LabeledSet(train, test, read_class_names(root))
-    for split in (labeled.train, labeled.test):
+    for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
@@ -151,18 +167,22 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
+def _load_folders(
+    root: Path, alone: Path, image_size: ImageSize, interpolation: str, max_images: int | None
+) -> LabeledSet:
     layout = f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+    folders = [root / "train", root / "test"]
+    has_labels = not alone.is_dir() or any(folder.is_dir() and list_subfolders(folder) for folder in folders)
     splits: list[LabeledImages] = []
     class_names: list[str] = []
-    for folder in (root / "train", root / "test"):
+    for folder in folders if has_labels else [alone]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; {layout}")
-        paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
+        paths = [file.path for file in list_images(folder)[0] if "/" in file.path or not has_labels]
         if not paths:
             raise InputError(f"{folder}: no images in its class folders; {layout}")
-        class_names = class_names or list_subfolders(folder)
-        names = [path.split("/", 1)[0] for path in paths]
+        class_names = class_names or list_subfolders(folder) if has_labels else [""]
+        names = [path.split("/", 1)[0] if has_labels else "" for path in paths]
         if unknown := sorted(set(names) - set(class_names)):
             raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {layout}")
         chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
@@ -170,21 +190,22 @@ def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_ima
             (to_pixels(read_image_file(path), str(path), image_size, interpolation), label) for path, label in chosen
         )
         splits.append(_stacked(pairs, len(chosen)))
-    return LabeledSet(splits[0], splits[1], tuple(class_names))
+    return LabeledSet(splits[0], splits[1], tuple(class_names)) if has_labels else LabeledSet.without_labels(splits[0])
 
 
 def load_mds(
     folder: Path,
     image_size: ImageSize,
     interpolation: str,
+    max_images: int | None,
     column: str,
-    label_column: str,
-    max_images: int | None = None,
+    label_column: str | None,
 ) -> LabeledImages:
-    """Load one split of a labeled MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
+    """Load one split of an MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
     from d2v_composer.data.shards import Shards  # takes seconds
 
-    read_image_index(folder, column, option="column and label_column", other_columns=(label_column,))
+    labels = () if label_column is None else (label_column,)
+    read_image_index(folder, column, option="column and label_column", other_columns=labels)
     shards = Shards(local=folder)
     keep_encoded(shards.readers, column)
     chosen = evenly_spaced(len(shards), max_images)
@@ -192,7 +213,7 @@ def load_mds(
     def pairs() -> Iterator[tuple[Tensor, int]]:
         for number in chosen:
             sample, source = shards[number], f"sample {number} of {folder}"
-            label = whole_label(sample[label_column], source)
+            label = 0 if label_column is None else whole_label(sample[label_column], source)
             yield to_pixels(sample[column], source, image_size, interpolation), label
 
     return _stacked(pairs(), len(chosen))
@@ -236,6 +257,18 @@ def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledIma
     return LabeledImages(images, labels)
 
 
+class Augmentation(NamedTuple):
+    """A reproducible augmentation of images in memory."""
+
+    transform: RandomResizedCropFlip
+    seed: int
+
+    def __call__(self, image: Tensor, *place: int) -> Tensor:
+        """Augment (3, height, width) uint8 by random numbers that depend on the seed and two whole numbers alone."""
+        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
+        return self.transform(whole, sample_rng(self.seed, *place))
+
+
 @dataclass(eq=False)
 class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     """Augmented images with their labels: (3, S, S) uint8 and int64.
@@ -245,16 +278,14 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     """
 
     labeled: LabeledImages
-    transform: RandomResizedCropFlip
-    seed: int
+    augment: Augmentation
 
     def __len__(self) -> int:
         return len(self.labeled.labels)
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
         epoch, i = place
-        image = Image.fromarray(self.labeled.images[i].permute(1, 2, 0).numpy())
-        return self.transform(image, sample_rng(self.seed, epoch, i), f"image {i}"), self.labeled.labels[i]
+        return self.augment(self.labeled.images[i], epoch, i), self.labeled.labels[i]
 
 
 class EpochSampler(DistributedSampler[Place]):
@@ -276,7 +307,7 @@ def train_batches(
     from composer.utils import dist  # takes seconds, and only fine-tuning needs it
 
     ranks = dist.get_world_size()
-    sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
+    sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
     options = worker_options(num_workers, prefetch_factor)
     return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, drop_last=True, **options)
 

@@ -6,6 +6,7 @@ Shapes: Q queries.
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up
-from d2v_composer.evaluation.metrics import BANKS, Measure, metric_key, primary_fallbacks
+from d2v_composer.data.labeled import Augmentation, LabeledSet
+from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up, probes_on
+from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, metric_key
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.sizes import height_and_width
@@ -43,12 +44,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def accuracy_interval(hits: NDArray[np.bool_]) -> Interval:
-    """Return the share of hits, (Q,), with its interval."""
+def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
+    """Return the mean of hits, or of shares, (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def gap_closed_interval(*hits: NDArray[np.bool_]) -> Interval | None:
+def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
     value = gap_closed(*(each.mean() for each in hits))
     if value is None:
@@ -96,7 +97,7 @@ def gap_closed_by_step(
     return {step: mean(found[step]) for step in sorted(found)}
 
 
-def resample(*hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     """Return the accuracies of S candidates in each bootstrap resample of their common queries, (R, S).
 
     Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
@@ -159,8 +160,9 @@ class Retrieval(NamedTuple):
     bank: str
     embedding: str
     """'' for a candidate with a single one."""
-    hits: dict[Measure, NDArray[np.bool_]]
-    """k → whether any of the k nearest has the query's label, (Q,); with bank 'train', also what a probe measures."""
+    is_primary: bool
+    hits: dict[Measure, NDArray[np.bool_ | np.float64]]
+    """As in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
@@ -176,20 +178,15 @@ class Evaluation(NamedTuple):
     class_names: Mapping[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
 
-    @property
-    def measures(self) -> list[tuple[str, Measure]]:
-        """All pairs of bank and what was measured with it."""
-        return list(dict.fromkeys((each.bank, measure) for each in self.retrievals for measure in each.hits))
+    def measures(self, dataset: str) -> list[tuple[str, Measure]]:
+        """Return all pairs of bank and what was measured with it on a data set."""
+        found = [each for each in self.retrievals if each.dataset == dataset]
+        return list(dict.fromkeys((each.bank, measure) for each in found for measure in each.hits))
 
     @property
     def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
         """Candidate, data set and bank → its result with the primary embedding, or with the fallback for it."""
-        return {
-            (each.candidate, each.dataset, each.bank): each
-            for name in ("", *reversed(primary_fallbacks(self.primary)))  # the last one that a candidate has
-            for each in self.retrievals
-            if each.embedding == name
-        }
+        return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
         """Return the teacher gap closed; ``None`` if there is no gap, or one of the three was not evaluated."""
@@ -220,7 +217,7 @@ class Evaluation(NamedTuple):
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
                 for dataset in self.class_names
-                for bank, measure in self.measures
+                for bank, measure in self.measures(dataset)
                 if (closed := self.gap_closed(dataset, bank, measure)) is not None
             ],
             "candidates": [
@@ -240,10 +237,12 @@ class Evaluation(NamedTuple):
 
 
 def describe_measure(measure: Measure) -> dict[str, str | int | None]:
-    """Return the cells of a measure: 'retrieval' among the k nearest, or the probe and the number of its voters."""
+    """Return the cells of a measure: 'retrieval' among the k nearest, or the probe and the number of neighbors."""
     if isinstance(measure, int):
         return {"measure": "retrieval", "k": measure}
-    return {"measure": measure, "k": None if measure == "linear" else NUM_NEIGHBORS}
+    voters = {"linear/top1": None, **dict.fromkeys(PROBES["knn"], NUM_NEIGHBORS)}
+    name, k = re.split("@|/top", measure)
+    return {"measure": name, "k": voters.get(measure, int(k))}
 
 
 def evaluate(
@@ -252,6 +251,8 @@ def evaluate(
     ks: Sequence[int],
     device: str,
     batch_size: int,
+    primary: str,
+    augment: Augmentation,
     autocast_dtype: torch.dtype | None = None,
     probes: Collection[str] = (),
 ) -> Iterator[Retrieval]:
@@ -263,15 +264,18 @@ def evaluate(
         ks: The k to count hits for; each at most the size of the smallest split.
         device: cpu or cuda.
         batch_size: Images embedded at once.
+        primary: The primary embedding.
+        augment: Makes an image's views.
         autocast_dtype: Enables autocast with this dtype.
-        probes: Names of ``PROBES``.
+        probes: Names of ``PROBES``; without labels, those that need none. Agreement needs the candidate teacher.
     """
     embeds, to_device = {name: embed for name, embed, *_ in candidates}, partial(torch.Tensor.to, device=device)
     for dataset, labeled in datasets.items():
+        wanted = probes_on(labeled, probes, has_teacher="teacher" in embeds)
         print(f"embedding {sum(labeled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
-            embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset)
-        for name, of_candidate in embedded.items():
-            for found in look_up(of_candidate, labeled, ks, to_device, probes=probes):
-                hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
-                yield Retrieval(name, dataset, found.bank, found.embedding, hits)
+            views = augment if "instance" in wanted else None
+            embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)
+        for name, found in look_up(embedded, labeled, primary, ks, to_device, probes=wanted, teachers={}):
+            hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
+            yield Retrieval(name, dataset, found.bank, found.embedding, found.is_primary, hits)

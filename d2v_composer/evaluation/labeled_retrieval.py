@@ -1,4 +1,4 @@
-"""Embed a labeled set, look up each split's images among the other split's, and probe the embeddings.
+"""Embed a set of images, look up each split's images among the other split's, and probe the embeddings.
 
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
-from d2v_composer.evaluation.metrics import BANKS, Measure
+from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, PROBES, WITHOUT_LABELS, Measure, find_primary
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_NEIGHBORS,
     ONE_RANK,
@@ -21,31 +21,36 @@ from d2v_composer.evaluation.nearest_neighbors import (
     retrieval_hits,
     vote,
 )
+from d2v_composer.evaluation.without_labels import NUM_COMMON, common_shares, instance_hits, nearest_others
 from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import LabeledSet
+    from d2v_composer.data.labeled import Augmentation, LabeledSet
 
 Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
 """Embeds images: (B, 3, height, width) uint8 on the model's device → (B, D), or several embeddings by name."""
 ModelT = TypeVar("ModelT", bound=Hashable)
 
+VIEWS = ("first view", "second view")
 EmbeddedSet = dict[str, dict[str, Tensor]]
-"""Split ('train', 'test') → embedding → this rank's share, (share, D) float32 on the host."""
+"""Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
 
 
 class Found(NamedTuple):
-    """The neighbors of one split's images in the other split, with one embedding."""
+    """The neighbors of one split's images in the other split, or of the test images among themselves."""
 
     embedding: str
     """'' for a single one without a name."""
+    is_primary: bool
+    """Whether it is the model's primary embedding."""
     bank: str
-    """The split that was searched."""
+    """The split that was searched; '' for the test images among themselves."""
     nearest: Tensor
-    """(Q, K) int64: bank indices, nearest first."""
+    """(Q, K) int64: bank indices, nearest first; among themselves only if agreement is measured."""
     hits: dict[Measure, Tensor]
     """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
-    → (Q,) bool: whether it gives the query its label."""
+    → (Q,) bool: whether it gives the query its label. With bank '', what needs no labels → the share of common
+    neighbors, (Q,) float64, or whether the other view is among the k nearest, (Q,) bool."""
 
 
 def embed_set(
@@ -55,8 +60,9 @@ def embed_set(
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     progress: str | None = None,
+    augment: "Augmentation | None" = None,
 ) -> dict[ModelT, EmbeddedSet]:
-    """Embed this rank's share of both splits with every model, in one pass over the images.
+    """Embed this rank's share of all parts with every model, in one pass over the images.
 
     Args:
         embeds: Model → embed function.
@@ -65,57 +71,108 @@ def embed_set(
         to_device: Moves a tensor to the model's device.
         ranks: The processes that share the images.
         progress: The label of the progress bar; ``None``: no bar.
+        augment: Makes two views of each test image, which depend on its number; ``None``: no views.
     """
     embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
-    for split in BANKS:
-        images = getattr(labeled, split).images
+    parts = dict(zip(BANKS, labeled, strict=False)) if labeled.has_labels else {"test": labeled.test}
+    parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
+    for part, (images, _) in parts.items():
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
-        parts = ranks.share(len(images)).split(batch_size)
-        for indices in progress_bar(parts, desc=f"{progress} {split}", unit="batches", disable=progress is None):
-            batch = to_device(images[indices])
+        shares = ranks.share(len(images)).split(batch_size)
+        for indices in progress_bar(shares, desc=f"{progress} {part}", unit="batches", disable=progress is None):
+            batch = images[indices]
+            if augment is not None and part in VIEWS:
+                views = [augment(image, i, VIEWS.index(part)) for i, image in zip(indices.tolist(), batch, strict=True)]
+                batch = torch.stack(views)
+            batch = to_device(batch)
             for model, embed in embeds.items():
                 embeddings = embed(batch)
                 embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
                 batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
         for model, found in batches.items():
             # Popped, so that not all are held twice.
-            embedded[model][split] = {name: torch.cat([each.pop(name) for each in found]) for name in list(found[0])}
+            embedded[model][part] = {name: torch.cat([each.pop(name) for each in found]) for name in list(found[0])}
     return embedded
 
 
+def probes_on(labeled: "LabeledSet", probes: Collection[str], *, has_teacher: bool) -> list[str]:
+    """Return what to measure on a set besides retrieval: without labels, all that needs none."""
+    wanted = probes if labeled.has_labels else WITHOUT_LABELS
+    return [probe for probe in wanted if has_teacher or probe != "agreement"]
+
+
+def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Collection[str]) -> None:
+    """Check that a set has enough images to look up.
+
+    Raises:
+        ValueError: It has too few.
+    """
+    smallest = min(filter(None, labeled.num_images))
+    if not 1 <= min(ks) <= max(ks) <= smallest:
+        raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
+    if labeled.num_images[1] <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
+        raise ValueError(f"{name}: agreement needs more than {NUM_COMMON} images, got {labeled.num_images[1]}")
+
+
 def look_up(
-    embedded: EmbeddedSet,
+    embedded: Mapping[ModelT, EmbeddedSet],
     labeled: "LabeledSet",
+    primary: str,
     ks: Sequence[int],
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     probes: Collection[str] = (),
-) -> Iterator[Found]:
-    """Look up each split among the other, one embedding after the other; each rank takes its share of the queries.
+    *,
+    teachers: dict[str, Tensor],
+) -> Iterator[tuple[ModelT, Found]]:
+    """Look up the test images among themselves, and each split among the other, one embedding after the other.
+
+    Each rank takes its share of the queries.
 
     Args:
-        embedded: One model's result of :func:`embed_set`; emptied, since all images in all embeddings take gigabytes.
-        labeled: The labels.
+        embedded: Model → result of :func:`embed_set`; emptied, since all images in all embeddings take gigabytes.
+        labeled: The labels, if there are any.
+        primary: The primary embedding; the model ``None`` must have it, another may have a fallback for it.
         ks: The k to count hits for.
         to_device: Moves a tensor to the device that searches.
         ranks: As given to :func:`embed_set`.
-        probes: Names of ``PROBES``, which classify the test images, too.
+        probes: Names of ``PROBES``, which judge the test images, too; agreement needs the model 'teacher', here or
+            before.
+        teachers: Embedding of the teacher, '' the primary one → the neighbors of each test image, (N, K) int32; filled
+            if 'teacher' is among the models, and read for all.
     """
-    for name in list(embedded["train"]):
-        labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-        images = {split: ranks.gather(to_device(embedded[split].pop(name)), len(labels[split])) for split in BANKS}
-        for bank, query in (BANKS, BANKS[::-1]):
-            fitted = probes if bank == "train" else ()
-            num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
-            neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
-            nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
-            hits: dict[Measure, Tensor] = {**retrieval_hits(nearest, labels[bank], labels[query], ks)}
-            if num_voters:
-                voters = TopK(*(each[:, :num_voters] for each in neighbors))
-                for measure, temperature in {"knn": TEMPERATURE, "knn_majority": None}.items():
-                    voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
-                    hits[measure] = voted == labels[query]
-            if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
-                probe = fit_linear_probe(images[bank], labels[bank])
-                hits["linear"] = probe.predict(images[query]) == labels[query]
-            yield Found(name, bank, nearest, hits)
+    for model in sorted(embedded, key=lambda model: model != "teacher"):  # with which the others are compared
+        parts = embedded[model]
+        main = find_primary(primary, parts["test"], fall_back=model is not None)
+        for name in list(parts["test"]):
+            images = {
+                part: ranks.gather(to_device(shares.pop(name)), labeled.num_images[part != "train"])
+                for part, shares in parts.items()
+            }
+            nearest, hits = images["test"].new_empty(0), dict[Measure, Tensor]()
+            if "agreement" in probes:
+                nearest = nearest_others(images["test"], ranks=ranks)
+                if model == "teacher":
+                    teachers |= dict.fromkeys(["", name] if name == main else [name], nearest.int().cpu())
+                hits[AGREEMENT] = common_shares(nearest, teachers["" if name == main or name not in teachers else name])
+            if "instance" in probes:
+                found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
+                hits |= {f"instance/top{k}": hit for k, hit in found.items()}
+            if hits:
+                yield model, Found(name, name == main, "", nearest, hits)
+            labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
+            for bank, query in (BANKS, BANKS[::-1]) if labeled.has_labels else ():
+                fitted = probes if bank == "train" else ()
+                num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
+                neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
+                nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
+                hits = {**retrieval_hits(nearest, labels[bank], labels[query], ks)}
+                if num_voters:
+                    voters = TopK(*(each[:, :num_voters] for each in neighbors))
+                    for measure, temperature in zip(PROBES["knn"], (TEMPERATURE, None), strict=True):
+                        voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
+                        hits[measure] = voted == labels[query]
+                if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
+                    probe = fit_linear_probe(images[bank], labels[bank])
+                    hits["linear/top1"] = probe.predict(images[query]) == labels[query]
+                yield model, Found(name, name == main, bank, nearest, hits)

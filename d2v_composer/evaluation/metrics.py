@@ -3,32 +3,48 @@
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from operator import index
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 BANKS = ("train", "test")
-# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier.
-PROBES: Mapping[str, Sequence[str]] = {"knn": ("knn", "knn_majority"), "linear": ("linear",)}
+AGREEMENT = "agreement@10"
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
+# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views.
+PROBES: Mapping[str, Sequence[str]] = {
+    "knn": ("knn/top1", "knn_majority/top1"),
+    "linear": ("linear/top1",),
+    "agreement": (AGREEMENT,),
+    "instance": ("instance/top{k}",),
+}
+WITHOUT_LABELS = ("agreement", "instance")
 Measure = int | str
-"""The k of a retrieval, or what a probe measures: fitted to the train split, judged on the test split."""
+"""The k of a retrieval, or what a probe measures on the test split."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
+
+
+def measures_of(has_labels: bool, ks: Sequence[int], probes: Collection[str]) -> list[tuple[str, Measure]]:
+    """Return what is measured on a set, each with its bank: retrieval, then the probes.
+
+    Classifiers are fitted to the train split; what needs no labels looks up the test images among themselves, bank ''.
+    """
+    measures: list[tuple[str, Measure]] = [*product(BANKS, ks)] if has_labels else []
+    for probe in probes:
+        names = dict.fromkeys(name.format(k=k) for name in PROBES[probe] for k in ks)
+        measures += product(["" if probe in WITHOUT_LABELS else "train"], names)
+    return measures
 
 
 def metric_key(
     dataset: str, bank: str, measure: Measure, embedding: str | None = None, baseline: str | None = None
 ) -> str:
     """Return the name under which an accuracy is logged; without ``embedding``, the primary embedding's."""
-    measured = [measure, "top1"] if isinstance(measure, str) else [f"bank_{bank}", f"top{measure}"]
-    parts = ["metrics", dataset, baseline, *measured, embedding]
+    measured = measure if isinstance(measure, str) else f"bank_{bank}/top{measure}"
+    parts = ["metrics", dataset, baseline, measured, embedding]
     return "/".join(part for part in parts if part is not None)
-
-
-def primary_fallbacks(primary: str) -> list[str]:
-    """Return the embeddings to try in order: the bare encoder has no layers to average, only an output."""
-    return list(dict.fromkeys([primary, primary.replace("layer_mean", "output")]))
 
 
 def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> str:
@@ -37,13 +53,13 @@ def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> st
     Args:
         primary: The embedding asked for.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
-        fall_back: Accept :func:`primary_fallbacks`, as for a baseline.
+        fall_back: Accept the output for a mean of layers: the bare encoder has none to average.
 
     Raises:
         ValueError: The model has no such embedding.
     """
-    allowed = primary_fallbacks(primary) if fall_back else [primary]
-    found = next((name for name in [*allowed, ""] if name in names), None)
+    fallbacks = [primary.replace("layer_mean", "output")] if fall_back else []
+    found = next((name for name in [primary, *fallbacks, ""] if name in names), None)
     if found is None:
         raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
     return found

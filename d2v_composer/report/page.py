@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.evaluate import gap_closed
-from d2v_composer.evaluation.metrics import HEALTH_STATES
+from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
@@ -82,15 +82,18 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
             yield f"top-{k} of the test images", f"{100 * accuracy:.1f} %", ""
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
-        student = run.accuracies(name, "train", k)
-        before, after, teacher = student.get(0), latest(student), latest(run.accuracies(name, "train", k, "teacher"))
-        if after is None:
-            continue
-        others = {"untrained": before, "teacher": teacher}
-        notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
-        yield f"{name} top-{k}, bank train", f"{100 * after:.1f} %", ", ".join(notes)
-        if before is not None and teacher is not None and (closed := gap_closed(before, after, teacher)) is not None:
-            yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, bank train"
+        for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():
+            student = run.accuracies(name, "train", measure)
+            before, teacher = student.get(0), latest(run.accuracies(name, "train", measure, "teacher"))
+            if (after := latest(student)) is None:
+                continue
+            others = {"untrained": before, "teacher": teacher}
+            notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
+            yield f"{name} {label}", f"{100 * after:.1f} %", ", ".join(notes)
+            if before is None or teacher is None:
+                continue
+            if (closed := gap_closed(before, after, teacher)) is not None:
+                yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, {label}"
 
 
 def _warnings(run: Run) -> Iterator[str]:

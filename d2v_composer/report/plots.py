@@ -17,9 +17,9 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS
+from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of
 from d2v_composer.report.run import EMBEDDINGS, Run
-from d2v_composer.report.tables import PROBE_HEADS
+from d2v_composer.report.tables import PROBE_HEADS, measure_head
 
 WIDTH, HEIGHT = 6.4, 3.9
 MODEL_COLORS = {"student": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2"}
@@ -68,6 +68,9 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
                 yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
         if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
             yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
+        without_labels = {measure: measure_head(measure) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
+        if lines := _accuracies(run, dataset, "", without_labels):
+            yield f"without_labels_{dataset}", plot(f"{dataset}, judged without labels", "%", lines)
         closed = {name: gap_closed_by_step(run.log, dataset, name, ks[0]) for name in EMBEDDINGS}
         if any(closed.values()):
             lines = {name: (values, {}) for name, values in closed.items() if values}

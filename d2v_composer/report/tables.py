@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import Evaluation, Interval, Log, gap_closed, gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, Measure, metric_key
+from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, Measure, metric_key
 from d2v_composer.report.run import EMBEDDINGS
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 
 
-PROBE_HEADS = {"knn": "20-NN weighted", "knn_majority": "20-NN majority", "linear": "linear probe"}
+PROBE_HEADS = {"knn/top1": "20-NN weighted", "knn_majority/top1": "20-NN majority", "linear/top1": "linear probe"}
+CLASSIFIED, FITTED, UNLABELED = "Zero-shot retrieval", "Probes fitted to train, judged on test", "Judged without labels"
 DATASET = "cifar10"
 
 
@@ -29,12 +30,14 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
-    columns, first, last = retrieval.measures, retrieval.history[0], retrieval.history[-1]
+    first, last = retrieval.history[0], retrieval.history[-1]
     before, after, teacher = "student before", "student after", "teacher"
     names = [name for name in retrieval.baselines or {} if name != teacher]
     students = {before: {} if first["batch"] else first["metrics"], after: last["metrics"]}
-    head, tables = _head(columns), []
-    for dataset in retrieval.datasets:
+    tables = []
+    for dataset, labeled in retrieval.datasets.items():
+        columns = retrieval.measures(dataset)
+        head = _head(columns)
         rows: dict[str, list[float]] = {}
         for name in (*names, *students, teacher):
             baseline, metrics = (None, students[name]) if name in students else (name, retrieval.baseline_metrics)
@@ -44,7 +47,8 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
         if not rows:
             continue
         cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
-        title = f"Zero-shot retrieval on {dataset}, {retrieval.primary}, batch {last['batch']}, accuracy in %"
+        what, unit = (CLASSIFIED, "accuracy in %") if labeled.has_labels else (UNLABELED, "in %")
+        title = f"{what} on {dataset}, {retrieval.primary}, batch {last['batch']}, {unit}"
         tables.append(f"{title}\n{format_table(head, cells)}")
         if {before, after, teacher} <= rows.keys():
             closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
@@ -56,9 +60,8 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 def evaluation_tables(evaluation: Evaluation) -> str:
     """Return accuracies with intervals, the teacher gap closed, and the size of each model."""
     primaries, parts = evaluation.primaries, []
-    kinds = {"Zero-shot retrieval": int, "Probes fitted to train, judged on test": str}
-    for dataset, (what, kind) in product(evaluation.class_names, kinds.items()):
-        columns = [(bank, measure) for bank, measure in evaluation.measures if isinstance(measure, kind)]
+    for dataset, what in product(evaluation.class_names, (CLASSIFIED, FITTED, UNLABELED)):
+        columns = [(bank, measure) for bank, measure in evaluation.measures(dataset) if _kind(measure) == what]
         rows = [
             [name, *(_percent(primaries[name, dataset, bank].accuracy(measure)) for bank, measure in columns)]
             for name, *_ in evaluation.candidates
@@ -67,15 +70,26 @@ def evaluation_tables(evaluation: Evaluation) -> str:
         if any(closed):
             rows.append(["teacher gap closed", *map(_percent, closed)])
         if columns:
-            title = f"{what} on {dataset}, {evaluation.primary}, accuracy in % [95 % interval]"
+            unit = "in %" if what == UNLABELED else "accuracy in %"
+            title = f"{what} on {dataset}, {evaluation.primary}, {unit} [95 % interval]"
             parts.append(f"{title}\n{format_table(_head(columns), rows)}")
     costs = [[name, f"{number / 1e6:.2f}", f"{gflop:.2f}"] for name, _, number, gflop in evaluation.candidates]
     return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image"], costs)])
 
 
 def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
-    names = [PROBE_HEADS[each] if isinstance(each, str) else f"bank {bank} top-{each}" for bank, each in columns]
-    return ["", *names]
+    return ["", *(measure_head(each) if isinstance(each, str) else f"bank {bank} top-{each}" for bank, each in columns)]
+
+
+def measure_head(measure: str) -> str:
+    """Return the name of what a probe measures."""
+    return {**PROBE_HEADS, AGREEMENT: "neighbor agreement"}.get(measure) or measure.replace("/top", " top-")
+
+
+def _kind(measure: Measure) -> str:
+    if isinstance(measure, int):
+        return CLASSIFIED
+    return FITTED if measure in PROBE_HEADS else UNLABELED
 
 
 def _percent(interval: Interval | None) -> str:

@@ -9,9 +9,10 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from d2v_composer import knn_accuracy
+from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.data.labeled import LabeledImages, LabeledSet
+from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.labeled import Augmentation, LabeledImages, LabeledSet
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
@@ -120,6 +121,67 @@ def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -
     ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
 
 
+AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
+
+
+def views(images: Tensor, number: int) -> Tensor:
+    return torch.stack([AUGMENT(image, i, number) for i, image in enumerate(images)])
+
+
+def corner(images: Tensor) -> Tensor:
+    return pixels(images[..., :4, :4])
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_judges_without_labels(has_labels: bool) -> None:
+    """As the functions do; a set without labels is judged so alone, and a resume keeps the teacher's neighbors."""
+    labeled = LabeledSet(numbered_images(60, 0), numbered_images(50, 100))
+    images = labeled.test.images
+    labeled = labeled if has_labels else LabeledSet.without_labels(labeled.test)
+    calls: list[int] = []
+
+    def teacher(images: Tensor) -> dict[str, Tensor]:
+        calls.append(len(images))
+        return {"whole": pixels(images), "corner": corner(images).square()}
+
+    def student(images: Tensor) -> dict[str, Tensor]:
+        return {"whole": corner(images), "corner": pixels(images)}
+
+    options: dict[str, Any] = {"embed": student, "primary": "whole", "augment": AUGMENT, "device_batch_size": 16}
+    options |= {"baselines": {"teacher": teacher, "pixels": corner}, "probes": ["agreement", "instance"]}
+    callback = ZeroShotRetrieval({"set": labeled}, "5ba", at_start=True, **options)
+    train(Watched(), callback, "5ba")
+    metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
+    for embedding, expected in {
+        "": neighbor_agreement(corner(images), pixels(images)),
+        "/whole": neighbor_agreement(corner(images), pixels(images)),
+        "/corner": neighbor_agreement(pixels(images), corner(images).square()),
+    }.items():
+        assert metrics[f"metrics/set/agreement@10{embedding}"] == pytest.approx(expected), embedding
+        assert baselines[f"metrics/set/teacher/agreement@10{embedding}"] == 1
+    assert baselines["metrics/set/pixels/agreement@10"] == metrics["metrics/set/agreement@10"]
+    numbers = torch.arange(50)
+    first, second = (corner(views(images, number)) for number in (0, 1))
+    for k, expected in retrieval_accuracy(second, numbers, first, numbers).items():
+        assert metrics[f"metrics/set/instance/top{k}"] == pytest.approx(expected)
+        assert 0 < expected < 1
+    assert ("metrics/set/bank_train/top1" in metrics) == has_labels
+    title, *table = retrieval_table(callback).splitlines()
+    assert title.startswith(
+        f"{'Zero-shot retrieval' if has_labels else 'Judged without labels'} on set, whole, batch 5"
+    )
+    assert table[0].endswith("neighbor agreement    instance top-1    instance top-3")
+    assert table[-1].startswith(f"teacher gap closed ({'bank train top-1' if has_labels else 'neighbor agreement'}): ")
+
+    resumed = ZeroShotRetrieval({"set": labeled}, "5ba", **options)
+    resumed.load_state_dict(callback.state_dict())
+    calls.clear()
+    resumed.history.clear()
+    train(Watched(), resumed, "5ba")
+    assert resumed.history[-1]["metrics"] == metrics
+    assert calls == []
+
+
 def test_baselines_are_measured_once_in_one_pass() -> None:
     labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
     events: list[str] = []
@@ -172,5 +234,12 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
     with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
-    with pytest.raises(ValueError, match="probes must be of knn, linear, got knm"):
+    with pytest.raises(ValueError, match="probes must be of knn, linear, agreement, instance, got knm"):
         ZeroShotRetrieval({"set": labeled}, probes=["knm"])
+    with pytest.raises(ValueError, match="set: instance retrieval needs augment"):
+        ZeroShotRetrieval({"set": labeled}, probes=["instance"])
+    with pytest.raises(ValueError, match="set: agreement needs more than 10 images, got 5"):
+        ZeroShotRetrieval({"set": labeled}, probes=["agreement"])
+    more = LabeledSet(numbered_images(9, 0), numbered_images(11, 100))
+    with pytest.raises(ValueError, match="agreement needs the teacher among the baselines"):
+        ZeroShotRetrieval({"set": more}, probes=["agreement"], baselines={"pixels": pixels})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
+from d2v_composer.data.images import to_pixels
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError, ShardError
 from helpers import encoded_image, write_mds
@@ -21,7 +22,7 @@ def write_image(path: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize(
     ("images", "fault"),
     [
-        (["cat/a.jpg"], "train: no such folder"),
+        (["train/a.jpg"], "train: no images in its class folders"),
         (["train/cat/a.jpg"], "test: no such folder"),
         (["train/cat/a.jpg", "test/a.jpg"], "test: no images in its class folders"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog: a class that the train folder lacks"),
@@ -57,6 +58,36 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
         assert torch.equal(split.labels, wanted.labels)
     with pytest.raises((InputError, ShardError)):
         load_labeled_set(format, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "chosen"),
+    [
+        (["a.jpg", "2024/b.jpg", "2024/May/c.jpg"], ["2024/May/c.jpg", "2024/b.jpg", "a.jpg"]),
+        (["train/a.jpg", "test/b.jpg", "c.jpg"], ["test/b.jpg"]),
+        (["test/b.jpg", "test/c.jpg"], ["test/b.jpg", "test/c.jpg"]),
+    ],
+)
+def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: list[str], chosen: list[str]) -> None:
+    for seed, image in enumerate(images):
+        write_image(tmp_path / image, seed)
+    options: Any = {"image_size": 32, "interpolation": "bicubic"}
+    found = load_labeled_set("folder", tmp_path, **options)
+    assert not found.has_labels
+    assert found.num_images == (0, len(chosen))
+    assert found.class_names == found.numbered().class_names == ()
+    for image, path in zip(found.test.images, chosen, strict=True):
+        assert torch.equal(image, to_pixels((tmp_path / path).read_bytes(), path, **options))
+    assert load_labeled_set("folder", tmp_path, **options, max_images=1).num_images == (0, 1)
+
+
+@pytest.mark.parametrize("folder", ["", "test"])
+def test_mds_without_labels(tmp_path: Path, folder: str) -> None:
+    write_mds(tmp_path / folder, [encoded_image(seed) for seed in range(3)])
+    found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic", label_column=None)
+    assert found.num_images == (0, 3)
+    with pytest.raises(InputError, match=r"no column 'label'|no such folder"):
+        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
 
 
 def write_named(folder: Path, labels: list[int], names: list[str] | None) -> None:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_composer import knn_accuracy, linear_probe_accuracy, load_student, retrieval_accuracy
+from d2v_composer import (
+    knn_accuracy,
+    linear_probe_accuracy,
+    load_student,
+    load_teacher,
+    neighbor_agreement,
+    retrieval_accuracy,
+)
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import load_labeled_set
@@ -20,7 +27,7 @@ from d2v_composer.evaluation.evaluate import (
 )
 from d2v_composer.evaluation.metrics import metric_key
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
@@ -34,11 +41,13 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export_student.main([str(checkpoint), str(student)])
     found, printed, few = {}, {}, (str(YAML), DATASETS, "max_images=60")
-    for model, options in ((checkpoint, ["probes=[knn,linear]"]), (student, ["pooling=mean"])):
+    for model, options in ((checkpoint, ["probes=[knn,linear,agreement,instance]"]), (student, ["pooling=mean"])):
         capsys.readouterr()
         evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
         printed[model] = capsys.readouterr().out
         found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
+    with pytest.raises(InputError, match="probes: agreement is with the teacher: name it with teacher=PATH"):
+        evaluate_command.main([*few, f"model={student}", "probes=[agreement]"])
     assert printed[checkpoint].startswith("embedding: layer_mean_cls\nZero-")
     assert printed[student].startswith("embedding: layer_mean_mean\n")
     names = [candidate["name"] for candidate in found[checkpoint]["candidates"]]
@@ -66,12 +75,19 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         assert f"{100 * accuracy:.1f} [" in printed[checkpoint]
     with (tmp_path / checkpoint.stem / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 3) * (1 + 3 + 6 + 6 + 6)
+    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
     judged = {row["measure"]: row for row in rows if (row["candidate"], row["embedding"]) == ("student", CLS)}
     assert float(judged["knn"]["value"]) == knn_accuracy(*sets)
     assert float(judged["linear"]["value"]) == linear_probe_accuracy(*sets)
     assert "Probes fitted to train, judged on test on small" in printed[checkpoint]
+    assert f"Judged without labels on small, {CLS}, in % [95 % interval]\n" in printed[checkpoint]
+    agreements = {row["candidate"]: row for row in rows if (row["measure"], row["embedding"]) == ("agreement", CLS)}
+    assert [agreements["teacher"][key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    with torch.inference_mode():
+        theirs = teacher.embed(labeled.test.images, representation="layer_mean")
+    assert float(agreements["student"]["value"]) == pytest.approx(neighbor_agreement(queries, theirs))
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,8 +101,32 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
     assert "gap closed" not in printed
 
 
+def test_images_without_labels_are_judged_without(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(12):
+        (tmp_path / f"{seed}.jpg").write_bytes(encoded_image(seed))
+    datasets = f"datasets={{photos: {{format: folder, root: {tmp_path}}}}}"
+    arguments = str(YAML), f"model={uninterrupted / 'latest-rank0.pt'}", datasets
+    evaluate_command.main([*arguments, f"out={tmp_path}", "probes=[knn]"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"embedding: {CLS}\nJudged without labels on photos, {CLS}, in % [95 % interval]\n")
+    assert "\nteacher    100.0 [100.0, 100.0] " in re.sub(" {5,}", "    ", printed)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {(row["bank"], row["measure"], row["k"]) for row in found["results"]} == {
+        ("", "agreement", 10),
+        ("", "instance", 1),
+        ("", "instance", 3),
+    }
+    assert found["class_names"] == {"photos": []}
+    (tmp_path / "0.jpg").unlink()
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(InputError, match=r"^datasets: .*photos: agreement needs more than 10 images, got 10"):
+        evaluate_command.main(list(arguments))
+
+
 def test_more_neighbors_than_images_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^ks: must be at most 2000, the images of cifar10's smaller set"):
+    with pytest.raises(InputError, match=r"^datasets: .*cifar10: ks must be from 1 to its smaller set's 2000 images"):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 
 

@@ -32,7 +32,7 @@ WITH_RETRIEVAL = (
     "retrieval.interval=5ba",
     "retrieval.at_start=true",
     "retrieval.max_images=499",
-    "retrieval.probes=[knn,linear]",
+    "retrieval.probes=[knn,linear,agreement,instance]",
     "retrieval.baselines=[encoder,teacher]",
 )
 

@@ -52,7 +52,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
         small_data,
         f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
         "retrieval.interval=6ba",
-        "retrieval.probes=[knn]",
+        "retrieval.probes=[knn, agreement, instance]",
         "retrieval.max_images=24",
         "callbacks.health={interval: 2ba}",
         "run_name=mine",
@@ -81,6 +81,7 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
         *("cosines", "layers", "variance", "effective_rank"),
         *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
+        "without_labels_squares",
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
     }
     page = (run_folder / "report.html").read_text()
