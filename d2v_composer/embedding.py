@@ -162,7 +162,7 @@ def embed_collection(
             interrupted run had other settings.
         RunError: The disk or a shard fails, or a worker was killed.
     """
-    num_images, channels = len(collection.ids), model.encoder.config.embed_dim
+    num_images, channels = len(collection.ids), model.embed_dim
     plan = {"model": hash_weights(model), "source": collection.fingerprint, "images": num_images, "device": device}
     folder, size = _partial_folder(out), options.batch_size
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:

@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> None:
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
     """Read the first row of a study and those of ``names``; for ``None``, all rows.
 
-    The first row measures the untrained student and the teacher as well; so does each whose encoder or normalization
-    makes them other embeddings.
+    The first row measures the untrained student and the teacher as well; so does each whose encoder, width or
+    normalization makes them other embeddings.
 
     Returns:
         Name → changes of ``base.yaml``.

@@ -151,7 +151,7 @@ class TimmStudent(Student):
         representation: Representation | None = None,
     ) -> None:
         super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
-        self.num_features = self.head_hidden_size = encoder_config.embed_dim
+        self.num_features = self.head_hidden_size = self.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
         self.asked_pool = global_pool
         self.asked_representation: Representation | None = representation

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, read_newest
@@ -224,12 +224,18 @@ def _load_trained(
     def build() -> Student:
         return teacher.build_student(**sizes, normalization=config["targets"]["normalization"])
 
-    blocks = {name.removeprefix("student.blocks."): tensor for name, tensor in tensors.items()}
-    check_fits(path, lambda: build().blocks, blocks)
+    named = {name.removeprefix("student."): tensor for name, tensor in tensors.items()}
+    own = {name: tensor for name, tensor in named.items() if not name.startswith("exit.")}
+    check_fits(path, lambda: own_parts(build()), own)
     student = build()
-    student.blocks.load_state_dict(blocks)
+    own_parts(student).load_state_dict(own)
     student.provenance = dict(record)
     return student.eval(), teacher
+
+
+def own_parts(student: Student) -> nn.ModuleDict:
+    """Return a student without its encoder, to load a state dict into."""
+    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder"})
 
 
 def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:
@@ -254,5 +260,5 @@ def without_head(student: Student) -> Student:
     if type(student) is Student:
         return student
     plain = Student(student.encoder, student.config, student.provenance)
-    plain.blocks = student.blocks
+    plain.blocks, plain.entrance = student.blocks, student.entrance
     return plain.eval()

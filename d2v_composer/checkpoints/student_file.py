@@ -261,9 +261,12 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def sizes_of(student: Student) -> dict[str, Any]:
-    """Return a student's sizes and its encoder's."""
+    """Return a student's sizes and its encoder's; only a narrow one names its width, which older files lack."""
     encoder: Any = student.encoder.config
-    return {"encoder": asdict(encoder), "student": asdict(student.config)}
+    sizes = asdict(student.config)
+    if sizes["embed_dim"] is None:
+        del sizes["embed_dim"]
+    return {"encoder": asdict(encoder), "student": sizes}
 
 
 def check_outputs(source: Any, encoder: Encoder) -> None:
@@ -312,6 +315,7 @@ def check_student(
     """
     with reading(source):
         config_class: type[Any] = TimmEncoderConfig if "model" in sizes["encoder"] else ImageEncoderConfig
-        configs = read_config(config_class, sizes["encoder"]), read_config(StudentConfig, sizes["student"])
+        student = {"embed_dim": None} | sizes["student"]
+        configs = read_config(config_class, sizes["encoder"]), read_config(StudentConfig, student)
     check_fits(source, lambda: Student(build_encoder(configs[0]), configs[1]), tensors)
     return configs

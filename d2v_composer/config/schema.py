@@ -208,6 +208,8 @@ class StudentOptions(Section):
     mlp_ratio: Positive = 3.0
     alibi: bool = True
     init: Init = "random"
+    embed_dim: Count | None = None
+    """Channels of its blocks and embeddings, at most the encoder's; null: the encoder's."""
 
 
 class TargetsConfig(Section):

@@ -136,8 +136,7 @@ class FfnBlock(nn.Module, ABC):
 
     def forward_macs(self, num_tokens: int) -> int:
         """Return the multiply-accumulates for one image of T tokens, in linear layers and attention."""
-        linear = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return num_tokens * linear + 2 * num_tokens**2 * self.attention_width
+        return num_tokens * linear_weights(self) + 2 * num_tokens**2 * self.attention_width
 
 
 class Attention(nn.Module):
@@ -208,9 +207,15 @@ class Block(FfnBlock):
         return self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None, ffn_output_BTD
 
 
-def init_linear_layers(module: nn.Module) -> None:
-    """Set every linear layer's weights to N(0, 0.02) and its biases to 0."""
+def linear_weights(module: nn.Module) -> int:
+    """Return the number of weights in linear layers: their multiply-accumulates for one token."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def init_linear_layers(module: nn.Module) -> nn.Module:
+    """Set every linear layer's weights to N(0, 0.02) and its biases to 0; return the module."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+    return module

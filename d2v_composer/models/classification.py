@@ -60,7 +60,7 @@ class Classifier(ComposerModel):
         self.embedding = f"{representation}_{pooling}"
         self.train_encoder = train_encoder
         self.cpu_bf16 = cpu_bf16
-        self.head = nn.Linear(backbone.encoder.config.embed_dim, num_classes)
+        self.head = nn.Linear(backbone.embed_dim, num_classes)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
         backbone.requires_grad_(True)
@@ -125,4 +125,6 @@ class Classifier(ComposerModel):
         for number, block in enumerate(blocks, 1):
             if any(weight is each for each in block.parameters()):
                 return number
+        if name.startswith("backbone.entrance."):  # to the first block of a narrow student
+            return len(self.backbone.encoder.block_list) + 1
         return 0 if name.startswith("backbone.encoder.") else len(blocks) + 1

@@ -12,6 +12,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, normalize, regression_loss
@@ -22,7 +23,7 @@ Prediction = Literal["layer_mean", "last_block"]
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
 
-TRAINED = "student.blocks."
+FROZEN = ("teacher.", "student.encoder.")
 
 
 class DistillationModel(ComposerModel):
@@ -34,8 +35,8 @@ class DistillationModel(ComposerModel):
     A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. Labels
     and other entries are not read.
 
-    Checkpoints hold the student's blocks only. Loading verifies that they are complete, even with ``strict=False``,
-    which Composer uses.
+    Checkpoints hold only what trains: the student without its encoder. Loading verifies that they are complete, even
+    with ``strict=False``, which Composer uses.
 
     Args:
         teacher: Frozen.
@@ -86,6 +87,8 @@ class DistillationModel(ComposerModel):
         self.target_source: TargetSource = target_source
         teacher.normalization = student.normalization
         self.regression_loss = regression_loss
+        if student.embed_dim < teacher.embed_dim and isinstance(student.exit, torch.nn.Identity):
+            student.exit = init_linear_layers(torch.nn.Linear(student.embed_dim, teacher.embed_dim))
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
@@ -118,11 +121,12 @@ class DistillationModel(ComposerModel):
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Compute the student's prediction from the encoder's output, (B, T, D)."""
-        if self.prediction == "last_block":
-            return self.student.forward_blocks(x_BTD)[0]
-        # The same statistics as the target's: of the patches alone if extra tokens are dropped.
         student = self.student
-        return student.norm_mean(student.ffn_outputs(x_BTD), self.ignored_tokens, student.normalization)
+        if self.prediction == "last_block":
+            return student.exit(student.forward_blocks(x_BTD)[0])
+        # The same statistics as the target's: of the patches alone if extra tokens are dropped.
+        layers = map(student.exit, student.ffn_outputs(x_BTD))
+        return student.norm_mean(layers, self.ignored_tokens, student.normalization)
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
@@ -177,6 +181,8 @@ class DistillationModel(ComposerModel):
             + self.student.forward_macs()
             + self.student.backward_macs()
         )
+        num_exits = 1 if self.prediction == "last_block" else len(self.student.blocks)
+        macs += 3 * num_exits * self.student.encoder.config.num_tokens * linear_weights(self.student.exit)
         return 2 * macs * len(images_of(batch))
 
 
@@ -192,10 +198,9 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Keep only the student's blocks in a state dict."""
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        if not name.startswith(prefix + TRAINED):
-            del state_dict[name]
+    """Keep only what trains in a state dict."""
+    for name in [name for name in state_dict if name.startswith(tuple(prefix + frozen for frozen in FROZEN))]:
+        del state_dict[name]
 
 
 def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:

@@ -1,14 +1,15 @@
 """The student: a few trainable blocks on the teacher's frozen encoder.
 
-Shapes: B images, T tokens, D channels.
+Shapes: B images, T tokens, D channels of the encoder, d of a narrower student.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, init_linear_layers
+from d2v_composer.models.attention import Block, init_linear_layers, linear_weights
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_choice, check_number, check_whole
 from d2v_composer.models.targets import Normalization
@@ -30,6 +31,8 @@ class StudentConfig:
     alibi: bool = True
     normalization: Normalization = "instance"
     """Normalization of each layer in the prediction and in ``layer_mean``."""
+    embed_dim: int | None = None
+    """Channels of blocks and embeddings, at most the encoder's; default the encoder's."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
@@ -39,19 +42,31 @@ class StudentConfig:
 
 
 class Student(Transformer):
-    """The student. Only ``blocks`` train; the encoder is the teacher's, frozen.
+    """The student. The encoder is the teacher's, frozen; the rest trains.
+
+    A student narrower than its encoder reads the tokens through a linear layer, ``entrance``. Its heads have at least
+    as many channels as the encoder's, and there is at least one.
 
     Args:
         encoder: Shared with the teacher.
         config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
 
+    Attributes:
+        entrance: D → d; the identity at the encoder's width.
+        exit: d → D, for the regression alone: a :class:`~d2v_composer.models.distillation.DistillationModel` adds it
+            to a narrow student; checkpoints have it, exported files do not.
+
     Raises:
         ValueError: The sizes do not fit the encoder's.
     """
 
     def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
-        dim, num_heads, norm_eps = encoder.config.embed_dim, encoder.config.num_heads, encoder.config.norm_eps
+        width, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
+        dim = width if config.embed_dim is None else config.embed_dim
+        check_whole("student.embed_dim", dim, 1, width)
+        most_heads = max(1, dim * encoder.config.num_heads // width)
+        num_heads = next(number for number in range(most_heads, 0, -1) if dim % number == 0)
         check_number("mlp_ratio", config.mlp_ratio, 1 / dim, MAX_WIDTH / dim)
         hidden_dim = int(dim * config.mlp_ratio)
         has_entrance = not encoder.config.is_normalized
@@ -60,15 +75,28 @@ class Student(Transformer):
         ]
         super().__init__(encoder, blocks, config.normalization)
         self.config = config
+        self.embed_dim = dim
         self.provenance = provenance or {}
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
+        self.entrance = init_linear_layers(nn.Linear(width, dim)) if dim < width else nn.Identity()
+        self.exit: nn.Module = nn.Identity()
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         return [None if self.alibi is None else self.alibi(x_BTD)] * len(self.blocks)
 
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        is_ours = isinstance(module, nn.Linear) and module in (self.entrance, self.exit)
+        return is_ours or super().fsdp_wrap_fn(module)
+
+    def iterate_blocks(self, x: Tensor, needs_last_output: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        return super().iterate_blocks(self.entrance(x), needs_last_output)
+
+    def forward_macs(self) -> int:
+        return super().forward_macs() + self.encoder.config.num_tokens * linear_weights(self.entrance)
+
     def backward_macs(self) -> int:
         """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
         first = self.block_list[0]
-        first_qkv = first.attn.qkv.weight.numel() if first.norm0 is None else 0
-        return 2 * self.forward_macs() - self.encoder.config.num_tokens * first_qkv
+        reads_input = linear_weights(self.entrance) or (first.norm0 is None and linear_weights(first.attn.qkv))
+        return 2 * self.forward_macs() - self.encoder.config.num_tokens * reads_input

@@ -101,23 +101,27 @@ class Teacher(Transformer, Frozen):
         alibi: bool = True,
         init: Init = "random",
         normalization: Normalization = "instance",
+        embed_dim: int | None = None,
     ) -> Student:
         """Build a trainable student that shares this teacher's encoder.
 
         Args:
             depth: Number of blocks.
-            mlp_ratio: Hidden width of their MLPs over D.
+            mlp_ratio: Hidden width of their MLPs over their channels.
             alibi: Add the 2-D ALiBi bias to the attention, as in the paper, though the teacher has none.
             init: ``random`` (the paper), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
             normalization: Normalization of each layer in the prediction and in ``layer_mean``: ``instance`` over
                 time, as in the paper, or ``layer`` over channels.
+            embed_dim: Channels of its blocks and embeddings, at most D; default D.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
         """
         check_choice("init", init, Init)
-        config = StudentConfig(depth=depth, mlp_ratio=mlp_ratio, alibi=alibi, normalization=normalization)
+        config = StudentConfig(
+            depth=depth, mlp_ratio=mlp_ratio, alibi=alibi, normalization=normalization, embed_dim=embed_dim
+        )
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init == "random":
             return student

@@ -53,6 +53,7 @@ class Transformer(nn.Module, ABC):
             :func:`~d2v_composer.models.targets.norm_mean`.
 
     Attributes:
+        embed_dim: Channels of the blocks and of embeddings; the encoder's, unless a student is narrower.
         norm_mean: :func:`~d2v_composer.models.targets.norm_mean`, or its compiled version.
     """
 
@@ -60,6 +61,7 @@ class Transformer(nn.Module, ABC):
         super().__init__()
         self.encoder = encoder
         self.blocks = nn.ModuleList(blocks)
+        self.embed_dim = encoder.config.embed_dim
         self.normalization: Normalization = normalization
         self.norm_mean = norm_mean
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module", params=[None, 20], ids=["", "narrow"])
+def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """That student, or one with random weights that is narrower than its encoder and has the same primary embedding."""
+    if request.param is None:
+        return exported
+    wide = load_student(exported)
+    narrow = Student(wide.encoder, replace(wide.config, embed_dim=request.param), wide.provenance)
+    path = tmp_path_factory.mktemp("narrow") / "student.safetensors"
+    save_student(narrow, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def images(exported: Path) -> Tensor:
     """Five images, normalized."""
@@ -68,7 +81,8 @@ def create(name: str, **options: Any) -> TimmStudent:
     return model.eval()
 
 
-def test_timm(exported: Path, images: Tensor) -> None:
+def test_timm(wide_or_narrow: Path, images: Tensor) -> None:
+    exported = wide_or_narrow
     model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
     with torch.inference_mode():
         assert_close(model(images), primary(student, images))
@@ -82,22 +96,23 @@ def test_timm(exported: Path, images: Tensor) -> None:
         assert_close(output(images), embed(student, images, pooling="mean_patches"))
     assert all(parameter.requires_grad for parameter in output.blocks.parameters())
     assert not any(parameter.requires_grad for parameter in model.block_list[-1].norm2.parameters())  # not used
-    assert model.num_features == student.encoder.config.embed_dim
+    assert model.num_features == features.shape[2] == student.embed_dim
     data = resolve_data_config(model=model)
     assert data["input_size"] == tuple(images.shape[1:])
     assert data["mean"] == student.encoder.config.image_mean
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
-def test_fine_tuning_and_a_hubs_folder(exported: Path, images: Tensor, tmp_path: Path) -> None:
+def test_fine_tuning_and_a_hubs_folder(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
-    model = create("d2v2_student", checkpoint_path=str(exported), num_classes=7).train()
+    model = create("d2v2_student", checkpoint_path=str(wide_or_narrow), num_classes=7).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = model.encode(images)
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(2):  # the head starts as zeros, and the blocks behind it without a gradient
         torch.nn.functional.cross_entropy(model(images), torch.arange(5)).backward()
         optimizer.step()
+    assert all(parameter.grad is not None for parameter in trained)
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.blocks.parameters())
     assert torch.equal(model.encode(images), frozen)
 
@@ -125,25 +140,25 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
         timm.create_model("d2v2_student", representation="max")
 
 
-def test_onnx(uninterrupted: Path, exported: Path, images: Tensor, tmp_path: Path) -> None:
+def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
-    export(uninterrupted / "latest-rank0.pt", path, "--pooling", "mean", "--representation", "output")
+    export(wide_or_narrow, path, "--pooling", "mean", "--representation", "output")
     session = onnxruntime.InferenceSession(path)
     assert [each.name for each in [*session.get_inputs(), *session.get_outputs()]] == ["images", "embedding"]
     for batch in (images, images[:1]):
         [embedding] = session.run(None, {"images": batch.numpy()})
-        expected = embed(load_student(exported), batch, representation="output", pooling="mean")
+        expected = embed(load_student(wide_or_narrow), batch, representation="output", pooling="mean")
         assert_close(torch.from_numpy(np.asarray(embedding)), expected)
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "output_mean"
 
 
-def test_torch_export(exported: Path, images: Tensor, tmp_path: Path) -> None:
+def test_torch_export(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "student.pt2"
-    export(exported, path)
+    export(wide_or_narrow, path)
     extra = {"preprocessing.json": "", "embedding": ""}
     program = torch.export.load(path, extra_files=extra).module()
     for batch in (images, images[:1]):
-        assert_close(program(batch), primary(load_student(exported), batch))
+        assert_close(program(batch), primary(load_student(wide_or_narrow), batch))
     assert extra["embedding"] == "layer_mean_cls"
     assert json.loads(extra["preprocessing.json"])["image_size"] == images.shape[-1]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,11 +71,15 @@ def test_paper_cost(paper_model: DistillationModel) -> None:
     assert paper_model.flops_per_batch(images) == pytest.approx(PAPER_FLOPS, rel=0.002)
 
 
+@pytest.mark.parametrize("width", [None, 20])
 @pytest.mark.parametrize(
     ("prediction", "extra_tokens"), [("layer_mean", "regress"), ("last_block", "drop"), ("layer_mean", "only")]
 )
-def test_every_trainable_parameter_gets_a_gradient(teacher: Data2Vec2, prediction: str, extra_tokens: str) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=2), prediction, extra_tokens)  # pyright: ignore
+def test_every_trainable_parameter_gets_a_gradient(
+    teacher: Data2Vec2, prediction: str, extra_tokens: str, width: int | None
+) -> None:
+    student = teacher.build_student(depth=2, embed_dim=width)
+    model = DistillationModel(teacher, student, prediction, extra_tokens)  # pyright: ignore
     model.train(mode=True)
     assert not any(module.training for module in teacher.modules())
     images = images_for(teacher)
@@ -147,6 +152,48 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
         teacher.build_student(depth=2, init="teacher_blocks")
     with pytest.raises(ValueError, match="at most the teacher's 3 blocks"):
         teacher.build_student(depth=4, init="teacher_attention")
+
+
+@pytest.mark.parametrize("prediction", ["layer_mean", "last_block"])
+@pytest.mark.parametrize("width", [None, 20])
+def test_the_cost_of_a_step(teacher: Data2Vec2, width: int | None, prediction: Any) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2, embed_dim=width), prediction)
+    images = images_for(teacher)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model(images), images).backward()
+    assert model.flops_per_batch(images) == counter.get_total_flops()
+
+
+def test_a_narrow_student(teacher: Data2Vec2) -> None:
+    """Its prediction has the teacher's width, its embeddings its own."""
+    student, images = teacher.build_student(depth=2, embed_dim=20), images_for(teacher)
+    model = DistillationModel(teacher, student)
+    x = teacher.encode(images)
+    layers = list(student.ffn_outputs(x))
+    widths = {tensor.shape[-1] for tensor in (*layers, *model.embed_all(images).values())}
+    assert widths == {20}
+    torch.testing.assert_close(student.embed(images, "mean", "layer_mean"), norm_mean(layers).mean(1))
+    torch.testing.assert_close(model.predict(x), norm_mean(student.exit(layer) for layer in layers))
+    checkpoint = model.state_dict()
+    again = DistillationModel(teacher, teacher.build_student(depth=2, embed_dim=20))
+    again.load_state_dict(checkpoint)
+    torch.testing.assert_close(again.predict(x), model.predict(x))
+    with pytest.raises(InputError, match=r"tensor student\.exit\.bias: missing in the checkpoint"):
+        again.load_state_dict({name: checkpoint[name] for name in checkpoint if not name.startswith("student.exit.b")})
+
+
+def test_widths_of_a_student(teacher: Data2Vec2) -> None:
+    """A head keeps the teacher's 8 channels at least; the teacher's width is that of a student without a width."""
+    heads = {width: teacher.build_student(embed_dim=width).block_list[0].attn.num_heads for width in range(1, 49)}
+    assert [heads[width] for width in (1, 8, 12, 20, 24, 25, 36, 47, 48)] == [1, 1, 1, 2, 3, 1, 4, 1, 6]
+    plain, whole = (teacher.build_student(embed_dim=width).state_dict() for width in (None, 48))
+    assert plain.keys() == whole.keys()
+    for width in (0, 49, 2.0, True):
+        with pytest.raises(ValueError, match=r"^student\.embed_dim must be a whole number from 1 to 48, got"):
+            teacher.build_student(embed_dim=width)  # pyright: ignore[reportArgumentType]
+    for init in ("teacher_attention", "teacher_blocks"):
+        with pytest.raises(ValueError, match=f"^init {init} needs the teacher's sizes: size mismatch"):
+            teacher.build_student(depth=1, embed_dim=24, init=init)
 
 
 @pytest.mark.parametrize("size", [20, 100])

@@ -1,0 +1,79 @@
+"""Promises 3, 8, 10, 17 and 21 of a student narrower than its encoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_composer import load_student
+from helpers import (
+    ROOT,
+    assert_same_losses,
+    assert_same_student,
+    d2v,
+    load_checkpoint,
+    losses_of,
+    run_ranks,
+    run_training,
+    small_run,
+    student_of,
+    train_command,
+    train_until_killed,
+)
+
+NARROW = "student.embed_dim=20"  # of the teacher's 48
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """Return the folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("narrow") / "run"
+    run_training(*small_run(folder, small_data, NARROW))
+    return folder
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
+    narrow: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """3, 8, 10: and a checkpoint holds entrance, blocks and exit."""
+    arguments = small_run(tmp_path / "killed", small_data, NARROW)
+    train_until_killed(arguments, "batch_start 9")
+    run_training(*arguments)
+    assert_same_student(tmp_path / "killed", narrow)
+    own = {name: tensor.shape for name, tensor in student_of(narrow).items() if ".blocks." not in name}
+    assert own == {
+        "student.entrance.weight": (20, 48),
+        "student.entrance.bias": (20,),
+        "student.exit.weight": (48, 20),
+        "student.exit.bias": (48,),
+    }
+    run_ranks(*train_command(small_run(tmp_path / "ranks", small_data, NARROW))[1:])
+    assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(narrow), num_steps=14)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_train_as_one_process(narrow: Path, small_data: Path, tmp_path: Path) -> None:
+    """8: entrance and exit too are held in shares."""
+    arguments = small_run(tmp_path, small_data, NARROW, "parallelism_config.fsdp={}")
+    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
+    assert_same_losses(losses_of(tmp_path), losses_of(narrow), num_steps=14)
+
+
+def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, labeled: Path, tmp_path: Path) -> None:
+    """17, 21: from the checkpoint and from its exported file."""
+    checkpoint, exported = narrow / "latest-rank0.pt", tmp_path / "student.safetensors"
+    d2v("export", checkpoint, exported)
+    found = {}
+    for model in (checkpoint, exported):
+        out = tmp_path / f"{model.name}.npy"
+        assert d2v("embed", model, labeled / "test", out).returncode == 0
+        found[model] = np.load(out)
+    assert found[exported].shape == (48, 20)
+    np.testing.assert_allclose(found[exported], found[checkpoint], atol=1e-5)
+    datasets = f"datasets={{cifar10: {{format: mds, root: {labeled}}}}}"
+    evaluated = d2v("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
+    assert evaluated.returncode == 0, evaluated.stderr
+    student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
+    assert torch.equal(student.state_dict()["entrance.weight"], trained["student.entrance.weight"])
+    assert not any(name.startswith("exit") for name in student.state_dict())
