@@ -41,7 +41,7 @@ def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-@pytest.fixture(scope="module", params=[None, 20], ids=["", "narrow"])
+@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.slow), 20], ids=["wide", "narrow"])
 def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """That student, or one with random weights that is narrower than its encoder and has the same primary embedding."""
     if request.param is None:
