@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download
 from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor
 
@@ -31,7 +29,8 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import fetch_from_hub
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
@@ -86,23 +85,16 @@ def load_timm_teacher(
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     """Return timm's pretrained weights in the hub's cache, after fetching them if they are not there.
 
-    The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
-
     Raises:
         InputError: There are none, or they are neither in the cache nor reachable.
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
-    problem = ""
-    for from_cache, name in product((True, False), names):
-        try:
-            return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=from_cache))
-        except (OSError, ValueError) as error:
-            problem = reason(error)[:200]
-    raise InputError(
-        f"{model}: no pretrained weights of {repository} on the Hugging Face hub or in its cache: {problem}; fetch "
-        "them once with network access, or give checkpoint, a file"
-    )
+    try:
+        return fetch_from_hub(repository, names, revision or None)
+    except InputError as error:
+        advice = "fetch them once with network access, or give checkpoint, a file"
+        raise InputError(f"{model}: no pretrained weights: {error}; {advice}") from error
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

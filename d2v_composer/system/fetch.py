@@ -3,8 +3,11 @@
 import functools
 import hashlib
 import os
+import re
 import time
+from collections.abc import Sequence
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,10 @@ RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
 # Bytes a second. A link may be slow, and shared by many requests; a slower download is broken off.
 LEAST_RATE = 1024
+# A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
+HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+# The name that a student's model card gives it.
+STUDENT_FILE = "student.safetensors"
 
 
 def cache_folder() -> Path:
@@ -51,8 +58,9 @@ def fetch(address: str | Path) -> Path:
 
     Args:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
-            azure://, hf://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new
-            signature is the same file; signatures, logins and queries are not written to the disk.
+            azure://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new signature is
+            the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME, a student on
+            the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file.
 
     Raises:
         InputError: The file does not exist, or cannot be fetched.
@@ -62,6 +70,9 @@ def fetch(address: str | Path) -> Path:
             raise InputError(f"{address}: {missing}")
         return Path(address)
     address = str(address)
+    if on_hub := HUB.fullmatch(address):
+        repository, revision, name = on_hub.groups()
+        return fetch_from_hub(repository, [name or STUDENT_FILE], revision)
     name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +83,26 @@ def fetch(address: str | Path) -> Path:
             except Exception as error:
                 raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
     return path
+
+
+def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
+    """Return the first of these files that the hub's cache has, or else that the Hugging Face hub has.
+
+    The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Raises:
+        InputError: There is none, or the hub is not reachable.
+    """
+    from huggingface_hub import hf_hub_download
+
+    problem = ""
+    for from_cache, name in product((True, False), names):
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache))
+        except (OSError, ValueError) as error:
+            problem = reason(error)[:200]
+    found = f"no {' or '.join(names)} of {repository} on the Hugging Face hub or in its cache"
+    raise InputError(f"{found}: {problem}")
 
 
 def find_missing_file(address: str) -> str | None:
