@@ -38,28 +38,25 @@ from d2v_composer.system.processes import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
-    from d2v_composer.data.convert import ImageSource
 
 # A tenth of them are eleven, the fewest of which each has ten neighbors.
 FEWEST_IMAGES = 110
 # The paper's, on ImageNet: 30,000 batches of 256.
 EPOCHS, MOST_BATCHES = 6, 30_000
-# In OUT, and in its images/ the shards of a store while they are converted.
-SETTINGS, CACHE = "distill.yaml", "source"
+SETTINGS, IMAGES, HELD_OUT = "distill.yaml", "images", "held_out"
 
 
 def main(argv: Sequence[str]) -> None:
     """Choose, convert, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add("source", type=absolute, metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
     add("changes", metavar="key=value", nargs="*", help="settings that differ from what is chosen")
-    add("--teacher", required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
-    add("--out", required=True, metavar="DIR", help="the folder of images, run and student")
+    add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
+    add("--out", type=absolute, required=True, metavar="DIR", help="the folder of images, run and student")
     add("--column", default="image", metavar="NAME", help="the column of MDS that holds the images; default: image")
     arguments = parser.parse_intermixed_args(argv)
-    arguments.source, arguments.teacher = absolute(arguments.source), absolute(arguments.teacher)
-    out = arguments.out = Path(absolute(arguments.out))
+    out = arguments.out = Path(arguments.out)
     if "RANK" not in os.environ:  # not a rank of a launcher's
         prepare(arguments)
         use_all_gpus("distill", *argv)
@@ -79,13 +76,13 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
     """
     from d2v_composer.config.load import load_config
 
-    out, teacher = arguments.out, arguments.teacher
-    is_timm = teacher.startswith(PREFIX)
+    out, is_timm = arguments.out, arguments.teacher.startswith(PREFIX)
     own = {
         "run_name": out.name,
-        "teacher.model": teacher if is_timm else DATA2VEC2,
-        "teacher.checkpoint": None if is_timm else teacher,
-        "train_loader.local": str(out / "images" / "train"),
+        "teacher.model": arguments.teacher if is_timm else DATA2VEC2,
+        "teacher.checkpoint": None if is_timm else arguments.teacher,
+        "train_loader.local": str(out / IMAGES / "train"),
+        "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(out / IMAGES), "label_column": None}},
     }
     values = [f"{key}={json.dumps(value)}" for key, value in {**(chosen or {}), **own}.items()]
     return load_config([str(path), *values, *arguments.changes, f"save_folder={json.dumps(str(out))}"])
@@ -100,36 +97,38 @@ def prepare(arguments: Namespace) -> None:
     import yaml
 
     from d2v_composer.builders.models import build_teacher
-    from d2v_composer.data.convert import NO_LABELS, find_images, list_samples
-    from d2v_composer.data.index import INDEX
+    from d2v_composer.data.convert import NO_LABELS, convert_images, find_images, hold_out, list_samples
+    from d2v_composer.data.index import INDEX, SUMMARY
     from d2v_composer.system.fetch import is_remote
 
-    source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / "images"
+    source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / IMAGES
     check_out_file(path)
     command = hide_secrets(shlex.join(["d2v", "distill", source, "--teacher", arguments.teacher]))
     if path.exists() and (found := path.read_text().partition("\n")[0][2:]) != command:
         raise InputError(f"{arguments.out}: is of {found!r}; choose another --out")
     if (images / "train" / INDEX).exists():  # written last
         return
-    is_mds = is_remote(source) or Path(source, INDEX).is_file()
-    every = list_samples(source, arguments.column, images / CACHE) if is_mds else find_images(source, labels=NO_LABELS)
+    is_mds, cache = is_remote(source) or Path(source, INDEX).is_file(), images / "source"
+    every = list_samples(source, arguments.column, cache) if is_mds else find_images(source, labels=NO_LABELS)
     if (num_images := len(every.files)) < FEWEST_IMAGES:
         raise InputError(f"{source}: has too few images: expected at least {FEWEST_IMAGES}, got {num_images}")
-    is_new = not path.exists()
-    if is_new:  # any sizes, to check the changes and to find the teacher
-        config = read_settings(arguments, "/dev/null", choose(num_images, Data2Vec2Config()))
-    else:
-        config = read_settings(arguments, path)
-    sizes = build_teacher(config.teacher).config
-    if is_new:
-        chosen = choose(num_images, sizes)
+    given, chosen = (path, {}) if path.exists() else ("/dev/null", choose(num_images, Data2Vec2Config()))
+    config = read_settings(arguments, given, chosen)  # checks the changes, before the teacher is fetched
+    teacher = build_teacher(config.teacher).config
+    if chosen:
+        chosen = choose(num_images, teacher)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-        config = read_settings(arguments, "/dev/null", chosen)
+        config = read_settings(arguments, given, chosen)
         settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False)
         write_atomically(path, f"# {command}\n{settings}")
         print(f"every setting is in {path}")
-    sides = height_and_width(parse_image_size(config.teacher.image_size or sizes.image_size))
-    convert(every, images, resize=max(sides) * 8 // 7)  # as 256 for 224
+    sides = height_and_width(parse_image_size(config.teacher.image_size or teacher.image_size))
+    for split, part in hold_out(every, images / f"{HELD_OUT}.json").items():
+        if not (images / split / INDEX).exists():
+            options = {"resize": max(sides) * 8 // 7, "workers": os.cpu_count() or 1}  # 256 for 224
+            done = convert_images(part, images / split, **options, skip_unreadable=True)
+            print(f"{images / split}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 def absolute(place: str) -> str:
@@ -181,18 +180,3 @@ def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # the best of yamls/ablations/timm
     return chosen
-
-
-def convert(source: "ImageSource", images: Path, resize: int) -> None:
-    """Write the images to train on and those held out as MDS, unless they are there."""
-    from d2v_composer.data.convert import convert_images, hold_out
-    from d2v_composer.data.index import INDEX, SUMMARY
-
-    train, test = hold_out(source, images / "held_out.json")
-    for split, part in {"test": test, "train": train}.items():
-        out = images / split
-        if (out / INDEX).exists():
-            continue
-        done = convert_images(part, out, resize=resize, workers=os.cpu_count() or 1, skip_unreadable=True)
-        print(f"{out}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
-    shutil.rmtree(images / CACHE, ignore_errors=True)

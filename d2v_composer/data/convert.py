@@ -161,8 +161,8 @@ def list_samples(source: str, column: str, cache: Path) -> ImageSource:
     return ImageSource(Path(source), files, None, {}, lambda number: samples[number][column])
 
 
-def hold_out(source: ImageSource, record: Path) -> tuple[ImageSource, ImageSource]:
-    """Return the images to train on, and a tenth of all, at most 5,000, to measure with.
+def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
+    """Divide images into ``test``, a tenth and at most 5,000, and ``train``, the others.
 
     A hash of its path chooses an image. The chosen paths are kept in the file ``record``: an image that comes or goes
     before the next call moves no other image.
@@ -171,10 +171,10 @@ def hold_out(source: ImageSource, record: Path) -> tuple[ImageSource, ImageSourc
         paths = [file.path for file in source.files]
         paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
         write_atomically(record, json.dumps(sorted(paths[: min(len(paths) // 10, MOST_HELD_OUT)])))
-    held = {*json.loads(record.read_bytes())}
-    parts = ([file for file in source.files if (file.path in held) == is_held] for is_held in (False, True))
-    train, test = (source._replace(files=files) for files in parts)
-    return train, test
+    held, parts = {*json.loads(record.read_bytes())}, {"test": [], "train": []}
+    for file in source.files:
+        parts["test" if file.path in held else "train"].append(file)
+    return {split: source._replace(files=files) for split, files in parts.items()}
 
 
 def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> bytes:

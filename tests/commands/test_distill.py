@@ -22,6 +22,7 @@ from helpers import (
     d2v,
     encoded_image,
     has_trained,
+    log_of,
     run_ranks,
     start_python,
     wait_until,
@@ -76,6 +77,9 @@ def test_a_folder_becomes_a_student(distilled: Path) -> None:
     settings = yaml.safe_load((distilled / "distill.yaml").read_text())
     assert settings["max_duration"] == "4ba"
     assert settings["scheduler"] == {"t_warmup": "0.1dur", "alpha_f": 0.0}
+    measured = log_of(distilled)
+    for key in ("agreement@10", "instance/top1", "teacher/instance/top1", "pixels/agreement@10"):
+        assert set(measured[f"metrics/held_out/{key}"]) >= {0}
 
 
 def test_a_tenth_is_never_trained_on(distilled: Path, photos: Path) -> None:
@@ -91,11 +95,12 @@ def test_a_tenth_is_never_trained_on(distilled: Path, photos: Path) -> None:
 
 def test_the_choice_of_the_tenth_survives_other_images(photos: Path, tmp_path: Path) -> None:
     source, record = find_images(photos, labels="none"), tmp_path / "held_out.json"
-    train, held = hold_out(source, record)
+    whole = hold_out(source, record)
     fewer = source._replace(files=source.files[::2])
-    expected = [[each for each in part.files if each in fewer.files] for part in (train, held)]
-    assert [part.files for part in hold_out(fewer, record)] == expected
-    assert [part.files for part in hold_out(fewer, tmp_path / "another.json")] != expected
+    expected = {split: [each for each in part.files if each in fewer.files] for split, part in whole.items()}
+    assert {split: part.files for split, part in hold_out(fewer, record).items()} == expected
+    again = hold_out(fewer, tmp_path / "another.json")
+    assert {split: part.files for split, part in again.items()} != expected
 
 
 def are_held_out_converted(out: Path) -> bool:
