@@ -82,7 +82,7 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
         )
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
-    labels = LabelColumn(dataset.label_column, num_classes)
+    labels = LabelColumn(str(dataset.label_column), num_classes)
     transform = build_augmentation(loader, sizes, config.seed).transform
     train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed, labels)
     about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(shards)}

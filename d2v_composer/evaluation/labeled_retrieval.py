@@ -74,7 +74,7 @@ def embed_set(
         augment: Makes two views of each test image, which depend on its number; ``None``: no views.
     """
     embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
-    parts = dict(zip(BANKS, labeled, strict=False)) if labeled.has_labels else {"test": labeled.test}
+    parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
     for part, (images, _) in parts.items():
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
@@ -149,15 +149,16 @@ def look_up(
                 part: ranks.gather(to_device(shares.pop(name)), labeled.num_images[part != "train"])
                 for part, shares in parts.items()
             }
-            nearest, hits = images["test"].new_empty(0), dict[Measure, Tensor]()
+            nearest = images["test"].new_empty(0)
+            hits: dict[Measure, Tensor] = {}
             if "agreement" in probes:
                 nearest = nearest_others(images["test"], ranks=ranks)
                 if model == "teacher":
                     teachers |= dict.fromkeys(["", name] if name == main else [name], nearest.int().cpu())
                 hits[AGREEMENT] = common_shares(nearest, teachers["" if name == main or name not in teachers else name])
             if "instance" in probes:
-                found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
-                hits |= {f"instance/top{k}": hit for k, hit in found.items()}
+                first, second = (images[view] for view in VIEWS)
+                hits |= {f"instance/top{k}": hit for k, hit in instance_hits(first, second, ks, ranks).items()}
             if hits:
                 yield model, Found(name, name == main, "", nearest, hits)
             labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}

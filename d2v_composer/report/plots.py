@@ -68,7 +68,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
                 yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
         if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
             yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
-        without_labels = {measure: measure_head(measure) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
+        without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
         if lines := _accuracies(run, dataset, "", without_labels):
             yield f"without_labels_{dataset}", plot(f"{dataset}, judged without labels", "%", lines)
         closed = {name: gap_closed_by_step(run.log, dataset, name, ks[0]) for name in EMBEDDINGS}
