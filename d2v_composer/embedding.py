@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.images import list_images, read_image_file, to_pixels
-from d2v_composer.data.index import INDEX, fetch_index, keep_encoded, read_image_index
+from d2v_composer.data.index import INDEX, fetch_index, read_image_index
 from d2v_composer.data.labeled import map_in_workers
+from d2v_composer.data.shards import Shards
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.sizes import ImageSize
@@ -88,12 +89,9 @@ def open_collection(
 
         return ImageCollection(paths, _sha256(root.resolve(), files), load_file)
 
-    from d2v_composer.data.shards import Shards  # Streaming: seconds
-
     read_image_index(root, column, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards
-        samples = Shards(local=root, remote=local and source, cache_limit=cache_limit)
-    keep_encoded(samples.readers, column)
+        samples = Shards(local=root, remote=local and source, columns=[column], cache_limit=cache_limit)
 
     def load_sample(index: int) -> Tensor:
         return to_pixels(samples[index][column], f"sample {index} of {source}", image_size, interpolation)

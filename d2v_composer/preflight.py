@@ -18,7 +18,8 @@ from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.builders.data import count_samples
-from d2v_composer.builders.models import build_labeled_sets, build_teacher, check_fit
+from d2v_composer.builders.distillation import build_teacher, check_fit
+from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig

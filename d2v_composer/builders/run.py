@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from composer.core import Callback
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.models import build_augmentation, build_model
+from d2v_composer.builders.distillation import build_model
+from d2v_composer.builders.models import build_augmentation
 from d2v_composer.builders.run_folder import build_load_path, check_record
 from d2v_composer.builders.training import (
     FIXED_BY_A_CHECKPOINT,

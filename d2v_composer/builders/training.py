@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     for name, arguments in config.callbacks.items():
         if arguments is not None:
             with errors_of(f"callbacks.{name} with {arguments}"):
-                callbacks.append(CALLBACKS[name](**arguments))
+                callbacks.append(resolve_name(CALLBACKS[name])(**arguments))
     return callbacks
 
 
@@ -167,7 +168,8 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
             continue
         with errors_of(f"loggers.{name}"):
-            loggers.append(LOGGERS[name](**layered({} if folder is None else places(name, folder), arguments)))
+            defaults = {} if folder is None else places(name, folder)
+            loggers.append(resolve_name(LOGGERS[name])(**layered(defaults, arguments)))
     return loggers
 
 

@@ -96,7 +96,7 @@ def prepare(arguments: Namespace) -> None:
     """
     import yaml
 
-    from d2v_composer.builders.models import build_teacher
+    from d2v_composer.builders.distillation import build_teacher
     from d2v_composer.data.convert import NO_LABELS, convert_images, find_images, hold_out, list_samples
     from d2v_composer.data.index import INDEX, SUMMARY
     from d2v_composer.system.fetch import is_remote

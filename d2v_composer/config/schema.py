@@ -7,12 +7,10 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import torch
-from composer import callbacks as composer_callbacks
-from composer.core import Time
-from composer.loggers import TensorboardLogger, WandBLogger
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,11 +23,16 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from d2v_composer.callbacks.health import Health
-from d2v_composer.callbacks.logging import JSONLLogger, RunMLFlowLogger
-from d2v_composer.models.distillation import Prediction
 from d2v_composer.models.execution import name_precision
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import (
+    DATA2VEC2,
+    PREFIX,
+    Pooling,
+    PrecisionChoice,
+    Prediction,
+    Representation,
+    Weights,
+)
 from d2v_composer.models.sizes import parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.models.targets import Normalization
@@ -38,23 +41,23 @@ from d2v_composer.system.addresses import Address, RunFolder, check_path, check_
 from d2v_composer.system.fetch import find_missing_file
 from d2v_composer.system.processes import num_ranks
 
-# Names of the callbacks and loggers that a YAML may choose.
+# Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
 CALLBACKS = {
-    "health": Health,
-    "lr_monitor": composer_callbacks.LRMonitor,
-    "memory_monitor": composer_callbacks.MemoryMonitor,
-    "nan_monitor": composer_callbacks.NaNMonitor,
-    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
-    "runtime_estimator": composer_callbacks.RuntimeEstimator,
-    "speed_monitor": composer_callbacks.SpeedMonitor,
-    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+    "health": "d2v_composer.callbacks.health:Health",
+    "lr_monitor": "composer.callbacks:LRMonitor",
+    "memory_monitor": "composer.callbacks:MemoryMonitor",
+    "nan_monitor": "composer.callbacks:NaNMonitor",
+    "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
+    "runtime_estimator": "composer.callbacks:RuntimeEstimator",
+    "speed_monitor": "composer.callbacks:SpeedMonitor",
+    "system_metrics_monitor": "composer.callbacks:SystemMetricsMonitor",
 }
 
 LOGGERS = {
-    "jsonl": JSONLLogger,
-    "mlflow": RunMLFlowLogger,
-    "tensorboard": TensorboardLogger,
-    "wandb": WandBLogger,
+    "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",
+    "mlflow": "d2v_composer.callbacks.logging:RunMLFlowLogger",
+    "tensorboard": "composer.loggers:TensorboardLogger",
+    "wandb": "composer.loggers:WandBLogger",
 }
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
@@ -137,7 +140,7 @@ def check_file(address: str) -> None:
         raise ValueError(f"{address}: {missing}")
 
 
-def arguments_of(known: Mapping[str, type]) -> AfterValidator:
+def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     """Validate name → arguments of callbacks or loggers."""
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
@@ -146,7 +149,7 @@ def arguments_of(known: Mapping[str, type]) -> AfterValidator:
             if name not in known:
                 lines.append(f".{name}: no such name{suggest(name, list(known))}")
             elif arguments:
-                allowed = list(inspect.signature(known[name]).parameters)
+                allowed = list(inspect.signature(resolve_name(known[name])).parameters)
                 wrong = [argument for argument in arguments if argument not in allowed]
                 lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
                 # Composer would divide by them.
@@ -379,8 +382,8 @@ class TrainerConfig(RunConfig):
         return None if self.save_folder is None else RunFolder.parse(self.save_folder)
 
     def contradictions(self) -> Iterator[str]:
-        warmup, length = map(Time.from_timestring, (self.scheduler.t_warmup, self.max_duration))
-        if warmup.unit == length.unit and warmup > length:
+        warmup, length = self.scheduler.t_warmup, self.max_duration
+        if warmup[-2:] == length[-2:] and int(warmup[:-2]) > int(length[:-2]):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
             yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"

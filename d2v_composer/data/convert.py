@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from streaming import MDSWriter
-from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage import CloudUploader
 
 from d2v_composer.data.images import (
@@ -33,9 +32,10 @@ from d2v_composer.data.images import (
     read_image_file,
     to_rgb,
 )
-from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, keep_encoded, read_image_index
+from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_image_index
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
-from d2v_composer.data.shards import Shards, find_fault
+from d2v_composer.data.mds import ShardFile
+from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import sole_user, write_atomically
@@ -154,8 +154,7 @@ def list_samples(source: str, column: str, cache: Path) -> ImageSource:
     shards = read_image_index(
         folder, column, option="--column", source=source, shards_may_be_missing=remote is not None
     )
-    samples = Shards(local=folder, remote=remote)
-    keep_encoded(samples.readers, column)
+    samples = Shards(local=folder, remote=remote, columns=[column])
     sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
     files = [ImageFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
     return ImageSource(Path(source), files, None, {}, lambda number: samples[number][column])
@@ -267,7 +266,7 @@ class _Task(NamedTuple):
             is_whole = (
                 done["entry"] is None
                 or is_remote(self.out)
-                or (path.exists() and find_fault(path, FileInfo(**done["entry"]["raw_data"])) is None)
+                or (path.exists() and ShardFile(**done["entry"]["raw_data"]).find_fault(path) is None)
             )
             if is_whole and (self.skip_unreadable or not done["skipped"]):
                 return done

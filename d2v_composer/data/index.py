@@ -4,11 +4,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d2v_composer.data.mds import ENCODINGS, IMAGES
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import transfer
@@ -20,8 +20,6 @@ INDEX = "index.json"
 INDEX_SECONDS = 60.0
 SUMMARY = "conversion.json"
 LARGEST = 1 << 63
-# Encodings of a column of images: files as bytes, files that Streaming would decode, raw pixels.
-IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 log = logging.getLogger(__name__)
 
@@ -104,13 +102,15 @@ def read_image_index(
                 if Path(file["basename"]).is_absolute() or ".." in Path(file["basename"]).parts:
                     raise InputError(f"{source}: its {INDEX} names a file outside the folder: {file['basename']}")
             encodings = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-            for name in (column, *other_columns):
+            if "pkl" in encodings.values():
+                raise InputError(f"{source}: has a column of pickles, which may run code; expected other columns only")
+            for name, known in [(column, IMAGES), *((name, ENCODINGS) for name in other_columns)]:
                 if name not in encodings:
                     names = ", ".join(encodings)
                     raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose with {option}")
-            if encodings[column] not in IMAGE_ENCODINGS:
-                allowed = ", ".join(IMAGE_ENCODINGS)
-                raise InputError(f"{source}: its column {column!r} is {encodings[column]}; expected one of {allowed}")
+                if encodings[name] not in known:
+                    found, allowed = encodings[name], ", ".join(known)
+                    raise InputError(f"{source}: its column {name!r} is {found}; expected one of {allowed}")
             # Each sample takes at least the four bytes of its offset; a larger number would take memory for no samples.
             num_bytes, num_samples = shard["raw_data"]["bytes"], shard["samples"]
             if not 0 < 4 * num_samples <= num_bytes:
@@ -129,17 +129,6 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
                 raise InputError(f"{path}: the shard has {size} bytes, the index says {num_bytes}")
             return
     raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
-
-
-def keep_encoded(readers: Sequence[Any], column: str) -> None:
-    """Make MDSReaders return the files of an image column as bytes, where Streaming would decode them with Pillow.
-
-    We decode only the rows that a crop needs, and only with decoders that we allow.
-    """
-    for reader in readers:
-        at = reader.column_names.index(column)
-        if reader.column_encodings[at] in ("jpeg", "png"):
-            reader.column_encodings[at] = "bytes"
 
 
 def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:

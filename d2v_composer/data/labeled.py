@@ -23,7 +23,8 @@ from d2v_composer.data.images import (
     sample_rng,
     to_pixels,
 )
-from d2v_composer.data.index import SUMMARY, keep_encoded, read_image_index
+from d2v_composer.data.index import SUMMARY, read_image_index
+from d2v_composer.data.shards import Shards
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.processes import die_with_parent
@@ -202,12 +203,9 @@ def load_mds(
     label_column: str | None,
 ) -> LabeledImages:
     """Load one split of an MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
-    from d2v_composer.data.shards import Shards  # takes seconds
-
     labels = () if label_column is None else (label_column,)
     read_image_index(folder, column, option="column and label_column", other_columns=labels)
-    shards = Shards(local=folder)
-    keep_encoded(shards.readers, column)
+    shards = Shards(local=folder, columns=(column, *labels))
     chosen = evenly_spaced(len(shards), max_images)
 
     def pairs() -> Iterator[tuple[Tensor, int]]:

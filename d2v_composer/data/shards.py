@@ -14,19 +14,16 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from streaming.base.compression import decompress
-from streaming.base.format.base.reader import FileInfo
-from streaming.base.format.mds import MDSReader
-from streaming.base.hashing import get_hash
-from streaming.base.world import World
+from torch.utils.data import get_worker_info
 
 from d2v_composer.data.index import INDEX, fetch_index
+from d2v_composer.data.mds import Shard
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
 from d2v_composer.system.fetch import transfer
 from d2v_composer.system.files import PARTIAL, find_partials, partial_file, sole_user
@@ -56,11 +53,12 @@ class Shards:
     Args:
         local: The data set, or the cache of a remote one. Processes and runs may share a cache.
         remote: The address in an object store, or ``None``.
+        columns: The columns to read, which the data set has.
         cache_limit: The most that ``local`` may hold of a remote data set, in bytes; default: all of it.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:
-        readers: Streaming's reader for each shard.
+        shards: What the index says of each shard.
         limit: The cache limit in bytes; 0: none.
 
     Raises:
@@ -72,6 +70,7 @@ class Shards:
         *,
         local: str | Path,
         remote: str | None = None,
+        columns: Collection[str],
         cache_limit: int | None = None,
         timeout: float = 600.0,
     ) -> None:
@@ -84,15 +83,15 @@ class Shards:
         if remote is not None and not index.exists():
             fetch_index(remote, self.local, timeout)
         with reading(index):
-            self.readers = [
-                MDSReader.from_json(str(local), "", shard) for shard in json.loads(index.read_bytes())["shards"]
-            ]
-            for reader in self.readers:
-                reader.validate(allow_unsafe_types=False)
-        self._ends = list(accumulate(reader.samples for reader in self.readers))
-        self._paths = [self.local / reader.raw_data.basename for reader in self.readers]
+            self.shards = [Shard.parse(entry, columns) for entry in json.loads(index.read_bytes())["shards"]]
+        if any(shard.zipped for shard in self.shards):
+            from streaming.base.compression import decompress  # it imports a package for each kind
+
+            self._decompress = decompress
+        self._ends = list(accumulate(shard.samples for shard in self.shards))
+        self._paths = [self.local / shard.raw.basename for shard in self.shards]
         self._known = set(self._paths)
-        self._largest = max(reader.raw_data.bytes for reader in self.readers)
+        self._largest = max(shard.raw.bytes for shard in self.shards)
         self._room = self.limit - index.stat().st_size
         if self.limit and self._room < 4 * self._largest:
             smallest = 4 * self._largest + self.limit - self._room
@@ -109,19 +108,19 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        """Return a sample as it is stored, by column.
+        """Return a sample by column: images as their files or raw pixels, labels as numbers.
 
         Raises:
             IndexError: There is no such sample.
             ShardError: Its shard cannot be fetched, or is corrupt.
         """
         shard_id = self.shard_of(sample_id)
-        reader = self.readers[shard_id]
-        sample_in_shard = sample_id - self._ends[shard_id] + reader.samples
+        shard = self.shards[shard_id]
+        sample_in_shard = sample_id - self._ends[shard_id] + shard.samples
         while True:
             self.prepare(shard_id)
             try:
-                return reader[sample_in_shard]
+                return shard.read(self._paths[shard_id], sample_in_shard)
             except FileNotFoundError:  # evicted, or deleted by another program, since it was seen
                 continue
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -170,7 +169,8 @@ class Shards:
 
     def _num_ahead(self) -> int:
         """Return the number of threads with which this process fetches ahead: its part of the machine's."""
-        processes = World.detect().workers_per_node
+        worker = get_worker_info()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
         on_machine = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
         if self.limit:  # at least half of it is for shards that are needed now
             return min(on_machine, self.limit // (2 * self._largest)) // processes
@@ -192,7 +192,7 @@ class Shards:
         path = self._paths[shard_id]
         with suppress(FileNotFoundError):
             if shard_id not in self._verified and path.is_file():
-                if (fault := find_fault(path, self.readers[shard_id].raw_data)) is None:
+                if (fault := self.shards[shard_id].raw.find_fault(path)) is None:
                     self._verified.add(shard_id)
                 elif self.remote is None:
                     raise ShardError(fault)
@@ -210,22 +210,22 @@ class Shards:
         Returns:
             False if another thread is fetching it, or if shards that are being fetched take the room in the cache.
         """
-        path, reader = self._paths[shard_id], self.readers[shard_id]
-        stored = reader.zip_data or reader.raw_data
+        path, shard = self._paths[shard_id], self.shards[shard_id]
+        stored = shard.zipped or shard.raw
         address = f"{self.remote or self.local}/{stored.basename}"
-        if self.remote is None and (stored is reader.raw_data or not Path(address).exists()):
+        if self.remote is None and (stored is shard.raw or not Path(address).exists()):
             raise ShardError(f"{path}: the shard is missing")
 
         def attempt() -> None:
             fetched.unlink(missing_ok=True)  # Streaming's downloaders keep a file that is there
             transfer(address, fetched, min(self.timeout, REQUEST_SECONDS))
-            if reader.zip_data:
-                fetched.write_bytes(decompress(reader.compression, fetched.read_bytes()))
-            if (fault := find_fault(fetched, reader.raw_data)) is not None:
+            if shard.zipped:
+                fetched.write_bytes(self._decompress(shard.compression, fetched.read_bytes()))
+            if (fault := shard.raw.find_fault(fetched)) is not None:
                 raise ValueError(f"the download is not what the index says: {fault}")
 
         with writing(self.local), sole_user(self._lock(path.name)) as is_ours:
-            if is_ours and path.is_file() and (fault := find_fault(path, reader.raw_data)) is not None:
+            if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
                 log.warning("%s: fetched again", fault)
                 path.unlink()
             if not is_ours or path.is_file():
@@ -266,14 +266,3 @@ class Shards:
                 return
             self._remove_abandoned(RESERVED)
         raise NoRoomError
-
-
-def find_fault(path: Path, info: FileInfo) -> str | None:
-    """Return how a file differs from what the index says, or ``None``."""
-    if (size := path.stat().st_size) != info.bytes:
-        return f"{path}: has {size} bytes, the index says {info.bytes}"
-    # Of several hashes, those of xxhash take the least time.
-    for algorithm in sorted(info.hashes, key=lambda name: not name.startswith("xxh"))[:1]:
-        if get_hash(algorithm, path.read_bytes()) != info.hashes[algorithm]:
-            return f"{path}: its content has changed ({algorithm})"
-    return None

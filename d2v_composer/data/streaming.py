@@ -18,7 +18,6 @@ from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
 from d2v_composer.data.images import RandomResizedCropFlip, sample_rng
-from d2v_composer.data.index import keep_encoded
 from d2v_composer.data.labeled import whole_label
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError
@@ -193,9 +192,9 @@ class StreamingImages(Dataset[Any]):
         timeout: float = 600.0,
         **order: Any,
     ) -> None:
-        self.shards = Shards(local=local, remote=remote, cache_limit=cache_limit, timeout=timeout)
-        keep_encoded(self.shards.readers, column)
-        self.order = EpochOrder(np.array([reader.samples for reader in self.shards.readers]), seed=seed, **order)
+        columns = [column] if labels is None else [column, labels.name]
+        self.shards = Shards(local=local, remote=remote, columns=columns, cache_limit=cache_limit, timeout=timeout)
+        self.order = EpochOrder(np.array([shard.samples for shard in self.shards.shards]), seed=seed, **order)
         self.column = column
         self.transform = transform
         self.seed = seed
@@ -239,7 +238,7 @@ class StreamingImages(Dataset[Any]):
         # Each canonical node mixes its own part of the order.
         mixed_at_a_time = 1.25 * self.order.shuffle_block_size * self.order.num_canonical_nodes
         samples = min(round(mixed_at_a_time / World.detect().num_nodes), len(self))
-        needed = sum(reader.get_raw_size() for reader in self.shards.readers) * samples // len(self)
+        needed = sum(shard.raw.bytes for shard in self.shards.shards) * samples // len(self)
         if self.order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:
             log.warning(
                 "%s: cache_limit %d is less than the shards that are mixed at a time, about %d bytes: shards will be "

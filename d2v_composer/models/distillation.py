@@ -5,7 +5,7 @@ Shapes: B images, S pixels per side, E extra tokens, N patches, T = E + N tokens
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from composer.models import ComposerModel
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from d2v_composer.models.attention import init_linear_layers, linear_weights
+from d2v_composer.models.names import Prediction
 from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, normalize, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
-Prediction = Literal["layer_mean", "last_block"]
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, RunError, find_full_disk
+from d2v_composer.system.errors import InputError, RunError, find_full_disk, lacks_train, reason
 from d2v_composer.system.files import shorten_socket_paths
 
 
@@ -53,6 +53,8 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
+    if lacks_train(error):
+        return 2, [f"error: {reason(error)}"]
     if (fault := find_full_disk(error)) is not None:
         return 1, [f"error: {fault.filename or 'a file'}: cannot be written: {fault.strerror}"]
     if isinstance(error, OSError) and error.filename is not None:  # the machine's, such as a file in the way

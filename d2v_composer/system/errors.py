@@ -7,6 +7,9 @@ from pathlib import Path
 
 from d2v_composer.system.addresses import hide_secrets
 
+# What an installation without the extra 'train' lacks.
+OF_TRAIN = {"boto3", "botocore", "composer", "streaming", "torchmetrics"}
+
 
 class InputError(ValueError):
     """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
@@ -32,9 +35,16 @@ class ShardError(RunError):
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line, without an address's secrets."""
+    """Return an error's first line, without an address's secrets; of a missing package, how to install it."""
+    if lacks_train(error):
+        return f"{error}: pip install 'd2v-composer[train]'"
     lines = str(error).strip().splitlines()
     return hide_secrets(lines[0]) if lines else type(error).__name__
+
+
+def lacks_train(error: BaseException) -> bool:
+    """Return True if an import needs the extra 'train'."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OF_TRAIN
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import requests
 import torch
-from boto3.session import Session
-from botocore.config import Config
 from filelock import FileLock
 
 from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
@@ -210,6 +208,9 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
     """Return a client of S3; a forked process must not use its parent's."""
+    from boto3.session import Session
+    from botocore.config import Config
+
     config = Config(
         connect_timeout=min(timeout, CONNECT_SECONDS),
         read_timeout=timeout,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2v_composer.system.addresses import hide_secrets
@@ -19,7 +18,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is starting may briefly answer that a file is missing or access denied.
 LASTING_ATTEMPTS = 4
 LASTING_STATUS = (401, 403, 404)
-LASTING = (NoCredentialsError, PartialCredentialsError, FileNotFoundError, ValueError)
+LASTING = (FileNotFoundError, ValueError)
+# Errors of botocore, which may not be installed.
+LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError")
 # Faults of the local disk: full, denied, or something else in the way.
 LOCAL = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -39,7 +40,7 @@ def retry(
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
 
-    Faults of the local disk are raised immediately, lasting ones (missing, denied, corrupt) after
+    Faults of this machine are raised immediately, lasting ones (missing, denied, corrupt) after
     ``lasting_attempts``, others after ``timeout``. Each failure is logged.
 
     Args:
@@ -65,13 +66,14 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return whether a fault is the local disk's."""
-    return isinstance(error, OSError) and error.errno in LOCAL
+    """Return whether a fault is this machine's: its disk's, or a package that is not installed."""
+    return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 
 def is_lasting(error: BaseException) -> bool:
     """Return whether a fault is unlikely to pass."""
-    return not _is_unreachable(error) and (isinstance(error, LASTING) or _status(error) in LASTING_STATUS)
+    known = isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
+    return not _is_unreachable(error) and (known or _status(error) in LASTING_STATUS)
 
 
 def is_missing(error: BaseException) -> bool:

@@ -425,3 +425,24 @@ from d2v_composer import load_student
 assert heavy & set(sys.modules) == {"torch"}
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_serving_needs_no_composer(uninterrupted: Path, tmp_path: Path) -> None:
+    """17, 19: without the packages of the extra 'train'; a command that needs one says how to install it."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    images = ROOT / "yamls" / "quickstart" / "cifar10"
+    commands = [
+        f"export {run / 'latest-rank0.pt'} student.safetensors",
+        f"embed student.safetensors {images / 'test'} embeddings.npy --workers 0",
+        f"evaluate model=student.safetensors max_images=60 'datasets={{small: {{format: mds, root: {images}}}}}'",
+        f"report {run}",
+        f"convert-images {images} shards",
+    ]
+    program = ROOT / "tests" / "programs" / "light.py"
+    ended = subprocess.run(
+        [sys.executable, program], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert failure(ended, 2) == "error: No module named 'streaming': pip install 'd2v-composer[train]'"
+    assert "untrained student" in ended.stdout
+    assert (tmp_path / "embeddings.npy").stat().st_size > 0
+    assert (run / "report.html").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.builders.models import build_model
+from d2v_composer.builders.distillation import build_model
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig

@@ -1,0 +1,74 @@
+"""Build teacher, student and the model that distils them."""
+
+import torch
+
+from d2v_composer.builders.run_folder import errors_of
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.config.schema import TeacherConfig, TrainConfig
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.execution import choose_precision, compile_model, find_missing
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.ranks import node_leaders_first
+
+
+def build_model(config: TrainConfig) -> DistillationModel:
+    """Build the model of the sections ``teacher``, ``student``, ``prediction`` and ``targets``.
+
+    Raises:
+        InputError: The teacher's file cannot be used, or another setting does not fit it.
+    """
+    with node_leaders_first("the teacher"):
+        teacher = build_teacher(config.teacher)
+    check_fit(config, teacher)
+    targets, precision = config.targets, choose_precision(config.precision)
+    with errors_of("student"):
+        student = teacher.build_student(**config.student.model_dump(), normalization=targets.normalization)
+    uses_fsdp = config.parallelism_config.fsdp is not None
+    if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
+        teacher.cast_weights(precision.dtype)
+    with errors_of("targets"):
+        model = DistillationModel(
+            teacher,
+            student,
+            config.prediction,
+            targets.extra_tokens,
+            targets.average_top_k_layers,
+            precision.cpu_bf16,
+            targets.source,
+        )
+    if config.compile:
+        if (missing := find_missing()) is not None:
+            raise InputError(f"compile: {missing}; install it, or compile=false")
+        compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
+    if config.activation_checkpointing:
+        student.checkpoint_activations()
+    return model
+
+
+def build_teacher(config: TeacherConfig) -> Teacher:
+    """Load the teacher of the section ``teacher``.
+
+    Raises:
+        InputError: Its file cannot be used.
+    """
+    try:
+        return load_teacher(config.checkpoint, **config.model_dump(exclude={"checkpoint"}))
+    except InputError as error:
+        key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
+        raise InputError(f"{key}{error}") from error
+
+
+def check_fit(config: TrainConfig, teacher: Teacher) -> None:
+    """Check the settings that depend on the teacher.
+
+    Raises:
+        InputError: This teacher does not allow one of them.
+    """
+    top_k, depth = config.targets.average_top_k_layers, teacher.config.depth
+    if top_k is not None and top_k > depth:
+        raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
+    if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
+        raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
+    if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
+        raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")

@@ -1,0 +1,89 @@
+"""Our reader of MDS beside Streaming's own, on what its writer writes; shards that are cut short or contradict."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from streaming import MDSWriter
+from streaming.base.format.mds import MDSReader
+
+from d2v_composer.data.mds import ENCODINGS, IMAGES, NUMBERS, Shard
+from helpers import encoded_image
+
+SIZES = (3, 17, 40)
+
+
+def value_of(encoding: str, i: int) -> Any:
+    """The i-th value of a column."""
+    if encoding in NUMBERS:
+        return np.dtype(encoding).type(7 * i + 3)
+    pixels = np.random.default_rng(i).integers(0, 256, (SIZES[i], 9, 3), dtype=np.uint8)
+    values = {"bytes": encoded_image(i), "str": "é" * i, "str_int": 10**i, "int": -i}
+    return values.get(encoding, Image.fromarray(pixels))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples with a column of each encoding, and one of arrays, which is not read."""
+    folder = tmp_path_factory.mktemp("mds") / "data"
+    columns = {**{f"a {encoding}": encoding for encoding in ENCODINGS}, "other": "ndarray"}
+    with MDSWriter(out=str(folder), columns=columns, hashes=["sha1", "xxh64"]) as writer:
+        for i in range(len(SIZES)):
+            values = {f"a {encoding}": value_of(encoding, i) for encoding in ENCODINGS}
+            writer.write(values | {"other": np.arange(i + 1)})
+    return folder
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    [entry] = json.loads((folder / "index.json").read_text())["shards"]
+    return entry
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
+    shard = Shard.parse(entry_of(folder), [f"a {encoding}"])
+    theirs = MDSReader.from_json(str(folder), None, entry_of(folder))
+    for i in range(len(SIZES)):
+        [found] = shard.read(folder / shard.raw.basename, i).values()
+        expected = theirs[i][f"a {encoding}"]
+        if encoding not in IMAGES or encoding == "bytes":
+            assert found == expected
+        elif encoding == "pil":
+            assert (found.mode, found.size, found.tobytes()) == (expected.mode, expected.size, expected.tobytes())
+        else:
+            assert found == expected.fp.getvalue()  # the file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["column_sizes"].pop(),
+        lambda entry: entry["column_encodings"].__setitem__(0, "unknown"),
+        lambda entry: entry["raw_data"].pop("hashes"),
+    ],
+)
+def test_refuses_an_entry_of_another_kind(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    entry = entry_of(folder)
+    change(entry)
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        Shard.parse(entry, entry["column_names"])
+
+
+def test_refuses_a_sample_of_another_size(folder: Path, tmp_path: Path) -> None:
+    shard = Shard.parse(entry_of(folder), ["a bytes"])
+    contents, path = bytearray((folder / shard.raw.basename).read_bytes()), tmp_path / "shard.mds"
+    contents[8] ^= 1  # the second offset
+    path.write_bytes(contents)
+    for number in (0, 1):
+        with pytest.raises(ValueError, match="its columns have"):
+            shard.read(path, number)
+    path.write_bytes(contents[:-1])
+    with pytest.raises(ValueError, match="its columns have"):
+        shard.read(path, 2)
+    assert str(shard.raw.find_fault(path)).endswith(f"the index says {shard.raw.bytes}")
+    path.write_bytes(contents)
+    assert str(shard.raw.find_fault(path)).endswith("its content has changed (xxh64)")
