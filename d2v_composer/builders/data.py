@@ -7,14 +7,13 @@ from typing import Any
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.index import check_room, describe_data, fetch_index, read_image_index
 from d2v_composer.data.labeled import worker_options
 from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shared_memory, shared_memory_needed
 from d2v_composer.models.sizes import ImageSize, height_and_width
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import (
     node_leaders_first,
     num_nodes,

@@ -2,13 +2,12 @@
 
 import torch
 
-from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import TeacherConfig, TrainConfig
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision, compile_model, find_missing
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
 
 

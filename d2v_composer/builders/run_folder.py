@@ -1,8 +1,6 @@
 """Find the checkpoint that the Trainer loads."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from composer.utils import dist
@@ -13,7 +11,7 @@ from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder
-from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
 
@@ -76,18 +74,3 @@ def check_record(load_path: str, record: RunRecord) -> None:
     callbacks = read_checkpoint(load_path)["state"].get("callbacks", {})
     if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
         record.load_state_dict(callbacks["RunRecord"])
-
-
-@contextmanager
-def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn an error of the block into one line that names a key of its section.
-
-    Raises:
-        InputError: The block raised a ``kind``.
-    """
-    try:
-        yield
-    except kind as error:
-        said = str(error) if isinstance(error, InputError) else reason(error)
-        section = key.partition(".")[0]
-        raise InputError(said if said.startswith(f"{section}.") else f"{key}: {said}") from error

@@ -16,7 +16,6 @@ from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAn
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_augmentation, build_labeled_sets
-from d2v_composer.builders.run_folder import errors_of
 from d2v_composer.callbacks.algorithms import GradientNorm
 from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.run_record import RunRecord
@@ -28,7 +27,7 @@ from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, Opt
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import RunFolder, hide_all_secrets, hide_secrets
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
 

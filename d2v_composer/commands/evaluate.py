@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> "Evaluation":
     import torch
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
-    from d2v_composer.builders.run_folder import errors_of
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
+    from d2v_composer.system.errors import errors_of
     from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)

@@ -83,3 +83,18 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{hide_secrets(str(path))}: cannot be written: {error.strerror or reason(error)}") from error
+
+
+@contextmanager
+def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turn an error of the block into one line that names a key of its section.
+
+    Raises:
+        InputError: The block raised a ``kind``.
+    """
+    try:
+        yield
+    except kind as error:
+        said = str(error) if isinstance(error, InputError) else reason(error)
+        section = key.partition(".")[0]
+        raise InputError(said if said.startswith(f"{section}.") else f"{key}: {said}") from error
