@@ -81,9 +81,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     Raises:
         InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    check_packages(path, "onnx", "onnxscript")
     program = torch.onnx.export(
         trace(embedder),
         input_names=["images"],
@@ -96,6 +94,16 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:
         program.save(partial)
+
+
+def check_packages(path: Path, *names: str) -> None:
+    """Check that the packages are installed that write a file.
+
+    Raises:
+        InputError: One is not.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export_program(embedder: Embedder, path: Path) -> None:

@@ -197,6 +197,9 @@ def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: 
         record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
         if "model" in record:
             return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
+        if retrieved := state["callbacks"].get("ZeroShotRetrieval", {}).get("history"):
+            baselines = state["callbacks"]["ZeroShotRetrieval"]["baseline_metrics"]
+            record = record | {"results": {"first": retrieved[0], "last": retrieved[-1], "baselines": baselines}}
         return _load_trained(path, record, tensors, teacher_path)
     except InputError:
         raise

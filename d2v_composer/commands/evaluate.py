@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2v_composer.models.names import PREFIX
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import d2v, print_next
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> "Evaluation":
     import torch
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
+    from d2v_composer.checkpoints.safe_load import fetch_model
+    from d2v_composer.checkpoints.student_file import sha256
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
@@ -61,10 +64,13 @@ def main(argv: Sequence[str]) -> "Evaluation":
     retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
     evaluation = Evaluation(candidates, retrievals, embedding.name, class_names)
-    print(evaluation_tables(evaluation))
+    tables = evaluation_tables(evaluation)
+    print(tables)
     if config.out is not None:
         used = hide_all_secrets(config.model_dump(mode="json"))
-        about = {"config": used, "machine": describe_machine(), "versions": package_versions()}
+        about = {"config": used, "machine": describe_machine(), "versions": package_versions(), "tables": tables}
+        if not config.model.startswith(PREFIX):
+            about["sha256"] = sha256(fetch_model(config.model))
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
     print_next(hide_secrets(next_step(config)))

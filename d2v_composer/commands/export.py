@@ -3,20 +3,29 @@
     d2v export runs/distill/latest-rank0.pt student.safetensors
     d2v export student.safetensors student.onnx
     d2v export student.safetensors student.pt2 --pooling mean
+    d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
 The last two hold a program that computes one embedding, by default the primary one, and no record of
-the run.
+the run. Beside a .safetensors file README.md describes it, for the Hugging Face hub.
 """
 
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from d2v_composer.checkpoints.export import Embedder
+    from d2v_composer.models.student import Student
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -25,6 +34,10 @@ PROGRAMS = {
 }
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
+
+
+# Images for int8; every fifth calibrates, the others show what is lost.
+INT8_IMAGES, LEAST_IMAGES = 640, 20
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
         about = "of .onnx, .pt2; default: the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
+    parser.add_argument("--int8", action="store_true", help="of .onnx: 8-bit linear layers, by onnxruntime")
+    about = "images or MDS for --int8; default: the run's retrieval images"
+    parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     out = arguments.out
@@ -43,12 +59,15 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
     if out.suffix == ".safetensors" and (arguments.pooling or arguments.representation):
         raise InputError(f"{out}: holds every embedding: --pooling and --representation are for .onnx and .pt2")
+    if (arguments.int8 and out.suffix != ".onnx") or (arguments.calibrate and not arguments.int8):
+        raise InputError(f"{out}: --int8 is for .onnx, and --calibrate for --int8")
     check_out_file(out, overwrite=arguments.overwrite)
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.student import Student
+    from d2v_composer.report.model_card import write_model_card
 
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if not isinstance(student, Student):
@@ -56,9 +75,14 @@ def main(argv: Sequence[str]) -> None:
     embedding = choose_embedding(student, arguments.pooling, arguments.representation)
     print(f"embedding: {embedding.name}")
     head = student.state_dict().get("head.weight")
-    if out.suffix == ".safetensors":
+    if arguments.int8:
+        export_int8(Embedder(student, embedding), out, arguments.calibrate)
+        step = PROGRAMS[".onnx"].format(str(out))
+    elif out.suffix == ".safetensors":
         save_student(student, out)
-        step = d2v("embed", out, "IMAGES", "embeddings.npy") if head is None else TIMM.format(str(out), len(head))
+        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "IMAGES", "embeddings.npy")
+        if head is None:
+            print(write_model_card(student, arguments.source, out))
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
         write(Embedder(student, embedding), out)
@@ -66,3 +90,60 @@ def main(argv: Sequence[str]) -> None:
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     print_next(step)
+
+
+def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
+    """Write the student's program in int8, and print how close it is to float32, and how fast."""
+    from d2v_composer.checkpoints.export import check_packages, export_onnx
+
+    check_packages(out, "onnxruntime")
+    import torch
+    from onnxruntime import InferenceSession
+    from torch.nn.functional import cosine_similarity
+
+    from d2v_composer.benchmarks.measure import interleave
+    from d2v_composer.checkpoints.int8 import BATCH_SIZE, embed, quantize
+    from d2v_composer.evaluation.without_labels import neighbor_agreement
+
+    images = read_images(embedder.student, source)
+    is_measured = torch.arange(len(images)) % 5 > 0
+    measured = images[is_measured]
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "float32.onnx"
+        export_onnx(embedder, program)
+        quantize(program, out, images[~is_measured])
+        embeds = [partial(embed, InferenceSession(path)) for path in (program, out)]
+        size = program.stat().st_size / 1e6
+    exact, found = (each(measured) for each in embeds)
+    cosines, batch = cosine_similarity(exact, found), measured[:BATCH_SIZE]
+    passes = {str(i): (partial(each, batch), len(batch)) for i, each in enumerate(embeds)}
+    rate, rate_int8 = (each.max() for each in interleave(passes, repeats=5).values())
+    print(
+        f"int8 beside float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
+        f"cosine {cosines.mean():.5f}, at least {cosines.min():.5f}; "
+        f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
+        f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
+    )
+
+
+def read_images(student: "Student", source: str | None) -> "Tensor":
+    """Return images of a folder, or of the run's retrieval, normalized, (N, 3, S, S).
+
+    Raises:
+        InputError: There are too few, or they cannot be read.
+    """
+    import torch
+
+    from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
+    from d2v_composer.embedding import open_collection
+
+    config, retrieval = student.encoder.config, student.provenance.get("config", {}).get("retrieval", {})
+    sizes, images = {"image_size": config.image_size, "interpolation": config.interpolation}, []
+    if source is not None:
+        collection = open_collection(source, **sizes)
+        images = [collection.load(i) for i in evenly_spaced(len(collection.ids), INT8_IMAGES)]
+    elif found := [each for each in retrieval.get("datasets", {}).values() if each]:
+        images = load_labeled_set(**found[0] | {"download": False, "max_images": INT8_IMAGES}, **sizes).test.images
+    if len(images) < LEAST_IMAGES:
+        raise InputError(f"--int8: needs {LEAST_IMAGES} images or more, found {len(images)}: --calibrate FOLDER")
+    return student.encoder.prepare(torch.stack(list(images)))

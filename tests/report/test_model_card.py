@@ -1,0 +1,102 @@
+"""The model card beside an exported student: its licence, results and sizes; another README.md stays."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from d2v_composer.checkpoints.fairseq import LICENCE_NOTE
+from d2v_composer.checkpoints.student_file import sha256
+from d2v_composer.commands import evaluate, export
+from d2v_composer.models.data2vec2 import ImageEncoder
+from d2v_composer.models.sizes import ImageEncoderConfig
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.report.model_card import MARK, name_licence, write_model_card
+from helpers import ROOT
+
+
+def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
+    """Write the card of a small student; return its front matter and its text."""
+    config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32, num_extra_tokens=1)
+    student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=2), provenance)
+    write_model_card(student, str(folder / "none.pt"), folder / "mine.safetensors")
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+@pytest.mark.parametrize(
+    ("stated", "name"),
+    [
+        ("apache-2.0", "apache-2.0"),
+        ("Apache-2.0, as this repository", "apache-2.0"),
+        (LICENCE_NOTE, "cc-by-nc-4.0"),
+        ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
+        ("the file's; timm states for its own: apache-2.0", "unknown"),
+        ("not stated by timm", "unknown"),
+        ("", "unknown"),
+        ("dinov3-license", "dinov3-license"),
+        ("fair-noncommercial-research-license", "fair-noncommercial-research-license"),
+        ("not MIT", "not-mit"),
+    ],
+)
+def test_the_licence_is_named_as_it_is_stated(stated: str, name: str, tmp_path: Path) -> None:
+    """And comes first unless it allows commercial use."""
+    assert name_licence(stated) == name
+    front, text = written(tmp_path, teacher={"licence": stated, "source": "hub:timm/vit.tag@main", "model": "timm/vit"})
+    is_on_hub = name in ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "unknown")
+    assert front["license"] == (name if is_on_hub else "other")
+    assert front.get("license_name") == (None if is_on_hub else name)
+    assert front["base_model"] == "timm/vit.tag"
+    assert (f"> **Licence: {name}" in text) == (name != "apache-2.0")
+    assert ("no commercial use" in text) == ("-nc" in name or "noncommercial" in name)
+    assert f"(hub:timm/vit.tag@main): {stated or 'nothing'}." in text
+    assert "We treat a student as derived from its teacher" in text
+
+
+def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
+    front, text = written(tmp_path)
+    assert (front["license"], front["library_name"], "base_model" in front) == ("unknown", "d2v-composer", False)
+    assert "hf upload ORG/NAME mine.safetensors student.safetensors" in text
+    assert "None are recorded" in text
+
+
+def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
+    key = "metrics/small/{}bank_train/top1"
+    history = [{"batch": 0, "metrics": {key.format(""): 0.1}}, {"batch": 14, "metrics": {key.format(""): 0.25}}]
+    history[1]["metrics"][f"{key.format('')}/output_cls"] = 0.7
+    results = {"first": history[0], "last": history[1], "baselines": {key.format("teacher/"): 0.5}}
+    front, text = written(tmp_path, results=json.loads(json.dumps(results)))
+    assert front["metrics"] == ["accuracy"]
+    row = next(line for line in text.splitlines() if line.startswith("| small bank_train/top1"))
+    # untrained, student, teacher, encoder, pixels
+    assert row.replace(" ", "") == "|smallbank_train/top1|0.100|0.250|0.500|–|–|"
+    assert "0.700" not in text
+
+
+def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
+    uninterrupted: Path, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, out = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
+    export.main([str(checkpoint), str(out)])
+    readme = tmp_path / "README.md"
+    assert f"wrote {readme}: the model card; licence: cc-by-nc-4.0" in capsys.readouterr().out
+    card = readme.read_text()
+    assert "3 blocks on the first blocks of its teacher. d2v-composer trained it on 96 images" in card
+    assert "recipes/train.py" in card
+    assert f"torch {torch.__version__.partition('+')[0]}" in card
+    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, f"out={tmp_path}"])
+    assert json.loads((tmp_path / "evaluation.json").read_text())["sha256"] == sha256(out)
+    again = tmp_path / "again.safetensors"
+    export.main([str(out), str(again)])
+    assert "Zero-shot retrieval on small" in readme.read_text()
+    (tmp_path / "evaluation.json").write_text('{"sha256": "of another file"}')
+    export.main([str(out), str(again), "--overwrite"])
+    assert readme.read_text() == card.replace("student.safetensors student", "again.safetensors student")
+    readme.write_text(card.replace(MARK, ""))
+    export.main([str(out), str(again), "--overwrite"])
+    assert f"kept {readme}" in capsys.readouterr().out
+    assert MARK not in readme.read_text()
