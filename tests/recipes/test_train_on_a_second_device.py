@@ -189,7 +189,9 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
     config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
     accuracies = []
     for device in ("xla", "cpu"):
-        found = evaluate(build_comparison(config, device).candidates, datasets, (1, 3), device, 40)
+        comparison = build_comparison(config, device)
+        options = comparison.embedding.name, comparison.augment
+        found = evaluate(comparison.candidates, datasets, (1, 3), device, 40, *options)
         accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
