@@ -77,9 +77,7 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
     shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        test = load_mds(
-            root / "test", sizes.image_size, sizes.interpolation, None, dataset.column, dataset.label_column
-        )
+        test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(str(dataset.label_column), num_classes)
@@ -95,7 +93,7 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
             **config.dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
         )
     if not labeled.has_labels:
-        raise InputError(f"dataset: {config.dataset.root} has no labels to learn")
+        raise InputError(f"dataset: {config.dataset.root} has no labels; fine-tuning needs them")
     train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:

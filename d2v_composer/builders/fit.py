@@ -67,7 +67,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
             checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error
-        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a run_name of its own")
+        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a folder of its own")
     # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
     if trainer.state.evaluators:
         trainer.eval()

@@ -18,6 +18,7 @@ from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.sizes import EncoderConfig, ImageSize
 from d2v_composer.models.student import Student
+from d2v_composer.models.teacher import Teacher
 
 
 def load_trained_model(config: ModelConfig) -> Models:
@@ -36,10 +37,10 @@ GFLOP_PER_MAC = 2e-9
 class Comparison(NamedTuple):
     """The embeddings that an evaluation compares."""
 
+    model: Student | Teacher
+    """The model in question."""
     candidates: list[Candidate]
     """On the device, in eval mode."""
-    sizes: EncoderConfig
-    """Their encoder's."""
     embedding: PrimaryEmbedding
     """The primary embedding."""
     augment: Augmentation
@@ -76,25 +77,23 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.
     """
-    trained, teacher = load_trained_model(config)
+    model, teacher = load_trained_model(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        untrained = (
-            Student(trained.encoder, trained.config) if isinstance(trained, Student) else trained.build_student()
-        )
-    embedding = choose_embedding(trained, config.pooling, config.representation)
-    student = trained if isinstance(trained, Student) else None
+        untrained = Student(model.encoder, model.config) if isinstance(model, Student) else model.build_student()
+    student = model if isinstance(model, Student) else None
+    embedding = choose_embedding(model, config.pooling, config.representation)
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
     encoder = untrained.encoder
     # Number of weights, and GFLOP per image.
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
-    for name, model in models.items():
-        costs[name] = (sum(map(torch.numel, model.parameters())), GFLOP_PER_MAC * (macs + model.forward_macs()))
+    for name, each in models.items():
+        costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * (macs + each.forward_macs()))
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
     loader = ShardLoaderConfig()
     with suppress(LookupError, TypeError, ValueError):  # no run's record
-        recorded = trained.provenance["config"]["train_loader"]
+        recorded = model.provenance["config"]["train_loader"]
         loader = ShardLoaderConfig(**{name: recorded[name] for name in ("crop_scale", "crop_ratio", "flip")})
-    return Comparison(candidates, encoder.config, embedding, build_augmentation(loader, encoder.config, config.seed))
+    return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed))

@@ -1,6 +1,7 @@
 """Build what turns a model into a run: optimizer, schedule, algorithms, callbacks, loggers, retrieval and record."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -193,7 +194,7 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
     """
     record = {
         "config": hide_all_secrets(config.model_dump(mode="json")),
-        "command": shlex.join(map(hide_secrets, [*sys.argv[0].split(), *sys.argv[1:]])),  # 'd2v train'
+        "command": re.sub("^'(d2v [a-z]+)'", r"\1", shlex.join(map(hide_secrets, sys.argv))),
         **contents,
         "versions": package_versions(),
         "hardware": {**describe_machine(), "ranks": dist.get_world_size()},

@@ -1,4 +1,4 @@
-"""Measure zero-shot retrieval and its like during training: the quality of the representations."""
+"""Measure during training how good the representations are: zero-shot retrieval, probes, agreement with the teacher."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ class ZeroShotRetrieval(Callback):
             in checkpoints.
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
-            ``ks``; '' → those of the test images among themselves, (N, 10), for agreement; kept in checkpoints.
+            ``ks``; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -246,7 +246,7 @@ class ZeroShotRetrieval(Callback):
             names = [found.embedding or None]
             if found.is_primary:
                 names.append(None)  # the short key
-                if baseline is None:
+                if baseline is None and found.bank:
                     self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
             for name, (measure, hits) in product(names, found.hits.items()):
                 key = metric_key(dataset, found.bank, measure, name, baseline)

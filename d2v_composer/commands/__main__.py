@@ -1,4 +1,4 @@
-"""Distil data2vec 2.0 image teachers into small students: the commands that need no checkout of the repository.
+"""Distil vision transformers into small students: the commands that need no checkout of the repository.
 
 distill is the shortest way. Step by step: convert-teacher, convert-images, train, then evaluate, export and embed.
 """

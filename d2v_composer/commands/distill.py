@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_composer.commands import export
-from d2v_composer.commands.train import fit, use_all_gpus
+from d2v_composer.commands.train import fit, is_launched, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import (
     Data2Vec2Config,
@@ -32,18 +32,18 @@ from d2v_composer.models.sizes import (
 )
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import make_parser
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import check_out_file, write_atomically
 from d2v_composer.system.processes import global_rank
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
 
-# A tenth of them are eleven, the fewest of which each has ten neighbors.
-FEWEST_IMAGES = 110
+# A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
+FEWEST_IMAGES = 200
 # The paper's, on ImageNet: 30,000 batches of 256.
 EPOCHS, MOST_BATCHES = 6, 30_000
-SETTINGS, IMAGES, HELD_OUT = "distill.yaml", "images", "held_out"
+SETTINGS, IMAGES, STUDENT, HELD_OUT = "distill.yaml", "images", "student.safetensors", "held_out"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,15 +57,15 @@ def main(argv: Sequence[str]) -> None:
     add("--column", default="image", metavar="NAME", help="the column of MDS that holds the images; default: image")
     arguments = parser.parse_intermixed_args(argv)
     out = arguments.out = Path(arguments.out)
-    if "RANK" not in os.environ:  # not a rank of a launcher's
+    if not is_launched():
         prepare(arguments)
-        use_all_gpus("distill", *argv)
+        relaunch_on_gpus("distill", *argv)
 
     from d2v_composer.checkpoints.safe_load import LATEST
 
     fit(read_settings(arguments, out / SETTINGS))
     if global_rank() == 0:
-        export.main([str(out / LATEST), str(out / "student.safetensors"), "--overwrite"])
+        export.main([str(out / LATEST), str(out / STUDENT), "--overwrite"])
 
 
 def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
@@ -74,6 +74,8 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
     Raises:
         InputError: A change of a setting is wrong.
     """
+    if any(change.startswith("save_folder=") for change in arguments.changes):
+        raise InputError("save_folder: is --out here")
     from d2v_composer.config.load import load_config
 
     out, is_timm = arguments.out, arguments.teacher.startswith(PREFIX)
@@ -84,8 +86,9 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
         "train_loader.local": str(out / IMAGES / "train"),
         "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(out / IMAGES), "label_column": None}},
     }
-    values = [f"{key}={json.dumps(value)}" for key, value in {**(chosen or {}), **own}.items()]
-    return load_config([str(path), *values, *arguments.changes, f"save_folder={json.dumps(str(out))}"])
+    values = {**(chosen or {}), **own, "save_folder": str(out)}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return load_config([str(path), *overrides, *arguments.changes])
 
 
 def prepare(arguments: Namespace) -> None:
@@ -94,34 +97,43 @@ def prepare(arguments: Namespace) -> None:
     Raises:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
     """
-    import yaml
-
     from d2v_composer.builders.distillation import build_teacher
-    from d2v_composer.data.convert import NO_LABELS, convert_images, find_images, hold_out, list_samples
+    from d2v_composer.data.convert import ImageSource, convert_images, hold_out, list_samples
+    from d2v_composer.data.images import list_images
     from d2v_composer.data.index import INDEX, SUMMARY
     from d2v_composer.system.fetch import is_remote
 
     source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / IMAGES
+    is_mds, is_new, cache = is_remote(source) or Path(source, INDEX).is_file(), not path.exists(), images / "source"
+    if not is_mds and images.resolve().is_relative_to(Path(source).resolve()):
+        raise InputError(f"{arguments.out}: is in the folder of the images, {source}")
     check_out_file(path)
-    command = hide_secrets(shlex.join(["d2v", "distill", source, "--teacher", arguments.teacher]))
-    if path.exists() and (found := path.read_text().partition("\n")[0][2:]) != command:
-        raise InputError(f"{arguments.out}: is of {found!r}; choose another --out")
+    if is_new and (arguments.out / STUDENT).exists():
+        raise InputError(f"{arguments.out}: has a {STUDENT} of another run; choose another --out")
+    options = ["--teacher", arguments.teacher, "--column", arguments.column]
+    command = hide_secrets(shlex.join(["d2v", "distill", source, *options]))
+    with reading(path):
+        if not is_new and (found := path.read_text().partition("\n")[0][2:]) != command:
+            raise InputError(f"{arguments.out}: was made by {found!r}; choose another --out")
     if (images / "train" / INDEX).exists():  # written last
+        write_settings(path, command, read_settings(arguments, path))
+        shutil.rmtree(cache, ignore_errors=True)
         return
-    is_mds, cache = is_remote(source) or Path(source, INDEX).is_file(), images / "source"
-    every = list_samples(source, arguments.column, cache) if is_mds else find_images(source, labels=NO_LABELS)
+    if is_mds:
+        every = list_samples(source, arguments.column, cache)
+    else:
+        every = ImageSource(Path(source), list_images(Path(source))[0], None, {})
     if (num_images := len(every.files)) < FEWEST_IMAGES:
-        raise InputError(f"{source}: has too few images: expected at least {FEWEST_IMAGES}, got {num_images}")
-    given, chosen = (path, {}) if path.exists() else ("/dev/null", choose(num_images, Data2Vec2Config()))
+        raise InputError(f"{source}: expected at least {FEWEST_IMAGES} images, got {num_images}")
+    given, chosen = ("/dev/null", choose(num_images, Data2Vec2Config())) if is_new else (path, {})
     config = read_settings(arguments, given, chosen)  # checks the changes, before the teacher is fetched
     teacher = build_teacher(config.teacher).config
-    if chosen:
+    if is_new:
         chosen = choose(num_images, teacher)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+        print(f"every setting, with yours, is in {path}")
         config = read_settings(arguments, given, chosen)
-        settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False)
-        write_atomically(path, f"# {command}\n{settings}")
-        print(f"every setting is in {path}")
+    write_settings(path, command, config)
     sides = height_and_width(parse_image_size(config.teacher.image_size or teacher.image_size))
     for split, part in hold_out(every, images / f"{HELD_OUT}.json").items():
         if not (images / split / INDEX).exists():
@@ -129,6 +141,14 @@ def prepare(arguments: Namespace) -> None:
             done = convert_images(part, images / split, **options, skip_unreadable=True)
             print(f"{images / split}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
     shutil.rmtree(cache, ignore_errors=True)
+
+
+def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
+    """Write what the run trains with."""
+    import yaml
+
+    settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    write_atomically(path, f"# {command}\n{settings}")
 
 
 def absolute(place: str) -> str:
@@ -144,7 +164,7 @@ def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
         teacher: The teacher's sizes.
 
     Returns:
-        Dotted key → value, where it is not the default.
+        Dotted key → value; all else has its default.
     """
     import torch
 
@@ -152,8 +172,8 @@ def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
     fewest, batch, side, lr = (3000, 256, 224, 0.384) if num_gpus else (600, 32, 112, 0.768)
     while batch > max(num_images // 8, num_gpus):
         batch //= 2
-    batch -= batch % max(num_gpus, 1)
-    num_batches = min(max(EPOCHS * num_images // batch, fewest), MOST_BATCHES)
+    batch = max(batch - batch % max(num_gpus, 1), num_gpus)
+    num_batches = min(max(EPOCHS * num_images * 9 // 10 // batch, fewest), MOST_BATCHES)
     chosen = {
         "precision": "auto",
         "max_duration": f"{num_batches}ba",

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2v_composer.models.names import PREFIX
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import d2v, print_next
@@ -38,27 +37,25 @@ def main(argv: Sequence[str]) -> "Evaluation":
     import torch
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
-    from d2v_composer.checkpoints.safe_load import fetch_model
-    from d2v_composer.checkpoints.student_file import sha256
     from d2v_composer.config.load import load_evaluate_config
+    from d2v_composer.embedding import hash_weights
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
-    from d2v_composer.system.errors import errors_of
     from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)
     if config.out is not None:  # before minutes of work
         check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates, sizes, embedding, augment = build_comparison(config, device)
+    model, candidates, embedding, augment = build_comparison(config, device)
+    sizes = model.encoder.config
     if "agreement" in config.probes and candidates[-1].name != "teacher":
         raise InputError("probes: agreement is with the teacher: name it with teacher=PATH")
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
     for name, labeled in datasets.items():
-        with errors_of("datasets"):
-            check_size(name, labeled, config.ks, config.probes)
+        check_size(name, labeled, config.ks, config.probes)
     print(f"embedding: {embedding.name}")
     options = config.device_eval_batch_size, embedding.name, augment, choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
@@ -68,9 +65,8 @@ def main(argv: Sequence[str]) -> "Evaluation":
     print(tables)
     if config.out is not None:
         used = hide_all_secrets(config.model_dump(mode="json"))
-        about = {"config": used, "machine": describe_machine(), "versions": package_versions(), "tables": tables}
-        if not config.model.startswith(PREFIX):
-            about["sha256"] = sha256(fetch_model(config.model))
+        about = {"config": used, "machine": describe_machine(), "versions": package_versions()}
+        about |= {"weights": hash_weights(model), "tables": tables}
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
     print_next(hide_secrets(next_step(config)))

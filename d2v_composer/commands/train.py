@@ -28,20 +28,25 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Train on every GPU of this machine."""
     command_line.show_help(argv, __doc__)
-    use_all_gpus("train", *argv)
+    relaunch_on_gpus("train", *argv)
     train(argv)
 
 
-def use_all_gpus(*arguments: str) -> None:
+def relaunch_on_gpus(*arguments: str) -> None:
     """Replace this process by Composer's launcher of a command of d2v, if there are GPUs for several ranks."""
     import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
     import torch
 
-    if "RANK" in os.environ or torch.cuda.device_count() < 2:  # a launcher started this process
+    if is_launched() or torch.cuda.device_count() < 2:
         return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
     program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
     os.execv(sys.executable, [*program, *arguments])
+
+
+def is_launched() -> bool:
+    """Return True in a rank of Composer's launcher, or of torchrun."""
+    return "LOCAL_RANK" in os.environ
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":

@@ -80,7 +80,9 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
             raise InputError(f"{path}: not a YAML of keys and values: {' '.join(str(error).split())}") from error
     if not isinstance(from_file, DictConfig):
         raise InputError(f"{path}: expected keys and values, as in yamls/")
-    merged = OmegaConf.create(layered(defaults(schema), OmegaConf.to_container(from_file)))
+    values: Any = OmegaConf.to_container(from_file)
+    values = values.get("config", values)  # of a run's record, run.yaml
+    merged = OmegaConf.create(layered(defaults(schema), values))
     for override in overrides:
         try:
             apply(merged, override)

@@ -509,7 +509,7 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
         if self.train_loader.stream and self.dataset.format != "mds":
             yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
         if self.dataset.label_column is None:
-            yield ".dataset.label_column: must be a column: a classifier learns labels"
+            yield ".dataset.label_column: must name a column: fine-tuning needs labels"
         if self.callbacks.get("health") is not None:
             yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher's targets"
 

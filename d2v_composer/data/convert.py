@@ -57,17 +57,18 @@ MOST_HELD_OUT = 5000
 class ImageSource(NamedTuple):
     """The images of a folder, of an MDS data set, or of CIFAR-10."""
 
-    root: Path
+    root: Path | str
+    """A folder, or an address in a store."""
     files: list[ImageFile]
     """The images by path; all have a label, or none has."""
     classes: list[str] | None
     """The name of each label; ``None`` without labels."""
     ignored: dict[str, int]
     """The number of other files by suffix."""
-    load: Callable[[int], bytes | Image.Image] | None = None
-    """Returns an image by number, which the paths of ``files`` are then; ``None``: they are files."""
-    is_lossless: bool = False
-    """Keep the images as PNGs."""
+    load: Callable[[int], Any] | None = None
+    """Returns a file's bytes, or a PIL image, by number, which the paths of ``files`` are then; ``None``: read them."""
+    keeps_files: bool = False
+    """Whether the files of ``load`` are stored as they are, also if they are no JPEGs."""
 
 
 def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> ImageSource:
@@ -130,10 +131,12 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
     files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
     classes = list(labeled.class_names)
 
-    def load(number: int) -> Image.Image:
-        return Image.fromarray(images[number].permute(1, 2, 0).numpy())
+    def load(number: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(images[number].permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
 
-    return ImageSource(folder / split, files, classes, {}, load, is_lossless=True)
+    return ImageSource(folder / split, files, classes, {}, load, keeps_files=True)
 
 
 def list_samples(source: str, column: str, cache: Path) -> ImageSource:
@@ -157,7 +160,8 @@ def list_samples(source: str, column: str, cache: Path) -> ImageSource:
     samples = Shards(local=folder, remote=remote, columns=[column])
     sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
     files = [ImageFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
-    return ImageSource(Path(source), files, None, {}, lambda number: samples[number][column])
+    root = Path(source) if remote is None else source
+    return ImageSource(root, files, None, {}, lambda number: samples[number][column])
 
 
 def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
@@ -176,8 +180,8 @@ def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
     return {split: source._replace(files=files) for split, files in parts.items()}
 
 
-def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -> bytes:
-    """Convert an image file to an RGB JPEG that every reader decodes.
+def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, quality: int) -> bytes:
+    """Convert an image file, or an image, to an RGB JPEG that every reader decodes.
 
     An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
     is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
@@ -188,12 +192,13 @@ def as_rgb_jpeg(encoded: bytes, source: str, resize: int | None, quality: int) -
     """
     with decoding(encoded, source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = open_image(encoded)
+        image = encoded if isinstance(encoded, Image.Image) else open_image(encoded)
         rgb = to_rgb(image)
         if resize is not None and min(rgb.size) > resize:
             width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        if rgb is image and image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG followed by more pictures
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
+        if rgb is image and is_jpeg and isinstance(encoded, bytes):
             return encoded
         buffer = io.BytesIO()
         # A new image: the original would pass on its comment and its profile.
@@ -291,14 +296,10 @@ class _Task(NamedTuple):
         return done
 
     def _read_image(self, file: ImageFile) -> bytes:
-        path, load = self.source.root / file.path, self.source.load
-        with reading(path):
-            encoded = read_image_file(path) if load is None else load(int(file.path))
-            if isinstance(encoded, Image.Image):
-                buffer = io.BytesIO()
-                encoded.save(buffer, "PNG")
-                encoded = buffer.getvalue()
-            return encoded if self.source.is_lossless else as_rgb_jpeg(encoded, str(path), self.resize, self.quality)
+        name, load = f"{self.source.root}/{file.path}", self.source.load
+        with reading(name):
+            encoded = read_image_file(Path(name)) if load is None else load(int(file.path))
+            return encoded if self.source.keeps_files else as_rgb_jpeg(encoded, name, self.resize, self.quality)
 
 
 def work_folder(out: str) -> Path:
@@ -350,12 +351,13 @@ def convert_images(
     """
     out = str(out).rstrip("/")
     work, folder = work_folder(out), Path(out)
-    if source.load is None and work.is_relative_to(source.root.resolve()):
+    root = source.root if isinstance(source.root, str) else source.root.resolve()
+    if source.load is None and work.is_relative_to(root):
         raise InputError(f"{out}: is in the folder of the images, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
     groups = _groups(source, resize, seed, shard_bytes)
-    settings = repr((source.root.resolve(), source.files, resize, quality, seed, shard_bytes))
+    settings = repr((root, source.files, resize, quality, seed, shard_bytes))
     records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
     task = _Task(source, groups, resize, quality, skip_unreadable, out, work, records)
     with sole_user(work / "lock", LOCK_SECONDS) as alone:

@@ -79,8 +79,14 @@ class LabeledSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash that tells sets apart, by their labels: pixels vary with the libraries that decode them."""
+        """Return a hash that tells sets apart, by their labels: pixels vary with the libraries that decode them.
+
+        Without labels it is by the mean pixel, a whole number.
+        """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
+        if not self.has_labels:
+            pixels = self.test.images
+            labels.append([round(pixels.sum(dtype=torch.int64).item() / pixels.numel())])
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     @classmethod
@@ -129,18 +135,21 @@ def load_labeled_set(
     Raises:
         InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
     """
-    root, options = Path(root), (image_size, interpolation, max_images)
+    root, sizes = Path(root), (image_size, interpolation)
+    options = *sizes, column, label_column, max_images
     splits = root / "train", root / "test"
     alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
         labeled = whole if max_images is None else whole.at_most(max_images)
+    elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
+        labeled = LabeledSet.without_labels(_load_folder(alone, *sizes, max_images))
     elif format == "folder":
-        labeled = _load_folders(root, alone, *options)
+        labeled = _load_folders(root, *sizes, max_images)
     elif label_column is None:
-        labeled = LabeledSet.without_labels(load_mds(alone, *options, column, None))
+        labeled = LabeledSet.without_labels(load_mds(alone, *options))
     else:
-        train, test = (load_mds(split, *options, column, label_column) for split in splits)
+        train, test = (load_mds(split, *options) for split in splits)
         labeled = LabeledSet(train, test, read_class_names(root))
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
@@ -168,39 +177,44 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def _load_folders(
-    root: Path, alone: Path, image_size: ImageSize, interpolation: str, max_images: int | None
-) -> LabeledSet:
+def _load_folder(folder: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledImages:
+    """Load images without labels."""
+    files = list_images(folder)[0]
+    chosen = [folder / files[i].path for i in evenly_spaced(len(files), max_images)]
+    return _read_files([(path, 0) for path in chosen], image_size, interpolation)
+
+
+def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
     layout = f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
-    folders = [root / "train", root / "test"]
-    has_labels = not alone.is_dir() or any(folder.is_dir() and list_subfolders(folder) for folder in folders)
     splits: list[LabeledImages] = []
     class_names: list[str] = []
-    for folder in folders if has_labels else [alone]:
+    for folder in (root / "train", root / "test"):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; {layout}")
-        paths = [file.path for file in list_images(folder)[0] if "/" in file.path or not has_labels]
+        paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
         if not paths:
             raise InputError(f"{folder}: no images in its class folders; {layout}")
-        class_names = class_names or list_subfolders(folder) if has_labels else [""]
-        names = [path.split("/", 1)[0] if has_labels else "" for path in paths]
+        class_names = class_names or list_subfolders(folder)
+        names = [path.split("/", 1)[0] for path in paths]
         if unknown := sorted(set(names) - set(class_names)):
             raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {layout}")
         chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
-        pairs = (
-            (to_pixels(read_image_file(path), str(path), image_size, interpolation), label) for path, label in chosen
-        )
-        splits.append(_stacked(pairs, len(chosen)))
-    return LabeledSet(splits[0], splits[1], tuple(class_names)) if has_labels else LabeledSet.without_labels(splits[0])
+        splits.append(_read_files(chosen, image_size, interpolation))
+    return LabeledSet(splits[0], splits[1], tuple(class_names))
+
+
+def _read_files(files: list[tuple[Path, int]], image_size: ImageSize, interpolation: str) -> LabeledImages:
+    pixels = ((to_pixels(read_image_file(path), str(path), image_size, interpolation), label) for path, label in files)
+    return _stacked(pixels, len(files))
 
 
 def load_mds(
     folder: Path,
     image_size: ImageSize,
     interpolation: str,
-    max_images: int | None,
     column: str,
     label_column: str | None,
+    max_images: int | None = None,
 ) -> LabeledImages:
     """Load one split of an MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
     labels = () if label_column is None else (label_column,)

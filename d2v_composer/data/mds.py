@@ -17,6 +17,8 @@ from typing_extensions import Self
 
 def _read_pil(data: bytes) -> Image.Image:
     width, height, mode_size = np.frombuffer(data[:12], np.uint32).tolist()
+    if width * height > 8 * len(data):  # Pillow allocates them first; mode 1 has 8 pixels in a byte
+        raise ValueError(f"it has {len(data)} bytes for {width} x {height} pixels")
     return Image.frombytes(data[12 : 12 + mode_size].decode(), (width, height), data[12 + mode_size :])
 
 
@@ -91,7 +93,7 @@ class Shard(NamedTuple):
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
             if not begin < end <= self.raw.bytes:
-                raise ValueError(f"it lies from {begin} to {end}")
+                raise ValueError(f"its offsets are {begin} and {end}")
             file.seek(begin)
             data = file.read(end - begin)
         num_varying = sum(size is None for _, size, _ in self.columns)

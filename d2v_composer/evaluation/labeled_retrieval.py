@@ -22,6 +22,7 @@ from d2v_composer.evaluation.nearest_neighbors import (
     vote,
 )
 from d2v_composer.evaluation.without_labels import NUM_COMMON, common_shares, instance_hits, nearest_others
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Coll
     """Check that a set has enough images to look up.
 
     Raises:
-        ValueError: It has too few.
+        InputError: It has too few.
     """
-    smallest = min(filter(None, labeled.num_images))
+    smallest, num_test = min(filter(None, labeled.num_images)), labeled.num_images[1]
     if not 1 <= min(ks) <= max(ks) <= smallest:
-        raise ValueError(f"{name}: ks must be from 1 to its smaller set's {smallest} images, got {list(ks)}")
-    if labeled.num_images[1] <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
-        raise ValueError(f"{name}: agreement needs more than {NUM_COMMON} images, got {labeled.num_images[1]}")
+        raise InputError(f"ks: must be from 1 to {smallest}, the images of {name}'s smaller set, got {list(ks)}")
+    if num_test <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
+        raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
 
 
 def look_up(

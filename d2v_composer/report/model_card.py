@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jinja2
 import torch
 
-from d2v_composer.checkpoints.student_file import choose_embedding, sha256
+from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.embedding import hash_weights
 from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.report.run import EMBEDDINGS
@@ -15,8 +17,11 @@ from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import write_atomically
 
 MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
-# What a licence's note says if nobody stated one.
-NOT_STATED = ("", "unknown", "not-stated-by-timm", "the-file-s")
+# Licences that allow commercial use, and the others that the hub has a name for.
+FREE = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "mit")
+NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
+# How a note begins if nobody stated the licence of these weights.
+NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
 def write_model_card(student: Student, source: str, out: Path) -> str:
@@ -24,7 +29,7 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
 
     Args:
         student: With its run's record as provenance.
-        source: The file that it was loaded from. An ``evaluation.json`` beside it, of this very file, gives the
+        source: The file that it was loaded from. An ``evaluation.json`` beside it, of the same weights, gives the
             results, with intervals; otherwise the run's last retrieval does.
         out: The exported file.
 
@@ -34,26 +39,31 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
     """
     readme, evaluation = out.with_name("README.md"), Path(source).with_name("evaluation.json")
     if readme.exists() and MARK not in readme.read_text(errors="replace"):
-        return f"kept {readme}, which is no model card of ours"
+        return f"kept {readme}: d2v export did not write it"
+    with reading(evaluation):
+        evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
+        has_tables = evaluated.get("weights") == hash_weights(student)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
-        licence = name_licence(teacher["licence"])
-        evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
+        licence = name_licence(teacher["licence"] or "")
         template = Path(__file__).with_name("model_card.md").read_text()
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
             mark=MARK,
             licence=licence,
+            is_free=licence in FREE,
+            is_named_by_hub=licence in FREE or NOT_FREE.fullmatch(licence) is not None,
             teacher=teacher,
             record=record,
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
             size=height_and_width(student.encoder.config.image_size),
             embedding=choose_embedding(student, None, None),
-            tables=evaluated["tables"] if evaluated and evaluated.get("sha256") == sha256(Path(source)) else "",
+            tables=evaluated["tables"] if has_tables else "",
             results=record.get("results"),
             other_embeddings=tuple(EMBEDDINGS),
             file=out.name,
+            quote=shlex.quote,
         )
     with writing(readme):
         write_atomically(readme, card)
@@ -61,7 +71,9 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
 
 
 def name_licence(stated: str) -> str:
-    """Return a licence in the hub's words, from the note that is kept with a teacher's weights."""
-    begin, whole = (re.sub("[^a-z0-9.]+", "-", each.lower()) for each in (re.split("[,;(]", stated)[0], stated))
-    restricted = re.search(r"cc-by-nc-((sa|nd)-)?\d\.\d", whole)
-    return "unknown" if begin in NOT_STATED else restricted[0] if restricted else begin
+    """Return a licence in the hub's words, from the note that is kept with a teacher's weights.
+
+    A note that says anything more than a licence's name has a name of its own: what it adds may be a restriction.
+    """
+    name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
+    return "unknown" if not name or name.startswith(NOT_STATED) else name

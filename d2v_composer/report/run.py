@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"], "image_size": SHOWN_SIZE}
         try:
-            if labeled is not None:
+            if labeled is not None and name in run.neighbors:
                 datasets[name] = load_labeled_set(**labeled | options, interpolation="bicubic").numbered()
         except InputError as error:
             print(f"{name}: without its images: {error}")

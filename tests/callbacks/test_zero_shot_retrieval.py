@@ -232,7 +232,7 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
-    with pytest.raises(ValueError, match="set: ks must be from 1 to its smaller set's 5 images"):
+    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the images of set's smaller set"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
     with pytest.raises(ValueError, match="probes must be of knn, linear, agreement, instance, got knm"):
         ZeroShotRetrieval({"set": labeled}, probes=["knm"])

@@ -1,6 +1,7 @@
 """d2v distill: from a folder to a student, by one command that goes on after a kill; bad folders are one line."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
+from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
 from d2v_composer import load_student
 from d2v_composer.commands import distill
-from d2v_composer.data.convert import find_images, hold_out
+from d2v_composer.data.convert import ImageSource, hold_out
+from d2v_composer.data.images import list_images
 from d2v_composer.models.sizes import Data2Vec2Config
 from d2v_composer.system.errors import InputError
 from helpers import (
@@ -28,7 +32,7 @@ from helpers import (
     wait_until,
 )
 
-NUM_IMAGES = 120
+NUM_IMAGES = 200
 TEACHER = GOLDEN / "tiny_base.pt"
 SHORT = (
     "max_duration=4ba",
@@ -43,11 +47,12 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 images in three folders, and a file that is none; read-only."""
+    """200 images in three folders, of which one has a split's name, and a file that is none; read-only."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(NUM_IMAGES):
-        (folder / f"{i % 3}").mkdir(exist_ok=True)
-        (folder / f"{i % 3}" / f"{i}.jpg").write_bytes(encoded_image(i))
+        subfolder = folder / ("cats", "dogs", "train")[i % 3]
+        subfolder.mkdir(exist_ok=True)
+        (subfolder / f"{i}.jpg").write_bytes(encoded_image(i))
     (folder / "notes.txt").write_text("not an image")
     return folder
 
@@ -94,13 +99,25 @@ def test_a_tenth_is_never_trained_on(distilled: Path, photos: Path) -> None:
 
 
 def test_the_choice_of_the_tenth_survives_other_images(photos: Path, tmp_path: Path) -> None:
-    source, record = find_images(photos, labels="none"), tmp_path / "held_out.json"
+    source, record = ImageSource(photos, list_images(photos)[0], None, {}), tmp_path / "held_out.json"
     whole = hold_out(source, record)
     fewer = source._replace(files=source.files[::2])
     expected = {split: [each for each in part.files if each in fewer.files] for split, part in whole.items()}
     assert {split: part.files for split, part in hold_out(fewer, record).items()} == expected
     again = hold_out(fewer, tmp_path / "another.json")
     assert {split: part.files for split, part in again.items()} != expected
+
+
+def test_a_data_set_of_any_column_and_mode_is_converted(tmp_path: Path) -> None:
+    """Its labels, here texts, are not read."""
+    source, out = tmp_path / "mds", tmp_path / "run"
+    with MDSWriter(out=str(source), columns={"photo": "pil", "label": "str"}) as writer:
+        for i in range(NUM_IMAGES):
+            writer.write({"photo": Image.new("CMYK", (9, 40), (i, 5 * i % 256, 0, 0)), "label": "cat"})
+    arguments = {"source": str(source), "column": "photo", "teacher": str(TEACHER), "out": out, "changes": []}
+    for _ in range(2):  # again, with nothing left to do
+        distill.prepare(Namespace(**arguments))
+    assert len(images_of(out / "images" / "test") | images_of(out / "images" / "train")) == NUM_IMAGES
 
 
 def are_held_out_converted(out: Path) -> bool:
@@ -129,7 +146,8 @@ def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Pat
     ended = d2v(*command(photos, tmp_path / "run", *SHORT))
     assert ended.returncode == 0, ended.stderr
     (tmp_path / "run" / "student.safetensors").unlink()
-    run_ranks(*D2V, *command(photos, tmp_path / "run", *SHORT, "max_duration=6ba"))
+    longer = command(photos, tmp_path / "run", *SHORT, "max_duration=6ba", "retrieval.ks=[1,5]")
+    run_ranks(*D2V, *longer)
     assert (tmp_path / "run" / "latest-rank0.pt").readlink().name.endswith("-ba6-rank0.pt")
     load_student(tmp_path / "run" / "student.safetensors")
 
@@ -138,8 +156,8 @@ def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Pat
     ("num_images", "content", "problem"),
     [
         (0, b"", r": no images; the suffixes read are "),
-        (1, encoded_image(0), r": has too few images: expected at least 110, got 1$"),
-        (120, b"corrupt", r": none of the 12 images can be read$"),
+        (1, encoded_image(0), r": expected at least 200 images, got 1$"),
+        (200, b"corrupt", r": none of the 20 images can be read$"),
     ],
 )
 def test_a_bad_folder_is_one_line(num_images: int, content: bytes, problem: str, tmp_path: Path) -> None:
@@ -155,13 +173,19 @@ def test_a_bad_folder_is_one_line(num_images: int, content: bytes, problem: str,
 
 
 def test_other_bad_input_is_one_line(distilled: Path, photos: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "student.safetensors").touch()
     for arguments, problem in (
         (command(tmp_path / "none", tmp_path / "run"), "No such file or directory"),
         (command(photos, tmp_path / "run", teacher="none.pt"), "^teacher.checkpoint: .*/none.pt: no such file$"),
         (command(photos, tmp_path / "run", teacher="timm/vit"), "^teacher.*no model 'timm/vit'"),
         (command(photos, tmp_path / "run", "optimiser.lr=1"), "^optimiser: no such key; did you mean optimizer"),
         (command(photos, Path("/proc/run")), "^/proc/run/distill.yaml: cannot be written"),
-        (command(tmp_path, distilled), r"is of 'd2v distill .*photos\d+ --teacher .*; choose another --out"),
+        (command(photos, tmp_path / "run", "save_folder=here"), "^save_folder: is --out here$"),
+        (command(photos, photos / "run"), "^.*/run: is in the folder of the images, "),
+        (command(tmp_path, distilled), r"was made by 'd2v distill .*photos\d+ --teacher .*; choose another --out"),
+        (command(photos, foreign), f"^{foreign}: has a student.safetensors of another run"),
     ):
         with pytest.raises((InputError, OSError), match=problem):
             distill.main(arguments[1:])
@@ -171,10 +195,11 @@ def test_other_bad_input_is_one_line(distilled: Path, photos: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("num_gpus", "num_images", "expected"),
     [
-        (0, 110, ("600ba", 8, 0.004)),
-        (0, 10_000, ("1875ba", 32, 0.004)),
+        (0, 200, ("600ba", 16, 0.004)),
+        (0, 10_000, ("1687ba", 32, 0.004)),
+        (30, 200, ("3000ba", 30, 0.002)),
         (1, 10_000, ("3000ba", 256, 0.002)),
-        (6, 1_300_000, ("30000ba", 252, 0.002)),
+        (6, 2_000_000, ("30000ba", 252, 0.002)),
     ],
 )
 def test_sizes_follow_from_images_teacher_and_device(

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from d2v_composer.config import schema
 from d2v_composer.config.load import load_config, load_evaluate_config, load_finetune_config
@@ -46,6 +47,13 @@ def test_distill_is_the_papers_run() -> None:
     assert config.train_loader.crop_ratio == pytest.approx((3 / 4, 4 / 3))
     assert (config.train_loader.flip, config.retrieval.interval, config.retrieval.ks) == (0.5, "5000ba", [1, 3])
     assert set(config.retrieval.datasets) == {"cifar10", "cifar100"}
+
+
+def test_a_runs_record_is_a_yaml(uninterrupted: Path) -> None:
+    record = uninterrupted / "run.yaml"
+    recorded = yaml.safe_load(record.read_text())["config"]
+    assert load_config([str(record)]).model_dump(mode="json") == recorded
+    assert load_config([str(record), "seed=5"]).seed == 5 != recorded["seed"]
 
 
 def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,3 +87,9 @@ def test_refuses_a_sample_of_another_size(folder: Path, tmp_path: Path) -> None:
     assert str(shard.raw.find_fault(path)).endswith(f"the index says {shard.raw.bytes}")
     path.write_bytes(contents)
     assert str(shard.raw.find_fault(path)).endswith("its content has changed (xxh64)")
+
+
+def test_refuses_more_pixels_than_a_sample_can_hold() -> None:
+    """Before Pillow allocates them."""
+    with pytest.raises(ValueError, match="it has 15 bytes for 65000 x 65000 pixels"):
+        ENCODINGS["pil"](np.array([65_000, 65_000, 3], np.uint32).tobytes() + b"RGB")

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
+from d2v_composer import load_student
 from d2v_composer.checkpoints.fairseq import LICENCE_NOTE
-from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.commands import evaluate, export
+from d2v_composer.embedding import hash_weights
 from d2v_composer.models.data2vec2 import ImageEncoder
 from d2v_composer.models.sizes import ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
@@ -32,7 +33,9 @@ def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
     [
         ("apache-2.0", "apache-2.0"),
         ("Apache-2.0, as this repository", "apache-2.0"),
-        (LICENCE_NOTE, "cc-by-nc-4.0"),
+        ("CC-BY-NC-4.0", "cc-by-nc-4.0"),
+        (LICENCE_NOTE, "unknown"),
+        ("MIT, weights for research only", "mit-weights-for-research-only"),
         ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
         ("the file's; timm states for its own: apache-2.0", "unknown"),
         ("not stated by timm", "unknown"),
@@ -66,7 +69,10 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
 def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
     key = "metrics/small/{}bank_train/top1"
     history = [{"batch": 0, "metrics": {key.format(""): 0.1}}, {"batch": 14, "metrics": {key.format(""): 0.25}}]
-    history[1]["metrics"][f"{key.format('')}/output_cls"] = 0.7
+    history[1]["metrics"] |= {
+        f"{key.format('')}/output_cls": 0.7,
+        "metrics/small/agreement@10": 0.5,
+    }  # a probe added since
     results = {"first": history[0], "last": history[1], "baselines": {key.format("teacher/"): 0.5}}
     front, text = written(tmp_path, results=json.loads(json.dumps(results)))
     assert front["metrics"] == ["accuracy"]
@@ -82,18 +88,19 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
     checkpoint, out = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export.main([str(checkpoint), str(out)])
     readme = tmp_path / "README.md"
-    assert f"wrote {readme}: the model card; licence: cc-by-nc-4.0" in capsys.readouterr().out
+    assert f"wrote {readme}: the model card; licence: unknown" in capsys.readouterr().out
     card = readme.read_text()
     assert "3 blocks on the first blocks of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
     datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
     evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, f"out={tmp_path}"])
-    assert json.loads((tmp_path / "evaluation.json").read_text())["sha256"] == sha256(out)
+    evaluation = tmp_path / "evaluation.json"
+    assert json.loads(evaluation.read_text())["weights"] == hash_weights(load_student(out))
     again = tmp_path / "again.safetensors"
     export.main([str(out), str(again)])
     assert "Zero-shot retrieval on small" in readme.read_text()
-    (tmp_path / "evaluation.json").write_text('{"sha256": "of another file"}')
+    evaluation.write_text('{"weights": "of another student"}')
     export.main([str(out), str(again), "--overwrite"])
     assert readme.read_text() == card.replace("student.safetensors student", "again.safetensors student")
     readme.write_text(card.replace(MARK, ""))
