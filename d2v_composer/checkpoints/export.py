@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,14 +83,16 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
     """
     check_packages(path, "onnx", "onnxscript")
-    program = torch.onnx.export(
-        trace(embedder),
-        input_names=["images"],
-        output_names=["embedding"],
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        program = torch.onnx.export(
+            trace(embedder),
+            input_names=["images"],
+            output_names=["embedding"],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None  # without a file name, torch returns the program
     program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:

@@ -39,7 +39,7 @@ def test_several_gpus_have_a_rank_each(monkeypatch: pytest.MonkeyPatch) -> None:
         train.main([str(GOLDEN / "no.yaml"), "seed=3"])
     launcher = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
     assert started == [[*launcher, "train", str(GOLDEN / "no.yaml"), "seed=3"]]
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"no\.yaml: cannot be read"):
         train.main([str(GOLDEN / "no.yaml"), "seed=3"])
     assert len(started) == 1
