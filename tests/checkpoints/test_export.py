@@ -143,6 +143,7 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
         timm.create_model("d2v2_student", representation="max")
 
 
+@pytest.mark.slow  # by default test_programs_of_the_student compares one, and int8 starts with another
 def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     export(wide_or_narrow, path, "--pooling", "mean", "--representation", "output")
