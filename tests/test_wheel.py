@@ -38,7 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("d2v_composer", "recipes", "tests", "yamls"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        ignored = shutil.ignore_patterns("__pycache__", "golden")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -59,7 +60,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
     files = [path for path in (ROOT / "d2v_composer").rglob("*") if path.is_file()]
-    expected = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".md", ".pyc")}
+    expected = {str(path.relative_to(ROOT)) for path in files if path.name != "README.md" and path.suffix != ".pyc"}
     yamls = [*(ROOT / "yamls").glob("*.yaml"), *(ROOT / "yamls" / "quickstart").rglob("*")]
     files = [path for path in yamls if path.is_file() and path.suffix != ".md"]
     expected |= {f"d2v_composer/{path.relative_to(ROOT)}" for path in files}
