@@ -1,6 +1,7 @@
 """Export a student: ONNX, torch.export, and a timm model that loads its file."""
 
 import copy
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -117,9 +118,10 @@ def export_program(embedder: Embedder, path: Path) -> None:
     """
     description = describe(embedder)
     extra = {"preprocessing.json": description["preprocessing"], "embedding": description["embedding"]}
-    program = trace(embedder)
-    with out_file(path) as partial, partial.open("wb") as file:  # torch warns of another suffix than .pt2
-        torch.export.save(program, file, extra_files=extra)
+    archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
+    torch.export.save(trace(embedder), archive, extra_files=extra)
+    with out_file(path) as partial:
+        partial.write_bytes(archive.getbuffer())
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
