@@ -23,7 +23,7 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     Args:
         program: The one in float32.
         out: The file to write.
-        images: Normalized, (N, 3, S, S). The range of each layer's inputs on them is what is quantized.
+        images: Normalized, (N, 3, S, S). They set the range of each layer's inputs.
 
     Raises:
         RunError: The disk is full.

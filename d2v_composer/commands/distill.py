@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_composer.commands import export
-from d2v_composer.commands.train import fit, is_launched, relaunch_on_gpus
+from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import (
     Data2Vec2Config,
@@ -30,11 +30,11 @@ from d2v_composer.models.sizes import (
     height_and_width,
     parse_image_size,
 )
-from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
+from d2v_composer.system.addresses import STUDENT_FILE, hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import check_out_file, write_atomically
-from d2v_composer.system.processes import global_rank
+from d2v_composer.system.processes import global_rank, is_launched
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FEWEST_IMAGES = 200
 # The paper's, on ImageNet: 30,000 batches of 256.
 EPOCHS, MOST_BATCHES = 6, 30_000
-SETTINGS, IMAGES, STUDENT, HELD_OUT = "distill.yaml", "images", "student.safetensors", "held_out"
+SETTINGS, IMAGES, HELD_OUT = "distill.yaml", "images", "held_out"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
     fit(read_settings(arguments, out / SETTINGS))
     if global_rank() == 0:
-        export.main([str(out / LATEST), str(out / STUDENT), "--overwrite"])
+        export.main([str(out / LATEST), str(out / STUDENT_FILE), "--overwrite"])
 
 
 def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
@@ -108,8 +108,8 @@ def prepare(arguments: Namespace) -> None:
     if not is_mds and images.resolve().is_relative_to(Path(source).resolve()):
         raise InputError(f"{arguments.out}: is in the folder of the images, {source}")
     check_out_file(path)
-    if is_new and (arguments.out / STUDENT).exists():
-        raise InputError(f"{arguments.out}: has a {STUDENT} of another run; choose another --out")
+    if is_new and (arguments.out / STUDENT_FILE).exists():
+        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} of another run; choose another --out")
     options = ["--teacher", arguments.teacher, "--column", arguments.column]
     command = hide_secrets(shlex.join(["d2v", "distill", source, *options]))
     with reading(path):

@@ -34,8 +34,6 @@ PROGRAMS = {
 }
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
-
-
 # Images for int8; every fifth calibrates, the others show what is lost.
 INT8_IMAGES, LEAST_IMAGES = 640, 20
 

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
+from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.command_line import d2v, print_next
+from d2v_composer.system.processes import is_launched
 
 if TYPE_CHECKING:
     from composer import Callback, Trainer
@@ -42,11 +44,6 @@ def relaunch_on_gpus(*arguments: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
     program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
     os.execv(sys.executable, [*program, *arguments])
-
-
-def is_launched() -> bool:
-    """Return True in a rank of Composer's launcher, or of torchrun."""
-    return "LOCAL_RANK" in os.environ
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
@@ -111,4 +108,4 @@ def name_next_steps(config: "TrainConfig") -> None:
     }
     datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
     evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
-    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / "student.safetensors"))
+    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / STUDENT_FILE))

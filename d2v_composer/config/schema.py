@@ -305,7 +305,7 @@ class ParallelismConfig(Section):
 
 
 class LabeledSetConfig(Section):
-    """A labeled data set with train and test images."""
+    """Images to judge embeddings by: labeled train and test images, or test images without labels."""
 
     format: Literal["cifar10", "cifar100", "folder", "mds"]
     root: LocalFolder

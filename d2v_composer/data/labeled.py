@@ -42,7 +42,7 @@ def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
 
 
 class LabeledImages(NamedTuple):
-    """Images with one label each."""
+    """Images with one label each, which is 0 if there are none."""
 
     images: Tensor
     """(N, 3, height, width) uint8."""

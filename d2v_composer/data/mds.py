@@ -39,7 +39,7 @@ ENCODINGS = {
 
 
 class ShardFile(NamedTuple):
-    """What the index says of a file."""
+    """A file's entry in the index."""
 
     basename: str
     bytes: int
@@ -61,7 +61,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One shard of a data set."""
+    """A shard's entry in the index."""
 
     samples: int
     raw: ShardFile

@@ -162,8 +162,10 @@ def look_up(
                 hits |= {f"instance/top{k}": hit for k, hit in instance_hits(first, second, ks, ranks).items()}
             if hits:
                 yield model, Found(name, name == main, "", nearest, hits)
+            if not labeled.has_labels:
+                continue
             labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-            for bank, query in (BANKS, BANKS[::-1]) if labeled.has_labels else ():
+            for bank, query in (BANKS, BANKS[::-1]):
                 fitted = probes if bank == "train" else ()
                 num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
                 neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))

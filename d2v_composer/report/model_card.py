@@ -42,7 +42,7 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
         return f"kept {readme}: d2v export did not write it"
     with reading(evaluation):
         evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
-        has_tables = evaluated.get("weights") == hash_weights(student)
+        has_tables = "weights" in evaluated and evaluated["weights"] == hash_weights(student)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]

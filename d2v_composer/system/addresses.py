@@ -9,6 +9,8 @@ from urllib.parse import parse_qsl, urlencode
 
 from typing_extensions import Self
 
+# An exported student, beside its run and on the Hugging Face hub.
+STUDENT_FILE = "student.safetensors"
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")

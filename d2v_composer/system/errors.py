@@ -1,4 +1,4 @@
-"""Exceptions that a command shows as one line each, and the two places where foreign exceptions become ours."""
+"""Exceptions that a command shows as one line each, and where foreign exceptions become ours."""
 
 import errno
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ import requests
 import torch
 from filelock import FileLock
 
-from d2v_composer.system.addresses import Address, file_name, hide_secrets, identity
+from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.files import partial_file
 from d2v_composer.system.progress import progress_bar
@@ -30,8 +30,6 @@ LARGEST_FILE = 32 << 30
 LEAST_RATE = 1024
 # A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
 HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
-# The name that a student's model card gives it.
-STUDENT_FILE = "student.safetensors"
 
 
 def cache_folder() -> Path:

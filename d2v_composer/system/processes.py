@@ -47,7 +47,7 @@ def handle_signals() -> None:
     popen_fork.Popen.terminate = popen_fork.Popen.kill
     threading.Thread(target=_watch, args=(_not_ignored(),), daemon=True).start()
     # A shell or nohup that started a rank may end before it.
-    if "LOCAL_RANK" in os.environ and b"composer" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+    if is_launched() and b"composer" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
         _at_parents_death(signal.SIGTERM)
 
 
@@ -207,6 +207,11 @@ def survive_closed_pipes() -> None:
 
 # The first rank of a node may start so much later than the others.
 REPORT_SECONDS = 30.0
+
+
+def is_launched() -> bool:
+    """Return True in a rank of Composer's launcher, or of torchrun."""
+    return "LOCAL_RANK" in os.environ
 
 
 def global_rank() -> int:

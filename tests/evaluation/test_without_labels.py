@@ -26,7 +26,7 @@ def brute_force(images: Tensor, k: int) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [1, 10])
 def test_agreement_is_a_brute_force(k: int) -> None:
-    """Of embeddings of different widths that share a part, all far from the origin, so that cosines are close to 1."""
+    """The widths differ and a part is shared; all lie far from the origin, so that cosines are close to 1."""
     shared = random_images(400, 8, seed=0)
     first = torch.cat([shared, random_images(400, 8, seed=1)], dim=1) + 20
     second = torch.cat([shared, random_images(400, 4, seed=2)], dim=1) + 20
