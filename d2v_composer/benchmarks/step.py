@@ -20,7 +20,7 @@ from d2v_composer.models.attention import Attention, Block, init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import PRECISIONS, compile_model, find_missing, name_precision
-from d2v_composer.models.sizes import Data2Vec2Config, height_and_width
+from d2v_composer.models.sizes import RELEASED, Data2Vec2Config, height_and_width
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
 
@@ -29,15 +29,11 @@ LOSS_TOLERANCE = 1e-3
 PRODUCTS_PER_PASS = 10
 CLIPPING_THRESHOLD = 2.0
 
-# Fields of Data2Vec2Config that are not its default, and the student's depth.
-SIZES: dict[str, tuple[dict[str, Any], int]] = {
-    "base": ({"prenet_depth": 2, "depth": 10, "average_top_k_layers": 10}, 5),
-    "large": ({"embed_dim": 1024, "num_heads": 16, "prenet_depth": 0, "depth": 24, "average_top_k_layers": 18}, 5),
-    "quickstart": (
-        {"embed_dim": 192, "num_heads": 6, "depth": 6, "average_top_k_layers": 6, "image_size": 32, "patch_size": 4},
-        3,
-    ),
-}
+# A teacher's sizes, and the student's depth.
+SMALL = Data2Vec2Config(
+    embed_dim=192, num_heads=6, depth=6, average_top_k_layers=6, num_extra_tokens=1, image_size=32, patch_size=4
+)
+SIZES = {**{name: (config, 5) for name, config in RELEASED.items()}, "quickstart": (SMALL, 3)}
 
 
 def benchmark(
@@ -94,8 +90,8 @@ def benchmark(
 
 def build_model(size: str) -> DistillationModel:
     """Build a teacher with random weights, and the paper's student for it."""
-    fields, student_depth = SIZES[size]
-    teacher = Data2Vec2(Data2Vec2Config(num_extra_tokens=1, **fields))
+    config, student_depth = SIZES[size]
+    teacher = Data2Vec2(config)
     init_linear_layers(teacher)
     return DistillationModel(teacher, teacher.build_student(depth=student_depth))
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "distil a student as a YAML says",
     "init": "print a YAML to start from",
     "convert-teacher": "write fairseq's checkpoint as one safe file",
+    "random-teacher": "write a teacher with random weights, to try and to measure with",
     "convert-images": "write a folder of images as MDS shards, to a folder or a store",
     "report": "draw a run: its curves, tables and pictures in one HTML page",
     "evaluate": "compare a model with its teacher and baselines",

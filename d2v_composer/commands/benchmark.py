@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from d2v_composer.models.sizes import RELEASED
 from d2v_composer.system.command_line import make_parser, whole
 from d2v_composer.system.files import write_atomically
 
@@ -29,7 +30,7 @@ positive = whole(1, 1 << 31)
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
-        "--size": (("base", "large", "quickstart"), "default: base"),
+        "--size": ((*RELEASED, "quickstart"), "default: base"),
         "--batch-size": (positive, "images a step; default: 8, on a GPU 256"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
     },

@@ -147,6 +147,18 @@ class Data2Vec2Config(ImageEncoderConfig):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
 
 
+def _released(**sizes: int) -> Data2Vec2Config:
+    return Data2Vec2Config(num_extra_tokens=1, **sizes)
+
+
+RELEASED = {
+    "base": _released(prenet_depth=2, depth=10, average_top_k_layers=10),
+    "large": _released(embed_dim=1024, num_heads=16, prenet_depth=0, depth=24, average_top_k_layers=18),
+    "huge": _released(embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0, depth=32, average_top_k_layers=24),
+}
+"""Meta's image models."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimmEncoderConfig:
     """Sizes of a timm ViT's encoder. The model's name gives all others.

@@ -51,6 +51,7 @@ COMMANDS = (
     "train",
     "init",
     "convert-teacher",
+    "random-teacher",
     "convert-images",
     "report",
     "evaluate",

@@ -1,0 +1,50 @@
+"""Write a teacher with random weights, the same at each call: to rehearse and measure where the real one is missing.
+
+    d2v random-teacher base teacher.safetensors
+    d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
+
+SIZE is base, large or huge, those of data2vec 2.0, or timm/NAME.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from d2v_composer.models.names import DATA2VEC2
+from d2v_composer.models.sizes import RELEASED
+from d2v_composer.system.command_line import make_parser, print_next
+from d2v_composer.system.errors import errors_of
+from d2v_composer.system.files import check_out_file
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw the weights, and write the file."""
+    parser = make_parser(__doc__)
+    parser.add_argument("size", metavar="SIZE")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    arguments = parser.parse_args(argv)
+    size, out = arguments.size, arguments.out
+    check_out_file(out, overwrite=arguments.overwrite)
+
+    import torch
+
+    from d2v_composer.checkpoints.student_file import write_model_file
+    from d2v_composer.models.data2vec2 import Data2Vec2
+    from d2v_composer.models.timm_teacher import build_timm_model, materialize
+
+    torch.manual_seed(0)
+    config, kind = RELEASED.get(size), DATA2VEC2 if size in RELEASED else size
+    with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
+        model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config)
+    tensors = model.state_dict()
+    for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block
+        tensor.normal_(std=0.02) if tensor.ndim > 1 else tensor.fill_(not name.endswith("bias"))
+    sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
+    provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "licence": "none: random weights"}
+    write_model_file(out, "teacher", asdict(config) if config else {}, provenance, tensors)
+    print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random weights")
+    teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])
+    print_next(f"composer recipes/preflight.py yamls/distill.yaml {teacher}")
