@@ -1,33 +1,53 @@
 """Measure a training step: the naive program and ours, eager and compiled, interleaved in one process.
 
-A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. All contenders start
-from the same weights and must find the same loss. The yardstick is a matrix product of the MLP's shape on the same
-device, in images/s of a step that were made of such products alone.
+A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW; ``trainer`` is ours in
+the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: what it loses to ``ours`` is the host's
+share. All contenders start from the same weights and must find the same loss. The yardstick is a matrix product of the
+MLP's shape on the same device, in images/s of a step that were made of such products alone.
 """
 
 import copy
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from composer import Trainer
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
+from torch.profiler import profile
 
 from d2v_composer.benchmarks.measure import describe, interleave
+from d2v_composer.builders.run import build_trainer_arguments
+from d2v_composer.builders.training import build_algorithms, build_scheduler
+from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.attention import Attention, Block, init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.execution import PRECISIONS, compile_model, find_missing, name_precision
+from d2v_composer.models.execution import PRECISIONS, choose_precision, compile_model, find_missing, name_precision
 from d2v_composer.models.sizes import RELEASED, Data2Vec2Config, height_and_width
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.processes import obey_signals
 
-NAIVE, EAGER, OURS, PRODUCT = "naive", "ours, eager", "ours", "matrix product alone"
+NAIVE, EAGER, OURS, TRAINER, PRODUCT = "naive", "eager", "ours", "trainer", "matrix product alone"
 LOSS_TOLERANCE = 1e-3
-PRODUCTS_PER_PASS = 10
 CLIPPING_THRESHOLD = 2.0
+DISTILL = Path(__file__).parents[1] / "yamls" / "distill.yaml"
+# Nothing is kept, and no warm-up needs more batches than there are.
+CHANGES = ["save_folder=null", "progress_bar=false", "loggers.jsonl.filename=/dev/null", "scheduler.t_warmup=0ba"]
+PROFILED_STEPS = 3
+# What computes attention, in order; --sdp puts another one first.
+SDP = ["flash_attention", "efficient_attention", "cudnn_attention", "math"]
+ATTENTION = re.compile("scaled_dot_product_.*_attention|flash|fmha|sdpa|flex_attention")
 
 # A teacher's sizes, and the student's depth.
 SMALL = Data2Vec2Config(
@@ -42,50 +62,135 @@ def benchmark(
     batch_size: int | None = None,
     repeats: int = 5,
     compiles: bool = True,
+    only: str | None = None,
+    loop: str = "bare",
+    sdp: str | None = None,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure images per second of each contender.
+
+    Args:
+        size: A key of ``SIZES``.
+        precision: As in a YAML.
+        batch_size: Images a step; default: 8, on a GPU 256.
+        repeats: Measured passes.
+        compiles: Measure ours with torch.compile, too.
+        only: The only contender besides ``trainer``.
+        loop: ``trainer`` adds ours in Composer's Trainer.
+        sdp: The attention kernel to prefer where it can run; default: torch's choice.
+        trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
 
     Raises:
         InputError: There is no compiler.
         RuntimeError: The contenders find different losses.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
     if compiles and (missing := find_missing()) is not None:
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
-    precision = name_precision(precision, device == "cuda")
-    steps = 10 if device == "cuda" else 1
-    batch_size = batch_size or (256 if device == "cuda" else 8)
+    precision = name_precision(precision, on_gpu)
+    steps, products = (20, 200) if on_gpu else (1, 40)
+    batch_size = batch_size or (256 if on_gpu else 8)
+    # A list of batches does not tell their size. On a CPU, memory_monitor warns.
+    own = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
+    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *own])
     torch.manual_seed(0)
-    model, dtype = build_model(size).to(device), PRECISIONS[precision]
+    model = build_model(size)
     shape = batch_size, 3, *height_and_width(model.teacher.config.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(torch.empty(1, 0))
-    naive = NaiveDistillation(model)
-    contenders = {NAIVE: partial(train_step, naive, build_optimizer(naive, fused=False), dtype)}
-    for name in (EAGER, OURS)[: 1 + compiles]:
-        ours = copy.deepcopy(model)
-        ours.teacher.cast_weights(dtype)
-        if name == OURS:
-            compile_model(ours, packs_weights=device == "cpu")
-        contenders[name] = partial(train_step, partial(own_loss, ours), build_optimizer(ours, fused=True), dtype)
-    check_losses({name: step(images) for name, step in contenders.items()})
-    multiply, product_flop = mlp_product(model, images, dtype)
-
-    passes: dict[str, tuple[Callable[[], None], float]] = {
-        name: (partial(repeat, partial(step, images), steps), steps * batch_size) for name, step in contenders.items()
-    }
-    passes[PRODUCT] = partial(repeat, multiply, PRODUCTS_PER_PASS), PRODUCTS_PER_PASS * product_flop / flop
+    own = OURS if compiles else EAGER
+    names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
+    names += [TRAINER] if loop == TRAINER else []
+    order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP) if name]
+    with sdpa_kernel(order, set_priority=True) if sdp else nullcontext():
+        runs = {name: build_run(name, model, config, images, steps) for name in names}
+        # Only now: a Trainer allows TF32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        check_losses({name: run(1) for name, run in runs.items()})
+        multiply, product_flop = mlp_product(model, images, PRECISIONS[precision])
+        passes = {name: (partial(run, steps), float(steps * batch_size)) for name, run in runs.items()}
+        passes[PRODUCT] = partial(repeat, multiply, products), products * product_flop / flop
+        rates = interleave(passes, repeats)
+        profiled = profile_steps(runs[names[-1]], trace)
     setting = {
         "size": size,
-        "device": device,
+        "device": images.device.type,
         "precision": precision,
         "device_batch_size": batch_size,
         "steps": steps,
         "repeats": repeats,
         "gflop_per_image": round(flop / 1e9, 1),
+        **profiled,
     }
-    own = OURS if compiles else EAGER
-    return describe(setting, "images/s", interleave(passes, repeats), [(own, PRODUCT), (own, NAIVE)])
+    compared = [(own, PRODUCT), (own, NAIVE), (TRAINER, own)]
+    return describe(setting, "images/s", rates, [pair for pair in compared if rates.keys() >= set(pair)])
+
+
+def build_run(
+    name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int
+) -> Callable[[int], Tensor]:
+    """Return a function that trains a contender a number of steps and returns the last loss.
+
+    Args:
+        name: The contender.
+        model: What it copies.
+        config: How it trains.
+        images: Its batch.
+        steps: Length of an epoch of the Trainer.
+    """
+    dtype = PRECISIONS[config.precision]
+    if name == NAIVE:
+        naive = NaiveDistillation(model).to(images.device)
+        return partial(repeat, partial(train_step, naive, build_optimizer(naive, fused=False), dtype, images))
+    ours = copy.deepcopy(model).to(images.device)
+    ours.teacher.cast_weights(dtype)
+    if name != EAGER and config.compile:
+        compile_model(ours, packs_weights=not images.is_cuda)
+    optimizer = build_optimizer(ours, fused=True)
+    if name == TRAINER:
+        return in_trainer(ours, optimizer, config, images, steps)
+    return partial(repeat, partial(train_step, partial(own_loss, ours), optimizer, dtype, images))
+
+
+def in_trainer(
+    model: DistillationModel, optimizer: torch.optim.Optimizer, config: TrainConfig, images: Tensor, steps: int
+) -> Callable[[int], Tensor]:
+    """Return a function that trains a number of steps in Composer's Trainer, on batches in the host's memory."""
+    model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
+    batch = {"image": images.cpu().pin_memory() if images.is_cuda else images}
+    trainer = Trainer(
+        model=model,
+        train_dataloader=[batch] * steps,
+        optimizers=optimizer,
+        schedulers=build_scheduler(config, steps),
+        algorithms=build_algorithms(config.algorithms),
+        spin_dataloaders=False,
+        **build_trainer_arguments(config, RunRecord({}, None, ()), []),
+    )
+
+    def run(times: int) -> Tensor:
+        trainer.fit(duration=f"{times}ba")
+        obey_signals()
+        return torch.tensor(trainer.state.total_loss_dict["loss/train/total"])
+
+    return run
+
+
+def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str, Any]:
+    """Profile some steps: what computes attention, the GPU's kernels a step and their milliseconds, peak memory."""
+    with profile() as profiler:
+        run(PROFILED_STEPS)
+    events = profiler.key_averages()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+        trace.with_suffix(".txt").write_text(events.table("self_device_time_total", row_limit=40))
+    kernels = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    return {
+        "attention": sorted({event.key[:80] for event in events if ATTENTION.search(event.key)}),
+        "gpu_kernels": sum(each.count for each in kernels) // PROFILED_STEPS,
+        "gpu_ms": sum(each.self_device_time_total for each in kernels) / 1e3 / PROFILED_STEPS,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
 
 
 def build_model(size: str) -> DistillationModel:
@@ -175,21 +280,23 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Compare the losses of all contenders with the naive program's."""
-    expected = losses[NAIVE].item()
+    """Compare the losses of all contenders with the first one's."""
+    first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if abs(loss.item() - expected) > LOSS_TOLERANCE * expected:
-            raise RuntimeError(f"{name!r} finds the loss {loss.item()}, {NAIVE!r} {expected}")
+            raise RuntimeError(f"{name!r} finds the loss {loss.item()}, {first!r} {expected}")
 
 
-def repeat(work: Callable[[], object], times: int) -> None:
-    for _ in range(times):
+def repeat(work: Callable[[], Tensor], times: int) -> Tensor:
+    """Do the work several times, at least once, and return its last result."""
+    for _ in range(times - 1):
         work()
+    return work()
 
 
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
     """Return a matrix product of the shape of the teacher's first MLP layer, and its number of operations."""
-    weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(dtype)
+    weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(images.device, dtype)
     num_rows = len(images) * model.teacher.config.num_tokens
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
     return partial(torch.mm, x, weight.T), 2 * num_rows * weight.numel()

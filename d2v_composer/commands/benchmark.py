@@ -2,13 +2,16 @@
 
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
+    d2v benchmark step --loop trainer --only ours --batch-size 32 --trace trace.json
     d2v benchmark data --images /data/ILSVRC/Data/CLS-LOC/train --workers 8
     d2v benchmark data --remote s3://BUCKET/benchmark
     d2v benchmark retrieval
+    d2v benchmark first-hour OUT
 
 step: images/s of a training step, beside a naive program.
 data: images/s of the training data, beside torchvision's ImageFolder and litdata; --remote adds a store.
 retrieval: queries/s of the neighbor search, beside a bare matrix product and faiss.
+first-hour: all of it, and runs, unattended, on a GPU that nobody has tried yet; OUT/first_hour.json has what was found.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
@@ -25,6 +28,7 @@ from d2v_composer.models.sizes import RELEASED
 from d2v_composer.system.command_line import make_parser, whole
 from d2v_composer.system.files import write_atomically
 
+FIRST_HOUR = "first-hour"
 positive = whole(1, 1 << 31)
 
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
@@ -33,6 +37,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
         "--batch-size": (positive, "images a step; default: 8, on a GPU 256"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
+        "--only": (("naive", "eager", "ours"), "the only contender"),
+        "--loop": (("bare", "trainer"), "trainer: also ours in Composer's Trainer, on batches in memory"),
+        "--sdp": (
+            ("flash_attention", "efficient_attention", "cudnn_attention", "math"),
+            "the attention kernel to prefer; default: torch's choice",
+        ),
+        "--trace": (Path, "file for a profile of the last contender, for chrome://tracing or Perfetto"),
     },
     "data": {
         "--images": (Path, "folder of class folders; default: crops of scikit-image's photographs"),
@@ -64,8 +75,16 @@ def main(argv: Sequence[str]) -> None:
         each.add_argument("--json", type=Path, help="file for the result as JSON")
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
+    hour = benchmarks.add_parser(FIRST_HOUR)
+    hour.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
+    hour.add_argument("--no-install", dest="installs", action="store_false", help="measure this torch only")
     options = vars(parser.parse_args(argv))
-    name, out = options.pop("benchmark"), options.pop("json", None)
+    if (name := options.pop("benchmark")) == FIRST_HOUR:
+        from d2v_composer.benchmarks.first_hour import run
+
+        run(**options)
+        return
+    out = options.pop("json", None)
 
     from d2v_composer.benchmarks.measure import format_result
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from d2v_composer.benchmarks import first_hour
 from d2v_composer.benchmarks.measure import one_core
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 
 
@@ -49,11 +51,72 @@ def test_step_beside_the_naive_program(options: list[str], tmp_path: Path, capsy
     """It checks that they find the same loss."""
     small = ["--batch-size", "2", "--precision", "amp_bf16", "--size", "quickstart"]
     rates, ratios = run(tmp_path, "step", *small, *options)
-    assert list(rates) == ["naive", "ours, eager", *([] if options else ["ours"]), "matrix product alone"]
-    ours = "ours, eager" if options else "ours"
+    assert list(rates) == ["naive", "eager", *([] if options else ["ours"]), "matrix product alone"]
+    ours = "eager" if options else "ours"
     of_naive = rates[ours] / rates["naive"]
     assert ratios[f"{ours} ÷ naive"] == of_naive
     assert f"{ours} ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_step_in_the_trainer_with_a_trace(tmp_path: Path) -> None:
+    """The Trainer finds the loss of the bare loop; the trace opens in Perfetto, and the result names the kernels."""
+    trace = tmp_path / "trace.json"
+    small = ["--batch-size", "2", "--precision", "fp32", "--size", "quickstart", "--no-compile", "--sdp", "math"]
+    rates, ratios = run(tmp_path, "step", *small, "--only", "eager", "--loop", "trainer", "--trace", str(trace))
+    assert list(rates) == ["eager", "trainer", "matrix product alone"]
+    assert ratios["trainer ÷ eager"] == rates["trainer"] / rates["eager"]
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"aten::addmm", "Optimizer.step#AdamW.step"} <= names
+    assert "Self CPU time total" in trace.with_suffix(".txt").read_text()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in found["attention"]
+
+
+def test_first_hour_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        first_hour.Step("batches of {small}", "echo naive 4.5; echo noise; pwd > {file}.txt.pwd"),
+        first_hour.Step("fails", "echo 'error: no luck' >&2; exit 3"),
+        first_hour.Step("hangs", "sleep 600 & sleep 600"),
+        first_hour.Step("of a later version", 'echo "BENCHMARK: invalid choice: tomorrow"; exit 2'),
+        first_hour.Step("needs a GPU", "touch ran", first_hour.GPU),
+        first_hour.Step("installs", "touch ran", first_hour.NEWEST),
+        first_hour.Step("last", "true"),
+    ]
+    monkeypatch.setattr(first_hour, "STEPS", steps)
+    monkeypatch.setattr(first_hour, "MINUTES", 0.02)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "a folder" / "hour"
+    with pytest.raises(RunError, match="3 of 7 steps did not succeed: fails, hangs, of a later version; see "):
+        benchmark.main(["first-hour", str(out)])
+    found = json.loads((out / "first_hour.json").read_text())
+    verdicts = {each["name"]: each["verdict"] for each in found["steps"]}
+    assert verdicts == {
+        "batches of 4": "ok",
+        "fails": "failed with status 3",
+        "hangs": "stopped after 0.02 minutes",
+        "of a later version": "not here yet",
+        "needs a GPU": "skipped: needs a GPU",
+        "installs": "skipped: needs a GPU, and no --no-install",
+        "last": "ok",
+    }
+    assert found["steps"][0]["found"] == ["naive 4.5", "0 recompilations"]
+    assert found["steps"][1]["found"][0] == "error: no luck"
+    assert (out / "batches_of_4.txt.pwd").read_text() == f"{out}\n"
+    assert (out / "first_hour.txt").read_text() == capsys.readouterr().out
+    assert not (out / "ran").exists()
+    with pytest.raises(FileExistsError):
+        benchmark.main(["first-hour", str(out)])
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_first_hours_commands_are_complete(on_gpu: bool) -> None:
+    sizes = {name: choices[on_gpu] for name, choices in first_hour.SIZES.items()}
+    for step in first_hour.STEPS:
+        command = step.command.format(file="file", **sizes)
+        subprocess.run(["sh", "-n", "-c", command], check=True)
 
 
 @pytest.mark.usefixtures("one_thread")
