@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from operator import truediv
 from os import killpg
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,7 +35,7 @@ from d2v_composer.system.processes import if_interrupted, start_program
 FOLDER = ".d2v-preflight"
 """Folder of a rehearsal, in the run's folder and cache; removed at the start and at the end."""
 STOP_AFTER_BATCHES = 3
-BATCHES_AFTER_RESUME = 20  # the pace is logged every ten batches; the first ten hold torch.compile
+INTERVAL = 10  # batches from one logged pace to the next
 IMAGES_PER_SET = 128
 SHUFFLED_SAMPLES = 2048
 PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the timeout of collectives too
@@ -95,6 +97,11 @@ class Rehearsal:
         self.cache = Path(config.train_loader.local, FOLDER)
         self.process: subprocess.Popen[Any] | None = None
         self.batch = self.checkpoint_bytes = 0
+        # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
+        # were loaded meanwhile: a slow loader shows only after them.
+        loader, on_gpu = config.train_loader, torch.cuda.is_available()
+        self.intervals = 10 if on_gpu else 1
+        self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
 
     def checks(self) -> dict[str, Callable[[], str]]:
         return {
@@ -180,14 +187,14 @@ class Rehearsal:
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
-        self.start(f"max_duration={self.batch + BATCHES_AFTER_RESUME}ba")
+        self.start(f"max_duration={self.batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
             raise self.fault(f"the resumed run failed with status {status}")
         if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started again instead of resuming at batch {self.batch}")
         self.logged = self.read_log()
         self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
-        return f"from batch {self.batch}, {BATCHES_AFTER_RESUME} more batches, then retrieval"
+        return f"from batch {self.batch}, {self.batches} more batches, then retrieval"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
@@ -287,17 +294,21 @@ class Rehearsal:
 
     def needs(self) -> str:
         """Return what the whole run will need."""
-        config, last = self.config, {key: values[max(values)] for key, values in self.logged.items()}
-        batches, pace = self.in_batches(config.max_duration), last["throughput/images_per_sec"]
+        config, batches = self.config, self.in_batches(self.config.max_duration)
+        last = {key: [values[step] for step in sorted(values)] for key, values in self.logged.items()}
+        paces, waits = (last[f"throughput/{name}"][-self.intervals :] for name in ("images_per_sec", "data_wait"))
+        pace = harmonic_mean(paces)
+        waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals
         retrievals = batches // self.in_batches(config.retrieval.interval) if self.num_labeled else 0
         measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled) or 1
-        seconds = last.get("time/zero_shot_retrieval", 0) * sum(self.num_labeled) / measured
-        evaluating = retrievals * seconds / 3600
+        retrieval = last.get("time/zero_shot_retrieval", [0.0])[-1] * sum(self.num_labeled) / measured
+        evaluating = retrievals * retrieval / 3600
         hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
         return (
             f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
-            f"{last.get('throughput/data_wait', 0):.0%} of it waiting for data\n"
+            f"{waiting:.0%} of it waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
-            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"
+            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours\n"
+            f"nodes         as many as divide num_canonical_nodes {config.train_loader.num_canonical_nodes}"
         )

@@ -14,11 +14,8 @@ from d2v_composer.data.labeled import worker_options
 from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shared_memory, shared_memory_needed
 from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, errors_of
-from d2v_composer.system.ranks import (
-    node_leaders_first,
-    num_nodes,
-    raise_on_all_ranks,
-)
+from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300
@@ -81,8 +78,7 @@ def build_train_loader(
     """
     local = Path(loader.local)
     if loader.remote is not None:
-        share = 1.0 if loader.num_canonical_nodes % num_nodes() else 1 / num_nodes()
-        raise_on_all_ranks(check_room(shards, local, loader.cache_limit, share))
+        raise_on_all_ranks(check_room(shards, local, loader.cache_limit, 1 / num_nodes()))
     check_memory(loader, batch_size, transform.image_size)
     with errors_of("train_loader", InputError):
         dataset = StreamingImages(

@@ -13,7 +13,8 @@ from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder
-from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
+from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 
 
 def build_load_path(config: TrainerConfig) -> str | None:

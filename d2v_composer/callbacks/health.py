@@ -33,17 +33,16 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
     It is exp of the entropy of the centred singular values' shares (Roy and Vetterli 2007, "The effective rank");
     0 if all embeddings are equal, NaN if one is not finite.
     """
-    embeddings = embeddings_BD.float()
+    embeddings = embeddings_BD.double()  # squares of singular values need it; float32 may be TF32 on a GPU
     if not embeddings.isfinite().all():
-        return embeddings.new_tensor(math.nan)
+        return embeddings_BD.new_tensor(math.nan)
     centred = embeddings - embeddings.mean(dim=0)
-    singular_values = torch.linalg.svdvals(centred)
+    gram = min(centred @ centred.T, centred.T @ centred, key=len)  # svdvals of (B, D) is slow on a GPU
+    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = singular_values.sum()
     # The rounding errors of equal embeddings do not count as a direction.
-    if total <= 1e-5 * embeddings.norm():
-        return total.new_zeros(())
-    shares = singular_values / total
-    return torch.special.entr(shares).sum().exp()
+    rank = torch.special.entr(singular_values / total).sum().exp()
+    return torch.where(total > 1e-5 * embeddings.norm(), rank, 0).float()
 
 
 class Health(Callback):

@@ -39,7 +39,7 @@ from d2v_composer.models.targets import Normalization
 from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file
-from d2v_composer.system.processes import num_ranks
+from d2v_composer.system.processes import num_nodes, num_ranks
 
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
 CALLBACKS = {
@@ -389,6 +389,8 @@ class TrainerConfig(RunConfig):
             yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"
         if size % (parts := self.train_loader.num_canonical_nodes):  # each gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
+        if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # each would fetch every shard
+            yield f".train_loader.num_canonical_nodes: must be {nodes}, or a multiple, on {nodes} nodes, got {parts}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 

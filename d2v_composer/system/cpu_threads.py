@@ -14,11 +14,14 @@ SPIN_COUNT = 1000
 def share_cores() -> None:
     """Divide the cores among the ranks of this machine, and let waiting threads sleep soon.
 
-    Settings of the user's own (``OMP_NUM_THREADS``, ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``) are kept.
+    torch.compile would start up to 32 workers for each rank. Settings of the user's own (``OMP_NUM_THREADS``,
+    ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``, ``TORCHINDUCTOR_COMPILE_THREADS``) are kept.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+        share = max(1, len(os.sched_getaffinity(0)) // ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(share, 32)))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 

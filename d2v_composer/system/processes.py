@@ -222,6 +222,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_nodes() -> int:
+    """Return the number of machines of the run, which have the same number of ranks."""
+    return num_ranks() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def let_first_rank_report() -> None:
     """Give the first rank of this node time to report an error that all of its ranks have found, before they joined.
 

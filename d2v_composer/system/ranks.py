@@ -40,11 +40,6 @@ def join_ranks(longest_wait: float) -> None:
         dist.all_reduce(device.tensor_to_device(torch.zeros(1)))
 
 
-def num_nodes() -> int:
-    """Return the number of machines of the run, which have the same number of ranks."""
-    return dist.get_world_size() // dist.get_local_world_size()
-
-
 def node_leaders_first(what: str) -> AbstractContextManager[None]:
     """Let the first rank of each node run a block before the others run it; see :func:`leaders_first`."""
     return leaders_first(range(0, dist.get_world_size(), dist.get_local_world_size()), what)

@@ -107,6 +107,9 @@ CONTRADICTIONS = {
     ("scheduler.t_warmup=2000ba",): "scheduler.t_warmup: must not be longer than max_duration 600ba, got 2000ba; sched",
     ("global_train_batch_size=32",): "global_train_batch_size: must divide by the 3 ranks, got 32",
     ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
+    ("train_loader.remote=s3://bucket/images",): (
+        "train_loader.num_canonical_nodes: must be 3, or a multiple, on 3 nodes, got 1"
+    ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
     ("parallelism_config.fsdp={}",): "parallelism_config.fsdp: needs GPUs",
@@ -119,6 +122,13 @@ def test_a_contradiction_is_one_line(overrides: tuple[str, ...], message: str, m
     monkeypatch.setattr(schema, "has_gpu", lambda: False)
     (line,) = problems_of(QUICKSTART_YAML, "global_train_batch_size=33", *overrides)
     assert line.startswith(message)
+
+
+def test_nodes_may_divide_the_canonical_ones_or_share_a_local_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    load("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=4")
+    load("train_loader.num_canonical_nodes=1")
 
 
 def test_fsdp_needs_a_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from composer.utils import dist
 
 from d2v_composer.config.load import load_config
@@ -77,6 +78,24 @@ def test_the_needs_of_the_whole_run(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10, 10**9))
     with pytest.raises(InputError, match=r": 31 of 354 MB, 3 kept: 1\.4 GB at most at a time, 1\.0 GB"):
         run.check_disk_space()
+
+
+def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
+    tmp_path: Path, small_data: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of the batches loaded ahead while the first step compiled. One of ten intervals waits for its images."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = rehearsal(*small_preflight(tmp_path, small_data, labeled), "train_loader.num_workers=10")
+    run.shards = [{"samples": 96}]
+    assert run.batches == 10 + 100 + 10 * 2
+    paces, waits = [9e9, 9e9, *[2000.0] * 9, 200.0], [0.0] * 11 + [0.9]
+    run.logged = {
+        "throughput/images_per_sec": {10 * i: pace for i, pace in enumerate(paces)},
+        "throughput/data_wait": {10 * i: wait for i, wait in enumerate(waits)},
+    }
+    needs = run.needs()
+    assert "pace          1,053 images/s on 1 rank(s), 47% of it waiting for data\n" in needs
+    assert needs.endswith("\nnodes         as many as divide num_canonical_nodes 1")
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,26 @@ import sys
 
 def start(program: str, **variables: str) -> list[str]:
     """Run a program in a process of its own, where torch is not imported yet; return the words of its output."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    ours = ("OMP_", "GOMP_", "TORCHINDUCTOR_COMPILE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=kept | variables, check=True, capture_output=True, text=True).stdout.split()
 
 
 def test_commands_divide_the_cores_among_the_ranks_of_a_machine() -> None:
-    program = "import d2v_composer.commands, os, torch; print(torch.get_num_threads(), os.environ['GOMP_SPINCOUNT'])"
-    threads, spin_count = start(program, LOCAL_WORLD_SIZE="2")
-    assert (int(threads), int(spin_count)) == (max(1, len(os.sched_getaffinity(0)) // 2), 1000)
+    program = """
+import d2v_composer.commands, os, torch
+from torch._inductor import config
+print(torch.get_num_threads(), config.compile_threads, os.environ["GOMP_SPINCOUNT"])
+"""
+    threads, workers, spin_count = map(int, start(program, LOCAL_WORLD_SIZE="2"))
+    assert threads == workers == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert spin_count == 1000
 
 
 def test_settings_of_the_user_are_kept() -> None:
     program = "import os; before = {**os.environ}; import d2v_composer.system.cpu_threads; print(before == os.environ)"
-    assert start(program, LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="3", GOMP_SPINCOUNT="7") == ["True"]
+    own = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "5", "GOMP_SPINCOUNT": "7"}
+    assert start(program, LOCAL_WORLD_SIZE="2", **own) == ["True"]
     assert start(program, OMP_WAIT_POLICY="active") == ["True"]
     assert start(program) == ["False"]
