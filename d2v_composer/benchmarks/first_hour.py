@@ -38,7 +38,7 @@ VERSIONS = (
     'nvidia-smi; python -c \'import torch; print("torch", torch.__version__, "with CUDA", torch.version.cuda, '
     '"cuDNN", torch.backends.cudnn.version(), "SDPA", torch._C._get_sdp_priority_order())\''
 )
-STEP = "d2v benchmark step --size {size} --json {file}.json "
+STEP = "d2v benchmark step --size {size} {compiled} --json {file}.json "
 QUICKSTART = (
     "train {yamls}/quickstart.yaml save_folder={file} compile={compile} max_duration={short}ba "
     "retrieval.max_images={labeled} precision="
@@ -98,6 +98,7 @@ SIZES = {
     "fp16": ("auto", "amp_fp16"),
     "bf16": ("auto", "amp_bf16"),
     "compile": ("false", "true"),  # takes minutes on a CPU
+    "compiled": ("--no-compile", ""),
     "short": (10, 120),
     "long": (120, 300),
     "bank": (10_000, 50_000),
@@ -109,7 +110,8 @@ MINUTES = 10
 """Time limit of a step."""
 # Lines of an output for the report.
 FOUND = re.compile(
-    "÷|^(naive|eager|ours|trainer|matrix|faiss|attention|gpu_|peak_gb|torch|resumed)|batch [0-9]+/|top-1|rror"
+    "^(naive|eager|ours|trainer|matrix|faiss|attention|gpu_|peak_gb|torch|resumed|frozen|student|loss|backward|step)"
+    "|÷|batch [0-9]+/|top-1|rror"
 )
 MOST_LINES = 20
 
