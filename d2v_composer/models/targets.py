@@ -5,10 +5,11 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm, mse_loss
 
 NORM_EPS = 1e-5
@@ -38,11 +39,17 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
 
     The first ``num_extra_tokens`` time steps are normalized, but do not count in the statistics.
     """
+    return scale_instances(layer_BTD, num_extra_tokens)[0]
+
+
+def scale_instances(layer_BTD: Tensor, num_extra_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`instance_norm`'s result and its factors, (B, T, D) and (B, 1, D)."""
     layer_BTD = layer_BTD.float()
     centred_BTD = layer_BTD - layer_BTD[:, num_extra_tokens:].mean(dim=1, keepdim=True)
     # Not torch.var_mean, which on a CPU takes more than twice as long over any dimension but the last.
     variance_B1D = centred_BTD[:, num_extra_tokens:].square().mean(dim=1, keepdim=True)
-    return centred_BTD * torch.rsqrt(variance_B1D + NORM_EPS)
+    scale_B1D = torch.rsqrt(variance_B1D + NORM_EPS)
+    return centred_BTD * scale_B1D, scale_B1D
 
 
 def normalize(layer_BTD: Tensor, num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
@@ -69,15 +76,58 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization
     Raises:
         ValueError: There are no layers, or ``normalization`` is unknown.
     """
+    if normalization == "instance" and torch.is_grad_enabled():
+        return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, *layers))
+    mean_BTD = average(normalize(layer_BTD, num_extra_tokens, normalization) for layer_BTD in layers)
+    return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS)
+
+
+def average(layers: Iterable[Tensor]) -> Tensor:
+    """Return the mean of layers, each read once."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
-        normalized_BTD = normalize(layer_BTD, num_extra_tokens, normalization)
-        sum_BTD = normalized_BTD if sum_BTD is None else sum_BTD + normalized_BTD
+        sum_BTD = layer_BTD if sum_BTD is None else sum_BTD + layer_BTD
         num_layers += 1
     if sum_BTD is None:
         raise ValueError("norm_mean needs at least one layer")
-    return layer_norm(sum_BTD / num_layers, sum_BTD.shape[-1:], eps=NORM_EPS)
+    return sum_BTD / num_layers
+
+
+class InstanceNormMean(torch.autograd.Function):
+    """norm_mean with InstanceNorm, and its gradient in closed form.
+
+    It keeps the layers and the result. Autograd would keep several float32 tensors a layer, and its backward pass would
+    move almost three times the bytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, num_extra_tokens: int, *layers: Tensor) -> Tensor:
+        mean_BTD = average(instance_norm(layer_BTD, num_extra_tokens) for layer_BTD in layers)
+        output_BTD, _, scale_BT1 = torch.native_layer_norm(mean_BTD, mean_BTD.shape[-1:], None, None, NORM_EPS)
+        ctx.save_for_backward(output_BTD, scale_BT1, *layers)
+        ctx.num_extra_tokens = num_extra_tokens
+        return output_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        output_BTD, scale_BT1, *layers = ctx.saved_tensors
+        projected_BT1 = (grad_BTD * output_BTD).mean(dim=-1, keepdim=True)
+        grad_BTD = grad_BTD - grad_BTD.mean(dim=-1, keepdim=True) - output_BTD * projected_BT1
+        grad_BTD = grad_BTD * (scale_BT1 / len(layers))
+        return None, *(instance_norm_gradient(grad_BTD, layer_BTD, ctx.num_extra_tokens) for layer_BTD in layers)
+
+
+def instance_norm_gradient(grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int) -> Tensor:
+    """Return the gradient of :func:`instance_norm`'s input, in its dtype, from that of its result."""
+    normalized_BTD, scale_B1D = scale_instances(layer_BTD, num_extra_tokens)
+    counted = layer_BTD.shape[1] - num_extra_tokens
+    projected_B1D = (grad_BTD * normalized_BTD).sum(dim=1, keepdim=True) / counted
+    through_statistics_BTD = grad_BTD.sum(dim=1, keepdim=True) / counted + normalized_BTD * projected_B1D
+    if num_extra_tokens:
+        through_statistics_BTD[:, :num_extra_tokens] = 0
+    return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 
 
 def regression_loss(regression: Regression) -> Tensor:

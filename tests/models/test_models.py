@@ -124,6 +124,20 @@ def test_blocks_move_between_encoder_and_teacher(name: str) -> None:
         assert macs_of(teacher) == macs_of(whole)
 
 
+@pytest.mark.parametrize("num_extra_tokens", [0, 2])
+def test_norm_means_gradient(num_extra_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # finite differences in float32 are too coarse
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(2, 5, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *layers: norm_mean(layers, num_extra_tokens), layers)
+    with torch.no_grad():
+        expected = norm_mean(layers, num_extra_tokens)
+    assert torch.equal(norm_mean(layers, num_extra_tokens), expected)
+    halves = [layer.detach().half().requires_grad_() for layer in layers]
+    norm_mean(halves, num_extra_tokens).square().mul(expected).sum().backward()
+    assert all(layer.grad is not None and layer.grad.dtype == torch.float16 for layer in halves)
+
+
 def test_norm_mean_of_layer_norms_is_torchs() -> None:
     layers = [torch.randn(3, 7, 16) * 5 + 2 for _ in range(3)]
     layer_normed = nn.functional.layer_norm(torch.stack(layers), (16,)).mean(0)
