@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import Augmentation, LabeledSet
@@ -115,22 +115,25 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
     """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it.
 
     A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
-    all. The encoder's output lives as long as its images.
+    all. The encoder's output lives as long as its images. Black images fill a smaller batch up to the largest so far,
+    because a compiled model needs a graph for each size.
     """
-    encoded = WeakIdKeyDictionary()
+    encoded, largest = WeakIdKeyDictionary(), 0
 
     def encode(images: Tensor) -> Tensor:
+        nonlocal largest
         if images not in encoded:
-            encoded[images] = encoder(images)
+            largest = max(largest, len(images))
+            encoded[images] = encoder(pad(images, (0, 0) * 3 + (0, largest - len(images))))
         return encoded[images]
 
-    def embed_with(model: Transformer, images: Tensor) -> dict[str, Tensor]:
-        return model.embed_encoded(encode(images))
+    def embed_with(embed: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+        return {name: each[: len(images)] for name, each in embed(encode(images)).items()}
 
     return {
         "pixels": partial(pixels, encoder),
-        "encoder": lambda images: poolings(encode(images), "output", encoder.config),
-        **{name: partial(embed_with, model) for name, model in models.items()},
+        "encoder": partial(embed_with, partial(poolings, representation="output", config=encoder.config)),
+        **{name: partial(embed_with, model.embed_encoded) for name, model in models.items()},
     }
 
 

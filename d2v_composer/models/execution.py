@@ -60,8 +60,9 @@ def compile_model(model: "DistillationModel", packs_weights: bool = False) -> No
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function as a single graph; calling it raises an error if that is impossible."""
-    return torch.compile(function, fullgraph=True)
+    """Compile a function as a single graph for each input shape; calling it raises an error if that is impossible."""
+    # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:

@@ -5,7 +5,7 @@ AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch
 itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
 when the model is next evaluated).
 GRAPHS=FOLDER: each process writes torch.compile's counts of graphs and breaks after each batch and its retrieval.
-BACKEND: torch.compile's.
+BACKEND: torch.compile's; ``static`` refuses a graph with a symbolic size, and runs the others as they are.
 HANG="MODULE CLASS FUNCTION": another library's function hangs.
 """
 
@@ -76,6 +76,11 @@ def hang(*_: Any, **__: Any) -> None:
     time.sleep(600)
 
 
+def run_static(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    assert not any(isinstance(each, torch.SymInt) for each in inputs), "a graph with a symbolic size"
+    return graph.forward
+
+
 initialize = Trainer.__init__
 
 
@@ -88,7 +93,8 @@ if __name__ == "__main__":
         module, owner, name = os.environ["HANG"].split(" ")
         setattr(getattr(importlib.import_module(module), owner), name, hang)
     if "BACKEND" in os.environ:
-        torch.compile = partial(torch.compile, backend=os.environ["BACKEND"])
+        backend: Any = run_static if os.environ["BACKEND"] == "static" else os.environ["BACKEND"]
+        torch.compile = partial(torch.compile, backend=backend)
     Trainer.__init__ = initialize_with_trace
     sys.argv.pop(0)
     sys.path[0] = str(Path(sys.argv[0]).parent)

@@ -63,6 +63,17 @@ def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
+def test_a_fresh_run_trains_with_static_graphs(small_data: Path, tmp_path: Path) -> None:
+    """24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
+    few = ("compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]")
+    arguments = small_run(tmp_path / "run", small_data, *WITH_RETRIEVAL, *few)
+    variables = {"BACKEND": "static", "GRAPHS": str(tmp_path / "counts")}
+    result = run_command(sys.executable, *traced(arguments), environment=variables)
+    assert result.returncode == 0, result.stderr
+    (counts,) = (tmp_path / "counts").iterdir()
+    assert len(counts.read_text().splitlines()) == 2
+
+
 # Both backends compile the same graphs; inductor takes a minute more to make kernels of them.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
