@@ -68,11 +68,11 @@ def fit(config: "TrainConfig", callbacks: "Sequence[Callback]" = ()) -> "Trainer
     from d2v_composer.builders.fit import fit_and_close, join_and_seed
     from d2v_composer.builders.run import build_run
     from d2v_composer.checkpoints.safe_load import read_checkpoint
-    from d2v_composer.models.execution import join_units
+    from d2v_composer.models.execution import join_units, shard_unit
     from d2v_composer.system.third_party import patched_composer
 
     join_and_seed(config)
-    with patched_composer(read_checkpoint):
+    with patched_composer(read_checkpoint, shard_unit):
         run = build_run(config)
         run.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**run.trainer_arguments)

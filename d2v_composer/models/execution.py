@@ -7,16 +7,18 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
 
 if TYPE_CHECKING:
@@ -132,6 +134,17 @@ def choose_precision(choice: str) -> Precision:
     name = name_precision(choice)
     cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
+
+
+def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any) -> FSDPModule:
+    """Shard a unit of FSDP like torch's ``fully_shard``, so that it computes what it does under DDP and autocast.
+
+    Composer's policy casts each unit's input to half precision, and with it the residual stream, which starts at the
+    encoder's positions.
+    """
+    param_dtype = None if isinstance(unit, Encoder) else mp_policy.param_dtype
+    policy = replace(mp_policy, param_dtype=param_dtype, cast_forward_inputs=False)
+    return fully_shard(unit, mp_policy=policy, **options)
 
 
 def join_units(model: "DistillationModel", mesh: DeviceMesh | None) -> None:

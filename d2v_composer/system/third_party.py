@@ -1,9 +1,12 @@
-"""Changes to the insides of Composer 0.32.1, with the reason, while :func:`patched_composer` is active.
+"""Changes to the insides of Composer 0.32.1, with the reason.
+
+While :func:`patched_composer` is active:
 
 - ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
   name, and in a shared folder each node deletes the others' file.
 - ``checkpoint._torch_load_with_validation``: checkpoints are read with ``weights_only``, as Composer does after 0.32.1
   (#3937). Composer 0.32.1 unpickles all that a file names.
+- ``fsdp2.fully_shard``: the caller's, to which Composer gives no choice.
 
 Insides of packages that are used only where they belong:
 
@@ -20,15 +23,19 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from composer.distributed import fsdp2
 from composer.utils import checkpoint, dist
 
 
 @contextmanager
-def patched_composer(read_checkpoint: Callable[..., Any]) -> Iterator[None]:
+def patched_composer(
+    read_checkpoint: Callable[..., Any], fully_shard: Callable[..., Any] = fsdp2.fully_shard
+) -> Iterator[None]:
     """Apply the patches of Composer to a Trainer that is constructed within the block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
+        fully_shard: Shards a module, like torch's.
     """
     common_name = dist.get_node_signal_file_name
 
@@ -38,5 +45,6 @@ def patched_composer(read_checkpoint: Callable[..., Any]) -> Iterator[None]:
     with (
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
         patch.object(checkpoint, "_torch_load_with_validation", read_checkpoint),
+        patch.object(fsdp2, "fully_shard", fully_shard),
     ):
         yield

@@ -1,7 +1,8 @@
 """recipes/train.py with FSDP between processes on a CPU, which it refuses: ``fsdp_on_cpu.py RUN's arguments``.
 
 torch 2.7's gloo adds instead of averaging when it reduces and scatters; here it averages. The weights that each rank
-holds are checked throughout the run.
+holds are checked throughout the run. With precision=amp_bf16 they are gathered in bfloat16 and norms compute in
+float32, as on a GPU: on a CPU Composer's Trainer has fp32, and autocast leaves norms alone.
 """
 
 import sys
@@ -11,14 +12,18 @@ from typing import Any, cast
 
 import torch.distributed
 from composer import Callback, Event, Logger, State
+from composer.core import Precision
+from composer.distributed import fsdp2
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import layer_norm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import small_vits  # noqa: F401  (they are registered in timm)
 from d2v_composer.config import schema
+from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.execution import sharded_units
 from d2v_composer.system import command_line
 from recipes import train
@@ -31,6 +36,10 @@ def averaging(output: Tensor, input: Tensor, op: Any = ReduceOp.SUM, **options: 
     if op == ReduceOp.AVG:
         output.div_(torch.distributed.get_world_size())
     return done
+
+
+def norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, Any]:
@@ -64,23 +73,35 @@ def share(model: nn.Module) -> float:
 
 
 class HoldsItsShare(Callback):
-    """Refuse that a rank holds more than its share of the weights after a forward or backward pass or a retrieval."""
+    """Refuse that a rank holds more than its share of the weights after a forward or backward pass or a retrieval.
+
+    Print the dtypes of blocks' inputs, too.
+    """
 
     looked_at = (Event.FIT_START, Event.AFTER_FORWARD, Event.AFTER_BACKWARD, Event.BATCH_END)
 
     def __init__(self) -> None:
         self.largest = 0.0
+        self.dtypes: set[torch.dtype] = set()
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event in self.looked_at:
             gathered = gathered_units(state.model), gathered_bytes(state.model)
             assert gathered == (set(), 0), f"{event}: {gathered}"
             self.largest = max(self.largest, share(state.model))
+        if event is Event.FIT_START:
+            for block in filter(lambda module: isinstance(module, FfnBlock), state.model.modules()):
+                block.register_forward_pre_hook(lambda _, inputs: self.dtypes.add(inputs[0].dtype))
         if event is Event.FIT_END:
+            print(f"blocks read {self.dtypes} and ", end="")
             print(f"held at most {self.largest:.2f} of the weights")
 
 
 if __name__ == "__main__":
     torch.distributed.reduce_scatter_tensor = averaging
     schema.has_gpu = lambda: True
+    if "precision=amp_bf16" in sys.argv:
+        policy = fsdp2.create_mixed_precision_policy
+        fsdp2.create_mixed_precision_policy = lambda _, choice: policy(Precision.AMP_BF16, choice)
+        nn.LayerNorm.forward = norm_in_float32
     command_line.run(partial(train.main, callbacks=[HoldsItsShare()]))

@@ -122,6 +122,18 @@ def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, t
     assert losses_of(tmp_path / "alone") == pytest.approx(after, rel=2e-6)
 
 
+@pytest.mark.slow
+def test_sharded_ranks_compute_in_bfloat16_as_one_process(small_data: Path, tmp_path: Path) -> None:
+    """8: the residual stream is float32, as under DDP."""
+    options = ("precision=amp_bf16", "max_duration=5ba")
+    run_training(*small_run(tmp_path / "whole", small_data, *options))
+    arguments = small_run(tmp_path / "sharded", small_data, *options, "parallelism_config.fsdp={}")
+    result = run_command(LAUNCHER, "-n", "2", PROGRAMS / "fsdp_on_cpu.py", *arguments, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert "blocks read {torch.float32}" in result.stdout
+    assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-3)
+
+
 def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """They share data set and folder, as on machines with a common file system."""
     arguments = small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL)
