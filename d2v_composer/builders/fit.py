@@ -21,6 +21,7 @@ from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import allow_open_files, if_interrupted
 from d2v_composer.system.ranks import join_ranks, rank_zero_first
+from d2v_composer.system.third_party import lean_engine
 
 
 def join_and_seed(config: TrainerConfig) -> None:
@@ -62,7 +63,8 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
     if trainer.state.timestamp < config.max_duration:
         if dist.get_global_rank() == 0:
             print(_describe(trainer, config, header))
-        trainer.fit()
+        with lean_engine(trainer):
+            trainer.fit()
         if (checkpoints := find_callback(trainer.state, Checkpoints)) is not None:
             checkpoints.end_training(trainer.state)
         return

@@ -5,19 +5,18 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from composer.algorithms import CutMix, GradientClipping, LabelSmoothing, MixUp
+from composer.algorithms import CutMix, LabelSmoothing, MixUp
 from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.models import build_augmentation, build_labeled_sets
-from d2v_composer.callbacks.algorithms import GradientNorm
+from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm
 from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -34,7 +33,7 @@ from d2v_composer.system.ranks import node_leaders_first
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
 ALGORITHMS = {
-    "gradient_clipping": partial(GradientClipping, clipping_type="norm"),
+    "gradient_clipping": GradientClipping,
     "mixup": MixUp,
     "cutmix": CutMix,
     "label_smoothing": LabelSmoothing,

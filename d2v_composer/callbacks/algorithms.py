@@ -1,12 +1,34 @@
-"""The gradient's norm before clipping, and a seed for each batch."""
+"""Clipping of the gradient, its norm before that, and a seed for each batch."""
 
 import numpy as np
 import torch
+from composer import algorithms
 from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.reproducibility import seed_all
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+def trained(state: State) -> list[Tensor]:
+    """Return what the optimizers train, without a walk over a model that is mostly frozen."""
+    return [each for optimizer in state.optimizers for group in optimizer.param_groups for each in group["params"]]
+
+
+class GradientClipping(algorithms.GradientClipping):
+    """Composer's, by the global norm, which walks over the whole model in each batch.
+
+    Args:
+        clipping_threshold: Largest norm.
+    """
+
+    def __init__(self, clipping_threshold: float) -> None:
+        super().__init__("norm", clipping_threshold)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.AFTER_TRAIN_BATCH:
+            torch.nn.utils.clip_grad_norm_(trained(state), self.clipping_threshold)
 
 
 class GradientNorm(Algorithm):
@@ -26,7 +48,7 @@ class GradientNorm(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH and int(state.timestamp.batch) % self.every == 0
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        gradients = [each.grad for each in state.model.parameters() if each.grad is not None]
+        gradients = [each.grad for each in trained(state) if each.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         logger.log_metrics({"l2_norm/grad/global": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()})
 

@@ -10,11 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger, LoggerDestination, MLFlowLogger
 from composer.utils import dist
 from tqdm import tqdm
 
+from d2v_composer.callbacks.trainer_state import unwrapped
 from d2v_composer.checkpoints.resume import upload
 from d2v_composer.system.errors import RunError, writing
 
@@ -223,10 +225,12 @@ class RunMLFlowLogger(MLFlowLogger):
 class Throughput(Callback):
     """Log the speed of training at a fixed interval, without evaluations and checkpoints.
 
-    Composer's SpeedMonitor counts those as training time. Logged, as means over the interval:
+    Composer's SpeedMonitor counts those as training time, and waits for the device. Logged, as means over the interval:
 
     - ``throughput/images_per_sec``: over all ranks;
-    - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next images.
+    - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next images;
+    - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
+      has ``flops_per_image``.
 
     Pass it to the Trainer before callbacks that take time at the end of a batch.
 
@@ -238,11 +242,16 @@ class Throughput(Callback):
         self.every = every
         self.asked_at = self.got_at = 0.0
         self.images_before = 0
+        self.images_per_sec_at_peak = 0.0
         self.reset()
 
     def reset(self) -> None:
         """Start a new mean."""
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if flop := getattr(unwrapped(state), "flops_per_image", 0):
+            self.images_per_sec_at_peak = dist.get_world_size() * get_gpu_flops_available(state) / flop
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.asked_at = time.perf_counter()
@@ -256,10 +265,9 @@ class Throughput(Callback):
         self.seconds += time.perf_counter() - self.asked_at
         self.waited += self.got_at - self.asked_at
         if int(state.timestamp.batch) % self.every == 0:
-            logger.log_metrics(
-                {
-                    "throughput/images_per_sec": self.images / self.seconds,
-                    "throughput/data_wait": self.waited / self.seconds,
-                }
-            )
+            speed = self.images / self.seconds
+            metrics = {"throughput/images_per_sec": speed, "throughput/data_wait": self.waited / self.seconds}
+            if self.images_per_sec_at_peak:
+                metrics["throughput/device/mfu"] = speed / self.images_per_sec_at_peak
+            logger.log_metrics(metrics)
             self.reset()

@@ -5,6 +5,7 @@ Shapes: B images, S pixels per side, E extra tokens, N patches, T = E + N tokens
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -175,6 +176,10 @@ class DistillationModel(ComposerModel):
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Return the operations of a training step (2 per multiply-accumulate), in linear layers and attention."""
+        return self.flops_per_image * len(images_of(batch))
+
+    @cached_property
+    def flops_per_image(self) -> int:
         macs = (
             self.teacher.encoder.forward_macs()
             + self.teacher.forward_macs()
@@ -183,7 +188,7 @@ class DistillationModel(ComposerModel):
         )
         num_exits = 1 if self.prediction == "last_block" else len(self.student.blocks)
         macs += 3 * num_exits * self.student.encoder.config.num_tokens * linear_weights(self.student.exit)
-        return 2 * macs * len(images_of(batch))
+        return 2 * macs
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:

@@ -8,6 +8,12 @@ While :func:`patched_composer` is active:
   (#3937). Composer 0.32.1 unpickles all that a file names.
 - ``fsdp2.fully_shard``: the caller's, to which Composer gives no choice.
 
+While :func:`lean_engine` is active, because the GPU waits for what the host does in each batch:
+
+- ``Engine._run_callbacks`` calls only what a callback has for an event, and Composer's monitors in every tenth batch.
+  Composer calls all callbacks for each of 13 events, and formats a line for each that it does not log.
+- ``State.fsdp_enabled`` is looked up once. Composer walks over all modules.
+
 Insides of packages that are used only where they belong:
 
 - ``models/transformer.py`` sets ``_fsdp_wrap`` and ``fsdp_wrap_fn`` (Composer 0.32.1): FSDP units are the encoder and
@@ -23,8 +29,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from composer import Callback, Event, State, Trainer
+from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator
 from composer.distributed import fsdp2
 from composer.utils import checkpoint, dist
+
+MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
 
 
 @contextmanager
@@ -46,5 +56,26 @@ def patched_composer(
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
         patch.object(checkpoint, "_torch_load_with_validation", read_checkpoint),
         patch.object(fsdp2, "fully_shard", fully_shard),
+    ):
+        yield
+
+
+@contextmanager
+def lean_engine(trainer: Trainer) -> Iterator[None]:
+    """Apply the patches of Composer while a Trainer trains within the block."""
+    state, logger = trainer.state, trainer.logger
+
+    def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
+        skipped = MONITORS if int(state.timestamp.batch) % 10 else ()
+        for each in callbacks:
+            if not isinstance(each, skipped) and (overrides(each, "run_event") or overrides(each, event.value)):
+                each.run_event(event, state, logger)
+
+    def overrides(callback: Callback, name: str) -> bool:
+        return getattr(getattr(callback, name), "__func__", None) is not getattr(Callback, name)
+
+    with (
+        patch.object(trainer.engine, "_run_callbacks", run_callbacks),
+        patch.object(State, "fsdp_enabled", state.fsdp_enabled),
     ):
         yield
