@@ -295,7 +295,7 @@ class Rehearsal:
     def needs(self) -> str:
         """Return what the whole run will need."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
-        last = {key: [values[step] for step in sorted(values)] for key, values in self.logged.items()}
+        last = {key: [*values.values()] for key, values in self.logged.items()}
         paces, waits = (last[f"throughput/{name}"][-self.intervals :] for name in ("images_per_sec", "data_wait"))
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals

@@ -1,8 +1,8 @@
 """recipes/train.py with FSDP between processes on a CPU, which it refuses: ``fsdp_on_cpu.py RUN's arguments``.
 
 torch 2.7's gloo adds instead of averaging when it reduces and scatters; here it averages. The weights that each rank
-holds are checked throughout the run. With precision=amp_bf16 they are gathered in bfloat16 and norms compute in
-float32, as on a GPU: on a CPU Composer's Trainer has fp32, and autocast leaves norms alone.
+holds are checked throughout the run. With precision=amp_bf16 they are gathered in bfloat16, and in half precision
+norms compute in float32, as on a GPU: on a CPU Composer's Trainer has fp32, and autocast leaves norms alone.
 """
 
 import sys
@@ -103,5 +103,6 @@ if __name__ == "__main__":
     if "precision=amp_bf16" in sys.argv:
         policy = fsdp2.create_mixed_precision_policy
         fsdp2.create_mixed_precision_policy = lambda _, choice: policy(Precision.AMP_BF16, choice)
+    if {"precision=amp_bf16", "precision=amp_fp16"} & {*sys.argv}:
         nn.LayerNorm.forward = norm_in_float32
     command_line.run(partial(train.main, callbacks=[HoldsItsShare()]))

@@ -1,0 +1,118 @@
+"""amp_fp16, the default precision: a loss scaler and no closure, rehearsed on a CPU."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback, Logger, State
+from torch import Tensor
+
+from helpers import ROOT, load_checkpoint, losses_of, run_ranks, small_run
+from programs.float16_on_cpu import Overflow, allow_float16
+from recipes import train
+
+PROGRAMS = ROOT / "tests" / "programs"
+# Gradients overflow at the first steps, and again when the scale has grown.
+SCALER = {"init_scale": 2.0**20, "growth_interval": 3, "growth_factor": 64.0}
+FLOAT16 = ("precision=amp_fp16", "callbacks.health={interval: 1ba}", "device_train_microbatch_size=6")
+
+
+class Watch(Callback):
+    """Record what each batch leaves: the scaler's state, Adam's steps and the student."""
+
+    def __init__(self) -> None:
+        self.scales: list[dict[str, Any]] = []
+        self.steps: list[float] = []
+        self.students: list[Tensor] = []
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.record(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.record(state)
+
+    def record(self, state: State) -> None:
+        assert state.scaler is not None
+        optimizer = state.optimizers[0]
+        trained = optimizer.param_groups[0]["params"]
+        self.scales.append(state.scaler.state_dict())
+        self.steps.append(max([float(each["step"]) for each in optimizer.state.values()], default=0))
+        self.students.append(torch.cat([each.detach().flatten() for each in trained]))
+
+
+class NotFinite(Callback):
+    """Make the loss of every batch from the third infinite."""
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch >= 2:
+            assert isinstance(state.loss, Tensor)
+            state.loss = state.loss * math.inf
+
+
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    allow_float16(monkeypatch.setattr, **SCALER)
+
+
+def run(folder: Path, data: Path, *overrides: str, callback: Callback | None = None) -> Watch:
+    watch = Watch()
+    trainer = train.main(small_run(folder, data, *FLOAT16, *overrides), [watch, *([callback] if callback else [])])
+    model: Any = trainer.state.model
+    assert {each.dtype for each in model.teacher.block_list[0].mlp.parameters()} == {torch.float16}
+    return watch
+
+
+def test_the_losses_are_nearly_those_of_float32(
+    uninterrupted: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_float16(monkeypatch.setattr)
+    watch = run(tmp_path, small_data)
+    assert watch.steps == list(range(15))
+    assert {each["scale"] for each in watch.scales} == {2.0**16}
+    assert losses_of(tmp_path) == pytest.approx(losses_of(uninterrupted), rel=2e-3)
+
+
+@pytest.mark.usefixtures("float16")
+def test_an_overflow_skips_the_step_and_a_resume_has_the_scale(small_data: Path, tmp_path: Path) -> None:
+    watch = run(tmp_path / "whole", small_data, "save_num_checkpoints_to_keep=-1")
+    scales = [each["scale"] for each in watch.scales]
+    skipped = [after < before for before, after in pairwise(scales)]
+    assert skipped[0]
+    assert sum(skipped) >= 2
+    assert any(after > before for before, after in pairwise(scales))
+    for i, is_skipped in enumerate(skipped):
+        assert torch.equal(watch.students[i], watch.students[i + 1]) == is_skipped
+        assert watch.steps[i + 1] == watch.steps[i] + (not is_skipped)
+    assert all(map(math.isfinite, losses_of(tmp_path / "whole").values()))
+
+    resumed = run(tmp_path / "resumed", small_data, f"load_path={tmp_path / 'whole' / 'ep1-ba8-rank0.pt'}")
+    assert resumed.scales == watch.scales[8:]
+    assert resumed.steps == watch.steps[8:]
+    assert all(map(torch.equal, resumed.students, watch.students[8:]))
+
+
+@pytest.mark.usefixtures("float16")
+def test_a_scale_at_its_floor_ends_the_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow_float16(monkeypatch.setattr, init_scale=2.0**-10)
+    with pytest.raises(
+        FloatingPointError, match=r"^batch 5: the loss scale fell to 6\.1\S+e-05: the gradients are not"
+    ):
+        run(tmp_path, small_data, callback=NotFinite())
+
+
+@pytest.mark.slow
+def test_sharded_ranks_skip_the_same_step(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the gradient overflows in one rank's share alone."""
+    allow_float16(monkeypatch.setattr)
+    run(tmp_path / "one", small_data, callback=Overflow())
+    sharded = ("parallelism_config.fsdp={}", "device_train_microbatch_size=3")
+    arguments = small_run(tmp_path / "two", small_data, *FLOAT16, *sharded)
+    run_ranks(PROGRAMS / "float16_on_cpu.py", PROGRAMS / "fsdp_on_cpu.py", *arguments)
+    for name in ("one", "two"):
+        state = load_checkpoint(tmp_path / name / "latest-rank0.pt")["state"]
+        assert state["scaler"]["GradScaler"]["scale"] == 2.0**15
+        assert {float(each["step"]) for each in state["optimizers"]["AdamW"]["state"].values()} == {13.0}
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-3)
