@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.targets import Normalization, norm_mean, regression_loss
+from d2v_composer.models.targets import Normalization, instance_norm_mean, norm_mean, regression_loss
 
 if TYPE_CHECKING:
     from d2v_composer.models.distillation import DistillationModel  # imports Composer
@@ -80,6 +80,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+torch.compiler.allow_in_graph(instance_norm_mean)
 _norm_mean_of_list = compiled(norm_mean)
 
 

@@ -77,7 +77,7 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization
         ValueError: There are no layers, or ``normalization`` is unknown.
     """
     if normalization == "instance" and torch.is_grad_enabled():
-        return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, *layers))
+        return instance_norm_mean(num_extra_tokens, *layers)
     mean_BTD = average(normalize(layer_BTD, num_extra_tokens, normalization) for layer_BTD in layers)
     return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS)
 
@@ -92,6 +92,11 @@ def average(layers: Iterable[Tensor]) -> Tensor:
     if sum_BTD is None:
         raise ValueError("norm_mean needs at least one layer")
     return sum_BTD / num_layers
+
+
+def instance_norm_mean(num_extra_tokens: int, *layers: Tensor) -> Tensor:
+    """Call :class:`InstanceNormMean`, which torch.compile must not look into: it would create one, with a warning."""
+    return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, *layers))
 
 
 class InstanceNormMean(torch.autograd.Function):
