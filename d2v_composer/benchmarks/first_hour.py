@@ -51,7 +51,7 @@ DISTILL = (
 )
 # At batch 100, SIGTERM; the run must save and exit with its status.
 STOPPED = (
-    " & while kill -0 $! && ! grep -q '.step.: 100,' distill/log.jsonl; do sleep 1; done; "
+    " & while kill -0 $! && ! grep -qs '.step.: 100,' distill/log.jsonl; do sleep 1; done; "
     "kill $!; wait $!; [ $? = 143 ]"
 )
 PHOTOS = (
@@ -62,7 +62,7 @@ SHARE = (
     "python -c 'from d2v_composer.benchmarks.first_hour import share_gpu; share_gpu(); "
     "from d2v_composer.commands.__main__ import run; run()' "
 )
-INSTALL = "uv pip install --python newest --override {yamls}/../../.uv/newest-torch.txt '{yamls}/../..[benchmark]'"
+INSTALL = "uv pip install --python newest --override {clone}/.uv/newest-torch.txt '{clone}[benchmark]'"
 STEPS = [
     Step("versions and SDPA order", VERSIONS),
     Step("quickstart in fp16", "d2v " + QUICKSTART + "amp_fp16", GPU),
@@ -84,7 +84,7 @@ STEPS = [
     Step("two ranks on one device", "composer -n 2 -c " + SHARE + QUICKSTART + "fp32"),
     Step("SDPA by cuDNN", STEP + "--only ours --sdp cudnn_attention", GPU),
     Step("SDPA by CUTLASS", STEP + "--only ours --sdp efficient_attention", GPU),
-    Step("newest torch", "uv venv newest && " + INSTALL, NEWEST),
+    Step("newest torch", "uv venv --python $(command -v python) newest && " + INSTALL, NEWEST),
     Step("quickstart, newest torch", "newest/bin/d2v " + QUICKSTART + "amp_fp16", NEWEST),
     Step("step, newest torch", "newest/bin/" + STEP, NEWEST),
 ]
@@ -92,6 +92,7 @@ YAMLS = Path(__file__).parents[1] / "yamls"
 # Name → what it is on a CPU and on a GPU.
 SIZES = {
     "yamls": (YAMLS, YAMLS),
+    "clone": (YAMLS.parents[1], YAMLS.parents[1]),
     "size": ("quickstart", "base"),
     "large": (8, 256),
     "small": (4, 32),

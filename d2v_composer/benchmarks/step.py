@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from composer import Trainer
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
@@ -184,7 +183,7 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str,
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
         trace.with_suffix(".txt").write_text(events.table("self_device_time_total", row_limit=40))
-    kernels = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    kernels = [each for each in events if each.device_type.name == "CUDA" and not each.is_user_annotation]
     return {
         "attention": sorted({event.key[:80] for event in events if ATTENTION.search(event.key)}),
         "gpu_kernels": sum(each.count for each in kernels) // PROFILED_STEPS,
