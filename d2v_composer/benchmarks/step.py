@@ -36,6 +36,7 @@ from d2v_composer.models.sizes import RELEASED, Data2Vec2Config, height_and_widt
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
+from d2v_composer.system.third_party import lean_engine
 
 NAIVE, EAGER, OURS, TRAINER, PRODUCT = "naive", "eager", "ours", "trainer", "matrix product alone"
 LOSS_TOLERANCE = 1e-3
@@ -97,7 +98,7 @@ def benchmark(
     shape = batch_size, 3, *height_and_width(model.teacher.config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(torch.empty(1, 0))
-    own = OURS if compiles else EAGER
+    own = only or (OURS if compiles else EAGER)
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
     names += [TRAINER] if loop == TRAINER else []
     order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP) if name]
@@ -168,7 +169,8 @@ def in_trainer(
     )
 
     def run(times: int) -> Tensor:
-        trainer.fit(duration=f"{times}ba")
+        with lean_engine(trainer):
+            trainer.fit(duration=f"{times}ba")
         obey_signals()
         return torch.tensor(trainer.state.total_loss_dict["loss/train/total"])
 
