@@ -8,7 +8,7 @@ import torch
 from d2v_composer.benchmarks.step import SMALL
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.commands import random_teacher
-from d2v_composer.models.sizes import RELEASED
+from d2v_composer.models.sizes import RELEASED, height_and_width
 from d2v_composer.system.errors import InputError
 
 
@@ -30,8 +30,8 @@ def test_it_loads_and_its_targets_differ_between_images(
     assert f"yamls/distill.yaml teacher.model={kind} teacher.checkpoint={out}\n" in capsys.readouterr().out
     teacher = load_teacher(out, model=kind, image_size=112 if kind == size else None)
     assert size != "base" or sum(map(torch.numel, teacher.parameters())) == 85_797_888
-    side = teacher.config.image_size
-    images = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
+    shape = 2, 3, *height_and_width(teacher.config.image_size)
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
     with torch.no_grad():
         encoded = teacher.encode(images)
         layers = list(teacher.target_layers(encoded, "ffn"))
