@@ -8,7 +8,7 @@ MLP's shape on the same device, in images/s of a step that were made of such pro
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,7 @@ def benchmark(
     loop: str = "bare",
     sdp: str | None = None,
     trace: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure images per second of each contender.
 
@@ -79,6 +80,7 @@ def benchmark(
         loop: ``trainer`` adds ours in Composer's Trainer.
         sdp: The attention kernel to prefer where it can run; default: torch's choice.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
+        overrides: Of distill.yaml, such as ``half_residual=true``.
 
     Raises:
         InputError: There is no compiler.
@@ -92,7 +94,7 @@ def benchmark(
     batch_size = batch_size or (256 if on_gpu else 8)
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
     own = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
-    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *own])
+    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *own, *overrides])
     torch.manual_seed(0)
     model = build_model(size)
     shape = batch_size, 3, *height_and_width(model.teacher.config.image_size)
@@ -144,8 +146,9 @@ def build_run(
         return partial(repeat, partial(train_step, naive, build_optimizer(naive, fused=False), dtype, images))
     ours = copy.deepcopy(model).to(images.device)
     ours.teacher.cast_weights(dtype)
+    ours.teacher.encoder.half_residual = config.half_residual
     if name != EAGER and config.compile:
-        compile_model(ours, packs_weights=not images.is_cuda)
+        compile_model(ours, mode=config.compile)
     optimizer = build_optimizer(ours, fused=True)
     if name == TRAINER:
         return in_trainer(ours, optimizer, config, images, steps)

@@ -1,7 +1,5 @@
 """Build teacher, student and the model that distils them."""
 
-import torch
-
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import TeacherConfig, TrainConfig
 from d2v_composer.models.distillation import DistillationModel
@@ -23,6 +21,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     targets, precision = config.targets, choose_precision(config.precision)
     with errors_of("student"):
         student = teacher.build_student(**config.student.model_dump(), normalization=targets.normalization)
+    teacher.encoder.half_residual = config.half_residual
     uses_fsdp = config.parallelism_config.fsdp is not None
     if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(precision.dtype)
@@ -39,7 +38,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     if config.compile:
         if (missing := find_missing()) is not None:
             raise InputError(f"compile: {missing}; install it, or compile=false")
-        compile_model(model, packs_weights=not torch.cuda.is_available() and not uses_fsdp)
+        compile_model(model, joins_frozen_blocks=not uses_fsdp, mode=config.compile)
     if config.activation_checkpointing:
         student.checkpoint_activations()
     return model

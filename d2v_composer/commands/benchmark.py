@@ -3,12 +3,14 @@
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
     d2v benchmark step --loop trainer --only ours --batch-size 32 --trace trace.json
+    d2v benchmark plan --batch-size 256
     d2v benchmark data --images /data/ILSVRC/Data/CLS-LOC/train --workers 8
     d2v benchmark data --remote s3://BUCKET/benchmark
     d2v benchmark retrieval
     d2v benchmark first-hour OUT
 
 step: images/s of a training step, beside a naive program.
+plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
 data: images/s of the training data, beside torchvision's ImageFolder and litdata; --remote adds a store.
 retrieval: queries/s of the neighbor search, beside a bare matrix product and faiss.
 first-hour: all of it, and runs, unattended, on a GPU that nobody has tried yet; OUT/first_hour.json has what was found.
@@ -45,6 +47,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         ),
         "--trace": (Path, "file for a profile of the last contender, for chrome://tracing or Perfetto"),
     },
+    "plan": {
+        "--size": ((*RELEASED, "quickstart"), "default: base"),
+        "--batch-size": (positive, "images a step; default: 256"),
+        "--residual": (("full", "half"), "precision of the frozen blocks' residual stream; default: full"),
+    },
     "data": {
         "--images": (Path, "folder of class folders; default: crops of scikit-image's photographs"),
         "--num-images": (positive, "default: 1000"),
@@ -71,10 +78,13 @@ def main(argv: Sequence[str]) -> None:
                 each.add_argument(option, choices=kind, help=about)
             else:
                 each.add_argument(option, type=kind, help=about)
-        each.add_argument("--repeats", type=positive, help="measured passes; default: 5")
+        if name != "plan":
+            each.add_argument("--repeats", type=positive, help="measured passes; default: 5")
         each.add_argument("--json", type=Path, help="file for the result as JSON")
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
+            about = "of distill.yaml for ours: half_residual=true, compile=default"
+            each.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=(), help=about)
     hour = benchmarks.add_parser(FIRST_HOUR)
     hour.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
     hour.add_argument("--no-install", dest="installs", action="store_false", help="measure this torch only")
@@ -86,10 +96,11 @@ def main(argv: Sequence[str]) -> None:
         return
     out = options.pop("json", None)
 
-    from d2v_composer.benchmarks.measure import format_result
+    from d2v_composer.benchmarks import measure
 
-    result = import_module(f"d2v_composer.benchmarks.{name}").benchmark(**options)
+    module = import_module(f"d2v_composer.benchmarks.{name}")
+    result = module.benchmark(**options)
     command = shlex.join(["d2v", "benchmark", *argv])
-    print(f"{command}\n{format_result(result)}")
+    print(f"{command}\n{getattr(module, 'format_result', measure.format_result)(result)}")
     if out is not None:
         write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")

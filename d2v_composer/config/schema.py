@@ -405,7 +405,10 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of recipes/train.py."""
 
-    compile: bool = False
+    compile: Literal[False, True, "default", "max-autotune-no-cudagraphs"] = False
+    """torch.compile, or one of its modes, without CUDA graphs."""
+    half_residual: bool = False
+    """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     parallelism_config: ParallelismConfig = ParallelismConfig()

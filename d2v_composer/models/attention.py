@@ -150,7 +150,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, bias: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1))
-        query_BHTK, key_BHTK, value_BHTK = qkv.permute(2, 0, 3, 1, 4)
+        query_BHTK, key_BHTK, value_BHTK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended_BHTK = attend(query_BHTK, key_BHTK, value_BHTK, bias)
         return self.proj(attended_BHTK.transpose(1, 2).flatten(2))
 
@@ -180,7 +180,7 @@ class Mlp(nn.Module):
 
 
 class Block(FfnBlock):
-    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output.
+    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output, ``x'`` has x's dtype.
 
     With ``has_entrance``, ``x`` is the input behind a LayerNorm of its own: a pre-norm residual stream has no bounded
     scale.
@@ -202,9 +202,10 @@ class Block(FfnBlock):
     ) -> tuple[Tensor | None, Tensor]:
         if self.norm0 is not None:
             x_BTD = self.norm0(x_BTD)
-        attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, context))
+        attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, context)).to(x_BTD.dtype)
         ffn_output_BTD = self.mlp(attended_BTD)
-        return self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None, ffn_output_BTD
+        output_BTD = self.norm2(attended_BTD + ffn_output_BTD).to(x_BTD.dtype) if needs_output else None
+        return output_BTD, ffn_output_BTD
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
-from d2v_composer.models.encoder import Encoder, build_alibi
+from d2v_composer.models.encoder import Encoder, PatchProjection, build_alibi
 from d2v_composer.models.sizes import Data2Vec2Config, ImageEncoderConfig, check_whole, encoder_config
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
@@ -27,7 +27,7 @@ class ImageEncoder(Encoder):
         super().__init__(config)
         dim, patch = config.embed_dim, config.patch_size
         self.stem_macs = config.num_patches * dim * config.in_chans * patch**2
-        self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(config.in_chans, dim, patch, stride=patch)})
+        self.local_encoder = nn.ModuleDict({"proj": PatchProjection(config.in_chans, dim, patch, stride=patch)})
         self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
         self.extra_tokens = (
             nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None

@@ -102,13 +102,16 @@ class DistillationModel(ComposerModel):
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of a batch."""
         with cpu_autocast(self.cpu_bf16):
-            x_BTD = self.teacher.encode(images_of(batch))
-            target = self.teacher.targets(
-                x_BTD, self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
-            )
+            x_BTD, target = self.frozen_pass(images_of(batch))
             prediction = self.predict(x_BTD)
         has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
         return Regression(prediction[:, self.regressed], target, prediction[:, 0] if has_cls_loss else None)
+
+    def frozen_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoder's output and the target, without gradient."""
+        x_BTD = self.teacher.encode(images)
+        options = self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
+        return x_BTD, self.teacher.targets(x_BTD, *options)
 
     @property
     def ignored_tokens(self) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, linear
 from typing_extensions import Self
 
-from d2v_composer.models.attention import Alibi
+from d2v_composer.models.attention import Alibi, autocast_dtype
 from d2v_composer.models.sizes import EncoderConfig, height_and_width
 
 
@@ -39,6 +39,18 @@ class Frozen(nn.Module):
         return self
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product over patches.
+
+    A GPU writes the patches once, normalized and in half precision, by one kernel.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class Encoder(Frozen):
     """Patches, positions, extra tokens, then blocks.
 
@@ -46,6 +58,7 @@ class Encoder(Frozen):
         alibi: The bias of its blocks, if they have one.
         alibi_scale: Learned factors of that bias.
         stem_macs: Multiply-accumulates for one image before the blocks.
+        half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
     """
 
     image_mean: Tensor
@@ -58,6 +71,7 @@ class Encoder(Frozen):
         super().__init__()
         self.config = config
         self.alibi = self.alibi_scale = None
+        self.half_residual = False
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
@@ -93,6 +107,8 @@ class Encoder(Frozen):
     def encode_with_gradient(self, images: Tensor) -> Tensor:
         """Encode images as :meth:`forward` does, with the gradient of what trains here."""
         x_BTD = self.embed_patches(images)
+        if self.half_residual:
+            x_BTD = x_BTD.to(autocast_dtype(x_BTD))
         for block, context in zip(self.block_list, self.block_contexts(x_BTD), strict=False):
             x_BTD, _ = block(x_BTD, context)
         return x_BTD

@@ -31,7 +31,7 @@ R = TypeVar("R")
 MAX_GRAPHS = 64
 
 
-def compile_model(model: "DistillationModel", packs_weights: bool = False) -> None:
+def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, mode: bool | str = True) -> None:
     """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
 
     Blocks instead of one graph: equal blocks share a compilation, which takes seconds instead of minutes; DDP reduces a
@@ -40,8 +40,10 @@ def compile_model(model: "DistillationModel", packs_weights: bool = False) -> No
 
     Args:
         model: Changed; its weights may still move to a GPU.
-        packs_weights: Compile the frozen passes as whole graphs with their weights in the layout of a CPU's matrix
-            products, which holds the weights twice.
+        joins_frozen_blocks: Compile the frozen blocks of a step as whole graphs. On a CPU the weights are in the layout
+            of its matrix products, which holds them twice.
+        mode: A mode of torch.compile; ``True``: its default, and on a GPU one CUDA graph of the joined blocks, whose
+            kernels start together.
     """
     compiling = importlib.import_module("torch._inductor.async_compile")
     # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
@@ -50,32 +52,47 @@ def compile_model(model: "DistillationModel", packs_weights: bool = False) -> No
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
     encoder, teacher, student = model.teacher.encoder, model.teacher, model.student
-    encoder.embed_patches = compiled(encoder.embed_patches)
+    encoder.embed_patches = compiled(encoder.embed_patches, mode)
     for block in [*encoder.block_list, *teacher.block_list, *student.block_list]:
-        block.forward = compiled(block.forward)
+        block.forward = compiled(block.forward, mode)
     for transformer in (teacher, student):
         transformer.norm_mean = compiled_norm_mean
-    model.regression_loss = compiled(regression_loss)
-    if packs_weights:
-        encoder.forward = compiled_with_weights(encoder.forward)
-        teacher.targets = compiled_with_weights(teacher.targets)
+    model.regression_loss = compiled(regression_loss, mode)
+    if joins_frozen_blocks and not torch.cuda.is_available():
+        encoder.forward = compiled_frozen(encoder.forward, mode, freezing=True)
+        teacher.targets = compiled_frozen(teacher.targets, mode, freezing=True)
+    elif joins_frozen_blocks:
+        # Not with ALiBi, whose first pass keeps the bias: it would be in the graph's memory.
+        is_captured = mode is True and encoder.alibi is None
+        model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled_frozen(model.frozen_pass, mode)
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R], mode: bool | str = True) -> Callable[P, R]:
     """Compile a function as a single graph for each input shape; calling it raises an error if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=None if mode is True else mode)
 
 
-def compiled_with_weights(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function without gradient together with its weights, which must not change."""
-    function = compiled(frozen_pass)
+def compiled_frozen(frozen_pass: Callable[P, R], mode: bool | str, **settings: bool) -> Callable[P, R]:
+    """Compile a function without gradient, whose weights must not change, with settings of Inductor."""
+    function = compiled(frozen_pass, mode)
 
     @functools.wraps(frozen_pass)
     @torch.no_grad()
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with inductor.patch(freezing=True):  # read when the first call compiles
+        with inductor.patch(settings):  # read when the first call compiles
             return function(*args, **kwargs)
+
+    return call
+
+
+def captured(frozen_pass: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+    """Compile a function without gradient as a CUDA graph; Inductor leaves out in silence what cannot be one."""
+    function = compiled_frozen(frozen_pass, True, **{"triton.cudagraphs": True})
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
+        # The next replay overwrites the graph's own results.
+        return tuple(output.clone() for output in function(*args, **kwargs))
 
     return call
 

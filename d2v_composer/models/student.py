@@ -90,7 +90,8 @@ class Student(Transformer):
         return is_ours or super().fsdp_wrap_fn(module)
 
     def iterate_blocks(self, x: Tensor, needs_last_output: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        return super().iterate_blocks(self.entrance(x), needs_last_output)
+        x = self.entrance(x).to(self.block_list[0].norm1.weight.dtype)  # the residual stream's
+        return super().iterate_blocks(x, needs_last_output)
 
     def forward_macs(self) -> int:
         return super().forward_macs() + self.encoder.config.num_tokens * linear_weights(self.entrance)

@@ -34,16 +34,14 @@ class Regression(NamedTuple):
     """(B, D), if CLS is regressed to the mean target instead of its own."""
 
 
-def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> Tensor:
+def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """Normalize each image's channels over time, (B, T, D) float32: biased variance, no affine.
 
     The first ``num_extra_tokens`` time steps are normalized, but do not count in the statistics.
+
+    Returns:
+        The layer normalized, and the factors of its channels, (B, 1, D).
     """
-    return scale_instances(layer_BTD, num_extra_tokens)[0]
-
-
-def scale_instances(layer_BTD: Tensor, num_extra_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return :func:`instance_norm`'s result and its factors, (B, T, D) and (B, 1, D)."""
     layer_BTD = layer_BTD.float()
     centred_BTD = layer_BTD - layer_BTD[:, num_extra_tokens:].mean(dim=1, keepdim=True)
     # Not torch.var_mean, which on a CPU takes more than twice as long over any dimension but the last.
@@ -59,7 +57,7 @@ def normalize(layer_BTD: Tensor, num_extra_tokens: int = 0, normalization: Norma
         ValueError: ``normalization`` is unknown.
     """
     if normalization == "instance":
-        return instance_norm(layer_BTD, num_extra_tokens)
+        return instance_norm(layer_BTD, num_extra_tokens)[0]
     if normalization == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
     raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
@@ -83,7 +81,7 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization
 
 
 def average(layers: Iterable[Tensor]) -> Tensor:
-    """Return the mean of layers, each read once."""
+    """Return the mean of layers, of which a generator holds one at a time."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
@@ -108,7 +106,7 @@ class InstanceNormMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, num_extra_tokens: int, *layers: Tensor) -> Tensor:
-        mean_BTD = average(instance_norm(layer_BTD, num_extra_tokens) for layer_BTD in layers)
+        mean_BTD = average(normalize(layer_BTD, num_extra_tokens) for layer_BTD in layers)
         output_BTD, _, scale_BT1 = torch.native_layer_norm(mean_BTD, mean_BTD.shape[-1:], None, None, NORM_EPS)
         ctx.save_for_backward(output_BTD, scale_BT1, *layers)
         ctx.num_extra_tokens = num_extra_tokens
@@ -125,8 +123,8 @@ class InstanceNormMean(torch.autograd.Function):
 
 
 def instance_norm_gradient(grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int) -> Tensor:
-    """Return the gradient of :func:`instance_norm`'s input, in its dtype, from that of its result."""
-    normalized_BTD, scale_B1D = scale_instances(layer_BTD, num_extra_tokens)
+    """Return the gradient of a layer, in its dtype, from that of the layer normalized."""
+    normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens)
     counted = layer_BTD.shape[1] - num_extra_tokens
     projected_B1D = (grad_BTD * normalized_BTD).sum(dim=1, keepdim=True) / counted
     through_statistics_BTD = grad_BTD.sum(dim=1, keepdim=True) / counted + normalized_BTD * projected_B1D

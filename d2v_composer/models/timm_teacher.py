@@ -17,7 +17,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.encoder import Encoder, PatchProjection
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import (
     MAX_PATCHES,
@@ -185,6 +185,10 @@ class TimmEncoder(Encoder):
                 )
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
+        patches: Any = self.stem.patch_embed.proj
+        sizes = zip(height_and_width(config.image_size), patches.kernel_size, strict=True)
+        if all(pixels % patch == 0 for pixels, patch in sizes):  # a convolution leaves the rest out
+            patches.__class__ = PatchProjection
         self.stem_macs = math.prod(config.grid_size) * self.stem.patch_embed.proj.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)

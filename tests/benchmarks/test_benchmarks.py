@@ -58,6 +58,22 @@ def test_step_beside_the_naive_program(options: list[str], tmp_path: Path, capsy
     assert f"{ours} ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for residual in ("full", "half"):
+        report = tmp_path / f"{residual}.json"
+        arguments = ["--size", "quickstart", "--batch-size", "8", "--residual", residual, "--json", str(report)]
+        benchmark.main(["plan", *arguments])
+        found[residual] = {row.pop("part"): row for row in json.loads(report.read_text())["rows"]}
+    assert "frozen, forward" in capsys.readouterr().out
+    full, half = found["full"], found["half"]
+    assert list(full) == ["frozen, forward", "student, forward", "loss", "backward", "step"]
+    assert full["step"]["bytes"] == sum(row["bytes"] for row in full.values()) / 2
+    # 8 blocks move their residual stream of (8, 65, 192) nine times or so.
+    assert full["step"]["bytes"] - half["step"]["bytes"] > 5 * 8 * 2 * 8 * 65 * 192
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_step_in_the_trainer_with_a_trace(tmp_path: Path) -> None:
     """The Trainer finds the loss of the bare loop; the trace opens in Perfetto, and the result names the kernels."""

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.execution import compile_model
+from d2v_composer.models.execution import captured, compile_model
 from helpers import QUICKSTART
 
 NUM_STEPS = 20
@@ -68,6 +68,30 @@ def test_losses_in_bfloat16_are_close(model: DistillationModel, batches: Tensor)
     np.testing.assert_allclose(list(train(in_bf16, few)), expected, rtol=0.01)
 
 
+def test_a_half_residual_stream_ends_before_the_student(model: DistillationModel, batches: Tensor) -> None:
+    halved = copy.deepcopy(model)
+    halved.teacher.encoder.half_residual = True
+    images = batches[0, :2]
+    assert halved.teacher.encode(images).dtype == torch.float32  # outside autocast
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, (x, target) = model.frozen_pass(images)[1], halved.frozen_pass(images)
+        assert all(output.dtype == torch.bfloat16 for output, _ in halved.teacher.iterate_blocks(x))
+        assert all(output.dtype == torch.float32 for output, _ in halved.student.iterate_blocks(x))
+    assert (target.dtype, x.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.cosine_similarity(target, expected, dim=-1).mean() > 0.999
+
+
+@pytest.mark.slow
+def test_a_pass_that_cannot_be_a_cuda_graph_runs_without_a_word(
+    model: DistillationModel, batches: Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = captured(model.frozen_pass)
+    with torch.no_grad():
+        for images in (batches[0], batches[1], batches[0, :5]):
+            torch.testing.assert_close(run(images), model.frozen_pass(images), rtol=1e-4, atol=1e-4)
+    assert "graph" not in "".join(capfd.readouterr()).lower()
+
+
 @pytest.mark.slow
 def test_compiled_losses_and_embeddings_in_bfloat16_are_close(model: DistillationModel, batches: Tensor) -> None:
     """With few graphs, and packed weights, as on a CPU; tests/promises/test_run_ranks.py compiles in float32."""
@@ -78,7 +102,7 @@ def test_compiled_losses_and_embeddings_in_bfloat16_are_close(model: Distillatio
         each.cpu_bf16 = True
     torch._dynamo.reset()
     counters.clear()
-    compile_model(compiled, packs_weights=True)
+    compile_model(compiled)
     training = train(compiled, batches)
     losses = [next(training), next(training)]
     embeddings = evaluate(compiled, batches[0])

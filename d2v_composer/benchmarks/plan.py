@@ -1,0 +1,157 @@
+"""Plan a training step for an H100, without one: the kernels and bytes of what torch.compile makes of it.
+
+A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
+code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Nothing is
+counted that is not compiled: clipping, the optimizer.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._guards import TracingContext
+from torch._inductor import config as inductor
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_map
+
+from d2v_composer.benchmarks.step import build_model
+from d2v_composer.models import execution
+from d2v_composer.models.sizes import height_and_width
+from d2v_composer.models.targets import Regression, norm_mean
+from d2v_composer.report.tables import format_table
+
+GPU = torch.device("cuda", 0)
+# Properties that plans depend on.
+H100 = SimpleNamespace(
+    major=9,
+    multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    warp_size=32,
+)
+BYTES_PER_MS = 3.35e9
+
+
+def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full") -> dict[str, Any]:
+    """Plan a step in bfloat16, part by part."""
+    planner = Planner()
+    with ExitStack() as stack:
+        for name, stub in planner.stubs().items():
+            stack.enter_context(patch(name, stub))
+        stack.enter_context(patch.object(execution, "_norm_mean_of_list", execution.compiled(norm_mean)))
+        stack.enter_context(inductor.patch(fx_graph_cache=False))
+        stack.enter_context(planner)
+        model = build_model(size)
+        model.teacher.cast_weights(torch.bfloat16)
+        model.teacher.encoder.half_residual = residual == "half"
+        with patch("torch.cuda.is_available", lambda: True):
+            execution.compile_model(model)
+        images = torch.empty(batch_size, 3, *height_and_width(model.teacher.config.image_size), dtype=torch.uint8)
+        with torch.autocast("cpu", torch.bfloat16):
+            x_BTD, target_BTD = model.frozen_pass(images)
+            planner.part = "student, forward"
+            prediction_BTD = model.predict(x_BTD)
+        planner.part = "loss"
+        loss = model.regression_loss(Regression(prediction_BTD, target_BTD))
+        planner.part = "backward"
+        loss.backward()
+    rows = [{"part": part, **counts} for part, counts in planner.parts.items()]
+    rows.append({"part": "step", **sum(planner.parts.values(), Counter())})
+    return {"size": size, "device_batch_size": batch_size, "residual": residual, "rows": rows}
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return the table of :func:`benchmark`'s result."""
+    rows = []
+    for part, kernels, own, size in (row.values() for row in result["rows"]):
+        rows.append([part, str(kernels), str(own), f"{size / 1e9:.2f}", f"{size / BYTES_PER_MS:.2f}"])
+    return format_table(["", "kernels", "Inductor's", "their GB", "ms at 3.35 TB/s"], rows)
+
+
+class Planner(FakeTensorMode):
+    """Fake tensors, and a backend of torch.compile that plans graphs and counts those that run.
+
+    Attributes:
+        part: The part of the step that runs.
+        parts: The counts of each part.
+        plan: Those of the last graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        self.part = "frozen, forward"
+        self.parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.plan: Counter[str] = Counter()
+
+    def stubs(self) -> dict[str, Any]:
+        """Return what to replace, by name, to compile with this backend for an H100."""
+        interface = "torch._dynamo.device_interface.CudaInterface."
+        properties = ("torch.cuda.", interface, f"{interface}Worker.")
+        return {
+            **{f"{each}get_device_properties": lambda *_: H100 for each in properties},
+            f"{interface}get_compute_capability": lambda *_: 90,
+            "torch.compile": partial(torch.compile, backend=self.compile),
+            "torch._inductor.scheduler.has_triton": lambda: True,
+            "torch._inductor.compile_fx._check_triton_bf16_support": lambda *_: None,
+            "torch._inductor.graph.GraphLowering.compile_to_module": lambda graph: self.count(graph),
+            "d2v_composer.models.attention.attend": scaled_dot_product_attention,  # not in parts, as on a CPU
+        }
+
+    def compile(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+        """Compile as Inductor does, up to its plans."""
+        TracingContext.get().fake_mode = self
+        return compile_fx(graph, inputs, inner_compile=self.compile_inner)
+
+    def compile_inner(self, graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        """Plan a graph of operations on a CPU for the GPU; return a function that counts and runs it."""
+        on_gpu = deepcopy(graph)
+        for node, original in zip(on_gpu.graph.nodes, graph.graph.nodes, strict=True):
+            node.meta = {**original.meta, "val": tree_map(move, original.meta.get("val"))}
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": GPU}
+        self.plan = Counter()
+        try:
+            compile_fx_inner(on_gpu, [move(each) for each in inputs], **options)
+        except Exception:
+            if not self.plan:
+                raise
+        plan = self.plan
+
+        def run(arguments: list[Any]) -> Any:
+            self.parts[self.part].update(plan)
+            return graph(*arguments)
+
+        run._boxed_call = True
+        return run
+
+    def count(self, graph: GraphLowering) -> None:
+        """Count a graph's kernels instead of writing their code, and end its compilation."""
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        nodes = [node for node in graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
+        own = [node.get_read_write_buffers_sizes() for node in nodes if not isinstance(node, ExternKernelSchedulerNode)]
+        # Nodes without a name select one of several results.
+        called = [node for node in nodes if getattr(node.node, "python_kernel_name", None)]
+        self.plan.update({"kernels": len(own) + len(called), "own": len(own), "bytes": sum(own)})
+        raise InterruptedError
+
+
+def move(value: Any) -> Any:
+    """Return a fake tensor on the GPU for one on a CPU."""
+    if not isinstance(value, FakeTensor):
+        return value
+    with unset_fake_temporarily():
+        meta = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return FakeTensor(value.fake_mode, meta, GPU)
