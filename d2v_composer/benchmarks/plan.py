@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -129,12 +130,11 @@ class Planner(FakeTensorMode):
                 raise
         plan = self.plan
 
-        def run(arguments: list[Any]) -> Any:
+        def run(*arguments: Any) -> Any:
             self.parts[self.part].update(plan)
             return graph(*arguments)
 
-        run._boxed_call = True
-        return run
+        return make_boxed_func(run)
 
     def count(self, graph: GraphLowering) -> None:
         """Count a graph's kernels instead of writing their code, and end its compilation."""

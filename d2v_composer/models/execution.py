@@ -70,7 +70,7 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
 def compiled(function: Callable[P, R], mode: bool | str = True) -> Callable[P, R]:
     """Compile a function as a single graph for each input shape; calling it raises an error if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=None if mode is True else mode)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode if isinstance(mode, str) else None)
 
 
 def compiled_frozen(frozen_pass: Callable[P, R], mode: bool | str, **settings: bool) -> Callable[P, R]:
@@ -86,13 +86,13 @@ def compiled_frozen(frozen_pass: Callable[P, R], mode: bool | str, **settings: b
     return call
 
 
-def captured(frozen_pass: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
     """Compile a function without gradient as a CUDA graph; Inductor leaves out in silence what cannot be one."""
     function = compiled_frozen(frozen_pass, True, **{"triton.cudagraphs": True})
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
-        # The next replay overwrites the graph's own results.
-        return tuple(output.clone() for output in function(*args, **kwargs))
+    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
+        x_BTD, target = function(*args, **kwargs)
+        return x_BTD.clone(), target.clone()  # the next replay overwrites the graph's own results
 
     return call
 

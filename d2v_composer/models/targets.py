@@ -114,7 +114,8 @@ class InstanceNormMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BTD,) = grad_outputs
         output_BTD, scale_BT1, *layers = ctx.saved_tensors
         projected_BT1 = (grad_BTD * output_BTD).mean(dim=-1, keepdim=True)
         grad_BTD = grad_BTD - grad_BTD.mean(dim=-1, keepdim=True) - output_BTD * projected_BT1
