@@ -1,5 +1,7 @@
-"""recipes/ablations.py without its images and without a network."""
+"""recipes/ablations.py without its images and without a network; the README's figures."""
 
+import csv
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -148,3 +150,28 @@ def test_choices_are_compared_at_equal_compute() -> None:
         config = config_of(study, row)
         costs[name] = int(config.max_duration.removesuffix("ba")) * build_model(config).flops_per_batch(batch)
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("results", "study"), [("data2vec2", "data2vec2"), ("choices", "choices"), ("width", "choices"), ("timm", "timm")]
+)
+def test_results_are_those_of_a_studys_rows(results: str, study: str) -> None:
+    with (ablations.STUDIES / f"{results}.csv").open() as file:
+        assert {line["row"] for line in csv.DictReader(file)} <= read_rows(ablations.STUDIES / study).keys()
+
+
+def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
+    sections = re.split(r"\n##+ ", (ablations.STUDIES / "README.md").read_text())
+    checked = []
+    for section in sections:
+        named = re.search(r"\]\((\w+)\.csv\)", section)
+        table = re.findall(r"^\|(.*)\|$", section, flags=re.MULTILINE)[2:]
+        if named and table:
+            with (ablations.STUDIES / f"{named[1]}.csv").open() as file:
+                results = list(csv.reader(file))
+            for line in table:
+                name, *cells = (cell.strip() for cell in line.split("|"))
+                held = [value for result in results if name in result for value in result]
+                assert {*re.findall(r"-?[\d.]+", " ".join(cells))} <= {*held}, (named[1], name)
+            checked.append(named[1])
+    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch"]
