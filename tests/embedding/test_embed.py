@@ -291,12 +291,12 @@ def test_bad_input_is_refused_in_one_line(
     assert set(os.listdir()) == before
 
 
-def test_near_duplicates_as_in_the_manual(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_as_in_the_guide(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shutil.copytree(photos, tmp_path / "photos")
     shutil.copyfile(source / "03.jpg", source / "b" / "copy.jpg")
     embed(QUICKSTART / "teacher.safetensors", source, tmp_path / "photos.npy")
-    section = (ROOT / "recipes" / "README.md").read_text().split("## Embedding a collection")[1]
-    [code] = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+    section = (ROOT / "recipes" / "guides" / "export-and-embed.md").read_text().split("### Near-duplicates")[1]
+    [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(code, found)
