@@ -1,1 +1,1 @@
-"""Checked values → the arguments of Composer's Trainer; ``run.build_run`` is the one entry."""
+"""Turn a checked config into the arguments of Composer's Trainer; the entry is ``run.build_run``."""

@@ -28,7 +28,7 @@ PASSED_ON = {"column", "shuffle", "shuffle_block_size", "num_canonical_nodes", "
 def read_train_index(
     loader: TrainLoaderConfig, batch_size: int, label_column: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the shards of the training images as their index lists them; of a remote data set, fetch the index first.
+    """Return the shards in the training images' index; fetch the index of a remote data set first.
 
     Raises:
         InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
@@ -48,7 +48,7 @@ def read_train_index(
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards)["sha256"]))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
-        raise InputError(f"{local}: another data set on node {others[0]} than on node 0")
+        raise InputError(f"{local}: node {others[0]} has another data set than node 0")
     if (num_samples := count_samples(shards)) < batch_size:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"

@@ -1,4 +1,4 @@
-"""Build teacher, student and the model that distils them."""
+"""Build the teacher, the student and the model that distills one into the other."""
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.schema import TeacherConfig, TrainConfig
@@ -37,7 +37,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
         )
     if config.compile:
         if (missing := find_missing()) is not None:
-            raise InputError(f"compile: {missing}; install it, or compile=false")
+            raise InputError(f"compile: {missing}; install it, or set compile=false")
         compile_model(model, joins_frozen_blocks=not uses_fsdp, mode=config.compile)
     if config.activation_checkpointing:
         student.checkpoint_activations()
@@ -69,4 +69,4 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
     if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
         raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
     if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
-        raise InputError("parallelism_config.fsdp: this teacher has learned ALiBi scales, which are not sharded")
+        raise InputError("parallelism_config.fsdp: not supported with this teacher's learned ALiBi scales; use null")

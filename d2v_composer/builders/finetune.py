@@ -109,7 +109,7 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:
-    """Return the number of classes, by their names and the largest label of the splits, (N,) each.
+    """Return the number of classes, from their names and the largest label of the splits, (N,) each.
 
     Raises:
         InputError: There are fewer than two, or a label is negative or far beyond the others.
@@ -123,7 +123,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> 
 
 
 EVALUATOR = "test"
-"""The evaluation's name in metrics: metrics/test/top1."""
+"""Name of the evaluation in metrics, as in metrics/test/top1."""
 
 
 class BuiltFinetuning(NamedTuple):
@@ -176,7 +176,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
 def describe_model(
     config: FinetuneConfig, backbone: Student | Teacher, embedding: PrimaryEmbedding, images: FinetuneImages
 ) -> dict[str, Any]:
-    """Describe what is fine-tuned, for the run's record; a student so that its export needs no other file."""
+    """Describe the fine-tuned model for the run's record; for a student, include all that its export needs."""
     about = {
         "kind": "student" if isinstance(backbone, Student) else "teacher",
         "path": hide_secrets(config.model),

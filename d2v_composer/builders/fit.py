@@ -1,4 +1,4 @@
-"""Run a Trainer: join the ranks and say what it will do before, and write the report after."""
+"""Run a Trainer: join the ranks, print what will be done, train, and write the report."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ from d2v_composer.system.third_party import lean_engine
 
 
 def join_and_seed(config: TrainerConfig) -> None:
-    """Raise the limit of open files, join the ranks, and seed. Call it first, on every rank."""
+    """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
     allow_open_files()
     join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
     reproducibility.seed_all(config.seed)

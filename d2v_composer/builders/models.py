@@ -22,7 +22,7 @@ from d2v_composer.models.teacher import Teacher
 
 
 def load_trained_model(config: ModelConfig) -> Models:
-    """Load a model and its teacher as :func:`~d2v_composer.checkpoints.load.load_any`.
+    """Load a model and its teacher, see :func:`~d2v_composer.checkpoints.load.load_any`.
 
     Raises:
         InputError: A file cannot be used.
@@ -38,13 +38,13 @@ class Comparison(NamedTuple):
     """The embeddings that an evaluation compares."""
 
     model: Student | Teacher
-    """The model in question."""
+    """The evaluated model."""
     candidates: list[Candidate]
-    """On the device, in eval mode."""
+    """Models to compare, on the device and in eval mode."""
     embedding: PrimaryEmbedding
-    """The primary embedding."""
+    """Primary embedding of the model."""
     augment: Augmentation
-    """The augmentation of the model's run."""
+    """Augmentation of the model's run."""
 
 
 def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
@@ -72,7 +72,7 @@ def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: in
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
-    """Load a model and its comparisons: pixels, the encoder alone, an untrained student, and the teacher if known.
+    """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
         InputError: A file cannot be used, or the model has no CLS token to read.

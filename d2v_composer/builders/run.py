@@ -1,4 +1,4 @@
-"""Build a whole training run from its config: the entry of this package for recipes/train.py."""
+"""Build a whole training run from its config, for recipes/train.py."""
 
 from functools import partial
 from typing import Any, NamedTuple

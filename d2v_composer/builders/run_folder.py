@@ -18,7 +18,7 @@ from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 
 
 def build_load_path(config: TrainerConfig) -> str | None:
-    """Return the run's newest checkpoint or, for a new run, that of ``load_path``; verified, the same on every rank.
+    """Return the run's newest checkpoint or, for a new run, the one in ``load_path``: verified, the same on every rank.
 
     Raises:
         InputError: It is corrupt, cannot be read, or ``recipes/train.py`` did not write it.
@@ -41,7 +41,7 @@ def build_load_path(config: TrainerConfig) -> str | None:
 
 
 def _find_newest(folder: RunFolder) -> Path | None:
-    """Return rank 0's newest checkpoint, which each node then has; ``None`` for a new run.
+    """Bring rank 0's newest checkpoint to every node, and return it; ``None`` for a new run.
 
     Raises:
         InputError: A node cannot get it, or has another of that name: nodes would train different weights.

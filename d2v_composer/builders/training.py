@@ -81,7 +81,7 @@ def build_optimizer(
     depths: Mapping[str, int] | None = None,
     layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
-    """Build torch's AdamW of the trained parameters; norms and biases have groups of their own.
+    """Build torch's AdamW for the trained parameters, with separate groups for norms and biases.
 
     Args:
         config: The section.
@@ -120,7 +120,7 @@ def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerSc
     num_batches = batches[TimeUnit.DURATION] = duration.value * batches[duration.unit]
     num_warmup = int(warmup.value * batches[warmup.unit])
     if num_warmup > num_batches:
-        raise InputError(config.long_warmup(f" with {batches_per_epoch} batches an epoch"))
+        raise InputError(config.long_warmup(f" with {batches_per_epoch} batches per epoch"))
     alpha_f = config.scheduler.alpha_f
     if num_warmup == 0:  # Composer would warn
         return CosineAnnealingScheduler(alpha_f=alpha_f)
@@ -134,7 +134,7 @@ def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
-    """Build the section ``parallelism_config``; a checkpoint is one file all the same."""
+    """Build the section ``parallelism_config``; a checkpoint is still a single file."""
     fsdp = config.parallelism_config.fsdp
     return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **fsdp.model_dump()))
 
@@ -154,7 +154,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
 
 
 def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
-    """Build the progress logger and the section ``loggers``; the run's folder is the default place of what they write.
+    """Build the progress logger and the section ``loggers``; by default, they write into the run's folder.
 
     JSON lines without a file name are left out of a run without a folder.
 
@@ -173,7 +173,7 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
 
 
 def places(name: str, folder: RunFolder) -> dict[str, Any]:
-    """Return a logger's arguments that let it write into the run's folder, unless the environment names a place."""
+    """Return the arguments that let a logger write into the run's folder, unless the environment names a place."""
     local = folder.local.absolute()
     if name == "jsonl":
         return {"filename": str(folder.local / LOG)}

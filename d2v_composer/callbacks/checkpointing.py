@@ -1,4 +1,4 @@
-"""Checkpoints of a run: save when a signal stops it, none with numbers that are not finite, as many as are asked for.
+"""Save a run's checkpoints: also when a signal stops it, only with finite numbers, and no more than asked for.
 
 The run's folder is locked, so that one run at a time uses it.
 """
@@ -151,7 +151,7 @@ class Checkpoints(Callback):
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def should_stop(self) -> bool:
-        """Return True if a retrieval is to be left out or cut short, on all ranks."""
+        """Return True, on all ranks, if a retrieval should be skipped or cut short."""
         return self._is_stopping() and not self.is_last_batch
 
     def _is_stopping(self) -> bool:
@@ -171,7 +171,7 @@ class Checkpoints(Callback):
         return code
 
     def end_training(self, state: State) -> None:
-        """Exit if a signal came since the last batch; all is saved, and from now on a signal ends the process at once.
+        """Exit if a signal arrived since the last batch; all is saved, so later signals end the process immediately.
 
         Call it on every rank.
         """
@@ -206,7 +206,7 @@ class Checkpoints(Callback):
 
 
 def publish(partial: Path, checkpoint: Path) -> None:
-    """Give a complete checkpoint its name, then point ``latest-rank0.pt`` at it; readers find the old one or this."""
+    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())  # in case the machine fails
     partial.replace(checkpoint)
@@ -232,11 +232,11 @@ def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
         for name in outdated(list_names(address), pointed_at, num_to_keep):
             store.client.delete_object(Bucket=store.bucket, Key=f"{key}/{name}".lstrip("/"))
     except Exception as error:  # noqa: BLE001
-        log.warning("%s: could not remove its old checkpoints (%s)", hide_secrets(address), reason(error))
+        log.warning("%s: could not remove old checkpoints (%s)", hide_secrets(address), reason(error))
 
 
 def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
-    """Return the names of the checkpoints to remove: never the pointer's, nor a newer one."""
+    """Return the names of the checkpoints to remove: never the pointer's target or a newer one."""
     return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
 
 
@@ -272,7 +272,7 @@ class FolderLock:
         self.lock, self.release = lock, weakref.finalize(self, os.close, lock)
         if other not in ("", folder.address):
             this = folder.address or "this run"
-            raise InputError(f"save_folder: {folder.local} holds the files of {other}, not those of {this}")
+            raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
         self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:

@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 def effective_rank(embeddings_BD: Tensor) -> Tensor:
     """Return the number of directions that the embeddings of a batch fill, a scalar from 1 to min(B - 1, D).
 
-    It is exp of the entropy of the centred singular values' shares (Roy and Vetterli 2007, "The effective rank");
+    It is exp of the entropy of the centered singular values' shares (Roy and Vetterli 2007, "The effective rank");
     0 if all embeddings are equal, NaN if one is not finite.
     """
     embeddings = embeddings_BD.double()  # squares of singular values need it; float32 may be TF32 on a GPU
     if not embeddings.isfinite().all():
         return embeddings_BD.new_tensor(math.nan)
-    centred = embeddings - embeddings.mean(dim=0)
-    gram = min(centred @ centred.T, centred.T @ centred, key=len)  # svdvals of (B, D) is slow on a GPU
+    centered = embeddings - embeddings.mean(dim=0)
+    gram = min(centered @ centered.T, centered.T @ centered, key=len)  # svdvals of (B, D) is slow on a GPU
     singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = singular_values.sum()
     # The rounding errors of equal embeddings do not count as a direction.
@@ -106,7 +106,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure, log, and warn of each state that was absent at the last measurement."""
+        """Measure, log, and warn of each state that is new since the last measurement."""
         outputs, model = self.regression(state.outputs, self.microbatch), cast("Any", unwrapped(state))
         student = getattr(model, "student", None)
         num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
@@ -160,14 +160,14 @@ class Health(Callback):
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
-                f"the prediction's variance over the images is {prediction:.2g}, its target's {target:.2g}",
+                f"the prediction's variance over the images is {prediction:.2g}, the target's {target:.2g}",
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
             yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
-            yield "diverging", f"the loss {loss:.4g} is over {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
+            yield "diverging", f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:

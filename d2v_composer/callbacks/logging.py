@@ -106,7 +106,7 @@ class ProgressLogger(LoggerDestination):
             self.stream.flush()
 
     def status(self) -> list[str]:
-        """Return the latest numbers that were logged."""
+        """Return the latest logged numbers as text."""
         return [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
 
 
@@ -168,7 +168,7 @@ class Uploads(LoggerDestination):
         return True
 
     def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
-        """Upload a file of any callback to a place below the run's folder."""
+        """Upload any callback's file to a place below the run's folder."""
         self.start(upload, Path(file_path), f"{self.address}/{remote_file_name}")
 
     def upload(self, path: Path) -> None:
@@ -177,7 +177,7 @@ class Uploads(LoggerDestination):
             upload(path, f"{self.address}/{path.name}")
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the thread, unless an upload has failed before: the others would be retried as long."""
+        """Call a function in the thread, unless an earlier upload failed: this one would be retried just as long."""
 
         def run() -> None:
             if self.has_failed:

@@ -24,7 +24,7 @@ WORDS = {
 
 
 class RunRecord(Callback):
-    """Write the run's record into its folder, and stop a resume with changed settings.
+    """Write the run's record into its folder, and refuse to resume with changed settings.
 
     A resume takes learning rate and weight decay from the checkpoint and ignores the YAML's; and it would silently
     continue with another teacher, seed or data set.
@@ -50,7 +50,7 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that this run may resume from the checkpoint of a run with another record.
+        """Check that this run may resume from a checkpoint with another record.
 
         Raises:
             InputError: A fixed key has changed; names each change.
@@ -62,12 +62,12 @@ class RunRecord(Callback):
 
 
 def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
-    """Describe each field at or below a dotted key that has changed."""
+    """Describe each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif before != now:
-        yield f"{WORDS.get(key, key.removeprefix('config.'))}: {before} in the checkpoint, {now} asked"
+        yield f"{WORDS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"
 
 
 def lookup(record: Mapping[str, Any], key: str) -> Any:

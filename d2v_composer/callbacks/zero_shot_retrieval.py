@@ -26,7 +26,7 @@ Metrics = dict[str, float]
 
 
 class _StoppedError(Exception):
-    """Leaves a measurement when the run is to stop."""
+    """Raised to abort a measurement when the run should stop."""
 
 
 class ZeroShotRetrieval(Callback):
@@ -95,9 +95,9 @@ class ZeroShotRetrieval(Callback):
         progress_bar: bool = True,
     ) -> None:
         if not PROBES.keys() >= set(probes):
-            raise ValueError(f"probes must be of {', '.join(PROBES)}, got {', '.join(probes)}")
+            raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and "teacher" not in baselines:
-            raise ValueError("agreement needs the teacher among the baselines")
+            raise ValueError("agreement needs a baseline named teacher")
         for name, labeled in datasets.items():
             check_size(name, labeled, ks, probes)
             if augment is None and ("instance" in probes or not labeled.has_labels):
@@ -167,14 +167,14 @@ class ZeroShotRetrieval(Callback):
         """
         if state["primary"] != self.primary:  # that of the short keys
             raise InputError(
-                f"retrieval.representation, retrieval.pooling: {state['primary']} in the checkpoint, {self.primary} "
-                "asked; every embedding has a key of its own"
+                f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
+                f"{self.primary}; every embedding is logged under its own key"
             )
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):
                 raise InputError(
-                    f"retrieval.datasets.{name}: has other images than the checkpoint's: give the set another name, or "
-                    "set it and max_images back"
+                    f"retrieval.datasets.{name}: has other images than in the checkpoint; give the set another "
+                    "name, or restore it and max_images"
                 )
         self.history, self.baseline_metrics = state["history"], state["baseline_metrics"]
         self.neighbors, self.was_stopped = state["neighbors"], state["was_stopped"]
@@ -189,7 +189,7 @@ class ZeroShotRetrieval(Callback):
         return measures_of(self.datasets[dataset].has_labels, self.ks, self.probes_on(dataset))
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log it, unless this was done for this batch or the run is to stop."""
+        """Measure and log the model, unless this was done for this batch or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         embed = self.embed or embed_method(unwrapped(state))

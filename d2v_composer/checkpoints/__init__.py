@@ -1,1 +1,1 @@
-"""Files of weights: read those of other programs safely, resume from our own, export students."""
+"""Weight files: read those of other programs safely, resume from our own, export students."""

@@ -101,7 +101,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
 
 
 def check_packages(path: Path, *names: str) -> None:
-    """Check that the packages are installed that write a file.
+    """Check that the packages that write a file are installed.
 
     Raises:
         InputError: One is not.
@@ -173,7 +173,7 @@ class TimmStudent(Student):
         self.reset_classifier(num_classes)
 
     def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Choose the features and their pooling: what was asked for, else those of a primary embedding.
+        """Choose the features and their pooling: those asked for, else those of a primary embedding.
 
         They are saved with the tensors, so that a loaded model has the same.
 
@@ -195,7 +195,7 @@ class TimmStudent(Student):
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one of zeros; remove it for 0 classes.
+        """Replace the head with one of zeros, or remove it for 0 classes.
 
         Raises:
             ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
@@ -228,7 +228,7 @@ class TimmStudent(Student):
         self.checkpoint_activations(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load an exported student's tensors, or this model's; checked as in :func:`load_student`, strict or not.
+        """Load an exported student's or this model's tensors, checked as in :func:`load_student`, strict or not.
 
         Raises:
             InputError: The file is too old to have sizes, or its tensors do not fit them.

@@ -53,7 +53,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
             f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
         )
     if stored is None or sizes is None:
-        raise InputError(f"{path}: not a data2vec 2.0 checkpoint of fairseq: it has no dicts 'model' and cfg['model']")
+        raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     if weights == "ema":
         stored = _section(stored, "_ema")
         if stored is None:
@@ -71,7 +71,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:
-    """Return a dict or another program's object within one; ``None`` if there is none."""
+    """Return a section, a dict or another program's object, as a dict; ``None`` if there is none."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
@@ -79,7 +79,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the fields of a section that have a value; data2vec interpolates only what is our default, too."""
+    """Return the fields of a section that have a value; those that data2vec interpolates equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {
@@ -90,18 +90,18 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """Return the sizes; fields that the file lacks keep data2vec's defaults, which are the config's.
+    """Read the sizes; fields that the file lacks keep data2vec's defaults, which are the config's.
 
     Raises:
         ValueError: They are not those of a supported teacher.
     """
     if not any(name.startswith(IMAGE) for name in stored):
-        raise ValueError(f"not a data2vec 2.0 image checkpoint, or fine-tuned: use a pre-trained one, with {IMAGE}*")
+        raise ValueError(f"not a data2vec 2.0 image checkpoint, or fine-tuned; use a pre-trained one, with {IMAGE}*")
     if model.get("layer_norm_first"):
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
     alibi_kind = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan"), image.get("learned_alibi")
     if image.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
-        raise ValueError("ALiBi other than alibi_dims 2, manhattan, not learned, is not supported; images use these")
+        raise ValueError("ALiBi is supported only with alibi_dims 2, manhattan, not learned, as for images")
     found = {name: model[name] for name in MODEL_FIELDS if name in model}
     found |= {name: image[theirs] for theirs, name in IMAGE_FIELDS.items() if theirs in image}
     # Clamped to the depth, as fairseq's slice does.
@@ -140,7 +140,7 @@ def convert_teacher(
     dtype: torch.dtype = torch.float32,
     licence: str | None = None,
 ) -> tuple[Data2Vec2, list[str]]:
-    """Convert fairseq's checkpoint to a safetensors file.
+    """Convert a fairseq checkpoint to a safetensors file.
 
     Args:
         source: As :func:`load_data2vec2`'s path.
@@ -157,7 +157,7 @@ def convert_teacher(
     """
     file = fetch_model(source)
     if is_safetensors(file):
-        raise InputError(f"{source}: is a safetensors file already, expected a fairseq checkpoint")
+        raise InputError(f"{source}: is already a safetensors file, expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),

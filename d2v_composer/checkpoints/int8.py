@@ -1,4 +1,4 @@
-"""Quantize an exported student to int8 by onnxruntime.
+"""Quantize an exported student to int8 with onnxruntime.
 
 Shapes: N images, S pixels per side, D channels.
 """

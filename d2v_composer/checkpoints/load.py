@@ -70,7 +70,7 @@ def load_teacher(
     if path is None:
         raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
     if image_size is not None:
-        raise InputError(f"image_size is fixed in the file of {DATA2VEC2}")
+        raise InputError(f"image_size: fixed by the file of {DATA2VEC2}")
     teacher = load_data2vec2(path, weights)
     if first_blocks is not None:
         try:
@@ -242,7 +242,7 @@ def own_parts(student: Student) -> nn.ModuleDict:
 
 
 def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:
-    """Load a fine-tuned student with its head, as timm's model; the run's record is its provenance."""
+    """Load a fine-tuned student with its head, as a timm model; the run's record is its provenance."""
     from d2v_composer.checkpoints.export import TimmStudent  # timm takes seconds to import
 
     about = record["model"]
@@ -259,7 +259,7 @@ def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tenso
 
 
 def without_head(student: Student) -> Student:
-    """Return a fine-tuned student without its head, on the same encoder and blocks; another student as it is."""
+    """Return a fine-tuned student without its head, on the same encoder and blocks; any other student is unchanged."""
     if type(student) is Student:
         return student
     plain = Student(student.encoder, student.config, student.provenance)

@@ -102,7 +102,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints like :func:`newest_first`; none without a pointer."""
+    """Return the names of a store's checkpoints, as :func:`newest_first` does; none without a pointer."""
     pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     if pointed_at is None:
         return []
@@ -132,7 +132,7 @@ def download_checkpoint(address: str, path: Path) -> None:
 
 
 def _read_pointer(address: str) -> str | None:
-    """Return the name of the checkpoint that a store's pointer names; ``None`` without a pointer."""
+    """Return the checkpoint name in a store's pointer; ``None`` without a pointer."""
     with TemporaryDirectory() as folder:
         pointer = Path(folder) / STORED_POINTER
         return Path(pointer.read_text().strip()).name if _download(address, pointer) else None
@@ -157,7 +157,7 @@ def open_store(address: str) -> tuple[ObjectStore, str]:
 
 
 def list_names(address: str) -> list[str]:
-    """Return the names of the files below a store's folder; raises what the client raises."""
+    """Return the names of the files below a store's folder; the client's errors pass unchanged."""
     store, prefix = open_store(f"{address}/")
     return [key.removeprefix(prefix) for key in store.list_objects(prefix)]
 

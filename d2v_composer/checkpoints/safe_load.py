@@ -1,4 +1,4 @@
-"""Read PyTorch files from any source: no code of theirs runs, and none takes all time or memory.
+"""Read PyTorch files from any source: none of their code runs, and none exhausts time or memory.
 
 torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
 or a training program name are replaced by :class:`Stub`. What it does not check is checked before it starts.
@@ -52,11 +52,11 @@ OUR_ALGORITHMS = {"CutMix", "GradientClipping", "GradientNorm", "LabelSmoothing"
 
 
 class CorruptCheckpointError(InputError):
-    """A checkpoint that is truncated or corrupt: a resume takes the one before it."""
+    """A truncated or corrupt checkpoint; a resumed run uses the one before it."""
 
 
 class Stub(dict[Any, Any]):
-    """Stands for an object of a class that is not loaded; holds its attributes and items."""
+    """Stand-in for an object of a class that is not loaded; holds its attributes and items."""
 
     __hash__: Any = object.__hash__  # an enum may be a key
 
@@ -68,7 +68,7 @@ class Stub(dict[Any, Any]):
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load a PyTorch file of any program; its tensors are on the CPU, and read from the disk when they are used.
+    """Load any program's PyTorch file; its tensors are on the CPU, and are read from disk when used.
 
     Raises:
         InputError: It cannot be read, or is truncated, corrupt, or not a PyTorch file.
@@ -82,12 +82,12 @@ def load_untrusted(path: Path) -> Any:
 
 
 def is_trained(contents: Any) -> bool:
-    """Return whether the contents of a file are those of a Composer checkpoint."""
+    """Return True if the contents of a file are a Composer checkpoint."""
     return isinstance(contents, dict) and "state" in contents
 
 
 def read_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint that names no other global than ours; the first other one raises UnpicklingError."""
+    """Load a checkpoint that names only our globals; any other raises UnpicklingError."""
     with torch.serialization.safe_globals(OUR_GLOBALS):
         # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
@@ -128,13 +128,13 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; of torch's interpreter, what it stopped at instead of its advice."""
+    """Return an error's first line; for torch's interpreter, what stopped it, without its advice."""
     found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return found[0] if found else reason(error)
 
 
 def _inspect(path: Path) -> None:
-    """Check what torch does not, before it reads an archive: sizes, checksums, and the pickle.
+    """Check, before torch reads an archive, what it does not: sizes, checksums, and the pickle.
 
     Raises:
         ValueError: It would take too much time or memory, or a checksum is wrong.
@@ -142,22 +142,22 @@ def _inspect(path: Path) -> None:
     """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
-        raise ValueError(f"it has {num_bytes} bytes, at most {LARGEST_FILE} are read")
+        raise ValueError(f"it has {num_bytes} bytes, the limit is {LARGEST_FILE}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
-            raise ValueError("no PyTorch archive; save an older file again with torch >= 1.6")
+            raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
         if is_odd or sum(each.file_size for each in entries) > num_bytes:
             raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
         if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
-            raise ValueError("an archive with several files of one name")
+            raise ValueError("an archive with several files of the same name")
         if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
             raise ValueError(f"the checksum of its {broken} is wrong")
         pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
         if pickled.file_size > LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {pickled.file_size} bytes, at most {LARGEST_PICKLE} are read")
+            raise ValueError(f"its pickle has {pickled.file_size} bytes, the limit is {LARGEST_PICKLE}")
         _check_pickle(archive.read(pickled))
 
 
@@ -183,7 +183,7 @@ def _check_pickle(pickled: bytes) -> None:
         elif opcode.name.startswith("TUPLE"):
             stack.append(1 + sum(taken))
             if stack[-1] > MOST_TUPLES:
-                raise ValueError(f"tuples within tuples, more than {MOST_TUPLES}")
+                raise ValueError(f"more than {MOST_TUPLES} tuples within tuples")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:
@@ -195,7 +195,7 @@ def _check_pickle(pickled: bytes) -> None:
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file or a run's pointer to one; retry if the run has meanwhile saved another and removed this one.
+    """Read a file, or the target of a run's pointer; retry if the run has replaced it meanwhile.
 
     Raises:
         InputError, OSError: ``read``'s, of a file that is still the newest.
@@ -213,7 +213,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a local path as :func:`fetch`, and say what to name instead of a run's folder."""
+    """Return a local path, see :func:`fetch`; for a run's folder, the error names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")

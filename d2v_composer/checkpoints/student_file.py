@@ -41,7 +41,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file; of another program's, the tensors alone."""
+    """Contents of a safetensors file; for another program's, only the tensors."""
 
     kind: str
     config: dict[str, Any]
@@ -49,14 +49,14 @@ class ModelFile(NamedTuple):
     tensors: dict[str, Tensor]
 
     def expect(self, path: str | Path, kind: str) -> None:
-        """Check the kind.
+        """Check the kind of model.
 
         Raises:
             InputError: It is another one.
         """
         if self.kind != kind:
-            found = f"the file of a {self.kind}" if self.kind in FORMAT_VERSIONS else "no file of d2v_composer"
-            raise InputError(f"{path}: is {found}, expected that of a {kind}")
+            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a file of d2v_composer"
+            raise InputError(f"{path}: is {found}, expected a {kind} file")
 
 
 def write_model_file(
@@ -107,18 +107,18 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         ValueError: It is too long, or not an object.
     """
     if len(text) > LARGEST_JSON:
-        raise ValueError(f"its metadata have {len(text)} characters, at most {LARGEST_JSON} are read")
+        raise ValueError(f"its metadata has {len(text)} characters, the limit is {LARGEST_JSON}")
     return dict(json.loads(text).items())
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file starts like a safetensors file: the length of a JSON header, then the header."""
+    """Return True if a file starts like a safetensors file: the length of a JSON header, then the header."""
     with reading(path), path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a file's bytes, in hexadecimal."""
+    """Return a file's SHA-256, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -142,7 +142,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
     """Check that a file has exactly the tensors of a model, before the model takes any memory.
 
     Raises:
-        InputError: A size is unusable; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
+        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
     """
     with reading(source), torch.device("meta"):
         model = build()
@@ -155,7 +155,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Check that tensors hold finite floating-point numbers; load_state_dict converts any others in silence.
+    """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
 
     Raises:
         ValueError: One does not.
@@ -169,12 +169,12 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Return an error's line, or the first fault that load_state_dict found: its first line is a title."""
+    """Return an error's only line, or the first fault below the title line of load_state_dict's error."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
 def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
-    """Check that a teacher has the encoder of a student, up to the rounding of its file.
+    """Check that a teacher has a student's encoder, up to the rounding of its file.
 
     Raises:
         InputError: Names the first tensor that differs.
@@ -183,7 +183,7 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
     for name, tensor in ours.items():
         is_same_shape = name in theirs and theirs[name].shape == tensor.shape
         if not is_same_shape or (theirs[name] - tensor).abs().max() > ROUNDING * tensor.abs().max():
-            raise InputError(f"{source}: is not the student's teacher: its encoder has another {name}")
+            raise InputError(f"{source}: is not the student's teacher: its encoder has a different {name}")
 
 
 def read_config(config_class: type[Any], fields: Any) -> Any:
@@ -200,19 +200,19 @@ def read_config(config_class: type[Any], fields: Any) -> Any:
 
 
 class PrimaryEmbedding(NamedTuple):
-    """One of a model's embeddings: that by which its run is judged."""
+    """The embedding by which a model's run is judged."""
 
     representation: Representation
     pooling: Pooling
 
     @property
     def name(self) -> str:
-        """The name in metrics, such as layer_mean_cls."""
+        """Name in metrics, such as layer_mean_cls."""
         return f"{self.representation}_{self.pooling}"
 
     @classmethod
     def parse(cls, fields: Any) -> "PrimaryEmbedding":
-        """Read ``representation`` and ``pooling`` from a mapping; others may be there too.
+        """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
 
         Raises:
             LookupError, TypeError, ValueError: One is missing or unknown.
@@ -229,7 +229,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 def choose_embedding(
     model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
-    """Choose the embedding asked for; ``None``: as in the primary embedding of the model's run.
+    """Choose the embedding asked for; ``None`` means as in the primary embedding of the model's run.
 
     Raises:
         InputError: ``pooling`` is cls, and the model has no CLS token.
@@ -243,7 +243,7 @@ def choose_embedding(
 
 
 def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
-    """Return the primary embedding in the record of a model's run; without such a record ``DEFAULT_PRIMARY``."""
+    """Return the primary embedding in the record of a model's run, or ``DEFAULT_PRIMARY`` without such a record."""
     for section in (lambda: provenance["config"]["retrieval"], lambda: provenance["model"]):  # of a fine-tuning run
         with suppress(LookupError, TypeError, ValueError):
             return PrimaryEmbedding.parse(section())
@@ -251,7 +251,7 @@ def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
-    """Build an encoder of any kind, frozen, to load a state dict into."""
+    """Build a frozen encoder of any kind, to load a state dict into."""
     if isinstance(config, ImageEncoderConfig):
         return ImageEncoder(config).freeze()
     with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
@@ -261,7 +261,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def sizes_of(student: Student) -> dict[str, Any]:
-    """Return a student's sizes and its encoder's; only a narrow one names its width, which older files lack."""
+    """Return the sizes of a student and its encoder; only a narrow one names its width, which older files lack."""
     encoder: Any = student.encoder.config
     sizes = asdict(student.config)
     if sizes["embed_dim"] is None:
@@ -270,7 +270,7 @@ def sizes_of(student: Student) -> dict[str, Any]:
 
 
 def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder from a file computes what it did at its export: timm's version may differ.
+    """Check that a timm encoder from a file computes what it did when exported: timm's version may differ.
 
     Raises:
         InputError: It computes something else.
@@ -282,8 +282,8 @@ def check_outputs(source: Any, encoder: Encoder) -> None:
         expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
         if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
             raise ValueError(
-                f"the installed timm computes something else for {config.model} than timm {config.timm!r:.30}, with "
-                "which it was exported: install that version"
+                f"the installed timm computes something else for {config.model} than timm {config.timm!r:.30}, "
+                "which exported it: install that version"
             )
 
 
@@ -293,7 +293,7 @@ def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
 
 
 def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], PrimaryEmbedding]:
-    """Take a student's :func:`config_tensor` out of its tensors; return the sizes and the primary embedding.
+    """Remove a student's :func:`config_tensor` from its tensors; return the sizes and the primary embedding.
 
     Raises:
         InputError: There is none, or it does not hold them.

@@ -1,4 +1,4 @@
-"""Load a teacher from timm: its model's weights from a local file or the Hugging Face hub, without running their code.
+"""Load a timm model as a teacher, its weights from a local file or the Hugging Face hub, without running their code.
 
 Files are those of timm, or of a model's authors if timm converts them. timm's own filters rename the tensors, and
 resample positions to another image size.
@@ -83,7 +83,7 @@ def load_timm_teacher(
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
-    """Return timm's pretrained weights in the hub's cache, after fetching them if they are not there.
+    """Return the path of timm's pretrained weights in the hub's cache; fetch them if they are missing.
 
     Raises:
         InputError: There are none, or they are neither in the cache nor reachable.
@@ -93,12 +93,12 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     try:
         return fetch_from_hub(repository, names, revision or None)
     except InputError as error:
-        advice = "fetch them once with network access, or give checkpoint, a file"
+        advice = "fetch them once with network access, or set checkpoint to a file"
         raise InputError(f"{model}: no pretrained weights: {error}; {advice}") from error
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file of weights.
+    """Read all tensors of a weight file.
 
     Raises:
         InputError: It is truncated, or holds anything that would be code.
@@ -109,31 +109,31 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     found = contents.items() if isinstance(contents, dict) else ()
     tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
     if not tensors:
-        raise InputError(f"{file}: not a file of weights: it has no dict of tensors")
+        raise InputError(f"{file}: not a weight file: it has no dict of tensors")
     # Other numbers stay as they are, such as quantized weights, which are no weights of a timm model.
     return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
 def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
-    """Load a file's tensors through timm's filter: the model's names, and positions resampled to its grid.
+    """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
     Raises:
         Exception: These are not weights of such a model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if len(named) < len(stored):  # one would silently win
-        raise ValueError("it holds two models, whose names differ in a prefix such as module.: keep one")
+        raise ValueError("it holds two models, with names that differ in a prefix such as module.: keep one")
     patch = built.patch_embed.proj
     kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
     if not any(each.numel() == patch.weight.numel() for each in kernels):
         size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
-        raise ValueError(f"it has no patches of {size} pixels in its width")
+        raise ValueError(f"it has no embedding of {size} pixel patches in the model's width")
     biases = [name for name, each in named.items() if name.endswith(BIASES[0]) and each.any()]
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
         warnings.simplefilter("ignore")  # about the speed of timm's resampling
         tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
-        raise ValueError(f"the model has no {biases[0]}; timm has names ending in _qkvb")
+        raise ValueError(f"the model has no {biases[0]}; use a timm model with a name ending in _qkvb")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
     check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)})
     missing, unknown = built.load_state_dict(tensors, strict=False)

@@ -106,7 +106,7 @@ def prepare(arguments: Namespace) -> None:
     source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / IMAGES
     is_mds, is_new, cache = is_remote(source) or Path(source, INDEX).is_file(), not path.exists(), images / "source"
     if not is_mds and images.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(f"{arguments.out}: is in the folder of the images, {source}")
+        raise InputError(f"{arguments.out}: is inside the folder of images, {source}")
     check_out_file(path)
     if is_new and (arguments.out / STUDENT_FILE).exists():
         raise InputError(f"{arguments.out}: has a {STUDENT_FILE} of another run; choose another --out")

@@ -1,1 +1,1 @@
-"""YAML and overrides → checked values."""
+"""Read a YAML and overrides into checked values."""

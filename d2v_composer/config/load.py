@@ -47,7 +47,7 @@ def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
-    """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML may be left out."""
+    """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML is optional."""
     has_yaml = not argv or "=" not in argv[0] or isfile(argv[0])  # Path.is_file raises for a long text
     return load_checked(EvaluateConfig, argv if has_yaml else ["/dev/null", *argv])
 
@@ -88,7 +88,7 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
             apply(merged, override)
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
-            problems.append(f"{override!r}: an override is dotted.key=value, value as in a YAML: {problem}")
+            problems.append(f"{override!r}: expected dotted.key=value, the value as in a YAML: {problem}")
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -96,7 +96,7 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
 
 
 def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
-    """Return nested keys and values with others above them; unlike OmegaConf's merge, of any types."""
+    """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, of any types."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: layered(below[key], value) for key, value in both.items()}}
 
@@ -123,7 +123,7 @@ def apply(merged: Any, override: str) -> None:
 
 
 def describe(schema: type[Section], error: Any) -> list[str]:
-    """Return the lines of one of pydantic's errors: 'key.path: problem, got X'."""
+    """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place, value = error["loc"], error["input"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
@@ -139,7 +139,7 @@ def describe(schema: type[Section], error: Any) -> list[str]:
 
 
 def allowed_keys(schema: type[Section], place: Sequence[str | int]) -> list[str]:
-    """Return the keys of the section at a place of the config."""
+    """Return the keys of the section at a place in the config."""
     for name in place:
         if name in schema.model_fields:  # else a data set's name
             schema = find_section(schema.model_fields[str(name)].annotation) or schema
@@ -147,7 +147,7 @@ def allowed_keys(schema: type[Section], place: Sequence[str | int]) -> list[str]
 
 
 def find_section(kind: Any) -> type[Section] | None:
-    """Return the section that a type is, may be, or maps names to."""
+    """Return the section in a type: the type itself, an option of it, or what it maps names to."""
     with suppress(TypeError):
         if issubclass(kind, Section):
             return kind

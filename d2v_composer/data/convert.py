@@ -55,20 +55,20 @@ MOST_HELD_OUT = 5000
 
 
 class ImageSource(NamedTuple):
-    """The images of a folder, of an MDS data set, or of CIFAR-10."""
+    """Images of a folder, an MDS data set, or CIFAR-10."""
 
     root: Path | str
-    """A folder, or an address in a store."""
+    """Folder, or address in a store."""
     files: list[ImageFile]
-    """The images by path; all have a label, or none has."""
+    """Images sorted by path. Either all have a label, or none has one."""
     classes: list[str] | None
-    """The name of each label; ``None`` without labels."""
+    """Name of each label; ``None`` without labels."""
     ignored: dict[str, int]
-    """The number of other files by suffix."""
+    """Number of other files by suffix."""
     load: Callable[[int], Any] | None = None
-    """Returns a file's bytes, or a PIL image, by number, which the paths of ``files`` are then; ``None``: read them."""
+    """Returns an image by number, as a file's bytes or from PIL; the paths in ``files`` are then these numbers."""
     keeps_files: bool = False
-    """Whether the files of ``load`` are stored as they are, also if they are no JPEGs."""
+    """Store what ``load`` returns unchanged, even if it is not a JPEG."""
 
 
 def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> ImageSource:
@@ -99,7 +99,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
     if not root.is_dir():
         others = [name for name in SPLITS if (splits / name).is_dir()]
         if others or split != "train":
-            raise InputError(f"{source}: no split {split!r}; there is: {', '.join(others) or 'none, omit --split'}")
+            raise InputError(f"{source}: no split {split!r}; available: {', '.join(others) or 'none; omit --split'}")
         root = source
     files, ignored = list_images(root)
     if labels is None and not any("/" in file.path for file in files):
@@ -125,7 +125,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
 
 def _cifar10_images(folder: Path, split: str) -> ImageSource:
     if split not in ("train", "test"):
-        raise InputError(f"{CIFAR10}{folder}: no split {split!r}; there is: train, test")
+        raise InputError(f"{CIFAR10}{folder}: no split {split!r}; available: train, test")
     labeled = load_labeled_set("cifar10", folder, image_size=32, interpolation="bicubic", download=True)
     images, labels = getattr(labeled, split)
     files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
@@ -165,7 +165,7 @@ def list_samples(source: str, column: str, cache: Path) -> ImageSource:
 
 
 def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
-    """Divide images into ``test``, a tenth and at most 5,000, and ``train``, the others.
+    """Split images into ``test`` (a tenth, at most 5,000) and ``train`` (the rest).
 
     A hash of its path chooses an image. The chosen paths are kept in the file ``record``: an image that comes or goes
     before the next call moves no other image.
@@ -181,7 +181,7 @@ def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
 
 
 def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, quality: int) -> bytes:
-    """Convert an image file, or an image, to an RGB JPEG that every reader decodes.
+    """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
 
     An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
     is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
@@ -207,22 +207,22 @@ def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, q
 
 
 class _Task(NamedTuple):
-    """A conversion, as its workers inherit it."""
+    """Settings of a conversion, which its workers inherit."""
 
     source: ImageSource
     groups: list[NDArray[np.int64]]
-    """The numbers of each shard's images."""
+    """Numbers of the images in each shard."""
     resize: int | None
     quality: int
     skip_unreadable: bool
     out: str
     work: Path
-    """The local folder of an unfinished conversion: records of finished shards, and files being written."""
+    """Local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
-    """The folder of the records of these shards; other images or settings have another one."""
+    """Folder of these shards' records; other images or settings get another one."""
 
     def check_out(self) -> None:
-        """Check that ``out`` can be written, and has no finished data set.
+        """Check that ``out`` can be written, and holds no finished data set.
 
         Raises:
             InputError: One of these does not hold.
@@ -236,11 +236,11 @@ class _Task(NamedTuple):
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
-            raise InputError(f"{self.out}: has a finished data set: remove it, or choose another OUT")
+            raise InputError(f"{self.out}: holds a finished data set: remove it, or choose another OUT")
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to, and publish the file, if there is one, when the block ends.
+        """Yield a local path to write to. When the block ends, publish the file if there is one.
 
         Raises:
             RunError: The disk or the store fails.
@@ -310,16 +310,16 @@ def work_folder(out: str) -> Path:
 
 
 class Conversion(NamedTuple):
-    """The result of a conversion."""
+    """Result of a conversion."""
 
     images: int
     bytes: int
-    """The size of all shards."""
+    """Total size of the shards."""
     shards: int
     skipped: list[str]
-    """The reason for each unreadable image."""
+    """Why each unreadable image was skipped."""
     resumed: int
-    """The shards that an interrupted run had finished."""
+    """Number of shards that an interrupted run had finished."""
 
 
 def convert_images(
@@ -353,7 +353,7 @@ def convert_images(
     work, folder = work_folder(out), Path(out)
     root = source.root if isinstance(source.root, str) else source.root.resolve()
     if source.load is None and work.is_relative_to(root):
-        raise InputError(f"{out}: is in the folder of the images, {source.root}")
+        raise InputError(f"{out}: is inside the folder of images, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
     groups = _groups(source, resize, seed, shard_bytes)
@@ -365,7 +365,7 @@ def convert_images(
             raise InputError(f"{out}: another conversion is writing there")
         task.check_out()
         resumed, shards = len(list(records.glob("*.json"))), []
-        left = if_interrupted(lambda: "finished shards are kept, the same command resumes")
+        left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
         with left, progress_bar(total=len(source.files), desc="converting", unit="images") as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
             for group, shard in zip(groups, done, strict=True):
@@ -391,7 +391,7 @@ def convert_images(
 
 
 def _groups(source: ImageSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
-    """Return the numbers of the images of each shard of about ``shard_bytes``, in a random order."""
+    """Return the numbers of the images in each shard of about ``shard_bytes``, in random order."""
     sizes = np.array([file.num_bytes for file in source.files])
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)

@@ -1,4 +1,4 @@
-"""Find image files, decode them to RGB, and augment them by random numbers that depend on the sample alone."""
+"""Find image files, decode them to RGB, and augment them with random numbers that depend only on the sample."""
 
 import errno
 import io
@@ -31,7 +31,7 @@ Image.init()
 
 
 class ImageFile(NamedTuple):
-    """One image of a folder."""
+    """An image in a folder."""
 
     path: str
     """Relative to the folder, with slashes."""
@@ -41,7 +41,7 @@ class ImageFile(NamedTuple):
 
 
 def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
-    """List the images of a folder and its subfolders by path, and count the other files by suffix.
+    """List the images in a folder and its subfolders, sorted by path, and count the other files by suffix.
 
     Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
 
@@ -65,7 +65,7 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
             status = path.stat() if path.exists() else path.lstat()
             files.append(ImageFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
     if not files:
-        raise InputError(f"{root}: no images; the suffixes read are {', '.join(SUFFIXES)}")
+        raise InputError(f"{root}: no images; supported suffixes are {', '.join(SUFFIXES)}")
     return sorted(files), dict(sorted(ignored.items()))
 
 
@@ -91,7 +91,7 @@ def read_image_file(path: Path) -> bytes:
 
 @contextmanager
 def decoding(stored: bytes | Image.Image, source: str) -> Iterator[None]:
-    """Decode an image in the block: an error becomes one line that blames the image.
+    """Convert any error of a block that decodes an image to one line that names the image.
 
     Raises:
         UnreadableImageError: The image cannot be decoded. If memory or file descriptors run out, the error passes
@@ -126,7 +126,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to RGB; 16-bit values become 8-bit ones.
+    """Decode an image to RGB; 16-bit values become 8-bit.
 
     Raises:
         ValueError: The values are not colors. Pillow raises other errors if the file is corrupt.
@@ -135,15 +135,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
-            raise ValueError("has numbers of 32 bits")
+            raise ValueError("has 32-bit values")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("has floating-point numbers")
+        raise ValueError("has floating-point values")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """Decode an image file, or the decoded image of a ``pil`` column, to RGB; of an animation, the first frame.
+    """Decode an image file, or the image of a ``pil`` column, to RGB; of an animation, use the first frame.
 
     Raises:
         UnreadableImageError: As :func:`decoding`.
@@ -159,7 +159,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 
 def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize, interpolation: str) -> Tensor:
-    """Decode an image and resize the whole of it with Pillow's filter.
+    """Decode an image and resize all of it with Pillow's filter.
 
     Args:
         stored: An image file's bytes, or a decoded image.
@@ -190,7 +190,7 @@ class Box(NamedTuple):
 
 
 class CuttableJpeg(NamedTuple):
-    """A complete JPEG whose rows below a crop need not be decoded.
+    """A complete JPEG, decoded no further than the last row of a crop.
 
     It is of the usual kind: sequential, three colors of 8 bits in a single scan, with an end marker. Its rows are
     stored in order, so any decoder stops early if the header claims fewer rows.
@@ -203,7 +203,7 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read the header; return ``None`` for images that Pillow must decode: other kinds and truncated files."""
+        """Read the header; return ``None`` for images that Pillow must decode: other formats and truncated files."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
@@ -226,7 +226,7 @@ class CuttableJpeg(NamedTuple):
         return None
 
     def crop(self, box: Box) -> np.ndarray:
-        """Return the pixels in a box, (height, width, 3) uint8, equal to those of a crop of the whole image.
+        """Return the pixels in a box, (height, width, 3) uint8, exactly as a crop of the whole decoded image.
 
         Raises:
             UnreadableImageError: The image cannot be decoded.

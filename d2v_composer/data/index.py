@@ -1,4 +1,4 @@
-"""Read the index of an MDS folder (MosaicML Streaming's format), and check it before it is used."""
+"""Read the index of an MDS folder (MosaicML Streaming's format), and check it before use."""
 
 import hashlib
 import json
@@ -47,24 +47,24 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
             if here is None or is_lasting(error) or is_local(error):
                 raise InputError(message) from error
-            log.warning("%s; the index in %s is used", message, local)
+            log.warning("%s; using the index in %s", message, local)
             fetched.write_bytes(here)
         with reading(address):
             json.loads(fetched.read_bytes())
         if here not in (None, fetched.read_bytes()):
-            raise InputError(f"{local}: holds shards of another data set than {remote}: give another folder for these")
+            raise InputError(f"{local}: holds shards of another data set than {remote}; choose another folder")
 
 
 def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk has too little room for what a node has yet to fetch of its share, 0 to 1."""
+    """Return an error message if the disk lacks space for what a node must still fetch of its share, 0 to 1."""
     sizes = {local / shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
     wanted = min(int(share * sum(sizes.values())), cache_limit or LARGEST)
     needed = wanted - sum(size for path, size in sizes.items() if path.is_file())
     if needed <= (free := shutil.disk_usage(local).free):
         return None
     return (
-        f"{local}: {needed / 1e9:.1f} GB of shards are still to come, {free / 1e9:.1f} GB of the disk are free: make "
-        "room, or set a cache limit"
+        f"{local}: {needed / 1e9:.1f} GB of shards are yet to be fetched, {free / 1e9:.1f} GB are free: free disk "
+        "space, or set a cache limit"
     )
 
 
@@ -77,7 +77,7 @@ def read_image_index(
     other_columns: tuple[str, ...] = (),
     shards_may_be_missing: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read and check the shards that the index of a data set of images lists.
+    """Read and check the shards that the index of an image data set lists.
 
     Args:
         folder: The folder of the ``index.json``.
@@ -103,11 +103,11 @@ def read_image_index(
                     raise InputError(f"{source}: its {INDEX} names a file outside the folder: {file['basename']}")
             encodings = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
             if "pkl" in encodings.values():
-                raise InputError(f"{source}: has a column of pickles, which may run code; expected other columns only")
+                raise InputError(f"{source}: has a column of pickles, which may run code and are not supported")
             for name, known in [(column, IMAGES), *((name, ENCODINGS) for name in other_columns)]:
                 if name not in encodings:
                     names = ", ".join(encodings)
-                    raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose with {option}")
+                    raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose by {option}")
                 if encodings[name] not in known:
                     found, allowed = encodings[name], ", ".join(known)
                     raise InputError(f"{source}: its column {name!r} is {found}; expected one of {allowed}")
@@ -132,7 +132,7 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
 
 
 def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the content of a data set; its place and the names of its files do not matter."""
+    """Describe the content of a data set; its location and file names do not matter."""
     contents = [(shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"].get("hashes")) for shard in shards]
     return {
         "sha256": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),

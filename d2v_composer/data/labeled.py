@@ -42,7 +42,7 @@ def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
 
 
 class LabeledImages(NamedTuple):
-    """Images with one label each, which is 0 if there are none."""
+    """Images with one label each; without labels, all are 0."""
 
     images: Tensor
     """(N, 3, height, width) uint8."""
@@ -51,22 +51,22 @@ class LabeledImages(NamedTuple):
 
 
 class LabeledSet(NamedTuple):
-    """Two splits: each is the bank for the other's queries; or test images alone, without labels: all are 0."""
+    """Two splits, each the bank for the other's queries; or only test images, without labels (all 0)."""
 
     train: LabeledImages
     test: LabeledImages
     class_names: tuple[str, ...] = ()
-    """The name of each label; empty if the labels are only numbers."""
+    """Name of each label; empty if the labels are only numbers."""
 
     def at_most(self, num_images: int) -> "LabeledSet":
-        """Return at most this many images of each split, evenly spaced, since a folder lists them class by class."""
+        """Keep at most this many images per split, evenly spaced, since a folder lists them class by class."""
         chosen = (torch.tensor(evenly_spaced(total, num_images), dtype=torch.int64) for total in self.num_images)
         pairs = zip((self.train, self.test), chosen, strict=True)
         train, test = (LabeledImages(split.images[those], split.labels[those]) for split, those in pairs)
         return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
-        """Return the set with labels from 0 without gaps, named after those it had: tables have a row for each."""
+        """Renumber the labels from 0 without gaps, and keep their names: tables have a row for each label."""
         if not self.has_labels:
             return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -79,7 +79,7 @@ class LabeledSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash that tells sets apart, by their labels: pixels vary with the libraries that decode them.
+        """Return a hash of the labels, which identifies the set: pixels vary with the libraries that decode them.
 
         Without labels it is by the mean pixel, a whole number.
         """
@@ -96,12 +96,12 @@ class LabeledSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """False for a set of test images alone."""
+        """True unless there are only test images, without labels."""
         return len(self.train.labels) > 0
 
     @property
     def num_images(self) -> tuple[int, int]:
-        """The number of images in train and test."""
+        """Number of images in train and test."""
         return len(self.train.labels), len(self.test.labels)
 
 
@@ -178,14 +178,14 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
 
 
 def _load_folder(folder: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledImages:
-    """Load images without labels."""
+    """Load a folder's images without labels."""
     files = list_images(folder)[0]
     chosen = [folder / files[i].path for i in evenly_spaced(len(files), max_images)]
     return _read_files([(path, 0) for path in chosen], image_size, interpolation)
 
 
 def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
-    layout = f"a folder's images are {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
+    layout = f"expected {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
     splits: list[LabeledImages] = []
     class_names: list[str] = []
     for folder in (root / "train", root / "test"):
@@ -197,7 +197,7 @@ def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_ima
         class_names = class_names or list_subfolders(folder)
         names = [path.split("/", 1)[0] for path in paths]
         if unknown := sorted(set(names) - set(class_names)):
-            raise InputError(f"{folder / unknown[0]}: a class that the train folder lacks; {layout}")
+            raise InputError(f"{folder / unknown[0]}: this class is not in the train folder; {layout}")
         chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
         splits.append(_read_files(chosen, image_size, interpolation))
     return LabeledSet(splits[0], splits[1], tuple(class_names))
@@ -232,7 +232,7 @@ def load_mds(
 
 
 def whole_label(value: Any, source: str) -> int:
-    """Return a label as a number.
+    """Return a label as a whole number.
 
     Raises:
         InputError: It is no whole number.
@@ -244,7 +244,7 @@ def whole_label(value: Any, source: str) -> int:
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:
-    """Return the names that d2v convert-images wrote next to the index of ROOT/train or ROOT/test, if it did.
+    """Return the class names that d2v convert-images wrote next to the index in ROOT/train or ROOT/test, if any.
 
     Raises:
         InputError: The two differ, so that a label means another class in test than in train.
@@ -261,7 +261,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
 
 
 def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledImages:
-    """Stack images and labels as they are decoded: torch.stack of all would need their memory twice."""
+    """Stack images and labels as they are decoded; torch.stack would need twice the memory."""
     images, labels = torch.empty(0), torch.empty(num_images, dtype=torch.int64)
     for i, (image, label) in enumerate(pairs):
         images = images if i else image.new_empty(num_images, *image.shape)
@@ -276,7 +276,7 @@ class Augmentation(NamedTuple):
     seed: int
 
     def __call__(self, image: Tensor, *place: int) -> Tensor:
-        """Augment (3, height, width) uint8 by random numbers that depend on the seed and two whole numbers alone."""
+        """Augment (3, height, width) uint8 with random numbers that depend only on the seed and two whole numbers."""
         whole = Image.fromarray(image.permute(1, 2, 0).numpy())
         return self.transform(whole, sample_rng(self.seed, *place))
 
@@ -301,7 +301,7 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EpochSampler(DistributedSampler[Place]):
-    """This rank's share of an epoch, as :class:`AugmentedImages` wants it; Composer sets the epoch."""
+    """This rank's share of an epoch, as :class:`AugmentedImages` expects it; Composer sets the epoch."""
 
     @override
     def __iter__(self) -> Iterator[Place]:
@@ -325,7 +325,7 @@ def train_batches(
 
 
 def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
-    """Return the arguments of a DataLoader for processes that make batches in advance; with 0, this one makes them."""
+    """Return a DataLoader's arguments for workers that prepare batches in advance; 0 workers: this process does."""
     options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if not num_workers:
         return options
@@ -338,7 +338,7 @@ def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
 
 
 def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Yield a function's result for each item, in order, which processes compute ahead.
+    """Yield a function's result for each item, in order, computed ahead by worker processes.
 
     Raises:
         RunError: A worker was killed.
@@ -362,11 +362,11 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
         cause = str(error).strip().splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        raise RunError(f"the images cannot be read further ({cause}): the same command resumes") from error
+        raise RunError(f"reading images failed ({cause}); the same command resumes") from error
 
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
-    """Return the loader of this rank's share of all images, as they are; Composer drops the last ranks' padding."""
+    """Return the loader of this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
     from composer.utils import dist
 
     dataset = TensorDataset(labeled.images, labeled.labels)

@@ -1,4 +1,4 @@
-"""Read samples from the shards of MosaicML Streaming's format, MDS, as its version 0.13.0 writes them.
+"""Read samples from MDS shards, MosaicML Streaming's format, as Streaming 0.13.0 writes them.
 
 A shard is the number of its samples N, the N + 1 offsets of the samples in the file, a description, and the samples. A
 sample is the sizes of those columns that have no fixed size, then the columns. All these numbers are uint32.
@@ -39,15 +39,15 @@ ENCODINGS = {
 
 
 class ShardFile(NamedTuple):
-    """A file's entry in the index."""
+    """Index entry of a file."""
 
     basename: str
     bytes: int
     hashes: Mapping[str, str]
-    """Algorithm of hashlib or xxhash → the content's hash; may be empty."""
+    """Algorithm in hashlib or xxhash → hash of the content; may be empty."""
 
     def find_fault(self, path: Path) -> str | None:
-        """Return how a file differs from this, or ``None``."""
+        """Return an error message if a file differs from its entry, or ``None``."""
         if (size := path.stat().st_size) != self.bytes:
             return f"{path}: has {size} bytes, the index says {self.bytes}"
         # Of several hashes, those of xxhash take the least time.
@@ -61,18 +61,18 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A shard's entry in the index."""
+    """Index entry of a shard."""
 
     samples: int
     raw: ShardFile
     zipped: ShardFile | None
     compression: str | None
     columns: list[tuple[str, int | None, Callable[[bytes], Any] | None]]
-    """Name, bytes and decoder of each column; ``None``: its size varies, it is not read."""
+    """Name, bytes (``None``: they vary) and decoder (``None``: not read) of each column."""
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any], wanted: Collection[str]) -> Self:
-        """Read an entry of an index, for a reader of some columns.
+        """Parse an index entry, to read only the wanted columns.
 
         Raises:
             LookupError, TypeError, ValueError: It is corrupt, or of another format, whose keys are others.
@@ -83,7 +83,7 @@ class Shard(NamedTuple):
         return cls(entry["samples"], raw, zipped, entry["compression"], columns)
 
     def read(self, path: Path, number: int) -> dict[str, Any]:
-        """Return a sample of the shard's raw file, the wanted columns.
+        """Read the wanted columns of a sample from the shard's raw file.
 
         Raises:
             OSError: The file cannot be read.

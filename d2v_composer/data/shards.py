@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 
 
 class NoRoomError(Exception):
-    """Shards that are being fetched take the room in the cache."""
+    """Shards that are being fetched fill the cache."""
 
 
 class Shards:
-    """The samples of an MDS data set, by number.
+    """Samples of an MDS data set, by number.
 
     Args:
         local: The data set, or the cache of a remote one. Processes and runs may share a cache.
@@ -78,7 +78,7 @@ class Shards:
         self.limit = cache_limit or 0
         # Its shards would be evicted, and lost.
         if self.limit and Path(remote or local).resolve() == self.local.resolve():
-            raise InputError(f"cache_limit is for the cache of a remote data set; {local} is the data set")
+            raise InputError(f"cache_limit: only for the cache of a remote data set; {local} is the data set itself")
         index = self.local / INDEX
         if remote is not None and not index.exists():
             fetch_index(remote, self.local, timeout)
@@ -108,7 +108,7 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        """Return a sample by column: images as their files or raw pixels, labels as numbers.
+        """Return a sample as column → value: images as files or raw pixels, labels as numbers.
 
         Raises:
             IndexError: There is no such sample.
@@ -142,12 +142,12 @@ class Shards:
         deadline = time.monotonic() + self.timeout
         while not self._is_here(shard_id) and not self._fetch(shard_id, deadline - time.monotonic()):
             if time.monotonic() > deadline:
-                what = "another process's download of it, or for room in the cache"
+                what = "another process to fetch it, or for space in the cache"
                 raise ShardError(f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for {what}")
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
-        """Start to fetch and verify shards that will be needed. An error is raised when they are needed."""
+        """Start fetching and verifying shards that will be needed; an error is raised only when they are."""
         for shard_id in shard_ids:
             if shard_id not in self._ahead and not (shard_id in self._verified and self._paths[shard_id].exists()):
                 self._ahead.append(shard_id)
@@ -168,7 +168,7 @@ class Shards:
                 log.debug("%s", error)  # the reader will meet the same error, and raise it
 
     def _num_ahead(self) -> int:
-        """Return the number of threads with which this process fetches ahead: its part of the machine's."""
+        """Return the number of threads that fetch ahead in this process: its share of the machine's."""
         worker = get_worker_info()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
         on_machine = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
@@ -180,7 +180,7 @@ class Shards:
         return self.local / LOCKS / name
 
     def _remove_abandoned(self, suffix: str = "") -> None:
-        """Remove the temporary files of killed processes, which hold no lock any longer."""
+        """Remove the temporary files of killed processes, which no longer hold their locks."""
         for left in find_partials(self._known):
             if left.name.endswith(suffix):
                 with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
@@ -222,11 +222,11 @@ class Shards:
             if shard.zipped:
                 fetched.write_bytes(self._decompress(shard.compression, fetched.read_bytes()))
             if (fault := shard.raw.find_fault(fetched)) is not None:
-                raise ValueError(f"the download is not what the index says: {fault}")
+                raise ValueError(f"the download does not match the index: {fault}")
 
         with writing(self.local), sole_user(self._lock(path.name)) as is_ours:
             if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
-                log.warning("%s: fetched again", fault)
+                log.warning("%s; fetching it again", fault)
                 path.unlink()
             if not is_ours or path.is_file():
                 return is_ours
@@ -247,7 +247,7 @@ class Shards:
         return True
 
     def _reserve(self, reservation: Path) -> None:
-        """Make room for a shard: evict those that were used longest ago.
+        """Make space for a shard by evicting the least recently used ones.
 
         Raises:
             NoRoomError: Shards that are being fetched take the room.

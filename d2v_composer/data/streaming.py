@@ -1,4 +1,4 @@
-"""Training images from MDS shards: their order, and the augmented samples."""
+"""Stream training images from MDS shards: their order, and the augmented samples."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """A request of the main process to a worker."""
+    """A request from the main process to a worker."""
 
     epoch: int
     sample_id: int
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class EpochOrder(DistributedSampler[Sample]):
-    """The samples of this rank, in order; each iteration is the next epoch.
+    """This rank's samples, in order; each iteration is the next epoch.
 
     The order, the shares of nodes and ranks, and the resumption are Streaming's. It runs in the main process, so that
     workers have no state: any number of them, also one that changes, reads the same batches.
@@ -97,12 +97,12 @@ class EpochOrder(DistributedSampler[Sample]):
 
     @override
     def __len__(self) -> int:
-        """Return the samples of this rank in a whole epoch."""
+        """Return the number of this rank's samples in a whole epoch."""
         return math.ceil(self.epoch_size / World.detect().num_ranks)
 
     @override
     def __iter__(self) -> Iterator[Sample]:
-        """Return the samples of the next epoch, or the rest of the epoch that is resumed."""
+        """Return the samples of the next epoch, or the rest of a resumed epoch."""
         if self._is_begun:
             self._epoch, self._first_sample = self._epoch + 1, 0
         self._is_begun = True
@@ -113,7 +113,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return self._with_shards_ahead(self._epoch, ids.tolist(), shards.tolist())
 
     def arrange(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
-        """Return the samples of an epoch, (nodes, ranks of a node, workers of a rank, batches, batch); -1: none."""
+        """Return the samples of an epoch, (nodes, ranks per node, workers per rank, batches, batch); -1: none."""
         return generate_work("random", self, world, epoch, first_sample)  # pyright: ignore[reportArgumentType]
 
     def resample_streams(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -121,7 +121,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return StreamingDataset.resample_streams(self, epoch)  # pyright: ignore[reportArgumentType]
 
     def state_dict(self, num_samples: int) -> dict[str, Any]:
-        """Return Streaming's state, after this many samples of the epoch, on all ranks together."""
+        """Return Streaming's state, after this many samples of the epoch, counted over all ranks."""
         return {
             "epoch": self._epoch,
             "sample_in_epoch": num_samples,
@@ -146,7 +146,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
 
 class LabelColumn(NamedTuple):
-    """A column of labels, numbers from 0 to below ``num_classes``."""
+    """A column of labels: numbers from 0 to ``num_classes - 1``."""
 
     name: str
     num_classes: int
@@ -206,7 +206,7 @@ class StreamingImages(Dataset[Any]):
 
     @override
     def __getitem__(self, sample: Sample | int) -> Any:
-        """Return one augmented sample; given only its number, that of the first epoch.
+        """Return one augmented sample; a bare sample number means the first epoch.
 
         Raises:
             ShardError: Its shard cannot be fetched, or is corrupt.
@@ -225,7 +225,7 @@ class StreamingImages(Dataset[Any]):
         return pixels, label
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Return the state after this many samples of the epoch; Composer saves it, and counts from its beginning."""
+        """Return the state after this many samples of the epoch, which Composer counts and saves."""
         assert from_beginning
         return self.order.state_dict(num_samples)
 
@@ -234,14 +234,14 @@ class StreamingImages(Dataset[Any]):
         self.order.load_state_dict(state)
 
     def _warn_of_small_limit(self) -> None:
-        """Warn if the shards that are mixed at a time exceed the cache limit."""
+        """Warn if the shards that are shuffled together exceed the cache limit."""
         # Each canonical node mixes its own part of the order.
         mixed_at_a_time = 1.25 * self.order.shuffle_block_size * self.order.num_canonical_nodes
         samples = min(round(mixed_at_a_time / World.detect().num_nodes), len(self))
         needed = sum(shard.raw.bytes for shard in self.shards.shards) * samples // len(self)
         if self.order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:
             log.warning(
-                "%s: cache_limit %d is less than the shards that are mixed at a time, about %d bytes: shards will be "
+                "%s: cache_limit %d is less than the shards that are shuffled together, about %d bytes: shards will be "
                 "fetched more than once per epoch; a smaller shuffle_block_size helps",
                 self.shards.local,
                 self.shards.limit,
@@ -254,14 +254,14 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
 
 def shared_memory_needed(ranks: int, workers: int, prefetch_factor: int, batch_bytes: int) -> int:
-    """Return the bytes of shared memory that training data takes on one machine; workers and batch are one rank's."""
+    """Return the bytes of shared memory that training data needs on a machine; workers and batch are one rank's."""
     # Beside those made in advance, each rank has one in the making and one in use.
     batches = (workers * prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0
     return ranks * (batches + workers * SEMAPHORES * PAGE)
 
 
 def check_shared_memory(needed: int) -> str | None:
-    """Return an error message if fewer bytes are free; a process that writes more is killed by SIGBUS, silently."""
+    """Return an error message if fewer bytes are free; SIGBUS would silently kill a process that writes more."""
     if not SHARED_MEMORY.is_dir() or (usage := shutil.disk_usage(SHARED_MEMORY)).free >= needed:
         return None
     size = f"{math.ceil((usage.used + needed) / 2**20)}m"

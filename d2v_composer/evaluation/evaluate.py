@@ -59,7 +59,7 @@ def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | Non
 
 
 def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
-    """Return the teacher gap closed: the part of the gap from the untrained student to the teacher, 1 for all of it.
+    """Return the teacher gap closed: the fraction of the gap from untrained student to teacher, 1 for all of it.
 
     ``None`` if the teacher is no better than the untrained student.
     """
@@ -69,7 +69,7 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean of both banks, or of the one in which there is a gap.
+    """Return step → teacher gap closed: the mean of both banks, or of the one that has a gap.
 
     Args:
         log: Log of the student's run.
@@ -112,7 +112,7 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
 
 
 def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
-    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and those of models on it.
+    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and one for each model on it.
 
     A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
     all. The encoder's output lives as long as its images. Black images fill a smaller batch up to the largest so far,
@@ -188,7 +188,7 @@ class Evaluation(NamedTuple):
 
     @property
     def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
-        """Candidate, data set and bank → its result with the primary embedding, or with the fallback for it."""
+        """Candidate, data set and bank → result with the primary embedding, or with its fallback."""
         return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
@@ -198,7 +198,7 @@ class Evaluation(NamedTuple):
         return gap_closed_interval(*hits) if len(hits) == len(found) else None
 
     def rows(self) -> list[dict[str, str | int | float | None]]:
-        """Return one row for each candidate, data set, bank, embedding and k, or probe."""
+        """Return one row for each candidate, data set, bank, embedding and k or probe."""
         return [
             {
                 "candidate": each.candidate,
@@ -240,7 +240,7 @@ class Evaluation(NamedTuple):
 
 
 def describe_measure(measure: Measure) -> dict[str, str | int | None]:
-    """Return the cells of a measure: 'retrieval' among the k nearest, or the probe and the number of neighbors."""
+    """Return the table cells of a measure: 'retrieval' and k, or the probe and its number of neighbors."""
     if isinstance(measure, int):
         return {"measure": "retrieval", "k": measure}
     voters = {"linear/top1": None, **dict.fromkeys(PROBES["knn"], NUM_NEIGHBORS)}
@@ -259,7 +259,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     probes: Collection[str] = (),
 ) -> Iterator[Retrieval]:
-    """Embed every image once, with all candidates, look up each split's images among the other's, and probe them.
+    """Embed every image once with all candidates, look up each split's images in the other split, and probe them.
 
     Args:
         candidates: Models on ``device``, in eval mode.

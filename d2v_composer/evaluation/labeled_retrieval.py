@@ -1,4 +1,4 @@
-"""Embed a set of images, look up each split's images among the other split's, and probe the embeddings.
+"""Embed a set of images, look up each split's images in the other split, and probe the embeddings.
 
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
@@ -43,7 +43,7 @@ class Found(NamedTuple):
     embedding: str
     """'' for a single one without a name."""
     is_primary: bool
-    """Whether it is the model's primary embedding."""
+    """True for the model's primary embedding."""
     bank: str
     """The split that was searched; '' for the test images among themselves."""
     nearest: Tensor
@@ -97,7 +97,7 @@ def embed_set(
 
 
 def probes_on(labeled: "LabeledSet", probes: Collection[str], *, has_teacher: bool) -> list[str]:
-    """Return what to measure on a set besides retrieval: without labels, all that needs none."""
+    """Return what to measure on a set besides retrieval: without labels, all probes that need none."""
     wanted = probes if labeled.has_labels else WITHOUT_LABELS
     return [probe for probe in wanted if has_teacher or probe != "agreement"]
 
@@ -110,7 +110,7 @@ def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Coll
     """
     smallest, num_test = min(filter(None, labeled.num_images)), labeled.num_images[1]
     if not 1 <= min(ks) <= max(ks) <= smallest:
-        raise InputError(f"ks: must be from 1 to {smallest}, the images of {name}'s smaller set, got {list(ks)}")
+        raise InputError(f"ks: must be from 1 to {smallest}, the images in {name}'s smaller split, got {list(ks)}")
     if num_test <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
         raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
 
@@ -126,7 +126,7 @@ def look_up(
     *,
     teachers: dict[str, Tensor],
 ) -> Iterator[tuple[ModelT, Found]]:
-    """Look up the test images among themselves, and each split among the other, one embedding after the other.
+    """Look up the test images among themselves, and each split in the other, one embedding at a time.
 
     Each rank takes its share of the queries.
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from d2v_composer.evaluation.nearest_neighbors import full_float32
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
-"""The L2 strengths to choose from, strongest first."""
+"""L2 penalty strengths to choose from, strongest first."""
 # The solver stops at this largest gradient, or before it where float32 cannot tell two losses apart.
 TOLERANCE, TOLERANCE_OF_CHOICE = 1e-6, 1e-3
 MAX_ITERATIONS = 500
@@ -25,15 +25,15 @@ class LinearProbe(NamedTuple):
     """A fitted classifier of embeddings."""
 
     classes: Tensor
-    """Labels, ascending, (C,)."""
+    """Labels in ascending order, (C,)."""
     weight: Tensor
-    """(C, D) float64, of embeddings as they are: standardizing is part of it."""
+    """(C, D) float64, for embeddings as they are: standardization is included."""
     bias: Tensor
     """(C,) float64."""
     strength: float
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Return the labels of embeddings, (Q, D) → (Q,)."""
+        """Predict the labels of embeddings, (Q, D) → (Q,)."""
         return self.classes[(embeddings.double() @ self.weight.T + self.bias).argmax(dim=1)]
 
 
@@ -54,7 +54,7 @@ def linear_probe_accuracy(
 
 
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
-    """Fit a linear probe by L-BFGS in float32; always the same on a machine.
+    """Fit a linear probe by L-BFGS in float32, with the same result each time on a machine.
 
     The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
     of equally good ones the strongest. Weaker ones are not tried after two that are worse than the best. The probe is

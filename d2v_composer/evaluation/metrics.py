@@ -1,4 +1,4 @@
-"""Names of metrics and embeddings; and a run's log of metrics, in JSON lines."""
+"""Names of metrics and embeddings, and a run's log of metrics in JSON lines."""
 
 import json
 import logging
@@ -41,14 +41,14 @@ def measures_of(has_labels: bool, ks: Sequence[int], probes: Collection[str]) ->
 def metric_key(
     dataset: str, bank: str, measure: Measure, embedding: str | None = None, baseline: str | None = None
 ) -> str:
-    """Return the name under which an accuracy is logged; without ``embedding``, the primary embedding's."""
+    """Return the log key of an accuracy; without ``embedding``, that of the primary embedding."""
     measured = measure if isinstance(measure, str) else f"bank_{bank}/top{measure}"
     parts = ["metrics", dataset, baseline, measured, embedding]
     return "/".join(part for part in parts if part is not None)
 
 
 def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> str:
-    """Return which of a model's embeddings to report as its primary embedding.
+    """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
         primary: The embedding asked for.
@@ -66,7 +66,7 @@ def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> st
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
-    """Read a log as key → step → value; of a step that a restart logged again, the later value.
+    """Read a log as key → step → value; if a restart logged a step again, the later value counts.
 
     Corrupt lines, such as one truncated by a kill, are skipped with a warning.
     """
@@ -82,5 +82,5 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
         for key, value in values.items():
             series.setdefault(key, {})[step] = value
     if num_corrupt:
-        log.warning("%s: skipped %d of %d lines: corrupt", path, num_corrupt, len(lines))
+        log.warning("%s: skipped %d of %d lines, which are corrupt", path, num_corrupt, len(lines))
     return series

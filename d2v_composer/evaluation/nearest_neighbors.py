@@ -70,7 +70,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
-    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbors`; of equal ones the first.
+    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbors`; the first wins a tie.
 
     Of more than k + ``SPARE`` equal ones, those that float32's search finds.
 
@@ -112,7 +112,7 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
 
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
-    """Turn off autocast and TF32 (Composer allows it): both round similarities and so change the order."""
+    """Turn off autocast and TF32 (Composer allows it): both round similarities and thus change the order."""
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -158,13 +158,13 @@ def retrieval_accuracy(
 
 
 class Ranks(NamedTuple):
-    """This process among those that share an evaluation."""
+    """This process's place among those that share an evaluation."""
 
     rank: int = 0
     world_size: int = 1
 
     def share(self, num_images: int) -> Tensor:
-        """Return the indices of this rank: every W-th, padded so that all ranks have equally many."""
+        """Return this rank's indices: every W-th, padded so that all ranks have the same number."""
         mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])

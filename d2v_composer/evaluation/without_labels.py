@@ -54,7 +54,7 @@ def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
 
 
 def instance_hits(first: Tensor, second: Tensor, ks: Sequence[int], ranks: Ranks = ONE_RANK) -> dict[int, Tensor]:
-    """Return k → whether an image's own second view is among the k second views that are nearest to its first, (N,).
+    """Return k → whether an image's own second view is among the k second views nearest to its first, (N,).
 
     Args:
         first: The first view of each image, (N, D), on every rank all of them.

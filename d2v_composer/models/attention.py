@@ -103,7 +103,7 @@ def aligned(bias: Tensor) -> Tensor:
 
 
 def pad_rows(bias: Tensor) -> Tensor:
-    """Append zeros to the rows until the kernels' alignment divides their length."""
+    """Pad the rows with zeros until the kernels' alignment divides their length."""
     return pad(bias, (0, -bias.shape[-1] % ROW_ALIGNMENT))
 
 

@@ -1,4 +1,4 @@
-"""A classifier: a linear head on an embedding of a student or a teacher, which Composer trains.
+"""A classifier for Composer: a linear head on an embedding of a student or a teacher.
 
 Shapes: B images, S pixels per side, T tokens, D channels, C classes.
 """
@@ -23,7 +23,7 @@ FIXED = "fixed_positional_encoder."
 
 
 class Classifier(ComposerModel):
-    """Train the blocks, the head and, if asked, the encoder of a student or teacher with labels.
+    """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
 
     A batch is images, (B, 3, S, S), as for the encoder, and labels: (B,) int64, or (B, C) float of mixed ones.
     :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
@@ -101,7 +101,7 @@ class Classifier(ComposerModel):
         return cross_entropy(outputs, batch[1])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Return top-1, top-5 if there are more classes, and the loss of an evaluation."""
+        """Return an evaluation's metrics: top-1, top-5 if there are more classes, and the loss."""
         return {} if is_train else self.metrics
 
     def update_metric(self, batch: Batch, outputs: Tensor, metric: Metric) -> None:
@@ -111,7 +111,7 @@ class Classifier(ComposerModel):
             metric.update(outputs, batch[1])
 
     def _freeze_unused(self) -> None:
-        """Freeze what gets no gradient from a batch of one image."""
+        """Freeze parameters that get no gradient from a batch of one image."""
         config = self.backbone.encoder.config
         images = torch.zeros(1, config.in_chans, *height_and_width(config.image_size))
         self.embed(images).sum().backward()

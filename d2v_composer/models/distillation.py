@@ -78,7 +78,7 @@ class DistillationModel(ComposerModel):
         check_choice("extra_tokens", extra_tokens, ExtraTokens)
         check_choice("target_source", target_source, TargetSource)
         if extra_tokens == "only" and not student.num_extra_tokens:
-            raise ValueError("extra_tokens must not be only: this teacher has none")
+            raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         self.teacher = teacher
         self.student = student
         self.prediction = prediction
@@ -168,7 +168,7 @@ class DistillationModel(ComposerModel):
         return {"teacher": self.in_precision(self.teacher.embed_all)}
 
     def in_precision(self, function: Callable[[Tensor], EmbeddingT]) -> Callable[[Tensor], EmbeddingT]:
-        """Wrap a function of this model's parts to run in the model's precision."""
+        """Wrap a function of this model's parts so that it runs in the model's precision."""
         # Look up the method at each call: FSDP replaces it after evaluations are set up.
         return lambda images: self.compute(function, images)
 
@@ -195,7 +195,7 @@ class DistillationModel(ComposerModel):
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
-    """Return a context in which a CPU computes in bfloat16, if it is on."""
+    """Return a context in which a CPU computes in bfloat16, if that is on."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
 
@@ -223,8 +223,8 @@ def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args:
     )
     if different := sorted(found.items() ^ expected.items()):
         name, _ = different[0]
-        shapes = [each.get(name, "missing") for each in (found, expected)]
-        raise InputError(f"tensor {name}: {shapes[0]} in the checkpoint, {shapes[1]} in the model")
+        shapes = [each.get(name, "none") for each in (found, expected)]
+        raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 
 def expect_no_frozen_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:

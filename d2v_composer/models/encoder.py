@@ -16,7 +16,7 @@ from d2v_composer.models.sizes import EncoderConfig, height_and_width
 
 
 class Frozen(nn.Module):
-    """A module that stays in eval mode and takes no gradient. Call :meth:`freeze` once the parameters exist.
+    """A module that stays in eval mode and gets no gradient. Call :meth:`freeze` once the parameters exist.
 
     ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; here it has no effect.
     """
@@ -40,7 +40,7 @@ class Frozen(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel, as one matrix product over patches.
+    """A convolution with a stride equal to its kernel, computed as one matrix product over patches.
 
     A GPU writes the patches once, normalized and in half precision, by one kernel.
     """
@@ -78,7 +78,7 @@ class Encoder(Frozen):
     @property
     @abstractmethod
     def block_list(self) -> list[Any]:
-        """The blocks, whose kind is the subclass's."""
+        """The blocks, of the subclass's kind."""
 
     @abstractmethod
     def embed_patches(self, images: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's context, and perhaps those of a teacher's blocks after them."""
+        """Return each block's context, optionally followed by those of a teacher's blocks."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Encoder(Frozen):
         return self.encode_with_gradient(images)
 
     def encode_with_gradient(self, images: Tensor) -> Tensor:
-        """Encode images as :meth:`forward` does, with the gradient of what trains here."""
+        """Encode images as :meth:`forward` does, with gradients for the parts that train."""
         x_BTD = self.embed_patches(images)
         if self.half_residual:
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
@@ -154,7 +154,7 @@ def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
 
 
 def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize as the uint8 kernel does, which only CPUs have: rows, then columns, clamping the overshoot each time."""
+    """Resize like the uint8 kernel, which only CPUs have: rows, then columns, clamping the overshoot each time."""
     pixels = images.float()
     for each_shape in ((images.shape[-2], shape[1]), shape):
         pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)

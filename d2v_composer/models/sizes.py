@@ -1,4 +1,4 @@
-"""Sizes of encoders and teachers, and checks of those from files. No torch or timm: they take seconds to import.
+"""Sizes of encoders and teachers, and checks of sizes from files. No torch or timm: they take seconds to import.
 
 An encoder's config has, as a field or otherwise: ``num_extra_tokens`` before the patches (CLS and registers),
 ``has_cls_token`` (the first of them is CLS), ``grid_size`` (rows and columns of patches), ``norm_eps`` (of a student's
@@ -21,13 +21,13 @@ MAX_PATCHES = 1 << 14
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless it is a whole number within the range."""
+    """Raise ValueError, with the name of the size, unless it is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
-    """Raise ValueError, with the name of the size, unless it is a number within the range."""
+    """Raise ValueError, with the name of the size, unless it is a number in the range."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
 
@@ -182,10 +182,10 @@ class TimmEncoderConfig:
     image_std: tuple[float, ...]
     interpolation: str
     timm: str
-    """Version of timm that built it."""
+    """timm version that built it."""
     outputs: tuple[float, ...] = ()
-    """A few numbers that it computes from a fixed image, in an exported file. Another version of timm may silently
-    build something else under the same name."""
+    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
+    under the same name."""
     # The same for all, and thus not stored.
     is_normalized = False
     norm_eps = 1e-6

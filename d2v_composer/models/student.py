@@ -42,7 +42,7 @@ class StudentConfig:
 
 
 class Student(Transformer):
-    """The student. The encoder is the teacher's, frozen; the rest trains.
+    """The student: the teacher's frozen encoder, and blocks that train.
 
     A student narrower than its encoder reads the tokens through a linear layer, ``entrance``. Its heads have at least
     as many channels as the encoder's, and there is at least one.

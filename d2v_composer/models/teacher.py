@@ -42,7 +42,7 @@ class Teacher(Transformer, Frozen):
 
     @abstractmethod
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
-        """Return the attentions or the blocks that a student's may start from.
+        """Return the attention modules or blocks that a student's can be initialized from.
 
         Raises:
             ValueError: The student's are of another kind.

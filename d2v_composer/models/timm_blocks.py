@@ -1,4 +1,4 @@
-"""timm's blocks as blocks that return their FFN outputs, and their contexts: rotary positions, or BEiT's relative bias.
+"""Wrap timm's blocks to return their FFN outputs, and hold their contexts: rotary positions, or BEiT's relative bias.
 
 Contexts are constants of a frozen model at one image size, and computed once.
 Shapes: T tokens, L blocks, H heads.
@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     """How a class of blocks computes."""
 
     context: str = ""
-    """Argument of its attention that takes the context; empty: none."""
+    """The attention's argument that takes the context; empty: none."""
     is_post_norm: bool = False
     """Each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
@@ -43,7 +43,7 @@ def check_block(block: nn.Module) -> None:
 
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
-    """Give the projection one bias instead of those of queries, keys and values, which are joined at every call."""
+    """Give the projection a single bias: timm joins those of queries, keys and values at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -89,7 +89,7 @@ class TimmBlock(FfnBlock):
 
 
 class FixedContexts(nn.Module):
-    """The contexts of some blocks, as a buffer that moves with the model and is stored in exported files.
+    """Contexts of some blocks, in a buffer that moves with the model and is stored in exported files.
 
     Args:
         table: (1 or L, …): one context for all blocks, or one for each; ``None``: they need none.
@@ -104,7 +104,7 @@ class FixedContexts(nn.Module):
         self.register_buffer("table", table if num_blocks else None)
 
     def of_blocks(self, start: int, stop: int) -> Self:
-        """Return the contexts of blocks from ``start`` to before ``stop``."""
+        """Return the contexts of blocks ``start`` to ``stop - 1``."""
         table = self.table
         if table is not None:
             table = (table if len(table) == 1 else table[start:stop]).clone()
@@ -123,7 +123,7 @@ class FixedContexts(nn.Module):
 
 
 class RelativeBias(FixedContexts):
-    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels need them."""
+    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels require."""
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
         return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
@@ -131,7 +131,7 @@ class RelativeBias(FixedContexts):
 
 @torch.no_grad()
 def take_contexts(model: Any) -> FixedContexts:
-    """Take the contexts of all blocks out of a model, which is changed."""
+    """Remove the contexts of all blocks from a model, and return them."""
     num_blocks = len(model.blocks)
     if isinstance(model, Beit):
         return RelativeBias(take_relative_bias(model), num_blocks)

@@ -55,14 +55,14 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
     """
     name = model.removeprefix(PREFIX)
     if name == model or not timm.is_model(name):
-        raise ValueError(f"no model {model!r}; allowed are timm/NAME, NAME as timm.list_models() shows it")
+        raise ValueError(f"no model {model!r}; expected timm/NAME, with NAME from timm.list_models()")
     built = create_on_meta(name)
     if not isinstance(built, CLASSES):
         allowed = ", ".join(kind.__name__ for kind in CLASSES)
         raise ValueError(f"{model} is a {type(built).__name__}; only timm's classes {allowed} can be teachers")
     stem: Any = built.patch_embed
     if type(stem) is not PatchEmbed:
-        raise ValueError(f"{model} has a stem of kind {type(stem).__name__}; only PatchEmbed is supported")
+        raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
     for block in built.blocks:
         check_block(block)
     patch = cast("tuple[int, int]", stem.patch_size)
@@ -73,7 +73,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
         shape = height_and_width(parse_image_size(image_size))
     if any(size % each for size, each in zip(shape, patch, strict=True)):
         expected, found = (" x ".join(map(str, each)) for each in (patch, shape))
-        raise ValueError(f"image_size must be a multiple of the patch, {expected} pixels, got {found}")
+        raise ValueError(f"image_size must be a multiple of the patch size, {expected} pixels, got {found}")
     check_whole("number of patches", math.prod(shape) // math.prod(patch), 1, MAX_PATCHES)
     return create_on_meta(name, num_classes=0, img_size=shape).eval()
 
@@ -136,7 +136,7 @@ class TimmParts(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "TimmParts":
-        """Take a model apart, which is changed. timm's code before the blocks thus stays timm's."""
+        """Take a model apart, in place. What precedes the blocks thus remains timm's own code."""
         contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
         model.blocks = nn.Sequential()
@@ -146,7 +146,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Give a module on the meta device memory, unless meta is the default device; its parameters are not set."""
+    """Allocate a meta module's memory, unless meta is the default device; its parameters are not set."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -157,7 +157,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmEncoder(Encoder):
-    """A timm ViT's encoder: what comes before its blocks, and the first of them.
+    """A timm ViT's encoder: what comes before its blocks, and the first blocks.
 
     Args:
         config: Sizes.
@@ -207,7 +207,7 @@ class TimmEncoder(Encoder):
         return self.contexts(x_BTD)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers that a copy of this encoder, on a CPU in float32, computes from a fixed image."""
+        """Return a few outputs for a fixed image, computed by a copy of this encoder on a CPU in float32."""
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):
@@ -243,14 +243,14 @@ class TimmTeacher(Teacher):
         return super().cast_weights(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Make the final norm a unit too; a root stays gathered."""
+        """Make the final norm an FSDP unit too; a root stays gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
         return self.contexts(x_BTD)
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return what timm's ``forward_features`` gives, with the final norm, and every FFN output, (B, T, D) each."""
+        """Return the output of timm's ``forward_features``, final norm included, and the FFN outputs, (B, T, D) each."""
         output_BTD, ffn_outputs = super().forward_blocks(x)
         return self.norm(output_BTD), ffn_outputs
 

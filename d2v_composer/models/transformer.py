@@ -74,7 +74,7 @@ class Transformer(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """:attr:`blocks`, whose kind is the subclass's."""
+        """:attr:`blocks`, of the subclass's kind."""
         return list(self.blocks)
 
     @property

@@ -1,4 +1,4 @@
-"""Write a student's model card, README.md beside its file, as the Hugging Face hub shows it."""
+"""Write a student's model card, README.md beside its file, for the Hugging Face hub."""
 
 import json
 import re
@@ -25,7 +25,7 @@ NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
 def write_model_card(student: Student, source: str, out: Path) -> str:
-    """Write README.md, unless there is another one; return a line that says so.
+    """Write README.md, unless another one exists; return a line that says what was done.
 
     Args:
         student: With its run's record as provenance.
@@ -67,13 +67,13 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
         )
     with writing(readme):
         write_atomically(readme, card)
-    return f"wrote {readme}: the model card; licence: {licence}"
+    return f"wrote {readme}: the model card; license: {licence}"
 
 
 def name_licence(stated: str) -> str:
-    """Return a licence in the hub's words, from the note that is kept with a teacher's weights.
+    """Return the hub's name of a license, from the note stored with a teacher's weights.
 
-    A note that says anything more than a licence's name has a name of its own: what it adds may be a restriction.
+    A note that says anything more than a license's name has a name of its own: what it adds may be a restriction.
     """
     name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
     return "unknown" if not name or name.startswith(NOT_STATED) else name

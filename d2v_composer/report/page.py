@@ -1,4 +1,4 @@
-"""Write a run's report as one HTML file, with its plots inside it and as PNG files beside it."""
+"""Write a run's report as one HTML file; its plots are in the file, and beside it as PNG files."""
 
 import base64
 import io
@@ -53,7 +53,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 
 
 def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
-    """Yield title and plots by name."""
+    """Yield each section's title and its plots by name."""
     yield "Retrieval and probes", list(accuracy_plots(run))
     yield "Training", list(curves(run))
     for name, labeled in run.datasets.items():
@@ -79,7 +79,7 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers at the top of the page: label, value, note."""
     for k in (1, 5):
         if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
-            yield f"top-{k} of the test images", f"{100 * accuracy:.1f} %", ""
+            yield f"top-{k} on the test images", f"{100 * accuracy:.1f} %", ""
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
         for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():

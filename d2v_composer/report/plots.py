@@ -38,7 +38,7 @@ CURVES = {
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
     "throughput": ("Throughput in images/s", "", "throughput/images_per_sec"),
-    "data_wait": ("Part of the time spent waiting for images", "%", "throughput/data_wait"),
+    "data_wait": ("Share of the time spent waiting for images", "%", "throughput/data_wait"),
     "cosines": ("Cosine of prediction and target", "", "health/cosine/cls", "health/cosine/patch"),
     "layers": ("Cosine of prediction and each teacher layer", "", "health/cosine/layer_*"),
     "variance": ("Variance over the images", "", "health/*_variance"),
@@ -94,7 +94,7 @@ def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) 
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot lines over the batches, long ones with their running mean.
+    """Plot lines over the batches; long ones get a running mean.
 
     Args:
         title: Title of the plot.

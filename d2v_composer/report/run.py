@@ -22,7 +22,7 @@ EMBEDDINGS = [
 
 
 class Run(NamedTuple):
-    """The contents of a report."""
+    """Contents of a report."""
 
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 def latest(values: Mapping[int, float]) -> float | None:
-    """Return the value of the last step; ``None`` without any."""
+    """Return the value of the last step, or ``None`` if there are no values."""
     return values[max(values)] if values else None
 
 
@@ -78,5 +78,5 @@ def read_run(folder: Path) -> Run:
             if labeled is not None and name in run.neighbors:
                 datasets[name] = load_labeled_set(**labeled | options, interpolation="bicubic").numbered()
         except InputError as error:
-            print(f"{name}: without its images: {error}")
+            print(f"{name}: shown without its images: {error}")
     return run._replace(datasets=datasets)

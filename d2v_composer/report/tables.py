@@ -21,7 +21,7 @@ DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Return a table, the first column aligned left and the others right. Missing cells are empty; a row must exist."""
+    """Format a table, the first column aligned left, the others right. Missing cells are empty; one row is needed."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
@@ -82,7 +82,7 @@ def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
 
 
 def measure_head(measure: str) -> str:
-    """Return the name of what a probe measures."""
+    """Return the column head for what a probe measures."""
     return {**PROBE_HEADS, AGREEMENT: "neighbor agreement"}.get(measure) or measure.replace("/top", " top-")
 
 
@@ -128,7 +128,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 
 def _top1(log: Log, embedding: str, baseline: str | None = None, step: int | None = None) -> str:
-    """Return top-1 in % with each bank, of a step or the last one."""
+    """Return top-1 in % with each bank, at a step or the last one."""
     values = [log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

@@ -36,11 +36,11 @@ class Address(NamedTuple):
     """Empty for a local path."""
     bucket: str
     path: str
-    """In a store the key, without a slash at the end."""
+    """In a store: the key, without a trailing slash."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse an address; a local path may have any characters.
+        """Parse an address; a local path may contain any character.
 
         Raises:
             ValueError: A store's address is malformed.
@@ -69,7 +69,7 @@ class RunFolder(NamedTuple):
 
     local: Path
     address: str | None = None
-    """Address of the folder in the store, without a slash at the end; ``None`` without a store."""
+    """Address of the folder in the store, without a trailing slash; ``None`` without a store."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -87,7 +87,7 @@ class RunFolder(NamedTuple):
 
 
 def check_run_name(name: str) -> None:
-    """Check that a name can be a folder's, locally and in every store.
+    """Check that a name works as a folder name, locally and in every store.
 
     Raises:
         ValueError: It cannot.
@@ -98,18 +98,18 @@ def check_run_name(name: str) -> None:
 
 
 def check_path(path: str) -> None:
-    """Check that Composer reads a local path as it is written.
+    """Check that Composer uses a local path exactly as written.
 
     Raises:
         ValueError: It does not.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
-        said = "; placeholders are written ${run_name}" if "{" in path else ""
+        said = "; write placeholders as ${run_name}" if "{" in path else ""
         raise ValueError(f"expected letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
 
 
 def identity(address: str) -> str:
-    """Return an address without login, signature and fragment: a new signature is the same file.
+    """Return an address without login, signature and fragment: another signature means the same file.
 
     Other query parameters stay, since they may identify the file. Hash the result; do not show it.
     """
@@ -128,12 +128,12 @@ def hide_secrets(text: str) -> str:
 
 
 def hide_all_secrets(value: Any) -> Any:
-    """Hide the secrets in every text of a JSON value."""
+    """Hide the secrets in every string of a JSON value."""
     return json.loads(hide_secrets(json.dumps(value, ensure_ascii=False)))
 
 
 def _rewrite(address: str, keeps: Callable[[str], bool]) -> str:
-    """Remove login, fragment and the query parameters that are not to keep."""
+    """Remove the login, the fragment, and all query parameters except those to keep."""
     whole, _, parameters = address.partition("#")[0].partition("?")
     scheme, _, rest = whole.partition("://")
     host, slash, path = rest.partition("/")

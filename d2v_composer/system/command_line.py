@@ -1,4 +1,4 @@
-"""The frame of a command: exit status and error lines, parser, next steps.
+"""Run a command: exit status, error lines, parser, next steps.
 
 Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failure; 130 or 143 after a signal; 1 with a
 traceback for a fault of ours.
@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
 
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
-    """Return the exit status and the lines to print; the status ``None`` for an error that needs its traceback."""
+    """Return the exit status and the lines to print; status ``None`` if the error needs its traceback."""
     if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
 
 
 def _prepare() -> None:
-    """Handle signals, and hide the warnings of other packages that no user can act on, here and in child processes."""
+    """Handle signals, and hide other packages' warnings that no user can act on, here and in child processes."""
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -79,7 +79,7 @@ def begin(text: str | None) -> None:
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
-    """Print a command's help and exit, if ``--help`` asks for it; a command that takes a YAML has no parser."""
+    """Print a command's help and exit if ``--help`` is given; commands that take a YAML have no parser."""
     if not {"-h", "--help"}.isdisjoint(argv):
         print(text)
         sys.exit(0)
@@ -91,23 +91,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose ``--help`` shows a command's docstring as it is written."""
+    """Return a parser whose ``--help`` shows a command's docstring exactly as written."""
     return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def whole(smallest: int, largest: int) -> Callable[[str], int]:
-    """Return an option's type: a whole number in a range."""
+    """Return an argparse type: a whole number in a range."""
 
     def parse(text: str) -> int:
         if not (text.isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"must be {smallest} to {largest}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be from {smallest} to {largest}, got {text!r}")
         return int(text)
 
     return parse
 
 
 def size(text: str) -> int:
-    """Return a number of bytes, such as 60gb = 6e10 or 60gib, as YAMLs read it."""
+    """Parse a number of bytes, such as 60gb (6e10) or 60gib, as in a YAML."""
     from pydantic import ByteSize, TypeAdapter  # a fifth of a second
 
     try:
@@ -117,7 +117,7 @@ def size(text: str) -> int:
 
 
 def print_next(*steps: str) -> None:
-    """Print the steps on rank 0, one a line."""
+    """Print the next steps on rank 0, one per line."""
     if processes.global_rank() == 0:
         print("\n".join(f"next: {step}" for step in steps), flush=True)
 

@@ -1,4 +1,4 @@
-"""Share a machine's cores with other processes. Importing this module sets what torch reads when it is imported.
+"""Share a machine's cores with other processes. Importing this module sets what torch reads at import.
 
 torch computes on the CPU with a pool of OpenMP threads (libgomp). By default each process has as many threads as there
 are cores, and a thread that waits for the others spins for milliseconds. Alone on its machine, that is as fast as it
@@ -12,7 +12,7 @@ SPIN_COUNT = 1000
 
 
 def share_cores() -> None:
-    """Divide the cores among the ranks of this machine, and let waiting threads sleep soon.
+    """Divide the cores among the ranks of this machine, and put waiting threads to sleep early.
 
     torch.compile would start up to 32 workers for each rank. Settings of the user's own (``OMP_NUM_THREADS``,
     ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``, ``TORCHINDUCTOR_COMPILE_THREADS``) are kept.

@@ -1,4 +1,4 @@
-"""Exceptions that a command shows as one line each, and where foreign exceptions become ours."""
+"""Exceptions that a command shows as one line each, and conversions of other exceptions to them."""
 
 import errno
 from collections.abc import Iterator
@@ -31,11 +31,11 @@ class RunError(RuntimeError):
 
 
 class ShardError(RunError):
-    """A shard cannot be fetched, or is not what the index says."""
+    """A shard that cannot be fetched or does not match its index."""
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line, without an address's secrets; of a missing package, how to install it."""
+    """Return an error's first line, without secrets; for a missing package, also how to install it."""
     if lacks_train(error):
         return f"{error}: pip install 'd2v-composer[train]'"
     lines = str(error).strip().splitlines()
@@ -48,7 +48,7 @@ def lacks_train(error: BaseException) -> bool:
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:
-    """Return the full disk or quota behind an error: torch's archive writer raises an error of its own above it."""
+    """Return the full-disk or quota error behind an error: torch's archive writer wraps it in its own."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return error
@@ -58,7 +58,7 @@ def find_full_disk(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Read a file or folder in the block: any exception becomes one line with its path.
+    """Convert any exception of a block that reads a file or folder to one line with its path.
 
     Raises:
         InputError: The block raised an exception. An InputError or RunError passes unchanged.
@@ -74,7 +74,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Write a file or folder in the block: an OSError, such as a full disk, becomes one line with its path.
+    """Convert an OSError, such as a full disk, of a block that writes a file or folder to one line with its path.
 
     Raises:
         RunError: The block raised an OSError.
@@ -87,7 +87,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn an error of the block into one line that names a key of its section.
+    """Convert an error of the block to one line that names a config key.
 
     Raises:
         InputError: The block raised a ``kind``.

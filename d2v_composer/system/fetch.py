@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def is_remote(address: str | Path) -> bool:
-    """Return whether an address is a web server's or an object store's.
+    """Return True if an address is on a web server or in an object store.
 
     Raises:
         InputError: The address is malformed.
@@ -50,7 +50,7 @@ def is_remote(address: str | Path) -> bool:
 
 
 def fetch(address: str | Path) -> Path:
-    """Return a local path of a file; fetch a remote one unless it is cached.
+    """Return the local path of a file; fetch a remote file unless it is cached.
 
     Args:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
@@ -82,7 +82,7 @@ def fetch(address: str | Path) -> Path:
 
 
 def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """Return the first of these files that the hub's cache has, or else that the Hugging Face hub has.
+    """Return the first of these files found in the Hugging Face hub's cache, else on the hub.
 
     The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
@@ -97,12 +97,12 @@ def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None =
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache))
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
-    found = f"no {' or '.join(names)} of {repository} on the Hugging Face hub or in its cache"
+    found = f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache"
     raise InputError(f"{found}: {problem}")
 
 
 def find_missing_file(address: str) -> str | None:
-    """Return why there is no file to read at a local path; ``None`` if there is one, or for a remote address."""
+    """Return an error message if a local path has no file to read; ``None`` if it has, or for a remote address."""
     if is_remote(address) or os.path.isfile(address):
         return None
     return "is a folder, not a file" if os.path.isdir(address) else "no such file"
@@ -205,7 +205,7 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
 
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
-    """Return a client of S3; a forked process must not use its parent's."""
+    """Return an S3 client; a forked process must not use its parent's."""
     from boto3.session import Session
     from botocore.config import Config
 

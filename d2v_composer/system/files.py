@@ -1,4 +1,4 @@
-"""Write local files so that a reader, or a restart after a kill, finds them complete or not at all; lock files."""
+"""Write local files atomically: readers and restarts find them complete or not at all. Lock files."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
-    """Check, before the work begins, that a file can be written; its folder may not exist yet.
+    """Check, before the work starts, that a file can be written; its folder may not exist yet.
 
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
@@ -38,7 +38,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")
     if not overwrite and os.path.lexists(path):
-        raise InputError(f"{path}: exists already: choose another file, or append --overwrite")
+        raise InputError(f"{path}: already exists: choose another file, or append --overwrite")
     folder = path.parent.absolute()
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:  # permissions do not show a read-only file system, nor what root may not do
@@ -103,7 +103,7 @@ def find_partials(paths: Collection[Path]) -> Iterator[Path]:
 
 
 def acquire(path: Path, wait: float = 0) -> int | None:
-    """Lock a file while the descriptor is open, in this process or one forked from it.
+    """Lock a file for as long as the descriptor is open, in this process or one forked from it.
 
     A file system without locks counts as locked, with a warning: two runs may then use the same files.
 
@@ -147,7 +147,7 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing make its sockets in /tmp if TMPDIR's path is too long for them: a DataLoader would hang."""
+    """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long; a DataLoader would hang."""
     long = tempfile.gettempdir()
     if len(long) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"

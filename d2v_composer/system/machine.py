@@ -13,7 +13,7 @@ OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-st
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return processor, GPU ('' for none), cores available to this process, memory and system."""
+    """Return the processor, GPU ('' for none), cores available to this process, memory and system."""
     return {
         "cpu": [*re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()][0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",

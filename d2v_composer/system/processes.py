@@ -32,7 +32,7 @@ _previous: dict[signal.Signals, Any] = {}
 
 
 def handle_signals() -> None:
-    """Let SIGINT and SIGTERM end this command at once with status 130 or 143, unless :func:`defer_signals` is called.
+    """Exit immediately on SIGINT or SIGTERM, with status 130 or 143, unless :func:`defer_signals` is called.
 
     Call it in the first line, before imports that start threads. A shell lets jobs in the background ignore SIGINT;
     they go on ignoring it. A rank also receives SIGTERM when Composer's launcher dies.
@@ -57,7 +57,7 @@ def received() -> signal.Signals | None:
 
 
 def defer_signals(notice: str | None = None) -> None:
-    """From now on, let the first signal only change what :func:`received` returns, and a second Ctrl-C end the process.
+    """From now on, only record the first signal, see :func:`received`; a second Ctrl-C still ends the process.
 
     Args:
         notice: Printed by rank 0 after the first Ctrl-C.
@@ -71,7 +71,7 @@ def defer_signals(notice: str | None = None) -> None:
 
 
 def obey_signals() -> None:
-    """End the process at the next signal, or now if one has arrived."""
+    """Exit at the next signal, or now if one has arrived."""
     global _is_deferred
     _is_deferred = False
     _restore_handlers()
@@ -80,7 +80,7 @@ def obey_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Give a program of somebody else's its own handlers back; a command stays as it is, since it is about to exit."""
+    """Restore the signal handlers of a program that is not ours; a command keeps ours, since it is about to exit."""
     global _is_deferred, _received
     if not _is_watching:
         _restore_handlers()
@@ -94,7 +94,7 @@ def _restore_handlers() -> None:
 
 @contextmanager
 def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
-    """Clean up, and print what is left and how to go on, if a signal ends the process in this block.
+    """If a signal ends the process in this block, clean up, and print what is left and how to resume.
 
     Args:
         explain: Returns the end of the line. It runs in another thread, and may end what the block has started.
@@ -107,7 +107,7 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
 
 
 def end_by_signal(signum: signal.Signals) -> None:
-    """Print the signal's line, and end this process and its children at once. Files are written atomically."""
+    """Print the signal's line, kill the children and exit immediately. Files are written atomically."""
     said = [explain() for explain in reversed(_explanations)]
     _end(": ".join([NAMES[signum], *filter(None, said)]))
 
@@ -131,7 +131,7 @@ def _receive(number: int) -> None:
         elif _notice is not None and _received == signal.SIGINT and global_rank() == 0:
             _print(_notice, sys.stdout)
     elif number == signal.SIGINT:  # Composer's launcher sends SIGTERM right after the first Ctrl-C
-        _end("Interrupted again: ended at once")
+        _end("Interrupted again: exiting immediately")
 
 
 def _end(line: str) -> None:
@@ -149,7 +149,7 @@ def _print(line: str, stream: Any) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL at this process's parent's death; for a worker's initializer.
+    """Ask the kernel to kill this process when its parent dies; for a worker's initializer.
 
     The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
     """
@@ -160,7 +160,7 @@ def die_with_parent() -> None:
 
 
 def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start a program of somebody else's: in a session of its own, with no signal blocked; it dies with this process.
+    """Start another program in its own session, with no signal blocked; it dies with this process.
 
     A program of ours blocks and watches the signals itself, whatever it inherits.
     """
@@ -177,7 +177,7 @@ def _at_parents_death(signum: signal.Signals) -> None:
 
 
 def allow_open_files() -> None:
-    """Raise the limit of open files to the hard one: each tensor that a data worker has ready is an open file."""
+    """Raise the open-file limit to the hard limit: each tensor that a data worker has ready is an open file."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -196,7 +196,7 @@ class _Pipe(io.FileIO):
 
 
 def survive_closed_pipes() -> None:
-    """Print each line at once, and outlive the reader of the output, as in ``d2v report runs/a | head``."""
+    """Print each line immediately, and survive if the output's reader exits, as in ``d2v report runs/a | head``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with suppress(OSError):  # replaced by something without a file
@@ -210,7 +210,7 @@ REPORT_SECONDS = 30.0
 
 
 def is_launched() -> bool:
-    """Return True in a rank of Composer's launcher, or of torchrun."""
+    """Return True if Composer's launcher or torchrun started this process."""
     return "LOCAL_RANK" in os.environ
 
 
@@ -223,12 +223,12 @@ def num_ranks() -> int:
 
 
 def num_nodes() -> int:
-    """Return the number of machines of the run, which have the same number of ranks."""
+    """Return the number of machines in the run; all have the same number of ranks."""
     return num_ranks() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def let_first_rank_report() -> None:
-    """Give the first rank of this node time to report an error that all of its ranks have found, before they joined.
+    """Give the first rank of this node time to report an error that all its ranks found before they joined.
 
     When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
     """

@@ -1,4 +1,4 @@
-"""Progress of work: a bar on a terminal, lines in a pipe or file."""
+"""Show progress: a bar on a terminal, lines in a pipe or file."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ LINE_SECONDS = 10.0
 
 
 def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
-    """Return tqdm's bar, which disappears at its end; in a pipe or file, one that prints lines."""
+    """Return a tqdm bar that disappears when it is done; in a pipe or file, one that prints lines."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
     quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False, "ncols": 0}
@@ -25,4 +25,4 @@ class _Lines(tqdm):
             print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Leave what is printed."""
+        """Keep what is printed."""

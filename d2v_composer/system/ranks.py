@@ -126,7 +126,7 @@ def _wait(store: Any, key: str, who: str) -> None:
 
 
 def raise_on_all_ranks(fault: str | None) -> None:
-    """Raise a fault that any rank found on every rank, so that no rank waits for one that ended.
+    """Raise, on every rank, a fault that any rank found: none waits for a rank that exited.
 
     Raises:
         InputError: With the fault of the lowest rank that has one.

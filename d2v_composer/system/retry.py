@@ -66,18 +66,18 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return whether a fault is this machine's: its disk's, or a package that is not installed."""
+    """Return True if a fault is local: of the disk, or a package that is not installed."""
     return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return whether a fault is unlikely to pass."""
+    """Return True if a fault is unlikely to pass."""
     known = isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
     return not _is_unreachable(error) and (known or _status(error) in LASTING_STATUS)
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether a store answered that a file does not exist; denied access is another answer."""
+    """Return True if a store answered that a file does not exist; denied access does not count."""
     return not _is_unreachable(error) and (isinstance(error, FileNotFoundError) or _status(error) == 404)
 
 
@@ -87,7 +87,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status in an error of botocore, google-cloud, azure, oci or requests."""
+    """Return the HTTP status in an error from botocore, google-cloud, azure, oci or requests."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -56,6 +56,6 @@ def test_a_short_run_needs_no_warmup() -> None:
 
 
 def test_a_warmup_is_not_longer_than_the_run_in_other_units_either() -> None:
-    with pytest.raises(InputError, match=r"2ep, got 13ba with 6 batches an epoch; scheduler.t_warmup=0\.1dur"):
+    with pytest.raises(InputError, match=r"2ep, got 13ba with 6 batches per epoch; scheduler.t_warmup=0\.1dur"):
         learning_rates("2ep", "13ba", 1)
     assert learning_rates("2ep", "12ba", 2) == pytest.approx([0, 1 / 12])

@@ -52,7 +52,7 @@ def test_pruning_a_store_leaves_other_folders_alone(
         monkeypatch.setenv(variable, value)
     with caplog.at_level(logging.WARNING):
         prune_store(f"s3://{BUCKET}/runs/a", names_of(10)[0], 1)
-    assert caplog.messages[0].startswith(f"s3://{BUCKET}/runs/a: could not remove its old checkpoints (")
+    assert caplog.messages[0].startswith(f"s3://{BUCKET}/runs/a: could not remove old checkpoints (")
     assert len(store.objects(BUCKET, "runs/a")) == 9
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.environment["AWS_ACCESS_KEY_ID"])
@@ -86,7 +86,7 @@ def test_a_folder_is_of_one_address(tmp_path: Path) -> None:
     for _ in range(2):
         Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba").post_close()
     for address, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
-        with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not those of {words}"):
+        with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not of {words}"):
             Checkpoints(RunFolder(tmp_path, address), "5ba")
 
 

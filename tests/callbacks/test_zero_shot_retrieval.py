@@ -107,7 +107,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert all(f"{100 * accuracy:.1f}" in row for row in rows)
 
     other = ZeroShotRetrieval({"set": labeled}, "10ba", primary="corner")
-    with pytest.raises(InputError, match=r"retrieval\.pooling: whole in the checkpoint, corner asked"):
+    with pytest.raises(InputError, match=r"retrieval\.pooling: checkpoint has whole, config has corner"):
         other.load_state_dict(first.state_dict())
 
 
@@ -116,7 +116,7 @@ def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -
     labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
     state = ZeroShotRetrieval({"set": labeled}).state_dict()
     fewer = labeled.at_most(40)
-    with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: has other images than the checkpoint's"):
+    with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: has other images than in the checkpoint"):
         ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
     ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
 
@@ -232,14 +232,14 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
-    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the images of set's smaller set"):
+    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the images in set's smaller split"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
-    with pytest.raises(ValueError, match="probes must be of knn, linear, agreement, instance, got knm"):
+    with pytest.raises(ValueError, match="probes must be among knn, linear, agreement, instance, got knm"):
         ZeroShotRetrieval({"set": labeled}, probes=["knm"])
     with pytest.raises(ValueError, match="set: instance retrieval needs augment"):
         ZeroShotRetrieval({"set": labeled}, probes=["instance"])
     with pytest.raises(ValueError, match="set: agreement needs more than 10 images, got 5"):
         ZeroShotRetrieval({"set": labeled}, probes=["agreement"])
     more = LabeledSet(numbered_images(9, 0), numbered_images(11, 100))
-    with pytest.raises(ValueError, match="agreement needs the teacher among the baselines"):
+    with pytest.raises(ValueError, match="agreement needs a baseline named teacher"):
         ZeroShotRetrieval({"set": more}, probes=["agreement"], baselines={"pixels": pixels})

@@ -27,7 +27,7 @@ from small_vits import RESAMPLED_BILINEARLY, random_vit
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
-OTHER_TEACHER = "is not the student's teacher: its encoder has another"
+OTHER_TEACHER = "is not the student's teacher: its encoder has a different"
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -170,7 +170,7 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
 def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
     with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights: .* of timm/{NAME}") as caught:
         load_teacher(None, model=MODEL)
-    assert "give checkpoint, a file" in str(caught.value)
+    assert "set checkpoint to a file" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -179,7 +179,7 @@ QKV = "blocks.0.attn.qkv.weight"
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "deeper": ({"blocks.6.norm1.weight": torch.ones(64)}, "tensor blocks.6.norm1.weight is unknown"),
     "shallower": ({"blocks.5.norm1.weight": None}, "tensor blocks.5.norm1.weight is missing"),
-    "patches": ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}, "it has no patches of 16 x 16 pixels"),
+    "patches": ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}, "it has no embedding of 16 x 16 pixel patches"),
     "shape": ({QKV: torch.ones(192, 32)}, f"size mismatch for {QKV}"),
     "no positions": ({"pos_embed": None}, "tensor pos_embed is missing"),
     "odd positions": ({"pos_embed": torch.zeros(7)}, f"not weights of {MODEL}"),
@@ -201,7 +201,7 @@ def test_tensors_that_do_not_fit_are_refused(what: str, tmp_path: Path) -> None:
 def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"a": 1}}, tmp_path / "weights.pth")
     line = refused_by(lambda path: load_teacher(path, model=MODEL), tmp_path / "weights.pth")
-    assert line.endswith("not a file of weights: it has no dict of tensors")
+    assert line.endswith("not a weight file: it has no dict of tensors")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     [
         ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
         ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
-        ({"model": "data2vec2", "image_size": 112}, "image_size is fixed in the file of data2vec2"),
+        ({"model": "data2vec2", "image_size": 112}, "image_size: fixed by the file of data2vec2"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any], message: str) -> None:

@@ -155,7 +155,7 @@ def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("num_images", "content", "problem"),
     [
-        (0, b"", r": no images; the suffixes read are "),
+        (0, b"", r": no images; supported suffixes are "),
         (1, encoded_image(0), r": expected at least 200 images, got 1$"),
         (200, b"corrupt", r": none of the 20 images can be read$"),
     ],
@@ -183,7 +183,7 @@ def test_other_bad_input_is_one_line(distilled: Path, photos: Path, tmp_path: Pa
         (command(photos, tmp_path / "run", "optimiser.lr=1"), "^optimiser: no such key; did you mean optimizer"),
         (command(photos, Path("/proc/run")), "^/proc/run/distill.yaml: cannot be written"),
         (command(photos, tmp_path / "run", "save_folder=here"), "^save_folder: is --out here$"),
-        (command(photos, photos / "run"), "^.*/run: is in the folder of the images, "),
+        (command(photos, photos / "run"), "^.*/run: is inside the folder of images, "),
         (command(tmp_path, distilled), r"was made by 'd2v distill .*photos\d+ --teacher .*; choose another --out"),
         (command(photos, foreign), f"^{foreign}: has a student.safetensors of another run"),
     ):

@@ -41,5 +41,5 @@ def test_it_loads_and_its_targets_differ_between_images(
 
 
 def test_another_size_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^SIZE is not base, large, huge: no model 'big'; allowed are timm/NAME"):
+    with pytest.raises(InputError, match=r"^SIZE is not base, large, huge: no model 'big'; expected timm/NAME"):
         random_teacher.main(["big", str(tmp_path / "teacher.safetensors")])

@@ -91,7 +91,7 @@ SLIPS = {
     "save_folder=ftp://x/y": "save_folder: expected a folder or an address in one of s3, gs, oci, azure, dbfs",
     "save_folder=''": "save_folder: must be printable characters, got ''",
     "run_name=a/b": "run_name: ",
-    "student.depth=[1,2": "'student.depth=[1,2': an override is dotted.key=value, value as in a YAML: ",
+    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, the value as in a YAML: ",
 }
 
 

@@ -95,7 +95,7 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     assert len({int(sample["label"]) for sample in found[:12]}) > 1
     assert "90 images, 3 classes" in capfd.readouterr().out
     before = tree(out)
-    with pytest.raises(InputError, match="has a finished data set"):
+    with pytest.raises(InputError, match="holds a finished data set"):
         main([str(source), str(out), "--seed", "1"])
     assert tree(out) == before
 
@@ -126,7 +126,7 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
     ("files", "options", "message"),
     [
         ([], [], "no images"),
-        (["val/a/1.jpg"], [], "no split 'train'; there is: val"),
+        (["val/a/1.jpg"], [], "no split 'train'; available: val"),
         (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected a class, one of a, got '2.jpg'; --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected a class, one of a, got 'b'"),
@@ -147,7 +147,7 @@ def test_an_unsuitable_out_is_one_line(source: Path, tmp_path: Path):
     with pytest.raises(InputError, match="is not empty"):
         main([str(source), str(tmp_path / "full")])
     assert tree(tmp_path / "full") == {"thesis.tex": b"mine"}
-    with pytest.raises(InputError, match="is in the folder of the images"):
+    with pytest.raises(InputError, match="is inside the folder of images"):
         main([str(source), str(source / "train" / "out")])
     with pytest.raises(InputError, match=r"cannot be written .*provider prefix"):
         main([str(source), "ftp://host/folder"])
@@ -286,5 +286,5 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
         assert torch.equal(getattr(found, split).images, pixels[split])
         assert torch.equal(getattr(found, split).labels, labels)
         assert torch.equal(getattr(sample, split).images, pixels[split][:num_images])
-    with pytest.raises(InputError, match="no split 'val'; there is: train, test"):
+    with pytest.raises(InputError, match="no split 'val'; available: train, test"):
         main([f"{CIFAR10}{tmp_path}", str(out / "val"), "--split", "val"])

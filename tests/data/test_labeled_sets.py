@@ -25,7 +25,7 @@ def write_image(path: Path, seed: int = 0) -> None:
         (["train/a.jpg"], "train: no images in its class folders"),
         (["train/cat/a.jpg"], "test: no such folder"),
         (["train/cat/a.jpg", "test/a.jpg"], "test: no images in its class folders"),
-        (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog: a class that the train folder lacks"),
+        (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog: this class is not in the train folder"),
     ],
 )
 def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault: str) -> None:
@@ -34,7 +34,7 @@ def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault
     with pytest.raises(InputError) as caught:
         load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
     layout = f"{tmp_path}/train/CLASS/*.jpg and {tmp_path}/test/CLASS/*.jpg, with the same classes"
-    assert str(caught.value) == f"{tmp_path}/{fault}; a folder's images are {layout}"
+    assert str(caught.value) == f"{tmp_path}/{fault}; expected {layout}"
 
 
 @pytest.mark.parametrize("format", ["folder", "mds"])

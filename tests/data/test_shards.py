@@ -109,7 +109,7 @@ def test_waits_for_room_no_longer_than_the_timeout(many_shards: Path, tmp_path: 
     with ExitStack() as live, time_limit(30):
         for name in shards[::2]:
             live.enter_context(sole_user(cache / LOCKS / name))
-        with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for .* room in the cache"):
+        with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for .* space in the cache"):
             read_epoch(dataset)
     assert read_epoch(dataset) == ALL
 
@@ -148,12 +148,12 @@ def test_a_limit_below_what_is_mixed_is_told(
 ) -> None:
     data = shutil.copytree(many_shards, tmp_path / "data")
     for remote in (None, data):
-        with pytest.raises(InputError, match="cache_limit is for the cache of a remote data set"):
+        with pytest.raises(InputError, match="cache_limit: only for the cache of a remote data set"):
             open_images(data, remote, cache_limit=30_000)
     with pytest.raises(InputError, match="cache_limit must be at least 25490 bytes, the index and four shards"):
         open_images(tmp_path / "cache", data, cache_limit=25_000)
     open_images(tmp_path / "cache", data, cache_limit=30_000)
-    assert "cache_limit 30000 is less than the shards that are mixed at a time, about 1065" in caplog.text
+    assert "cache_limit 30000 is less than the shards that are shuffled together, about 1065" in caplog.text
     assert same_files(data, many_shards)
 
 

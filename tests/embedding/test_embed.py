@@ -143,7 +143,7 @@ def test_embeds_from_an_object_store(
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the kernel if memory runs short."""
     monkeypatch.setattr(embedding, "read_image_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"^the images cannot be read further \(DataLoader worker \(pid.*resumes$"):
+    with pytest.raises(RunError, match=r"^reading images failed \(DataLoader worker \(pid.*resumes$"):
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
 
@@ -155,7 +155,7 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     embed(TEACHER, source, whole, *SMALL_BATCHES)
     for file in (out, ids):
         file.write_bytes(b"old")
-    with pytest.raises(InputError, match=r"photos\.npy: exists already: choose another file, or append --overwrite"):
+    with pytest.raises(InputError, match=r"photos\.npy: already exists: choose another file, or append --overwrite"):
         embed(TEACHER, source, out)
     again = (*SMALL_BATCHES, "--overwrite")
     embed_images, calls = Transformer.embed, itertools.count()
@@ -271,9 +271,9 @@ def test_an_embedding_that_is_not_finite_is_refused(
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images: --local is needed for an object store's shards"),
         ("photos", "o.npy", ["--local", "c"], "photos: --local is needed for an object store's shards, and for noth"),
         ("photos", "o.csv", [], "o.csv: must end in .npy"),
-        ("photos", "half.npy", [], "half.ids.npy: exists already: choose another file, or "),
+        ("photos", "half.npy", [], "half.ids.npy: already exists: choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
-        ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be 1 to 1048576, got '0'"),
+        ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be from 1 to 1048576, got '0'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

@@ -126,7 +126,7 @@ def test_images_without_labels_are_judged_without(
 
 
 def test_more_neighbors_than_images_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^ks: must be from 1 to 2000, the images of cifar10's smaller set"):
+    with pytest.raises(InputError, match=r"^ks: must be from 1 to 2000, the images in cifar10's smaller split"):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 
 

@@ -152,7 +152,7 @@ def test_a_teacher_learns_to_classify_real_images(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "log.jsonl")["metrics/test/top1"][16] > 0.2  # chance is 0.1
     assert "evaluation at batch 16: top-1 " in result.stderr
     assert "test images, batch 16, accuracy in %" in result.stdout
-    assert "top-1 of the test images" in (tmp_path / "report.html").read_text()
+    assert "top-1 on the test images" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report" / "accuracy.png").is_file()
 
 
@@ -174,7 +174,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     torch.testing.assert_close(student.embed(test.images), pooled.detach())
     accuracy = (logits.argmax(1) == test.labels).float().mean()
     assert read_jsonl(finetuned / "log.jsonl")["metrics/test/top1"][12] == pytest.approx(float(accuracy))
-    with pytest.raises(ValueError, match="is the file of a classifier, expected that of a "):
+    with pytest.raises(ValueError, match="is a classifier file, expected a "):
         load_any(out)
 
 
@@ -209,4 +209,4 @@ def test_a_run_that_cannot_be_is_one_line(finetuned: Path, student: Path, labele
     assert line == "error: global_train_batch_size: must be at most the 96 train images, got 97"
     assert not (tmp_path / "run").exists()
     line = failure(finetune(*arguments, "pooling=mean", f"load_path={finetuned / 'latest-rank0.pt'}", status=2), 2)
-    assert "pooling: cls in the checkpoint, mean asked" in line
+    assert "pooling: checkpoint has cls, config has mean" in line

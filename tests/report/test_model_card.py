@@ -53,7 +53,7 @@ def test_the_licence_is_named_as_it_is_stated(stated: str, name: str, tmp_path: 
     assert front["license"] == (name if is_on_hub else "other")
     assert front.get("license_name") == (None if is_on_hub else name)
     assert front["base_model"] == "timm/vit.tag"
-    assert (f"> **Licence: {name}" in text) == (name != "apache-2.0")
+    assert (f"> **License: {name}" in text) == (name != "apache-2.0")
     assert ("no commercial use" in text) == ("-nc" in name or "noncommercial" in name)
     assert f"(hub:timm/vit.tag@main): {stated or 'nothing'}." in text
     assert "We treat a student as derived from its teacher" in text
@@ -88,7 +88,7 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
     checkpoint, out = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
     export.main([str(checkpoint), str(out)])
     readme = tmp_path / "README.md"
-    assert f"wrote {readme}: the model card; licence: unknown" in capsys.readouterr().out
+    assert f"wrote {readme}: the model card; license: unknown" in capsys.readouterr().out
     card = readme.read_text()
     assert "3 blocks on the first blocks of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
