@@ -1,4 +1,4 @@
-"""Distil a frozen, self-supervised data2vec 2.0 image teacher, or a timm ViT, into a small student.
+"""Distill a frozen data2vec 2.0 image teacher, or a timm ViT, into a small student.
 
 A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 """
@@ -63,7 +63,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 class _FindTimm:
-    """Find timm as usual; once it is imported, and not merely looked up, it knows the student."""
+    """Find timm as usual, and register the student with it once it is imported, not merely looked up."""
 
     def find_spec(self, fullname: str, *args: Any) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, *args) if fullname == "timm" else None

@@ -1,4 +1,4 @@
-"""Embed a collection of images into one file; a kill costs at most one part of the work.
+"""Embed a collection of images into one file; a killed run loses at most one part of its work.
 
 A run resumes at a whole number of batches, so that a batch does not depend on what was computed before it.
 Shapes: N images, B images of a batch, D channels.
@@ -42,10 +42,10 @@ class ImageCollection(NamedTuple):
     """Images in a fixed order."""
 
     ids: NDArray
-    """The id of each image, (N,) unicode or int64. No list: a forked worker that reads its objects copies their memory.
+    """Id of each image, (N,) unicode or int64. Not a list: a forked worker that reads its objects copies their memory.
     """
     fingerprint: str
-    """A hash of everything that may change the images."""
+    """Hash of everything that may change the images."""
     load: Callable[[int], Tensor]
     """Returns the pixels of an image by index, (3, height, width) uint8; raises UnreadableImageError."""
 
@@ -59,7 +59,7 @@ def open_collection(
     cache_limit: int | None = None,
     column: str = "image",
 ) -> ImageCollection:
-    """Open the images of any source, and resize each when it is loaded.
+    """Open the images of any source; each is resized when it is loaded.
 
     Args:
         source: A folder with an ``index.json`` or an object store's address: an MDS data set, whose ids are the
@@ -105,7 +105,7 @@ def _sha256(*contents: object) -> str:
 
 
 class EmbeddingOptions(NamedTuple):
-    """Settings of a run; it resumes only with the same ones."""
+    """Settings of a run, which resumes only with the same settings."""
 
     pooling: Pooling = "cls"
     representation: Representation = "output"
@@ -113,22 +113,22 @@ class EmbeddingOptions(NamedTuple):
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: str = "float32"
-    """The type of the stored numbers: float32 or float16."""
+    """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
     """Images embedded at once; another number rounds differently."""
 
 
 class Embedding(NamedTuple):
-    """The result of a run."""
+    """Result of a run."""
 
     images: int
     channels: int
     skipped: list[str]
-    """The reason for each unreadable image."""
+    """Why each unreadable image was skipped."""
     resumed: int
-    """Images that an interrupted run had done."""
+    """Number of images that an interrupted run had embedded."""
     seconds: float
-    """Time for the other images."""
+    """Time taken by the other images."""
 
 
 def embed_collection(
@@ -195,7 +195,7 @@ def embed_collection(
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Check, before the work begins, that embeddings can be written.
+    """Check, before the work starts, that embeddings can be written.
 
     Raises:
         InputError: The suffix is not .npy, the file exists, or it cannot be written.
@@ -218,13 +218,13 @@ def _ids_file(out: Path) -> Path:
 def _start_or_resume(
     folder: Path, plan: dict[str, Any], shape: tuple[int, int], dtype: str
 ) -> tuple[dict[str, Any], np.memmap]:
-    """Return the progress, and the rows, (N, D), in a file. ``skipped`` has index and reason of unreadable images."""
+    """Return the progress and the rows, (N, D), of the file; ``skipped`` lists unreadable images: index and reason."""
     path, recorded = folder / "embeddings.npy", folder / "progress.json"
     progress = {"plan": plan, "images": 0, "skipped": []}
     if recorded.exists() and path.exists():
         progress = json.loads(recorded.read_bytes())
         if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
-            another = f"an interrupted run had another {', '.join(changed)}"
+            another = f"an interrupted run had a different {', '.join(changed)}"
             raise InputError(f"{folder}: {another}: delete that folder, or choose another OUT")
     else:
         npy.open_memmap(path, "w+", np.dtype(dtype), shape)
@@ -256,7 +256,7 @@ def _embed(model: Transformer, images: Tensor, options: EmbeddingOptions, device
 
 
 def hash_weights(model: Transformer) -> str:
-    """Return a hash of a model's sizes and weights; its file may be another one by now, that of a run in progress."""
+    """Return a hash of a model's sizes and weights: a run in progress may have replaced its file."""
     digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -265,7 +265,7 @@ def hash_weights(model: Transformer) -> str:
 
 
 def _load(collection: ImageCollection, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, str]]]:
-    """Return the images of a batch, and the unreadable ones: index and reason."""
+    """Load a batch: its images, and the index and reason of each unreadable one."""
     images, skipped = [], []
     for index in indices:
         try:

@@ -1,4 +1,4 @@
-"""Rehearse a run: check its parts, train it small with a SIGTERM and a resume, compute its needs."""
+"""Rehearse a run: check its parts, train it briefly with a SIGTERM and a resume, and compute what it needs."""
 
 import shutil
 import signal
@@ -66,7 +66,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
 
 
 def check(name: str, look: Callable[[], str]) -> bool:
-    """Print the row of a check, which returns what it found, and raises if the run would fail."""
+    """Run a check, which returns what it found or raises if the run would fail, and print its row."""
     try:
         print_row(name, "ok", look())
     except Exception as error:  # noqa: BLE001  (the run would fail with it too)
@@ -80,7 +80,7 @@ def print_row(name: str, verdict: str, found: str) -> None:
 
 
 class Rehearsal:
-    """The user's run, made small, in folders of its own.
+    """The user's run at a small scale, in its own folders.
 
     Each check and each phase returns what it found or did, and raises if the run would fail.
     """
@@ -126,7 +126,7 @@ class Rehearsal:
         return f"teacher of {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
-        """Read the index, and find every shard of it: here in its full size, or by name in the store."""
+        """Read the index and find each of its shards: here at full size, or by name in the store."""
         loader = self.config.train_loader
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
@@ -160,7 +160,7 @@ class Rehearsal:
         return f"{self.config.save_folder}: write, list, read, delete"
 
     def check_labeled_sets(self) -> str:
-        """Load the labeled sets, small; download CIFAR if the run would."""
+        """Load the labeled sets at a small size; download CIFAR if the run would."""
         sets = build_labeled_sets(self.config.retrieval, 32, "bicubic")
         self.num_labeled = [sum(labeled.num_images) for labeled in sets.values()]
         return ", ".join(f"{name}: {sum(labeled.num_images)} images" for name, labeled in sets.items()) or "none"
@@ -171,8 +171,8 @@ class Rehearsal:
         self.start("max_duration=500ba", "retrieval.interval=1ba")
         self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
         if (trained := self.num_batches()) < STOP_AFTER_BATCHES:
-            raise self.fault(f"{trained} of {STOP_AFTER_BATCHES} batches were trained")
-        return f"{trained} batches, with retrieval at each"
+            raise self.fault(f"trained only {trained} of {STOP_AFTER_BATCHES} batches")
+        return f"{trained} batches, each with a retrieval"
 
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with 143."""
@@ -183,7 +183,7 @@ class Rehearsal:
         return f"all processes exited with status 143 after batch {self.batch}"
 
     def resume(self) -> str:
-        """Go on with the intervals of the YAML, long enough to measure the pace."""
+        """Resume with the YAML's intervals, long enough to measure the pace."""
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
@@ -191,7 +191,7 @@ class Rehearsal:
         if (status := self.wait(PHASE_SECONDS)) != 0:
             raise self.fault(f"the resumed run failed with status {status}")
         if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
-            raise self.fault(f"the run started again instead of resuming at batch {self.batch}")
+            raise self.fault(f"the run started over instead of resuming at batch {self.batch}")
         self.logged = self.read_log()
         self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {self.batch}, {self.batches} more batches, then retrieval"
@@ -229,7 +229,7 @@ class Rehearsal:
         return len(self.read_log().get("loss/train/total", {}))
 
     def start(self, *overrides: str) -> None:
-        """Start the run with overrides that keep it apart from the user's, and let it read little."""
+        """Start the run with overrides that keep it apart from the user's and limit what it reads."""
         loader = self.config.train_loader
         launcher = ["-m", "composer.cli", "--nproc", str(self.ranks)] if self.ranks > 1 else []
         own = [
@@ -280,7 +280,7 @@ class Rehearsal:
                 store.client.delete_object(Bucket=bucket, Key=key)
 
     def close(self) -> None:
-        """Kill what still runs, and remove the files."""
+        """Kill what is still running, and remove the files."""
         if self.process is not None:
             self.signal(signal.SIGKILL)
             with suppress(Exception):  # a store that denies it was named in the table
@@ -310,5 +310,5 @@ class Rehearsal:
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
             f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours\n"
-            f"nodes         as many as divide num_canonical_nodes {config.train_loader.num_canonical_nodes}"
+            f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
         )

@@ -6,8 +6,8 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml, a run, and rows.yaml, the changes of each row. Each row is a run of recipes/train.py
-in its own folder. If interrupted, its run saves, and the same command resumes it. At the end it prints a table.
+A study is a folder with base.yaml, a run, and rows.yaml, each row's changes. Each row is a run of recipes/train.py
+in its own folder. If interrupted, a run saves, and the same command resumes it.
 """
 
 import json
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "given", nargs="*", metavar="STUDY key=value", help="default: yamls/ablations/data2vec2; changes of all rows"
+        "given", nargs="*", metavar="STUDY key=value", help="default: yamls/ablations/data2vec2; changes to all rows"
     )
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
     parser.add_argument(
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
     parser.add_argument(
-        "--rows", action="append", metavar="ROW", help="a name in rows.yaml; repeat it for more; default: all rows"
+        "--rows", action="append", metavar="ROW", help="a name in rows.yaml; repeatable; default: all rows"
     )
     arguments = parser.parse_intermixed_args(argv)
     given = arguments.given
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
-    """Read the first row of a study and those of ``names``; for ``None``, all rows.
+    """Read the first row of a study and those in ``names``; ``None`` reads all rows.
 
     The first row measures the untrained student and the teacher as well; so does each whose encoder, width or
     normalization makes them other embeddings.
@@ -87,7 +87,7 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
 
 
 def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
-    """Train the rows one after another, each in a subprocess. A signal lets it save, and ends this command.
+    """Train the rows one after another, each in a subprocess. On a signal, the row saves and this command exits.
 
     Raises:
         InputError: Some rows failed; the others have finished.
@@ -95,7 +95,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     problems = []
     for row, command in commands.items():
         output = folders[row] / "output.txt"
-        print(f"{row}: training, its lines go to {output}")
+        print(f"{row}: training, with its output in {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
             defer_signals()
@@ -107,7 +107,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
             obey_signals()
         if process.returncode:
             problems.append(f"{row}: failed with status {process.returncode}, see {output}")
-            print(f"{problems[-1]}; the other rows go on", file=sys.stderr)
+            print(f"{problems[-1]}; continuing with the other rows", file=sys.stderr)
         else:
             print(f"{row}: finished")
     if problems:
@@ -115,7 +115,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
-    """Return the command that trains a row, or resumes it; its changes win over ``changes``, those of all rows."""
+    """Return the command that trains or resumes a row; its own changes override ``changes``, those of all rows."""
     own = {
         "run_name": folder.name,
         "save_folder": folder,

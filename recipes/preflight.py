@@ -1,11 +1,11 @@
-"""Rehearse a run, with the run's own arguments: rights, disk space, a small run, SIGTERM, resume, export.
+"""Rehearse a run, with its own arguments: permissions, disk space, a small run, SIGTERM, resume, export.
 
 usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
 
     composer recipes/preflight.py yamls/quickstart.yaml
     composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-Prints a table of checks and what the whole run will need, and removes its files. Status 0 only if all checks passed.
+Prints a table of checks and what the whole run will need, and removes its files. The status is 0 if all checks passed.
 """
 
 import shlex
@@ -26,12 +26,12 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Rehearse in the first process, which starts the other ranks of its own."""
+    """Rehearse in the first process, which starts other ranks itself."""
     if dist.get_local_rank() != 0:
         return
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
-        raise InputError(f"several nodes: rehearse on one: composer -n {ranks} recipes/preflight.py FILE.yaml …")
+        raise InputError(f"several nodes: rehearse on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …")
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)
     command_line.print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))

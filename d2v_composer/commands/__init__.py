@@ -1,3 +1,3 @@
-"""The commands of d2v, one a module, each with ``main(argv)``. They need no checkout of the repository."""
+"""The d2v commands, one per module, each with ``main(argv)``. They need no clone of the repository."""
 
 import d2v_composer.system.cpu_threads  # noqa: F401  (before any of them imports torch)

@@ -1,4 +1,4 @@
-"""Distil vision transformers into small students: the commands that need no checkout of the repository.
+"""Distill vision transformers into small students: the commands that need no clone of the repository.
 
 distill is the shortest way. Step by step: convert-teacher, convert-images, train, then evaluate, export and embed.
 """
@@ -13,13 +13,13 @@ import d2v_composer
 from d2v_composer.system import command_line
 
 COMMANDS = {
-    "distill": "distil a student from a folder of images, in one command",
-    "train": "distil a student as a YAML says",
+    "distill": "distill a student from a folder of images, in one command",
+    "train": "distill a student as a YAML describes",
     "init": "print a YAML to start from",
-    "convert-teacher": "write fairseq's checkpoint as one safe file",
-    "random-teacher": "write a teacher with random weights, to try and to measure with",
-    "convert-images": "write a folder of images as MDS shards, to a folder or a store",
-    "report": "draw a run: its curves, tables and pictures in one HTML page",
+    "convert-teacher": "convert a fairseq checkpoint to one safe file",
+    "random-teacher": "write a teacher with random weights, for trials and measurements",
+    "convert-images": "convert a folder of images to MDS shards, in a folder or a store",
+    "report": "draw a run's curves, tables and pictures in one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "write a student as safetensors, ONNX or torch.export",
     "embed": "embed a collection of images",
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Call a command's main; only its module is imported."""
+    """Call a command's main; import only its module."""
     name, *rest = argv or [""]
     if name not in COMMANDS:
         parse(argv)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def parse(argv: Sequence[str]) -> NoReturn:
-    """Answer --help and --version, or refuse the arguments."""
+    """Answer --help and --version, or reject the arguments."""
     commands = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="d2v",

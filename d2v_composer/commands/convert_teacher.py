@@ -1,10 +1,10 @@
-"""Convert a fairseq checkpoint of data2vec 2.0 to one safe file.
+"""Convert a fairseq data2vec 2.0 checkpoint to one safe file.
 
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
     d2v convert-teacher base_imagenet.pt small.safetensors --weights ema --dtype float16
 
-Reading a checkpoint runs none of its code. A report names the tensors used and left.
+Reading a checkpoint runs none of its code. A report names the tensors used and left out.
 """
 
 import shlex
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
     parser.add_argument("--weights", choices=get_args(Weights), default="model", help="default: model")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored dtype")
-    parser.add_argument("--licence", help="a note on the weights' licence, stored in the file")
+    parser.add_argument("--licence", help="a note on the weights' license, stored in the file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)

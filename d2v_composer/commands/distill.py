@@ -1,14 +1,14 @@
-"""Distil a student from images alone: no labels, no YAML, no clone.
+"""Distill a student from images alone: no labels, no YAML, no clone.
 
     d2v distill photos --teacher timm/vit_small_patch14_dinov2.lvd142m --out runs/photos
     d2v distill photos --teacher teacher.safetensors --out runs/photos max_duration=20ep student.depth=3
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or an MDS data set, also one in a store. A tenth of its images, at most 5,000, measure
+SOURCE is a folder of images, or an MDS data set, local or in a store. A tenth of its images, at most 5,000, measure
 the student and are never trained on. Sizes and duration follow from the number of images, the teacher and the device.
 OUT receives distill.yaml (every setting, to read and for d2v train), images/, the run with its report.html, and
 student.safetensors. key=value changes a setting; yamls/README.md of the repository lists them.
-The same command again goes on after any interruption.
+Run the same command again to resume after any interruption.
 """
 
 import json
@@ -51,10 +51,10 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("source", type=absolute, metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
-    add("changes", metavar="key=value", nargs="*", help="settings that differ from what is chosen")
+    add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
-    add("--out", type=absolute, required=True, metavar="DIR", help="the folder of images, run and student")
-    add("--column", default="image", metavar="NAME", help="the column of MDS that holds the images; default: image")
+    add("--out", type=absolute, required=True, metavar="DIR", help="the folder for the images, the run and the student")
+    add("--column", default="image", metavar="NAME", help="the MDS column of images; default: image")
     arguments = parser.parse_intermixed_args(argv)
     out = arguments.out = Path(arguments.out)
     if not is_launched():
@@ -69,13 +69,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
-    """Return the run's config: a YAML, what is chosen, what the command says.
+    """Return the run's config: a YAML, the chosen settings, and those of the command.
 
     Raises:
         InputError: A change of a setting is wrong.
     """
     if any(change.startswith("save_folder=") for change in arguments.changes):
-        raise InputError("save_folder: is --out here")
+        raise InputError("save_folder: use --out instead")
     from d2v_composer.config.load import load_config
 
     out, is_timm = arguments.out, arguments.teacher.startswith(PREFIX)
@@ -92,7 +92,7 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
 
 
 def prepare(arguments: Namespace) -> None:
-    """Choose the settings and convert the images, as far as an interrupted call has not.
+    """Choose the settings and convert the images, as far as an interrupted call has not done so.
 
     Raises:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
@@ -131,7 +131,7 @@ def prepare(arguments: Namespace) -> None:
     if is_new:
         chosen = choose(num_images, teacher)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-        print(f"every setting, with yours, is in {path}")
+        print(f"all settings, with yours, are in {path}")
         config = read_settings(arguments, given, chosen)
     write_settings(path, command, config)
     sides = height_and_width(parse_image_size(config.teacher.image_size or teacher.image_size))
@@ -144,7 +144,7 @@ def prepare(arguments: Namespace) -> None:
 
 
 def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
-    """Write what the run trains with."""
+    """Write all settings of the run."""
     import yaml
 
     settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)

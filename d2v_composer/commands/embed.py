@@ -5,7 +5,7 @@
     d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.npy --local /mnt/nvme/imagenet
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
-NAME.npy is (N, D), to be read by np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: an image's path relative to
+Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: an image's path relative to
 SOURCE, or its number in an MDS data set. Images are resized to the model's square without cropping.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> "Embedding":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments.precision = name_precision(arguments.precision)
     if arguments.precision == "amp_fp16" and device == "cpu":
-        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU: fp32 or amp_bf16, or auto")
+        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     check_out(out, overwrite=arguments.overwrite)
     timm = {name: getattr(arguments, name) for name in ("checkpoint", "first_blocks", "image_size")}
     model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
@@ -68,10 +68,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
     add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
-    add("--teacher", help="the checkpoint's teacher, if it was moved since the training run")
-    add("--weights", choices=get_args(Weights), default="model", help="the weights of a teacher; default: model")
+    add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
+    add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="a timm model's blocks without a part in layer_mean")
+    add("--first-blocks", type=int, metavar="N", help="a timm model's first blocks, which layer_mean leaves out")
     add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
     add("--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run")
     add("--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run")
@@ -83,11 +83,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--workers",
         type=whole(0, 1024),
         default=os.cpu_count() or 1,
-        help="processes that decode; default: one per core",
+        help="processes that decode images; default: one per core",
     )
-    add("--local", type=Path, metavar="FOLDER", help="the folder for the shards of a remote SOURCE")
+    add("--local", type=Path, metavar="FOLDER", help="the cache for the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
-    add("--column", metavar="NAME", default="image", help="the column of MDS that holds the images; default: image")
+    add("--column", metavar="NAME", default="image", help="the MDS column of images; default: image")
     add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

@@ -7,10 +7,10 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=base_imagenet.pt weights=ema representation=output out=evaluation
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
 
-The model is a teacher's file, a training checkpoint, an exported student, or a ViT of timm's. It prints the accuracies
-of retrieval, and what ``probes='[knn, linear, agreement, instance]'`` asks for (the last two need no labels), of the
-primary embedding of the model's run unless pooling and representation choose another embedding; ``out`` receives those
-of all embeddings as JSON and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks,
+The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
+retrieval and what ``probes='[knn, linear, agreement, instance]'`` adds (the last two need no labels), in the primary
+embedding of the model's run unless pooling and representation choose another one. ``out`` receives the results of all
+embeddings as JSON and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks,
 image_size, weights, teacher, datasets, max_images, pooling, representation, ks, probes, precision,
 device_eval_batch_size, seed, out.
 """
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
     model, candidates, embedding, augment = build_comparison(config, device)
     sizes = model.encoder.config
     if "agreement" in config.probes and candidates[-1].name != "teacher":
-        raise InputError("probes: agreement is with the teacher: name it with teacher=PATH")
+        raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
     for name, labeled in datasets.items():
         check_size(name, labeled, config.ks, config.probes)

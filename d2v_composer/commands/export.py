@@ -7,7 +7,7 @@
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
 The last two hold a program that computes one embedding, by default the primary one, and no record of
-the run. Beside a .safetensors file README.md describes it, for the Hugging Face hub.
+the run. A README.md beside a .safetensors file describes it for the Hugging Face hub.
 """
 
 import tempfile
@@ -41,13 +41,13 @@ INT8_IMAGES, LEAST_IMAGES = 640, 20
 def main(argv: Sequence[str]) -> None:
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
     parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="CHECKPOINT", help="of a run, or an exported student; a path, s3://, …")
+    parser.add_argument("source", metavar="CHECKPOINT", help="a checkpoint or an exported student: a path, s3://, …")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
     for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
-        about = "of .onnx, .pt2; default: the run's primary embedding"
+        about = "for .onnx and .pt2; default: the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
-    parser.add_argument("--int8", action="store_true", help="of .onnx: 8-bit linear layers, by onnxruntime")
+    parser.add_argument("--int8", action="store_true", help="for .onnx: 8-bit linear layers, with onnxruntime")
     about = "images or MDS for --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> None:
     if out.suffix not in (".safetensors", *PROGRAMS):
         raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
     if out.suffix == ".safetensors" and (arguments.pooling or arguments.representation):
-        raise InputError(f"{out}: holds every embedding: --pooling and --representation are for .onnx and .pt2")
+        raise InputError(f"{out}: holds every embedding; --pooling and --representation are only for .onnx and .pt2")
     if (arguments.int8 and out.suffix != ".onnx") or (arguments.calibrate and not arguments.int8):
-        raise InputError(f"{out}: --int8 is for .onnx, and --calibrate for --int8")
+        raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
     check_out_file(out, overwrite=arguments.overwrite)
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
@@ -117,7 +117,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     passes = {str(i): (partial(each, batch), len(batch)) for i, each in enumerate(embeds)}
     rate, rate_int8 = (each.max() for each in interleave(passes, repeats=5).values())
     print(
-        f"int8 beside float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
+        f"int8 compared with float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
         f"cosine {cosines.mean():.5f}, at least {cosines.min():.5f}; "
         f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
         f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
@@ -143,5 +143,5 @@ def read_images(student: "Student", source: str | None) -> "Tensor":
     elif found := [each for each in retrieval.get("datasets", {}).values() if each]:
         images = load_labeled_set(**found[0] | {"download": False, "max_images": INT8_IMAGES}, **sizes).test.images
     if len(images) < LEAST_IMAGES:
-        raise InputError(f"--int8: needs {LEAST_IMAGES} images or more, found {len(images)}: --calibrate FOLDER")
+        raise InputError(f"--int8: needs at least {LEAST_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
     return student.encoder.prepare(torch.stack(list(images)))

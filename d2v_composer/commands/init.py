@@ -1,4 +1,4 @@
-"""Print a YAML that travels with this package, to start from.
+"""Print a YAML of this package, to start from.
 
     d2v init quickstart > my.yaml
     d2v train my.yaml max_duration=10ep

@@ -1,12 +1,12 @@
-"""Distil a student: train, save, retrieve, report.
+"""Distill a student: train, save, retrieve, report.
 
 usage: d2v train FILE.yaml [dotted.key=value …]
 
     d2v init quickstart > quickstart.yaml
     d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
 
-It trains on every GPU of this machine, or on the CPU; `composer -n N recipes/train.py …` of a clone on N of them.
-yamls/README.md of the repository describes every field. The same command again resumes the run.
+It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n N recipes/train.py …` uses N of them.
+yamls/README.md of the repository describes every field. Run the same command again to resume.
 """
 
 import os
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def relaunch_on_gpus(*arguments: str) -> None:
-    """Replace this process by Composer's launcher of a command of d2v, if there are GPUs for several ranks."""
+    """Replace this process with Composer's launcher of a d2v command, if there are several GPUs."""
     import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
     import torch
 
@@ -51,7 +51,7 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
 
     Args:
         argv: A YAML and its overrides.
-        callbacks: Callbacks beside those of the YAML.
+        callbacks: Further callbacks, besides the YAML's.
     """
     from d2v_composer.config.load import load_config
 

@@ -250,7 +250,7 @@ class TimmTeacher(Teacher):
         return self.contexts(x_BTD)
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of timm's ``forward_features``, final norm included, and the FFN outputs, (B, T, D) each."""
+        """Return the output of timm's ``forward_features``, including its norm, and the FFN outputs, (B, T, D) each."""
         output_BTD, ffn_outputs = super().forward_blocks(x)
         return self.norm(output_BTD), ffn_outputs
 

@@ -160,7 +160,7 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
     path = tmp_path / "student.onnx"
     export(exported, path, "--int8", "--calibrate", small_data)
     printed = capsys.readouterr().out
-    assert "int8 beside float32 on 76 images, calibrated with 20 others: cosine 0.9" in printed
+    assert "int8 compared with float32 on 76 images, calibrated with 20 others: cosine 0.9" in printed
     session = onnxruntime.InferenceSession(path)
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "layer_mean_cls"
     student, layers = load_student(exported), [node.op_type for node in onnx.load(path).graph.node]
@@ -170,10 +170,10 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--int8: needs 20 images or more, found 0: --calibrate FOLDER"):
+    with pytest.raises(InputError, match="--int8: needs at least 20 images, got 0; use --calibrate FOLDER"):
         export(exported, tmp_path / "student.onnx", "--int8")
     for out, options in (("a.pt2", ["--int8"]), ("a.onnx", ["--calibrate", "photos"])):
-        with pytest.raises(InputError, match=f"{out}: --int8 is for .onnx, and --calibrate for --int8"):
+        with pytest.raises(InputError, match=f"{out}: --int8 is only for .onnx, and --calibrate only for --int8"):
             export(exported, tmp_path / out, *options)
     assert not list(tmp_path.iterdir())
 
@@ -214,7 +214,7 @@ def test_torch_export(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> N
 def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
         export(exported, tmp_path / "student.txt")
-    with pytest.raises(InputError, match=r"student.safetensors: holds every embedding: --pooling and --representation"):
+    with pytest.raises(InputError, match=r"student.safetensors: holds every embedding; --pooling and --representation"):
         export(exported, tmp_path / "student.safetensors", "--pooling", "mean")
     without_cls = tmp_path / "without_cls.safetensors"
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)

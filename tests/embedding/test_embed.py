@@ -174,11 +174,11 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     # Rows of two different runs would not belong together.
     other = tmp_path / "other.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
-    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had another model: delete that folder, or c"):
+    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model: delete that folder"):
         embed(other, source, out, *again)
-    with pytest.raises(InputError, match="another source, images: "):
+    with pytest.raises(InputError, match="different source, images: "):
         embed(TEACHER, source / "b", out, *again)
-    with pytest.raises(InputError, match="another pooling, normalize: "):
+    with pytest.raises(InputError, match="different pooling, normalize: "):
         embed(TEACHER, source, out, *again, "--pooling", "mean", "--normalize")
     first = source / image_paths(source)[0]
     before = first.stat()

@@ -46,7 +46,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
         evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
         printed[model] = capsys.readouterr().out
         found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
-    with pytest.raises(InputError, match="probes: agreement is with the teacher: name it with teacher=PATH"):
+    with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
         evaluate_command.main([*few, f"model={student}", "probes=[agreement]"])
     assert printed[checkpoint].startswith("embedding: layer_mean_cls\nZero-")
     assert printed[student].startswith("embedding: layer_mean_mean\n")
