@@ -145,12 +145,12 @@ class Rehearsal:
             if missing := [name for name in names if name not in stored]:
                 raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}")
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
-        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all there"
+        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all present"
 
     def check_rights(self) -> str:
         """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
         if self.address.scheme != "s3":
-            return "the rehearsal writes and reads"
+            return "the rehearsal writes and reads it"
         _, bucket, path = self.address
         client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")

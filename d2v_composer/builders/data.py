@@ -1,4 +1,4 @@
-"""Build the loader of training images, and compute the disk space and shared memory that it needs on a node."""
+"""Build the loader of training images, and check the disk space and shared memory that it needs on a node."""
 
 import math
 from pathlib import Path

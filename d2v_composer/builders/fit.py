@@ -69,7 +69,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
             checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error
-        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs a folder of its own")
+        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs another folder")
     # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
     if trainer.state.evaluators:
         trainer.eval()
@@ -85,7 +85,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
         + ("not saved" if config.save_folder is None else f"saved in {hide_secrets(config.save_folder)}"),
         "device": f"{dist.get_world_size()} × {device}, {config.precision}",
         **header,
-        "model": f"{trained / 1e6:.1f} M weights are trained",
+        "model": f"{trained / 1e6:.1f} M trained weights",
         "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs) of "
         f"{config.global_train_batch_size} images" + ("" if micro is None else f", microbatches: {micro}"),
     }

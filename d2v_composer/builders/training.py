@@ -108,7 +108,7 @@ def build_optimizer(
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
-    """Build a linear warm-up, then a cosine that ends at ``alpha_f`` of the learning rate.
+    """Build a linear warm-up, then a cosine decay to ``alpha_f`` times the learning rate.
 
     Composer needs the warm-up in the unit of ``max_duration``, and never reaches ``lr`` if it is longer than the run.
 

@@ -1,4 +1,4 @@
-"""Save a run's checkpoints: also when a signal stops it, only with finite numbers, and no more than asked for.
+"""Save a run's checkpoints, also when a signal stops it; keep the newest ones, and only finite numbers.
 
 The run's folder is locked, so that one run at a time uses it.
 """
@@ -117,7 +117,7 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run whose duration is in epochs."""
+        """Save at the end of a run with a duration in epochs."""
         if self.is_due(state, Event.EPOCH_CHECKPOINT):
             self._save(state)
 

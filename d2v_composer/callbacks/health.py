@@ -165,7 +165,7 @@ class Health(Callback):
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the loss {loss:.4g} is no better than {target:.4g}, that of a constant prediction"
+            yield "dead", f"the loss {loss:.4g} is no better than that of a constant prediction, {target:.4g}"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield "diverging", f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:

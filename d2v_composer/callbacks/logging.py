@@ -1,4 +1,4 @@
-"""Loggers of a run: progress, JSON lines and MLflow; and the throughput that they show."""
+"""Log a run: progress, JSON lines, MLflow and throughput."""
 
 import json
 import logging

@@ -21,7 +21,7 @@ def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Return a function that returns True if something is due at the end of a batch or an epoch.
+    """Return a function that is True when something is due at the end of a batch or an epoch.
 
     Args:
         interval: Composer time string.

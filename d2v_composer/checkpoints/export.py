@@ -1,4 +1,4 @@
-"""Export a student: ONNX, torch.export, and a timm model that loads its file."""
+"""Export a student to ONNX or torch.export, and as a timm model that loads its file."""
 
 import copy
 import io

@@ -57,7 +57,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     if weights == "ema":
         stored = _section(stored, "_ema")
         if stored is None:
-            raise InputError(f"{path}: holds no ema weights ('_ema'); allowed here: weights=model")
+            raise InputError(f"{path}: has no EMA weights ('_ema'); use weights=model")
     stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     image = _section(_section(sizes, "modalities"), "image") or {}
     model, image = _fields(sizes), _fields(image)
@@ -129,7 +129,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
         found = stored.provenance["weights"]
         config = read_config(Data2Vec2Config, stored.config)
     if found != weights:
-        raise InputError(f"{path}: was converted with --weights {found}, and holds no {weights} weights")
+        raise InputError(f"{path}: was converted with --weights {found}, and has no {weights} weights")
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
 
 

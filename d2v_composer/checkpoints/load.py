@@ -61,7 +61,7 @@ def load_teacher(
     """
     if model.startswith(PREFIX):
         if weights != "model":
-            raise InputError(f"weights: {model} has no {weights} weights; allowed here: model")
+            raise InputError(f"weights: {model} has no {weights} weights; use model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size)
@@ -106,7 +106,7 @@ def load_student(path: str | Path) -> Student:
     file = fetch_model(path)
     if not is_safetensors(file):
         command = d2v("export", path, "student.safetensors")
-        raise InputError(f"{path}: expected an exported student; export that of a training checkpoint first: {command}")
+        raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
     sizes, _ = pop_sizes(path, stored.tensors)

@@ -134,7 +134,7 @@ def _reason(error: Exception) -> str:
 
 
 def _inspect(path: Path) -> None:
-    """Check, before torch reads an archive, what it does not: sizes, checksums, and the pickle.
+    """Before torch reads an archive, check what torch does not: sizes, checksums, and the pickle.
 
     Raises:
         ValueError: It would take too much time or memory, or a checksum is wrong.
@@ -162,7 +162,7 @@ def _inspect(path: Path) -> None:
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Follow a pickle without building anything.
+    """Walk through a pickle without building anything.
 
     Raises:
         ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.

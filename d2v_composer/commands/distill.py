@@ -92,7 +92,7 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
 
 
 def prepare(arguments: Namespace) -> None:
-    """Choose the settings and convert the images, as far as an interrupted call has not done so.
+    """Choose the settings and convert the images, except what an interrupted call has done.
 
     Raises:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.

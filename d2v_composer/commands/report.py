@@ -1,4 +1,4 @@
-"""Draw a run: write report.html and report/*.png into its folder.
+"""Draw a run's report: report.html and report/*.png in its folder.
 
     d2v report runs/quickstart
     d2v report /mnt/runs/distill

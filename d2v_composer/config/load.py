@@ -147,7 +147,7 @@ def allowed_keys(schema: type[Section], place: Sequence[str | int]) -> list[str]
 
 
 def find_section(kind: Any) -> type[Section] | None:
-    """Return the section in a type: the type itself, an option of it, or what it maps names to."""
+    """Return the section class in a type, which may be optional or map names to sections."""
     with suppress(TypeError):
         if issubclass(kind, Section):
             return kind

@@ -107,7 +107,7 @@ def read_image_index(
             for name, known in [(column, IMAGES), *((name, ENCODINGS) for name in other_columns)]:
                 if name not in encodings:
                     names = ", ".join(encodings)
-                    raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose by {option}")
+                    raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose with {option}")
                 if encodings[name] not in known:
                     found, allowed = encodings[name], ", ".join(known)
                     raise InputError(f"{source}: its column {name!r} is {found}; expected one of {allowed}")

@@ -125,7 +125,7 @@ def load_labeled_set(
         root: The folder.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
-        interpolation: Of that resizing: bicubic or bilinear, as the model's config says.
+        interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
         column: The column of an MDS data set that holds the images.
         label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
@@ -325,7 +325,7 @@ def train_batches(
 
 
 def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
-    """Return a DataLoader's arguments for workers that prepare batches in advance; 0 workers: this process does."""
+    """Return a DataLoader's arguments for workers that prepare batches in advance; with 0, this process does."""
     options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if not num_workers:
         return options

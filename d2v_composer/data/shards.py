@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class NoRoomError(Exception):
-    """Shards that are being fetched fill the cache."""
+    """The cache is full of shards that are being fetched."""
 
 
 class Shards:

@@ -97,7 +97,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
     @override
     def __len__(self) -> int:
-        """Return the number of this rank's samples in a whole epoch."""
+        """Return this rank's number of samples in a whole epoch."""
         return math.ceil(self.epoch_size / World.detect().num_ranks)
 
     @override

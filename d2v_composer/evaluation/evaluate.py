@@ -172,7 +172,7 @@ class Retrieval(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """All results."""
+    """All results of an evaluation."""
 
     candidates: list[Candidate]
     retrievals: list[Retrieval]
@@ -182,7 +182,7 @@ class Evaluation(NamedTuple):
     """Data set → the name of each label; empty if the labels are only numbers."""
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return all pairs of bank and what was measured with it on a data set."""
+        """Return all pairs of bank and measure on a data set."""
         found = [each for each in self.retrievals if each.dataset == dataset]
         return list(dict.fromkeys((each.bank, measure) for each in found for measure in each.hits))
 

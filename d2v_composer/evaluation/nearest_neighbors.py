@@ -174,7 +174,7 @@ class Ranks(NamedTuple):
         return images if self.world_size == 1 else images[self.share(len(images)).to(images.device)]
 
     def gather(self, share: Tensor, num_images: int) -> Tensor:
-        """Return the shares of all ranks in the order of the images, (N, …)."""
+        """Gather the shares of all ranks, in the order of the images, (N, …)."""
         if self.world_size == 1:
             return share[:num_images]
         # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are

@@ -1,4 +1,4 @@
-"""Judge embeddings of images without labels: by the neighbors that another model gives them, and by augmented views.
+"""Judge embeddings without labels, by their neighbors in another model and by augmented views.
 
 Shapes: N images, K neighbors, D channels.
 """

@@ -1,1 +1,1 @@
-"""Teacher, student and their shared parts; only :mod:`.distillation` imports Composer."""
+"""Teacher, student and their shared parts; only :mod:`.distillation` and :mod:`.classification` import Composer."""

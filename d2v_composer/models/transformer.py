@@ -30,7 +30,7 @@ def poolings(x_BTD: Tensor, representation: Representation, config: EncoderConfi
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradient, also before a training step in one autocast region.
+    """Compute without gradient, even before a training step in the same autocast region.
 
     Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
     """
@@ -126,7 +126,7 @@ class Transformer(nn.Module, ABC):
                 )
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute every embedding in one forward pass, without gradient; :meth:`forward_blocks` has one.
+        """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`forward_blocks`.
 
         Args:
             images: As for the encoder: float, already normalized; or uint8 of any size.

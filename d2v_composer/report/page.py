@@ -66,7 +66,7 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
         shown = [gallery(labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
         figures = [(f"gallery_{name}_{i}", figure) for i, figure in enumerate(shown, 1)]
-        yield f"Nearest images of the queries of {name} (bank train)", [(f"confusion_{name}", confusion), *figures]
+        yield f"Nearest images of {name}'s queries (bank train)", [(f"confusion_{name}", confusion), *figures]
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,4 +1,4 @@
-"""Plot a run, as matplotlib figures.
+"""Plot a run as matplotlib figures.
 
 Shapes: Q queries.
 """

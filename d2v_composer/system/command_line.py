@@ -73,7 +73,7 @@ def _prepare() -> None:
 
 
 def begin(text: str | None) -> None:
-    """Start a recipe whose imports take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    """Start a recipe with imports that take seconds: answer ``--help``, and let Ctrl-C end the imports."""
     _prepare()
     show_help(sys.argv[1:], text)
 

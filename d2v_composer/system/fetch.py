@@ -102,7 +102,7 @@ def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None =
 
 
 def find_missing_file(address: str) -> str | None:
-    """Return an error message if a local path has no file to read; ``None`` if it has, or for a remote address."""
+    """Return an error message if there is no file at a local path; ``None`` for a file or a remote address."""
     if is_remote(address) or os.path.isfile(address):
         return None
     return "is a folder, not a file" if os.path.isdir(address) else "no such file"

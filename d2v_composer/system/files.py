@@ -1,4 +1,4 @@
-"""Write local files atomically: readers and restarts find them complete or not at all. Lock files."""
+"""Write local files atomically, so that readers and restarts find them complete or not at all; lock files."""
 
 import errno
 import fcntl

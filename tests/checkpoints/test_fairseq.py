@@ -120,7 +120,7 @@ def test_ema_weights_are_other_weights_and_may_be_missing(tmp_path: Path) -> Non
     del checkpoint["model"]["_ema"]
     path = save(checkpoint, tmp_path)
     assert torch.equal(averaged.encode(random_images()), load_teacher(path).encode(random_images()))
-    with pytest.raises(InputError, match=r"no ema weights .*weights=model"):
+    with pytest.raises(InputError, match=r"no EMA weights .*weights=model"):
         load_teacher(path, weights="ema")
 
 
