@@ -1,0 +1,35 @@
+"""The messages in the troubleshooting guide are those that the program prints."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+GUIDE = (ROOT / "recipes" / "guides" / "troubleshooting.md").read_text()
+MESSAGES = re.findall(r"^\| `(.+?)` \|", GUIDE.split("## By message")[1].split("## By symptom")[0], flags=re.MULTILINE)
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield each text in a source file, an f-string with what its braces choose from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            yield "".join(part.value for part in ast.walk(node) if isinstance(getattr(part, "value", None), str))
+
+
+TEXTS = [
+    text for folder in ("d2v_composer", "recipes") for path in (ROOT / folder).rglob("*.py") for text in texts(path)
+]
+
+
+def test_there_are_messages() -> None:
+    assert len(MESSAGES) > 30
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_of_the_guide_is_printed(message: str) -> None:
+    parts = [part for part in message.split("…") if part.strip(":;, ")]
+    assert any(all(part in text for part in parts) for text in TEXTS), message
