@@ -1,4 +1,4 @@
-"""Measure how fast training images arrive: ours, torchvision's ImageFolder and litdata, from the same photographs.
+"""Measure how fast training images arrive: our loader, torchvision's ImageFolder and litdata, on the same photographs.
 
 Every contender reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
 whole epoch; worker processes persist between passes. After the warm-up pass, all files are in the page cache.
@@ -140,7 +140,7 @@ def litdata_image(transform: Callable[[Any], Tensor], sample: dict[str, Any], *_
 
 
 def augment() -> Callable[[Any], Tensor]:
-    """Return the usual transform of PIL's images, as every tutorial has it."""
+    """Return the usual transform of PIL images, as in most tutorials."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [

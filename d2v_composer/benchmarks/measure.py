@@ -1,4 +1,4 @@
-"""Measure competing programs in one process, in turns, and report their rates beside each other."""
+"""Measure competing programs in one process, in turns, and report their rates side by side."""
 
 import os
 import time
@@ -62,7 +62,7 @@ def describe(
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """Return the setting, the table and the ratios of :func:`describe`'s result."""
+    """Format :func:`describe`'s result: the setting, the table and the ratios."""
     about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
     ratios = [f"{each['what']}: {each['ratio']:.2f}" for each in result["ratios"]]
@@ -71,7 +71,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this thread, and those that it starts in the block, on one core."""
+    """Keep this thread, and the threads that it starts in the block, on one core."""
     allowed, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
     torch.set_num_threads(1)  # torch has started its own
     os.sched_setaffinity(0, {max(allowed)})

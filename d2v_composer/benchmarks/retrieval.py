@@ -1,4 +1,4 @@
-"""Measure the exact neighbor search beside the bare matrix product of queries and bank, and beside faiss."""
+"""Compare the exact neighbor search with the bare matrix product of queries and bank, and with faiss."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def benchmark(
 
 
 def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
-    """Do the least work of any search: multiply every query with every bank vector, and keep nothing."""
+    """Do the minimum work of any search: multiply every query by every bank vector, and keep nothing."""
     buffer = bank_ND.new_empty(len(queries_QD), PRODUCT_PART)
     with full_float32(bank_ND.device.type):
         for part in bank_ND.split(PRODUCT_PART):

@@ -1,4 +1,4 @@
-"""Measure speed on this machine, ours beside others in one process, interleaved.
+"""Measure speed on this machine: ours and others', interleaved in one process.
 
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
@@ -9,11 +9,11 @@
     d2v benchmark retrieval
     d2v benchmark first-hour OUT
 
-step: images/s of a training step, beside a naive program.
+step: images/s of a training step, compared with a naive program.
 plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
-data: images/s of the training data, beside torchvision's ImageFolder and litdata; --remote adds a store.
-retrieval: queries/s of the neighbor search, beside a bare matrix product and faiss.
-first-hour: all of it, and runs, unattended, on a GPU that nobody has tried yet; OUT/first_hour.json has what was found.
+data: images/s of the training data, compared with torchvision's ImageFolder and litdata; --remote adds a store.
+retrieval: queries/s of the neighbor search, compared with a bare matrix product and faiss.
+first-hour: all of these, and training runs, unattended, on a new GPU; OUT/first_hour.json has the results.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
@@ -37,9 +37,9 @@ positive = whole(1, 1 << 31)
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images a step; default: 8, on a GPU 256"),
+        "--batch-size": (positive, "images per step; default: 8, on a GPU 256"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
-        "--only": (("naive", "eager", "ours"), "the only contender"),
+        "--only": (("naive", "eager", "ours"), "measure only this contender"),
         "--loop": (("bare", "trainer"), "trainer: also ours in Composer's Trainer, on batches in memory"),
         "--sdp": (
             ("flash_attention", "efficient_attention", "cudnn_attention", "math"),
@@ -49,20 +49,20 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "plan": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images a step; default: 256"),
+        "--batch-size": (positive, "images per step; default: 256"),
         "--residual": (("full", "half"), "precision of the frozen blocks' residual stream; default: full"),
     },
     "data": {
         "--images": (Path, "folder of class folders; default: crops of scikit-image's photographs"),
         "--num-images": (positive, "default: 1000"),
         "--workers": (int, "worker processes; default: 0, one process on one core"),
-        "--remote": (str, "an empty address, to write shards to and to read them from"),
+        "--remote": (str, "an empty address to write shards to and read them from"),
     },
     "retrieval": {
         "--bank": (positive, "vectors to search; default: 50000"),
         "--queries": (positive, "default: 10000"),
         "--dim": (positive, "default: 768"),
-        "--k": (positive, "neighbors of a query; default: 20"),
+        "--k": (positive, "neighbors per query; default: 20"),
     },
 }
 
@@ -83,11 +83,11 @@ def main(argv: Sequence[str]) -> None:
         each.add_argument("--json", type=Path, help="file for the result as JSON")
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
-            about = "of distill.yaml for ours: half_residual=true, compile=default"
+            about = "settings of distill.yaml for ours: half_residual=true, compile=default"
             each.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=(), help=about)
     hour = benchmarks.add_parser(FIRST_HOUR)
     hour.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
-    hour.add_argument("--no-install", dest="installs", action="store_false", help="measure this torch only")
+    hour.add_argument("--no-install", dest="installs", action="store_false", help="measure only the installed torch")
     options = vars(parser.parse_args(argv))
     if (name := options.pop("benchmark")) == FIRST_HOUR:
         from d2v_composer.benchmarks.first_hour import run
