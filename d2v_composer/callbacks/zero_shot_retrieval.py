@@ -173,7 +173,7 @@ class ZeroShotRetrieval(Callback):
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):
                 raise InputError(
-                    f"retrieval.datasets.{name}: has other images than in the checkpoint; give the set another "
+                    f"retrieval.datasets.{name}: its images differ from the checkpoint's; give the set another "
                     "name, or restore it and max_images"
                 )
         self.history, self.baseline_metrics = state["history"], state["baseline_metrics"]

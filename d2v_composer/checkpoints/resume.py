@@ -1,4 +1,4 @@
-"""Select the checkpoint from which a run resumes: its newest complete one, never one of another program.
+"""Select the checkpoint from which a run resumes: its newest complete one, never another program's.
 
 Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code that it names, and cannot tell a
 store that denies access from one without checkpoints.

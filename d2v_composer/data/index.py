@@ -52,7 +52,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
         with reading(address):
             json.loads(fetched.read_bytes())
         if here not in (None, fetched.read_bytes()):
-            raise InputError(f"{local}: holds shards of another data set than {remote}; choose another folder")
+            raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
 
 
 def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:

@@ -325,7 +325,7 @@ def train_batches(
 
 
 def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
-    """Return a DataLoader's arguments for workers that prepare batches in advance; with 0, this process does."""
+    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them."""
     options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if not num_workers:
         return options

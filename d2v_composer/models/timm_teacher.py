@@ -136,7 +136,7 @@ class TimmParts(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "TimmParts":
-        """Take a model apart, in place. What precedes the blocks thus remains timm's own code."""
+        """Take a model apart, in place: the code before the blocks stays timm's own."""
         contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
         model.blocks = nn.Sequential()

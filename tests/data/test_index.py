@@ -32,7 +32,7 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
     monkeypatch.setattr(
         builders_data.dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")]
     )
-    with pytest.raises(InputError, match=rf"^{small_data}: node 2 has another data set than node 0$"):
+    with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from that on node 0$"):
         read_train_index(TrainLoaderConfig(local=str(small_data)), 16)
 
 
