@@ -196,7 +196,7 @@ def test_a_student_comes_from_the_hub(
     found = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
     assert tuple(dict.fromkeys(asked)) == found
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: Path(tmp_path, "none").read_bytes())
-    with pytest.raises(InputError, match=r"^no student\.safetensors of org/photos on the Hugging Face hub"):
+    with pytest.raises(InputError, match=r"^no student\.safetensors in org/photos on the Hugging Face hub"):
         load_student("hf://org/photos")
 
 
