@@ -7,7 +7,7 @@
     d2v convert-images cifar10:datasets datasets/cifar10/test --split test
 
 cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels are unchanged.
-Set an S3-compatible store with S3_ENDPOINT_URL, and its credentials with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class

@@ -6,7 +6,7 @@
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: an image's path relative to
-SOURCE, or its number in an MDS data set. Images are resized to the model's square without cropping.
+SOURCE, or its number in an MDS data set. Images are resized to the model's size without cropping.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="a timm model's first blocks, which layer_mean leaves out")
+    add("--first-blocks", type=int, metavar="N", help="first blocks of a timm model that layer_mean leaves out")
     add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
     add("--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run")
     add("--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run")

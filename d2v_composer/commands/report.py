@@ -3,8 +3,8 @@
     d2v report runs/quickstart
     d2v report /mnt/runs/distill
 
-The page needs no other file and no network. Training writes it at its end; use this command for a run that is still
-running or was interrupted.
+The page needs no other file and no network. Training writes it at the end; use this command for a run that is still in
+progress or was interrupted.
 """
 
 from collections.abc import Sequence
