@@ -1,27 +1,54 @@
-"""READMEs: links lead somewhere, every YAML field is listed, the tree is the real one, the front page is short."""
+"""Pages: links and files exist, commands and keys are right, generated tables are today's, and no page is long."""
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
-from d2v_composer.config.load import find_section
+import reference
+from d2v_composer.commands.__main__ import COMMANDS
+from d2v_composer.config import schema as fields
+from d2v_composer.config.load import find_section, load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, Section, TrainConfig
+from d2v_composer.system.errors import InputError
 from helpers import ROOT
+from recipes import ablations
 
-READMES = [
-    *ROOT.glob("*.md"),
-    *(
-        path
-        for folder in ("recipes", "yamls", "tests", "d2v_composer")
-        for path in sorted((ROOT / folder).glob("**/*.md"))
-    ),
-]
+FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
+PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
+MOST_LINES = {
+    "README.md": 150,
+    "recipes/guides/comparison.md": 60,
+    "recipes/guides/distill.md": 150,
+    "recipes/guides/evaluate.md": 120,
+    "recipes/guides/export-and-embed.md": 120,
+    "recipes/guides/finetune.md": 120,
+    "recipes/guides/hardware.md": 60,
+    "recipes/guides/imagenet.md": 150,
+    "recipes/guides/method.md": 150,
+    "recipes/guides/reproducibility.md": 100,
+    "recipes/guides/training.md": 180,
+    "recipes/guides/troubleshooting.md": 150,
+}
+SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig)
+# Reader of a YAML → how it is checked, and the YAML that stands for one that is not in the repository.
+READERS = {
+    "train": (load_config, "yamls/distill.yaml"),
+    "train.py": (load_config, "yamls/distill.yaml"),
+    "preflight.py": (load_config, "yamls/distill.yaml"),
+    "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
+    "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
+}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def test_the_front_page_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_a_page_is_short(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= MOST_LINES[name]
 
 
 def anchors(path: Path) -> set[str]:
@@ -31,50 +58,120 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(readme: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", readme.read_text()):
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
-        target = (readme.parent / path).resolve() if path else readme
+        target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_in_commands_and_tables_exist(readme: Path) -> None:
-    named = re.findall(r"\b((?:recipes|yamls|tests|d2v_composer)/[\w/.-]+\.(?:py|yaml|md))\b", readme.read_text())
+@each_page
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(r"\b((?:recipes|yamls|tests|d2v_composer)/[\w/.-]+\.(?:py|yaml|md|ipynb))\b", page.read_text())
     assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
 
 
 def keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a config, without those of the user's own names."""
+    """The dotted keys of a config and of its sections, without those of the user's own names."""
     for name, field in schema.model_fields.items():
         section = find_section(field.annotation)
-        if section is not None and "dict" not in str(field.annotation):
+        yield prefix + name
+        if section is not None and get_origin(field.annotation) is not dict:
             yield from keys(section, f"{prefix}{name}.")
+
+
+@each_page
+def test_dotted_keys_exist(page: Path) -> None:
+    known = {key for schema in SCHEMAS for key in keys(schema)}
+    mapped = ("callbacks.", "loggers.", "retrieval.datasets.", "datasets.")  # the next part is the user's
+    named = re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)+)=", page.read_text())
+    assert [key for key in named if key not in known and not key.startswith(mapped)] == []
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command of ours in a page's shell blocks, from ``d2v`` or ``recipes/NAME.py`` on."""
+    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            command: list[str] = []
+            for word in [*words, ";"]:
+                if re.fullmatch(r"[();<>|&]+", word):  # a redirection's file is no argument
+                    if command:
+                        yield command
+                    command = []
+                elif command:
+                    command += [word] * ("…" not in word)
+                elif word in ("d2v", "d2v_composer.commands") or re.fullmatch(r"(\.?/)?recipes/\w+\.py", word):
+                    command = [word]
+
+
+def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
+    """The problems that a command line of ours would report before it does anything."""
+    name, *arguments = [program.rpartition("/")[2], *argv] if program.endswith(".py") else argv or ["--help"]
+    if "--help" in (name, *arguments) or name in ("--version", "supervised_resnet.py"):
+        return
+    changes: Sequence[str] = ()
+    try:
+        if name in READERS:
+            load, shipped = READERS[name]
+            is_yaml = bool(arguments) and "=" not in arguments[0]
+            given = arguments[0] if is_yaml and (ROOT / arguments[0]).exists() else shipped
+            load([str(ROOT / given), *arguments[is_yaml:]])
+        elif name == "ablations.py":
+            _, found = reference.parse(ablations.main, arguments) or (None, None)
+            changes = [each for each in found.given if "=" in each]
+        elif name in COMMANDS:
+            _, found = reference.parse(import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main, arguments)
+            changes = getattr(found, "changes", ())
         else:
-            yield prefix + name
+            yield f"no command {name}"
+        if changes:
+            load_config([str(ROOT / "yamls/distill.yaml"), *changes])
+    except InputError as error:
+        yield from (line for line in map(str, error.args) if not re.search("got '[A-Z]+'$", line))  # such as N
 
 
-def listed(title: str) -> list[str]:
-    """The keys in the table of a section of yamls/README.md."""
-    section = (ROOT / "yamls" / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE)
-    return sorted(key for row in rows for key in re.findall("`(.*?)`", row))
+@each_page
+def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fields, "has_gpu", lambda: True)
+    monkeypatch.setattr(fields, "find_missing_file", lambda address: None)
+    wrong = {shlex.join(command): list(problems(command[0], command[1:])) for command in commands(page)}
+    assert {command: lines for command, lines in wrong.items() if lines} == {}
 
 
-@pytest.mark.parametrize(
-    ("schema", "title"),
-    [(TrainConfig, "Training"), (EvaluateConfig, "Evaluation"), (LabeledSetConfig, "Labeled sets")],
-)
-def test_every_field_is_listed_once_and_no_other(schema: type[Section], title: str) -> None:
-    assert listed(title) == sorted(keys(schema))
+def test_generated_pages_are_todays() -> None:
+    """If this fails, run ``python tests/reference.py``."""
+    assert reference.fields_page() == reference.FIELDS.read_text()
+    assert reference.commands_page() == reference.COMMANDS.read_text()
 
 
-def test_the_fields_of_a_finetuning_alone_are_listed_once() -> None:
-    assert listed("Fine-tuning") == sorted({*keys(FinetuneConfig)} - {*keys(TrainConfig)})
+def sections(schema: type[Section]) -> set[type[Section]]:
+    found = {section for field in schema.model_fields.values() if (section := find_section(field.annotation))}
+    return found.union({schema}, *map(sections, found))
+
+
+def choices(annotation: object) -> set[str]:
+    """The texts that a field's type allows."""
+    if get_origin(annotation) is Literal:
+        return {each for each in get_args(annotation) if isinstance(each, str)}
+    return set().union(*map(choices, get_args(annotation)))
+
+
+def test_every_field_is_described_with_its_choices() -> None:
+    for schema in set().union(*map(sections, (*SCHEMAS, LabeledSetConfig))):
+        for name, field in schema.model_fields.items():
+            section, about = find_section(field.annotation), field.description or ""
+            assert about or section not in (None, LabeledSetConfig), f"{schema.__name__}.{name}"
+            missing = {each for each in choices(field.annotation) if each not in about}
+            assert not missing, f"{schema.__name__}.{name}: {missing}"
+    described = {name: TrainConfig.model_fields[name].description or "" for name in ("callbacks", "loggers")}
+    assert [name for name in fields.CALLBACKS if name not in described["callbacks"]] == []
+    assert [name for name in fields.LOGGERS if name not in described["loggers"]] == []
 
 
 def test_the_tree_is_the_real_one() -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert-teacher": "convert a fairseq checkpoint to one safe file",
     "random-teacher": "write a teacher with random weights, for trials and measurements",
     "convert-images": "convert a folder of images to MDS shards, in a folder or a store",
+    "fields": "print every field of a YAML with its default and description",
     "report": "draw a run's curves, tables and pictures in one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "write a student as safetensors, ONNX or torch.export",

@@ -1,4 +1,4 @@
-"""Every field of a YAML: name, type, limits and default.
+"""Every field of a YAML: name, type, limits, default and description; ``d2v fields`` prints them.
 
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
@@ -187,83 +187,103 @@ class TimmSizes(Section):
     """Sizes of a timm model."""
 
     first_blocks: Whole | None = None
-    """Blocks in the shared encoder; default: a sixth of a timm model's, and data2vec2's prenet."""
+    """Number of blocks in the shared encoder; null: a sixth of a timm model's, or data2vec2's modality encoder."""
     image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
-    """Pixels per side, or HEIGHTxWIDTH; default: the timm model's own."""
+    """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
 
 class TeacherConfig(TimmSizes):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """data2vec2, or timm/NAME with NAME as timm.create_model takes it."""
+    """``data2vec2``, or ``timm/NAME`` with NAME as ``timm.create_model`` takes it."""
     checkpoint: AddressText | None
-    """Path or address of fairseq's .pt or a converted .safetensors, for timm of a .safetensors or PyTorch file; null:
-    timm's pretrained weights, from the Hugging Face hub."""
+    """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
+    null: timm's pretrained weights, from the Hugging Face hub."""
     weights: Weights = "model"
-    """Weights in a data2vec2 file: the trained model's or their moving average."""
+    """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
 
 
 class StudentOptions(Section):
-    """The student's blocks: the arguments of Teacher.build_student."""
+    """The student's blocks: the arguments of ``Teacher.build_student``."""
 
     depth: Up1000 = 5
+    """Number of blocks."""
     mlp_ratio: Positive = 3.0
+    """Hidden width of a block's MLP over its channels."""
     alibi: bool = True
+    """Add the 2-D ALiBi bias to attention, as in the paper."""
     init: Init = "random"
+    """``random``, as in the paper; ``teacher_attention`` or ``teacher_blocks``: copy these of the teacher's first
+    blocks."""
     embed_dim: Count | None = None
-    """Channels of its blocks and embeddings, at most the encoder's; null: the encoder's."""
+    """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
+    layer before its blocks, and for the regression alone one after them."""
 
 
 class TargetsConfig(Section):
     """The target that the student regresses."""
 
     extra_tokens: ExtraTokens = "regress"
-    """CLS and registers: regress them like patches; drop them, as in data2vec's pre-training; or regress only them."""
+    """CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss, and regress
+    CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training. ``only``: regress no patch."""
     average_top_k_layers: Count | None = None
-    """Number of last teacher blocks in the target; default: the teacher's own."""
+    """Number of last teacher blocks in the target; null: the teacher's own number."""
     source: TargetSource = "ffn"
-    """The teacher's FFN outputs, or its blocks' outputs: the residual stream of a pre-norm ViT."""
+    """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs, in a pre-norm ViT the residual stream."""
     normalization: Normalization = "instance"
-    """Normalization of each layer, in target and prediction: over tokens, as in the paper, or over channels."""
+    """Normalization of each layer in target, prediction and ``layer_mean``: ``instance``, over tokens, as in the paper;
+    ``layer``, over channels, which keeps what mean pooling sees."""
 
 
 class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Processes per device that decode images; 0: the training process does. Their batches are in /dev/shm; if it is
+    too small, the run fails at the start."""
     prefetch_factor: Up1000 = 2
+    """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
+    """Smallest and largest area of a random crop, as a fraction of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a random crop."""
     flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
     remote: AddressText | None = None
-    """s3://, gs://, …; default: the data set is on this machine."""
+    """Address of the MDS data set, s3://, gs://, …; null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
     """Seconds for which an unreachable store is retried before the run fails."""
     shuffle: bool = True
+    """Shuffle the samples in every epoch, by Streaming's py1e."""
     shuffle_block_size: Count = 1 << 16
-    """Samples that are shuffled together; their shards are in use at the same time."""
+    """Number of samples that are shuffled together; their shards are in use at the same time."""
     num_canonical_nodes: Count = 1
+    """Streaming's unit of the sample order: the number of nodes, or a multiple of it."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
-    """Size of the cache of a remote data set, in bytes or as '100gb'; default: unlimited."""
+    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit."""
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
     """The training images."""
 
     local: LocalFolder
-    """An MDS folder, or the cache of ``remote``."""
+    """An MDS folder; with ``remote``, the cache."""
     column: Text = "image"
-    """Column of images; Streaming's own converters call it x."""
+    """Column of images: encoded files (bytes, jpeg, png) or pixels (pil). Streaming's own converters call it x."""
 
 
 class OptimizerConfig(Section):
     """torch.optim.AdamW."""
 
     lr: Positive = 5e-4
+    """Learning rate at the end of the warm-up."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
+    """Decay rates of the first and the second moment."""
     eps: Positive = 1e-6
+    """Number added to the denominator of an update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay: a step multiplies weights by 1 - learning rate · weight_decay."""
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
@@ -272,7 +292,9 @@ class SchedulerConfig(Section):
     """Composer's CosineAnnealingWithWarmupScheduler."""
 
     t_warmup: WarmUp = "3000ba"
+    """Length of the linear warm-up: batches, epochs, or a fraction of the run ('0.1dur')."""
     alpha_f: Fraction = 0.0
+    """Learning rate at the end of the run over ``lr``."""
 
 
 class GradientClippingConfig(Section):
@@ -283,9 +305,10 @@ class GradientClippingConfig(Section):
 
 
 class AlgorithmsConfig(Section):
-    """Composer's algorithms; null: off."""
+    """Composer's algorithms: {} or arguments turn one on, null turns it off."""
 
     gradient_clipping: GradientClippingConfig | None = GradientClippingConfig()
+    """Clip the gradient by its global norm."""
 
 
 class FSDPConfig(Section):
@@ -294,85 +317,109 @@ class FSDPConfig(Section):
     reshard_after_forward: bool = True
     """Free a block's weights after its forward pass and gather them again for its backward pass."""
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
-    """Composer's name for the precision of gathered weights and reduced gradients."""
+    """Precision of gathered weights and reduced gradients, by Composer's name: ``DEFAULT``, ``PURE`` or ``FULL``."""
 
 
 class ParallelismConfig(Section):
-    """How weights are distributed."""
+    """How the weights are distributed over the devices."""
 
     fsdp: FSDPConfig | None = None
-    """Default: every device holds all weights (DDP)."""
+    """{}: shard the weights over the GPUs, by torch's FSDP2; null: every GPU holds all of them (DDP)."""
 
 
 class LabeledSetConfig(Section):
-    """Images to judge embeddings by: labeled train and test images, or test images without labels."""
+    """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
     format: Literal["cifar10", "cifar100", "folder", "mds"]
+    """``cifar10``, ``cifar100``, ``folder`` or ``mds``."""
     root: LocalFolder
+    """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
+    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test."""
     download: bool = False
+    """Download CIFAR if it is missing."""
     column: Text = "image"
     """Column of images in an MDS data set."""
     label_column: Text | None = "label"
     """Column of labels in an MDS data set; null: none. Without labels, as in a folder without class folders, the images
-    in ROOT/test, or all of ROOT, are judged by the probes that need none."""
+    in ROOT/test, or all of ROOT, are measured by the probes that need none."""
 
 
 class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
+    """Report top-k accuracy for each k: one of a query's k nearest images has its label."""
     probes: list[Literal["knn", "linear", "agreement", "instance"]] = []
-    """Further measures of the test images: classifiers, and the two that need no labels."""
+    """Further measures of the test images: ``knn`` and ``linear`` classify them by the train images; ``agreement``
+    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels."""
     datasets: dict[str, LabeledSetConfig | None] = {}
-    """Name → data set; null: off."""
+    """Name → labeled set; null turns one off."""
     max_images: Count | None = None
-    """Use at most this many images of each split, evenly spaced; default: all."""
+    """Largest number of images of each split, evenly spaced; null: all."""
 
 
 class RetrievalConfig(LookupConfig):
-    """ZeroShotRetrieval."""
+    """Retrieval during training, by the callback ZeroShotRetrieval."""
 
     pooling: Pooling = "cls"
+    """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
     representation: Representation = "output"
+    """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
+    the FFN outputs."""
     interval: Interval = "5000ba"
+    """Time between measurements, in batches or epochs; the end of the run is measured too."""
     at_start: bool = False
+    """Measure the untrained student too."""
     baselines: list[Literal["pixels", "encoder", "teacher"]] = ["teacher"]
+    """Models to compare with, measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
     """Fields of training and of evaluation."""
 
     seed: Whole = 17
+    """Seed of random weights, sample order and augmentation."""
     precision: Precision = "fp32"
+    """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     device_eval_batch_size: Count = 256
+    """Number of images that each device embeds at once."""
 
 
 class TrainerConfig(RunConfig):
     """Fields of every run of Composer's Trainer."""
 
     run_name: Annotated[Text, checked(check_run_name)] = "distill"
+    """Name of the run in logs and in the default ``save_folder``."""
     precision: Precision = "amp_fp16"
+    """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     allow_tf32: bool = True
     """Let a GPU multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
     max_duration: Interval = "30000ba"
+    """Length of the run, in batches or epochs."""
     global_train_batch_size: Count = 256
+    """Number of images in a step, over all devices."""
     device_train_microbatch_size: Microbatch | None = None
-    """Default: the whole batch of a device; 'auto' on a GPU."""
+    """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits a GPU."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
-    """Name of Composer's callback → its arguments; null: off."""
+    """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
+    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name of the logger → its arguments; null: off."""
+    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb."""
     progress_bar: bool = True
+    """Show a bar on a terminal, or elsewhere print a line every ten seconds; false: neither."""
     report: bool = True
-    """Write report.html at the end of the run; d2v report writes one at any time."""
+    """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
     save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
-    """Checkpoints, log and record of the run: a path or an object store's address. null: save nothing."""
+    """Folder of the run's checkpoints, log and record, here or in an object store; null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
+    """Time between checkpoints, in batches."""
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool)] = 3
+    """Number of newest checkpoints to keep; -1: all."""
     autoresume: bool = True
+    """Resume from the newest checkpoint in ``save_folder``."""
     load_path: Annotated[Text, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
@@ -403,10 +450,11 @@ class TrainerConfig(RunConfig):
 
 
 class TrainConfig(TrainerConfig):
-    """Fields of recipes/train.py."""
+    """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
     compile: Literal[False, True, "default", "max-autotune-no-cudagraphs"] = False
-    """torch.compile, or one of its modes, without CUDA graphs."""
+    """true: torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs;
+    ``max-autotune-no-cudagraphs`` also tries Triton's matrix products, minutes more at the start."""
     half_residual: bool = False
     """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
@@ -415,6 +463,8 @@ class TrainConfig(TrainerConfig):
     teacher: TeacherConfig
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
+    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the paper. ``last_block``: its last
+    block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -437,22 +487,24 @@ class ModelConfig(TimmSizes):
     """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
     timm/NAME."""
     checkpoint: AddressText | None = None
-    """Weights of a timm model: a .safetensors or PyTorch file; default: pretrained ones, from the Hugging Face hub."""
+    """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
     weights: Weights = "model"
-    """Weights in a teacher's file."""
+    """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: Text | None = None
-    """The student's teacher; default: a checkpoint's own, if it is still there; none for an exported student."""
+    """The student's teacher; null: the path in a training checkpoint, or none for an exported student."""
     pooling: Pooling | None = None
-    """Default: as in the model's run; without one, cls."""
+    """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
+    ``cls``."""
     representation: Representation | None = None
-    """Default: as in the model's run; without one, output."""
+    """Representation of the primary embedding: ``output`` or ``layer_mean``; null: as in the model's run, else
+    ``output``."""
 
 
 class FinetuneLoaderConfig(ShardLoaderConfig):
-    """The train images of a fine-tuning run."""
+    """Train images of a fine-tuning run."""
 
     stream: bool = False
-    """Read the train images of an MDS data set from its shards in each epoch, instead of once into memory. With
+    """Read the train images of an MDS data set from its shards in every epoch, instead of once into memory. With
     ``remote``, ROOT/train is the cache."""
 
     def contradictions(self) -> Iterator[str]:
@@ -472,26 +524,32 @@ class LabelSmoothingConfig(Section):
     """Composer's LabelSmoothing."""
 
     smoothing: Fraction = 0.1
+    """From 0, the label alone, to 1, all classes alike."""
 
 
 class MixUpConfig(Section):
     """Composer's MixUp."""
 
     alpha: Positive = 0.2
+    """Parameter of the Beta distribution of the mixing weight."""
 
 
 class CutMixConfig(Section):
     """Composer's CutMix."""
 
     alpha: Positive = 1.0
+    """Parameter of the Beta distribution of the mixing weight."""
 
 
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
-    """Composer's algorithms, in their order; null: off."""
+    """Composer's algorithms: {} or arguments turn one on, null turns it off."""
 
     mixup: MixUpConfig | None = None
+    """Composer's MixUp; not with cutmix."""
     cutmix: CutMixConfig | None = None
+    """Composer's CutMix; not with mixup."""
     label_smoothing: LabelSmoothingConfig | None = None
+    """Composer's LabelSmoothing."""
 
     def contradictions(self) -> Iterator[str]:
         if self.mixup is not None and self.cutmix is not None:
@@ -502,10 +560,12 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
+    """Train the encoder too, except BEiT's relative position biases."""
     dataset: LabeledSetConfig
-    """Its train images train, its test images are the evaluation's."""
+    """The labeled set: its train images train, its test images evaluate."""
     train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_interval: Interval = "1ep"
+    """Time between evaluations, in batches or epochs; the end of the run is evaluated too."""
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
     algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
 
@@ -520,7 +580,7 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
-    """Fields of d2v evaluate."""
+    """Fields of ``d2v evaluate``."""
 
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""

@@ -1,0 +1,60 @@
+"""Print every field of a YAML, its default and description, as Markdown tables.
+
+    d2v fields
+    d2v fields optimizer
+
+SECTION is train, evaluate, finetune or datasets, or a section of their YAMLs.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from d2v_composer.system.command_line import make_parser
+from d2v_composer.system.errors import InputError
+
+HEAD = "| key | default | description |\n|---|---|---|"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the tables of a section, or all."""
+    parser = make_parser(__doc__)
+    parser.add_argument("section", metavar="SECTION", nargs="?", help="default: all")
+    section = parser.parse_args(argv).section
+    tables = list(find_tables())
+    if not (found := [text for *names, text in tables if section in (None, *names)]):
+        allowed = dict.fromkeys(name for *names, _ in tables for name in names)
+        raise InputError(f"SECTION: no such section {section!r} (allowed: {', '.join(filter(None, allowed))})")
+    print("\n\n".join(found))
+
+
+def find_tables() -> Iterator[tuple[str, str, str]]:
+    """Yield reader, section and table of each section; a field that is as in training is only named."""
+    from d2v_composer.config.load import find_section
+    from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+
+    def find_rows(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, field in schema.model_fields.items():
+            if about := field.description:
+                default = json.dumps(field.default, default=lambda _: {})  # of a section, whose fields follow
+                default = "`" + re.sub(r"(\.\d{4})\d+", r"\1", default).replace('"', "") + "`"
+                default = "required" if field.is_required() else default
+                yield prefix + name, f"| `{prefix}{name}` | {default} | {' '.join(about.split())} |"
+            if (section := find_section(field.annotation)) not in (None, LabeledSetConfig):
+                yield from find_rows(section, f"{prefix}{name}.")
+
+    training = set(find_rows(TrainConfig))
+    readers = {"evaluate": EvaluateConfig, "finetune": FinetuneConfig, "datasets": LabeledSetConfig}
+    for reader, schema in {"train": TrainConfig, **readers}.items():
+        sections, shared = {"": list[str]()}, list[str]()
+        for key, row in find_rows(schema):
+            if reader != "train" and (key, row) in training:
+                shared.append(f"`{key}`")
+            else:
+                sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(row)
+        for section, rows in sections.items():
+            about = f"## {reader}\n\n{schema.__doc__}" + (f" As in `train`: {', '.join(shared)}." if shared else "")
+            if section:
+                about = f"### {section}\n\n{find_section(schema.model_fields[section].annotation).__doc__}"
+            yield reader, section, "\n".join([f"{about}\n\n{HEAD}", *rows]).replace("``", "`")

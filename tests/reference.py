@@ -1,0 +1,128 @@
+"""Write the generated pages again: ``python tests/reference.py``.
+
+They are the fields in yamls/README.md, from ``d2v fields``, and recipes/guides/commands.md, from each ``--help``.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).parent.parent
+FIELDS, COMMANDS = ROOT / "yamls" / "README.md", ROOT / "recipes" / "guides" / "commands.md"
+# Lines of a docstring such as 'step: images/s'.
+ITEMS = re.compile("(?:^[a-z-]+: .*\\n){2,}", re.MULTILINE)
+BEGIN, END = "<!-- python tests/reference.py writes what follows -->\n\n", "\n\n<!-- the end of d2v fields -->\n"
+ABOUT = """# Commands
+
+`python tests/reference.py` writes this page from each command's `--help`.
+
+`d2v NAME` runs wherever the package is installed, also as `python -m d2v_composer.commands NAME`; `recipes/` needs a
+clone. A command ends by naming the next one. Exit status: 0; 2 with a line per bad input; 1 with a line for a failure
+while running; 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+
+class ParsedError(Exception):
+    """Raised where a command has parsed its arguments: its parser, and what it found."""
+
+
+def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.ArgumentParser, Any] | None:
+    """Call a command up to its parser; return ``None`` if it takes a YAML, and so shows its help in another way."""
+
+    def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
+        def stop(self: argparse.ArgumentParser, *arguments: Any) -> None:
+            raise ParsedError(self, None if argv == ["--help"] else parse(self, *arguments))
+
+        return stop
+
+    kind = argparse.ArgumentParser
+    with ExitStack() as stack:
+        for name in ("parse_args", "parse_intermixed_args"):
+            stack.enter_context(patch.object(kind, name, stopping(getattr(kind, name))))
+        try:
+            main(argv)
+        except ParsedError as parsed:
+            return parsed.args  # pyright: ignore[reportReturnType]
+        except SystemExit:
+            return None
+    raise AssertionError(f"{argv}: it has run")
+
+
+def fields_page() -> str:
+    """Return yamls/README.md with today's tables."""
+    from d2v_composer.commands.fields import find_tables
+
+    before, rest = FIELDS.read_text().split(BEGIN)
+    return before + BEGIN + "\n\n".join(text for *_, text in find_tables()) + END + rest.split(END)[1]
+
+
+def commands_page() -> str:
+    """Return recipes/guides/commands.md."""
+    from d2v_composer.commands import __main__ as d2v
+
+    ours = {f"d2v {name}": f"d2v_composer/commands/{name.replace('-', '_')}.py" for name in d2v.COMMANDS}
+    recipes = {f"recipes/{path.name}": f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.py"))}
+    return "\n".join([ABOUT, *(line for each in {**ours, **recipes}.items() for line in describe(*each))])
+
+
+def describe(command: str, file: str) -> Iterator[str]:
+    """Yield the lines of a command: what it does, examples, arguments."""
+    source = (ROOT / file).read_text()
+    text = re.sub(r"\n\n((?:    .*\n)+)", as_code, f"{ast.get_docstring(ast.parse(source))}\n")
+    text = re.sub("usage: (.*)", as_usage, text).replace("``", "`")
+    yield f"## {command}\n\n{re.sub(ITEMS, as_list, text)}"
+    # Other recipes import Composer, and have no options that their text does not name.
+    if "make_parser" in source and (command.startswith("d2v") or "ablations" in command):
+        module = import_module(file.removesuffix(".py").replace("/", "."))
+        parsed = parse(module.main, ["--help"])
+        assert parsed is not None
+        yield from table(command, parsed[0])
+
+
+def as_list(lines: re.Match[str]) -> str:
+    return re.sub("^", "- ", lines[0].strip(), flags=re.MULTILINE) + "\n\n"
+
+
+def as_usage(usage: re.Match[str]) -> str:
+    return f"`{usage[1]}`"
+
+
+def as_code(examples: re.Match[str]) -> str:
+    return f"\n\n```sh\n{dedent(examples[1])}```\n"
+
+
+def table(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield the table of a parser's arguments, and those of the commands in it."""
+    rows, inner = [], {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            inner = action.choices
+        elif not isinstance(action, argparse._HelpAction):
+            choices = "{" + ",".join(action.choices) + "}" if action.choices else action.dest.upper()
+            words = [*action.option_strings[:1], *([] if action.nargs == 0 else [str(action.metavar or choices)])]
+            needed = "required; " if action.required and action.option_strings else ""
+            rows.append(f"| `{' '.join(words)}` | {needed}{action.help or ''} |")
+    if rows:
+        yield "\n".join(["| argument | meaning |", "|---|---|", *rows, ""])
+    for name, each in inner.items():
+        yield f"### {command} {name}\n"
+        yield from table(f"{command} {name}", each)
+
+
+def main() -> None:
+    COMMANDS.parent.mkdir(exist_ok=True)
+    FIELDS.write_text(fields_page())
+    COMMANDS.write_text(commands_page())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
