@@ -77,7 +77,7 @@ def describe(command: str, file: str) -> Iterator[str]:
     """Yield the lines of a command: what it does, examples, arguments."""
     source = (ROOT / file).read_text()
     text = re.sub(r"\n\n((?:    .*\n)+)", as_code, f"{ast.get_docstring(ast.parse(source))}\n")
-    text = re.sub("usage: (.*)", as_usage, text).replace("``", "`")
+    text = re.sub("(?<!`)``(?!`)", "`", re.sub("usage: (.*)", as_usage, text))
     yield f"## {command}\n\n{re.sub(ITEMS, as_list, text)}"
     # Other recipes import Composer, and have no options that their text does not name.
     if "make_parser" in source and (command.startswith("d2v") or "ablations" in command):

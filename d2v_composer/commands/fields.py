@@ -3,7 +3,7 @@
     d2v fields
     d2v fields optimizer
 
-SECTION is train, evaluate, finetune or datasets, or a section of their YAMLs.
+SECTION is training, evaluation, fine-tuning or datasets, or a section of their YAMLs.
 """
 
 import json
@@ -37,24 +37,24 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
     def find_rows(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, field in schema.model_fields.items():
             if about := field.description:
-                default = json.dumps(field.default, default=lambda _: {})  # of a section, whose fields follow
-                default = "`" + re.sub(r"(\.\d{4})\d+", r"\1", default).replace('"', "") + "`"
-                default = "required" if field.is_required() else default
+                text = json.dumps(field.default, default=lambda _: {}).replace('"', "")  # {}: a section's fields follow
+                default = "required" if field.is_required() else "`" + re.sub(r"(\.\d{4})\d+", r"\1", text) + "`"
                 yield prefix + name, f"| `{prefix}{name}` | {default} | {' '.join(about.split())} |"
             if (section := find_section(field.annotation)) not in (None, LabeledSetConfig):
                 yield from find_rows(section, f"{prefix}{name}.")
 
     training = set(find_rows(TrainConfig))
-    readers = {"evaluate": EvaluateConfig, "finetune": FinetuneConfig, "datasets": LabeledSetConfig}
-    for reader, schema in {"train": TrainConfig, **readers}.items():
+    readers = {"evaluation": EvaluateConfig, "fine-tuning": FinetuneConfig, "datasets": LabeledSetConfig}
+    for reader, schema in {"training": TrainConfig, **readers}.items():
         sections, shared = {"": list[str]()}, list[str]()
         for key, row in find_rows(schema):
-            if reader != "train" and (key, row) in training:
+            if reader != "training" and (key, row) in training:
                 shared.append(f"`{key}`")
             else:
                 sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(row)
         for section, rows in sections.items():
-            about = f"## {reader}\n\n{schema.__doc__}" + (f" As in `train`: {', '.join(shared)}." if shared else "")
+            about = f"## {reader.capitalize()}\n\n{schema.__doc__}"
+            about += f" As in training: {', '.join(shared)}." if shared else ""
             if section:
                 about = f"### {section}\n\n{find_section(schema.model_fields[section].annotation).__doc__}"
             yield reader, section, "\n".join([f"{about}\n\n{HEAD}", *rows]).replace("``", "`")
