@@ -54,7 +54,7 @@ class Shards:
         local: The data set, or the cache of a remote one. Processes and runs may share a cache.
         remote: The address in an object store, or ``None``.
         columns: The columns to read, which the data set has.
-        cache_limit: The most that ``local`` may hold of a remote data set, in bytes; default: all of it.
+        cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:

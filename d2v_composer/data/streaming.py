@@ -167,7 +167,7 @@ class StreamingImages(Dataset[Any]):
         column: The column of the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
         seed: The seed of the order and of the augmentation.
         labels: Their column; default: none.
-        cache_limit: The most that ``local`` may hold of a remote data set, in bytes; default: all of it.
+        cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
         **order: The other arguments of :class:`EpochOrder`.
 
