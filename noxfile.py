@@ -39,3 +39,11 @@ def lint(session: nox.Session) -> None:
     for arguments in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         session.run(sys.executable, "-m", *arguments)
     session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Write HTML of the public names to build/docs, by the environment that runs nox: ``.venv/bin/nox -s docs``."""
+    if find_spec("pdoc") is None:
+        session.error("pdoc is not installed beside nox; CONTRIBUTING.md sets up .venv/bin/nox")
+    session.run(sys.executable, "tests/reference.py", "build/docs")

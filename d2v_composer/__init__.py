@@ -1,7 +1,12 @@
 """Distill a frozen data2vec 2.0 image teacher, or a timm ViT, into a small student.
 
-A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
+Example:
+    >>> from d2v_composer import load_student
+    >>> student = load_student("student.safetensors")
+    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, D)
 """
+
+# A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 
 import sys
 from importlib import import_module, metadata
@@ -55,9 +60,21 @@ def __dir__() -> list[str]:
 
 
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
-    """Build the paper's student as a timm model; ``timm.create_model("d2v2_student", checkpoint_path=FILE)`` calls it.
+    """Build the chapter's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
-    Loading a file that ``d2v export`` wrote changes its sizes.
+    FILE is one that ``d2v export`` wrote; loading it sets the sizes.
+
+    Args:
+        pretrained: Not supported: no weights are published.
+        **kwargs: As for a timm ViT: ``num_classes`` (0: the output is the embedding), ``global_pool``.
+
+    Returns:
+        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, D), or (B, C) with ``num_classes=C``.
+
+    Example:
+        >>> import timm, d2v_composer
+        >>> student = timm.create_model("d2v2_student", checkpoint_path="student.safetensors", num_classes=10)
+        >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10); the head is new, the rest is the file's
     """
     return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
 

@@ -1,13 +1,14 @@
 """Write the generated pages again: ``python tests/reference.py``.
 
 They are the fields in yamls/README.md, from ``d2v fields``, and recipes/guides/commands.md, from each ``--help``.
+``python tests/reference.py FOLDER`` writes HTML of the public names there, with pdoc.
 """
 
 import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +16,19 @@ from textwrap import dedent
 from typing import Any
 from unittest.mock import patch
 
+import d2v_composer
+import d2v_composer.callbacks
+
 ROOT = Path(__file__).parent.parent
 FIELDS, COMMANDS = ROOT / "yamls" / "README.md", ROOT / "recipes" / "guides" / "commands.md"
+# Module → its public names.
+PUBLIC = {
+    "d2v_composer": d2v_composer.__all__,
+    "d2v_composer.callbacks": list(d2v_composer.callbacks.MODULES),
+    "d2v_composer.models.teacher": ["Teacher"],
+    "d2v_composer.models.student": ["Student"],
+    "d2v_composer.models.transformer": ["Transformer"],
+}
 # Lines of a docstring such as 'step: images/s'.
 ITEMS = re.compile("(?:^[a-z-]+: .*\\n){2,}", re.MULTILINE)
 BEGIN, END = "<!-- python tests/reference.py writes what follows -->\n\n", "\n\n<!-- the end of d2v fields -->\n"
@@ -117,12 +129,30 @@ def table(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from table(f"{command} {name}", each)
 
 
-def main() -> None:
-    COMMANDS.parent.mkdir(exist_ok=True)
+def resolve(module: str) -> list[Any]:
+    """Return the public names of a module, which may import them when they are first used."""
+    return [getattr(import_module(module), name) for name in PUBLIC[module]]
+
+
+def write_html(folder: str) -> None:
+    """Write a page for each module with public names."""
+    import pdoc
+
+    for name, public in PUBLIC.items():
+        module = import_module(name)
+        vars(module).update(zip(public, resolve(name), strict=True), __all__=public)
+    pdoc.render.configure(docformat="google", include_undocumented=False, show_source=False)
+    pdoc.pdoc(*PUBLIC, output_directory=Path(folder))
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        write_html(*argv)
+        return
     FIELDS.write_text(fields_page())
     COMMANDS.write_text(commands_page())
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main()
+    main(sys.argv[1:])

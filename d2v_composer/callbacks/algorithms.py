@@ -39,6 +39,11 @@ class GradientNorm(Algorithm):
 
     Args:
         every: Interval in batches.
+
+    Example:
+        >>> from composer.algorithms import GradientClipping
+        >>> from d2v_composer.callbacks import GradientNorm
+        >>> algorithms = [GradientClipping("norm", 2.0), GradientNorm(every=100)]  # Trainer(algorithms=algorithms)
     """
 
     def __init__(self, every: int = 10) -> None:

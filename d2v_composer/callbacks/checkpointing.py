@@ -297,6 +297,10 @@ class NanGuard(Callback):
 
     With a loss scaler (amp_fp16) a batch whose loss is not finite is skipped, and the scale halved, until it is below
     :data:`MIN_LOSS_SCALE`.
+
+    Example:
+        >>> from d2v_composer.callbacks import NanGuard
+        >>> guard = NanGuard()  # Trainer(callbacks=[guard]): before callbacks that save
     """
 
     def batch_end(self, state: State, logger: Logger) -> None:

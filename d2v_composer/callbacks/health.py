@@ -71,6 +71,10 @@ class Health(Callback):
         interval: Composer time string.
         grace: Time in which the loss may be as bad as a constant prediction's, a Composer time string: longer than
             the warm-up; '0.2dur' is a fifth of the run.
+
+    Example:
+        >>> from d2v_composer.callbacks import Health
+        >>> health = Health(interval="500ba", grace="0.1dur")  # Trainer(model, callbacks=[health])
     """
 
     def __init__(self, interval: str = "100ba", grace: str = "0.2dur") -> None:

@@ -46,6 +46,11 @@ class ProgressLogger(LoggerDestination):
     Args:
         bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
         stream: Output stream; default stderr.
+
+    Example:
+        >>> from d2v_composer.callbacks import ProgressLogger, Throughput
+        >>> loggers = [ProgressLogger(bar=False)]
+        >>> callbacks = [Throughput(every=10)]  # Trainer(loggers=loggers, callbacks=callbacks, progress_bar=False)
     """
 
     def __init__(self, bar: bool, stream: TextIO | None = None) -> None:
@@ -126,6 +131,10 @@ class JSONLLogger(LoggerDestination):
 
     Args:
         filename: The file; missing folders are created.
+
+    Example:
+        >>> from d2v_composer.callbacks import JSONLLogger
+        >>> logger = JSONLLogger("runs/mine/log.jsonl")  # Trainer(loggers=[logger])
     """
 
     def __init__(self, filename: str) -> None:
@@ -236,6 +245,10 @@ class Throughput(Callback):
 
     Args:
         every: Interval in batches.
+
+    Example:
+        >>> from d2v_composer.callbacks import Throughput
+        >>> throughput = Throughput(every=100)  # Trainer(callbacks=[throughput])
     """
 
     def __init__(self, every: int = 10) -> None:

@@ -77,6 +77,11 @@ class ZeroShotRetrieval(Callback):
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
+
+    Example:
+        >>> from d2v_composer.data.labeled import load_labeled_set
+        >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, interpolation="bicubic", max_images=100)
+        >>> callback = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep")  # Trainer(callbacks=[callback])
     """
 
     def __init__(

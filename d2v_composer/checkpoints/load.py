@@ -56,8 +56,16 @@ def load_teacher(
             data2vec 2.0.
         image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
 
+    Returns:
+        A :class:`~d2v_composer.models.teacher.Teacher`; its ``config`` has the sizes, its ``provenance`` the origin.
+
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
+
+    Example:
+        >>> teacher = load_teacher("teacher.safetensors")
+        >>> x = teacher.encode(images)  # (B, T, D)
+        >>> targets = teacher.targets(x)  # (B, T, D), what a student regresses
     """
     if model.startswith(PREFIX):
         if weights != "model":
@@ -98,10 +106,23 @@ def save_student(student: Student, out: Path) -> None:
 
 
 def load_student(path: str | Path) -> Student:
-    """Load a student, in eval mode and float32, from a file of :func:`save_student`; no teacher is needed.
+    """Load an exported student; it needs no teacher, checkpoint or YAML.
+
+    Args:
+        path: A file of ``d2v export``: a local path, https://, or an object store's address (fetched once and cached).
+
+    Returns:
+        A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
+        blocks. :meth:`~d2v_composer.models.transformer.Transformer.embed` computes an embedding; its ``provenance``
+        is the record of the run.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.
+
+    Example:
+        >>> student = load_student("student.safetensors")
+        >>> embeddings = student.embed(images, pooling="mean")  # (B, 3, height, width) uint8 → (B, D)
+        >>> teacher = student.provenance["teacher"]["source"]
     """
     file = fetch_model(path)
     if not is_safetensors(file):

@@ -212,9 +212,9 @@ class StudentOptions(Section):
     mlp_ratio: Positive = 3.0
     """Hidden width of a block's MLP over its channels."""
     alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the paper."""
+    """Add the 2-D ALiBi bias to attention, as in the chapter."""
     init: Init = "random"
-    """``random``, as in the paper; ``teacher_attention`` or ``teacher_blocks``: copy these of the teacher's first
+    """``random``, as in the chapter; ``teacher_attention`` or ``teacher_blocks``: copy these of the teacher's first
     blocks."""
     embed_dim: Count | None = None
     """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
@@ -232,8 +232,8 @@ class TargetsConfig(Section):
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs, in a pre-norm ViT the residual stream."""
     normalization: Normalization = "instance"
-    """Normalization of each layer in target, prediction and ``layer_mean``: ``instance``, over tokens, as in the paper;
-    ``layer``, over channels, which keeps what mean pooling sees."""
+    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
+    chapter. ``layer``: over channels, which keeps what mean pooling sees."""
 
 
 class ShardLoaderConfig(Section):
@@ -463,7 +463,7 @@ class TrainConfig(TrainerConfig):
     teacher: TeacherConfig
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
-    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the paper. ``last_block``: its last
+    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last
     block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]

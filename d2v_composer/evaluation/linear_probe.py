@@ -48,6 +48,12 @@ def linear_probe_accuracy(
         test: (Q, D), Q ≥ 1.
         test_labels: (Q,) int.
         strength: L2 penalty strength; default: as :func:`fit_linear_probe` chooses.
+
+    Example:
+        >>> labels = torch.arange(100) % 2
+        >>> embeddings = torch.randn(100, 8) + 10 * labels[:, None]
+        >>> linear_probe_accuracy(embeddings[:50], labels[:50], embeddings[50:], labels[50:])
+        1.0
     """
     probe = fit_linear_probe(train, train_labels, strength)
     return (probe.predict(test) == test_labels.to(test.device)).double().mean().item()

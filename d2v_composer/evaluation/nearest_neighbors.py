@@ -152,6 +152,11 @@ def retrieval_accuracy(
 
     Raises:
         ValueError: A k is out of range.
+
+    Example:
+        >>> bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+        >>> retrieval_accuracy(bank, labels, queries=bank[:2], query_labels=torch.tensor([0, 2]), ks=(1, 3))
+        {1: 0.5, 3: 1.0}
     """
     hits = retrieval_hits(exact_neighbors(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
     return {k: hit.double().mean().item() for k, hit in hits.items()}
@@ -226,6 +231,11 @@ def knn_accuracy(
 
     Raises:
         ValueError: k is out of range.
+
+    Example:
+        >>> bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+        >>> knn_accuracy(bank, labels, queries=bank[:2], query_labels=torch.tensor([0, 2]), k=1)
+        0.5
     """
     voted = vote(exact_neighbors(bank, queries, k), bank_labels, temperature)
     return (voted == query_labels).double().mean().item()

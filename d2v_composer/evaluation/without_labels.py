@@ -25,6 +25,12 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
 
     Raises:
         ValueError: k is out of range.
+
+    Example:
+        >>> student, teacher = torch.randn(100, 8), torch.randn(100, 16)
+        >>> chance = neighbor_agreement(student, teacher)  # about 10 / 99
+        >>> neighbor_agreement(student, 2 * student)
+        1.0
     """
     return common_shares(*(nearest_others(each, k) for each in (embeddings, others))).mean().item()
 

@@ -30,8 +30,17 @@ FROZEN = ("teacher.", "student.encoder.")
 class DistillationModel(ComposerModel):
     """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
 
-    Each layer of target and prediction is normalized as the student's config says. From here on the teacher's
-    ``layer_mean`` is too, so that their embeddings compare.
+    The loss is the mean of (prediction - target)² over images, tokens and channels. Target and prediction are
+    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
+    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
+    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
+
+    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
+    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
+    (github.com/TimCares/MasterThesis).
+
+    The student's config may replace InstanceNorm by LayerNorm. The teacher's ``layer_mean`` embeddings then follow, so
+    that both compare.
 
     A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. Labels
     and other entries are not read.
@@ -49,7 +58,7 @@ class DistillationModel(ComposerModel):
             target with weight 0.01; ``only``: regress no patch.
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        target_source: The target is made of the teacher's FFN outputs, ``ffn``, or of its blocks' outputs, ``block``.
+        target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
 
     Attributes:
         regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
@@ -57,6 +66,11 @@ class DistillationModel(ComposerModel):
 
     Raises:
         ValueError: Teacher and student do not share an encoder, or an option's value is unknown.
+
+    Example:
+        >>> teacher = load_teacher("teacher.safetensors")
+        >>> model = DistillationModel(teacher, teacher.build_student(depth=2))
+        >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
     """
 
     forward_methods = ("compute", "layer_cosines")

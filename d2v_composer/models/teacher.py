@@ -75,7 +75,7 @@ class Teacher(Transformer, Frozen):
             average_top_k_layers: Number of last blocks; default the config's. For data2vec 2.0 that is the
                 checkpoint's (all of base's, 18 of large's 24, 24 of huge's 32), for others all.
             source: ``ffn``, or ``block`` for the blocks' outputs.
-            normalization: Normalization of each layer: ``instance`` over time, or ``layer`` over channels; default
+            normalization: Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels; default
                 this teacher's.
 
         Returns:
@@ -83,6 +83,11 @@ class Teacher(Transformer, Frozen):
 
         Raises:
             ValueError: There are fewer blocks, or ``source`` or ``normalization`` is unknown.
+
+        Example:
+            >>> y = teacher.targets(teacher.encode(images))
+            >>> y.shape
+            torch.Size([2, 65, 192])
         """
         depth = self.config.depth
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
@@ -108,15 +113,20 @@ class Teacher(Transformer, Frozen):
         Args:
             depth: Number of blocks.
             mlp_ratio: Hidden width of their MLPs over their channels.
-            alibi: Add the 2-D ALiBi bias to the attention, as in the paper, though the teacher has none.
-            init: ``random`` (the paper), or copy the teacher's first blocks: ``teacher_attention``, or
+            alibi: Add the 2-D ALiBi bias to the attention, as in the chapter, though the teacher has none.
+            init: ``random`` (the chapter), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
             normalization: Normalization of each layer in the prediction and in ``layer_mean``: ``instance`` over
-                time, as in the paper, or ``layer`` over channels.
+                tokens, as in the chapter, or ``layer`` over channels.
             embed_dim: Channels of its blocks and embeddings, at most D; default D.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
+
+        Example:
+            >>> student = teacher.build_student(depth=2, mlp_ratio=3.0)
+            >>> student.encoder is teacher.encoder
+            True
         """
         check_choice("init", init, Init)
         config = StudentConfig(

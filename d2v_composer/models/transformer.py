@@ -90,7 +90,13 @@ class Transformer(nn.Module, ABC):
         """Return each block's context for an input: an attention bias, (1, H, T, T), unless its kind needs another."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Run the shared encoder: images as in :meth:`embed_all` → (B, T, D), without gradient."""
+        """Run the shared encoder: images as for :meth:`embed` → (B, T, D), without gradient.
+
+        Example:
+            >>> x = teacher.encode(images)
+            >>> x.shape  # 64 patches and CLS
+            torch.Size([2, 65, 192])
+        """
         return self.encoder(images)
 
     def iterate_blocks(self, x: Tensor, needs_last_output: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,7 +111,13 @@ class Transformer(nn.Module, ABC):
         return (ffn_output for _, ffn_output in self.iterate_blocks(x, needs_last_output=False))
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the last block's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D)."""
+        """Return the last block's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D).
+
+        Example:
+            >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+            >>> output.shape, len(ffn_outputs)
+            (torch.Size([2, 65, 192]), 6)
+        """
         layers = list(self.iterate_blocks(x))
         return layers[-1][0], [ffn_output for _, ffn_output in layers]
 
@@ -129,7 +141,7 @@ class Transformer(nn.Module, ABC):
         """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`forward_blocks`.
 
         Args:
-            images: As for the encoder: float, already normalized; or uint8 of any size.
+            images: As for :meth:`embed`.
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
@@ -138,6 +150,11 @@ class Transformer(nn.Module, ABC):
 
         Raises:
             ValueError: The images have another shape or dtype.
+
+        Example:
+            >>> embeddings = student.embed_all(images)
+            >>> list(embeddings)[:3]
+            ['output_cls', 'output_mean', 'output_mean_patches']
         """
         return self.embed_encoded(self.encode(images))
 
@@ -150,10 +167,24 @@ class Transformer(nn.Module, ABC):
             return poolings(output, "output", config) | poolings(layer_mean, "layer_mean", config)
 
     def embed(self, images: Tensor, pooling: Pooling = "cls", representation: Representation = "output") -> Tensor:
-        """Return one embedding of each image, (B, D) float32; see :meth:`embed_all`.
+        """Return one embedding of each image, (B, D) float32, without gradient.
+
+        Args:
+            images: (B, 3, height, width) uint8 of any size, which is resized and normalized here; or (B, 3, S, S)
+                float of the model's size, already normalized: pixels from 0 to 1, minus ``encoder.config.image_mean``,
+                over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
+                0.406) and (0.229, 0.224, 0.225), for a timm model its own.
+            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches``.
+            representation: ``output`` of the last block, or ``layer_mean``, norm_mean of the FFN outputs, which the
+                loss regresses.
 
         Raises:
             ValueError: The model has no such embedding, or the images have another shape or dtype.
+
+        Example:
+            >>> embeddings = student.embed(images, pooling="mean")
+            >>> embeddings.shape
+            torch.Size([2, 192])
         """
         embeddings = self.embed_all(images)
         name = f"{representation}_{pooling}"

@@ -1,0 +1,56 @@
+"""Every public name has an example, and the examples run; the README's too."""
+
+import doctest
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import d2v_composer
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.transformer import Transformer
+from helpers import QUICKSTART, ROOT
+from reference import PUBLIC, resolve
+
+METHODS = (
+    Transformer.encode,
+    Transformer.forward_blocks,
+    Transformer.embed,
+    Transformer.embed_all,
+    Teacher.targets,
+    Teacher.build_student,
+)
+NAMES = [each for module in ("d2v_composer", "d2v_composer.callbacks") for each in resolve(module)]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What examples take for granted: files in the working folder, models and images."""
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("teacher.safetensors", "cifar10"):
+        (folder / name).symlink_to(QUICKSTART / name)
+    teacher = d2v_composer.load_teacher(folder / "teacher.safetensors")
+    student = teacher.build_student(depth=2).eval()
+    save_student(student, folder / "student.safetensors")
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    names = {name: getattr(d2v_composer, name) for name in PUBLIC["d2v_composer"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield {"torch": torch, "teacher": teacher, "student": student, "images": images, **names}
+
+
+@pytest.mark.parametrize("documented", [d2v_composer, *NAMES, *METHODS], ids=lambda each: each.__name__)
+def test_an_example_runs(documented: Callable[..., Any], given: dict[str, Any]) -> None:
+    name, output = documented.__name__, list[str]()
+    example = doctest.DocTestParser().get_doctest(documented.__doc__ or "", dict(given), name, None, None)
+    found = doctest.DocTestRunner().run(example, out=output.append)
+    assert found.attempted, f"{name} has no example"
+    assert not found.failed, "".join(output)
+
+
+def test_the_readmes_python_runs(given: dict[str, Any]) -> None:
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("yamls/quickstart/teacher", "teacher"), dict(given))
