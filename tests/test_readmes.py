@@ -1,5 +1,6 @@
 """Pages: links and files exist, commands and keys are right, generated tables are today's, and no page is long."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import pytest
 
 import reference
 from d2v_composer.commands.__main__ import COMMANDS
+from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
 from d2v_composer.config.load import find_section, load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, Section, TrainConfig
@@ -144,10 +146,30 @@ def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {command: lines for command, lines in wrong.items() if lines} == {}
 
 
+@each_page
+def test_python_imports_what_exists(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2v_composer"):
+                assert [
+                    each.name for each in node.names if not hasattr(import_module(node.module or ""), each.name)
+                ] == []
+
+
 def test_generated_pages_are_todays() -> None:
     """If this fails, run ``python tests/reference.py``."""
     assert reference.fields_page() == reference.FIELDS.read_text()
     assert reference.commands_page() == reference.COMMANDS.read_text()
+
+
+def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None:
+    print_fields(["optimizer"])
+    printed = capsys.readouterr().out
+    assert "| `optimizer.betas` | `[0.9, 0.98]` |" in printed
+    assert "`optimizer.layer_decay`" in printed
+    assert "train_loader" not in printed
+    with pytest.raises(InputError, match=r"SECTION: .*'optimiser' \(allowed: training, train_loader, "):
+        print_fields(["optimiser"])
 
 
 def sections(schema: type[Section]) -> set[type[Section]]:

@@ -53,6 +53,7 @@ COMMANDS = (
     "convert-teacher",
     "random-teacher",
     "convert-images",
+    "fields",
     "report",
     "evaluate",
     "export",
