@@ -149,7 +149,7 @@ def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @each_page
 def test_python_imports_what_exists(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
-        for node in ast.walk(ast.parse(block)):
+        for node in ast.walk(ast.parse(block.replace("…", "..."))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2v_composer"):
                 assert [
                     each.name for each in node.names if not hasattr(import_module(node.module or ""), each.name)
