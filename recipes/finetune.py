@@ -8,8 +8,8 @@ usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
     composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors train_encoder=true \\
         optimizer.layer_decay=0.75 run_name=whole
 
-composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. Run
-the same command again to resume.
+composer starts a process for each GPU; on one device, python does the same. `d2v fields fine-tuning` lists every field.
+Run the same command again to resume.
 """
 
 import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)

@@ -6,9 +6,9 @@ usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
     composer recipes/train.py yamls/quickstart.yaml run_name=longer max_duration=10ep student.depth=2
     composer recipes/train.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-composer starts a process for each GPU; on one device, python does the same. yamls/README.md describes every field. Run
-the same command again to resume. recipes/preflight.py rehearses a run in minutes. d2v_composer/commands/train.py shows
-the run from top to bottom.
+composer starts a process for each GPU; on one device, python does the same. `d2v fields training` lists every field.
+Run the same command again to resume. recipes/preflight.py rehearses a run in minutes. d2v_composer/commands/train.py
+shows the run from top to bottom.
 """
 
 import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)

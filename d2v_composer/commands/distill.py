@@ -7,7 +7,7 @@
 SOURCE is a folder of images, or an MDS data set, local or in a store. A tenth of its images, at most 5,000, measure
 the student and are never trained on. Sizes and duration follow from the number of images, the teacher and the device.
 OUT receives distill.yaml (every setting, to read and for d2v train), images/, the run with its report.html, and
-student.safetensors. key=value changes a setting; yamls/README.md of the repository lists them.
+student.safetensors. key=value changes a setting; `d2v fields training` lists them.
 Run the same command again to resume after any interruption.
 """
 

@@ -10,9 +10,7 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
 retrieval and what ``probes='[knn, linear, agreement, instance]'`` adds (the last two need no labels), in the primary
 embedding of the model's run unless pooling and representation choose another one. ``out`` receives the results of all
-embeddings as JSON and CSV. yamls/README.md of the repository lists the fields: model, checkpoint, first_blocks,
-image_size, weights, teacher, datasets, max_images, pooling, representation, ks, probes, precision,
-device_eval_batch_size, seed, out.
+embeddings as JSON and CSV. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ usage: d2v train FILE.yaml [dotted.key=value …]
     d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
 
 It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n N recipes/train.py …` uses N of them.
-yamls/README.md of the repository describes every field. Run the same command again to resume.
+`d2v fields training` lists every field. Run the same command again to resume.
 """
 
 import os
