@@ -45,7 +45,13 @@ READERS = {
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
     "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
 }
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @pytest.mark.parametrize("name", MOST_LINES)
@@ -95,8 +101,10 @@ def test_dotted_keys_exist(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command of ours in a page's shell blocks, from ``d2v`` or ``recipes/NAME.py`` on."""
-    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+    """The words of each command in a page's shell blocks or a YAML's header, from ``d2v`` or ``recipes/NAME.py`` on."""
+    in_page, in_header = r"^```(?:sh|bash|console)\n((?s:.*?))^```", r"^#   ((?:d2v|composer|python) .*)$"
+    pattern = in_header if page.suffix == ".yaml" else in_page
+    for block in re.findall(pattern, page.read_text(), flags=re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line, posix=True, punctuation_chars=True)
             words.whitespace_split = True
@@ -138,7 +146,7 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
         yield from (line for line in map(str, error.args) if not re.search("got '[A-Z]+'$", line))  # such as N
 
 
-@each_page
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml"))], ids=name_of)
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fields, "has_gpu", lambda: True)
     monkeypatch.setattr(fields, "find_missing_file", lambda address: None)
