@@ -33,19 +33,18 @@ from composer import Callback, Event, State, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator
 from composer.distributed import fsdp2
 from composer.utils import checkpoint, dist
+from torch.distributed.fsdp import fully_shard
 
 MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
 
 
 @contextmanager
-def patched_composer(
-    read_checkpoint: Callable[..., Any], fully_shard: Callable[..., Any] = fsdp2.fully_shard
-) -> Iterator[None]:
+def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
     """Apply the patches of Composer to a Trainer that is constructed within the block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
-        fully_shard: Shards a module, like torch's.
+        shard: Shards a module, as torch's ``fully_shard`` does.
     """
     common_name = dist.get_node_signal_file_name
 
@@ -55,7 +54,7 @@ def patched_composer(
     with (
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
         patch.object(checkpoint, "_torch_load_with_validation", read_checkpoint),
-        patch.object(fsdp2, "fully_shard", fully_shard),
+        patch.object(fsdp2, "fully_shard", shard),
     ):
         yield
 
