@@ -115,7 +115,7 @@ MINUTES = 10
 # Lines of an output for the report.
 FOUND = re.compile(
     "^(naive|eager|ours|trainer|matrix|faiss|attention|gpu_|peak_gb|torch|resumed|frozen|student|loss|backward|step)"
-    "|÷|batch [0-9]+/|top-1|rror"
+    "|÷|batch [0-9]+/|top-1|rror|skipping cudagraph"
 )
 MOST_LINES = 20
 
@@ -156,7 +156,7 @@ def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
     output = out / f"{file}.txt"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "TORCH_LOGS": "recompiles",
+        "TORCH_LOGS": "recompiles,perf_hints",
     }
     with output.open("wb") as stream:
         options = {"stdout": stream, "stderr": subprocess.STDOUT, "env": environment, "cwd": out}

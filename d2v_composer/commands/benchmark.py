@@ -13,7 +13,7 @@ step: images/s of a training step, beside a naive program.
 plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
 data: images/s of the training data, beside torchvision's ImageFolder and litdata; --remote adds a store.
 retrieval: queries/s of the neighbor search, beside a bare matrix product and faiss.
-first-hour: all of it, and runs, unattended, on a GPU that nobody has tried yet; OUT/first_hour.json has what was found.
+first-hour: all of these and whole runs, unattended, on a new GPU machine; results are in OUT/first_hour.json.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """

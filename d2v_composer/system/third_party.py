@@ -36,6 +36,7 @@ from composer.utils import checkpoint, dist
 from torch.distributed.fsdp import fully_shard
 
 MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
+MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 
 @contextmanager
@@ -65,7 +66,8 @@ def lean_engine(trainer: Trainer) -> Iterator[None]:
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
-        skipped = MONITORS if int(state.timestamp.batch) % 10 else ()
+        is_passed_over = event in MONITORED and int(state.timestamp.batch) % 10
+        skipped = MONITORS if is_passed_over else ()
         for each in callbacks:
             if not isinstance(each, skipped) and (overrides(each, "run_event") or overrides(each, event.value)):
                 each.run_event(event, state, logger)

@@ -63,6 +63,7 @@ def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_trains_with_static_graphs(small_data: Path, tmp_path: Path) -> None:
     """24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
     few = ("compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]")
