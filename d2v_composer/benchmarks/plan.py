@@ -110,7 +110,7 @@ class Planner(FakeTensorMode):
             "d2v_composer.models.attention.attend": scaled_dot_product_attention,  # not in parts, as on a CPU
         }
 
-    def compile(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+    def compile(self, graph: GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         """Compile as Inductor does, up to its plans."""
         TracingContext.get().fake_mode = self
         return compile_fx(graph, inputs, inner_compile=self.compile_inner)
