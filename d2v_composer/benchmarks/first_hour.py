@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import partialmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from composer.devices import DeviceGPU
@@ -120,7 +121,7 @@ FOUND = re.compile(
 MOST_LINES = 20
 
 
-def run(out: Path, installs: bool = True) -> None:
+def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
     """Run all steps; OUT receives what each printed and wrote, first_hour.json and first_hour.txt.
 
     Raises:
@@ -149,6 +150,12 @@ def run(out: Path, installs: bool = True) -> None:
         write_atomically(out / "first_hour.json", json.dumps(result, indent=1) + "\n")
     if failed := [row["name"] for row in rows if not row["verdict"].startswith(("ok", "skipped"))]:
         raise RunError(f"{len(failed)} of {len(rows)} steps did not succeed: {', '.join(failed)}; see {out}")
+    return result
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return a line; the steps have printed the table."""
+    return f"all of {len(result['steps'])} steps succeeded or were skipped"
 
 
 def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
