@@ -156,6 +156,7 @@ def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "output_mean"
 
 
+@pytest.mark.slow
 def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "student.onnx"
     export(exported, path, "--int8", "--calibrate", small_data)
