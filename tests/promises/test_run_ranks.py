@@ -135,6 +135,7 @@ def test_sharded_ranks_compute_in_bfloat16_as_one_process(small_data: Path, tmp_
     assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """They share data set and folder, as on machines with a common file system."""
     arguments = small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL)
