@@ -304,11 +304,13 @@ class Rehearsal:
         retrieval = last.get("time/zero_shot_retrieval", [0.0])[-1] * sum(self.num_labeled) / measured
         evaluating = retrievals * retrieval / 3600
         hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
+        nodes = (
+            f"\nnodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
+        )
         return (
             f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
             f"{waiting:.0%} of it waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
-            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours\n"
-            f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
-        )
+            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"
+        ) + (nodes if config.train_loader.remote else "")

@@ -75,9 +75,10 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
 
 def format_result(result: Mapping[str, Any]) -> str:
     """Return the table of :func:`benchmark`'s result."""
-    rows = []
-    for part, kernels, own, size in (row.values() for row in result["rows"]):
-        rows.append([part, str(kernels), str(own), f"{size / 1e9:.2f}", f"{size / BYTES_PER_MS:.2f}"])
+    rows = [
+        [*map(str, counts), f"{size / 1e9:.2f}", f"{size / BYTES_PER_MS:.2f}"]
+        for *counts, size in (row.values() for row in result["rows"])
+    ]
     return format_table(["", "kernels", "Inductor's", "their GB", "ms at 3.35 TB/s"], rows)
 
 
@@ -110,7 +111,7 @@ class Planner(FakeTensorMode):
             "d2v_composer.models.attention.attend": scaled_dot_product_attention,  # not in parts, as on a CPU
         }
 
-    def compile(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+    def compile(self, graph: GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         """Compile as Inductor does, up to its plans."""
         TracingContext.get().fake_mode = self
         return compile_fx(graph, inputs, inner_compile=self.compile_inner)

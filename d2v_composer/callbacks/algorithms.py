@@ -27,8 +27,7 @@ class GradientClipping(algorithms.GradientClipping):
         super().__init__("norm", clipping_threshold)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.AFTER_TRAIN_BATCH:
-            torch.nn.utils.clip_grad_norm_(trained(state), self.clipping_threshold)
+        torch.nn.utils.clip_grad_norm_(trained(state), self.clipping_threshold)
 
 
 class GradientNorm(Algorithm):

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -264,7 +265,9 @@ class Throughput(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if flop := getattr(unwrapped(state), "flops_per_image", 0):
-            self.images_per_sec_at_peak = dist.get_world_size() * get_gpu_flops_available(state) / flop
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Composer does not know every GPU
+                self.images_per_sec_at_peak = dist.get_world_size() * get_gpu_flops_available(state) / flop
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.asked_at = time.perf_counter()

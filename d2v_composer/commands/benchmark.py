@@ -30,9 +30,9 @@ from d2v_composer.models.sizes import RELEASED
 from d2v_composer.system.command_line import make_parser, whole
 from d2v_composer.system.files import write_atomically
 
-FIRST_HOUR = "first-hour"
 positive = whole(1, 1 << 31)
 
+REPEATS = positive, "measured passes; default: 5"
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
             "the attention kernel to prefer; default: torch's choice",
         ),
         "--trace": (Path, "file for a profile of the last contender, for chrome://tracing or Perfetto"),
+        "--repeats": REPEATS,
     },
     "plan": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
@@ -57,13 +58,16 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "--num-images": (positive, "default: 1000"),
         "--workers": (int, "worker processes; default: 0, one process on one core"),
         "--remote": (str, "an empty address to write shards to and read them from"),
+        "--repeats": REPEATS,
     },
     "retrieval": {
         "--bank": (positive, "vectors to search; default: 50000"),
         "--queries": (positive, "default: 10000"),
         "--dim": (positive, "default: 768"),
         "--k": (positive, "neighbors per query; default: 20"),
+        "--repeats": REPEATS,
     },
+    "first-hour": {},
 }
 
 
@@ -78,27 +82,22 @@ def main(argv: Sequence[str]) -> None:
                 each.add_argument(option, choices=kind, help=about)
             else:
                 each.add_argument(option, type=kind, help=about)
-        if name != "plan":
-            each.add_argument("--repeats", type=positive, help="measured passes; default: 5")
         each.add_argument("--json", type=Path, help="file for the result as JSON")
+        if name == "first-hour":
+            each.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
+            each.add_argument(
+                "--no-install", dest="installs", action="store_false", help="measure only the installed torch"
+            )
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
             about = "settings of distill.yaml for ours: half_residual=true, compile=default"
             each.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=(), help=about)
-    hour = benchmarks.add_parser(FIRST_HOUR)
-    hour.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
-    hour.add_argument("--no-install", dest="installs", action="store_false", help="measure only the installed torch")
     options = vars(parser.parse_args(argv))
-    if (name := options.pop("benchmark")) == FIRST_HOUR:
-        from d2v_composer.benchmarks.first_hour import run
-
-        run(**options)
-        return
-    out = options.pop("json", None)
+    name, out = options.pop("benchmark"), options.pop("json", None)
 
     from d2v_composer.benchmarks import measure
 
-    module = import_module(f"d2v_composer.benchmarks.{name}")
+    module = import_module(f"d2v_composer.benchmarks.{name.replace('-', '_')}")
     result = module.benchmark(**options)
     command = shlex.join(["d2v", "benchmark", *argv])
     print(f"{command}\n{getattr(module, 'format_result', measure.format_result)(result)}")

@@ -42,7 +42,7 @@ class Frozen(nn.Module):
 class PatchProjection(nn.Conv2d):
     """A convolution with a stride equal to its kernel, computed as one matrix product over patches.
 
-    A GPU writes the patches once, normalized and in half precision, by one kernel.
+    On a GPU, one kernel normalizes the patches and writes them in half precision.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -31,19 +31,17 @@ R = TypeVar("R")
 MAX_GRAPHS = 64
 
 
-def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, mode: bool | str = True) -> None:
+def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, mode: str | None = None) -> None:
     """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
 
-    Blocks instead of one graph: equal blocks share a compilation, which takes seconds instead of minutes; DDP reduces a
-    block's gradients while the next ones are computed; activation checkpointing and FSDP work on blocks; and evaluation
-    uses the graphs of training.
+    Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
+    ones are computed; activation checkpointing and FSDP work on blocks.
 
     Args:
         model: Changed; its weights may still move to a GPU.
-        joins_frozen_blocks: Compile the frozen blocks of a step as whole graphs. On a CPU the weights are in the layout
-            of its matrix products, which holds them twice.
-        mode: A mode of torch.compile; ``True``: its default, and on a GPU one CUDA graph of the joined blocks, whose
-            kernels start together.
+        joins_frozen_blocks: Compile the frozen blocks of a training step as whole graphs. On a CPU the weights are in
+            the layout of its matrix products, which holds them twice.
+        mode: A mode of torch.compile. By default, a GPU starts the joined blocks as one CUDA graph.
     """
     compiling = importlib.import_module("torch._inductor.async_compile")
     # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
@@ -59,36 +57,36 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
         transformer.norm_mean = compiled_norm_mean
     model.regression_loss = compiled(regression_loss, mode)
     if joins_frozen_blocks and not torch.cuda.is_available():
-        encoder.forward = compiled_frozen(encoder.forward, mode, freezing=True)
-        teacher.targets = compiled_frozen(teacher.targets, mode, freezing=True)
+        encoder.forward = compiled_with_weights(encoder.forward, mode)
+        teacher.targets = compiled_with_weights(teacher.targets, mode)
     elif joins_frozen_blocks:
         # Not with ALiBi, whose first pass keeps the bias: it would be in the graph's memory.
-        is_captured = mode is True and encoder.alibi is None
-        model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled_frozen(model.frozen_pass, mode)
+        is_captured = mode is None and encoder.alibi is None
+        model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled(model.frozen_pass, mode)
 
 
-def compiled(function: Callable[P, R], mode: bool | str = True) -> Callable[P, R]:
+def compiled(function: Callable[P, R], mode: str | None = None, **options: Any) -> Callable[P, R]:
     """Compile a function as a single graph for each input shape; calling it raises an error if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode if isinstance(mode, str) else None)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, **options)
 
 
-def compiled_frozen(frozen_pass: Callable[P, R], mode: bool | str, **settings: bool) -> Callable[P, R]:
-    """Compile a function without gradient, whose weights must not change, with settings of Inductor."""
+def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:
+    """Compile a function without gradient together with its weights, which must not change."""
     function = compiled(frozen_pass, mode)
 
     @functools.wraps(frozen_pass)
     @torch.no_grad()
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with inductor.patch(settings):  # read when the first call compiles
+        with inductor.patch(freezing=True):  # read when the first call compiles
             return function(*args, **kwargs)
 
     return call
 
 
 def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
-    """Compile a function without gradient as a CUDA graph; Inductor leaves out in silence what cannot be one."""
-    function = compiled_frozen(frozen_pass, True, **{"triton.cudagraphs": True})
+    """Compile a function without gradient as a CUDA graph; Inductor runs what cannot be one as usual, silently."""
+    function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
         x_BTD, target = function(*args, **kwargs)

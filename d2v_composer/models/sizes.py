@@ -147,7 +147,7 @@ class Data2Vec2Config(ImageEncoderConfig):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
 
 
-def _released(**sizes: int) -> Data2Vec2Config:
+def _released(**sizes: Any) -> Data2Vec2Config:
     return Data2Vec2Config(num_extra_tokens=1, **sizes)
 
 

@@ -93,7 +93,7 @@ def average(layers: Iterable[Tensor]) -> Tensor:
 
 
 def instance_norm_mean(num_extra_tokens: int, *layers: Tensor) -> Tensor:
-    """Call :class:`InstanceNormMean`, which torch.compile must not look into: it would create one, with a warning."""
+    """Call :class:`InstanceNormMean`, which torch.compile must not trace: it would instantiate the class and warn."""
     return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, *layers))
 
 
@@ -129,7 +129,7 @@ def instance_norm_gradient(grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens
     counted = layer_BTD.shape[1] - num_extra_tokens
     projected_B1D = (grad_BTD * normalized_BTD).sum(dim=1, keepdim=True) / counted
     through_statistics_BTD = grad_BTD.sum(dim=1, keepdim=True) / counted + normalized_BTD * projected_B1D
-    if num_extra_tokens:
+    if num_extra_tokens:  # Inductor cannot write to an empty slice
         through_statistics_BTD[:, :num_extra_tokens] = 0
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 

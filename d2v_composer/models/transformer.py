@@ -130,7 +130,8 @@ class Transformer(nn.Module, ABC):
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
         for block in self.block_list:
-            vars(block).pop("forward", None)  # what an earlier call has put before the class's
+            if isinstance(block.forward, partial):  # an earlier call's
+                block.forward = block.forward.args[0]
             if enable:
                 # Wraps forward, and so runs inside FSDP's hooks. Nothing in a block is random.
                 block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide

@@ -33,19 +33,19 @@ from composer import Callback, Event, State, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator
 from composer.distributed import fsdp2
 from composer.utils import checkpoint, dist
+from torch.distributed.fsdp import fully_shard
 
 MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
+MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 
 @contextmanager
-def patched_composer(
-    read_checkpoint: Callable[..., Any], fully_shard: Callable[..., Any] = fsdp2.fully_shard
-) -> Iterator[None]:
+def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
     """Apply the patches of Composer to a Trainer that is constructed within the block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
-        fully_shard: Shards a module, like torch's.
+        shard: Shards a module, as torch's ``fully_shard`` does.
     """
     common_name = dist.get_node_signal_file_name
 
@@ -55,7 +55,7 @@ def patched_composer(
     with (
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
         patch.object(checkpoint, "_torch_load_with_validation", read_checkpoint),
-        patch.object(fsdp2, "fully_shard", fully_shard),
+        patch.object(fsdp2, "fully_shard", shard),
     ):
         yield
 
@@ -66,7 +66,8 @@ def lean_engine(trainer: Trainer) -> Iterator[None]:
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
-        skipped = MONITORS if int(state.timestamp.batch) % 10 else ()
+        is_passed_over = event in MONITORED and int(state.timestamp.batch) % 10
+        skipped = MONITORS if is_passed_over else ()
         for each in callbacks:
             if not isinstance(each, skipped) and (overrides(each, "run_event") or overrides(each, event.value)):
                 each.run_event(event, state, logger)

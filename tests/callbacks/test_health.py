@@ -123,7 +123,8 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(embeddings + 3).item() == pytest.approx(4)
     assert effective_rank(embeddings * torch.tensor([1.0] + [1e-6] * 15)).item() == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.full((8, 16), 0.1)).item() == 0
-    few = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(4, 768)
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(256, 4, generator=generator) @ torch.randn(4, 768, generator=generator)
     values = torch.linalg.svdvals((few - few.mean(dim=0)).double())
     shares = values / values.sum()
     # In float32, the rounding errors of the squares would count as 252 more directions.

@@ -3,18 +3,22 @@
 import io
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from composer.algorithms import GradientClipping
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from d2v_composer.builders.training import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
+from d2v_composer.config.schema import AlgorithmsConfig
 from helpers import fit
 
 
@@ -86,6 +90,20 @@ def test_gradient_norm_is_logged_before_clipping() -> None:
     norms = [value for _, value in logged["l2_norm/grad/global"]]
     expected = [(torch.arange(8.0) + first + 0.5).norm().item() for first in (0, 4, 8)]
     assert norms == pytest.approx(expected)
+
+
+def test_clipping_is_by_the_norm_of_all_that_is_trained() -> None:
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.full((2,), 0.5)
+    state: Any = SimpleNamespace(optimizers=[torch.optim.SGD(weights[:2]), torch.optim.SGD(weights[2:])])
+    build_algorithms(AlgorithmsConfig())[0].apply(Event.AFTER_TRAIN_BATCH, state, Mock())
+    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [[0.5, 0.5]] * 3  # below 2
+    for weight in weights:
+        weight.grad = torch.full((2,), 10.0)
+    build_algorithms(AlgorithmsConfig())[0].apply(Event.AFTER_TRAIN_BATCH, state, Mock())
+    clipped = [value for weight in weights if weight.grad is not None for value in weight.grad.tolist()]
+    assert clipped == pytest.approx([2 / 6**0.5] * 6)
 
 
 def test_throughput_excludes_callbacks_and_counts_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

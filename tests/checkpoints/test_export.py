@@ -156,6 +156,7 @@ def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "output_mean"
 
 
+@pytest.mark.slow
 def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "student.onnx"
     export(exported, path, "--int8", "--calibrate", small_data)
@@ -165,8 +166,8 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "layer_mean_cls"
     student, layers = load_student(exported), [node.op_type for node in onnx.load(path).graph.node]
     num_blocks = len(student.block_list) + len(student.encoder.block_list)
-    assert layers.count("MatMul") == 6 * num_blocks  # qkv, proj, fc1 and fc2, and attention's two products
-    assert layers.count("QuantizeLinear") == 4 * num_blocks
+    assert layers.count("MatMul") == 6 * num_blocks + 1  # qkv, proj, fc1, fc2, attention's two products; patches
+    assert layers.count("QuantizeLinear") == 4 * num_blocks + 1
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:

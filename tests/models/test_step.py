@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_checkpointed_activations_save_memory(model: DistillationModel) -> None:
     peaks = {each: peak_allocated(lambda each=each: backward(each, images)) for each in (model, checkpointed)}
     assert peaks[checkpointed] < 0.7 * peaks[model]
     assert_same_gradient(checkpointed, model)
+
+
+def test_checkpointed_activations_are_of_a_compiled_forward() -> None:
+    student = build_model().student
+    block = student.block_list[0]
+    block.forward = Mock(wraps=block.forward)
+    student.checkpoint_activations()
+    student.checkpoint_activations()
+    x_BTD = torch.randn(2, student.encoder.config.num_tokens, student.embed_dim)
+    student.forward_blocks(x_BTD)[0].sum().backward()
+    assert block.forward.args[0].call_count == 2
 
 
 def test_memory_grows_linearly_with_the_batch(model: DistillationModel) -> None:

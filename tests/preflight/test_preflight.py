@@ -85,7 +85,8 @@ def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
 ) -> None:
     """Not that of the batches loaded ahead while the first step compiled. One of ten intervals waits for its images."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run = rehearsal(*small_preflight(tmp_path, small_data, labeled), "train_loader.num_workers=10")
+    store = "train_loader.remote=s3://bucket/images"
+    run = rehearsal(*small_preflight(tmp_path, small_data, labeled), "train_loader.num_workers=10", store)
     run.shards = [{"samples": 96}]
     assert run.batches == 10 + 100 + 10 * 2
     paces, waits = [9e9, 9e9, *[2000.0] * 9, 200.0], [0.0] * 11 + [0.9]

@@ -104,5 +104,5 @@ if __name__ == "__main__":
         policy = fsdp2.create_mixed_precision_policy
         fsdp2.create_mixed_precision_policy = lambda _, choice: policy(Precision.AMP_BF16, choice)
     if {"precision=amp_bf16", "precision=amp_fp16"} & {*sys.argv}:
-        nn.LayerNorm.forward = norm_in_float32
+        nn.LayerNorm.forward = norm_in_float32  # pyright: ignore[reportAttributeAccessIssue]: other names
     command_line.run(partial(train.main, callbacks=[HoldsItsShare()]))

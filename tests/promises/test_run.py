@@ -143,16 +143,8 @@ def test_two_ranks_end_at_once(small_data: Path, tmp_path: Path) -> None:
         assert [program.wait(timeout=20) for program in programs] == [128 + signal.SIGINT] * 2
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        signal.SIGKILL,
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_ranks_save_at_one_batch_when_their_launcher_ends(
     small_data: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:

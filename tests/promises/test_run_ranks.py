@@ -63,6 +63,7 @@ def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path
     assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_trains_with_static_graphs(small_data: Path, tmp_path: Path) -> None:
     """24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
     few = ("compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]")
@@ -134,6 +135,7 @@ def test_sharded_ranks_compute_in_bfloat16_as_one_process(small_data: Path, tmp_
     assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
     """They share data set and folder, as on machines with a common file system."""
     arguments = small_run(tmp_path / "run", small_data, "train_loader.num_workers=1", *WITH_RETRIEVAL)

@@ -97,6 +97,7 @@ def test_a_killed_run_resumes_on_another_machine(
     assert (third / "runs" / "killed" / "log.jsonl").read_bytes() == stored["log.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
     store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
