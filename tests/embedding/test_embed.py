@@ -183,7 +183,7 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
-    with pytest.raises(InputError, match="another source: "):
+    with pytest.raises(InputError, match="different source: "):
         embed(TEACHER, source, out, *again)
 
     # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.
