@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_map
 
 from d2v_composer.benchmarks.step import build_model
 from d2v_composer.models import execution
-from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.targets import Regression, norm_mean
 from d2v_composer.report.tables import format_table
 
@@ -59,7 +58,7 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
         model.teacher.encoder.half_residual = residual == "half"
         with patch("torch.cuda.is_available", lambda: True):
             execution.compile_model(model)
-        images = torch.empty(batch_size, 3, *height_and_width(model.teacher.config.image_size), dtype=torch.uint8)
+        images = model.teacher.encoder.example(batch_size).to(torch.uint8)
         with torch.autocast("cpu", torch.bfloat16):
             x_BTD, target_BTD = model.frozen_pass(images)
             planner.part = "student, forward"

@@ -32,7 +32,7 @@ from d2v_composer.models.attention import Attention, Block, init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import PRECISIONS, choose_precision, compile_model, find_missing, name_precision
-from d2v_composer.models.sizes import RELEASED, Data2Vec2Config, height_and_width
+from d2v_composer.models.sizes import RELEASED, Data2Vec2Config
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
@@ -97,9 +97,9 @@ def benchmark(
     config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *own, *overrides])
     torch.manual_seed(0)
     model = build_model(size)
-    shape = batch_size, 3, *height_and_width(model.teacher.config.image_size)
+    shape = model.teacher.encoder.example(batch_size).shape
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
-    flop = model.flops_per_batch(torch.empty(1, 0))
+    flop = model.flops_per_batch(images[:1])
     own = only or (OURS if compiles else EAGER)
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
     names += [TRAINER] if loop == TRAINER else []
@@ -231,7 +231,7 @@ class NaiveDistillation(nn.Module):
 
 
 def ffn_outputs(transformer: Any, images: Tensor, alibi: Any) -> list[Tensor]:
-    x = transformer.encoder.embed_patches(images)
+    x = transformer.encoder.embed_tokens(images)
     for block in transformer.encoder.block_list:
         x, _ = run_block(block, x)
     bias = None if alibi is None else alibi(x).repeat(len(x), 1, 1, 1)
@@ -301,6 +301,6 @@ def repeat(work: Callable[[], Tensor], times: int) -> Tensor:
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
     """Return a matrix product of the shape of the teacher's first MLP layer, and its number of operations."""
     weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(images.device, dtype)
-    num_rows = len(images) * model.teacher.config.num_tokens
+    num_rows = len(images) * model.teacher.encoder.num_tokens()
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
     return partial(torch.mm, x, weight.T), 2 * num_rows * weight.numel()

@@ -39,7 +39,7 @@ from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.execution import choose_precision
-from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.models.sizes import ImageConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -61,7 +61,7 @@ class FinetuneImages(NamedTuple):
     labels."""
 
 
-def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
+def build_images(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     """Build the sections ``dataset`` and ``train_loader`` for an encoder.
 
     Raises:
@@ -71,7 +71,7 @@ def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages
     return (_streamed if config.train_loader.stream else _in_memory)(config, sizes)
 
 
-def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
+def _streamed(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     dataset, root = config.dataset, Path(config.dataset.root)
     options = config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
@@ -87,7 +87,7 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 
-def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
+def _in_memory(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     with node_leaders_first("the data set"):
         labeled = load_labeled_set(
             **config.dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation

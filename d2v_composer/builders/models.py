@@ -16,7 +16,7 @@ from d2v_composer.config.schema import (
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
-from d2v_composer.models.sizes import EncoderConfig, ImageSize
+from d2v_composer.models.sizes import ImageConfig, ImageSize
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 
@@ -65,7 +65,7 @@ def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolatio
     }
 
 
-def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int) -> Augmentation:
+def build_augmentation(loader: ShardLoaderConfig, sizes: ImageConfig, seed: int) -> Augmentation:
     """Build the augmentation of the training images."""
     crops = loader.crop_scale, loader.crop_ratio, loader.flip
     return Augmentation(RandomResizedCropFlip(sizes.image_size, *crops, sizes.interpolation), seed)
@@ -88,7 +88,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     encoder = untrained.encoder
     # Number of weights, and GFLOP per image.
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
-    costs = {"pixels": (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
+    costs = {encoder.baseline: (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
     for name, each in models.items():
         costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * (macs + each.forward_macs()))
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]

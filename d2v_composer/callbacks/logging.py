@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Callback, State, Time, TimeUnit
@@ -240,7 +240,7 @@ class Throughput(Callback):
     - ``throughput/images_per_sec``: over all ranks;
     - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next images;
     - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
-      has ``flops_per_image``.
+      has ``flops_per_batch``.
 
     Pass it to the Trainer before callbacks that take time at the end of a batch.
 
@@ -256,18 +256,18 @@ class Throughput(Callback):
         self.every = every
         self.asked_at = self.got_at = 0.0
         self.images_before = 0
-        self.images_per_sec_at_peak = 0.0
+        self.flops_at_peak = 0.0
         self.reset()
 
     def reset(self) -> None:
         """Start a new mean."""
-        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+        self.images, self.flops, self.seconds, self.waited = 0, 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if flop := getattr(unwrapped(state), "flops_per_image", 0):
+        if hasattr(unwrapped(state), "flops_per_batch"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Composer does not know every GPU
-                self.images_per_sec_at_peak = dist.get_world_size() * get_gpu_flops_available(state) / flop
+                self.flops_at_peak = get_gpu_flops_available(state)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.asked_at = time.perf_counter()
@@ -278,12 +278,14 @@ class Throughput(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.images += int(state.timestamp.sample) - self.images_before
+        if self.flops_at_peak:
+            self.flops += cast("Any", unwrapped(state)).flops_per_batch(state.batch)
         self.seconds += time.perf_counter() - self.asked_at
         self.waited += self.got_at - self.asked_at
         if int(state.timestamp.batch) % self.every == 0:
             speed = self.images / self.seconds
             metrics = {"throughput/images_per_sec": speed, "throughput/data_wait": self.waited / self.seconds}
-            if self.images_per_sec_at_peak:
-                metrics["throughput/device/mfu"] = speed / self.images_per_sec_at_peak
+            if self.flops_at_peak:
+                metrics["throughput/device/mfu"] = self.flops / self.seconds / self.flops_at_peak
             logger.log_metrics(metrics)
             self.reset()

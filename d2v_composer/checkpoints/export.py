@@ -39,12 +39,12 @@ class FixedAlibi(Alibi):
 
     bias: Tensor
 
-    def __init__(self, alibi: Alibi) -> None:
+    def __init__(self, alibi: Alibi, num_tokens: int) -> None:
         heads = {"num_heads": alibi.num_heads, "num_alibi_heads": alibi.num_alibi_heads}
-        super().__init__(alibi.grid_size, **heads, num_extra_tokens=alibi.num_extra_tokens)
-        self.register_buffer("bias", alibi.build())
+        super().__init__(alibi.num_columns, **heads, num_extra_tokens=alibi.num_extra_tokens)
+        self.register_buffer("bias", alibi.build(num_tokens))
 
-    def unscaled(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.bias.to(dtype)
 
 
@@ -60,7 +60,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         for part in (self.student, self.student.encoder):
-            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi)
+            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, student.encoder.num_tokens())
         self.primary = primary
 
     def forward(self, images: Tensor) -> Tensor:
@@ -126,9 +126,8 @@ def export_program(embedder: Embedder, path: Path) -> None:
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
     """Trace the program for any number of images."""
-    config = embedder.student.encoder.config
     # Two, because torch.export treats a batch size of one as constant.
-    images = torch.zeros(2, config.in_chans, *height_and_width(config.image_size))
+    images = embedder.student.encoder.example(2)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     with torch.no_grad():
         return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
@@ -192,7 +191,7 @@ class TimmStudent(Student):
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         self.block_list[-1].norm2.requires_grad_(representation == "output")
         stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))
-        setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
+        setattr(self, CONFIG_TENSOR, stored.to(next(self.parameters()).device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with one of zeros, or remove it for 0 classes.
@@ -248,7 +247,7 @@ class TimmStudent(Student):
         return result
 
 
-def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
+def pretrained_cfg(config: Any) -> dict[str, Any]:
     """Return the preprocessing for timm's ``resolve_data_config``."""
     return {
         "architecture": "d2v2_student",

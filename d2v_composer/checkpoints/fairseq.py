@@ -1,10 +1,9 @@
 """Read fairseq's data2vec 2.0 checkpoints, and load and convert teachers."""
 
 import datetime
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +19,58 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
-from d2v_composer.models.sizes import Data2Vec2Config
+from d2v_composer.models.sizes import (
+    DATA2VEC2_KINDS,
+    MAX_DEPTH,
+    AudioEncoderConfig,
+    Data2Vec2AudioConfig,
+    Data2Vec2Config,
+    Data2Vec2TeacherConfig,
+    find_kind,
+)
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
-IMAGE = "modality_encoders.IMAGE."
 ENCODER = "encoder."
-ALIBI_SCALE = f"{IMAGE}alibi_scale"
-# Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
-LEFT = (f"{IMAGE}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
-LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are CC BY-NC 4.0"
-# Fields of our config in cfg["model"], and names in cfg["model"]["modalities"]["image"] → fields of our config.
-MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
-IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "patch_size", "in_chans")} | {
-    "input_size": "image_size"
+
+
+class Modality(NamedTuple):
+    """Where a checkpoint has the sizes of a modality's models."""
+
+    kind: type[Data2Vec2Config | Data2Vec2AudioConfig]
+    model_fields: dict[str, str]
+    """Names in cfg["model"] → fields of our config."""
+    fields: dict[str, str]
+    """Names in the modality's section of cfg["model"]["modalities"] → fields of our config."""
+    top_k: int
+    """Layers in the target if the file does not say; of fewer, all."""
+    licence: str
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+MODEL_FIELDS = _same("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
+FIELDS = _same("prenet_depth", "num_extra_tokens")
+AUDIO_FIELDS = _same(*(each.name for each in fields(AudioEncoderConfig) if each.name.startswith(("conv_", "feature_"))))
+LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are "
+# Name of the encoder in a checkpoint.
+MODALITIES = {
+    "IMAGE": Modality(
+        Data2Vec2Config,
+        MODEL_FIELDS,
+        FIELDS | _same("patch_size", "in_chans") | {"input_size": "image_size"},
+        MAX_DEPTH,
+        f"{LICENCE_NOTE}CC BY-NC 4.0",
+    ),
+    "AUDIO": Modality(
+        Data2Vec2AudioConfig,
+        MODEL_FIELDS | {"layer_norm_targets": "final_layer_norm"},
+        FIELDS | AUDIO_FIELDS | _same("extractor_mode"),
+        8,
+        f"{LICENCE_NOTE}MIT for audio",
+    ),
 }
 
 
@@ -54,20 +91,48 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         )
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
-    if weights == "ema":
-        stored = _section(stored, "_ema")
-        if stored is None:
-            raise InputError(f"{path}: has no EMA weights ('_ema'); use weights=model")
-    stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-    image = _section(_section(sizes, "modalities"), "image") or {}
-    model, image = _fields(sizes), _fields(image)
+    stored = {name: each for name, each in stored.items() if isinstance(name, str)}
     with reading(path):
-        config = _read_config(model, image, stored)
-    renamed = {f"{ENCODER}{name.removeprefix(IMAGE)}" if name.startswith(IMAGE) else name: name for name in stored}
-    used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(LEFT)}
-    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": LICENCE_NOTE}
+        modality, prefix = _find_modality(stored)
+    if weights == "ema":
+        averaged = _section(stored, "_ema")
+        if averaged is None:
+            raise InputError(f"{path}: has no EMA weights ('_ema'); use weights=model")
+        # Unless ema_local_encoder is true, the averaged model computes on the trained one's local features.
+        local = tuple(f"{prefix}{part}." for part in ("local_encoder", "project_features"))
+        stored = {name: each for name, each in stored.items() if name.startswith(local)} | averaged
+    stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    scale = f"{prefix}alibi_scale"
+    if scale in stored and stored[scale].ndim == 4:  # an older layout
+        stored[scale] = stored[scale][None]
+    section = _section(_section(sizes, "modalities"), modality.kind.modality) or {}
+    with reading(path):
+        config = _read_config(modality, _fields(sizes), _fields(section))
+        if config.num_alibi_heads:
+            config = replace(config, alibi_scale_shape=tuple(stored[scale].shape))
+    renamed = {f"{ENCODER}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in stored}
+    # Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
+    left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
+    used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
+    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": modality.licence}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
-    return teacher, [name for name in stored if name.startswith(LEFT)]
+    return teacher, [name for name in stored if name.startswith(left)]
+
+
+def _find_modality(stored: dict[str, Any]) -> tuple[Modality, str]:
+    """Return the modality of a checkpoint's encoder, and what its tensors' names start with.
+
+    Raises:
+        ValueError: There is none that is supported.
+    """
+    found = {name: f"modality_encoders.{name}." for name in MODALITIES}
+    for name, prefix in found.items():
+        if any(each.startswith(prefix) for each in stored):
+            return MODALITIES[name], prefix
+    allowed = " or ".join(f"{prefix}*" for prefix in found.values())
+    raise ValueError(
+        f"not a data2vec 2.0 checkpoint of images or audio, or fine-tuned; use a pre-trained one with {allowed}"
+    )
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:
@@ -89,29 +154,26 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """Read the sizes; fields that the file lacks keep data2vec's defaults, which are the config's.
+def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, Any]) -> Data2Vec2TeacherConfig:
+    """Read the sizes, except the shape of a scale; fields that the file lacks keep data2vec's defaults, the config's.
 
     Raises:
         ValueError: They are not those of a supported teacher.
     """
-    if not any(name.startswith(IMAGE) for name in stored):
-        raise ValueError(f"not a data2vec 2.0 image checkpoint, or fine-tuned; use a pre-trained one, with {IMAGE}*")
     if model.get("layer_norm_first"):
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
-    alibi_kind = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan"), image.get("learned_alibi")
-    if image.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
-        raise ValueError("ALiBi is supported only with alibi_dims 2, manhattan, not learned, as for images")
-    found = {name: model[name] for name in MODEL_FIELDS if name in model}
-    found |= {name: image[theirs] for theirs, name in IMAGE_FIELDS.items() if theirs in image}
+    alibi_kind = section.get("alibi_dims", 2), section.get("alibi_distance", "manhattan"), section.get("learned_alibi")
+    if section.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
+        raise ValueError("ALiBi is supported only with alibi_dims 2, manhattan, not learned, as in the released models")
+    found = {ours: model[theirs] for theirs, ours in modality.model_fields.items() if theirs in model}
+    found |= {ours: section[theirs] for theirs, ours in modality.fields.items() if theirs in section}
     # Clamped to the depth, as fairseq's slice does.
-    depth = Data2Vec2Config(**found, average_top_k_layers=1).depth
-    top_k = model.get("average_top_k_layers", depth)
+    depth = modality.kind(**found, average_top_k_layers=1).depth
+    top_k = model.get("average_top_k_layers", modality.top_k)
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
-    if image.get("use_alibi_encoder"):
-        found["num_alibi_heads"] = image.get("num_alibi_heads", Data2Vec2Config(**found).num_heads)
-        found["alibi_scale_shape"] = tuple(stored[ALIBI_SCALE].shape)
-    return Data2Vec2Config(**found)
+    if section.get("use_alibi_encoder"):
+        found["num_alibi_heads"] = section.get("num_alibi_heads", modality.kind(**found).num_heads)
+    return modality.kind(**found)
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
@@ -127,7 +189,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     stored.expect(path, "teacher")
     with reading(path):
         found = stored.provenance["weights"]
-        config = read_config(Data2Vec2Config, stored.config)
+        config = read_config(find_kind(DATA2VEC2_KINDS, stored.config), stored.config)
     if found != weights:
         raise InputError(f"{path}: was converted with --weights {found}, and has no {weights} weights")
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
@@ -161,7 +223,7 @@ def convert_teacher(
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
-        "licence": licence or LICENCE_NOTE,
+        "licence": licence or teacher.provenance["licence"],
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}

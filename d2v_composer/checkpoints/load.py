@@ -48,8 +48,8 @@ def load_teacher(
 
     Args:
         path: A local path, https://, or an object store's address (fetched once and cached). data2vec 2.0: a .pt of
-            fairseq or a file of ``convert_teacher``. timm: a .safetensors or PyTorch file; ``None``: timm's pretrained
-            weights, from the Hugging Face hub or its cache.
+            fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
+            or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
         model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
         first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
@@ -177,7 +177,7 @@ def load_any(
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     elif teacher is not None:
-        teacher.normalization = model.normalization  # so that their embeddings compare
+        teacher.follow(model)
     return model, teacher
 
 
@@ -246,7 +246,9 @@ def _load_trained(
         raise InputError(f"{error}; if the teacher of {path} has moved, name its file: {NAME_IT}") from error
 
     def build() -> Student:
-        return teacher.build_student(**sizes, normalization=config["targets"]["normalization"])
+        targets = config["targets"]
+        options = {"normalization": targets["normalization"], "final_layer_norm": targets.get("final_layer_norm")}
+        return teacher.build_student(**sizes, **options)
 
     named = {name.removeprefix("student."): tensor for name, tensor in tensors.items()}
     own = {name: tensor for name, tensor in named.items() if not name.startswith("exit.")}

@@ -17,10 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2v_composer.models.data2vec2 import ImageEncoder
+from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, TimmEncoderConfig, check_choice
+from d2v_composer.models.sizes import (
+    ENCODER_KINDS,
+    EncoderConfig,
+    TimmEncoderConfig,
+    check_choice,
+    find_kind,
+)
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError, reading, reason
@@ -29,6 +35,8 @@ from d2v_composer.system.files import check_out_file, out_file
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 1, "student": 2, "classifier": 1}
 """A student of version 2 names its primary embedding in ``config_json``."""
 CONFIG_TENSOR = "config_json"
+# Sizes of a student that files lack, unless they have another value.
+USUAL: dict[str, Any] = {"embed_dim": None, "final_layer_norm": True}
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 LARGEST_JSON = 4 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -252,8 +260,9 @@ def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
 
 def build_encoder(config: EncoderConfig) -> Encoder:
     """Build a frozen encoder of any kind, to load a state dict into."""
-    if isinstance(config, ImageEncoderConfig):
-        return ImageEncoder(config).freeze()
+    if type(config) in ENCODERS:
+        return ENCODERS[type(config)](config).freeze()
+    assert isinstance(config, TimmEncoderConfig)
     with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
         from d2v_composer.models.timm_teacher import TimmEncoder  # timm takes seconds to import
 
@@ -261,11 +270,9 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def sizes_of(student: Student) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder; only a narrow one names its width, which older files lack."""
+    """Return the sizes of a student and its encoder, without the usual values of what older files lack."""
     encoder: Any = student.encoder.config
-    sizes = asdict(student.config)
-    if sizes["embed_dim"] is None:
-        del sizes["embed_dim"]
+    sizes = {name: each for name, each in asdict(student.config).items() if (name, each) not in USUAL.items()}
     return {"encoder": asdict(encoder), "student": sizes}
 
 
@@ -314,8 +321,7 @@ def check_student(
         InputError: As in :func:`check_fits`.
     """
     with reading(source):
-        config_class: type[Any] = TimmEncoderConfig if "model" in sizes["encoder"] else ImageEncoderConfig
-        student = {"embed_dim": None} | sizes["student"]
-        configs = read_config(config_class, sizes["encoder"]), read_config(StudentConfig, student)
+        kind = find_kind(ENCODER_KINDS, sizes["encoder"])
+        configs = read_config(kind, sizes["encoder"]), read_config(StudentConfig, USUAL | sizes["student"])
     check_fits(source, lambda: Student(build_encoder(configs[0]), configs[1]), tensors)
     return configs

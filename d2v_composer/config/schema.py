@@ -234,6 +234,9 @@ class TargetsConfig(Section):
     normalization: Normalization = "instance"
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
     chapter. ``layer``: over channels, which keeps what mean pooling sees."""
+    final_layer_norm: bool | None = None
+    """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
+    for data2vec 2.0's audio models."""
 
 
 class ShardLoaderConfig(Section):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import Augmentation, LabeledSet
@@ -26,7 +26,6 @@ from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up,
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, metric_key
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
 
@@ -112,7 +111,7 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
 
 
 def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
-    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and one for each model on it.
+    """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model on it.
 
     A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
     all. The encoder's output lives as long as its images. Black images fill a smaller batch up to the largest so far,
@@ -131,19 +130,10 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
         return {name: each[: len(images)] for name, each in embed(encode(images)).items()}
 
     return {
-        "pixels": partial(pixels, encoder),
+        encoder.baseline: encoder.raw,
         "encoder": partial(embed_with, partial(poolings, representation="output", config=encoder.config)),
         **{name: partial(embed_with, model.embed_encoded) for name, model in models.items()},
     }
-
-
-def pixels(encoder: Encoder, images: Tensor) -> Tensor:
-    """Return the encoder's input, shrunk to CIFAR's size, as an embedding, (B, D).
-
-    At 224 px an image would have 150,528 channels.
-    """
-    height, width = height_and_width(encoder.config.image_size)
-    return interpolate(encoder.prepare(images), (min(32, height), min(32, width)), mode="area").flatten(1)
 
 
 class Candidate(NamedTuple):

@@ -44,21 +44,19 @@ def manhattan_distance(grid_size: tuple[int, int]) -> Tensor:
 class Alibi(nn.Module):
     """Attention bias: -slope · Manhattan distance between patches, and 0 for extra tokens.
 
-    The bias is computed once per dtype and device, without gradient and with rows aligned for the kernels. Attention
-    broadcasts it over the batch without a copy.
+    The bias for the longest input so far is kept per dtype and device, without gradient and with rows aligned for the
+    kernels. It contains those for shorter ones. Attention broadcasts it over the batch without a copy.
 
     Args:
-        grid_size: Rows and columns of patches.
+        num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
         num_heads: H. Heads from ``num_alibi_heads`` on have no bias.
         num_alibi_heads: Heads with a bias; their slopes are those of a model with this many heads.
         num_extra_tokens: E; they precede the patches.
     """
 
-    def __init__(
-        self, grid_size: tuple[int, int], *, num_heads: int, num_alibi_heads: int, num_extra_tokens: int
-    ) -> None:
+    def __init__(self, num_columns: int, *, num_heads: int, num_alibi_heads: int, num_extra_tokens: int) -> None:
         super().__init__()
-        self.grid_size = grid_size
+        self.num_columns = num_columns
         self.num_heads = num_heads
         self.num_alibi_heads = num_alibi_heads
         self.num_extra_tokens = num_extra_tokens
@@ -72,29 +70,50 @@ class Alibi(nn.Module):
             x_BTD: The blocks' input.
             scale: One layer's learned factors, (1, H or fewer, 1, 1), clamped at 0; ``None`` for 1.
         """
-        dtype = autocast_dtype(x_BTD)
+        dtype, num_tokens = autocast_dtype(x_BTD), x_BTD.shape[1]
         if scale is None:
-            return self.unscaled(dtype, x_BTD.device)
+            return self.unscaled(num_tokens, dtype, x_BTD.device)
         # Heads without a bias have no factor.
         missing_heads = self.num_heads - scale.shape[1] if scale.shape[1] > 1 else 0
         scale = pad(scale.clamp(min=0), (0, 0, 0, 0, 0, missing_heads))
-        return aligned((self.unscaled(torch.float32, x_BTD.device) * scale).to(dtype))
+        return aligned((self.unscaled(num_tokens, torch.float32, x_BTD.device) * scale).to(dtype))
 
-    def unscaled(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the bias with a scale of 1, the same tensor at every call."""
+    def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the bias with a scale of 1, (1, H, T, T), in the same memory at every call."""
         key = (dtype, device)
-        if key not in self.kept:
+        if key not in self.kept or self.kept[key].shape[-1] < num_tokens:
             with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
-                self.kept[key] = aligned(self.build().to(device, dtype))
-        return self.kept[key]
+                self.kept[key] = aligned(self.build(num_tokens).to(device, dtype))
+        kept = self.kept[key]
+        return kept if kept.shape[-1] == num_tokens else kept[..., :num_tokens, :num_tokens]
 
-    def build(self) -> Tensor:
-        """Compute the bias, (1, H, T, T) float32 on the CPU."""
-        extra, num_tokens = self.num_extra_tokens, self.num_extra_tokens + math.prod(self.grid_size)
+    def build(self, num_tokens: int) -> Tensor:
+        """Compute the bias for T tokens, (1, H, T, T) float32 on the CPU."""
+        extra = self.num_extra_tokens
         bias_HTT = torch.zeros(self.num_heads, num_tokens, num_tokens)
         slopes_H11 = alibi_slopes(self.num_alibi_heads)[:, None, None]
-        bias_HTT[: self.num_alibi_heads, extra:, extra:] = -slopes_H11 * manhattan_distance(self.grid_size)
+        distance = manhattan_distance(((num_tokens - extra) // self.num_columns, self.num_columns))
+        bias_HTT[: self.num_alibi_heads, extra:, extra:] = -slopes_H11 * distance
         return bias_HTT[None]
+
+
+def attention_bias(
+    alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor | None:
+    """Return ALiBi's bias, (1, H, T, T), with -inf for padded keys, (B, H, T, T); ``None`` if there is neither.
+
+    Args:
+        alibi: ``None``: no ALiBi; then a bias for padding alone is (B, 1, 1, T).
+        x_BTD: The blocks' input.
+        padding_mask: (B, T), true for padding.
+        scale: As for :class:`Alibi`.
+    """
+    bias = None if alibi is None else alibi(x_BTD, scale)
+    if padding_mask is None:
+        return bias
+    padding_BT = torch.zeros_like(padding_mask, dtype=autocast_dtype(x_BTD)).masked_fill(padding_mask, -math.inf)
+    padding_B11T = pad_rows(padding_BT)[:, None, None]
+    return (padding_B11T if bias is None else pad_rows(bias) + padding_B11T)[..., : x_BTD.shape[1]]
 
 
 def aligned(bias: Tensor) -> Tensor:
@@ -130,7 +149,8 @@ class FfnBlock(nn.Module, ABC):
 
         Args:
             x_BTD: The block's input.
-            context: An attention bias, (1, H, T, T) in the projections' dtype, or what the kind of block needs instead.
+            context: An attention bias, (1 or B, H, T, T) in the projections' dtype, or what the kind of block needs
+                instead.
             needs_output: If false, the output is ``None``. The last block's is often not needed.
         """
 

@@ -14,7 +14,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.distillation import check_tensors, cpu_autocast
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.transformer import Transformer, poolings
 
 Batch = Sequence[Tensor]
@@ -112,9 +111,7 @@ class Classifier(ComposerModel):
 
     def _freeze_unused(self) -> None:
         """Freeze parameters that get no gradient from a batch of one image."""
-        config = self.backbone.encoder.config
-        images = torch.zeros(1, config.in_chans, *height_and_width(config.image_size))
-        self.embed(images).sum().backward()
+        self.embed(self.backbone.encoder.example(1)).sum().backward()
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

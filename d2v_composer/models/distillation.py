@@ -1,11 +1,11 @@
 """The model that Composer trains: teacher and student on one encoder.
 
-Shapes: B images, S pixels per side, E extra tokens, N patches, T = E + N tokens, D channels, L teacher blocks.
+Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.names import Prediction
 from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression, normalize, regression_loss
+from d2v_composer.models.targets import Regression, mean_over_time, normalize, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
@@ -30,7 +30,7 @@ FROZEN = ("teacher.", "student.encoder.")
 class DistillationModel(ComposerModel):
     """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
 
-    The loss is the mean of (prediction - target)² over images, tokens and channels. Target and prediction are
+    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
     ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
     blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
     LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
@@ -42,8 +42,9 @@ class DistillationModel(ComposerModel):
     The student's config may replace InstanceNorm by LayerNorm. The teacher's ``layer_mean`` embeddings then follow, so
     that both compare.
 
-    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. Labels
-    and other entries are not read.
+    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
+    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
+    entries are not read.
 
     Checkpoints hold only what trains: the student without its encoder. Loading verifies that they are complete, even
     with ``strict=False``, which Composer uses.
@@ -59,6 +60,8 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
+        final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
+            which is by default the teacher's.
 
     Attributes:
         regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
@@ -84,6 +87,7 @@ class DistillationModel(ComposerModel):
         average_top_k_layers: int | None = None,
         cpu_bf16: bool = False,
         target_source: TargetSource = "ffn",
+        final_layer_norm: bool | None = None,
     ) -> None:
         super().__init__()
         if student.encoder is not teacher.encoder:
@@ -100,7 +104,10 @@ class DistillationModel(ComposerModel):
         self.average_top_k_layers = average_top_k_layers
         self.cpu_bf16 = cpu_bf16
         self.target_source: TargetSource = target_source
-        teacher.normalization = student.normalization
+        if final_layer_norm is not None:
+            student.config = replace(student.config, final_layer_norm=final_layer_norm)
+            student.final_layer_norm = final_layer_norm
+        teacher.follow(student)
         self.regression_loss = regression_loss
         if student.embed_dim < teacher.embed_dim and isinstance(student.exit, torch.nn.Identity):
             student.exit = init_linear_layers(torch.nn.Linear(student.embed_dim, teacher.embed_dim))
@@ -116,16 +123,26 @@ class DistillationModel(ComposerModel):
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of a batch."""
         with cpu_autocast(self.cpu_bf16):
-            x_BTD, target = self.frozen_pass(images_of(batch))
-            prediction = self.predict(x_BTD)
+            inputs, lengths = self.inputs_of(batch)
+            x_BTD, target = self.frozen_pass(inputs, lengths)
+            padding_mask = self.teacher.padding_mask(lengths, inputs.shape[-1])
+            prediction = self.predict(x_BTD, padding_mask)
         has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
-        return Regression(prediction[:, self.regressed], target, prediction[:, 0] if has_cls_loss else None)
+        cls_prediction = prediction[:, 0] if has_cls_loss else None
+        padding_mask = None if padding_mask is None else padding_mask[:, self.regressed]
+        return Regression(prediction[:, self.regressed], target, cls_prediction, padding_mask)
 
-    def frozen_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the inputs of a batch, and their lengths if some are padded."""
+        if isinstance(batch, Tensor):
+            return batch, None
+        return batch[self.teacher.encoder.config.modality], batch.get("lengths")
+
+    def frozen_pass(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the encoder's output and the target, without gradient."""
-        x_BTD = self.teacher.encode(images)
-        options = self.extra_tokens, self.average_top_k_layers, self.target_source, self.student.normalization
-        return x_BTD, self.teacher.targets(x_BTD, *options)
+        x_BTD, mask = self.teacher.encode(inputs, lengths), self.teacher.padding_mask(lengths, inputs.shape[-1])
+        options = self.extra_tokens, self.average_top_k_layers, self.target_source
+        return x_BTD, self.teacher.targets(x_BTD, *options, padding_mask=mask)
 
     @property
     def ignored_tokens(self) -> int:
@@ -137,34 +154,38 @@ class DistillationModel(ComposerModel):
         """The tokens in the loss."""
         return slice(self.student.num_extra_tokens) if self.extra_tokens == "only" else slice(self.ignored_tokens, None)
 
-    def predict(self, x_BTD: Tensor) -> Tensor:
+    def predict(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Compute the student's prediction from the encoder's output, (B, T, D)."""
         student = self.student
         if self.prediction == "last_block":
-            return student.exit(student.forward_blocks(x_BTD)[0])
+            return student.exit(student.forward_blocks(x_BTD, padding_mask)[0])
         # The same statistics as the target's: of the patches alone if extra tokens are dropped.
-        layers = map(student.exit, student.ffn_outputs(x_BTD))
-        return student.norm_mean(layers, self.ignored_tokens, student.normalization)
+        layers = map(student.exit, student.ffn_outputs(x_BTD, padding_mask))
+        return student.layer_mean(layers, self.ignored_tokens, padding_mask)
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
         """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
 
-        Each layer is normalized as in the target. The mean is over images and tokens.
+        Each layer is normalized as in the target. The mean is over inputs and tokens.
 
         Args:
             batch: As for :meth:`forward`.
-            num_images: Use this many of its last images.
+            num_images: Use this many of its last images or clips.
         """
         ignored, normalization = self.ignored_tokens, self.student.normalization
         with cpu_autocast(self.cpu_bf16):
-            x_BTD = self.teacher.encode(images_of(batch)[-num_images:])
-            prediction_BTD = self.predict(x_BTD)
+            inputs, lengths = self.inputs_of(batch)
+            inputs, lengths = inputs[-num_images:], None if lengths is None else lengths[-num_images:]
+            x_BTD, mask = self.teacher.encode(inputs, lengths), self.teacher.padding_mask(lengths, inputs.shape[-1])
+            prediction_BTD = self.predict(x_BTD, mask)
             cosines = [
-                cosine_similarity(prediction_BTD, normalize(layer_BTD, ignored, normalization), dim=2)
-                for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source)
+                cosine_similarity(prediction_BTD, normalize(layer_BTD, ignored, normalization, mask), dim=2)
+                for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source, mask)
             ]
-        return torch.stack([cosine_BT[:, self.regressed].mean() for cosine_BT in cosines])
+        mask = None if mask is None else mask[:, self.regressed]
+        cosine_BTL = torch.stack(cosines, dim=2)[:, self.regressed]
+        return mean_over_time(cosine_BTL, padding_mask=mask).mean(dim=(0, 1))
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Return the mean squared error, a scalar; ``batch`` is unused."""
@@ -173,50 +194,43 @@ class DistillationModel(ComposerModel):
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # a callback measures retrieval; the Trainer logs the loss
 
-    def embed_all(self, images: Tensor) -> dict[str, Tensor]:
+    def embed_all(self, images: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """Return the student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
-        return self.in_precision(self.student.embed_all)(images)
+        return self.in_precision(self.student.embed_all)(images, lengths)
 
-    def retrieval_baselines(self) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
+    def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""
         return {"teacher": self.in_precision(self.teacher.embed_all)}
 
-    def in_precision(self, function: Callable[[Tensor], EmbeddingT]) -> Callable[[Tensor], EmbeddingT]:
+    def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
         """Wrap a function of this model's parts so that it runs in the model's precision."""
         # Look up the method at each call: FSDP replaces it after evaluations are set up.
-        return lambda images: self.compute(function, images)
+        return lambda *inputs: self.compute(function, *inputs)
 
-    def compute(self, function: Callable[[Tensor], EmbeddingT], images: Tensor) -> EmbeddingT:
+    def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
         """Call a function in the model's precision, see :meth:`in_precision`."""
         with cpu_autocast(self.cpu_bf16):
-            return function(images)
+            return function(*inputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Return the operations of a training step (2 per multiply-accumulate), in linear layers and attention."""
-        return self.flops_per_image * len(images_of(batch))
-
-    @cached_property
-    def flops_per_image(self) -> int:
+        inputs, _ = self.inputs_of(batch)
+        encoder, shape = self.teacher.encoder, inputs.shape[1:]
         macs = (
-            self.teacher.encoder.forward_macs()
-            + self.teacher.forward_macs()
-            + self.student.forward_macs()
-            + self.student.backward_macs()
+            encoder.forward_macs(shape)
+            + self.teacher.forward_macs(shape)
+            + self.student.forward_macs(shape)
+            + self.student.backward_macs(shape)
         )
         num_exits = 1 if self.prediction == "last_block" else len(self.student.blocks)
-        macs += 3 * num_exits * self.student.encoder.config.num_tokens * linear_weights(self.student.exit)
-        return 2 * macs
+        macs += 3 * num_exits * encoder.num_tokens(shape) * linear_weights(self.student.exit)
+        return 2 * macs * len(inputs)
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
     """Return a context in which a CPU computes in bfloat16, if that is on."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
-
-
-def images_of(batch: Batch) -> Tensor:
-    """Return the images of a batch, (B, 3, S, S)."""
-    return batch if isinstance(batch, Tensor) else batch["image"]
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

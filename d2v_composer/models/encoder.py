@@ -1,18 +1,18 @@
-"""A frozen encoder that teacher and student share: images to tokens.
+"""A frozen encoder that teacher and student share: a batch of inputs to tokens. What a modality is, its subclasses say.
 
-Shapes: B images, S pixels per side (or height and width), E extra tokens, N patches, T = E + N tokens, D channels.
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear
 from typing_extensions import Self
 
-from d2v_composer.models.attention import Alibi, autocast_dtype
-from d2v_composer.models.sizes import EncoderConfig, height_and_width
+from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
+from d2v_composer.models.sizes import Data2Vec2EncoderConfig, EncoderConfig
 
 
 class Frozen(nn.Module):
@@ -34,46 +34,35 @@ class Frozen(nn.Module):
         LayerNorms, positions and extra tokens keep float32, in which autocast computes with them.
         """
         for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
                 layer.to(dtype)
         return self
 
 
-class PatchProjection(nn.Conv2d):
-    """A convolution with a stride equal to its kernel, computed as one matrix product over patches.
-
-    On a GPU, one kernel normalizes the patches and writes them in half precision.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        height, width = self.kernel_size
-        patches = input.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
-        return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 class Encoder(Frozen):
-    """Patches, positions, extra tokens, then blocks.
+    """Inputs to tokens, then blocks. A subclass knows its modality, and all that follows needs not.
+
+    Inputs are images, (B, 3, S, S), or waveforms, (B, L) float32; see the subclass. Those of several lengths are
+    padded, and their lengths go with them.
 
     Attributes:
         alibi: The bias of its blocks, if they have one.
         alibi_scale: Learned factors of that bias.
-        stem_macs: Multiply-accumulates for one image before the blocks.
         half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
+        baseline: The name of :meth:`raw` in tables.
+        free_axes: The dimensions of inputs that an exported program leaves free, and their names.
     """
 
-    image_mean: Tensor
-    image_std: Tensor
     alibi: Alibi | None
     alibi_scale: Tensor | None
-    stem_macs: int
+    baseline: ClassVar[str]
+    free_axes: ClassVar[dict[int, str]] = {0: "batch"}
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config  # of the subclass's kind
         self.alibi = self.alibi_scale = None
         self.half_residual = False
-        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
     @property
     @abstractmethod
@@ -81,81 +70,129 @@ class Encoder(Frozen):
         """The blocks, of the subclass's kind."""
 
     @abstractmethod
-    def embed_patches(self, images: Tensor) -> Tensor:
-        """Return the first block's input, (B, T, D), from images as in :meth:`forward`."""
+    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Resize or normalize raw inputs.
+
+        Raises:
+            ValueError: The inputs have another shape or dtype.
+        """
 
     @abstractmethod
-    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
+    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the first block's input, (B, T, D), from inputs as in :meth:`forward`."""
+
+    @abstractmethod
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return each block's context, optionally followed by those of a teacher's blocks."""
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode images.
+    @abstractmethod
+    def num_tokens(self, shape: Sequence[int] | None = None) -> int:
+        """Return T for an input of a shape; default the usual one."""
+
+    @abstractmethod
+    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
+        """Return the multiply-accumulates for one input before the blocks."""
+
+    @abstractmethod
+    def example(self, count: int) -> Tensor:
+        """Return inputs of zeros, as after :meth:`prepare`."""
+
+    @abstractmethod
+    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return an embedding that takes no model, (B, features): the baseline of all others."""
+
+    def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
+        """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None``: no token is.
 
         Args:
-            images: (B, 3, S, S) float, already normalized; or uint8 of any size, resized (antialias) and normalized
-                here.
+            lengths: (B,) int64; ``None``: nothing is padded.
+            num_samples: Length of the padded inputs; default the longest of ``lengths``.
+
+        Raises:
+            ValueError: A length is too short; or the inputs have none.
+        """
+        if lengths is not None:
+            raise ValueError(f"lengths: {self.config.modality} inputs have none")
+        return None
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Encode inputs.
+
+        Args:
+            inputs: Images, (B, 3, S, S) float, already normalized; or uint8 of any size, resized (antialias) and
+                normalized here. Or waveforms, (B, L) float, which are normalized here.
+            lengths: Samples of each padded waveform, (B,) int64; ``None``: nothing is padded.
 
         Returns:
             (B, T, D), without gradient.
 
         Raises:
-            ValueError: The images have another shape or dtype.
+            ValueError: The inputs have another shape or dtype, or are too short.
         """
-        return self.encode_with_gradient(images)
+        return self.encode_with_gradient(inputs, lengths)
 
-    def encode_with_gradient(self, images: Tensor) -> Tensor:
-        """Encode images as :meth:`forward` does, with gradients for the parts that train."""
-        x_BTD = self.embed_patches(images)
+    def encode_with_gradient(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Encode inputs as :meth:`forward` does, with gradients for the parts that train."""
+        x_BTD = self.embed_tokens(inputs, lengths)
         if self.half_residual:
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
-        for block, context in zip(self.block_list, self.block_contexts(x_BTD), strict=False):
+        contexts = self.block_contexts(x_BTD, self.padding_mask(lengths, inputs.shape[-1]))
+        for block, context in zip(self.block_list, contexts, strict=False):
             x_BTD, _ = block(x_BTD, context)
         return x_BTD
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalize uint8 images; return float images unchanged.
+    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
+        """Return the multiply-accumulates for one input of a shape; default the usual one."""
+        num_tokens = self.num_tokens(shape)
+        return self.stem_macs(shape) + sum(block.forward_macs(num_tokens) for block in self.block_list)
 
-        Raises:
-            ValueError: The images have another shape or dtype.
-        """
-        channels, size = self.config.in_chans, height_and_width(self.config.image_size)
-        is_uint8, is_batch = images.dtype == torch.uint8, images.ndim == 4 and images.shape[1] == channels
-        if not is_batch or not (is_uint8 or (images.is_floating_point() and images.shape[2:] == size)):
-            raise ValueError(
-                f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
-                f"normalized; got {tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-            )
-        if not is_uint8:
-            return images
-        if images.shape[2:] != size:
-            images = resize(images, size, self.config.interpolation)
-        return images.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
 
-    def forward_macs(self) -> int:
-        """Return the multiply-accumulates for one image."""
-        return self.stem_macs + sum(block.forward_macs(self.config.num_tokens) for block in self.block_list)
+class Data2Vec2Encoder(Encoder):
+    """What data2vec 2.0's encoders share after the tokens: extra tokens, LayerNorm, blocks with ALiBi.
+
+    A subclass adds its own layers, then calls :meth:`add_blocks`.
+    """
+
+    extra_tokens: nn.Parameter | None
+
+    def add_blocks(self, config: Data2Vec2EncoderConfig) -> None:
+        """Add what follows the subclass's layers. The order of all is that of the random numbers."""
+        dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        self.extra_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
+        )
+        blocks = [Block(dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.prenet_depth)]
+        self.context_encoder = nn.ModuleDict(
+            {"norm": nn.LayerNorm(dim, eps=config.norm_eps), "blocks": nn.ModuleList(blocks)}
+        )
+        self.alibi = build_alibi(self.config, config.num_heads, config.num_alibi_heads)
+        self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
+
+    @property
+    def block_list(self) -> list[Any]:
+        return list(cast("nn.ModuleList", self.context_encoder["blocks"]))
+
+    def add_extra_tokens(self, x_BND: Tensor) -> Tensor:
+        """Put the extra tokens in front, and apply the LayerNorm that comes before the blocks."""
+        if self.extra_tokens is not None:
+            x_BND = torch.cat([self.extra_tokens.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        return self.context_encoder["norm"](x_BND)
+
+    def block_contexts(
+        self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
+    ) -> list[Tensor | None]:
+        """Return the attention biases of some layers, of which the teacher's follow this encoder's; default its own."""
+        layers = range(len(self.block_list)) if layers is None else layers
+        scales = [None] if self.alibi_scale is None else self.alibi_scale
+        if len(scales) == 1:
+            return [attention_bias(self.alibi, x_BTD, padding_mask, scales[0])] * len(layers) if layers else []
+        return [attention_bias(self.alibi, x_BTD, padding_mask, scales[layer]) for layer in layers]
 
 
 def build_alibi(config: EncoderConfig, num_heads: int, num_alibi_heads: int) -> Alibi | None:
-    """Build ALiBi for blocks on this encoder's grid; ``None`` for 0 ALiBi heads."""
+    """Build ALiBi for blocks on this encoder's tokens; ``None`` for 0 ALiBi heads."""
     if not num_alibi_heads:
         return None
     extra = config.num_extra_tokens
-    return Alibi(config.grid_size, num_heads=num_heads, num_alibi_heads=num_alibi_heads, num_extra_tokens=extra)
-
-
-def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 images to (B, 3, *shape) with antialiasing; whole numbers from 0 to 255."""
-    if images.device.type == "cpu":
-        # The kernel is fastest on channels last, all that follows on contiguous images.
-        return interpolate(images, shape, mode=mode, antialias=True).contiguous()
-    return resize_in_float(images, shape, mode)
-
-
-def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize like the uint8 kernel, which only CPUs have: rows, then columns, clamping the overshoot each time."""
-    pixels = images.float()
-    for each_shape in ((images.shape[-2], shape[1]), shape):
-        pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)
-    return pixels
+    return Alibi(config.num_columns, num_heads=num_heads, num_alibi_heads=num_alibi_heads, num_extra_tokens=extra)

@@ -50,7 +50,7 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
     encoder, teacher, student = model.teacher.encoder, model.teacher, model.student
-    encoder.embed_patches = compiled(encoder.embed_patches, mode)
+    encoder.embed_tokens = compiled(encoder.embed_tokens, mode)
     for block in [*encoder.block_list, *teacher.block_list, *student.block_list]:
         block.forward = compiled(block.forward, mode)
     for transformer in (teacher, student):
@@ -100,10 +100,14 @@ _norm_mean_of_list = compiled(norm_mean)
 
 
 def compiled_norm_mean(
-    layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization: Normalization = "instance"
+    layers: Iterable[Tensor],
+    num_extra_tokens: int = 0,
+    normalization: Normalization = "instance",
+    final_layer_norm: bool = True,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Compute norm_mean in one pass over all layers, which are all in memory at once."""
-    return _norm_mean_of_list(list(layers), num_extra_tokens, normalization)
+    return _norm_mean_of_list(list(layers), num_extra_tokens, normalization, final_layer_norm, padding_mask)
 
 
 def find_missing() -> str | None:

@@ -1,15 +1,18 @@
 """Sizes of encoders and teachers, and checks of sizes from files. No torch or timm: they take seconds to import.
 
-An encoder's config has, as a field or otherwise: ``num_extra_tokens`` before the patches (CLS and registers),
-``has_cls_token`` (the first of them is CLS), ``grid_size`` (rows and columns of patches), ``norm_eps`` (of a student's
-LayerNorms, too), and ``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale).
+An encoder's config has, as a field or otherwise: ``modality`` (the name of its inputs in a batch),
+``num_extra_tokens`` before the patches or frames (CLS and registers), ``has_cls_token`` (the first of them is CLS),
+``num_columns`` (of the grid of patches; 1 for a sequence), ``norm_eps`` (of a student's LayerNorms, too), and
+``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale).
 """
 
+import ast
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 ImageSize = int | tuple[int, int]
 """Pixels per side of a square, or (height, width)."""
@@ -18,6 +21,11 @@ ImageSize = int | tuple[int, int]
 MAX_WIDTH = 1 << 16
 MAX_DEPTH = 1000
 MAX_PATCHES = 1 << 14
+MAX_CONVOLUTIONS = 32
+LONGEST_SPEC = 1000  # characters
+
+SAMPLE_RATE = 16_000
+"""Samples of a waveform in a second."""
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
@@ -69,8 +77,8 @@ def parse_image_size(image_size: Any) -> ImageSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
-    """Sizes of a data2vec 2.0 image encoder; the defaults are data2vec's own.
+class Data2Vec2EncoderConfig:
+    """Sizes that data2vec 2.0's encoders of all modalities share; the defaults are data2vec's own.
 
     Raises:
         ValueError: A size is out of range, or does not fit the others.
@@ -82,17 +90,11 @@ class ImageEncoderConfig:
     norm_eps: float = 1e-6
     prenet_depth: int = 4
     num_extra_tokens: int = 0
-    image_size: int = 224
-    patch_size: int = 16
-    in_chans: int = 3
     num_alibi_heads: int = 0
     """0: no ALiBi (``use_alibi_encoder: false``)."""
     alibi_scale_shape: tuple[int, ...] | None = None
     """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
-    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
-    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     # The same for all, and thus not stored.
-    interpolation = "bicubic"
     is_normalized = True
 
     def __post_init__(self) -> None:
@@ -103,13 +105,29 @@ class ImageEncoderConfig:
         check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {short(self.embed_dim)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
-        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
             expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig(Data2Vec2EncoderConfig):
+    """Sizes of a data2vec 2.0 image encoder."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    modality = "image"
+    interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
 
     @property
     def has_cls_token(self) -> bool:
@@ -122,6 +140,10 @@ class ImageEncoderConfig:
         return side, side
 
     @property
+    def num_columns(self) -> int:
+        return self.grid_size[1]
+
+    @property
     def num_patches(self) -> int:
         return math.prod(self.grid_size)
 
@@ -131,8 +153,89 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data2Vec2Config(ImageEncoderConfig):
-    """Sizes of a data2vec 2.0 image model."""
+class AudioEncoderConfig(Data2Vec2EncoderConfig):
+    """Sizes of a data2vec 2.0 audio encoder."""
+
+    extractor_mode: str = "layer_norm"
+    """``layer_norm``: LayerNorm after each convolution; ``default``: GroupNorm over time after the first alone."""
+    feature_encoder_spec: str = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
+    """Channels, kernel and stride of each convolution."""
+    conv_pos_width: int = 95
+    conv_pos_groups: int = 16
+    conv_pos_depth: int = 5
+    conv_pos_pre_ln: bool = False
+    modality = "audio"
+    num_columns = 1
+    has_cls_token = False  # its extra tokens are registers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("extractor_mode", self.extractor_mode, Literal["layer_norm", "default"])
+        for name in ("conv_pos_width", "conv_pos_groups", "conv_pos_depth"):
+            check_whole(name, getattr(self, name), 1, MAX_DEPTH)
+        if self.embed_dim % self.conv_pos_groups:
+            raise ValueError(f"conv_pos_groups must divide embed_dim, got {self.conv_pos_groups}")
+        parse_convolutions(self.feature_encoder_spec)
+
+    @property
+    def convolutions(self) -> list[tuple[int, int, int]]:
+        """Channels, kernel and stride of each convolution."""
+        return parse_convolutions(self.feature_encoder_spec)
+
+    @property
+    def min_samples(self) -> int:
+        """Number of samples of the shortest waveform, which gives one frame."""
+        samples = 1
+        for _, kernel, stride in reversed(self.convolutions):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def num_frames(self, num_samples: Any, num_convolutions: int | None = None) -> Any:
+        """Return the number of frames of waveforms, an int or a tensor, after all convolutions or the first ones."""
+        for _, kernel, stride in self.convolutions[:num_convolutions]:
+            num_samples = (num_samples - kernel) // stride + 1
+        return num_samples
+
+
+def parse_convolutions(spec: Any) -> list[tuple[int, int, int]]:
+    """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``.
+
+    It is a Python expression, which fairseq evaluates. Here nothing but lists of tuples, ``+`` and ``*`` is read.
+
+    Raises:
+        ValueError: It is another expression, or a number is out of range.
+    """
+
+    def read(node: ast.AST) -> list[Any]:
+        match node:
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                found = read(left) + read(right)
+            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)):
+                found = read(left) * min(times, MAX_CONVOLUTIONS + 1)
+            case ast.List():
+                found = ast.literal_eval(node)
+            case _:
+                raise ValueError(node)
+        if len(found) > MAX_CONVOLUTIONS:
+            raise ValueError(len(found))
+        return found
+
+    try:
+        if len(spec) > LONGEST_SPEC:
+            raise ValueError(len(spec))
+        found = [(channels, kernel, stride) for channels, kernel, stride in read(ast.parse(spec, mode="eval").body)]
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        allowed = f"lists of (channels, kernel, stride), joined by + and *, at most {MAX_CONVOLUTIONS} in all"
+        raise ValueError(f"feature_encoder_spec must be {allowed}, got {short(spec)}") from error
+    check_whole("number of convolutions", len(found), 1, MAX_CONVOLUTIONS)
+    for size in (size for each in found for size in each):
+        check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2Vec2Sizes(Data2Vec2EncoderConfig):
+    """Sizes of the blocks after a data2vec 2.0 encoder."""
 
     depth: int = 8
     average_top_k_layers: int = 8
@@ -145,6 +248,23 @@ class Data2Vec2Config(ImageEncoderConfig):
         shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2Vec2Config(Data2Vec2Sizes, ImageEncoderConfig):
+    """Sizes of a data2vec 2.0 image model."""
+
+    final_layer_norm = True
+    encoder_class = ImageEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2Vec2AudioConfig(Data2Vec2Sizes, AudioEncoderConfig):
+    """Sizes of a data2vec 2.0 audio model."""
+
+    final_layer_norm: bool = False
+    """The target ends with a LayerNorm, ``layer_norm_targets`` in pre-training."""
+    encoder_class = AudioEncoderConfig
 
 
 def _released(**sizes: Any) -> Data2Vec2Config:
@@ -187,6 +307,7 @@ class TimmEncoderConfig:
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""
     # The same for all, and thus not stored.
+    modality = "image"
     is_normalized = False
     norm_eps = 1e-6
 
@@ -201,6 +322,10 @@ class TimmEncoderConfig:
         return self.first_blocks
 
     @property
+    def num_columns(self) -> int:
+        return self.grid_size[1]
+
+    @property
     def num_tokens(self) -> int:
         return self.num_extra_tokens + math.prod(self.grid_size)
 
@@ -211,6 +336,8 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
     depth: int
     """Number of blocks after the encoder."""
+    final_layer_norm = True
+    encoder_class = TimmEncoderConfig
 
     @property
     def average_top_k_layers(self) -> int:
@@ -218,10 +345,37 @@ class TimmTeacherConfig(TimmEncoderConfig):
         return self.depth
 
 
-EncoderConfig = ImageEncoderConfig | TimmEncoderConfig
-TeacherConfig = Data2Vec2Config | TimmTeacherConfig
+ImageConfig = ImageEncoderConfig | TimmEncoderConfig
+EncoderConfig = ImageConfig | AudioEncoderConfig
+Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig
+TeacherConfig = Data2Vec2TeacherConfig | TimmTeacherConfig
+
+# A field that only one kind of config has → the kind.
+ENCODER_KINDS: dict[str, type[EncoderConfig]] = {
+    "model": TimmEncoderConfig,
+    "feature_encoder_spec": AudioEncoderConfig,
+    "patch_size": ImageEncoderConfig,
+}
+DATA2VEC2_KINDS: dict[str, type[Data2Vec2TeacherConfig]] = {
+    "feature_encoder_spec": Data2Vec2AudioConfig,
+    "patch_size": Data2Vec2Config,
+}
+KindT = TypeVar("KindT")
 
 
-def encoder_config(kind: type[Any], config: TeacherConfig) -> Any:
+def find_kind(kinds: Mapping[str, KindT], stored: Any) -> KindT:
+    """Return the kind of config that has a file's fields.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for name, kind in kinds.items():
+        if name in stored:
+            return kind
+    raise ValueError(f"sizes must have one of {', '.join(kinds)}")
+
+
+def encoder_config(config: TeacherConfig) -> Any:
     """Return the sizes of a teacher's encoder alone."""
+    kind = config.encoder_class
     return kind(**{each.name: getattr(config, each.name) for each in fields(kind)})

@@ -1,15 +1,15 @@
 """The student: a few trainable blocks on the teacher's frozen encoder.
 
-Shapes: B images, T tokens, D channels of the encoder, d of a narrower student.
+Shapes: B inputs, T tokens, D channels of the encoder, d of a narrower student.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, init_linear_layers, linear_weights
+from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_choice, check_number, check_whole
 from d2v_composer.models.targets import Normalization
@@ -33,11 +33,14 @@ class StudentConfig:
     """Normalization of each layer in the prediction and in ``layer_mean``."""
     embed_dim: int | None = None
     """Channels of blocks and embeddings, at most the encoder's; default the encoder's."""
+    final_layer_norm: bool = True
+    """End target, prediction and ``layer_mean`` with a LayerNorm."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
-        if type(self.alibi) is not bool:
-            raise ValueError("student alibi must be true or false")
+        for name in ("alibi", "final_layer_norm"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"student {name} must be true or false")
         check_choice("student normalization", self.normalization, Normalization)
 
 
@@ -73,7 +76,7 @@ class Student(Transformer):
         blocks = [
             Block(dim, num_heads, hidden_dim, norm_eps, has_entrance and number == 0) for number in range(config.depth)
         ]
-        super().__init__(encoder, blocks, config.normalization)
+        super().__init__(encoder, blocks, config.normalization, config.final_layer_norm)
         self.config = config
         self.embed_dim = dim
         self.provenance = provenance or {}
@@ -82,22 +85,24 @@ class Student(Transformer):
         self.entrance = init_linear_layers(nn.Linear(width, dim)) if dim < width else nn.Identity()
         self.exit: nn.Module = nn.Identity()
 
-    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        return [None if self.alibi is None else self.alibi(x_BTD)] * len(self.blocks)
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
+        return [attention_bias(self.alibi, x_BTD, padding_mask)] * len(self.blocks)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         is_ours = isinstance(module, nn.Linear) and module in (self.entrance, self.exit)
         return is_ours or super().fsdp_wrap_fn(module)
 
-    def iterate_blocks(self, x: Tensor, needs_last_output: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate_blocks(
+        self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         x = self.entrance(x).to(self.block_list[0].norm1.weight.dtype)  # the residual stream's
-        return super().iterate_blocks(x, needs_last_output)
+        return super().iterate_blocks(x, needs_last_output, padding_mask)
 
-    def forward_macs(self) -> int:
-        return super().forward_macs() + self.encoder.config.num_tokens * linear_weights(self.entrance)
+    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
+        return super().forward_macs(shape) + self.encoder.num_tokens(shape) * linear_weights(self.entrance)
 
-    def backward_macs(self) -> int:
+    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
         first = self.block_list[0]
         reads_input = linear_weights(self.entrance) or (first.norm0 is None and linear_weights(first.attn.qkv))
-        return 2 * self.forward_macs() - self.encoder.config.num_tokens * reads_input
+        return 2 * self.forward_macs(shape) - self.encoder.num_tokens(shape) * reads_input

@@ -32,52 +32,78 @@ class Regression(NamedTuple):
     """The shape of ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
     """(B, D), if CLS is regressed to the mean target instead of its own."""
+    padding_mask: Tensor | None = None
+    """(B, T) bool: true for tokens that the loss leaves out."""
 
 
-def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalize each image's channels over time, (B, T, D) float32: biased variance, no affine.
+def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
+    """Return the mean over the tokens that count, (B, 1, D): neither extra tokens nor, (B, T) true, padding."""
+    x_BTD = x_BTD[:, num_extra_tokens:]
+    if padding_mask is None:
+        return x_BTD.mean(dim=1, keepdim=True)
+    padding_BT1 = padding_mask[:, num_extra_tokens:, None]
+    return x_BTD.masked_fill(padding_BT1, 0).sum(dim=1, keepdim=True) / (~padding_BT1).sum(dim=1, keepdim=True)
 
-    The first ``num_extra_tokens`` time steps are normalized, but do not count in the statistics.
+
+def instance_norm(
+    layer_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Normalize each input's channels over time, (B, T, D) float32: biased variance, no affine.
+
+    The first ``num_extra_tokens`` time steps, and padding, are normalized, but do not count in the statistics.
 
     Returns:
         The layer normalized, and the factors of its channels, (B, 1, D).
     """
     layer_BTD = layer_BTD.float()
-    centred_BTD = layer_BTD - layer_BTD[:, num_extra_tokens:].mean(dim=1, keepdim=True)
+    centred_BTD = layer_BTD - mean_over_time(layer_BTD, num_extra_tokens, padding_mask)
     # Not torch.var_mean, which on a CPU takes more than twice as long over any dimension but the last.
-    variance_B1D = centred_BTD[:, num_extra_tokens:].square().mean(dim=1, keepdim=True)
+    variance_B1D = mean_over_time(centred_BTD.square(), num_extra_tokens, padding_mask)
     scale_B1D = torch.rsqrt(variance_B1D + NORM_EPS)
     return centred_BTD * scale_B1D, scale_B1D
 
 
-def normalize(layer_BTD: Tensor, num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
-    """Normalize one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``.
+def normalize(
+    layer_BTD: Tensor,
+    num_extra_tokens: int = 0,
+    normalization: Normalization = "instance",
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Normalize one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens`` and ``padding_mask``.
 
     Raises:
         ValueError: ``normalization`` is unknown.
     """
     if normalization == "instance":
-        return instance_norm(layer_BTD, num_extra_tokens)[0]
+        return instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0]
     if normalization == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
     raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
 
 
-def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
+def norm_mean(
+    layers: Iterable[Tensor],
+    num_extra_tokens: int = 0,
+    normalization: Normalization = "instance",
+    final_layer_norm: bool = True,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
     """Normalize each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
         normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
+        final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
+        padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
 
     Raises:
         ValueError: There are no layers, or ``normalization`` is unknown.
     """
     if normalization == "instance" and torch.is_grad_enabled():
-        return instance_norm_mean(num_extra_tokens, *layers)
-    mean_BTD = average(normalize(layer_BTD, num_extra_tokens, normalization) for layer_BTD in layers)
-    return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS)
+        return instance_norm_mean(num_extra_tokens, final_layer_norm, padding_mask, *layers)
+    mean_BTD = average(normalize(layer_BTD, num_extra_tokens, normalization, padding_mask) for layer_BTD in layers)
+    return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS) if final_layer_norm else mean_BTD
 
 
 def average(layers: Iterable[Tensor]) -> Tensor:
@@ -92,9 +118,11 @@ def average(layers: Iterable[Tensor]) -> Tensor:
     return sum_BTD / num_layers
 
 
-def instance_norm_mean(num_extra_tokens: int, *layers: Tensor) -> Tensor:
+def instance_norm_mean(
+    num_extra_tokens: int, final_layer_norm: bool, padding_mask: Tensor | None, *layers: Tensor
+) -> Tensor:
     """Call :class:`InstanceNormMean`, which torch.compile must not trace: it would instantiate the class and warn."""
-    return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, *layers))
+    return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, final_layer_norm, padding_mask, *layers))
 
 
 class InstanceNormMean(torch.autograd.Function):
@@ -105,39 +133,62 @@ class InstanceNormMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, num_extra_tokens: int, *layers: Tensor) -> Tensor:
-        mean_BTD = average(normalize(layer_BTD, num_extra_tokens) for layer_BTD in layers)
-        output_BTD, _, scale_BT1 = torch.native_layer_norm(mean_BTD, mean_BTD.shape[-1:], None, None, NORM_EPS)
-        ctx.save_for_backward(output_BTD, scale_BT1, *layers)
+    def forward(
+        ctx: Any, num_extra_tokens: int, final_layer_norm: bool, padding_mask: Tensor | None, *layers: Tensor
+    ) -> Tensor:
+        mean_BTD = average(instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0] for layer_BTD in layers)
         ctx.num_extra_tokens = num_extra_tokens
+        if not final_layer_norm:
+            ctx.save_for_backward(None, None, padding_mask, *layers)
+            return mean_BTD
+        output_BTD, _, scale_BT1 = torch.native_layer_norm(mean_BTD, mean_BTD.shape[-1:], None, None, NORM_EPS)
+        ctx.save_for_backward(output_BTD, scale_BT1, padding_mask, *layers)
         return output_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BTD,) = grad_outputs
-        output_BTD, scale_BT1, *layers = ctx.saved_tensors
-        projected_BT1 = (grad_BTD * output_BTD).mean(dim=-1, keepdim=True)
-        grad_BTD = grad_BTD - grad_BTD.mean(dim=-1, keepdim=True) - output_BTD * projected_BT1
-        grad_BTD = grad_BTD * (scale_BT1 / len(layers))
-        return None, *(instance_norm_gradient(grad_BTD, layer_BTD, ctx.num_extra_tokens) for layer_BTD in layers)
+        output_BTD, scale_BT1, padding_mask, *layers = ctx.saved_tensors
+        if output_BTD is None:
+            grad_BTD = grad_BTD / len(layers)
+        else:
+            projected_BT1 = (grad_BTD * output_BTD).mean(dim=-1, keepdim=True)
+            grad_BTD = grad_BTD - grad_BTD.mean(dim=-1, keepdim=True) - output_BTD * projected_BT1
+            grad_BTD = grad_BTD * (scale_BT1 / len(layers))
+        options = ctx.num_extra_tokens, padding_mask
+        return None, None, None, *(instance_norm_gradient(grad_BTD, layer_BTD, *options) for layer_BTD in layers)
 
 
-def instance_norm_gradient(grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int) -> Tensor:
+def instance_norm_gradient(
+    grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int, padding_mask: Tensor | None = None
+) -> Tensor:
     """Return the gradient of a layer, in its dtype, from that of the layer normalized."""
-    normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens)
-    counted = layer_BTD.shape[1] - num_extra_tokens
+    normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens, padding_mask)
+    counted: Any = layer_BTD.shape[1] - num_extra_tokens
+    if padding_mask is not None:
+        counted = (~padding_mask[:, num_extra_tokens:, None]).sum(dim=1, keepdim=True)
     projected_B1D = (grad_BTD * normalized_BTD).sum(dim=1, keepdim=True) / counted
     through_statistics_BTD = grad_BTD.sum(dim=1, keepdim=True) / counted + normalized_BTD * projected_B1D
     if num_extra_tokens:  # Inductor cannot write to an empty slice
         through_statistics_BTD[:, :num_extra_tokens] = 0
+    if padding_mask is not None:
+        through_statistics_BTD = through_statistics_BTD.masked_fill(padding_mask[..., None], 0)
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 
 
 def regression_loss(regression: Regression) -> Tensor:
-    """Return the mean squared error over all time steps and channels, plus 0.01 × that of ``cls_prediction``."""
-    loss = mse_loss(regression.prediction.float(), regression.target)
+    """Return the mean squared error over all time steps and channels, plus 0.01 × that of ``cls_prediction``.
+
+    Padding does not count: each other time step of the batch counts alike.
+    """
+    prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
+    if mask is None:
+        loss = mse_loss(prediction, target)
+    else:
+        error_BT = (prediction - target).square().mean(dim=-1).masked_fill(mask, 0)
+        loss = error_BT.sum() / (~mask).sum()
     if regression.cls_prediction is None:
         return loss
-    mean_target_BD = regression.target.mean(dim=1)
+    mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]
     return loss + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)

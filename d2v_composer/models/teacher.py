@@ -1,6 +1,6 @@
 """The base of teachers: frozen blocks on an encoder, regression targets, students on the same encoder.
 
-Shapes: B images, E extra tokens, N patches, T = E + N tokens, D channels.
+Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
 from abc import abstractmethod
@@ -36,8 +36,8 @@ class Teacher(Transformer, Frozen):
     def __init__(
         self, encoder: Encoder, blocks: Sequence[FfnBlock], config: TeacherConfig, provenance: dict[str, Any] | None
     ) -> None:
-        super().__init__(encoder, blocks)
-        self.config = config
+        super().__init__(encoder, blocks, final_layer_norm=config.final_layer_norm)
+        self.config: Any = config  # of the subclass's kind
         self.provenance = provenance or {}
 
     @abstractmethod
@@ -48,14 +48,20 @@ class Teacher(Transformer, Frozen):
             ValueError: The student's are of another kind.
         """
 
-    def target_layers(self, x: Tensor, source: TargetSource) -> Iterator[Tensor]:
+    def follow(self, student: Student) -> None:
+        """Normalize targets and ``layer_mean`` as a student does, so that they compare."""
+        self.normalization, self.final_layer_norm = student.normalization, student.final_layer_norm
+
+    def target_layers(self, x: Tensor, source: TargetSource, padding_mask: Tensor | None = None) -> Iterator[Tensor]:
         """Return each block's FFN output, or its output, (B, T, D): the layers of the target.
 
         Raises:
             ValueError: ``source`` is unknown.
         """
         check_choice("source", source, TargetSource)
-        return self.ffn_outputs(x) if source == "ffn" else (output for output, _ in self.iterate_blocks(x))
+        if source == "ffn":
+            return self.ffn_outputs(x, padding_mask)
+        return (output for output, _ in self.iterate_blocks(x, padding_mask=padding_mask))
 
     @torch.no_grad()
     def targets(
@@ -65,6 +71,8 @@ class Teacher(Transformer, Frozen):
         average_top_k_layers: int | None = None,
         source: TargetSource = "ffn",
         normalization: Normalization | None = None,
+        final_layer_norm: bool | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 
@@ -77,6 +85,9 @@ class Teacher(Transformer, Frozen):
             source: ``ffn``, or ``block`` for the blocks' outputs.
             normalization: Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels; default
                 this teacher's.
+            final_layer_norm: End with a LayerNorm; default this teacher's: as in its pre-training, false for data2vec
+                2.0's audio models.
+            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; its targets mean nothing.
 
         Returns:
             (B, T, D) float32; (B, N, D) without the extra tokens, (B, E, D) of these only.
@@ -93,10 +104,12 @@ class Teacher(Transformer, Frozen):
         top_k = self.config.average_top_k_layers if average_top_k_layers is None else average_top_k_layers
         check_whole("average_top_k_layers", top_k, 1, depth)
         normalization = self.normalization if normalization is None else normalization
-        layers = islice(self.target_layers(x, source), depth - top_k, None)
+        final_layer_norm = self.final_layer_norm if final_layer_norm is None else final_layer_norm
+        layers = islice(self.target_layers(x, source, padding_mask), depth - top_k, None)
         if extra_tokens == "drop":
             layers = (layer_BTD[:, self.num_extra_tokens :] for layer_BTD in layers)
-        target = self.norm_mean(layers, normalization=normalization)
+            padding_mask = None if padding_mask is None else padding_mask[:, self.num_extra_tokens :]
+        target = self.norm_mean(layers, 0, normalization, final_layer_norm, padding_mask)
         return target[:, : self.num_extra_tokens] if extra_tokens == "only" else target
 
     def build_student(
@@ -107,18 +120,20 @@ class Teacher(Transformer, Frozen):
         init: Init = "random",
         normalization: Normalization = "instance",
         embed_dim: int | None = None,
+        final_layer_norm: bool | None = None,
     ) -> Student:
         """Build a trainable student that shares this teacher's encoder.
 
         Args:
             depth: Number of blocks.
             mlp_ratio: Hidden width of their MLPs over their channels.
-            alibi: Add the 2-D ALiBi bias to the attention, as in the chapter, though the teacher has none.
+            alibi: Add the ALiBi bias to the attention, as in the chapter, even if the teacher has none.
             init: ``random`` (the chapter), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
             normalization: Normalization of each layer in the prediction and in ``layer_mean``: ``instance`` over
                 tokens, as in the chapter, or ``layer`` over channels.
             embed_dim: Channels of its blocks and embeddings, at most D; default D.
+            final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the teacher's.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
@@ -130,7 +145,12 @@ class Teacher(Transformer, Frozen):
         """
         check_choice("init", init, Init)
         config = StudentConfig(
-            depth=depth, mlp_ratio=mlp_ratio, alibi=alibi, normalization=normalization, embed_dim=embed_dim
+            depth=depth,
+            mlp_ratio=mlp_ratio,
+            alibi=alibi,
+            normalization=normalization,
+            embed_dim=embed_dim,
+            final_layer_norm=self.config.final_layer_norm if final_layer_norm is None else final_layer_norm,
         )
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init == "random":

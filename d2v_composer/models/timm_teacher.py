@@ -17,7 +17,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from d2v_composer.models.encoder import Encoder, PatchProjection
+from d2v_composer.models.images import Images, PatchProjection
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import (
     MAX_PATCHES,
@@ -156,7 +156,7 @@ def materialize(module: ModuleT) -> ModuleT:
     return module
 
 
-class TimmEncoder(Encoder):
+class TimmEncoder(Images):
     """A timm ViT's encoder: what comes before its blocks, and the first blocks.
 
     Args:
@@ -176,7 +176,7 @@ class TimmEncoder(Encoder):
             model = build_timm_model(config.model, config.image_size)
             sizes = teacher_config(config.model, model, config.first_blocks)
             own = {name: getattr(config, name) for name in OF_A_FILE}
-            found = replace(encoder_config(TimmEncoderConfig, sizes), **own)
+            found = replace(encoder_config(sizes), **own)
             if config != found:
                 name = next(name for name, value in vars(found).items() if value != getattr(config, name))
                 raise ValueError(
@@ -189,7 +189,7 @@ class TimmEncoder(Encoder):
         sizes = zip(height_and_width(config.image_size), patches.kernel_size, strict=True)
         if all(pixels % patch == 0 for pixels, patch in sizes):  # a convolution leaves the rest out
             patches.__class__ = PatchProjection
-        self.stem_macs = math.prod(config.grid_size) * self.stem.patch_embed.proj.weight.numel()
+        self.patch_weights = self.stem.patch_embed.proj.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
@@ -200,15 +200,15 @@ class TimmEncoder(Encoder):
     def block_list(self) -> list[Any]:
         return list(self.blocks)
 
-    def embed_patches(self, images: Tensor) -> Tensor:
-        return self.stem.forward_features(self.prepare(images))
+    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.stem.forward_features(self.prepare(inputs))
 
-    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)
 
     def sample_outputs(self) -> tuple[float, ...]:
         """Return a few outputs for a fixed image, computed by a copy of this encoder on a CPU in float32."""
-        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
+        shape = self.example(1).shape
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):
             output = deepcopy(self).cpu().float()(image).flatten()
@@ -229,7 +229,7 @@ class TimmTeacher(Teacher):
     def __init__(self, model: nn.Module, config: TimmTeacherConfig, provenance: dict[str, Any] | None = None) -> None:
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
-        encoder = TimmEncoder(encoder_config(TimmEncoderConfig, config), parts)
+        encoder = TimmEncoder(encoder_config(config), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
         self.contexts = parts.contexts.of_blocks(first, num_blocks)
         self.norm = parts.norm
@@ -246,12 +246,12 @@ class TimmTeacher(Teacher):
         """Make the final norm an FSDP unit too; a root stays gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
 
-    def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)
 
-    def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the output of timm's ``forward_features``, including its norm, and the FFN outputs, (B, T, D) each."""
-        output_BTD, ffn_outputs = super().forward_blocks(x)
+        output_BTD, ffn_outputs = super().forward_blocks(x, padding_mask)
         return self.norm(output_BTD), ffn_outputs
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:

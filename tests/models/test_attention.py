@@ -11,15 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from d2v_composer.models.attention import SHORT_SEQUENCE, Alibi, Attention, Block, manhattan_distance
 
 
-def build_alibi(rows: int, columns: int, num_heads: int = 6, num_alibi_heads: int = 6, num_extra: int = 1) -> Alibi:
+def build_alibi(columns: int, num_heads: int = 6, num_alibi_heads: int = 6, num_extra: int = 1) -> Alibi:
     heads = {"num_heads": num_heads, "num_alibi_heads": num_alibi_heads}
-    return Alibi((rows, columns), **heads, num_extra_tokens=num_extra)
+    return Alibi(columns, **heads, num_extra_tokens=num_extra)
 
 
 def test_bias_is_the_distance_on_the_grid() -> None:
     assert manhattan_distance((3, 3))[0, 8] == 4  # corner to corner
     assert manhattan_distance((2, 3))[0].tolist() == [0, 1, 2, 1, 2, 3]
-    bias = build_alibi(3, 3, num_alibi_heads=4, num_extra=2)(torch.zeros(1, 11, 24))[0]
+    bias = build_alibi(3, num_alibi_heads=4, num_extra=2)(torch.zeros(1, 11, 24))[0]
     assert bias.shape == (6, 11, 11)
     assert not bias[:, :2].any()
     assert not bias[:, :, :2].any()
@@ -29,7 +29,7 @@ def test_bias_is_the_distance_on_the_grid() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_bias_for_batch_and_layers(dtype: torch.dtype) -> None:
-    alibi, x = build_alibi(14, 14), torch.zeros(2, 197, 24, dtype=dtype)
+    alibi, x = build_alibi(14), torch.zeros(2, 197, 24, dtype=dtype)
     bias = alibi(x)
     assert alibi(x[:1]) is bias
     assert (bias.shape, bias.dtype, bias.requires_grad) == ((1, 6, 197, 197), dtype, False)
@@ -39,7 +39,7 @@ def test_one_bias_for_batch_and_layers(dtype: torch.dtype) -> None:
 
 
 def test_training_can_use_a_bias_from_an_evaluation() -> None:
-    block, alibi, x = Block(24, 6, 48, 1e-6), build_alibi(2, 4), torch.randn(2, 9, 24)
+    block, alibi, x = Block(24, 6, 48, 1e-6), build_alibi(4), torch.randn(2, 9, 24)
     with torch.inference_mode():
         block(x, alibi(x))
     block(x, alibi(x))[1].sum().backward()
@@ -60,7 +60,7 @@ def test_attention_equals_its_formula_with_the_fastest_kernel(biased: bool, colu
     exact = Attention(24, 6).requires_grad_(False)
     attention = copy.deepcopy(exact).bfloat16()
     x = torch.randn(2, columns + 1, 24).bfloat16()
-    bias = build_alibi(1, columns)(x) if biased else None
+    bias = build_alibi(columns)(x) if biased else None
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         found = attention(x, bias)
     assert any("scaled_dot_product" in event.key for event in profiler.key_averages()) != is_short
@@ -73,4 +73,4 @@ def test_attention_equals_its_formula_with_the_fastest_kernel(biased: bool, colu
 def test_a_fused_kernel_accepts_the_bias(biased: bool) -> None:
     attention, x = Attention(24, 6), torch.randn(2, 197, 24)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on a CPU the only one that does not store the scores
-        attention(x, build_alibi(14, 14)(x) if biased else None).sum().backward()
+        attention(x, build_alibi(14)(x) if biased else None).sum().backward()

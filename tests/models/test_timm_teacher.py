@@ -137,7 +137,7 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         expected = teacher.forward_blocks(teacher.encode(images))[0]
         torch._dynamo.reset()  # each model counts as a recompilation
         encoder = teacher.encoder
-        encoder.embed_patches = torch.compile(encoder.embed_patches, fullgraph=True, backend="eager")
+        encoder.embed_tokens = torch.compile(encoder.embed_tokens, fullgraph=True, backend="eager")
         for block in [*encoder.block_list, *teacher.block_list]:
             block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)

@@ -1,0 +1,169 @@
+"""Sound as a modality: what an encoder does with waveforms, and data2vec 2.0's audio encoder.
+
+Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames, T = E + N tokens, D channels, M mels.
+Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, pad
+
+from d2v_composer.models.encoder import Data2Vec2Encoder
+from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig
+from d2v_composer.models.targets import instance_norm, mean_over_time
+
+# A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
+FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, 1.19e-7
+
+
+class AudioEncoder(Data2Vec2Encoder):
+    """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
+
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. What lies behind a clip's end changes
+    nothing: a clip in a padded batch gives the same as alone. (In fairseq padding changes the positions.)
+    """
+
+    config: AudioEncoderConfig
+    baseline = "log_mel"
+    free_axes: ClassVar = {0: "batch", 1: "time"}
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        super().__init__(config)
+        dim, channels, layers = config.embed_dim, 1, []
+        for number, (width, kernel, stride) in enumerate(config.convolutions):
+            layer: dict[str, nn.Module] = {"0": nn.Conv1d(channels, width, kernel, stride, bias=False)}
+            if config.extractor_mode == "layer_norm":
+                layer["2"] = nn.ModuleDict({"1": nn.LayerNorm(width)})
+            elif number == 0:
+                layer["2"] = nn.GroupNorm(width, width)
+            layers.append(nn.ModuleDict(layer))
+            channels = width
+        # The names of fairseq's modules, some of which have no weights.
+        self.local_encoder = nn.ModuleDict({"conv_layers": nn.ModuleList(layers)})
+        self.project_features = nn.ModuleDict({"1": nn.LayerNorm(channels), "2": nn.Linear(channels, dim)})
+        kernel = max(3, config.conv_pos_width // config.conv_pos_depth)
+        sizes: dict[str, Any] = {"padding": kernel // 2, "groups": config.conv_pos_groups}
+        convolutions = nn.ModuleDict(
+            {
+                str(number): nn.ModuleDict({"0": nn.Conv1d(dim, dim, kernel, **sizes)})
+                for number in range(1, config.conv_pos_depth + 1)
+            }
+        )
+        before = {"0": nn.LayerNorm(dim), "1": convolutions}
+        self.relative_positional_encoder = nn.ModuleDict(before) if config.conv_pos_pre_ln else convolutions
+        self.add_blocks(config)
+
+    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Normalize each clip over its samples to mean 0 and variance 1; padding becomes 0."""
+        if inputs.ndim != 2 or not inputs.is_floating_point() or inputs.shape[1] < self.config.min_samples:
+            raise ValueError(
+                f"waveforms must be (B, L) float in [-1, 1] of at least {self.config.min_samples} samples; got "
+                f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+            )
+        if lengths is None:
+            return layer_norm(inputs.float(), inputs.shape[1:])
+        padding_BL = beyond(lengths, inputs.shape[1])
+        return instance_norm(inputs[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
+
+    def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
+        if lengths is None:
+            return None
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # never wait for a device
+            shortest, longest = (int(each) for each in lengths.aminmax())
+            num_samples = longest if num_samples is None else num_samples
+            if shortest < self.config.min_samples or longest > num_samples:
+                allowed = f"from {self.config.min_samples} to {num_samples} samples"
+                raise ValueError(f"lengths must be {allowed}, got {shortest} to {longest}")
+        num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
+        return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
+
+    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x_BND, padding_mask = self.local_features(inputs, lengths), self.padding_mask(lengths, inputs.shape[1])
+        padding_BN = None if padding_mask is None else padding_mask[:, self.config.num_extra_tokens :]
+        return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
+
+    def local_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the convolutions' outputs, projected, (B, N, D)."""
+        x_BCN = self.prepare(waveforms, lengths)[:, None]
+        for layer in cast("Any", self.local_encoder["conv_layers"]):
+            x_BNC = layer["0"](x_BCN).transpose(1, 2)
+            if self.config.extractor_mode == "layer_norm":
+                x_BNC = layer["2"]["1"](x_BNC.float())
+            elif "2" in layer:
+                # Its statistics are over time; only here does it matter which frames of a convolution are padding.
+                padding_BN = None if lengths is None else beyond(self.config.num_frames(lengths, 1), x_BNC.shape[1])
+                x_BNC = instance_norm(x_BNC, padding_mask=padding_BN)[0] * layer["2"].weight + layer["2"].bias
+            x_BCN = gelu(x_BNC).transpose(1, 2)
+        return self.project_features["2"](self.project_features["1"](x_BCN.transpose(1, 2)))
+
+    def positions(self, x_BND: Tensor, padding_BN: Tensor | None = None) -> Tensor:
+        """Return what the positional convolutions add to the local features, (B, N, D)."""
+        convolutions: Any = self.relative_positional_encoder
+        if self.config.conv_pos_pre_ln:
+            x_BND, convolutions = convolutions["0"](x_BND), convolutions["1"]
+        num_frames = x_BND.shape[1]
+        for layer in convolutions.values():
+            if padding_BN is not None:  # each reaches over the clip's end
+                x_BND = x_BND.masked_fill(padding_BN[..., None], 0)
+            x_BDN = layer["0"](x_BND.transpose(1, 2))[..., :num_frames]  # an even kernel gives one more
+            x_BND = gelu(layer_norm(x_BDN.transpose(1, 2), x_BND.shape[2:]))
+        return x_BND
+
+    def num_tokens(self, shape: Sequence[int] | None = None) -> int:
+        """Return T for a waveform; default for one second."""
+        return self.config.num_extra_tokens + self.config.num_frames(SAMPLE_RATE if shape is None else shape[-1])
+
+    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
+        length, macs = SAMPLE_RATE if shape is None else shape[-1], 0
+        for number, layer in enumerate(cast("Any", self.local_encoder["conv_layers"]), 1):
+            macs += self.config.num_frames(length, number) * layer["0"].weight.numel()
+        each_frame = [self.project_features, self.relative_positional_encoder]
+        weights = [each for part in each_frame for each in part.parameters() if each.ndim > 1]
+        return macs + self.config.num_frames(length) * sum(map(torch.numel, weights))
+
+    def example(self, count: int) -> Tensor:
+        """Return a second of silence for each clip."""
+        return torch.zeros(count, SAMPLE_RATE)
+
+    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the mean of the log-mel spectrogram over time, (B, M)."""
+        log_mel_BNM = log_mel(inputs, lengths)
+        padding_BN = None if lengths is None else beyond((lengths - FRAME) // HOP + 1, log_mel_BNM.shape[1])
+        return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]
+
+
+def beyond(lengths: Tensor, size: int) -> Tensor:
+    """Return which of ``size`` positions are past each clip's length, (B, size) bool."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def log_mel(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Return Kaldi's log-mel spectrograms, (B, N, M): a frame each 10 ms; only whole frames, without noise or energy.
+
+    Args:
+        waveforms: (B, L) float in [-1, 1], 16 kHz.
+        lengths: (B,) samples; frames past them are to be ignored.
+    """
+    padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
+    waveforms = waveforms.float()
+    waveforms = waveforms - mean_over_time(waveforms[..., None], padding_mask=padding_BL)[..., 0]
+    frames_BNF = waveforms.unfold(1, FRAME, HOP)
+    frames_BNF = frames_BNF - frames_BNF.mean(dim=-1, keepdim=True)
+    before_BNF = torch.cat([frames_BNF[..., :1], frames_BNF[..., :-1]], dim=-1)
+    window_F = torch.hann_window(FRAME, periodic=False, device=waveforms.device)
+    power = torch.fft.rfft((frames_BNF - 0.97 * before_BNF) * window_F, NUM_POINTS).abs().square()
+    return (power @ mel_filters().to(waveforms.device)).clamp(min=LOG_FLOOR).log()
+
+
+def mel_filters() -> Tensor:
+    """Return Kaldi's triangles, equally spaced in mel, (NUM_POINTS / 2 + 1, M)."""
+    hertz = torch.arange(NUM_POINTS // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / NUM_POINTS
+    mels = 1127 * torch.log1p(hertz / 700)
+    lowest, highest = (1127 * math.log1p(each / 700) for each in (LOWEST_HERTZ, SAMPLE_RATE / 2))
+    centers = torch.linspace(lowest, highest, NUM_MELS + 2, dtype=torch.float64)
+    width = centers[1] - centers[0]
+    return (1 - (mels[:, None] - centers[1:-1]).abs() / width).clamp(min=0).float()

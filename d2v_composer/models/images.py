@@ -1,0 +1,109 @@
+"""Images as a modality: what an encoder does with pixels, and data2vec 2.0's image encoder.
+
+Shapes: B images, S pixels per side (or height and width), N patches, T tokens, D channels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear
+
+from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder
+from d2v_composer.models.sizes import ImageConfig, ImageEncoderConfig, height_and_width
+
+SIDE_OF_PIXELS = 32  # CIFAR's
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution with a stride equal to its kernel, computed as one matrix product over patches.
+
+    On a GPU, one kernel normalizes the patches and writes them in half precision.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        patches = input.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class Images(Encoder):
+    """The part of an encoder that is alike for all kinds of image models.
+
+    Attributes:
+        patch_weights: Weights of the projection of a patch.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    patch_weights: int
+    baseline = "pixels"
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
+
+    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Resize and normalize uint8 images; return float images unchanged."""
+        channels, size = self.config.in_chans, height_and_width(self.config.image_size)
+        is_uint8, is_batch = inputs.dtype == torch.uint8, inputs.ndim == 4 and inputs.shape[1] == channels
+        if not is_batch or not (is_uint8 or (inputs.is_floating_point() and inputs.shape[2:] == size)):
+            raise ValueError(
+                f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
+                f"normalized; got {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+            )
+        if not is_uint8:
+            return inputs
+        if inputs.shape[2:] != size:
+            inputs = resize(inputs, size, self.config.interpolation)
+        return inputs.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
+
+    def num_tokens(self, shape: Sequence[int] | None = None) -> int:
+        return self.config.num_tokens
+
+    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
+        return math.prod(self.config.grid_size) * self.patch_weights
+
+    def example(self, count: int) -> Tensor:
+        return torch.zeros(count, self.config.in_chans, *height_and_width(self.config.image_size))
+
+    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the encoder's input, shrunk to CIFAR's size: at 224 px an image would have 150,528 channels."""
+        size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
+        return interpolate(self.prepare(inputs), size, mode="area").flatten(1)
+
+
+class ImageEncoder(Images, Data2Vec2Encoder):
+    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
+
+    config: ImageEncoderConfig
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__(config)
+        dim, patch = config.embed_dim, config.patch_size
+        self.patch_weights = dim * config.in_chans * patch**2
+        self.local_encoder = nn.ModuleDict({"proj": PatchProjection(config.in_chans, dim, patch, stride=patch)})
+        self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
+        self.add_blocks(config)
+
+    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x_BND = self.local_encoder["proj"](self.prepare(inputs)).flatten(2).transpose(1, 2)
+        return self.add_extra_tokens(x_BND + self.fixed_positional_encoder["positions"])
+
+
+def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
+    """Resize uint8 images to (B, 3, *shape) with antialiasing; whole numbers from 0 to 255."""
+    if images.device.type == "cpu":
+        # The kernel is fastest on channels last, all that follows on contiguous images.
+        return interpolate(images, shape, mode=mode, antialias=True).contiguous()
+    return resize_in_float(images, shape, mode)
+
+
+def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
+    """Resize like the uint8 kernel, which only CPUs have: rows, then columns, clamping the overshoot each time."""
+    pixels = images.float()
+    for each_shape in ((images.shape[-2], shape[1]), shape):
+        pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)
+    return pixels

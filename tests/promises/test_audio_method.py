@@ -1,0 +1,141 @@
+"""Promise 1 for audio: the reference's numbers, float32; a clip in a padded batch gives what it gives alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_composer import DistillationModel, load_teacher
+from helpers import GOLDEN
+
+TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 1e-5
+
+Golden = tuple[Any, Any, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module", params=["audio_base", "audio_prenet", "audio_options"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """A teacher, a student with the reference's weights if it has some, and the reference's arrays."""
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / f"{request.param}.npz").items()}
+    teacher = load_teacher(GOLDEN / f"{request.param}.pt")
+    weights = {name.removeprefix("student."): array for name, array in arrays.items() if name.startswith("student.")}
+    if not weights:
+        return teacher, None, arrays
+    depth = len({name.split(".")[1] for name in weights})
+    mlp_ratio = len(weights["blocks.0.mlp.fc1.bias"]) / teacher.config.embed_dim
+    student = teacher.build_student(depth=depth, mlp_ratio=mlp_ratio)
+    assert not student.load_state_dict(weights, strict=False).unexpected_keys
+    return teacher, student, arrays
+
+
+def assert_close(ours: Tensor, reference: Tensor) -> None:
+    torch.testing.assert_close(ours, reference, rtol=0, atol=TOLERANCE)
+
+
+def compute(teacher: Any, waveforms: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    """Return our arrays under the reference's names."""
+    mask, x = teacher.padding_mask(lengths), teacher.encode(waveforms, lengths)
+    found = {"encoder_out": x}
+    found["teacher_out"], ffn_outputs = teacher.forward_blocks(x, padding_mask=mask)
+    assert len(ffn_outputs) == teacher.config.depth
+    found |= {f"teacher_ffn_{i}": ffn_output for i, ffn_output in enumerate(ffn_outputs)}
+    found |= {f"teacher_block_{i}": each for i, (each, _) in enumerate(teacher.iterate_blocks(x, padding_mask=mask))}
+    found["targets"] = teacher.targets(x, final_layer_norm=True, padding_mask=mask)
+    found["targets_as_configured"] = teacher.targets(x, "drop", padding_mask=mask)
+    encoder = teacher.encoder
+    padding_BN = None if mask is None else mask[:, teacher.num_extra_tokens :]
+    found["local_features"] = encoder.local_features(waveforms, lengths)
+    found["positions"] = encoder.positions(found["local_features"], padding_BN)
+    x = found["encoder_norm"] = encoder.embed_tokens(waveforms, lengths)
+    for i, (block, bias) in enumerate(zip(encoder.block_list, encoder.block_contexts(x, mask), strict=True)):
+        x, found[f"prenet_ffn_{i}"] = block(x, bias)
+        found[f"prenet_block_{i}"] = x
+    return found
+
+
+def test_teacher(golden: Golden) -> None:
+    teacher, _, arrays = golden
+    assert_close(teacher.encoder.prepare(arrays["waveforms"]), arrays["inputs"])
+    found = compute(teacher, arrays["waveforms"])
+    compared = {name for name in arrays if name.startswith(("prenet_", "teacher_", "targets"))}
+    assert compared <= found.keys()
+    for name in found.keys() & arrays.keys():
+        assert_close(found[name], arrays[name])
+    contexts = [*teacher.encoder.block_contexts(found["encoder_norm"]), *teacher.block_contexts(found["encoder_out"])]
+    biases, reference = torch.cat(contexts), arrays["alibi"].expand(len(contexts), -1, -1, -1)
+    assert_close(biases[:, : reference.shape[1]], reference)
+    assert not biases[:, reference.shape[1] :].any()
+
+
+def test_averaged_weights(golden: Golden, request: pytest.FixtureRequest) -> None:
+    teacher, _, arrays = golden
+    name = request.node.callspec.params["golden"]
+    averaged = load_teacher(GOLDEN / f"{name}.pt", weights="ema")
+    assert averaged.config == teacher.config
+    found = compute(averaged, arrays["waveforms"])
+    compared = {name for name in arrays if name.startswith("ema_")}
+    assert len(compared) > teacher.config.depth
+    for name in compared:
+        assert_close(found[name.removeprefix("ema_")], arrays[name])
+
+
+def test_a_clip_in_a_padded_batch_gives_what_it_gives_alone(golden: Golden) -> None:
+    teacher, _, arrays = golden
+    clips, lengths = padded_waveforms(arrays), arrays["lengths"]
+    found = compute(teacher, clips, lengths)
+    assert torch.equal(teacher.padding_mask(lengths), arrays["padded_frame_mask"])
+    for i in range(len(lengths)):
+        prefix = f"alone_{i}_"
+        alone = {name.removeprefix(prefix): each for name, each in arrays.items() if name.startswith(prefix)}
+        assert len(alone) > teacher.config.depth
+        for name, reference in alone.items():
+            assert_close(found[name][i : i + 1, : reference.shape[1]], reference)
+
+
+def padded_waveforms(arrays: dict[str, Tensor]) -> Tensor:
+    """Return waveforms that normalization turns into the padded inputs, with noise behind their ends."""
+    padding, clips = arrays["padding_mask"], arrays["padded_inputs"].double()
+    variance_B1 = clips.square().sum(dim=1, keepdim=True) / (~padding).sum(dim=1, keepdim=True)
+    waveforms = clips * (1e-5 / (1 - variance_B1)).sqrt()  # variance = v / (v + 1e-5), with v that of the waveform
+    noise = torch.randn(padding.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(padding, noise, waveforms.float())
+
+
+def test_short_clips(golden: Golden) -> None:
+    teacher, _, arrays = golden
+    for name in {name.removesuffix("_inputs") for name in arrays if name.startswith("short_")} - arrays.keys():
+        x = teacher.encode(arrays[f"{name}_inputs"])
+        assert_close(teacher.forward_blocks(x)[0], arrays[f"{name}_teacher_out"])
+
+
+@pytest.mark.parametrize("golden", ["audio_base", "audio_prenet"], indirect=True)
+def test_student(golden: Golden) -> None:
+    teacher, student, arrays = golden
+    x = teacher.encode(arrays["waveforms"])
+    assert_close(student.block_contexts(x)[0][0], arrays["student_alibi"])
+    output, ffn_outputs = student.forward_blocks(x)
+    assert_close(output, arrays["student_out"])
+    for i, ffn_output in enumerate(ffn_outputs):
+        assert_close(ffn_output, arrays[f"student_ffn_{i}"])
+
+
+@pytest.mark.parametrize("golden", ["audio_base", "audio_prenet"], indirect=True)
+def test_loss_and_gradients(golden: Golden) -> None:
+    teacher, student, arrays = golden
+    model = DistillationModel(teacher, student, final_layer_norm=True)
+    batch = {"audio": arrays["waveforms"]}
+    student.zero_grad()
+    regression = model(batch)
+    assert_close(regression.prediction, arrays["student_prediction"])
+    loss = model.loss(regression, batch)
+    assert_close(loss, arrays["loss"].reshape(()))
+    loss.backward()
+    depth = len(student.block_list)
+    for block, layer, name in ((0, "attn.qkv", "grad_first_qkv"), (-1, "mlp.fc2", "grad_last_fc2")):
+        gradient = dict(student.named_parameters())[f"blocks.{block % depth}.{layer}.weight"].grad
+        assert (gradient - arrays[name]).norm() <= GRADIENT_TOLERANCE * arrays[name].norm()
+    last = DistillationModel(teacher, student, prediction="last_block", final_layer_norm=True)
+    assert_close(last.loss(last(batch), batch), arrays["loss_last_block"].reshape(()))
