@@ -130,9 +130,8 @@ def _find_modality(stored: dict[str, Any]) -> tuple[Modality, str]:
         if any(each.startswith(prefix) for each in stored):
             return MODALITIES[name], prefix
     allowed = " or ".join(f"{prefix}*" for prefix in found.values())
-    raise ValueError(
-        f"not a data2vec 2.0 checkpoint of images or audio, or fine-tuned; use a pre-trained one with {allowed}"
-    )
+    what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"
+    raise ValueError(f"{what}; use a pre-trained one with {allowed}")
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:

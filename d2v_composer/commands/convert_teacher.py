@@ -2,7 +2,7 @@
 
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
-    d2v convert-teacher base_imagenet.pt small.safetensors --weights ema --dtype float16
+    d2v convert-teacher base_libri.pt small.safetensors --weights ema --dtype float16
 
 Reading a checkpoint runs none of its code. A report names the tensors used and left out.
 """
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
     config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     print(
-        f"data2vec 2.0 image model: width {config.embed_dim}, {config.num_heads} heads, {config.prenet_depth} + "
-        f"{config.depth} blocks, {config.image_size} px in patches of {config.patch_size}"
+        f"data2vec 2.0 {config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
+        f"{config.prenet_depth} + {config.depth} blocks, {config.inputs}"
     )
     for verb, names in (("used", list(teacher.state_dict())), ("left", left)):
         print(f"{verb} {len(names)} tensors")
@@ -48,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
             print(f"  {group} ({count})")
     print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
     checkpoint = shlex.quote(f"teacher.checkpoint={out.resolve()}")
-    print_next(f"composer recipes/train.py yamls/distill.yaml {checkpoint}")
+    print_next(f"composer recipes/train.py {config.recipe} {checkpoint}")

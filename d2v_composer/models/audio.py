@@ -4,7 +4,6 @@ Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames
 Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -17,7 +16,7 @@ from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.targets import instance_norm, mean_over_time
 
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
-FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, 1.19e-7
+FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, torch.finfo(torch.float32).eps
 
 
 class AudioEncoder(Data2Vec2Encoder):
@@ -160,10 +159,13 @@ def log_mel(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def mel_filters() -> Tensor:
-    """Return Kaldi's triangles, equally spaced in mel, (NUM_POINTS / 2 + 1, M)."""
-    hertz = torch.arange(NUM_POINTS // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / NUM_POINTS
-    mels = 1127 * torch.log1p(hertz / 700)
-    lowest, highest = (1127 * math.log1p(each / 700) for each in (LOWEST_HERTZ, SAMPLE_RATE / 2))
-    centers = torch.linspace(lowest, highest, NUM_MELS + 2, dtype=torch.float64)
-    width = centers[1] - centers[0]
-    return (1 - (mels[:, None] - centers[1:-1]).abs() / width).clamp(min=0).float()
+    """Return Kaldi's triangles, equally spaced in mel, (NUM_POINTS / 2 + 1, M); in float32, like Kaldi's."""
+
+    def to_mel(hertz: Tensor) -> Tensor:
+        return 1127 * (1 + hertz / 700).log()
+
+    mels_P1 = to_mel(torch.arange(NUM_POINTS // 2 + 1)[:, None] * (SAMPLE_RATE / NUM_POINTS))
+    lowest, highest = to_mel(torch.tensor([LOWEST_HERTZ, SAMPLE_RATE / 2], dtype=torch.float64)).tolist()
+    width = (highest - lowest) / (NUM_MELS + 1)
+    left_M = lowest + torch.arange(NUM_MELS) * width
+    return torch.minimum((mels_P1 - left_M) / width, (left_M + 2 * width - mels_P1) / width).clamp(min=0)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any, Literal, TypeVar, get_args
 
@@ -121,6 +122,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     modality = "image"
+    recipe = "yamls/distill.yaml"
     interpolation = "bicubic"
 
     def __post_init__(self) -> None:
@@ -128,6 +130,11 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+
+    @property
+    def inputs(self) -> str:
+        """The inputs in words."""
+        return f"{self.image_size} px in patches of {self.patch_size}"
 
     @property
     def has_cls_token(self) -> bool:
@@ -165,6 +172,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
     conv_pos_depth: int = 5
     conv_pos_pre_ln: bool = False
     modality = "audio"
+    recipe = "yamls/distill_audio.yaml"
     num_columns = 1
     has_cls_token = False  # its extra tokens are registers
 
@@ -175,9 +183,15 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
             check_whole(name, getattr(self, name), 1, MAX_DEPTH)
         if self.embed_dim % self.conv_pos_groups:
             raise ValueError(f"conv_pos_groups must divide embed_dim, got {self.conv_pos_groups}")
-        parse_convolutions(self.feature_encoder_spec)
+        _ = self.convolutions  # parsed once
 
     @property
+    def inputs(self) -> str:
+        """The inputs in words."""
+        hop = math.prod(stride for *_, stride in self.convolutions)
+        return f"a frame of {self.min_samples} samples each {hop}, at {SAMPLE_RATE} Hz"
+
+    @cached_property
     def convolutions(self) -> list[tuple[int, int, int]]:
         """Channels, kernel and stride of each convolution."""
         return parse_convolutions(self.feature_encoder_spec)

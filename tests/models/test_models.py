@@ -43,8 +43,8 @@ def teacher() -> Data2Vec2:
 
 
 def images_for(teacher: Data2Vec2, count: int = 4) -> torch.Tensor:
-    size = teacher.config.image_size
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+    shape = teacher.encoder.example(count).shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def macs_of(teacher: Teacher) -> int:

@@ -1,0 +1,298 @@
+"""Audio: padding changes nothing, odd encoders, cost, hostile sizes, files; the reference's numbers are a promise."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2v_composer.checkpoints.fairseq import convert_teacher
+from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
+from d2v_composer.models.audio import log_mel
+from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.execution import compile_model
+from d2v_composer.models.sizes import AudioEncoderConfig, Data2Vec2AudioConfig, parse_convolutions
+from d2v_composer.models.targets import norm_mean, regression_loss
+from helpers import GOLDEN, refused_by, time_limit
+
+BASE = GOLDEN / "audio_base.pt"
+TOLERANCE = 2e-5
+LENGTHS = torch.tensor([9000, 6137, 12000])
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return load_teacher(BASE)
+
+
+def sound(lengths: Tensor = LENGTHS, seed: int = 0) -> Tensor:
+    """Noise of several loudnesses, also behind the clips' ends."""
+    generator = torch.Generator().manual_seed(seed)
+    loudness = torch.tensor([0.3, 0.003, 0.05])[: len(lengths), None]
+    return torch.randn(len(lengths), int(lengths.max()), generator=generator) * loudness + 0.01
+
+
+def random_teacher(**sizes: Any) -> Any:
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "num_heads": 4, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
+    small |= {"feature_encoder_spec": "[(16, 10, 5)] + [(16, 3, 2)] * 2", "conv_pos_groups": 4, "num_alibi_heads": 4}
+    return Data2Vec2(Data2Vec2AudioConfig(**(small | sizes)))
+
+
+def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
+    """Each valid frame counts alike, in the loss and its gradient."""
+    student = teacher.build_student(depth=2)
+    waveforms, total = sound(), 0
+    for options in ({}, {"extra_tokens": "drop"}, {"prediction": "last_block"}, {"final_layer_norm": True}):
+        model = DistillationModel(teacher, student, **options)
+        model.zero_grad()
+        loss = model.loss(model({"audio": waveforms, "lengths": LENGTHS}), {})
+        loss.backward()
+        gradients = [each.grad.clone() for each in student.parameters() if each.grad is not None]
+        model.zero_grad()
+        frames = teacher.encoder.config.num_frames(LENGTHS)
+        losses = [model.loss(model(waveforms[i : i + 1, :length]), {}) for i, length in enumerate(LENGTHS)]
+        total = sum(loss * share for loss, share in zip(losses, frames / frames.sum(), strict=True))
+        total.backward()
+        torch.testing.assert_close(loss, total, rtol=0, atol=TOLERANCE)
+        again = [each.grad for each in student.parameters() if each.grad is not None]
+        for ours, alone in zip(gradients, again, strict=True):
+            assert (ours - alone).norm() <= 1e-4 * alone.norm() + 1e-6
+
+
+@pytest.mark.parametrize("options", [{"extractor_mode": "default"}, {"num_extra_tokens": 2}, {"conv_pos_pre_ln": True}])
+def test_embeddings_do_not_depend_on_padding(options: dict[str, Any]) -> None:
+    teacher = random_teacher(**options)
+    waveforms, student = sound(), teacher.build_student(depth=1, alibi=False)
+    for model in (teacher, student):
+        embeddings = model.embed_all(waveforms, LENGTHS)
+        assert list(embeddings) == [
+            f"{representation}_{pooling}"
+            for representation, pooling in itertools.product(("output", "layer_mean"), ("mean", "mean_patches"))
+        ]
+        for i, length in enumerate(LENGTHS):
+            for name, alone in model.embed_all(waveforms[i : i + 1, :length]).items():
+                torch.testing.assert_close(embeddings[name][i : i + 1], alone, rtol=0, atol=TOLERANCE)
+    raw = teacher.encoder.raw(waveforms, LENGTHS)
+    for i, length in enumerate(LENGTHS):
+        torch.testing.assert_close(raw[i : i + 1], teacher.encoder.raw(waveforms[i : i + 1, :length]))
+
+
+def test_the_groups_of_the_default_extractor_are_torchs() -> None:
+    encoder, waveforms = random_teacher(extractor_mode="default").encoder, sound()
+    first, *others = encoder.local_encoder["conv_layers"]
+    torch.nn.init.uniform_(first["2"].bias)
+    x = torch.nn.functional.gelu(first["2"](first["0"](encoder.prepare(waveforms)[:, None])))
+    for layer in others:
+        x = torch.nn.functional.gelu(layer["0"](x))
+    project = encoder.project_features
+    expected = project["2"](project["1"](x.transpose(1, 2)))
+    torch.testing.assert_close(encoder.local_features(waveforms), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("num_extra_tokens", "final_layer_norm"), [(0, True), (2, False)])
+def test_norm_means_gradient_with_padding(
+    num_extra_tokens: int, final_layer_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(2, 6, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
+    mask = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    options: Any = (num_extra_tokens, "instance", final_layer_norm, mask)
+    assert torch.autograd.gradcheck(lambda *layers: norm_mean(layers, *options), layers)
+    with torch.no_grad():
+        found = norm_mean(layers, *options)
+        alone = norm_mean([each[1:, :4] for each in layers], *options[:3])
+    torch.testing.assert_close(found[1:, :4], alone)
+
+
+def test_one_alibi_serves_all_lengths(teacher: Any) -> None:
+    student = teacher.build_student(depth=1)
+    for length in (40, 30, 50):
+        x = torch.zeros(1, length, 48)
+        bias = student.block_contexts(x)[0]
+        torch.testing.assert_close(bias, student.alibi.build(length))
+    assert [each.shape[-1] for each in student.alibi.kept.values()] == [50]
+
+
+def test_blocks_move_between_encoder_and_teacher() -> None:
+    whole = load_teacher(GOLDEN / "audio_prenet.pt")
+    waveforms, lengths = sound(), LENGTHS
+    mask = whole.padding_mask(lengths)
+    output, _ = whole.forward_blocks(whole.encode(waveforms, lengths), mask)
+    num_blocks = whole.config.prenet_depth + whole.config.depth
+    for first_blocks in range(num_blocks):
+        teacher = load_teacher(GOLDEN / "audio_prenet.pt", first_blocks=first_blocks)
+        x = teacher.encode(waveforms, lengths)
+        moved, ffn_outputs = teacher.forward_blocks(x, mask)
+        assert torch.equal(moved, output)
+        assert len(ffn_outputs) == num_blocks - first_blocks
+
+
+@pytest.mark.parametrize("num_samples", [8000, 12345])
+def test_the_cost_of_a_step(teacher: Any, num_samples: int) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2))
+    waveforms = sound(torch.tensor([num_samples] * 2))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model(waveforms), waveforms).backward()
+    assert model.flops_per_batch(waveforms) == counter.get_total_flops()
+
+
+def test_the_log_mel_spectrogram_is_kaldis() -> None:
+    arrays = np.load(GOLDEN / "eat_base.npz")
+    names = [name for name in arrays.files if name.startswith("waveform_")]
+    assert names
+    for name in names:
+        waveform, expected = (torch.from_numpy(arrays[each]) for each in (name, name.replace("waveform", "fbank")))
+        torch.testing.assert_close(log_mel(waveform.reshape(1, -1))[0], expected, rtol=0, atol=5e-4)
+
+
+def test_wrong_waveforms_and_lengths(teacher: Any) -> None:
+    for waveforms in (torch.zeros(2, 399), torch.zeros(2, 1, 800), torch.zeros(2, 800, dtype=torch.int16)):
+        with pytest.raises(ValueError, match=r"waveforms must be \(B, L\) float in \[-1, 1\] of at least 400 samples"):
+            teacher.encode(waveforms)
+    for lengths in ([399, 800], [800, 801]):
+        with pytest.raises(ValueError, match="lengths must be from 400 to 800 samples, got"):
+            teacher.encode(torch.zeros(2, 800), torch.tensor(lengths))
+    images = load_teacher(GOLDEN / "tiny_base.pt")
+    assert images.padding_mask(None) is None
+    with pytest.raises(ValueError, match="lengths: image inputs have none"):
+        images.padding_mask(torch.tensor([32]))
+    assert not teacher.encode(torch.full((1, 800), 0.5)).isnan().any()  # a constant clip
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_loss(teacher: Any) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=1))
+    batch = {"audio": sound(), "lengths": LENGTHS}
+    expected = model.loss(model(batch), batch)
+    torch._dynamo.reset()
+    compile_model(model, mode="default")
+    torch.testing.assert_close(model.loss(model(batch), batch), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_half_precision_is_close(teacher: Any) -> None:
+    expected = teacher.targets(teacher.encode(sound(), LENGTHS), padding_mask=teacher.padding_mask(LENGTHS))
+    teacher.cast_weights(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = teacher.padding_mask(LENGTHS)
+        found = teacher.targets(teacher.encode(sound(), LENGTHS), padding_mask=mask)
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found[~mask], expected[~mask], dim=-1).mean() > 0.99
+
+
+# Files.
+
+
+def test_a_converted_teacher_and_a_students_file_compute_the_same(teacher: Any, tmp_path: Path) -> None:
+    converted, left = convert_teacher(BASE, tmp_path / "teacher.safetensors")
+    assert all(".decoder." in name for name in left)
+    assert "MIT" in converted.provenance["licence"]
+    again = load_teacher(tmp_path / "teacher.safetensors")
+    assert again.config == teacher.config
+    x = teacher.encode(sound(), LENGTHS)
+    assert torch.equal(again.encode(sound(), LENGTHS), x)
+    for final_layer_norm in (None, True):
+        student = again.build_student(depth=1, final_layer_norm=final_layer_norm)
+        save_student(student, tmp_path / "student.safetensors")
+        loaded = load_student(tmp_path / "student.safetensors")
+        assert loaded.config == student.config
+        assert loaded.encoder.config == again.encoder.config
+        for name, embedding in student.embed_all(sound(), LENGTHS).items():
+            assert torch.equal(loaded.embed_all(sound(), LENGTHS)[name], embedding)
+
+
+def test_an_older_layout_of_alibis_scale(teacher: Any, tmp_path: Path) -> None:
+    checkpoint = torch.load(BASE, weights_only=True)
+    name = "modality_encoders.AUDIO.alibi_scale"
+    checkpoint["model"][name] = checkpoint["model"][name][0]
+    torch.save(checkpoint, tmp_path / "teacher.pt")
+    assert torch.equal(load_teacher(tmp_path / "teacher.pt").encoder.alibi_scale, teacher.encoder.alibi_scale)
+
+
+SPECS = {
+    "[(512, 10, 5)] + [(512, 3, 2)] * 2": [(512, 10, 5), (512, 3, 2), (512, 3, 2)],
+    "([(4, 3, 2)] * 2 + [[4, 2, 1]]) * 2": [(4, 3, 2), (4, 3, 2), (4, 2, 1)] * 2,
+}
+HOSTILE_SPECS = [
+    "__import__('os').system('true')",
+    "[(512, 10, 5)] * 1000000",
+    "[(4, 2, 1)]" + " * 33" * 100,
+    "[(4, 2, 1)]" + " + [(4, 2, 1)]" * 40,
+    "(" * 400 + ")" * 400,
+    "[(512, 10)]",
+    "[(512, 10, 5.0)]",
+    "[(512, -10, 5)]",
+    "[(10 ** 9, 10, 5)]",
+    "[(4, 2, 1)] * -1",
+    "[" * 90 + "]" * 90,
+    "[lambda: 1]",
+    "\0",
+    "",
+    "[]",
+    "5 * 5",
+    "[(4, 2, 1)]" * 100_000,
+    None,
+    7,
+]
+
+
+def test_convolutions_are_parsed_and_never_evaluated(tmp_path: Path) -> None:
+    for spec, expected in SPECS.items():
+        assert parse_convolutions(spec) == expected
+    assert AudioEncoderConfig().min_samples == 400
+    assert [AudioEncoderConfig().num_frames(each) for each in (400, 719, 720, 16_000, 160_000)] == [1, 1, 2, 49, 499]
+    checkpoint = torch.load(BASE, weights_only=True)
+    section = checkpoint["cfg"]["model"]["modalities"]["audio"]
+    with time_limit(60):
+        for spec in HOSTILE_SPECS:
+            section["feature_encoder_spec"] = spec
+            torch.save(checkpoint, tmp_path / "teacher.pt")
+            if spec is not None:  # a field without a value takes the default
+                refused = refused_by(load_teacher, tmp_path / "teacher.pt")
+                assert "feature_encoder_spec" in refused or "number of convolutions" in refused
+                assert len(refused) < 400
+
+
+WRONG: dict[str, Any] = {
+    "conv_pos_depth": 10**6,
+    "conv_pos_width": 10**9,
+    "conv_pos_groups": 7,
+    "extractor_mode": "other",
+    "prenet_depth": 10**9,
+    "num_alibi_heads": 13,
+    "learned_alibi": True,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_sizes_are_refused(name: str, tmp_path: Path) -> None:
+    checkpoint = torch.load(BASE, weights_only=True)
+    checkpoint["cfg"]["model"]["modalities"]["audio"][name] = WRONG[name]
+    torch.save(checkpoint, tmp_path / "teacher.pt")
+    refused = refused_by(load_teacher, tmp_path / "teacher.pt")
+    assert name in refused or "not learned" in refused
+
+
+def test_fine_tuned_files_are_refused(tmp_path: Path) -> None:
+    checkpoint = torch.load(BASE, weights_only=True)
+    tensors = {name: each for name, each in checkpoint["model"].items() if isinstance(each, Tensor)}
+    checkpoint["model"] = {f"w2v_encoder.w2v_model.{name}": each for name, each in tensors.items()}
+    torch.save(checkpoint, tmp_path / "base_960h.pt")
+    assert "fine-tuned; use a pre-trained one" in refused_by(load_teacher, tmp_path / "base_960h.pt")
+
+
+def test_a_loss_without_padding_is_plain() -> None:
+    from d2v_composer.models.targets import Regression
+
+    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(
+        regression_loss(Regression(prediction, target, None, nothing)), regression_loss(Regression(prediction, target))
+    )
