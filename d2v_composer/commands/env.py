@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Print a name and its value in each line."""
     make_parser(__doc__).parse_args(argv)
 
-    import torch
+    import torch.version
 
     from d2v_composer.system.machine import describe_machine, package_versions
 
