@@ -27,9 +27,9 @@ class Regression(NamedTuple):
     """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) of these only."""
+    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only."""
     target: Tensor
-    """The shape of ``prediction``, without gradient."""
+    """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
     """(B, D), if CLS is regressed to the mean target instead of its own."""
 
@@ -51,7 +51,7 @@ def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> tuple[Tensor,
 
 
 def normalize(layer_BTD: Tensor, num_extra_tokens: int = 0, normalization: Normalization = "instance") -> Tensor:
-    """Normalize one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens``.
+    """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens``.
 
     Raises:
         ValueError: ``normalization`` is unknown.
@@ -81,7 +81,7 @@ def norm_mean(layers: Iterable[Tensor], num_extra_tokens: int = 0, normalization
 
 
 def average(layers: Iterable[Tensor]) -> Tensor:
-    """Return the mean of layers, of which a generator holds one at a time."""
+    """Return the mean of layers; from a generator, only one at a time is in memory."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
@@ -124,7 +124,7 @@ class InstanceNormMean(torch.autograd.Function):
 
 
 def instance_norm_gradient(grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int) -> Tensor:
-    """Return the gradient of a layer, in its dtype, from that of the layer normalized."""
+    """Return a layer's gradient, in its dtype, from the gradient of the normalized layer."""
     normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens)
     counted = layer_BTD.shape[1] - num_extra_tokens
     projected_B1D = (grad_BTD * normalized_BTD).sum(dim=1, keepdim=True) / counted
