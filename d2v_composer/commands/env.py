@@ -2,7 +2,7 @@
 
     d2v env
 
-These are versions, machine, torch's build, GPUs, and the packages that each extra lacks.
+These are versions, machine, torch's build, GPUs, and what each extra lacks.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> None:
     make_parser(__doc__).parse_args(argv)
 
     import torch.version
+    from packaging.requirements import Requirement
 
     from d2v_composer.system.machine import describe_machine, package_versions
 
@@ -24,23 +25,17 @@ def main(argv: Sequence[str]) -> None:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
-    for extra in metadata.metadata("d2v-composer").get_all("Provides-Extra") or []:
-        about[f"extra {extra}"] = " ".join(["lacks", *lacks]) if (lacks := find_missing(extra)) else "complete"
-    for name, value in about.items():
-        print(f"{name:<20}{value or 'none'}")
-
-
-def find_missing(extra: str) -> list[str]:
-    """Return the requirements of an extra that are not installed, or only in another version."""
-    from packaging.requirements import Requirement
-
-    from d2v_composer.system.machine import package_versions
-
-    all_of_them = [Requirement(text) for text in metadata.requires("d2v-composer") or []]
-    wanted = [each for each in all_of_them if each.marker is not None and each.marker.evaluate({"extra": extra})]
-    found = package_versions(*(each.name for each in wanted))
-    return [
-        f"{each.name}{each.specifier}"
-        for each in wanted
+    needed = [Requirement(text) for text in metadata.requires("d2v-composer") or []]
+    found = package_versions(*(each.name for each in needed))
+    lacking = [
+        each
+        for each in needed
         if (version := found[each.name]) is None or not each.specifier.contains(version, prereleases=True)
     ]
+    for extra in metadata.metadata("d2v-composer").get_all("Provides-Extra") or []:
+        own = [each for each in lacking if each.marker is not None and each.marker.evaluate({"extra": extra})]
+        about[f"extra {extra}"] = (
+            f"lacks {' '.join(f'{each.name}{each.specifier}' for each in own)}" if own else "complete"
+        )
+    for name, value in about.items():
+        print(f"{name:<20}{value or 'none'}")
