@@ -46,8 +46,8 @@ class ParsedError(Exception):
     """Raised where a command has parsed its arguments: its parser, and what it found."""
 
 
-def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.ArgumentParser, Any] | None:
-    """Call a command up to its parser; return ``None`` if it takes a YAML, and so shows its help in another way."""
+def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.ArgumentParser, Any]:
+    """Call a command until it has parsed its arguments; return the parser and, unless they ask for help, the result."""
 
     def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
         def stop(self: argparse.ArgumentParser, *arguments: Any) -> None:
@@ -62,9 +62,8 @@ def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.Argumen
         try:
             main(argv)
         except ParsedError as parsed:
-            return parsed.args  # pyright: ignore[reportReturnType]
-        except SystemExit:
-            return None
+            parser, found = parsed.args
+            return parser, found
     raise AssertionError(f"{argv}: it has run")
 
 
@@ -94,9 +93,8 @@ def describe(command: str, file: str) -> Iterator[str]:
     # Other recipes import Composer, and have no options that their text does not name.
     if "make_parser" in source and (command.startswith("d2v") or "ablations" in command):
         module = import_module(file.removesuffix(".py").replace("/", "."))
-        parsed = parse(module.main, ["--help"])
-        assert parsed is not None
-        yield from table(command, parsed[0])
+        parser, _ = parse(module.main, ["--help"])
+        yield from table(command, parser)
 
 
 def as_list(lines: re.Match[str]) -> str:
@@ -136,13 +134,14 @@ def resolve(module: str) -> list[Any]:
 
 def write_html(folder: str) -> None:
     """Write a page for each module with public names."""
-    import pdoc
+    from pdoc import pdoc
+    from pdoc.render import configure
 
     for name, public in PUBLIC.items():
         module = import_module(name)
         vars(module).update(zip(public, resolve(name), strict=True), __all__=public)
-    pdoc.render.configure(docformat="google", include_undocumented=False, show_source=False)
-    pdoc.pdoc(*PUBLIC, output_directory=Path(folder))
+    configure(docformat="google", include_undocumented=False, show_source=False)
+    pdoc(*PUBLIC, output_directory=Path(folder))
 
 
 def main(argv: Sequence[str]) -> None:

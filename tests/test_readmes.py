@@ -133,7 +133,7 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             given = arguments[0] if is_yaml and (ROOT / arguments[0]).exists() else shipped
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
-            _, found = reference.parse(ablations.main, arguments) or (None, None)
+            _, found = reference.parse(ablations.main, arguments)
             changes = [each for each in found.given if "=" in each]
         elif name in COMMANDS:
             _, found = reference.parse(import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main, arguments)

@@ -1,6 +1,6 @@
-"""The first hour on a GPU: all that only a GPU can tell, unattended, in the order of what is learned per minute.
+"""The first hour on a GPU: measure, unattended, all that only a GPU can tell, the most informative steps first.
 
-Each step is a command of its own with a time limit: one that fails or hangs stops no other. With several GPUs, runs use
+Each step is a separate command with a time limit: one that fails or hangs stops no other. With several GPUs, runs use
 all of them and benchmarks the first. On a CPU the same steps run at small sizes, except those that need a GPU.
 """
 
@@ -26,11 +26,11 @@ from d2v_composer.system.processes import start_program
 
 
 class Step(NamedTuple):
-    """A step of the programme; what is in braces in its texts is filled in."""
+    """A step of the program; placeholders in its texts are filled in."""
 
     name: str
     command: str
-    """For sh, in OUT."""
+    """Shell command, run in OUT."""
     needs: str = ""
 
 
@@ -122,7 +122,7 @@ MOST_LINES = 20
 
 
 def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
-    """Run all steps; OUT receives what each printed and wrote, first_hour.json and first_hour.txt.
+    """Run all steps; OUT receives their output and files, first_hour.json and first_hour.txt.
 
     Raises:
         OSError: OUT exists.
@@ -149,7 +149,7 @@ def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
         write_atomically(out / "first_hour.txt", report)
         write_atomically(out / "first_hour.json", json.dumps(result, indent=1) + "\n")
     if failed := [row["name"] for row in rows if not row["verdict"].startswith(("ok", "skipped"))]:
-        raise RunError(f"{len(failed)} of {len(rows)} steps did not succeed: {', '.join(failed)}; see {out}")
+        raise RunError(f"{len(failed)} of {len(rows)} steps failed: {', '.join(failed)}; see {out}")
     return result
 
 
@@ -159,7 +159,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
-    """Run a command to its end or its limit; return the verdict, and what its output says."""
+    """Run a command until it exits or its time is up; return the verdict and lines of its output."""
     output = out / f"{file}.txt"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -182,6 +182,6 @@ def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
 
 
 def share_gpu() -> None:
-    """Let all ranks of this machine use its first GPU, which NCCL refuses."""
+    """Let all ranks of this machine use its first GPU, which NCCL does not allow."""
     DeviceGPU.dist_backend = "gloo"
     DeviceGPU.__init__ = partialmethod(DeviceGPU.__init__, 0)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Plan a training step for an H100, without one: the kernels and bytes of what torch.compile makes of it.
+"""Plan a training step for an H100, without having one: the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
 code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Nothing is
@@ -73,7 +73,7 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """Return the table of :func:`benchmark`'s result."""
+    """Format :func:`benchmark`'s result as a table."""
     rows = [
         [*map(str, counts), f"{size / 1e9:.2f}", f"{size / BYTES_PER_MS:.2f}"]
         for *counts, size in (row.values() for row in result["rows"])
@@ -82,7 +82,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 class Planner(FakeTensorMode):
-    """Fake tensors, and a backend of torch.compile that plans graphs and counts those that run.
+    """Fake tensors, and a torch.compile backend that plans graphs and counts the ones that run.
 
     Attributes:
         part: The part of the step that runs.
@@ -97,7 +97,7 @@ class Planner(FakeTensorMode):
         self.plan: Counter[str] = Counter()
 
     def stubs(self) -> dict[str, Any]:
-        """Return what to replace, by name, to compile with this backend for an H100."""
+        """Return replacements, by name, with which this backend compiles for an H100."""
         interface = "torch._dynamo.device_interface.CudaInterface."
         properties = ("torch.cuda.", interface, f"{interface}Worker.")
         return {
@@ -111,12 +111,12 @@ class Planner(FakeTensorMode):
         }
 
     def compile(self, graph: GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
-        """Compile as Inductor does, up to its plans."""
+        """Compile like Inductor, up to its plans."""
         TracingContext.get().fake_mode = self
         return compile_fx(graph, inputs, inner_compile=self.compile_inner)
 
     def compile_inner(self, graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        """Plan a graph of operations on a CPU for the GPU; return a function that counts and runs it."""
+        """Plan a graph of CPU operations for the GPU; return a function that counts and runs it."""
         on_gpu = deepcopy(graph)
         for node, original in zip(on_gpu.graph.nodes, graph.graph.nodes, strict=True):
             node.meta = {**original.meta, "val": tree_map(move, original.meta.get("val"))}
@@ -137,7 +137,7 @@ class Planner(FakeTensorMode):
         return make_boxed_func(run)
 
     def count(self, graph: GraphLowering) -> None:
-        """Count a graph's kernels instead of writing their code, and end its compilation."""
+        """Count a graph's kernels instead of generating their code, and stop its compilation."""
         graph.init_wrapper_code()
         graph._update_scheduler()
         nodes = [node for node in graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
@@ -149,7 +149,7 @@ class Planner(FakeTensorMode):
 
 
 def move(value: Any) -> Any:
-    """Return a fake tensor on the GPU for one on a CPU."""
+    """Return a fake GPU tensor for a CPU tensor."""
     if not isinstance(value, FakeTensor):
         return value
     with unset_fake_temporarily():

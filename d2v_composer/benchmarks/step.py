@@ -1,4 +1,4 @@
-"""Measure a training step: the naive program and ours, eager and compiled, interleaved in one process.
+"""Measure a training step: a naive program and ours, eager and compiled, interleaved in one process.
 
 A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW; ``trainer`` is ours in
 the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: what it loses to ``ours`` is the host's
@@ -80,7 +80,7 @@ def benchmark(
         loop: ``trainer`` adds ours in Composer's Trainer.
         sdp: The attention kernel to prefer where it can run; default: torch's choice.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
-        overrides: Of distill.yaml, such as ``half_residual=true``.
+        overrides: Settings of distill.yaml, such as ``half_residual=true``.
 
     Raises:
         InputError: There is no compiler.
@@ -131,7 +131,7 @@ def benchmark(
 def build_run(
     name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int
 ) -> Callable[[int], Tensor]:
-    """Return a function that trains a contender a number of steps and returns the last loss.
+    """Return a function that trains a contender for a number of steps and returns the last loss.
 
     Args:
         name: The contender.
@@ -158,7 +158,7 @@ def build_run(
 def in_trainer(
     model: DistillationModel, optimizer: torch.optim.Optimizer, config: TrainConfig, images: Tensor, steps: int
 ) -> Callable[[int], Tensor]:
-    """Return a function that trains a number of steps in Composer's Trainer, on batches in the host's memory."""
+    """Return a function that trains for a number of steps in Composer's Trainer, on batches in the host's memory."""
     model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
     batch = {"image": images.cpu().pin_memory() if images.is_cuda else images}
     trainer = Trainer(
@@ -181,7 +181,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str, Any]:
-    """Profile some steps: what computes attention, the GPU's kernels a step and their milliseconds, peak memory."""
+    """Profile some steps: attention kernel, GPU kernels per step and their milliseconds, peak memory."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()
@@ -198,7 +198,7 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str,
 
 
 def build_model(size: str) -> DistillationModel:
-    """Build a teacher with random weights, and the paper's student for it."""
+    """Build a teacher with random weights, and the chapter's student for it."""
     config, student_depth = SIZES[size]
     teacher = Data2Vec2(config)
     init_linear_layers(teacher)
@@ -211,7 +211,7 @@ def own_loss(model: DistillationModel, images: Tensor) -> Tensor:
 
 
 class NaiveDistillation(nn.Module):
-    """Compute the loss of a batch of images as the first version of a user's program does.
+    """Compute the loss of a batch of images as a user's first version would.
 
     Two whole models with an encoder each, every layer's output kept, attention with one bias an image.
 
@@ -273,7 +273,7 @@ def build_optimizer(module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 def train_step(
     loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype, images: Tensor
 ) -> Tensor:
-    """Train one step, and return the loss before it. Gradients in float16 are not scaled, which takes no less time."""
+    """Train one step and return the loss before it. float16 gradients are not scaled, which saves no time."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
@@ -284,22 +284,22 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Compare the losses of all contenders with the first one's."""
+    """Check that all contenders compute the first one's loss."""
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not
-            raise RuntimeError(f"{name!r} finds the loss {loss.item()}, {first!r} {expected}")
+            raise RuntimeError(f"{name!r} computes the loss {loss.item()}, {first!r} {expected}")
 
 
 def repeat(work: Callable[[], Tensor], times: int) -> Tensor:
-    """Do the work several times, at least once, and return its last result."""
+    """Repeat the work, at least once, and return its last result."""
     for _ in range(times - 1):
         work()
     return work()
 
 
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
-    """Return a matrix product of the shape of the teacher's first MLP layer, and its number of operations."""
+    """Return a matrix product with the shape of the teacher's first MLP layer, and its number of operations."""
     weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(images.device, dtype)
     num_rows = len(images) * model.teacher.encoder.num_tokens()
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)

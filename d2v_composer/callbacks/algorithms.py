@@ -1,4 +1,4 @@
-"""Clipping of the gradient, its norm before that, and a seed for each batch."""
+"""Clip the gradient, log its norm before clipping, and seed each batch."""
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 
 def trained(state: State) -> list[Tensor]:
-    """Return what the optimizers train, without a walk over a model that is mostly frozen."""
+    """Return what the optimizers train, without walking over a model that is mostly frozen."""
     return [each for optimizer in state.optimizers for group in optimizer.param_groups for each in group["params"]]
 
 
 class GradientClipping(algorithms.GradientClipping):
-    """Composer's, by the global norm, which walks over the whole model in each batch.
+    """Composer's GradientClipping by the global norm, without its walk over the whole model in each batch.
 
     Args:
         clipping_threshold: Largest norm.

@@ -133,7 +133,7 @@ def trace(embedder: Embedder) -> torch.export.ExportedProgram:
         return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
 
 
-# The paper's sizes; loading a file replaces them.
+# The chapter's sizes; loading a file replaces them.
 PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)
 # timm's names of poolings; it has none for the mean of all time steps.
 POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "mean"}
@@ -263,7 +263,7 @@ def pretrained_cfg(config: Any) -> dict[str, Any]:
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build the paper's student for timm; loading a file changes its sizes, see :class:`TimmStudent`."""
+    """Build the chapter's student for timm; loading a file changes its sizes, see :class:`TimmStudent`."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a student as safetensors, ONNX or torch.export",
     "embed": "embed a collection of images",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
+    "env": "print what a bug report needs: versions, machine, missing packages",
 }
 
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield reader, section and table of each section; a field that is as in training is only named."""
+    """Yield reader, section and table of each section; fields that are as in training are only named."""
     from d2v_composer.config.load import find_section
     from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 

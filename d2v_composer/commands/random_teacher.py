@@ -1,9 +1,9 @@
-"""Write a teacher with random weights, the same at each call: to rehearse and measure where the real one is missing.
+"""Write a teacher with random weights, the same each time, to rehearse and measure without the real one.
 
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
 
-SIZE is base, large or huge, those of data2vec 2.0, or timm/NAME.
+SIZE is base, large or huge, as in data2vec 2.0, or timm/NAME.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the weights, and write the file."""
+    """Draw the weights and write the file."""
     parser = make_parser(__doc__)
     parser.add_argument("size", metavar="SIZE")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)

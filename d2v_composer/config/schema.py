@@ -72,7 +72,7 @@ class Section(BaseModel):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Yield '.key: problem' for each value that does not go with another one; each alone is within its limits."""
+        """Yield '.key: problem' for each value that contradicts another one; each alone is within its limits."""
         yield from ()
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class Section(BaseModel):
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
-    """Return the hint that follows an unknown name: the nearest one, and all that are allowed."""
+    """Return the hint that follows an unknown name: the nearest name, and all allowed ones."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
@@ -115,7 +115,7 @@ def duration(pattern: str, example: str) -> AfterValidator:
 
 
 def read_image_size(size: Any) -> int | str:
-    """Write each size in one way only: a resume compares them."""
+    """Normalize an image size: a resume compares it."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
@@ -436,7 +436,7 @@ class TrainerConfig(RunConfig):
         if warmup[-2:] == length[-2:] and int(warmup[:-2]) > int(length[:-2]):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
-            yield f".global_train_batch_size: must divide by the {num_ranks()} ranks, got {size}"
+            yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
         if size % (parts := self.train_loader.num_canonical_nodes):  # each gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
         if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # each would fetch every shard
@@ -445,7 +445,7 @@ class TrainerConfig(RunConfig):
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 
     def long_warmup(self, why: str = "") -> str:
-        """Return the line for a warm-up that is longer than the run: Composer would never reach ``lr``, in silence."""
+        """Return the error line for a warm-up longer than the run: Composer would silently never reach ``lr``."""
         return (
             f"scheduler.t_warmup: must not be longer than max_duration {self.max_duration}, "
             f"got {self.scheduler.t_warmup}{why}; scheduler.t_warmup=0.1dur is a tenth of any run"
@@ -579,7 +579,7 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
         if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher's targets"
+            yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher targets"
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):

@@ -1,4 +1,4 @@
-"""How a distillation model runs: torch.compile block by block, precision, and FSDP with one root over its units."""
+"""Choose how a distillation model runs: torch.compile block by block, precision, and FSDP with one root."""
 
 import atexit
 import functools
@@ -32,7 +32,7 @@ MAX_GRAPHS = 64
 
 
 def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, mode: str | None = None) -> None:
-    """Compile the parts of a step and of an evaluation in place: blocks, patch embedding, norm_mean, loss.
+    """Compile, in place, the parts of a step and of an evaluation: blocks, patch embedding, norm_mean, loss.
 
     Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
     ones are computed; activation checkpointing and FSDP work on blocks.
@@ -66,13 +66,13 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
 
 
 def compiled(function: Callable[P, R], mode: str | None = None, **options: Any) -> Callable[P, R]:
-    """Compile a function as a single graph for each input shape; calling it raises an error if that is impossible."""
+    """Compile a function as a single graph for each input shape; calling it fails if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, **options)
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:
-    """Compile a function without gradient together with its weights, which must not change."""
+    """Compile a function without gradient together with its weights, which must not change afterwards."""
     function = compiled(frozen_pass, mode)
 
     @functools.wraps(frozen_pass)
@@ -85,7 +85,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
-    """Compile a function without gradient as a CUDA graph; Inductor runs what cannot be one as usual, silently."""
+    """Compile a function without gradient as a CUDA graph; Inductor silently runs as usual what cannot be one."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def compiled_norm_mean(
 
 
 def find_missing() -> str | None:
-    """Return what torch.compile needs and this machine lacks ('needs …'), or ``None``."""
+    """Return what torch.compile needs but this machine lacks ('needs …'), or ``None``."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         return "needs a C++ compiler, and neither g++ nor clang++ was found"
     headers = sysconfig.get_path("include")
@@ -130,16 +130,16 @@ class Precision(NamedTuple):
     trainer: str
     """Precision of Composer's Trainer."""
     cpu_bf16: bool
-    """The model autocasts to bfloat16: on a CPU the Trainer refuses amp_bf16."""
+    """The model autocasts to bfloat16 itself: on a CPU, the Trainer does not support amp_bf16."""
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast; ``None``: no autocast."""
+        """Dtype of autocast; ``None``: no autocast."""
         return None if self.dtype == torch.float32 else self.dtype
 
 
 def name_precision(choice: str, on_gpu: bool | None = None) -> str:
-    """Return a choice's precision: ``auto`` is the fastest for which a GPU or a CPU has instructions."""
+    """Resolve a choice: ``auto`` is the fastest precision for which the GPU or the CPU has instructions."""
     if choice != "auto":
         return choice
     if torch.cuda.is_available() if on_gpu is None else on_gpu:
@@ -150,14 +150,14 @@ def name_precision(choice: str, on_gpu: bool | None = None) -> str:
 
 
 def choose_precision(choice: str) -> Precision:
-    """Return how to compute with a precision on this machine's GPU, or on its CPU if it has none."""
+    """Return how to compute in a precision on this machine's GPU, or on its CPU if it has none."""
     name = name_precision(choice)
     cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
 
 
 def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any) -> FSDPModule:
-    """Shard a unit of FSDP like torch's ``fully_shard``, so that it computes what it does under DDP and autocast.
+    """Shard an FSDP unit like torch's ``fully_shard``, so that it computes the same as under DDP and autocast.
 
     Composer's policy casts each unit's input to half precision, and with it the residual stream, which starts at the
     encoder's positions.
@@ -192,5 +192,5 @@ def join_units(model: "DistillationModel", mesh: DeviceMesh | None) -> None:
 
 
 def sharded_units(model: nn.Module) -> dict[str, FSDPModule]:
-    """Return the modules that FSDP shards, except the model itself, by name."""
+    """Return the modules that FSDP shards, by name, without the model itself."""
     return {name: module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)}

@@ -27,9 +27,9 @@ class Regression(NamedTuple):
     """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) of these only."""
+    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only."""
     target: Tensor
-    """The shape of ``prediction``, without gradient."""
+    """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
     """(B, D), if CLS is regressed to the mean target instead of its own."""
     padding_mask: Tensor | None = None
@@ -69,7 +69,7 @@ def normalize(
     normalization: Normalization = "instance",
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalize one layer, (B, T, D) float32; LayerNorm has no use for ``num_extra_tokens`` and ``padding_mask``.
+    """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens`` and ``padding_mask``.
 
     Raises:
         ValueError: ``normalization`` is unknown.
@@ -107,7 +107,7 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor]) -> Tensor:
-    """Return the mean of layers, of which a generator holds one at a time."""
+    """Return the mean of layers; from a generator, only one at a time is in memory."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
@@ -163,7 +163,7 @@ class InstanceNormMean(torch.autograd.Function):
 def instance_norm_gradient(
     grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int, padding_mask: Tensor | None = None
 ) -> Tensor:
-    """Return the gradient of a layer, in its dtype, from that of the layer normalized."""
+    """Return a layer's gradient, in its dtype, from the gradient of the normalized layer."""
     normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens, padding_mask)
     counted: Any = layer_BTD.shape[1] - num_extra_tokens
     if padding_mask is not None:

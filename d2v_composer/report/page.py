@@ -83,16 +83,14 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
         for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():
-            student = run.accuracies(name, "train", measure)
-            before, teacher = student.get(0), latest(run.accuracies(name, "train", measure, "teacher"))
-            if (after := latest(student)) is None:
+            student, teacher = (run.accuracies(name, "train", measure, model) for model in (None, "teacher"))
+            values = {"untrained": student.get(0), "student": latest(student), "teacher": latest(teacher)}
+            shown = {model: round(100 * value, 1) for model, value in values.items() if value is not None}
+            if "student" not in shown:
                 continue
-            others = {"untrained": before, "teacher": teacher}
-            notes = [f"{model} {100 * value:.1f} %" for model, value in others.items() if value is not None]
-            yield f"{name} {label}", f"{100 * after:.1f} %", ", ".join(notes)
-            if before is None or teacher is None:
-                continue
-            if (closed := gap_closed(before, after, teacher)) is not None:
+            notes = [f"{model} {value:.1f} %" for model, value in shown.items() if model != "student"]
+            yield f"{name} {label}", f"{shown['student']:.1f} %", ", ".join(notes)
+            if len(shown) == len(values) and (closed := gap_closed(**shown)) is not None:
                 yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, {label}"
 
 

@@ -17,8 +17,8 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of
-from d2v_composer.report.run import EMBEDDINGS, Run
+from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of, metric_key
+from d2v_composer.report.run import EMBEDDINGS, Run, latest
 from d2v_composer.report.tables import PROBE_HEADS, measure_head
 
 WIDTH, HEIGHT = 6.4, 3.9
@@ -62,22 +62,37 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield file name and figure of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
-        measures = {k: f"top-{k}" for k in ks}
         for bank in BANKS:
-            if lines := _accuracies(run, dataset, bank, measures):
+            if lines := _accuracies(run, dataset, bank, {ks[0]: f"top-{ks[0]}"}):
                 yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
         if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
             yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
         without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
         if lines := _accuracies(run, dataset, "", without_labels):
             yield f"without_labels_{dataset}", plot(f"{dataset}, judged without labels", "%", lines)
-        closed = {name: gap_closed_by_step(run.log, dataset, name, ks[0]) for name in EMBEDDINGS}
-        if any(closed.values()):
-            lines = {name: (values, {}) for name, values in closed.items() if values}
+        gaps = {name: _gap(run, dataset, name, ks[0]) for name in EMBEDDINGS}
+        primary = "{representation}_{pooling}".format(**run.retrieval)
+        # Of a small gap, the part that is closed says little.
+        shown = [name for name, gap in gaps.items() if gap and (name == primary or gap > max(gaps.values()) / 3)]
+        if shown:
+            lines = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in shown}
             figure = plot(f"Teacher gap closed on {dataset}, top-{ks[0]}", "%", lines)
             figure.axes[0].axhline(1, color="k", linewidth=1)
-            figure.axes[0].set_ylim(-0.3, 1.3)  # where the gap is small, its parts are large and say little
+            figure.axes[0].set_ylim(-0.3, 1.3)
+            if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
+                note = f"Not shown, gap below a third of the largest: {', '.join(left_out)}"
+                figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
+
+
+def _gap(run: Run, dataset: str, embedding: str, k: int) -> float:
+    """Return how much better the teacher is than the untrained student, in the better bank; 0 if it is not."""
+    gaps = [0.0]
+    for bank in BANKS:
+        untrained = run.log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
+        teacher = latest(run.log.get(metric_key(dataset, bank, k, embedding, "teacher"), {}))
+        gaps += [] if untrained is None or teacher is None else [teacher - untrained]
+    return max(gaps)
 
 
 def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) -> dict[str, Line]:

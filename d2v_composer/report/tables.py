@@ -43,10 +43,10 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
             baseline, metrics = (None, students[name]) if name in students else (name, retrieval.baseline_metrics)
             keys = [metric_key(dataset, bank, measure, baseline=baseline) for bank, measure in columns]
             if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
-                rows[name] = [metrics[key] for key in keys]
+                rows[name] = [round(100 * metrics[key], 1) for key in keys]  # the gap is that of the numbers shown
         if not rows:
             continue
-        cells = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in rows.items()]
+        cells = [[name, *(f"{value:.1f}" for value in row)] for name, row in rows.items()]
         what, unit = (CLASSIFIED, "accuracy in %") if labeled.has_labels else (UNLABELED, "in %")
         title = f"{what} on {dataset}, {retrieval.primary}, batch {last['batch']}, {unit}"
         tables.append(f"{title}\n{format_table(head, cells)}")

@@ -1,4 +1,4 @@
-"""Changes to the insides of Composer 0.32.1, with the reason.
+"""Patches of Composer 0.32.1's internals, with their reasons.
 
 While :func:`patched_composer` is active:
 
@@ -41,7 +41,7 @@ MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 @contextmanager
 def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
-    """Apply the patches of Composer to a Trainer that is constructed within the block.
+    """Patch Composer while a Trainer is constructed in the block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
@@ -62,7 +62,7 @@ def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., A
 
 @contextmanager
 def lean_engine(trainer: Trainer) -> Iterator[None]:
-    """Apply the patches of Composer while a Trainer trains within the block."""
+    """Patch Composer while a Trainer trains in the block."""
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:

@@ -172,6 +172,8 @@ def test_judges_without_labels(has_labels: bool) -> None:
     )
     assert table[0].endswith("neighbor agreement    instance top-1    instance top-3")
     assert table[-1].startswith(f"teacher gap closed ({'bank train top-1' if has_labels else 'neighbor agreement'}): ")
+    before, after, best = (float(line.split()[2 - (line[:7] == "teacher")]) for line in table[-4:-1])
+    assert table[-1].endswith(f" {100 * (after - before) / (best - before):.0f} %" if best > before else "training")
 
     resumed = ZeroShotRetrieval({"set": labeled}, "5ba", **options)
     resumed.load_state_dict(callback.state_dict())

@@ -168,7 +168,7 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
 
 
 def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
-    with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights: .* of timm/{NAME}") as caught:
+    with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights: .* in timm/{NAME}") as caught:
         load_teacher(None, model=MODEL)
     assert "set checkpoint to a file" in str(caught.value)
     assert "\n" not in str(caught.value)

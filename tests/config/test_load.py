@@ -105,7 +105,7 @@ def test_a_slip_is_one_line(override: str, message: str) -> None:
 # Each value alone is allowed.
 CONTRADICTIONS = {
     ("scheduler.t_warmup=2000ba",): "scheduler.t_warmup: must not be longer than max_duration 600ba, got 2000ba; sched",
-    ("global_train_batch_size=32",): "global_train_batch_size: must divide by the 3 ranks, got 32",
+    ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the 3 ranks, got 32",
     ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
     ("train_loader.remote=s3://bucket/images",): (
         "train_loader.num_canonical_nodes: must be 3, or a multiple, on 3 nodes, got 1"

@@ -1,0 +1,41 @@
+"""Print what a bug report needs.
+
+    d2v env
+
+These are versions, machine, torch's build, GPUs, and what each extra lacks.
+"""
+
+from collections.abc import Sequence
+from importlib import metadata
+
+from d2v_composer.system.command_line import make_parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print a name and its value in each line."""
+    make_parser(__doc__).parse_args(argv)
+
+    import torch.version
+    from packaging.requirements import Requirement
+
+    from d2v_composer.system.machine import describe_machine, package_versions
+
+    build = {"cuda": torch.version.cuda, "rocm": torch.version.hip, "cpu": torch.backends.cpu.get_cpu_capability()}
+    about = package_versions() | describe_machine() | {f"torch {name}": value for name, value in build.items()}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+    needed = [Requirement(text) for text in metadata.requires("d2v-composer") or []]
+    found = package_versions(*(each.name for each in needed))
+    lacking = [
+        each
+        for each in needed
+        if (version := found[each.name]) is None or not each.specifier.contains(version, prereleases=True)
+    ]
+    for extra in metadata.metadata("d2v-composer").get_all("Provides-Extra") or []:
+        own = [each for each in lacking if each.marker is not None and each.marker.evaluate({"extra": extra})]
+        about[f"extra {extra}"] = (
+            f"lacks {' '.join(f'{each.name}{each.specifier}' for each in own)}" if own else "complete"
+        )
+    for name, value in about.items():
+        print(f"{name:<20}{value or 'none'}")
