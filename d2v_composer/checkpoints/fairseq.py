@@ -20,7 +20,6 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.models.sizes import (
-    DATA2VEC2_KINDS,
     MAX_DEPTH,
     AudioEncoderConfig,
     Data2Vec2AudioConfig,
@@ -188,7 +187,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     stored.expect(path, "teacher")
     with reading(path):
         found = stored.provenance["weights"]
-        config = read_config(find_kind(DATA2VEC2_KINDS, stored.config), stored.config)
+        config = read_config(find_kind(stored.config), stored.config)
     if found != weights:
         raise InputError(f"{path}: was converted with --weights {found}, and has no {weights} weights")
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)

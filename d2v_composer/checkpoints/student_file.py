@@ -21,7 +21,6 @@ from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.sizes import (
-    ENCODER_KINDS,
     EncoderConfig,
     TimmEncoderConfig,
     check_choice,
@@ -321,7 +320,7 @@ def check_student(
         InputError: As in :func:`check_fits`.
     """
     with reading(source):
-        kind = find_kind(ENCODER_KINDS, sizes["encoder"])
+        kind = find_kind(sizes["encoder"]).encoder_class
         configs = read_config(kind, sizes["encoder"]), read_config(StudentConfig, USUAL | sizes["student"])
     check_fits(source, lambda: Student(build_encoder(configs[0]), configs[1]), tensors)
     return configs

@@ -142,7 +142,8 @@ class DistillationModel(ComposerModel):
         """Return the encoder's output and the target, without gradient."""
         x_BTD, mask = self.teacher.encode(inputs, lengths), self.teacher.padding_mask(lengths, inputs.shape[-1])
         options = self.extra_tokens, self.average_top_k_layers, self.target_source
-        return x_BTD, self.teacher.targets(x_BTD, *options, padding_mask=mask)
+        normalizations = self.student.normalization, self.student.final_layer_norm
+        return x_BTD, self.teacher.targets(x_BTD, *options, *normalizations, mask)
 
     @property
     def ignored_tokens(self) -> int:

@@ -9,11 +9,10 @@ An encoder's config has, as a field or otherwise: ``modality`` (the name of its 
 import ast
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 ImageSize = int | tuple[int, int]
 """Pixels per side of a square, or (height, width)."""
@@ -364,29 +363,23 @@ EncoderConfig = ImageConfig | AudioEncoderConfig
 Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig
 TeacherConfig = Data2Vec2TeacherConfig | TimmTeacherConfig
 
-# A field that only one kind of config has → the kind.
-ENCODER_KINDS: dict[str, type[EncoderConfig]] = {
-    "model": TimmEncoderConfig,
-    "feature_encoder_spec": AudioEncoderConfig,
-    "patch_size": ImageEncoderConfig,
-}
-DATA2VEC2_KINDS: dict[str, type[Data2Vec2TeacherConfig]] = {
+# A field that only one kind of config has, of teachers and of their encoders → the kind of teacher.
+KINDS: dict[str, type[TeacherConfig]] = {
+    "model": TimmTeacherConfig,
     "feature_encoder_spec": Data2Vec2AudioConfig,
     "patch_size": Data2Vec2Config,
 }
-KindT = TypeVar("KindT")
 
 
-def find_kind(kinds: Mapping[str, KindT], stored: Any) -> KindT:
-    """Return the kind of config that has a file's fields.
+def find_kind(stored: Any) -> type[TeacherConfig]:
+    """Return the kind of teacher whose sizes, or whose encoder's, a file has.
 
     Raises:
         ValueError: There is none.
     """
-    for name, kind in kinds.items():
-        if name in stored:
-            return kind
-    raise ValueError(f"sizes must have one of {', '.join(kinds)}")
+    for name in KINDS.keys() & stored.keys():
+        return KINDS[name]
+    raise ValueError(f"sizes must have one of {', '.join(KINDS)}")
 
 
 def encoder_config(config: TeacherConfig) -> Any:

@@ -40,7 +40,7 @@ def sound(lengths: Tensor = LENGTHS, seed: int = 0) -> Tensor:
 
 def random_teacher(**sizes: Any) -> Any:
     torch.manual_seed(0)
-    small = {"embed_dim": 16, "num_heads": 4, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
+    small: dict[str, Any] = {"embed_dim": 16, "num_heads": 4, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
     small |= {"feature_encoder_spec": "[(16, 10, 5)] + [(16, 3, 2)] * 2", "conv_pos_groups": 4, "num_alibi_heads": 4}
     return Data2Vec2(Data2Vec2AudioConfig(**(small | sizes)))
 
@@ -48,9 +48,10 @@ def random_teacher(**sizes: Any) -> Any:
 def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
     """Each valid frame counts alike, in the loss and its gradient."""
     student = teacher.build_student(depth=2)
-    waveforms, total = sound(), 0
-    for options in ({}, {"extra_tokens": "drop"}, {"prediction": "last_block"}, {"final_layer_norm": True}):
-        model = DistillationModel(teacher, student, **options)
+    waveforms = sound()
+    choices: list[Any] = [{}, {"extra_tokens": "drop"}, {"prediction": "last_block"}, {"final_layer_norm": True}]
+    for options in choices:
+        model: Any = DistillationModel(teacher, student, **options)
         model.zero_grad()
         loss = model.loss(model({"audio": waveforms, "lengths": LENGTHS}), {})
         loss.backward()
@@ -58,7 +59,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
         model.zero_grad()
         frames = teacher.encoder.config.num_frames(LENGTHS)
         losses = [model.loss(model(waveforms[i : i + 1, :length]), {}) for i, length in enumerate(LENGTHS)]
-        total = sum(loss * share for loss, share in zip(losses, frames / frames.sum(), strict=True))
+        total = (torch.stack(losses) * frames / frames.sum()).sum()
         total.backward()
         torch.testing.assert_close(loss, total, rtol=0, atol=TOLERANCE)
         again = [each.grad for each in student.parameters() if each.grad is not None]
@@ -213,7 +214,8 @@ def test_an_older_layout_of_alibis_scale(teacher: Any, tmp_path: Path) -> None:
     name = "modality_encoders.AUDIO.alibi_scale"
     checkpoint["model"][name] = checkpoint["model"][name][0]
     torch.save(checkpoint, tmp_path / "teacher.pt")
-    assert torch.equal(load_teacher(tmp_path / "teacher.pt").encoder.alibi_scale, teacher.encoder.alibi_scale)
+    older: Any = load_teacher(tmp_path / "teacher.pt")
+    assert torch.equal(older.encoder.alibi_scale, teacher.encoder.alibi_scale)
 
 
 SPECS = {
