@@ -181,8 +181,10 @@ def places(name: str, folder: RunFolder) -> dict[str, Any]:
         return {"log_dir": str(local / "tensorboard_logs")}
     if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
         return {"tracking_uri": (local / "mlruns").as_uri()}
-    if name == "wandb" and "WANDB_DIR" not in os.environ:
-        return {"init_kwargs": {"dir": str(local)}}
+    if name == "wandb":
+        # In a clone, W&B keeps a git process that ignores SIGTERM as we do, and waits for its end forever.
+        os.environ.setdefault("WANDB_DISABLE_GIT", "true")
+        return {} if "WANDB_DIR" in os.environ else {"init_kwargs": {"dir": str(local)}}
     return {}
 
 

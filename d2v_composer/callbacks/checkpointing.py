@@ -39,7 +39,7 @@ NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at 
 # What the ranks agree on: the greatest wins.
 STOPS = (None, signal.SIGTERM, signal.SIGINT)
 REMOVED = len(STOPS)
-ADVICE = "earlier checkpoints are kept: resume from them with a lower optimizer.lr or another precision"
+ADVICE = "earlier checkpoints are kept: resume with another precision, or start a new run with a lower optimizer.lr"
 
 log = logging.getLogger(__name__)
 

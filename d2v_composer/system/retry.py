@@ -60,7 +60,8 @@ def retry(
             left = timeout - (time.monotonic() - start)
             if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
-            log.warning("%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
+            level = logging.INFO if is_missing(error) else logging.WARNING  # it may well be missing
+            log.log(level, "%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
             time.sleep(min(pause * dice.uniform(0.5, 1), left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
