@@ -256,7 +256,7 @@ def _embed(model: Transformer, images: Tensor, options: EmbeddingOptions, device
 
 
 def hash_weights(model: Transformer) -> str:
-    """Return a hash of a model's sizes and weights: a run in progress may have replaced its file."""
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
     digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

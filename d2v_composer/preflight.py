@@ -214,8 +214,8 @@ class Rehearsal:
         most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
         needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
         found = (
-            f"{saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: {needed:.1f} GB at "
-            f"most at a time, {free:.1f} GB are free"
+            f"{saved} checkpoints of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they "
+            f"need at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
             raise InputError(f"{self.folder.parent}: {found}")

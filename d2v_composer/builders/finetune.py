@@ -97,7 +97,8 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
-        raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
+        expected = f"at most {num_images}, the number of train images"
+        raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
     digest = hashlib.sha256(train.images.contiguous().numpy().data)
     digest.update(train.labels.numpy().data)
     about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}

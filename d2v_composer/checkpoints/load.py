@@ -268,7 +268,7 @@ def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tenso
 
     about = record["model"]
     if about["kind"] != "student":
-        raise InputError(f"{path}: is a fine-tuned teacher: only a student can be exported or embedded")
+        raise InputError(f"{path}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     named, sizes = {name.removeprefix("backbone."): each for name, each in tensors.items()}, about["sizes"]
     if "outputs" in sizes["encoder"]:  # an encoder that was trained, too, computes something else
         sizes = sizes | {"encoder": sizes["encoder"] | {"outputs": []}}

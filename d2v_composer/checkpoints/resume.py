@@ -88,7 +88,7 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
 
 def _age(name: str) -> tuple[int, ...]:
-    """Return the batches and epochs in a checkpoint's name."""
+    """Return the batch and epoch numbers in a checkpoint's name."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 

@@ -128,7 +128,7 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; for torch's interpreter, what stopped it, without its advice."""
+    """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
     found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return found[0] if found else reason(error)
 
@@ -142,7 +142,7 @@ def _inspect(path: Path) -> None:
     """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
-        raise ValueError(f"it has {num_bytes} bytes, the limit is {LARGEST_FILE}")
+        raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
             raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")

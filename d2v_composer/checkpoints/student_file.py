@@ -96,7 +96,7 @@ def read_model_file(path: Path) -> ModelFile:
             return ModelFile("", {}, {}, tensors)
         version, newest = metadata["format_version"], FORMAT_VERSIONS[kind]
         if int(version) > newest:
-            raise ValueError(f"its format version is {version}, this package reads up to {newest}")
+            raise ValueError(f"its format version is {version}; this package reads up to {newest}")
         return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
 
 
@@ -299,7 +299,7 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
         InputError: There is none, or it does not hold them.
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file of d2v export")
+        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes["primary"])

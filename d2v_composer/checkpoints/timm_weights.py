@@ -52,7 +52,7 @@ def load_timm_teacher(
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
 ) -> TimmTeacher:
-    """Load a frozen teacher ``timm/NAME``, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+    """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
         InputError: The model cannot be a teacher, or the file is not one of its weights.

@@ -139,7 +139,7 @@ def prepare(arguments: Namespace) -> None:
         if not (images / split / INDEX).exists():
             options = {"resize": max(sides) * 8 // 7, "workers": os.cpu_count() or 1}  # 256 for 224
             done = convert_images(part, images / split, **options, skip_unreadable=True)
-            print(f"{images / split}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
+            print(f"{images / split}: {done.images} images, {len(done.skipped)} unreadable; see its {SUMMARY}")
     shutil.rmtree(cache, ignore_errors=True)
 
 

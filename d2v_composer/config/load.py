@@ -1,4 +1,4 @@
-"""Read a YAML and its overrides into a config. Only this module reads OmegaConf."""
+"""Read a YAML and its overrides into a config. Only this module uses OmegaConf."""
 
 import re
 from collections.abc import Mapping, Sequence

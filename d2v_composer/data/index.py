@@ -126,7 +126,7 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
     for path, num_bytes in ((folder / file["basename"], file["bytes"]) for file in files):
         if path.is_file():
             if (size := path.stat().st_size) != num_bytes:
-                raise InputError(f"{path}: the shard has {size} bytes, the index says {num_bytes}")
+                raise InputError(f"{path}: the shard has {size} bytes, but the index says {num_bytes}")
             return
     raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
 

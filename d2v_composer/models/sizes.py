@@ -21,7 +21,7 @@ MAX_PATCHES = 1 << 14
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless it is a whole number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
@@ -214,7 +214,7 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
     @property
     def average_top_k_layers(self) -> int:
-        """All blocks."""
+        """Number of layers that the target averages: all blocks."""
         return self.depth
 
 

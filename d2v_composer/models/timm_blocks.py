@@ -118,7 +118,7 @@ class FixedContexts(nn.Module):
         return contexts * self.num_blocks if len(contexts) == 1 else contexts
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        """Return the table as blocks take it, (1 or L, …)."""
+        """Return the table in the form that blocks take, (1 or L, …)."""
         return table
 
 

@@ -243,7 +243,7 @@ class TimmTeacher(Teacher):
         return super().cast_weights(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Make the final norm an FSDP unit too; a root stays gathered."""
+        """Make the final norm an FSDP unit too; as part of the root, it would stay gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:

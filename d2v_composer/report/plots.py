@@ -80,7 +80,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             figure.axes[0].axhline(1, color="k", linewidth=1)
             figure.axes[0].set_ylim(-0.3, 1.3)
             if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
-                note = f"Not shown, gap below a third of the largest: {', '.join(left_out)}"
+                note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
                 figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
 

@@ -108,7 +108,7 @@ CONTRADICTIONS = {
     ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the 3 ranks, got 32",
     ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
     ("train_loader.remote=s3://bucket/images",): (
-        "train_loader.num_canonical_nodes: must be 3, or a multiple, on 3 nodes, got 1"
+        "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1"
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
