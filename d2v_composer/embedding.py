@@ -177,7 +177,7 @@ def embed_collection(
                 if len(images):
                     embeddings = _embed(model, images, options, device)
                     if not np.isfinite(embeddings).all():
-                        named = f"{collection.ids[batch.start]}, or a later image of its batch"
+                        named = f"{collection.ids[batch.start]}, or a later image in its batch"
                         how = f"--precision {options.precision} and --dtype {options.dtype}"
                         raise InputError(f"{named}: its embedding is not finite with {how}")
                     first = batch.start - len(progress["skipped"])
@@ -225,7 +225,7 @@ def _start_or_resume(
         progress = json.loads(recorded.read_bytes())
         if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
             another = f"an interrupted run had a different {', '.join(changed)}"
-            raise InputError(f"{folder}: {another}: delete that folder, or choose another OUT")
+            raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
     else:
         npy.open_memmap(path, "w+", np.dtype(dtype), shape)
         with path.open("r+b") as file:

@@ -94,7 +94,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     problems = []
     for row, command in commands.items():
         output = folders[row] / "output.txt"
-        print(f"{row}: training, with its output in {output}")
+        print(f"{row}: training; its output goes to {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
             defer_signals()

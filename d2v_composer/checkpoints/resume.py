@@ -63,7 +63,7 @@ def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path 
     else:
         if here or there:
             place = folder.address or folder.local
-            raise InputError(f"{place}: none of its checkpoints is complete: remove them to restart")
+            raise InputError(f"{place}: none of its checkpoints is complete; remove them to restart")
         return None
     ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
     if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
@@ -145,7 +145,7 @@ def _download(address: str, path: Path) -> bool:
     except Exception as error:
         raise InputError(
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
-            "permission to read and to list"
+            "permission to read and list objects"
         ) from error
 
 

@@ -475,7 +475,7 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         with_fsdp = self.parallelism_config.fsdp is not None
         if with_fsdp and self.device_train_microbatch_size == "auto":
-            yield ".device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
+            yield ".device_train_microbatch_size: Composer does not support 'auto' with FSDP; give a number or null"
         if with_fsdp and not has_gpu():
             yield ".parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 

@@ -108,7 +108,7 @@ class ImageEncoderConfig:
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
-            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
 
     @property
