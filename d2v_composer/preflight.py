@@ -123,7 +123,7 @@ class Rehearsal:
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
         check_fit(self.config, teacher)
-        return f"teacher of {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
+        return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
         """Read the index and find each of its shards: here at full size, or by name in the store."""
@@ -143,7 +143,9 @@ class Rehearsal:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
             if missing := [name for name in names if name not in stored]:
-                raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}")
+                raise InputError(
+                    f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
+                )
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
         return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all present"
 
@@ -214,8 +216,8 @@ class Rehearsal:
         most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
         needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
         found = (
-            f"{saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: {needed:.1f} GB at "
-            f"most at a time, {free:.1f} GB are free"
+            f"{saved} checkpoints of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they "
+            f"need at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
             raise InputError(f"{self.folder.parent}: {found}")
@@ -309,7 +311,7 @@ class Rehearsal:
         )
         return (
             f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
-            f"{waiting:.0%} of it waiting for data\n"
+            f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
             f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"

@@ -33,9 +33,8 @@ POLL_SECONDS = 0.5
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "given", nargs="*", metavar="STUDY key=value", help="default: yamls/ablations/data2vec2; changes to all rows"
-    )
+    about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
+    parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
     parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
     parser.add_argument(
         "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
@@ -95,7 +94,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     problems = []
     for row, command in commands.items():
         output = folders[row] / "output.txt"
-        print(f"{row}: training, with its output in {output}")
+        print(f"{row}: training; its output goes to {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
             defer_signals()
@@ -106,7 +105,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
                 time.sleep(POLL_SECONDS)
             obey_signals()
         if process.returncode:
-            problems.append(f"{row}: failed with status {process.returncode}, see {output}")
+            problems.append(f"{row}: failed with status {process.returncode}; see {output}")
             print(f"{problems[-1]}; continuing with the other rows", file=sys.stderr)
         else:
             print(f"{row}: finished")

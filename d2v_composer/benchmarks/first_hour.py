@@ -34,7 +34,7 @@ class Step(NamedTuple):
     needs: str = ""
 
 
-GPU, NEWEST = "a GPU", "a GPU, and no --no-install"
+GPU, NEWEST = "a GPU", "a GPU and a run without --no-install"
 VERSIONS = (
     'nvidia-smi; python -c \'import torch; print("torch", torch.__version__, "with CUDA", torch.version.cuda, '
     '"cuDNN", torch.backends.cudnn.version(), "SDPA", torch._C._get_sdp_priority_order())\''
@@ -155,7 +155,7 @@ def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
 
 def format_result(result: Mapping[str, Any]) -> str:
     """Return a line; the steps have printed the table."""
-    return f"all of {len(result['steps'])} steps succeeded or were skipped"
+    return f"all {len(result['steps'])} steps succeeded or were skipped"
 
 
 def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:

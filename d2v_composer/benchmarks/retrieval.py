@@ -66,4 +66,4 @@ def check_neighbors(theirs: Tensor, ours: Tensor) -> None:
         RuntimeError: They differ.
     """
     if (theirs != ours).double().mean() > TIES:
-        raise RuntimeError(f"{FAISS!r} finds other neighbors than {OURS!r}")
+        raise RuntimeError(f"{FAISS!r} and {OURS!r} find different neighbors")

@@ -288,7 +288,7 @@ def check_losses(losses: dict[str, Tensor]) -> None:
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not
-            raise RuntimeError(f"{name!r} computes the loss {loss.item()}, {first!r} {expected}")
+            raise RuntimeError(f"{name!r} computes a loss of {loss.item()}, but {first!r} computes {expected}")
 
 
 def repeat(work: Callable[[], Tensor], times: int) -> Tensor:

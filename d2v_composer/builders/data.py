@@ -48,7 +48,7 @@ def read_train_index(
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards)["sha256"]))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
-        raise InputError(f"{local}: the data set on node {others[0]} differs from that on node 0")
+        raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
     if (num_samples := count_samples(shards)) < batch_size:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"

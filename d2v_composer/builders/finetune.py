@@ -97,7 +97,8 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
-        raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
+        expected = f"at most {num_images}, the number of train images"
+        raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
     digest = hashlib.sha256(train.images.contiguous().numpy().data)
     digest.update(train.labels.numpy().data)
     about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
@@ -118,7 +119,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> 
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
     if smallest < 0 or num_known < 2 or largest >= 100 * num_known:  # the classifier has an output for each number
         found = f"{num_known} with labels from {smallest} to {largest}"
-        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0, got {found}")
+        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0; got {found}")
     return max(len(class_names), largest + 1)
 
 
@@ -166,7 +167,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
     header = {
-        "images": f"{images.about['samples']:,} to train, {len(images.test.labels):,} to evaluate, "
+        "images": f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
         f"{images.num_classes} classes",
         "start": hide_secrets(config.model),
     }

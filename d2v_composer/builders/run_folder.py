@@ -62,7 +62,7 @@ def _find_newest(folder: RunFolder) -> Path | None:
                 download_checkpoint(address, path)
             with reading(path):
                 if sha256(path) != digest:
-                    raise InputError(f"{address or path}: differs from the checkpoint of that name on node 0")
+                    raise InputError(f"{address or path}: differs from the checkpoint with that name on node 0")
     return path
 
 

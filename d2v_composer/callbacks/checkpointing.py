@@ -35,7 +35,7 @@ from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import acquire
 from d2v_composer.system.ranks import rank_zero_first
 
-NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
+NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
 # What the ranks agree on: the greatest wins.
 STOPS = (None, signal.SIGTERM, signal.SIGINT)
 REMOVED = len(STOPS)
@@ -258,7 +258,7 @@ class FolderLock:
         self.path = folder.local / ".in_use"
         for name in (LATEST, LOG, "run.yaml", "report.html"):  # found now, not when the first batch has been trained
             if (folder.local / name).is_dir():
-                raise InputError(f"save_folder: {folder.local / name}: is a folder, expected a run's file")
+                raise InputError(f"save_folder: {folder.local / name}: is a folder; expected a run's file")
         try:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:

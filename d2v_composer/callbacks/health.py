@@ -164,14 +164,17 @@ class Health(Callback):
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
-                f"the prediction's variance over the images is {prediction:.2g}, the target's {target:.2g}",
+                f"the prediction's variance over the images is {prediction:.2g}, but the target's is {target:.2g}",
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the loss {loss:.4g} is no better than that of a constant prediction, {target:.4g}"
+            yield "dead", f"the loss {loss:.4g} is no better than the {target:.4g} of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
-            yield "diverging", f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
+            yield (
+                "diverging",
+                f"the loss {loss:.4g} is over {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
+            )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:

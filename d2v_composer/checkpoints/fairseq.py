@@ -50,7 +50,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_trained(checkpoint):
         raise InputError(
-            f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
+            f"{path}: is a training checkpoint; expected a teacher; its teacher is named in the run.yaml beside it"
         )
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
@@ -96,12 +96,16 @@ def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[s
         ValueError: They are not those of a supported teacher.
     """
     if not any(name.startswith(IMAGE) for name in stored):
-        raise ValueError(f"not a data2vec 2.0 image checkpoint, or fine-tuned; use a pre-trained one, with {IMAGE}*")
+        raise ValueError(
+            f"not a data2vec 2.0 image checkpoint, or a fine-tuned one; use a pre-trained one, with tensors {IMAGE}*"
+        )
     if model.get("layer_norm_first"):
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
     alibi_kind = image.get("alibi_dims", 2), image.get("alibi_distance", "manhattan"), image.get("learned_alibi")
     if image.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
-        raise ValueError("ALiBi is supported only with alibi_dims 2, manhattan, not learned, as for images")
+        raise ValueError(
+            "ALiBi is supported only as image models use it: alibi_dims 2, alibi_distance manhattan, not learned"
+        )
     found = {name: model[name] for name in MODEL_FIELDS if name in model}
     found |= {name: image[theirs] for theirs, name in IMAGE_FIELDS.items() if theirs in image}
     # Clamped to the depth, as fairseq's slice does.
@@ -157,7 +161,7 @@ def convert_teacher(
     """
     file = fetch_model(source)
     if is_safetensors(file):
-        raise InputError(f"{source}: is already a safetensors file, expected a fairseq checkpoint")
+        raise InputError(f"{source}: is already a safetensors file; expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),

@@ -63,7 +63,7 @@ def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path 
     else:
         if here or there:
             place = folder.address or folder.local
-            raise InputError(f"{place}: none of its checkpoints is complete: remove them to restart")
+            raise InputError(f"{place}: none of its checkpoints is complete; remove them to restart")
         return None
     ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
     if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
@@ -88,7 +88,7 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
 
 def _age(name: str) -> tuple[int, ...]:
-    """Return the batches and epochs in a checkpoint's name."""
+    """Return the batch and epoch numbers in a checkpoint's name."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 
@@ -145,7 +145,7 @@ def _download(address: str, path: Path) -> bool:
     except Exception as error:
         raise InputError(
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
-            "permission to read and to list"
+            "permission to read and list objects"
         ) from error
 
 

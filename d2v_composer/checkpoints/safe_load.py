@@ -102,7 +102,7 @@ def check_checkpoint(path: Path) -> None:
     """
     with _reading(path, CorruptCheckpointError):
         _inspect(path)
-    foreign = f"{path}: is not a checkpoint of recipes/train.py"
+    foreign = f"{path}: is not a checkpoint written by recipes/train.py"
     try:
         state = read_checkpoint(path)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
@@ -111,7 +111,7 @@ def check_checkpoint(path: Path) -> None:
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({_reason(error)})") from error
         raise InputError(f"{foreign} ({_reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: it has the algorithms {algorithms}, allowed are {sorted(OUR_ALGORITHMS)}")
+        raise InputError(f"{foreign}: it has the algorithms {algorithms}; allowed are {sorted(OUR_ALGORITHMS)}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
         raise InputError(f"{foreign}: its state.model must hold tensors of finite numbers, and nothing else")
@@ -128,7 +128,7 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; for torch's interpreter, what stopped it, without its advice."""
+    """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
     found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return found[0] if found else reason(error)
 
@@ -142,7 +142,7 @@ def _inspect(path: Path) -> None:
     """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
-        raise ValueError(f"it has {num_bytes} bytes, the limit is {LARGEST_FILE}")
+        raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
             raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
@@ -157,7 +157,7 @@ def _inspect(path: Path) -> None:
             raise ValueError(f"the checksum of its {broken} is wrong")
         pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
         if pickled.file_size > LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {pickled.file_size} bytes, the limit is {LARGEST_PICKLE}")
+            raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {LARGEST_PICKLE}")
         _check_pickle(archive.read(pickled))
 
 
@@ -183,7 +183,7 @@ def _check_pickle(pickled: bytes) -> None:
         elif opcode.name.startswith("TUPLE"):
             stack.append(1 + sum(taken))
             if stack[-1] > MOST_TUPLES:
-                raise ValueError(f"more than {MOST_TUPLES} tuples within tuples")
+                raise ValueError(f"more than {MOST_TUPLES} nested tuples")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:

@@ -55,8 +55,8 @@ class ModelFile(NamedTuple):
             InputError: It is another one.
         """
         if self.kind != kind:
-            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a file of d2v_composer"
-            raise InputError(f"{path}: is {found}, expected a {kind} file")
+            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
+            raise InputError(f"{path}: is {found}; expected a {kind} file")
 
 
 def write_model_file(
@@ -96,7 +96,7 @@ def read_model_file(path: Path) -> ModelFile:
             return ModelFile("", {}, {}, tensors)
         version, newest = metadata["format_version"], FORMAT_VERSIONS[kind]
         if int(version) > newest:
-            raise ValueError(f"its format version is {version}, this package reads up to {newest}")
+            raise ValueError(f"its format version is {version}; this package reads up to {newest}")
         return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
 
 
@@ -107,7 +107,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         ValueError: It is too long, or not an object.
     """
     if len(text) > LARGEST_JSON:
-        raise ValueError(f"its metadata has {len(text)} characters, the limit is {LARGEST_JSON}")
+        raise ValueError(f"its metadata has {len(text)} characters; the limit is {LARGEST_JSON}")
     return dict(json.loads(text).items())
 
 
@@ -165,7 +165,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
         if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.isfinite().all():
-            raise ValueError(f"tensor {name} has values that are not finite, or fewer than its shape")
+            raise ValueError(f"tensor {name} has values that are not finite, or fewer values than its shape needs")
 
 
 def loading_fault(error: Exception) -> str:
@@ -282,7 +282,7 @@ def check_outputs(source: Any, encoder: Encoder) -> None:
         expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
         if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
             raise ValueError(
-                f"the installed timm computes something else for {config.model} than timm {config.timm!r:.30}, "
+                f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
                 "which exported it: install that version"
             )
 
@@ -299,7 +299,7 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
         InputError: There is none, or it does not hold them.
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file of d2v export")
+        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes["primary"])

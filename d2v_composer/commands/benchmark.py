@@ -37,10 +37,10 @@ REPEATS = positive, "measured passes; default: 5"
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images per step; default: 8, on a GPU 256"),
+        "--batch-size": (positive, "images per step; default: 8, or 256 on a GPU"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
         "--only": (("naive", "eager", "ours"), "measure only this contender"),
-        "--loop": (("bare", "trainer"), "trainer: also ours in Composer's Trainer, on batches in memory"),
+        "--loop": (("bare", "trainer"), "trainer: also measure 'ours' in Composer's Trainer, on batches in memory"),
         "--sdp": (
             ("flash_attention", "efficient_attention", "cudnn_attention", "math"),
             "the attention kernel to prefer; default: torch's choice",
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
             )
         if name == "step":
             each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
-            about = "settings of distill.yaml for ours: half_residual=true, compile=default"
+            about = "settings of distill.yaml for 'ours', such as half_residual=true compile=default"
             each.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=(), help=about)
     options = vars(parser.parse_args(argv))
     name, out = options.pop("benchmark"), options.pop("json", None)

@@ -109,7 +109,7 @@ def prepare(arguments: Namespace) -> None:
         raise InputError(f"{arguments.out}: is inside the folder of images, {source}")
     check_out_file(path)
     if is_new and (arguments.out / STUDENT_FILE).exists():
-        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} of another run; choose another --out")
+        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} from another run; choose another --out")
     options = ["--teacher", arguments.teacher, "--column", arguments.column]
     command = hide_secrets(shlex.join(["d2v", "distill", source, *options]))
     with reading(path):
@@ -131,7 +131,7 @@ def prepare(arguments: Namespace) -> None:
     if is_new:
         chosen = choose(num_images, teacher)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-        print(f"all settings, with yours, are in {path}")
+        print(f"all settings, including yours, are in {path}")
         config = read_settings(arguments, given, chosen)
     write_settings(path, command, config)
     sides = height_and_width(parse_image_size(config.teacher.image_size or teacher.image_size))
@@ -139,7 +139,7 @@ def prepare(arguments: Namespace) -> None:
         if not (images / split / INDEX).exists():
             options = {"resize": max(sides) * 8 // 7, "workers": os.cpu_count() or 1}  # 256 for 224
             done = convert_images(part, images / split, **options, skip_unreadable=True)
-            print(f"{images / split}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
+            print(f"{images / split}: {done.images} images, {len(done.skipped)} unreadable; see its {SUMMARY}")
     shutil.rmtree(cache, ignore_errors=True)
 
 

@@ -118,7 +118,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     rate, rate_int8 = (each.max() for each in interleave(passes, repeats=5).values())
     print(
         f"int8 compared with float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
-        f"cosine {cosines.mean():.5f}, at least {cosines.min():.5f}; "
+        f"mean cosine {cosines.mean():.5f}, minimum {cosines.min():.5f}; "
         f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
         f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
     )

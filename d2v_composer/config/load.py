@@ -1,4 +1,4 @@
-"""Read a YAML and its overrides into a config. Only this module reads OmegaConf."""
+"""Read a YAML and its overrides into a config. Only this module uses OmegaConf."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
             apply(merged, override)
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
-            problems.append(f"{override!r}: expected dotted.key=value, the value as in a YAML: {problem}")
+            problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

@@ -340,8 +340,8 @@ class LabeledSetConfig(Section):
     column: Text = "image"
     """Column of images in an MDS data set."""
     label_column: Text | None = "label"
-    """Column of labels in an MDS data set; null: none. Without labels, as in a folder without class folders, the images
-    in ROOT/test, or all of ROOT, are measured by the probes that need none."""
+    """Column of labels in an MDS data set; null: none. Without labels (null, or a folder without class folders), only
+    the probes that need none run, on the images in ROOT/test or, if ROOT has no splits, in all of ROOT."""
 
 
 class LookupConfig(Section):
@@ -437,7 +437,7 @@ class TrainerConfig(RunConfig):
         if size % (parts := self.train_loader.num_canonical_nodes):  # each gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
         if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # each would fetch every shard
-            yield f".train_loader.num_canonical_nodes: must be {nodes}, or a multiple, on {nodes} nodes, got {parts}"
+            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 
@@ -475,7 +475,7 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         with_fsdp = self.parallelism_config.fsdp is not None
         if with_fsdp and self.device_train_microbatch_size == "auto":
-            yield ".device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
+            yield ".device_train_microbatch_size: Composer does not support 'auto' with FSDP; give a number or null"
         if with_fsdp and not has_gpu():
             yield ".parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 

@@ -117,7 +117,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
     number = {name: label for label, name in enumerate(classes)}
     for file, name in zip(files, names, strict=True):
         if name not in number:
-            expected = f"expected a class, one of {', '.join(classes):.80}, got {name!r}"
+            expected = f"expected one of the classes {', '.join(classes):.80}; got {name!r}"
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return ImageSource(root, labeled, classes, ignored)

@@ -75,7 +75,7 @@ class EpochOrder(DistributedSampler[Sample]):
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         if epoch_size is not None and epoch_size > num_samples:  # Streaming would repeat samples
-            raise ValueError(f"epoch_size must be at most the {num_samples} samples, got {epoch_size}")
+            raise ValueError(f"epoch_size must be at most {num_samples}, the number of samples; got {epoch_size}")
         # What generate_work and resample_streams read of a StreamingDataset. Its defaults depend on the number of
         # nodes: a resume on another number must have the same order.
         self.epoch_size = epoch_size or num_samples
@@ -241,8 +241,8 @@ class StreamingImages(Dataset[Any]):
         needed = sum(shard.raw.bytes for shard in self.shards.shards) * samples // len(self)
         if self.order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:
             log.warning(
-                "%s: cache_limit %d is less than the shards that are shuffled together, about %d bytes: shards will be "
-                "fetched more than once per epoch; a smaller shuffle_block_size helps",
+                "%s: cache_limit %d is less than the size of the shards that are shuffled together, about %d bytes: "
+                "shards will be fetched more than once per epoch; a smaller shuffle_block_size helps",
                 self.shards.local,
                 self.shards.limit,
                 needed,

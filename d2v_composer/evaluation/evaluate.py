@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 
 def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
-    """Return the mean of hits, or of shares, (Q,), with its interval."""
+    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
@@ -182,7 +182,7 @@ class Evaluation(NamedTuple):
     """Data set → the name of each label; empty if the labels are only numbers."""
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return all pairs of bank and measure on a data set."""
+        """Return every (bank, measure) pair of a data set."""
         found = [each for each in self.retrievals if each.dataset == dataset]
         return list(dict.fromkeys((each.bank, measure) for each in found for measure in each.hits))
 

@@ -110,7 +110,9 @@ def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Coll
     """
     smallest, num_test = min(filter(None, labeled.num_images)), labeled.num_images[1]
     if not 1 <= min(ks) <= max(ks) <= smallest:
-        raise InputError(f"ks: must be from 1 to {smallest}, the images in {name}'s smaller split, got {list(ks)}")
+        raise InputError(
+            f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
+        )
     if num_test <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
         raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
 

@@ -103,7 +103,7 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
 def _fit(
     x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Fit weights, (C, D), and bias, (C,), to standardized images that are rotated to their principal directions.
+    """Fit weights, (C, D), and bias, (C,), to standardized embeddings, rotated to their principal directions.
 
     At zero weights, the loss has the curvature variance / C + strength along each direction. The solver's unknowns are
     the weights there times the root of it: all problems are alike then, and collinear channels do not slow it down.

@@ -82,5 +82,5 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
         for key, value in values.items():
             series.setdefault(key, {})[step] = value
     if num_corrupt:
-        log.warning("%s: skipped %d of %d lines, which are corrupt", path, num_corrupt, len(lines))
+        log.warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
     return series

@@ -50,7 +50,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
         ValueError: k is out of range.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
+        raise ValueError(f"k must be from 1 to {len(bank)}, the number of bank images; got {k}")
     parts = queries.split(QUERY_PART)
     # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)

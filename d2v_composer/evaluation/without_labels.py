@@ -47,7 +47,7 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK)
         ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
-        raise ValueError(f"k must be from 1 to the {len(images) - 1} other images, got {k}")
+        raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
     found = exact_neighbors(images, ranks.take_share(images), k + 1).indices
     is_other = found != ranks.share(len(images)).to(found.device)[:, None]
     is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest

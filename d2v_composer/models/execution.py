@@ -146,7 +146,7 @@ def name_precision(choice: str, on_gpu: bool | None = None) -> str:
 
 
 def choose_precision(choice: str) -> Precision:
-    """Return how to compute in a precision on this machine's GPU, or on its CPU if it has none."""
+    """Return the settings for computing in a precision on this machine's GPU, or on its CPU if it has none."""
     name = name_precision(choice)
     cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)

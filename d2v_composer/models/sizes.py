@@ -21,7 +21,7 @@ MAX_PATCHES = 1 << 14
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless it is a whole number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
@@ -108,7 +108,7 @@ class ImageEncoderConfig:
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
-            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
 
     @property
@@ -214,7 +214,7 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
     @property
     def average_top_k_layers(self) -> int:
-        """All blocks."""
+        """Number of layers that the target averages: all blocks."""
         return self.depth
 
 

@@ -38,7 +38,7 @@ def check_block(block: nn.Module) -> None:
     """Raise ValueError if a block's kind is not supported."""
     if type(block) not in KINDS:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; supported are {allowed}")
+        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; use one of {allowed}")
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ class FixedContexts(nn.Module):
         return contexts * self.num_blocks if len(contexts) == 1 else contexts
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        """Return the table as blocks take it, (1 or L, …)."""
+        """Return the table in the form that blocks take, (1 or L, …)."""
         return table
 
 

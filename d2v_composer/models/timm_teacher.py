@@ -243,7 +243,7 @@ class TimmTeacher(Teacher):
         return super().cast_weights(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Make the final norm an FSDP unit too; a root stays gathered."""
+        """Make the final norm an FSDP unit too; as part of the root, it would stay gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
 
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
@@ -258,12 +258,12 @@ class TimmTeacher(Teacher):
         blocks, name = [block.block for block in self.block_list], self.config.model
         if init == "teacher_blocks":
             kind = type(blocks[0]).__name__
-            raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, {name} has {kind}")
+            raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {kind}")
         attentions = [block.attn for block in blocks]
         found = ", ".join(sorted(parameter for parameter, _ in attentions[0].named_parameters()))
         if found != ATTENTION_TENSORS or self.contexts.table is not None:
             raise ValueError(
                 f"init teacher_attention needs an attention of {ATTENTION_TENSORS} without rotary positions or "
-                f"relative bias, {name} has {type(attentions[0]).__name__} of {found}"
+                f"relative bias, but {name} has {type(attentions[0]).__name__} of {found}"
             )
         return attentions

@@ -38,7 +38,7 @@ CURVES = {
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
     "throughput": ("Throughput in images/s", "", "throughput/images_per_sec"),
-    "data_wait": ("Share of the time spent waiting for images", "%", "throughput/data_wait"),
+    "data_wait": ("Fraction of the time spent waiting for images", "%", "throughput/data_wait"),
     "cosines": ("Cosine of prediction and target", "", "health/cosine/cls", "health/cosine/patch"),
     "layers": ("Cosine of prediction and each teacher layer", "", "health/cosine/layer_*"),
     "variance": ("Variance over the images", "", "health/*_variance"),
@@ -66,10 +66,10 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             if lines := _accuracies(run, dataset, bank, {ks[0]: f"top-{ks[0]}"}):
                 yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
         if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
-            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
+            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted on train, measured on test", "%", lines)
         without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
         if lines := _accuracies(run, dataset, "", without_labels):
-            yield f"without_labels_{dataset}", plot(f"{dataset}, judged without labels", "%", lines)
+            yield f"without_labels_{dataset}", plot(f"{dataset}, measured without labels", "%", lines)
         gaps = {name: _gap(run, dataset, name, ks[0]) for name in EMBEDDINGS}
         primary = "{representation}_{pooling}".format(**run.retrieval)
         # Of a small gap, the part that is closed says little.
@@ -80,7 +80,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             figure.axes[0].axhline(1, color="k", linewidth=1)
             figure.axes[0].set_ylim(-0.3, 1.3)
             if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
-                note = f"Not shown, gap below a third of the largest: {', '.join(left_out)}"
+                note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
                 figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
 

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 PROBE_HEADS = {"knn/top1": "20-NN weighted", "knn_majority/top1": "20-NN majority", "linear/top1": "linear probe"}
-CLASSIFIED, FITTED, UNLABELED = "Zero-shot retrieval", "Probes fitted to train, judged on test", "Judged without labels"
+CLASSIFIED, FITTED, UNLABELED = (
+    "Zero-shot retrieval",
+    "Probes fitted on train, measured on test",
+    "Measured without labels",
+)
 DATASET = "cifar10"
 
 
@@ -52,7 +56,11 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
         tables.append(f"{title}\n{format_table(head, cells)}")
         if {before, after, teacher} <= rows.keys():
             closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
-            said = "none: the teacher is no better than before training" if closed is None else f"{100 * closed:.0f} %"
+            said = (
+                "none: the teacher is no better than the student before training"
+                if closed is None
+                else f"{100 * closed:.0f} %"
+            )
             tables[-1] += f"\nteacher gap closed ({head[1]}): {said}"
     return "\n\n".join(tables)
 

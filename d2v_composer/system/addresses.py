@@ -105,7 +105,7 @@ def check_path(path: str) -> None:
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         said = "; write placeholders as ${run_name}" if "{" in path else ""
-        raise ValueError(f"expected letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
+        raise ValueError(f"expected only letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
 
 
 def identity(address: str) -> str:

@@ -87,7 +87,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Convert an error of the block to one line that names a config key.
+    """Convert an error raised in the block to one line that names a config key.
 
     Raises:
         InputError: The block raised a ``kind``.

@@ -36,7 +36,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     if re.match(r"\w+:/", str(path)):
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
+        raise InputError(f"{path}: is a folder; expected a file to write")
     if not overwrite and os.path.lexists(path):
         raise InputError(f"{path}: already exists: choose another file, or append --overwrite")
     folder = path.parent.absolute()
@@ -129,7 +129,9 @@ def acquire(path: Path, wait: float = 0) -> int | None:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            log.warning("%s: this file system has no locks (%s): two runs may use the same files", path, error.strerror)
+            log.warning(
+                "%s: this file system has no locks (%s), so two runs may use the same files", path, error.strerror
+            )
             return descriptor
 
 

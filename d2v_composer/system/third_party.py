@@ -62,7 +62,7 @@ def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., A
 
 @contextmanager
 def lean_engine(trainer: Trainer) -> Iterator[None]:
-    """Patch Composer while a Trainer trains in the block."""
+    """Patch Composer while a Trainer trains in the ``with`` block."""
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
