@@ -35,13 +35,16 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(__doc__)
     about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
     parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder with CIFAR-10; default: datasets")
     parser.add_argument(
         "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
     )
-    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
+    parser.add_argument("--out", type=Path, help="folder for the runs; default: runs/ablations/ and the study's name")
     parser.add_argument(
-        "--rows", action="append", metavar="ROW", help="a name in rows.yaml; repeatable; default: all rows"
+        "--rows",
+        action="append",
+        metavar="ROW",
+        help="train only this row of rows.yaml; may be repeated; default: all rows",
     )
     arguments = parser.parse_intermixed_args(argv)
     given = arguments.given

@@ -37,10 +37,10 @@ def main(argv: Sequence[str]) -> "Conversion":
     add("--labels", help="a CSV file of image, class; or none")
     add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: no change")
     add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
-    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes; default: one per core")
-    add("--seed", type=whole(0, 1 << 32), default=0, help="seed of the order; default: 0")
+    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
+    add("--seed", type=whole(0, 1 << 32), default=0, help="seed for the order of the images; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
-    add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
+    add("--skip-unreadable", action="store_true", help="skip images that are missing or corrupt, and list them")
     arguments = parser.parse_args(argv)
 
     from d2v_composer.data.convert import convert_images, find_images

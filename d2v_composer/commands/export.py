@@ -45,10 +45,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
     for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
-        about = "for .onnx and .pt2; default: the run's primary embedding"
+        about = "only for .onnx and .pt2; default: as in the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
-    parser.add_argument("--int8", action="store_true", help="for .onnx: 8-bit linear layers, with onnxruntime")
-    about = "images or MDS for --int8; default: the run's retrieval images"
+    parser.add_argument(
+        "--int8", action="store_true", help="only for .onnx: quantize linear layers to 8 bits, with onnxruntime"
+    )
+    about = "images or MDS to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
