@@ -115,7 +115,7 @@ class EmbeddingOptions(NamedTuple):
     dtype: str = "float32"
     """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
-    """Images embedded at once; another number rounds differently."""
+    """Images per batch; another batch size rounds differently."""
 
 
 class Embedding(NamedTuple):

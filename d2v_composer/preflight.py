@@ -33,7 +33,7 @@ from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
-"""Folder of a rehearsal, in the run's folder and cache; removed at the start and at the end."""
+"""Name of a rehearsal's folder, in the run's folder and cache; it is removed at the start and at the end."""
 STOP_AFTER_BATCHES = 3
 INTERVAL = 10  # batches from one logged pace to the next
 IMAGES_PER_SET = 128
@@ -126,7 +126,7 @@ class Rehearsal:
         return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
-        """Read the index and find each of its shards: here at full size, or by name in the store."""
+        """Read the index and find each of its shards: at full size on this machine, or by name in the store."""
         loader = self.config.train_loader
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
@@ -185,7 +185,7 @@ class Rehearsal:
         return f"all processes exited with status 143 after batch {self.batch}"
 
     def resume(self) -> str:
-        """Resume with the YAML's intervals, long enough to measure the pace."""
+        """Resume with the YAML's intervals, and train long enough to measure the speed."""
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
@@ -208,7 +208,7 @@ class Rehearsal:
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
     def check_disk_space(self) -> str:
-        """Compare the free space with what the checkpoints need; the rehearsal itself does so for its cache."""
+        """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
         config, kept = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
@@ -290,7 +290,7 @@ class Rehearsal:
         self.temporary.cleanup()
 
     def in_batches(self, duration: str) -> int:
-        """Return a duration in batches, such as 600ba or 100ep."""
+        """Convert a duration, such as 600ba or 100ep, to batches."""
         per_unit = count_samples(self.shards) // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 

@@ -117,7 +117,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
-    """Return the command that trains or resumes a row; its own changes override ``changes``, those of all rows."""
+    """Return the command that trains or resumes a row; its own changes override ``changes``, which all rows share."""
     own = {
         "run_name": folder.name,
         "save_folder": folder,

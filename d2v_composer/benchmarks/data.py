@@ -85,7 +85,7 @@ def benchmark(
 
 
 def make_photos(folder: Path, num_images: int) -> Path:
-    """Write random crops of scikit-image's photographs, in ImageNet's sizes, as JPEGs in one class folder.
+    """Write random crops of scikit-image's photographs, at ImageNet's image sizes, as JPEGs in one class folder.
 
     They need no network.
     """

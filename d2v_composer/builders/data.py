@@ -68,7 +68,7 @@ def build_train_loader(
     seed: int,
     labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` images and labels.
+    """Build this rank's loader from ``train_loader``: augmented uint8 images, with labels if ``labels`` is set.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
     few samples left over differ from epoch to epoch.

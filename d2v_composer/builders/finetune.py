@@ -57,12 +57,12 @@ class FinetuneImages(NamedTuple):
     """Name of each label; empty if the labels are only numbers."""
     num_classes: int
     about: Mapping[str, Any]
-    """Description of the train images for the run's record: ``location``, ``samples``, ``sha256`` of them and their
+    """Description of the train images for the run's record: ``location``, ``samples``, and ``sha256`` of images and
     labels."""
 
 
 def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
-    """Build the sections ``dataset`` and ``train_loader`` for an encoder.
+    """Build an encoder's images from the sections ``dataset`` and ``train_loader``.
 
     Raises:
         InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
@@ -110,7 +110,7 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:
-    """Return the number of classes, from their names and the largest label of the splits, (N,) each.
+    """Return the number of classes, given their names and each split's labels, (N,).
 
     Raises:
         InputError: There are fewer than two, or a label is negative or far beyond the others.
@@ -124,7 +124,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> 
 
 
 EVALUATOR = "test"
-"""Name of the evaluation in metrics, as in metrics/test/top1."""
+"""Name of the evaluation in metric keys, such as metrics/test/top1."""
 
 
 class BuiltFinetuning(NamedTuple):
@@ -134,7 +134,7 @@ class BuiltFinetuning(NamedTuple):
     """Arguments of Composer's Trainer."""
     model: Classifier
     header: dict[str, str]
-    """Lines that open the run's log."""
+    """Lines at the top of the run's log."""
 
 
 def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:

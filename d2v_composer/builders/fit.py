@@ -76,7 +76,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
 
 
 def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines that open a run's log: what trains, on what, for how long."""
+    """Return the lines at the top of a run's log: its name, device, model and duration."""
     state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"

@@ -67,7 +67,7 @@ def _find_newest(folder: RunFolder) -> Path | None:
 
 
 def check_record(load_path: str, record: RunRecord) -> None:
-    """Compare the run with the checkpoint's record, before tensors of another size are loaded.
+    """Compare the run with the checkpoint's record before its tensors, which may have other sizes, are loaded.
 
     Raises:
         InputError: Names the settings that differ.

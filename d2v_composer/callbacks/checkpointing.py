@@ -1,4 +1,4 @@
-"""Save a run's checkpoints, also when a signal stops it; keep the newest ones, and only finite numbers.
+"""Save a run's checkpoints, even when a signal stops the run; keep the newest ones, and save only finite numbers.
 
 The run's folder is locked, so that one run at a time uses it.
 """
@@ -160,7 +160,7 @@ class Checkpoints(Callback):
         return self.stopped_by is not None
 
     def _agree(self, state: State) -> int:
-        """Set ``stopped_by`` to the signal that reached any rank; return the greatest code of all ranks."""
+        """Set ``stopped_by`` to the signal that reached any rank; return the largest code on any rank."""
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
@@ -217,14 +217,14 @@ def publish(partial: Path, checkpoint: Path) -> None:
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints of a folder."""
+    """Remove the outdated checkpoints from a folder."""
     names = [path.name for path in folder.iterdir()]
     for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
         (folder / name).unlink(missing_ok=True)
 
 
 def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints of a run's folder in S3; a failure must not stop the run."""
+    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
     store, key = open_store(address)
     if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
         return
@@ -276,7 +276,7 @@ class FolderLock:
         self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:
-        """Return True if the folder or its lock was removed; the path may name a new file."""
+        """Return True if the folder or its lock was removed, even if the path now names a new file."""
         try:
             os.stat(self.path)
             return os.fstat(self.lock).st_nlink == 0
@@ -291,7 +291,7 @@ MIN_LOSS_SCALE = 1e-4
 
 
 class NanGuard(Callback):
-    """Stop training at a loss that is not finite, before it is saved.
+    """Stop training when the loss is not finite, before a checkpoint is saved.
 
     Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
 

@@ -46,7 +46,7 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
 
 
 class Health(Callback):
-    """Measure on rank 0's last microbatch what the loss does not show, and warn.
+    """Measure what the loss does not show, on rank 0's last microbatch, and warn of problems.
 
     Logged, below ``health/``:
 
@@ -110,7 +110,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure, log, and warn of each state that is new since the last measurement."""
+        """Measure, log, and warn about each state that was not there at the last measurement."""
         outputs, model = self.regression(state.outputs, self.microbatch), cast("Any", unwrapped(state))
         student = getattr(model, "student", None)
         num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
@@ -135,7 +135,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression, num_extra_tokens: int, has_cls_token: bool = True) -> dict[str, Tensor]:
-        """Compare prediction and target; (B, D) counts as one patch.
+        """Compare prediction and target; the shape (B, D) counts as one patch.
 
         Args:
             outputs: Output of the model.

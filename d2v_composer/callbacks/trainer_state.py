@@ -16,7 +16,7 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
-    """Return the run's first callback of a kind."""
+    """Return the run's first callback of a class."""
     return next((each for each in state.callbacks if isinstance(each, kind)), None)
 
 

@@ -38,7 +38,7 @@ IMAGE_FIELDS = {name: name for name in ("prenet_depth", "num_extra_tokens", "pat
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
-    """Read and check a fairseq checkpoint, the local copy of ``path``, without running its code.
+    """Read and check a fairseq checkpoint, ``file``, without running its code; errors name its address, ``path``.
 
     Returns:
         The teacher, and the file's names of unused tensors.
@@ -79,7 +79,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the fields of a section that have a value; those that data2vec interpolates equal our defaults."""
+    """Return a section's fields that have a value; the fields that data2vec interpolates equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {
@@ -90,7 +90,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[str, Tensor]) -> Data2Vec2Config:
-    """Read the sizes; fields that the file lacks keep data2vec's defaults, which are the config's.
+    """Read the sizes; fields that the file lacks keep the config's defaults, which are data2vec's.
 
     Raises:
         ValueError: They are not those of a supported teacher.
@@ -119,7 +119,7 @@ def _read_config(model: dict[Any, Any], image: dict[Any, Any], stored: Mapping[s
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
-    """Load a frozen teacher, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+    """Load a frozen teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.

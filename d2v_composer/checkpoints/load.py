@@ -212,7 +212,7 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Model
 
 
 def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: str | None) -> Models:
-    """Load the models of a checkpoint of ``recipes/train.py`` or ``recipes/finetune.py``."""
+    """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
         state = contents["state"]
         record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])

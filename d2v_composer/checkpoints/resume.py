@@ -115,7 +115,7 @@ def _stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint, even if ``path`` exists: the address may have a new one.
+    """Download a checkpoint, even if ``path`` exists: the store may have a newer one.
 
     Args:
         address: https://…, or in an object store, where ``latest-rank0.pt`` is a small file with another's name.
@@ -150,7 +150,7 @@ def _download(address: str, path: Path) -> bool:
 
 
 def open_store(address: str) -> tuple[ObjectStore, str]:
-    """Return the client and the key of a store's address."""
+    """Return the client for an address in a store, and its key."""
     store = maybe_create_object_store_from_uri(address)
     assert store is not None  # a run's store is one of Composer's
     return store, parse_uri(address)[2]
@@ -184,7 +184,7 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
-    """Remove the loss scaler's state from a checkpoint unless it was saved, and is loaded, with amp_fp16.
+    """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
 
     Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler too: on a CPU
     it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.

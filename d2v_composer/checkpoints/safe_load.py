@@ -1,4 +1,4 @@
-"""Read PyTorch files from any source: none of their code runs, and none exhausts time or memory.
+"""Read PyTorch files from any source, without running their code or exhausting time or memory.
 
 torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
 or a training program name are replaced by :class:`Stub`. What it does not check is checked before it starts.
@@ -87,7 +87,7 @@ def is_trained(contents: Any) -> bool:
 
 
 def read_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint that names only our globals; any other raises UnpicklingError."""
+    """Load a checkpoint that refers only to the classes and functions we allow; any other raises UnpicklingError."""
     with torch.serialization.safe_globals(OUR_GLOBALS):
         # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
@@ -162,7 +162,7 @@ def _inspect(path: Path) -> None:
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Walk through a pickle without building anything.
+    """Check a pickle's instructions without building any object.
 
     Raises:
         ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.
@@ -213,7 +213,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a local path, see :func:`fetch`; for a run's folder, the error names its newest checkpoint."""
+    """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")

@@ -1,4 +1,4 @@
-"""Our own model files: safetensors with a model's kind, sizes and provenance; and the primary embedding of its run.
+"""Read and write our own model files: safetensors with a model's kind, sizes, provenance and primary embedding.
 
 A student's sizes are in a tensor too, ``config_json``: timm reads the tensors alone.
 """
@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 1, "student": 2, "classifier": 1}
-"""A student of version 2 names its primary embedding in ``config_json``."""
+"""Version 2 of a student's file names its primary embedding in ``config_json``."""
 CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 LARGEST_JSON = 4 << 20
@@ -41,7 +41,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file; for another program's, only the tensors."""
+    """Contents of a safetensors file; from another program's file, only the tensors."""
 
     kind: str
     config: dict[str, Any]
@@ -139,7 +139,7 @@ def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str
 
 
 def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a file has exactly the tensors of a model, before the model takes any memory.
+    """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
         InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
@@ -174,7 +174,7 @@ def loading_fault(error: Exception) -> str:
 
 
 def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
-    """Check that a teacher has a student's encoder, up to the rounding of its file.
+    """Check that a teacher has the same encoder as a student, apart from rounding in the student's file.
 
     Raises:
         InputError: Names the first tensor that differs.
@@ -200,7 +200,7 @@ def read_config(config_class: type[Any], fields: Any) -> Any:
 
 
 class PrimaryEmbedding(NamedTuple):
-    """The embedding by which a model's run is judged."""
+    """The embedding used to judge a model's run."""
 
     representation: Representation
     pooling: Pooling
@@ -223,13 +223,13 @@ class PrimaryEmbedding(NamedTuple):
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
-"""For a file without the record of a run, such as a teacher's: data2vec 2.0 base retrieves best with it."""
+"""For a file without a run's record, such as a teacher's. With this embedding, data2vec 2.0 base retrieves best."""
 
 
 def choose_embedding(
     model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
-    """Choose the embedding asked for; ``None`` means as in the primary embedding of the model's run.
+    """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
     Raises:
         InputError: ``pooling`` is cls, and the model has no CLS token.
@@ -261,7 +261,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def sizes_of(student: Student) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder; only a narrow one names its width, which older files lack."""
+    """Return the sizes of a student and its encoder; only a narrow student names its width, which older files lack."""
     encoder: Any = student.encoder.config
     sizes = asdict(student.config)
     if sizes["embed_dim"] is None:
@@ -270,7 +270,7 @@ def sizes_of(student: Student) -> dict[str, Any]:
 
 
 def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder from a file computes what it did when exported: timm's version may differ.
+    """Check that a timm encoder from a file computes what it did at export, since timm's version may differ.
 
     Raises:
         InputError: It computes something else.

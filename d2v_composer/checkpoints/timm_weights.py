@@ -1,4 +1,4 @@
-"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running their code.
+"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running a file's code.
 
 Files are those of timm, or of a model's authors if timm converts them. timm's own filters rename the tensors, and
 resample positions to another image size.

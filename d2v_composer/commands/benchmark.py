@@ -1,4 +1,4 @@
-"""Measure speed on this machine: ours and others', interleaved in one process.
+"""Measure speed on this machine: our code and other programs, interleaved in one process.
 
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json

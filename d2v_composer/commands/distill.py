@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
-    """Return the run's config: a YAML, the chosen settings, and those of the command.
+    """Return the run's config, from a YAML, the chosen settings and the command's own settings.
 
     Raises:
         InputError: A change of a setting is wrong.
@@ -92,7 +92,7 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
 
 
 def prepare(arguments: Namespace) -> None:
-    """Choose the settings and convert the images, except what an interrupted call has done.
+    """Choose the settings and convert the images, except for what an interrupted call already did.
 
     Raises:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
@@ -152,12 +152,12 @@ def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
 
 
 def absolute(place: str) -> str:
-    """Return an address, timm/NAME, or a path that does not depend on the working directory."""
+    """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
     return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(place)
 
 
 def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
-    """Choose sizes and duration: those of the quickstart on a CPU, the chapter's on GPUs.
+    """Choose sizes and duration: the quickstart's on a CPU, the chapter's on GPUs.
 
     Args:
         num_images: Images of the source.

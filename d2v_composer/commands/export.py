@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
-    """Write the student's program in int8, and print how close it is to float32, and how fast."""
+    """Write the student's program in int8, and print its speed and how close its embeddings are to float32."""
     from d2v_composer.checkpoints.export import check_packages, export_onnx
 
     check_packages(out, "onnxruntime")
@@ -127,7 +127,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
 
 
 def read_images(student: "Student", source: str | None) -> "Tensor":
-    """Return images of a folder, or of the run's retrieval, normalized, (N, 3, S, S).
+    """Return normalized images, (N, 3, S, S), from a folder or from the run's retrieval data.
 
     Raises:
         InputError: There are too few, or they cannot be read.

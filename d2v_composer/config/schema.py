@@ -89,7 +89,7 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Validate by a function that raises ValueError."""
+    """Validate with a function that raises ValueError."""
 
     def validate(value: Any) -> Any:
         check(value)
@@ -99,7 +99,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Validate by one rule: 'be …' or 'have …'."""
+    """Validate with one rule, which reads 'be …' or 'have …'."""
 
     def validate(value: Any) -> Any:
         if not holds(value):
@@ -115,7 +115,7 @@ def duration(pattern: str, example: str) -> AfterValidator:
 
 
 def read_image_size(size: Any) -> int | str:
-    """Normalize an image size: a resume compares it."""
+    """Normalize an image size, because a resume compares it."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
@@ -187,7 +187,7 @@ class TimmSizes(Section):
     """Sizes of a timm model."""
 
     first_blocks: Whole | None = None
-    """Number of blocks in the shared encoder; null: a sixth of a timm model's, or data2vec2's modality encoder."""
+    """Blocks in the shared encoder; null: a sixth of a timm model's blocks, or data2vec2's modality encoder."""
     image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
@@ -234,15 +234,15 @@ class TargetsConfig(Section):
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
     normalization: Normalization = "instance"
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps what mean pooling sees."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses."""
 
 
 class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode images; 0: the training process does. Their batches are in /dev/shm; if it is
-    too small, the run fails at the start."""
+    """Processes per device that decode images; 0: the training process decodes them. Batches from these processes are
+    in /dev/shm; if it is too small, the run fails at the start."""
     prefetch_factor: Up1000 = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
@@ -372,7 +372,7 @@ class RetrievalConfig(LookupConfig):
     at_start: bool = False
     """Measure the untrained student too."""
     baselines: list[Literal["pixels", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare with, measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
+    """Models to compare the student with, each measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):

@@ -66,7 +66,7 @@ class ImageSource(NamedTuple):
     ignored: dict[str, int]
     """Number of other files by suffix."""
     load: Callable[[int], Any] | None = None
-    """Returns an image by number, as a file's bytes or from PIL; the paths in ``files`` are then these numbers."""
+    """Returns an image by number, as a file's bytes or a PIL image; the paths in ``files`` are then these numbers."""
     keeps_files: bool = False
     """Store what ``load`` returns unchanged, even if it is not a JPEG."""
 
@@ -219,7 +219,7 @@ class _Task(NamedTuple):
     work: Path
     """Local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
-    """Folder of these shards' records; other images or settings get another one."""
+    """Folder of these shards' records; other images or settings get another folder."""
 
     def check_out(self) -> None:
         """Check that ``out`` can be written, and holds no finished data set.
@@ -240,7 +240,7 @@ class _Task(NamedTuple):
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to. When the block ends, publish the file if there is one.
+        """Yield a local path to write to. When the ``with`` block ends, publish the file if one was written.
 
         Raises:
             RunError: The disk or the store fails.

@@ -56,7 +56,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
 
 
 def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk lacks space for what a node must still fetch of its share, 0 to 1."""
+    """Return an error message if the disk lacks space for what a node still has to fetch of its share, 0 to 1."""
     sizes = {local / shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
     wanted = min(int(share * sum(sizes.values())), cache_limit or LARGEST)
     needed = wanted - sum(size for path, size in sizes.items() if path.is_file())

@@ -79,7 +79,7 @@ class LabeledSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels, which identifies the set: pixels vary with the libraries that decode them.
+        """Return a hash of the labels, which identifies the set; the pixels vary with the libraries that decode them.
 
         Without labels it is by the mean pixel, a whole number.
         """
@@ -216,7 +216,7 @@ def load_mds(
     label_column: str | None,
     max_images: int | None = None,
 ) -> LabeledImages:
-    """Load one split of an MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
+    """Load one split of an MDS data set (see :func:`load_labeled_set`); shards that are not needed are not read."""
     labels = () if label_column is None else (label_column,)
     read_image_index(folder, column, option="column and label_column", other_columns=labels)
     shards = Shards(local=folder, columns=(column, *labels))

@@ -39,7 +39,7 @@ ENCODINGS = {
 
 
 class ShardFile(NamedTuple):
-    """Index entry of a file."""
+    """Index entry for a file."""
 
     basename: str
     bytes: int
@@ -61,7 +61,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Index entry of a shard."""
+    """Index entry for a shard."""
 
     samples: int
     raw: ShardFile

@@ -146,7 +146,7 @@ class Shards:
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
-        """Start fetching and verifying shards that will be needed; an error is raised only when they are."""
+        """Start fetching and verifying shards that will be needed; an error is raised only when the shard is read."""
         for shard_id in shard_ids:
             if shard_id not in self._ahead and not (shard_id in self._verified and self._paths[shard_id].exists()):
                 self._ahead.append(shard_id)

@@ -254,7 +254,7 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
 
 def shared_memory_needed(ranks: int, workers: int, prefetch_factor: int, batch_bytes: int) -> int:
-    """Return the bytes of shared memory that training data needs on a machine; workers and batch are one rank's."""
+    """Return the bytes of shared memory that training data needs on a machine; ``workers`` and batch are per rank."""
     # Beside those made in advance, each rank has one in the making and one in use.
     batches = (workers * prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0
     return ranks * (batches + workers * SEMAPHORES * PAGE)

@@ -69,7 +69,7 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean of both banks, or of the one that has a gap.
+    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
 
     Args:
         log: Log of the student's run.
@@ -112,7 +112,7 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
 
 
 def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
-    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and one for each model on it.
+    """Return embed functions: ``pixels``, ``encoder`` (its output in every pooling), and one for each model.
 
     A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
     all. The encoder's output lives as long as its images. Black images fill a smaller batch up to the largest so far,
@@ -162,10 +162,10 @@ class Retrieval(NamedTuple):
     dataset: str
     bank: str
     embedding: str
-    """'' for a candidate with a single one."""
+    """Name of the embedding; '' if the candidate has only one."""
     is_primary: bool
     hits: dict[Measure, NDArray[np.bool_ | np.float64]]
-    """As in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
+    """Hits, as in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
@@ -192,7 +192,7 @@ class Evaluation(NamedTuple):
         return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
-        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three was not evaluated."""
+        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three models was not evaluated."""
         found = [self.primaries.get((name, dataset, bank)) for name in ("untrained student", "student", "teacher")]
         hits = [each.hits[measure] for each in found if each is not None]
         return gap_closed_interval(*hits) if len(hits) == len(found) else None

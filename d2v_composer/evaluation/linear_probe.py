@@ -27,7 +27,7 @@ class LinearProbe(NamedTuple):
     classes: Tensor
     """Labels in ascending order, (C,)."""
     weight: Tensor
-    """(C, D) float64, for embeddings as they are: standardization is included."""
+    """(C, D) float64, for embeddings that are not standardized: the weights include the standardization."""
     bias: Tensor
     """(C,) float64."""
     strength: float
@@ -40,7 +40,7 @@ class LinearProbe(NamedTuple):
 def linear_probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, strength: float | None = None
 ) -> float:
-    """Return the share of test images that a linear probe of the training images classifies right, from 0 to 1.
+    """Return the share of test images, from 0 to 1, that a linear probe fitted to the train images labels correctly.
 
     Args:
         train: (N, D).

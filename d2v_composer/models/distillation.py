@@ -28,7 +28,7 @@ FROZEN = ("teacher.", "student.encoder.")
 
 
 class DistillationModel(ComposerModel):
-    """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
+    """Regress the teacher's targets with the student's prediction; the encoder runs once per step for both.
 
     The loss is the mean of (prediction - target)² over images, tokens and channels. Target and prediction are
     ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
@@ -174,7 +174,7 @@ class DistillationModel(ComposerModel):
         return {}  # a callback measures retrieval; the Trainer logs the loss
 
     def embed_all(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
+        """Return the student's embeddings; see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
         return self.in_precision(self.student.embed_all)(images)
 
     def retrieval_baselines(self) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
@@ -187,7 +187,7 @@ class DistillationModel(ComposerModel):
         return lambda images: self.compute(function, images)
 
     def compute(self, function: Callable[[Tensor], EmbeddingT], images: Tensor) -> EmbeddingT:
-        """Call a function in the model's precision, see :meth:`in_precision`."""
+        """Call a function in the model's precision; see :meth:`in_precision`."""
         with cpu_autocast(self.cpu_bf16):
             return function(images)
 
@@ -209,7 +209,7 @@ class DistillationModel(ComposerModel):
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
-    """Return a context in which a CPU computes in bfloat16, if that is on."""
+    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
 
@@ -220,7 +220,7 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Keep only what trains in a state dict."""
+    """Remove all tensors that do not train from a state dict."""
     for name in [name for name in state_dict if name.startswith(tuple(prefix + frozen for frozen in FROZEN))]:
         del state_dict[name]
 

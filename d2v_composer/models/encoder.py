@@ -1,4 +1,4 @@
-"""A frozen encoder that teacher and student share: images to tokens.
+"""The frozen encoder that teacher and student share; it turns images into tokens.
 
 Shapes: B images, S pixels per side (or height and width), E extra tokens, N patches, T = E + N tokens, D channels.
 """

@@ -85,7 +85,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
-    """Compile a function without gradient as a CUDA graph; Inductor silently runs as usual what cannot be one."""
+    """Compile a function without gradient as a CUDA graph; if it cannot be one, Inductor silently runs it as usual."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": tor
 
 class Precision(NamedTuple):
     dtype: torch.dtype
-    """Compute dtype of linear layers."""
+    """Dtype in which linear layers compute."""
     trainer: str
     """Precision of Composer's Trainer."""
     cpu_bf16: bool

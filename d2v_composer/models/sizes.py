@@ -39,7 +39,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
-    """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
+    """Raise ValueError unless each channel has a mean and a standard deviation, for pixels from 0 to 1."""
     for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
         if not isinstance(values, tuple) or len(values) != in_chans:
             raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {short(values)}")
@@ -86,9 +86,9 @@ class ImageEncoderConfig:
     patch_size: int = 16
     in_chans: int = 3
     num_alibi_heads: int = 0
-    """0: no ALiBi (``use_alibi_encoder: false``)."""
+    """Number of heads with ALiBi; 0: no ALiBi (``use_alibi_encoder: false``)."""
     alibi_scale_shape: tuple[int, ...] | None = None
-    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
+    """Shape of the ALiBi scale, (L or 1, 1, H or 1, 1, 1), if the checkpoint has one."""
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     # The same for all, and thus not stored.
@@ -156,7 +156,7 @@ RELEASED = {
     "large": _released(embed_dim=1024, num_heads=16, prenet_depth=0, depth=24, average_top_k_layers=18),
     "huge": _released(embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0, depth=32, average_top_k_layers=24),
 }
-"""Meta's image models."""
+"""Sizes of Meta's image models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class TimmEncoderConfig:
     image_std: tuple[float, ...]
     interpolation: str
     timm: str
-    """timm version that built it."""
+    """timm version that built the encoder."""
     outputs: tuple[float, ...] = ()
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""

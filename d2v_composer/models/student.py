@@ -32,7 +32,7 @@ class StudentConfig:
     normalization: Normalization = "instance"
     """Normalization of each layer in the prediction and in ``layer_mean``."""
     embed_dim: int | None = None
-    """Channels of blocks and embeddings, at most the encoder's; default the encoder's."""
+    """Channels of blocks and embeddings, at most the encoder's; default: the encoder's."""
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
@@ -97,7 +97,7 @@ class Student(Transformer):
         return super().forward_macs() + self.encoder.config.num_tokens * linear_weights(self.entrance)
 
     def backward_macs(self) -> int:
-        """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
+        """Return the backward pass's multiply-accumulates: twice the forward pass's, minus the input gradient's."""
         first = self.block_list[0]
         reads_input = linear_weights(self.entrance) or (first.norm0 is None and linear_weights(first.attn.qkv))
         return 2 * self.forward_macs() - self.encoder.config.num_tokens * reads_input

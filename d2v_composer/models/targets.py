@@ -35,7 +35,7 @@ class Regression(NamedTuple):
 
 
 def instance_norm(layer_BTD: Tensor, num_extra_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalize each image's channels over time, (B, T, D) float32: biased variance, no affine.
+    """Normalize each image's channels over its tokens, (B, T, D) float32: biased variance, no affine transform.
 
     The first ``num_extra_tokens`` time steps are normalized, but do not count in the statistics.
 

@@ -42,7 +42,7 @@ class Teacher(Transformer, Frozen):
 
     @abstractmethod
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
-        """Return the attention modules or blocks that a student's can be initialized from.
+        """Return the attention modules or blocks from which a student's can be initialized.
 
         Raises:
             ValueError: The student's are of another kind.

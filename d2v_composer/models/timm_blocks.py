@@ -43,7 +43,7 @@ def check_block(block: nn.Module) -> None:
 
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
-    """Give the projection a single bias: timm joins those of queries, keys and values at every call."""
+    """Give the projection a single bias; timm joins the biases of queries, keys and values at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -144,7 +144,7 @@ def take_contexts(model: Any) -> FixedContexts:
 
 
 def take_relative_bias(model: Any) -> Tensor | None:
-    """Gather each block's own bias, and add the one that all share."""
+    """Gather each block's own bias, and add the bias that all blocks share."""
     own = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in own]
     if model.rel_pos_bias is not None:

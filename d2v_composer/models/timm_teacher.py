@@ -128,7 +128,7 @@ class TimmParts(NamedTuple):
     """A timm model, taken apart."""
 
     stem: nn.Module
-    """The model without the other parts: its ``forward_features`` is what comes before the blocks."""
+    """The model without the other parts: its ``forward_features`` computes everything before the blocks."""
     blocks: list[TimmBlock]
     contexts: FixedContexts
     norm: nn.Module
@@ -157,7 +157,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmEncoder(Encoder):
-    """A timm ViT's encoder: what comes before its blocks, and the first blocks.
+    """A timm ViT's encoder: everything before its blocks, and the first blocks.
 
     Args:
         config: Sizes.
@@ -236,7 +236,7 @@ class TimmTeacher(Teacher):
         self.freeze()
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
-        """Cast relative biases too: the attention computes in this dtype."""
+        """Cast relative biases too, because the attention computes in this dtype."""
         for part in self.modules():
             if isinstance(part, RelativeBias):
                 part.to(dtype)

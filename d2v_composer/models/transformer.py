@@ -87,7 +87,7 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's context for an input: an attention bias, (1, H, T, T), unless its kind needs another."""
+        """Return each block's context for an input: an attention bias, (1, H, T, T), or what else its kind needs."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Run the shared encoder: images as for :meth:`embed` → (B, T, D), without gradient.
@@ -128,7 +128,7 @@ class Transformer(nn.Module, ABC):
         return self.norm_mean(self.ffn_outputs(x), normalization=self.normalization)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
+        """Turn recomputation of each block's activations in the backward pass, instead of keeping them, on or off."""
         for block in self.block_list:
             if isinstance(block.forward, partial):  # an earlier call's
                 block.forward = block.forward.args[0]

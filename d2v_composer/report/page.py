@@ -1,4 +1,4 @@
-"""Write a run's report as one HTML file; its plots are in the file, and beside it as PNG files."""
+"""Write a run's report as one HTML file that contains its plots; write the plots as PNG files too."""
 
 import base64
 import io

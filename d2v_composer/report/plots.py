@@ -51,7 +51,7 @@ Line = tuple[Mapping[int, float] | float, dict[str, Any]]
 
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of every plot over steps that the log has values for."""
+    """Yield the file name and figure of each plot over steps for which the log has values."""
     for name, (title, scale, *keys) in CURVES.items():
         lines = {key: (run.log[key], {}) for wanted in keys for key in fnmatch.filter(run.log, wanted)}
         if lines:
@@ -59,7 +59,7 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of each data set's retrieval, probes and teacher gap closed over the steps."""
+    """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
         for bank in BANKS:
@@ -86,7 +86,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def _gap(run: Run, dataset: str, embedding: str, k: int) -> float:
-    """Return how much better the teacher is than the untrained student, in the better bank; 0 if it is not."""
+    """Return the teacher's lead over the untrained student, in the bank where it is larger; 0 if there is none."""
     gaps = [0.0]
     for bank in BANKS:
         untrained = run.log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
@@ -109,7 +109,7 @@ def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) 
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot lines over the batches; long ones get a running mean.
+    """Plot lines over the batches; long lines get a running mean.
 
     Args:
         title: Title of the plot.

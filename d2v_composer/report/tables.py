@@ -25,7 +25,7 @@ DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Format a table, the first column aligned left, the others right. Missing cells are empty; one row is needed."""
+    """Format a table, with the first column aligned left, the others right. Missing cells are empty; it needs a row."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
@@ -90,7 +90,7 @@ def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
 
 
 def measure_head(measure: str) -> str:
-    """Return the column head for what a probe measures."""
+    """Return the heading of the column for a probe's measure."""
     return {**PROBE_HEADS, AGREEMENT: "neighbor agreement"}.get(measure) or measure.replace("/top", " top-")
 
 
@@ -107,7 +107,7 @@ def _percent(interval: Interval | None) -> str:
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
-    """Return top-1 of each run and embedding on ``DATASET`` in %, bank train / test, and the teacher gap closed.
+    """Return a table of each run's top-1 on ``DATASET`` in %, bank train / test, and its teacher gap closed.
 
     The gap closed is the mean of both banks. The untrained student and the teacher are the first run's, or the run's
     own, which then stand below it. Loss: mean of the last 100 batches; s: seconds of training without evaluations.
@@ -136,7 +136,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 
 def _top1(log: Log, embedding: str, baseline: str | None = None, step: int | None = None) -> str:
-    """Return top-1 in % with each bank, at a step or the last one."""
+    """Return top-1 in % with each bank, at a given step or the last one."""
     values = [log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

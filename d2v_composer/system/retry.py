@@ -67,7 +67,7 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return True if a fault is local: of the disk, or a package that is not installed."""
+    """Return True if a fault is local: a disk or path error, or a package that is not installed."""
     return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 

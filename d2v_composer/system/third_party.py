@@ -41,7 +41,7 @@ MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 @contextmanager
 def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
-    """Patch Composer while a Trainer is constructed in the block.
+    """Patch Composer while a Trainer is constructed in the ``with`` block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
