@@ -6,8 +6,8 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml, a run, and rows.yaml, each row's changes. Each row is a run of recipes/train.py
-in its own folder. If interrupted, a run saves, and the same command resumes it.
+A study is a folder with base.yaml (a run) and rows.yaml (each row's changes to it). Each row is a run of
+recipes/train.py in its own folder. If interrupted, a run saves, and the same command resumes it.
 """
 
 import json
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         "--rows",
         action="append",
         metavar="ROW",
-        help="train only this row of rows.yaml; may be repeated; default: all rows",
+        help="a row to train besides the first; may be repeated; default: all rows",
     )
     arguments = parser.parse_intermixed_args(argv)
     given = arguments.given

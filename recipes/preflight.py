@@ -5,7 +5,8 @@ usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
     composer recipes/preflight.py yamls/quickstart.yaml
     composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-Prints a table of checks and what the whole run will need, and removes its files. The status is 0 if all checks passed.
+It prints a table of checks and what the whole run will need, and removes its files. The exit status is 0 if all checks
+passed.
 """
 
 import shlex

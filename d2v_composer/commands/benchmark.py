@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "--images": (Path, "folder with one subfolder per class; default: crops of scikit-image's photographs"),
         "--num-images": (positive, "default: 1000"),
         "--workers": (int, "worker processes; default: 0, one process on one core"),
-        "--remote": (str, "an empty address to write shards to and read them from"),
+        "--remote": (str, "an empty folder in a store, to write shards to and read them from"),
         "--repeats": REPEATS,
     },
     "retrieval": {

@@ -50,7 +50,12 @@ def main(argv: Sequence[str]) -> None:
     """Choose, convert, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("source", type=absolute, metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add(
+        "source",
+        type=absolute,
+        metavar="SOURCE",
+        help="a folder of images or MDS shards, or the address of MDS shards: s3://, …",
+    )
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for the images, the run and the student")

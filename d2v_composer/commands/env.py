@@ -2,7 +2,7 @@
 
     d2v env
 
-These are versions, machine, torch's build, GPUs, and what each extra lacks.
+It lists the versions, the machine, torch's build, the GPUs, and the packages that each extra lacks.
 """
 
 from collections.abc import Sequence

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="only for .onnx: quantize linear layers to 8 bits, with onnxruntime"
     )
-    about = "images or MDS to calibrate --int8; default: the run's retrieval images"
+    about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)

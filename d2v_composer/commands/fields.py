@@ -54,7 +54,7 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
                 sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(row)
         for section, rows in sections.items():
             about = f"## {reader.capitalize()}\n\n{schema.__doc__}"
-            about += f" As in training: {', '.join(shared)}." if shared else ""
+            about += f" These are the same as in training: {', '.join(shared)}." if shared else ""
             if section:
                 about = f"### {section}\n\n{find_section(schema.model_fields[section].annotation).__doc__}"
             yield reader, section, "\n".join([f"{about}\n\n{HEAD}", *rows]).replace("``", "`")

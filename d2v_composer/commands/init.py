@@ -3,7 +3,7 @@
     d2v init quickstart > my.yaml
     d2v train my.yaml max_duration=10ep
 
-Its references to files beside it become absolute paths.
+The YAML's references to files beside it become absolute paths.
 """
 
 import re

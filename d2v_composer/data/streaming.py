@@ -266,7 +266,7 @@ def check_shared_memory(needed: int) -> str | None:
         return None
     size = f"{math.ceil((usage.used + needed) / 2**20)}m"
     return (
-        f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, training data needs {needed:,}: enlarge "
-        f"it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
+        f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, but training data needs {needed:,}; "
+        f"enlarge it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
         "train_loader.num_workers or prefetch_factor"
     )

@@ -144,7 +144,7 @@ class Data2Vec2Config(ImageEncoderConfig):
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
         shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
-            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
+            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
 
 
 def _released(**sizes: Any) -> Data2Vec2Config:
