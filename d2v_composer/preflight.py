@@ -177,7 +177,7 @@ class Rehearsal:
         return f"{trained} batches, each with a retrieval"
 
     def stop(self) -> str:
-        """Send SIGTERM to all processes, which must save and exit with 143."""
+        """Send SIGTERM to all processes, which must save and exit with status 143."""
         self.signal(signal.SIGTERM)
         status, self.batch = self.wait(STOP_SECONDS), self.num_batches()
         if status != 128 + signal.SIGTERM:
@@ -231,7 +231,7 @@ class Rehearsal:
         return len(self.read_log().get("loss/train/total", {}))
 
     def start(self, *overrides: str) -> None:
-        """Start the run with overrides that keep it apart from the user's and limit what it reads."""
+        """Start the run with overrides that keep it apart from the user's run and limit what it reads."""
         loader = self.config.train_loader
         launcher = ["-m", "composer.cli", "--nproc", str(self.ranks)] if self.ranks > 1 else []
         own = [
@@ -282,7 +282,7 @@ class Rehearsal:
                 store.client.delete_object(Bucket=bucket, Key=key)
 
     def close(self) -> None:
-        """Kill what is still running, and remove the files."""
+        """Kill any process that is still running, and remove the files."""
         if self.process is not None:
             self.signal(signal.SIGKILL)
             with suppress(Exception):  # a store that denies it was named in the table
@@ -295,7 +295,7 @@ class Rehearsal:
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
-        """Return what the whole run will need."""
+        """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         last = {key: [*values.values()] for key, values in self.logged.items()}
         paces, waits = (last[f"throughput/{name}"][-self.intervals :] for name in ("images_per_sec", "data_wait"))

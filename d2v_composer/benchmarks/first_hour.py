@@ -1,4 +1,4 @@
-"""The first hour on a GPU: measure, unattended, all that only a GPU can tell, the most informative steps first.
+"""The first hour on a GPU: run every measurement that needs a GPU, unattended, the most informative first.
 
 Each step is a separate command with a time limit: one that fails or hangs stops no other. With several GPUs, runs use
 all of them and benchmarks the first. On a CPU the same steps run at small sizes, except those that need a GPU.

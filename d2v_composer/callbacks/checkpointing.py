@@ -117,7 +117,7 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run with a duration in epochs."""
+        """Save at the end of a run if its duration is in epochs."""
         if self.is_due(state, Event.EPOCH_CHECKPOINT):
             self._save(state)
 

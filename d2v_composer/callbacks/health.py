@@ -87,7 +87,7 @@ class Health(Callback):
         self.microbatch: Any = None
 
     def regression(self, outputs: Any, batch: Any) -> Regression:
-        """Return prediction and target of the last microbatch, on the model's device."""
+        """Return the prediction and the target of the last microbatch, on the model's device."""
         if not isinstance(outputs, Regression):
             raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
         return outputs

@@ -96,7 +96,7 @@ class ProgressLogger(LoggerDestination):
             self.bar.close()
 
     def print_line(self, batch: int, total: int) -> None:
-        """Print one plain line, if it is due."""
+        """Print one plain line if the next one is due."""
         now = time.monotonic()
         if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
             return
@@ -117,7 +117,7 @@ class ProgressLogger(LoggerDestination):
 
 
 def num_batches(state: State) -> int:
-    """Return the number of batches of the whole run."""
+    """Return the number of batches in the whole run."""
     duration = state.max_duration
     assert isinstance(duration, Time)
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: int(state.dataloader_len or 0)}

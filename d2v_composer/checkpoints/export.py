@@ -195,7 +195,7 @@ class TimmStudent(Student):
         setattr(self, CONFIG_TENSOR, stored.to(self.encoder.image_mean.device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with one of zeros, or remove it for 0 classes.
+        """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
 
         Raises:
             ValueError: The pooling is unknown, or needs a CLS token that the model lacks.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path | None:
-    """Return a run's newest complete checkpoint, in its local folder and its store; ``None`` if there is none.
+    """Return a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
     A log in the store that is longer than the local one replaces it: another machine went on.
 
@@ -102,7 +102,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints, as :func:`newest_first` does; none without a pointer."""
+    """Return the names of a store's checkpoints in the order of :func:`newest_first`; none without a pointer."""
     pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     if pointed_at is None:
         return []

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def parse(argv: Sequence[str]) -> NoReturn:
-    """Answer --help and --version, or reject the arguments."""
+    """Answer --help and --version, or reject invalid arguments."""
     commands = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="d2v",

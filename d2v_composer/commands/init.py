@@ -1,4 +1,4 @@
-"""Print a YAML of this package, to start from.
+"""Print one of this package's YAMLs as a starting point.
 
     d2v init quickstart > my.yaml
     d2v train my.yaml max_duration=10ep

@@ -47,7 +47,7 @@ def relaunch_on_gpus(*arguments: str) -> None:
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, and name the next steps.
+    """Train a student, and print the next steps.
 
     Args:
         argv: A YAML and its overrides.

@@ -141,7 +141,7 @@ def check_file(address: str) -> None:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Validate name → arguments of callbacks or loggers."""
+    """Validate a mapping from the names of callbacks or loggers to their arguments."""
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
         lines: list[str] = []

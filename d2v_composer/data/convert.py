@@ -303,7 +303,7 @@ class _Task(NamedTuple):
 
 
 def work_folder(out: str) -> Path:
-    """Return the local folder of an unfinished conversion to a folder or an object store."""
+    """Return the local folder for an unfinished conversion, whose output is a folder or in an object store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
     return Path(out).resolve() / ".converting"

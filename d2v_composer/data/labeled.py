@@ -66,7 +66,7 @@ class LabeledSet(NamedTuple):
         return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
-        """Renumber the labels from 0 without gaps, and keep their names: tables have a row for each label."""
+        """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
         if not self.has_labels:
             return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -79,7 +79,7 @@ class LabeledSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels, which identifies the set; the pixels vary with the libraries that decode them.
+        """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
         Without labels it is by the mean pixel, a whole number.
         """

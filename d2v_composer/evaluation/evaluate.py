@@ -188,7 +188,7 @@ class Evaluation(NamedTuple):
 
     @property
     def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
-        """Candidate, data set and bank → result with the primary embedding, or with its fallback."""
+        """Results with the primary embedding, or with its fallback, by candidate, data set and bank."""
         return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:

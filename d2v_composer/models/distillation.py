@@ -226,7 +226,7 @@ def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str,
 
 
 def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Check that a state dict has exactly a module's tensors; Composer may load without ``strict``.
+    """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
 
     Raises:
         InputError: A tensor is missing, unknown or misshapen.

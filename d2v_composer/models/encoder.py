@@ -78,7 +78,7 @@ class Encoder(Frozen):
     @property
     @abstractmethod
     def block_list(self) -> list[Any]:
-        """The blocks, of the subclass's kind."""
+        """The blocks, typed as the subclass's kind of block."""
 
     @abstractmethod
     def embed_patches(self, images: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def choose_precision(choice: str) -> Precision:
 
 
 def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any) -> FSDPModule:
-    """Shard an FSDP unit like torch's ``fully_shard``, so that it computes the same as under DDP and autocast.
+    """Shard an FSDP unit like torch's ``fully_shard``, but such that it computes the same as under DDP and autocast.
 
     Composer's policy casts each unit's input to half precision, and with it the residual stream, which starts at the
     encoder's positions.

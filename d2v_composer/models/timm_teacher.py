@@ -146,7 +146,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Allocate a meta module's memory, unless meta is the default device; its parameters are not set."""
+    """Allocate memory for a meta module, unless meta is the default device; its parameters stay unset."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)

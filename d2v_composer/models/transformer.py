@@ -30,7 +30,7 @@ def poolings(x_BTD: Tensor, representation: Representation, config: EncoderConfi
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradient, even before a training step in the same autocast region.
+    """Compute without gradient, safely even if a training step follows in the same autocast region.
 
     Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
     """
@@ -74,7 +74,7 @@ class Transformer(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """:attr:`blocks`, of the subclass's kind."""
+        """:attr:`blocks`, typed as the subclass's kind of block."""
         return list(self.blocks)
 
     @property
@@ -87,7 +87,7 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's context for an input: an attention bias, (1, H, T, T), or what else its kind needs."""
+        """Return each block's context for an input: an attention bias, (1, H, T, T), or another kind."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Run the shared encoder: images as for :meth:`embed` → (B, T, D), without gradient.

@@ -137,7 +137,7 @@ def acquire(path: Path, wait: float = 0) -> int | None:
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
-    """Lock a file as with :func:`acquire` until the block ends; yield ``False`` if the lock is held elsewhere."""
+    """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
     descriptor = acquire(path, wait)
     try:
         yield descriptor is not None

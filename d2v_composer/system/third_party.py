@@ -1,4 +1,4 @@
-"""Patches of Composer 0.32.1's internals, with their reasons.
+"""Patches to Composer 0.32.1's internals, with the reason for each.
 
 While :func:`patched_composer` is active:
 
