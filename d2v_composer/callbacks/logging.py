@@ -260,7 +260,7 @@ class Throughput(Callback):
         self.reset()
 
     def reset(self) -> None:
-        """Start a new mean."""
+        """Start a new average."""
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -186,7 +186,7 @@ class ZeroShotRetrieval(Callback):
         self.teacher_neighbors = state.get("teacher_neighbors", {})  # older checkpoints have none
 
     def probes_on(self, dataset: str) -> list[str]:
-        """Return the probes that run on a set."""
+        """Return the probes that run on a data set."""
         return probes_on(self.datasets[dataset], self.probes, has_teacher="teacher" in (self.baselines or {}))
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:

@@ -127,7 +127,7 @@ def sha256(path: Path) -> str:
 
 
 def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
-    """Build a model with the tensors of a file.
+    """Build a model from a file's tensors.
 
     Raises:
         InputError: As in :func:`check_fits`.

@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Call a command's main; import only its module."""
+    """Call a command's ``main``, and import no other command's module."""
     name, *rest = argv or [""]
     if name not in COMMANDS:
         parse(argv)

@@ -47,7 +47,7 @@ SETTINGS, IMAGES, HELD_OUT = "distill.yaml", "images", "held_out"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Choose, convert, train, report and export."""
+    """Choose settings, convert images, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add(

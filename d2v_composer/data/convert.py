@@ -140,7 +140,7 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
 
 
 def list_samples(source: str, column: str, cache: Path) -> ImageSource:
-    """List the images of an MDS data set, without labels.
+    """List the images of an MDS data set, without their labels.
 
     Args:
         source: Its folder, or its address in a store.

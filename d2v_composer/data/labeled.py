@@ -116,7 +116,7 @@ def load_labeled_set(
     label_column: str | None = "label",
     max_images: int | None = None,
 ) -> LabeledSet:
-    """Load a labeled set, or one without labels: a folder without class folders, or MDS without ``label_column``.
+    """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
@@ -311,7 +311,7 @@ class EpochSampler(DistributedSampler[Place]):
 def train_batches(
     dataset: AugmentedImages, global_batch_size: int, num_workers: int, prefetch_factor: int
 ) -> DataLoader:
-    """Return the loader of this rank's augmented batches.
+    """Return the loader for this rank's augmented batches.
 
     A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
     batches.
@@ -366,7 +366,7 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
 
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
-    """Return the loader of this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
+    """Return the loader for this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
     from composer.utils import dist
 
     dataset = TensorDataset(labeled.images, labeled.labels)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """A request from the main process to a worker."""
+    """A request for one sample, from the main process to a worker."""
 
     epoch: int
     sample_id: int

@@ -60,7 +60,7 @@ def linear_probe_accuracy(
 
 
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
-    """Fit a linear probe by L-BFGS in float32, with the same result each time on a machine.
+    """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
     The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
     of equally good ones the strongest. Weaker ones are not tried after two that are worse than the best. The probe is

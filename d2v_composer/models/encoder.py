@@ -86,7 +86,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's context, optionally followed by those of a teacher's blocks."""
+        """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

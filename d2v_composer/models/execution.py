@@ -135,7 +135,7 @@ class Precision(NamedTuple):
 
 
 def name_precision(choice: str, on_gpu: bool | None = None) -> str:
-    """Resolve a choice: ``auto`` is the fastest precision for which the GPU or the CPU has instructions."""
+    """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
     if choice != "auto":
         return choice
     if torch.cuda.is_available() if on_gpu is None else on_gpu:

@@ -27,13 +27,13 @@ def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
-    """Raise ValueError, with the name of the size, unless it is a number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is a number in the range."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
+    """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 

@@ -25,7 +25,7 @@ DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Format a table, with the first column aligned left, the others right. Missing cells are empty; it needs a row."""
+    """Format a table of at least one row: first column aligned left, the others right, missing cells empty."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
@@ -66,7 +66,7 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
-    """Return accuracies with intervals, the teacher gap closed, and the size of each model."""
+    """Return tables of accuracies with intervals, the teacher gap closed, and the size of each model."""
     primaries, parts = evaluation.primaries, []
     for dataset, what in product(evaluation.class_names, (CLASSIFIED, FITTED, UNLABELED)):
         columns = [(bank, measure) for bank, measure in evaluation.measures(dataset) if _kind(measure) == what]

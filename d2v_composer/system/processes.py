@@ -160,7 +160,7 @@ def die_with_parent() -> None:
 
 
 def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start another program in its own session, with no signal blocked; it dies with this process.
+    """Start another program in its own session, with no signals blocked; it dies with this process.
 
     A program of ours blocks and watches the signals itself, whatever it inherits.
     """

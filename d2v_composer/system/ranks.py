@@ -83,7 +83,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 @contextmanager
 def _outcome(store: Any, key: str) -> Iterator[None]:
-    """Write heartbeats to the store while the block runs, then its outcome."""
+    """Write heartbeats to the store while the ``with`` block runs, then its outcome."""
     ended, outcome = threading.Event(), OK
 
     def beat() -> None:
