@@ -173,7 +173,7 @@ class Health(Callback):
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",
-                f"the loss {loss:.4g} is over {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
+                f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
