@@ -95,8 +95,10 @@ class Shards:
         self._room = self.limit - index.stat().st_size
         if self.limit and self._room < 4 * self._largest:
             smallest = 4 * self._largest + self.limit - self._room
-            least = f"{smallest} bytes, the size of the index and four shards"
-            raise InputError(f"cache_limit must be at least {least}; got {self.limit}")
+            raise InputError(
+                f"cache_limit must be at least {smallest} bytes, the size of the index and four shards; "
+                f"got {self.limit}"
+            )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
         self._threads: list[threading.Thread] = []
