@@ -80,7 +80,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 class _FindTimm:
-    """Find timm as usual, and register the student with it once it is imported, not merely looked up."""
+    """Find timm as usual, and register the student in timm once timm is imported, not merely looked up."""
 
     def find_spec(self, fullname: str, *args: Any) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, *args) if fullname == "timm" else None

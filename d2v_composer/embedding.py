@@ -115,7 +115,7 @@ class EmbeddingOptions(NamedTuple):
     dtype: str = "float32"
     """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
-    """Images embedded at once; another number rounds differently."""
+    """Images per batch; another batch size rounds differently."""
 
 
 class Embedding(NamedTuple):
@@ -177,7 +177,7 @@ def embed_collection(
                 if len(images):
                     embeddings = _embed(model, images, options, device)
                     if not np.isfinite(embeddings).all():
-                        named = f"{collection.ids[batch.start]}, or a later image of its batch"
+                        named = f"{collection.ids[batch.start]}, or a later image in its batch"
                         how = f"--precision {options.precision} and --dtype {options.dtype}"
                         raise InputError(f"{named}: its embedding is not finite with {how}")
                     first = batch.start - len(progress["skipped"])
@@ -225,7 +225,7 @@ def _start_or_resume(
         progress = json.loads(recorded.read_bytes())
         if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
             another = f"an interrupted run had a different {', '.join(changed)}"
-            raise InputError(f"{folder}: {another}: delete that folder, or choose another OUT")
+            raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
     else:
         npy.open_memmap(path, "w+", np.dtype(dtype), shape)
         with path.open("r+b") as file:
@@ -256,7 +256,7 @@ def _embed(model: Transformer, images: Tensor, options: EmbeddingOptions, device
 
 
 def hash_weights(model: Transformer) -> str:
-    """Return a hash of a model's sizes and weights: a run in progress may have replaced its file."""
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
     digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

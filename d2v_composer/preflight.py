@@ -33,7 +33,7 @@ from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
-"""Folder of a rehearsal, in the run's folder and cache; removed at the start and at the end."""
+"""Name of a rehearsal's folder, in the run's folder and cache; it is removed at the start and at the end."""
 STOP_AFTER_BATCHES = 3
 INTERVAL = 10  # batches from one logged pace to the next
 IMAGES_PER_SET = 128
@@ -123,10 +123,10 @@ class Rehearsal:
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
         check_fit(self.config, teacher)
-        return f"teacher of {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
+        return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
-        """Read the index and find each of its shards: here at full size, or by name in the store."""
+        """Read the index and find each of its shards: at full size on this machine, or by name in the store."""
         loader = self.config.train_loader
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
@@ -143,7 +143,9 @@ class Rehearsal:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
             if missing := [name for name in names if name not in stored]:
-                raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}")
+                raise InputError(
+                    f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
+                )
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
         return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all present"
 
@@ -175,7 +177,7 @@ class Rehearsal:
         return f"{trained} batches, each with a retrieval"
 
     def stop(self) -> str:
-        """Send SIGTERM to all processes, which must save and exit with 143."""
+        """Send SIGTERM to all processes, which must save and exit with status 143."""
         self.signal(signal.SIGTERM)
         status, self.batch = self.wait(STOP_SECONDS), self.num_batches()
         if status != 128 + signal.SIGTERM:
@@ -183,7 +185,7 @@ class Rehearsal:
         return f"all processes exited with status 143 after batch {self.batch}"
 
     def resume(self) -> str:
-        """Resume with the YAML's intervals, long enough to measure the pace."""
+        """Resume with the YAML's intervals, and train long enough to measure the speed."""
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
@@ -206,7 +208,7 @@ class Rehearsal:
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
     def check_disk_space(self) -> str:
-        """Compare the free space with what the checkpoints need; the rehearsal itself does so for its cache."""
+        """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
         config, kept = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
@@ -214,8 +216,8 @@ class Rehearsal:
         most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
         needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
         found = (
-            f"{saved} of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: {needed:.1f} GB at "
-            f"most at a time, {free:.1f} GB are free"
+            f"{saved} checkpoints of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they "
+            f"need at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
             raise InputError(f"{self.folder.parent}: {found}")
@@ -229,7 +231,7 @@ class Rehearsal:
         return len(self.read_log().get("loss/train/total", {}))
 
     def start(self, *overrides: str) -> None:
-        """Start the run with overrides that keep it apart from the user's and limit what it reads."""
+        """Start the run with overrides that keep it apart from the user's run and limit what it reads."""
         loader = self.config.train_loader
         launcher = ["-m", "composer.cli", "--nproc", str(self.ranks)] if self.ranks > 1 else []
         own = [
@@ -280,7 +282,7 @@ class Rehearsal:
                 store.client.delete_object(Bucket=bucket, Key=key)
 
     def close(self) -> None:
-        """Kill what is still running, and remove the files."""
+        """Kill any process that is still running, and remove the files."""
         if self.process is not None:
             self.signal(signal.SIGKILL)
             with suppress(Exception):  # a store that denies it was named in the table
@@ -288,12 +290,12 @@ class Rehearsal:
         self.temporary.cleanup()
 
     def in_batches(self, duration: str) -> int:
-        """Return a duration in batches, such as 600ba or 100ep."""
+        """Convert a duration, such as 600ba or 100ep, to batches."""
         per_unit = count_samples(self.shards) // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
-        """Return what the whole run will need."""
+        """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         last = {key: [*values.values()] for key, values in self.logged.items()}
         paces, waits = (last[f"throughput/{name}"][-self.intervals :] for name in ("images_per_sec", "data_wait"))
@@ -309,7 +311,7 @@ class Rehearsal:
         )
         return (
             f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
-            f"{waiting:.0%} of it waiting for data\n"
+            f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
             f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"

@@ -6,8 +6,8 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml, a run, and rows.yaml, each row's changes. Each row is a run of recipes/train.py
-in its own folder. If interrupted, a run saves, and the same command resumes it.
+A study is a folder with base.yaml (a run) and rows.yaml (each row's changes to it). Each row is a run of
+recipes/train.py in its own folder. If interrupted, a run saves, and the same command resumes it.
 """
 
 import json
@@ -33,16 +33,18 @@ POLL_SECONDS = 0.5
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "given", nargs="*", metavar="STUDY key=value", help="default: yamls/ablations/data2vec2; changes to all rows"
-    )
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder of CIFAR-10; default: datasets")
+    about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
+    parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder with CIFAR-10; default: datasets")
     parser.add_argument(
         "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
     )
-    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/ablations/ and the study's name")
+    parser.add_argument("--out", type=Path, help="folder for the runs; default: runs/ablations/ and the study's name")
     parser.add_argument(
-        "--rows", action="append", metavar="ROW", help="a name in rows.yaml; repeatable; default: all rows"
+        "--rows",
+        action="append",
+        metavar="ROW",
+        help="a row to train besides the first; may be repeated; default: all rows",
     )
     arguments = parser.parse_intermixed_args(argv)
     given = arguments.given
@@ -95,7 +97,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     problems = []
     for row, command in commands.items():
         output = folders[row] / "output.txt"
-        print(f"{row}: training, with its output in {output}")
+        print(f"{row}: training; its output goes to {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
             defer_signals()
@@ -106,7 +108,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
                 time.sleep(POLL_SECONDS)
             obey_signals()
         if process.returncode:
-            problems.append(f"{row}: failed with status {process.returncode}, see {output}")
+            problems.append(f"{row}: failed with status {process.returncode}; see {output}")
             print(f"{problems[-1]}; continuing with the other rows", file=sys.stderr)
         else:
             print(f"{row}: finished")
@@ -115,7 +117,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
-    """Return the command that trains or resumes a row; its own changes override ``changes``, those of all rows."""
+    """Return the command that trains or resumes a row; its own changes override ``changes``, which all rows share."""
     own = {
         "run_name": folder.name,
         "save_folder": folder,

@@ -5,7 +5,8 @@ usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
     composer recipes/preflight.py yamls/quickstart.yaml
     composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-Prints a table of checks and what the whole run will need, and removes its files. The status is 0 if all checks passed.
+It prints a table of checks and what the whole run will need, and removes its files. The exit status is 0 if all checks
+passed.
 """
 
 import shlex
@@ -31,7 +32,9 @@ def main(argv: Sequence[str]) -> None:
         return
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
-        raise InputError(f"several nodes: rehearse on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …")
+        raise InputError(
+            f"to train on several nodes, rehearse on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …"
+        )
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)
     command_line.print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))

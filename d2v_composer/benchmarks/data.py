@@ -85,7 +85,7 @@ def benchmark(
 
 
 def make_photos(folder: Path, num_images: int) -> Path:
-    """Write random crops of scikit-image's photographs, in ImageNet's sizes, as JPEGs in one class folder.
+    """Write random crops of scikit-image's photographs, at ImageNet's image sizes, as JPEGs in one class folder.
 
     They need no network.
     """
@@ -163,4 +163,4 @@ def take_all(loader: Any, num_images: int) -> None:
         images = batch["image"] if isinstance(batch, dict) else batch[0]
         count += len(images)
     if (count, *images.shape[1:]) != (num_images, 3, IMAGE_SIZE, IMAGE_SIZE):
-        raise RuntimeError(f"expected {num_images} images, got {count}, the last batch {tuple(images.shape)}")
+        raise RuntimeError(f"expected {num_images} images, got {count}; the last batch is {tuple(images.shape)}")

@@ -1,4 +1,4 @@
-"""The first hour on a GPU: measure, unattended, all that only a GPU can tell, the most informative steps first.
+"""The first hour on a GPU: run every measurement that needs a GPU, unattended, the most informative first.
 
 Each step is a separate command with a time limit: one that fails or hangs stops no other. With several GPUs, runs use
 all of them and benchmarks the first. On a CPU the same steps run at small sizes, except those that need a GPU.
@@ -26,7 +26,7 @@ from d2v_composer.system.processes import start_program
 
 
 class Step(NamedTuple):
-    """A step of the program; placeholders in its texts are filled in."""
+    """A command to run and how to describe it; placeholders in the strings are filled in."""
 
     name: str
     command: str
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     needs: str = ""
 
 
-GPU, NEWEST = "a GPU", "a GPU, and no --no-install"
+GPU, NEWEST = "a GPU", "a GPU and a run without --no-install"
 VERSIONS = (
     'nvidia-smi; python -c \'import torch; print("torch", torch.__version__, "with CUDA", torch.version.cuda, '
     '"cuDNN", torch.backends.cudnn.version(), "SDPA", torch._C._get_sdp_priority_order())\''
@@ -112,7 +112,7 @@ SIZES = {
     "teacher": (YAMLS / "quickstart" / "teacher.safetensors", "teacher.safetensors"),
 }
 MINUTES = 10
-"""Time limit of a step."""
+"""Time limit of a step, in minutes."""
 # Lines of an output for the report.
 FOUND = re.compile(
     "^(naive|eager|ours|trainer|matrix|faiss|attention|gpu_|peak_gb|torch|resumed|frozen|student|loss|backward|step)"
@@ -154,12 +154,12 @@ def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """Return a line; the steps have printed the table."""
-    return f"all of {len(result['steps'])} steps succeeded or were skipped"
+    """Return a single line, because the steps have already printed the table."""
+    return f"all {len(result['steps'])} steps succeeded or were skipped"
 
 
 def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
-    """Run a command until it exits or its time is up; return the verdict and lines of its output."""
+    """Run a command until it exits or its time is up; return the verdict and the notable lines of its output."""
     output = out / f"{file}.txt"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -182,6 +182,6 @@ def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
 
 
 def share_gpu() -> None:
-    """Let all ranks of this machine use its first GPU, which NCCL does not allow."""
+    """Let all ranks of this machine share its first GPU, through gloo because NCCL does not allow it."""
     DeviceGPU.dist_backend = "gloo"
     DeviceGPU.__init__ = partialmethod(DeviceGPU.__init__, 0)  # pyright: ignore[reportAttributeAccessIssue]

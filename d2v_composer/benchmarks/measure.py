@@ -1,4 +1,4 @@
-"""Measure competing programs in one process, in turns, and report their rates side by side."""
+"""Measure competing programs alternately in one process, and report their rates side by side."""
 
 import os
 import time
@@ -19,7 +19,7 @@ Rates = NDArray[np.float64]
 
 
 def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats: int) -> dict[str, Rates]:
-    """Measure programs in turns, after one warm-up pass of each.
+    """Measure programs alternately, after one warm-up pass of each.
 
     Args:
         passes: Name → a pass, and the units of work that it does.
@@ -43,7 +43,7 @@ def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats
 
 
 def ratio(own: Rates, baseline: Rates) -> float:
-    """Return the median ratio over the rounds: a slow round slows both and cancels out."""
+    """Return the median over rounds of own rate / baseline rate: a slow round slows both, so it cancels out."""
     return float(np.median(own / baseline))
 
 
@@ -71,7 +71,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this thread, and the threads that it starts in the block, on one core."""
+    """Keep this thread, and the threads that it starts in the ``with`` block, on one core."""
     allowed, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
     torch.set_num_threads(1)  # torch has started its own
     os.sched_setaffinity(0, {max(allowed)})

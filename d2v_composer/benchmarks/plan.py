@@ -1,4 +1,4 @@
-"""Plan a training step for an H100, without having one: the kernels and bytes that torch.compile plans.
+"""Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
 code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Nothing is
@@ -97,7 +97,7 @@ class Planner(FakeTensorMode):
         self.plan: Counter[str] = Counter()
 
     def stubs(self) -> dict[str, Any]:
-        """Return replacements, by name, with which this backend compiles for an H100."""
+        """Return the replacements, by name, that make torch.compile use this backend and compile for an H100."""
         interface = "torch._dynamo.device_interface.CudaInterface."
         properties = ("torch.cuda.", interface, f"{interface}Worker.")
         return {
@@ -111,7 +111,7 @@ class Planner(FakeTensorMode):
         }
 
     def compile(self, graph: GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
-        """Compile like Inductor, up to its plans."""
+        """Compile like Inductor, but stop once the kernels are planned."""
         TracingContext.get().fake_mode = self
         return compile_fx(graph, inputs, inner_compile=self.compile_inner)
 
@@ -137,7 +137,7 @@ class Planner(FakeTensorMode):
         return make_boxed_func(run)
 
     def count(self, graph: GraphLowering) -> None:
-        """Count a graph's kernels instead of generating their code, and stop its compilation."""
+        """Count a graph's kernels instead of generating their code, and stop compiling the graph."""
         graph.init_wrapper_code()
         graph._update_scheduler()
         nodes = [node for node in graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]

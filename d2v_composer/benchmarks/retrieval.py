@@ -60,10 +60,10 @@ def search_with_faiss(bank_ND: Tensor, queries_QD: Tensor, k: int) -> Tensor:
 
 
 def check_neighbors(theirs: Tensor, ours: Tensor) -> None:
-    """Compare the neighbors, (Q, k), of two searches; a few may be ties in float32.
+    """Check that two searches find the same neighbors, (Q, k), apart from a few ties in float32.
 
     Raises:
         RuntimeError: They differ.
     """
     if (theirs != ours).double().mean() > TIES:
-        raise RuntimeError(f"{FAISS!r} finds other neighbors than {OURS!r}")
+        raise RuntimeError(f"{FAISS!r} and {OURS!r} find different neighbors")

@@ -273,7 +273,7 @@ def build_optimizer(module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 def train_step(
     loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype, images: Tensor
 ) -> Tensor:
-    """Train one step and return the loss before it. float16 gradients are not scaled, which saves no time."""
+    """Train one step and return the loss before it. float16 gradients are not scaled, because scaling takes no time."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
@@ -284,11 +284,11 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Check that all contenders compute the first one's loss."""
+    """Check that all contenders compute the same loss as the first one."""
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not
-            raise RuntimeError(f"{name!r} computes the loss {loss.item()}, {first!r} {expected}")
+            raise RuntimeError(f"{name!r} computes a loss of {loss.item()}, but {first!r} computes {expected}")
 
 
 def repeat(work: Callable[[], Tensor], times: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Turn a checked config into the arguments of Composer's Trainer; the entry is ``run.build_run``."""
+"""Turn a checked config into the arguments of Composer's Trainer; the entry point is ``run.build_run``."""

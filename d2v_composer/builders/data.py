@@ -48,7 +48,7 @@ def read_train_index(
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards)["sha256"]))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
-        raise InputError(f"{local}: the data set on node {others[0]} differs from that on node 0")
+        raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
     if (num_samples := count_samples(shards)) < batch_size:
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"
@@ -68,7 +68,7 @@ def build_train_loader(
     seed: int,
     labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build the section ``train_loader``: augmented uint8 images of this rank, or with ``labels`` images and labels.
+    """Build this rank's loader from ``train_loader``: augmented uint8 images, with labels if ``labels`` is set.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
     few samples left over differ from epoch to epoch.

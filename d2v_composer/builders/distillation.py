@@ -10,7 +10,7 @@ from d2v_composer.system.ranks import node_leaders_first
 
 
 def build_model(config: TrainConfig) -> DistillationModel:
-    """Build the model of the sections ``teacher``, ``student``, ``prediction`` and ``targets``.
+    """Build the model from the sections ``teacher``, ``student``, ``prediction`` and ``targets``.
 
     Raises:
         InputError: The teacher's file cannot be used, or another setting does not fit it.
@@ -46,7 +46,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
 
 
 def build_teacher(config: TeacherConfig) -> Teacher:
-    """Load the teacher of the section ``teacher``.
+    """Load the teacher that the section ``teacher`` describes.
 
     Raises:
         InputError: Its file cannot be used.

@@ -57,12 +57,12 @@ class FinetuneImages(NamedTuple):
     """Name of each label; empty if the labels are only numbers."""
     num_classes: int
     about: Mapping[str, Any]
-    """Description of the train images for the run's record: ``location``, ``samples``, ``sha256`` of them and their
+    """Description of the train images for the run's record: ``location``, ``samples``, and ``sha256`` of images and
     labels."""
 
 
 def build_images(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
-    """Build the sections ``dataset`` and ``train_loader`` for an encoder.
+    """Build an encoder's images from the sections ``dataset`` and ``train_loader``.
 
     Raises:
         InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
@@ -97,7 +97,8 @@ def _in_memory(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     train, test, class_names = labeled
     loader, batch_size, num_images = config.train_loader, config.global_train_batch_size, len(train.labels)
     if num_images < batch_size:
-        raise InputError(f"global_train_batch_size: must be at most the {num_images} train images, got {batch_size}")
+        expected = f"at most {num_images}, the number of train images"
+        raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
     digest = hashlib.sha256(train.images.contiguous().numpy().data)
     digest.update(train.labels.numpy().data)
     about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
@@ -109,7 +110,7 @@ def _in_memory(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:
-    """Return the number of classes, from their names and the largest label of the splits, (N,) each.
+    """Return the number of classes, given their names and each split's labels, (N,).
 
     Raises:
         InputError: There are fewer than two, or a label is negative or far beyond the others.
@@ -118,12 +119,12 @@ def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> 
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
     if smallest < 0 or num_known < 2 or largest >= 100 * num_known:  # the classifier has an output for each number
         found = f"{num_known} with labels from {smallest} to {largest}"
-        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0, got {found}")
+        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0; got {found}")
     return max(len(class_names), largest + 1)
 
 
 EVALUATOR = "test"
-"""Name of the evaluation in metrics, as in metrics/test/top1."""
+"""Name of the evaluation in metric keys, such as metrics/test/top1."""
 
 
 class BuiltFinetuning(NamedTuple):
@@ -133,7 +134,7 @@ class BuiltFinetuning(NamedTuple):
     """Arguments of Composer's Trainer."""
     model: Classifier
     header: dict[str, str]
-    """Lines that open the run's log."""
+    """Lines at the top of the run's log."""
 
 
 def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
@@ -166,7 +167,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
     header = {
-        "images": f"{images.about['samples']:,} to train, {len(images.test.labels):,} to evaluate, "
+        "images": f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
         f"{images.num_classes} classes",
         "start": hide_secrets(config.model),
     }

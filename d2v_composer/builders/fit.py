@@ -69,14 +69,14 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
             checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error
-        print(f"{config.save_folder}: finished at {config.max_duration}; a new run needs another folder")
+        print(f"{config.save_folder}: this run is complete at {config.max_duration}; a new run needs another folder")
     # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
     if trainer.state.evaluators:
         trainer.eval()
 
 
 def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines that open a run's log: what trains, on what, for how long."""
+    """Return the lines at the top of a run's log: its name, device, model and duration."""
     state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
@@ -104,12 +104,14 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     folder = config.run_folder.local
     neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
     try:
-        with if_interrupted(lambda: f"the model is saved, not its report; later: {d2v('report', folder)}"):
+        with if_interrupted(
+            lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"
+        ):
             record = yaml.safe_load((folder / "run.yaml").read_text())
             written = write_report(Run(record, read_jsonl(folder / LOG), neighbors, datasets), folder)
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
-        problem = f"cannot be made ({type(error).__name__}: {reason(error)})"
-        print(f"report: {problem}; later: {d2v('report', folder)}", file=sys.stderr)
+        problem = f"could not be written ({type(error).__name__}: {reason(error)})"
+        print(f"report: {problem}; to try again, run {d2v('report', folder)}", file=sys.stderr)
         return
     print(f"report: {written[0]}")
     for path in written:

@@ -1,4 +1,4 @@
-"""Build the models that an evaluation compares, and labeled sets."""
+"""Build the models that an evaluation compares, and its labeled sets."""
 
 from contextlib import suppress
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from d2v_composer.models.teacher import Teacher
 
 
 def load_trained_model(config: ModelConfig) -> Models:
-    """Load a model and its teacher, see :func:`~d2v_composer.checkpoints.load.load_any`.
+    """Load a model and its teacher; see :func:`~d2v_composer.checkpoints.load.load_any`.
 
     Raises:
         InputError: A file cannot be used.
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
 
 
 def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
-    """Load the data sets of a section ``datasets``, except those that are off.
+    """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
     Raises:
         InputError: A data set cannot be used.

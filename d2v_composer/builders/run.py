@@ -40,7 +40,7 @@ class BuiltRun(NamedTuple):
     model: DistillationModel
     retrieval: ZeroShotRetrieval | None
     header: dict[str, str]
-    """Lines that open the run's log."""
+    """Lines at the top of the run's log."""
 
 
 def build_run(config: TrainConfig) -> BuiltRun:

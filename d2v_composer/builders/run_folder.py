@@ -62,12 +62,12 @@ def _find_newest(folder: RunFolder) -> Path | None:
                 download_checkpoint(address, path)
             with reading(path):
                 if sha256(path) != digest:
-                    raise InputError(f"{address or path}: differs from the checkpoint of that name on node 0")
+                    raise InputError(f"{address or path}: differs from the checkpoint with that name on node 0")
     return path
 
 
 def check_record(load_path: str, record: RunRecord) -> None:
-    """Compare the run with the checkpoint's record, before tensors of another size are loaded.
+    """Compare the run with the checkpoint's record before its tensors, which may have other sizes, are loaded.
 
     Raises:
         InputError: Names the settings that differ.

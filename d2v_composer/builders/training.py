@@ -128,13 +128,13 @@ def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerSc
 
 
 def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
-    """Build the section ``algorithms`` in its order, and the logger of the gradient's norm."""
+    """Build the algorithms in the order of the section ``algorithms``, and the logger of the gradient norm."""
     chosen = {name: section for name, section in config if section is not None}
     return [*(ALGORITHMS[name](**section.model_dump()) for name, section in chosen.items()), GradientNorm()]
 
 
 def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
-    """Build the section ``parallelism_config``; a checkpoint is still a single file."""
+    """Build the section ``parallelism_config``; even with FSDP, a checkpoint is a single file."""
     fsdp = config.parallelism_config.fsdp
     return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **fsdp.model_dump()))
 
@@ -173,7 +173,7 @@ def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
 
 
 def places(name: str, folder: RunFolder) -> dict[str, Any]:
-    """Return the arguments that let a logger write into the run's folder, unless the environment names a place."""
+    """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
     local = folder.local.absolute()
     if name == "jsonl":
         return {"filename": str(folder.local / LOG)}
@@ -181,8 +181,10 @@ def places(name: str, folder: RunFolder) -> dict[str, Any]:
         return {"log_dir": str(local / "tensorboard_logs")}
     if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
         return {"tracking_uri": (local / "mlruns").as_uri()}
-    if name == "wandb" and "WANDB_DIR" not in os.environ:
-        return {"init_kwargs": {"dir": str(local)}}
+    if name == "wandb":
+        # In a clone, W&B keeps a git process that ignores SIGTERM as we do, and waits for its end forever.
+        os.environ.setdefault("WANDB_DISABLE_GIT", "true")
+        return {} if "WANDB_DIR" in os.environ else {"init_kwargs": {"dir": str(local)}}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Callbacks and loggers for anyone's Composer Trainer; each is imported when it is first used."""
+"""Callbacks and loggers for any Composer Trainer; each is imported when it is first used."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""Save a run's checkpoints, also when a signal stops it; keep the newest ones, and only finite numbers.
+"""Save a run's checkpoints, even when a signal stops the run; keep the newest ones, and save only finite numbers.
 
 The run's folder is locked, so that one run at a time uses it.
 """
@@ -35,11 +35,11 @@ from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import acquire
 from d2v_composer.system.ranks import rank_zero_first
 
-NOTICE = "Interrupted: saving after this batch; a second Ctrl-C ends the run at once, without saving"
+NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
 # What the ranks agree on: the greatest wins.
 STOPS = (None, signal.SIGTERM, signal.SIGINT)
 REMOVED = len(STOPS)
-ADVICE = "earlier checkpoints are kept: resume from them with a lower optimizer.lr or another precision"
+ADVICE = "earlier checkpoints are kept: resume with another precision, or start a new run with a lower optimizer.lr"
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run with a duration in epochs."""
+        """Save at the end of a run if its duration is in epochs."""
         if self.is_due(state, Event.EPOCH_CHECKPOINT):
             self._save(state)
 
@@ -160,7 +160,7 @@ class Checkpoints(Callback):
         return self.stopped_by is not None
 
     def _agree(self, state: State) -> int:
-        """Set ``stopped_by`` to the signal that reached any rank; return the greatest code of all ranks."""
+        """Set ``stopped_by`` to the signal that reached any rank; return the largest code on any rank."""
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
@@ -217,14 +217,14 @@ def publish(partial: Path, checkpoint: Path) -> None:
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints of a folder."""
+    """Remove the outdated checkpoints from a folder."""
     names = [path.name for path in folder.iterdir()]
     for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
         (folder / name).unlink(missing_ok=True)
 
 
 def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints of a run's folder in S3; a failure must not stop the run."""
+    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
     store, key = open_store(address)
     if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
         return
@@ -258,7 +258,7 @@ class FolderLock:
         self.path = folder.local / ".in_use"
         for name in (LATEST, LOG, "run.yaml", "report.html"):  # found now, not when the first batch has been trained
             if (folder.local / name).is_dir():
-                raise InputError(f"save_folder: {folder.local / name}: is a folder, expected a run's file")
+                raise InputError(f"save_folder: {folder.local / name}: is a folder; expected a run's file")
         try:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
@@ -276,7 +276,7 @@ class FolderLock:
         self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:
-        """Return True if the folder or its lock was removed; the path may name a new file."""
+        """Return True if the folder or its lock was removed, even if the path now names a new file."""
         try:
             os.stat(self.path)
             return os.fstat(self.lock).st_nlink == 0
@@ -291,7 +291,7 @@ MIN_LOSS_SCALE = 1e-4
 
 
 class NanGuard(Callback):
-    """Stop training at a loss that is not finite, before it is saved.
+    """Stop training when the loss is not finite, before a checkpoint is saved.
 
     Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
 
@@ -317,8 +317,8 @@ class NanGuard(Callback):
             raise FloatingPointError(f"batch {batch}: the training loss is {loss}; {ADVICE}")
         if 0 < scale < MIN_LOSS_SCALE:
             raise FloatingPointError(
-                f"batch {batch}: the loss scale fell to {scale:g}: the gradients are not finite, and every step is "
-                f"skipped; {ADVICE}"
+                f"batch {batch}: the loss scale fell to {scale:g} because the gradients are not finite, and every "
+                f"step is skipped; {ADVICE}"
             )
 
 

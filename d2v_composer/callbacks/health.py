@@ -46,7 +46,7 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
 
 
 class Health(Callback):
-    """Measure on rank 0's last microbatch what the loss does not show, and warn.
+    """Measure what the loss does not show, on rank 0's last microbatch, and warn of problems.
 
     Logged, below ``health/``:
 
@@ -87,7 +87,7 @@ class Health(Callback):
         self.microbatch: Any = None
 
     def regression(self, outputs: Any, batch: Any) -> Regression:
-        """Return prediction and target of the last microbatch, on the model's device."""
+        """Return the prediction and the target of the last microbatch, on the model's device."""
         if not isinstance(outputs, Regression):
             raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
         return outputs
@@ -110,7 +110,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure, log, and warn of each state that is new since the last measurement."""
+        """Measure, log, and warn about each state that was not there at the last measurement."""
         outputs, model = self.regression(state.outputs, self.microbatch), cast("Any", unwrapped(state))
         student = getattr(model, "student", None)
         num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
@@ -135,7 +135,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression, num_extra_tokens: int, has_cls_token: bool = True) -> dict[str, Tensor]:
-        """Compare prediction and target; (B, D) counts as one patch.
+        """Compare prediction and target; the shape (B, D) counts as one patch.
 
         Args:
             outputs: Output of the model.
@@ -164,14 +164,17 @@ class Health(Callback):
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
-                f"the prediction's variance over the images is {prediction:.2g}, the target's {target:.2g}",
+                f"the prediction's variance over the images is {prediction:.2g}, but the target's is {target:.2g}",
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the loss {loss:.4g} is no better than that of a constant prediction, {target:.4g}"
+            yield "dead", f"the loss {loss:.4g} is no better than the {target:.4g} of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
-            yield "diverging", f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times its lowest, {self.lowest_loss:.4g}"
+            yield (
+                "diverging",
+                f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
+            )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
         if self.scale < self.previous_scale:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show loss, images/s, the share of waiting for data and the time left, on rank 0.
+    """Show the loss, images/s, the share of time spent waiting for data and the time left, on rank 0.
 
     Each accuracy of a retrieval or of a classifier's evaluation has a line of its own.
 
@@ -96,7 +96,7 @@ class ProgressLogger(LoggerDestination):
             self.bar.close()
 
     def print_line(self, batch: int, total: int) -> None:
-        """Print one plain line, if it is due."""
+        """Print one plain line if the next one is due."""
         now = time.monotonic()
         if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
             return
@@ -117,7 +117,7 @@ class ProgressLogger(LoggerDestination):
 
 
 def num_batches(state: State) -> int:
-    """Return the number of batches of the whole run."""
+    """Return the number of batches in the whole run."""
     duration = state.max_duration
     assert isinstance(duration, Time)
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: int(state.dataloader_len or 0)}
@@ -178,7 +178,7 @@ class Uploads(LoggerDestination):
         return True
 
     def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
-        """Upload any callback's file to a place below the run's folder."""
+        """Upload a file for any callback to a path below the run's folder."""
         self.start(upload, Path(file_path), f"{self.address}/{remote_file_name}")
 
     def upload(self, path: Path) -> None:
@@ -187,7 +187,7 @@ class Uploads(LoggerDestination):
             upload(path, f"{self.address}/{path.name}")
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the thread, unless an earlier upload failed: this one would be retried just as long."""
+        """Call a function in the thread, unless an upload failed before: this one would be retried just as long."""
 
         def run() -> None:
             if self.has_failed:
@@ -214,7 +214,7 @@ class Uploads(LoggerDestination):
             self.tasks.pop(0).result()
 
     def post_close(self) -> None:
-        """Wait for the uploads of all callbacks; a failed one must not hide why a run failed."""
+        """Wait for the uploads of all callbacks; a failed upload must not hide why a run failed."""
         try:
             self.wait()
         except RunError as error:
@@ -260,7 +260,7 @@ class Throughput(Callback):
         self.reset()
 
     def reset(self) -> None:
-        """Start a new mean."""
+        """Start a new average."""
         self.images, self.flops, self.seconds, self.waited = 0, 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:

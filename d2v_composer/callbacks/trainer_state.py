@@ -1,4 +1,4 @@
-"""Read the state of Composer's Trainer: the bare model, the loss scale, other callbacks, what is due."""
+"""Read the state of Composer's Trainer: the bare model, the loss scale, other callbacks, and what is due."""
 
 from collections.abc import Callable, Set
 from typing import Any, TypeVar
@@ -16,12 +16,12 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
-    """Return the run's first callback of a kind."""
+    """Return the run's first callback of the given class."""
     return next((each for each in state.callbacks if isinstance(each, kind)), None)
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Return a function that is True when something is due at the end of a batch or an epoch.
+    """Return a function that returns True when something is due at the end of a batch or an epoch.
 
     Args:
         interval: Composer time string.
@@ -36,7 +36,7 @@ def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable
 
 
 def loss_scale(state: State) -> float:
-    """Return the factor of the loss in the backward pass; 0 without loss scaling."""
+    """Return the factor by which the loss is scaled in the backward pass; 0 without loss scaling."""
     return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 0.0
 
 

@@ -186,11 +186,11 @@ class ZeroShotRetrieval(Callback):
         self.teacher_neighbors = state.get("teacher_neighbors", {})  # older checkpoints have none
 
     def probes_on(self, dataset: str) -> list[str]:
-        """Return what is measured on a set besides retrieval."""
+        """Return the probes that run on a data set."""
         return probes_on(self.datasets[dataset], self.probes, has_teacher="teacher" in (self.baselines or {}))
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return what is measured on a set, each with its bank."""
+        """Return each measure taken on a set, with its bank."""
         return measures_of(self.datasets[dataset].has_labels, self.ks, self.probes_on(dataset))
 
     def evaluate(self, state: State, logger: Logger) -> None:

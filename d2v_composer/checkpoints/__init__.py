@@ -1,1 +1,1 @@
-"""Weight files: read those of other programs safely, resume from our own, export students."""
+"""Weight files: read other programs' files safely, resume from our own, export students."""

@@ -101,7 +101,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
 
 
 def check_packages(path: Path, *names: str) -> None:
-    """Check that the packages that write a file are installed.
+    """Check that the packages needed to write a file are installed.
 
     Raises:
         InputError: One is not.
@@ -111,7 +111,7 @@ def check_packages(path: Path, *names: str) -> None:
 
 
 def export_program(embedder: Embedder, path: Path) -> None:
-    """Write a program for ``torch.export.load(path).module()``; :func:`describe` as extra files.
+    """Write a program for ``torch.export.load(path).module()``; the entries of :func:`describe` are its extra files.
 
     Raises:
         InputError: The disk is full.
@@ -172,7 +172,7 @@ class TimmStudent(Student):
         self.reset_classifier(num_classes)
 
     def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Choose the features and their pooling: those asked for, else those of a primary embedding.
+        """Choose the features and their pooling: as requested, or else as in a primary embedding.
 
         They are saved with the tensors, so that a loaded model has the same.
 
@@ -194,7 +194,7 @@ class TimmStudent(Student):
         setattr(self, CONFIG_TENSOR, stored.to(next(self.parameters()).device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with one of zeros, or remove it for 0 classes.
+        """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
 
         Raises:
             ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
@@ -215,7 +215,7 @@ class TimmStudent(Student):
         return self.represent(self.encode(x), self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map features to logits, (B, num_classes), or pooled features, (B, D), with ``pre_logits`` or no head."""
+        """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""
         first = 0 if self.global_pool == "mean" else self.num_extra_tokens
         pooled = x[:, 0] if self.global_pool == "token" else x[:, first:].mean(dim=1)
         return pooled if pre_logits else self.head(pooled)
@@ -227,7 +227,7 @@ class TimmStudent(Student):
         self.checkpoint_activations(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load an exported student's or this model's tensors, checked as in :func:`load_student`, strict or not.
+        """Load an exported student's or this model's tensors, always with the checks of :func:`load_student`.
 
         Raises:
             InputError: The file is too old to have sizes, or its tensors do not fit them.
@@ -263,7 +263,7 @@ def pretrained_cfg(config: Any) -> dict[str, Any]:
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build the chapter's student for timm; loading a file changes its sizes, see :class:`TimmStudent`."""
+    """Build the chapter's student for timm; loading a file changes its sizes (see :class:`TimmStudent`)."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

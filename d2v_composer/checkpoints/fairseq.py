@@ -74,7 +74,7 @@ MODALITIES = {
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
-    """Read and check a fairseq checkpoint, the local copy of ``path``, without running its code.
+    """Read and check a fairseq checkpoint, ``file``, without running its code; errors name its address, ``path``.
 
     Returns:
         The teacher, and the file's names of unused tensors.
@@ -86,7 +86,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_trained(checkpoint):
         raise InputError(
-            f"{path}: is a training checkpoint, expected a teacher; its teacher is named in the run.yaml beside it"
+            f"{path}: is a training checkpoint; expected a teacher; its teacher is named in the run.yaml beside it"
         )
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
@@ -142,7 +142,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the fields of a section that have a value; those that data2vec interpolates equal our defaults."""
+    """Return a section's fields that have a value; the fields that data2vec interpolates equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {
@@ -153,7 +153,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, Any]) -> Data2Vec2TeacherConfig:
-    """Read the sizes, except the shape of a scale; fields that the file lacks keep data2vec's defaults, the config's.
+    """Read the sizes, except a scale's shape; fields that the file lacks keep the config's defaults, data2vec's.
 
     Raises:
         ValueError: They are not those of a supported teacher.
@@ -162,7 +162,9 @@ def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, A
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
     alibi_kind = section.get("alibi_dims", 2), section.get("alibi_distance", "manhattan"), section.get("learned_alibi")
     if section.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
-        raise ValueError("ALiBi is supported only with alibi_dims 2, manhattan, not learned, as in the released models")
+        raise ValueError(
+            "ALiBi is supported only as the released models use it: alibi_dims 2, alibi_distance manhattan, not learned"
+        )
     found = {ours: model[theirs] for theirs, ours in modality.model_fields.items() if theirs in model}
     found |= {ours: section[theirs] for theirs, ours in modality.fields.items() if theirs in section}
     # Clamped to the depth, as fairseq's slice does.
@@ -175,7 +177,7 @@ def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, A
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
-    """Load a frozen teacher, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+    """Load a frozen teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
@@ -217,7 +219,7 @@ def convert_teacher(
     """
     file = fetch_model(source)
     if is_safetensors(file):
-        raise InputError(f"{source}: is already a safetensors file, expected a fairseq checkpoint")
+        raise InputError(f"{source}: is already a safetensors file; expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),

@@ -33,7 +33,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Student | Teacher, Teacher | None]
-NAME_IT = "--teacher PATH, or teacher=PATH beside a YAML"
+NAME_IT = "--teacher PATH, or teacher=PATH after a YAML"
 
 
 def load_teacher(
@@ -78,7 +78,7 @@ def load_teacher(
     if path is None:
         raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
     if image_size is not None:
-        raise InputError(f"image_size: fixed by the file of {DATA2VEC2}")
+        raise InputError(f"image_size: cannot be set for {DATA2VEC2}, whose file fixes it")
     teacher = load_data2vec2(path, weights)
     if first_blocks is not None:
         try:
@@ -166,7 +166,7 @@ def load_any(
     if str(path).startswith(PREFIX) and not Path(path).exists():
         model = teacher = load_teacher(checkpoint, weights, model=str(path), **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for a model timm/NAME, got {path}")
+        raise InputError(f"{' and '.join(given)}: only for timm/NAME models, got {path}")
     else:
 
         def load(file: Path) -> Models:
@@ -212,7 +212,7 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Model
 
 
 def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: str | None) -> Models:
-    """Load the models of a checkpoint of ``recipes/train.py`` or ``recipes/finetune.py``."""
+    """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
         state = contents["state"]
         record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
@@ -225,7 +225,9 @@ def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: 
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a checkpoint of recipes/train.py ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _load_trained(
@@ -239,11 +241,13 @@ def _load_trained(
     try:
         teacher = load_teacher(file, settings["weights"], **options)
         if (found := teacher.provenance["sha256"]) != (expected := record["teacher"]["sha256"]):
-            raise InputError(f"{file or options['model']}: its sha256 is {found}, the student's teacher has {expected}")
+            raise InputError(
+                f"{file or options['model']}: its sha256 is {found}, but the student's teacher has {expected}"
+            )
     except InputError as error:
         if teacher_path is not None:
             raise
-        raise InputError(f"{error}; if the teacher of {path} has moved, name its file: {NAME_IT}") from error
+        raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
 
     def build() -> Student:
         targets = config["targets"]
@@ -270,7 +274,7 @@ def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tenso
 
     about = record["model"]
     if about["kind"] != "student":
-        raise InputError(f"{path}: is a fine-tuned teacher: only a student can be exported or embedded")
+        raise InputError(f"{path}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     named, sizes = {name.removeprefix("backbone."): each for name, each in tensors.items()}, about["sizes"]
     if "outputs" in sizes["encoder"]:  # an encoder that was trained, too, computes something else
         sizes = sizes | {"encoder": sizes["encoder"] | {"outputs": []}}

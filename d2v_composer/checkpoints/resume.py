@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path | None:
-    """Return a run's newest complete checkpoint, in its local folder and its store; ``None`` if there is none.
+    """Return a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
     A log in the store that is longer than the local one replaces it: another machine went on.
 
@@ -63,7 +63,7 @@ def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path 
     else:
         if here or there:
             place = folder.address or folder.local
-            raise InputError(f"{place}: none of its checkpoints is complete: remove them to restart")
+            raise InputError(f"{place}: none of its checkpoints is complete; remove them to restart")
         return None
     ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
     if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
@@ -88,7 +88,7 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
 
 def _age(name: str) -> tuple[int, ...]:
-    """Return the batches and epochs in a checkpoint's name."""
+    """Return the batch and epoch numbers in a checkpoint's name."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 
@@ -102,7 +102,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints, as :func:`newest_first` does; none without a pointer."""
+    """Return the names of a store's checkpoints in the order of :func:`newest_first`; none without a pointer."""
     pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     if pointed_at is None:
         return []
@@ -115,7 +115,7 @@ def _stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint, even if ``path`` exists: the address may have a new one.
+    """Download a checkpoint, even if ``path`` exists: the store may have a newer one.
 
     Args:
         address: https://…, or in an object store, where ``latest-rank0.pt`` is a small file with another's name.
@@ -145,12 +145,12 @@ def _download(address: str, path: Path) -> bool:
     except Exception as error:
         raise InputError(
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
-            "permission to read and to list"
+            "permission to read and list objects"
         ) from error
 
 
 def open_store(address: str) -> tuple[ObjectStore, str]:
-    """Return the client and the key of a store's address."""
+    """Return the client for an address in a store, and its key."""
     store = maybe_create_object_store_from_uri(address)
     assert store is not None  # a run's store is one of Composer's
     return store, parse_uri(address)[2]
@@ -184,7 +184,7 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
-    """Remove the loss scaler's state from a checkpoint unless it was saved, and is loaded, with amp_fp16.
+    """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
 
     Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler too: on a CPU
     it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.

@@ -1,4 +1,4 @@
-"""Read PyTorch files from any source: none of their code runs, and none exhausts time or memory.
+"""Read PyTorch files from any source, without running their code or exhausting time or memory.
 
 torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
 or a training program name are replaced by :class:`Stub`. What it does not check is checked before it starts.
@@ -87,7 +87,7 @@ def is_trained(contents: Any) -> bool:
 
 
 def read_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint that names only our globals; any other raises UnpicklingError."""
+    """Load a checkpoint that refers only to the classes and functions we allow; any other raises UnpicklingError."""
     with torch.serialization.safe_globals(OUR_GLOBALS):
         # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
@@ -102,7 +102,7 @@ def check_checkpoint(path: Path) -> None:
     """
     with _reading(path, CorruptCheckpointError):
         _inspect(path)
-    foreign = f"{path}: is not a checkpoint of recipes/train.py"
+    foreign = f"{path}: is not a checkpoint written by recipes/train.py"
     try:
         state = read_checkpoint(path)["state"]
         algorithms, tensors = [name for name, _ in state["algorithms"]], list(state["model"].values())
@@ -111,7 +111,7 @@ def check_checkpoint(path: Path) -> None:
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({_reason(error)})") from error
         raise InputError(f"{foreign} ({_reason(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: it has the algorithms {algorithms}, allowed are {sorted(OUR_ALGORITHMS)}")
+        raise InputError(f"{foreign}: it has the algorithms {algorithms}; allowed are {sorted(OUR_ALGORITHMS)}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
         raise InputError(f"{foreign}: its state.model must hold tensors of finite numbers, and nothing else")
@@ -128,7 +128,7 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line; for torch's interpreter, what stopped it, without its advice."""
+    """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
     found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return found[0] if found else reason(error)
 
@@ -142,7 +142,7 @@ def _inspect(path: Path) -> None:
     """
     num_bytes = path.stat().st_size
     if num_bytes > LARGEST_FILE:
-        raise ValueError(f"it has {num_bytes} bytes, the limit is {LARGEST_FILE}")
+        raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
             raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
@@ -157,12 +157,12 @@ def _inspect(path: Path) -> None:
             raise ValueError(f"the checksum of its {broken} is wrong")
         pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
         if pickled.file_size > LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {pickled.file_size} bytes, the limit is {LARGEST_PICKLE}")
+            raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {LARGEST_PICKLE}")
         _check_pickle(archive.read(pickled))
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Walk through a pickle without building anything.
+    """Check a pickle's instructions without building any object.
 
     Raises:
         ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.
@@ -183,7 +183,7 @@ def _check_pickle(pickled: bytes) -> None:
         elif opcode.name.startswith("TUPLE"):
             stack.append(1 + sum(taken))
             if stack[-1] > MOST_TUPLES:
-                raise ValueError(f"more than {MOST_TUPLES} tuples within tuples")
+                raise ValueError(f"more than {MOST_TUPLES} nested tuples")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:
@@ -213,7 +213,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a local path, see :func:`fetch`; for a run's folder, the error names its newest checkpoint."""
+    """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")

@@ -1,4 +1,4 @@
-"""Our own model files: safetensors with a model's kind, sizes and provenance; and the primary embedding of its run.
+"""Read and write our own model files: safetensors with a model's kind, sizes, provenance and primary embedding.
 
 A student's sizes are in a tensor too, ``config_json``: timm reads the tensors alone.
 """
@@ -32,7 +32,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 1, "student": 2, "classifier": 1}
-"""A student of version 2 names its primary embedding in ``config_json``."""
+"""Version 2 of a student's file names its primary embedding in ``config_json``."""
 CONFIG_TENSOR = "config_json"
 # Sizes of a student that files lack, unless they have another value.
 USUAL: dict[str, Any] = {"embed_dim": None, "final_layer_norm": True}
@@ -48,7 +48,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file; for another program's, only the tensors."""
+    """Contents of a safetensors file; from another program's file, only the tensors."""
 
     kind: str
     config: dict[str, Any]
@@ -62,8 +62,8 @@ class ModelFile(NamedTuple):
             InputError: It is another one.
         """
         if self.kind != kind:
-            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a file of d2v_composer"
-            raise InputError(f"{path}: is {found}, expected a {kind} file")
+            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
+            raise InputError(f"{path}: is {found}; expected a {kind} file")
 
 
 def write_model_file(
@@ -103,7 +103,7 @@ def read_model_file(path: Path) -> ModelFile:
             return ModelFile("", {}, {}, tensors)
         version, newest = metadata["format_version"], FORMAT_VERSIONS[kind]
         if int(version) > newest:
-            raise ValueError(f"its format version is {version}, this package reads up to {newest}")
+            raise ValueError(f"its format version is {version}; this package reads up to {newest}")
         return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
 
 
@@ -114,7 +114,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         ValueError: It is too long, or not an object.
     """
     if len(text) > LARGEST_JSON:
-        raise ValueError(f"its metadata has {len(text)} characters, the limit is {LARGEST_JSON}")
+        raise ValueError(f"its metadata has {len(text)} characters; the limit is {LARGEST_JSON}")
     return dict(json.loads(text).items())
 
 
@@ -134,7 +134,7 @@ def sha256(path: Path) -> str:
 
 
 def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
-    """Build a model with the tensors of a file.
+    """Build a model from a file's tensors.
 
     Raises:
         InputError: As in :func:`check_fits`.
@@ -146,7 +146,7 @@ def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str
 
 
 def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a file has exactly the tensors of a model, before the model takes any memory.
+    """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
         InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
@@ -172,7 +172,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
         if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.isfinite().all():
-            raise ValueError(f"tensor {name} has values that are not finite, or fewer than its shape")
+            raise ValueError(f"tensor {name} has values that are not finite, or fewer values than its shape needs")
 
 
 def loading_fault(error: Exception) -> str:
@@ -181,7 +181,7 @@ def loading_fault(error: Exception) -> str:
 
 
 def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
-    """Check that a teacher has a student's encoder, up to the rounding of its file.
+    """Check that a teacher has the same encoder as a student, apart from rounding in the student's file.
 
     Raises:
         InputError: Names the first tensor that differs.
@@ -207,7 +207,7 @@ def read_config(config_class: type[Any], fields: Any) -> Any:
 
 
 class PrimaryEmbedding(NamedTuple):
-    """The embedding by which a model's run is judged."""
+    """The embedding used to judge a model's run."""
 
     representation: Representation
     pooling: Pooling
@@ -230,13 +230,13 @@ class PrimaryEmbedding(NamedTuple):
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
-"""For a file without the record of a run, such as a teacher's: data2vec 2.0 base retrieves best with it."""
+"""For a file without a run's record, such as a teacher's. With this embedding, data2vec 2.0 base retrieves best."""
 
 
 def choose_embedding(
     model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
-    """Choose the embedding asked for; ``None`` means as in the primary embedding of the model's run.
+    """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
     Raises:
         InputError: ``pooling`` is cls, and the model has no CLS token.
@@ -276,7 +276,7 @@ def sizes_of(student: Student) -> dict[str, Any]:
 
 
 def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder from a file computes what it did when exported: timm's version may differ.
+    """Check that a timm encoder from a file computes what it did at export, since timm's version may differ.
 
     Raises:
         InputError: It computes something else.
@@ -288,7 +288,7 @@ def check_outputs(source: Any, encoder: Encoder) -> None:
         expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
         if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
             raise ValueError(
-                f"the installed timm computes something else for {config.model} than timm {config.timm!r:.30}, "
+                f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
                 "which exported it: install that version"
             )
 
@@ -305,7 +305,7 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
         InputError: There is none, or it does not hold them.
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file of d2v export")
+        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes["primary"])

@@ -1,4 +1,4 @@
-"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running their code.
+"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running a file's code.
 
 Files are those of timm, or of a model's authors if timm converts them. timm's own filters rename the tensors, and
 resample positions to another image size.
@@ -52,7 +52,7 @@ def load_timm_teacher(
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
 ) -> TimmTeacher:
-    """Load a frozen teacher ``timm/NAME``, see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+    """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
         InputError: The model cannot be a teacher, or the file is not one of its weights.
@@ -122,7 +122,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if len(named) < len(stored):  # one would silently win
-        raise ValueError("it holds two models, with names that differ in a prefix such as module.: keep one")
+        raise ValueError("it holds two models, whose tensor names differ only in a prefix such as 'module.'; keep one")
     patch = built.patch_embed.proj
     kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
     if not any(each.numel() == patch.weight.numel() for each in kernels):

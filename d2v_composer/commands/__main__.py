@@ -14,15 +14,15 @@ from d2v_composer.system import command_line
 
 COMMANDS = {
     "distill": "distill a student from a folder of images, in one command",
-    "train": "distill a student as a YAML describes",
+    "train": "distill a student with the settings in a YAML",
     "init": "print a YAML to start from",
-    "convert-teacher": "convert a fairseq checkpoint to one safe file",
-    "random-teacher": "write a teacher with random weights, for trials and measurements",
+    "convert-teacher": "convert a fairseq checkpoint to a safetensors file",
+    "random-teacher": "write a teacher with random weights, for trials and benchmarks",
     "convert-images": "convert a folder of images to MDS shards, in a folder or a store",
     "fields": "print every field of a YAML with its default and description",
-    "report": "draw a run's curves, tables and pictures in one HTML page",
+    "report": "write a run's curves, tables and images to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
-    "export": "write a student as safetensors, ONNX or torch.export",
+    "export": "export a student as safetensors, ONNX or torch.export",
     "embed": "embed a collection of images",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
     "env": "print what a bug report needs: versions, machine, missing packages",
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Call a command's main; import only its module."""
+    """Call a command's ``main``, and import no other command's module."""
     name, *rest = argv or [""]
     if name not in COMMANDS:
         parse(argv)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def parse(argv: Sequence[str]) -> NoReturn:
-    """Answer --help and --version, or reject the arguments."""
+    """Answer --help and --version, or reject invalid arguments."""
     commands = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="d2v",

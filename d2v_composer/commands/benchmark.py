@@ -1,4 +1,4 @@
-"""Measure speed on this machine: ours and others', interleaved in one process.
+"""Measure speed on this machine: our code and other programs, interleaved in one process.
 
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
@@ -32,20 +32,20 @@ from d2v_composer.system.files import write_atomically
 
 positive = whole(1, 1 << 31)
 
-REPEATS = positive, "measured passes; default: 5"
+REPEATS = positive, "number of measured passes; default: 5"
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images per step; default: 8, on a GPU 256"),
+        "--batch-size": (positive, "images per step; default: 8, or 256 on a GPU"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
         "--only": (("naive", "eager", "ours"), "measure only this contender"),
-        "--loop": (("bare", "trainer"), "trainer: also ours in Composer's Trainer, on batches in memory"),
+        "--loop": (("bare", "trainer"), "trainer: also measure 'ours' in Composer's Trainer, on batches in memory"),
         "--sdp": (
             ("flash_attention", "efficient_attention", "cudnn_attention", "math"),
             "the attention kernel to prefer; default: torch's choice",
         ),
-        "--trace": (Path, "file for a profile of the last contender, for chrome://tracing or Perfetto"),
+        "--trace": (Path, "write a profile of the last contender to this file, for chrome://tracing or Perfetto"),
         "--repeats": REPEATS,
     },
     "plan": {
@@ -54,14 +54,14 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "--residual": (("full", "half"), "precision of the frozen blocks' residual stream; default: full"),
     },
     "data": {
-        "--images": (Path, "folder of class folders; default: crops of scikit-image's photographs"),
+        "--images": (Path, "folder with one subfolder per class; default: crops of scikit-image's photographs"),
         "--num-images": (positive, "default: 1000"),
         "--workers": (int, "worker processes; default: 0, one process on one core"),
-        "--remote": (str, "an empty address to write shards to and read them from"),
+        "--remote": (str, "an empty folder in a store, to write shards to and read them from"),
         "--repeats": REPEATS,
     },
     "retrieval": {
-        "--bank": (positive, "vectors to search; default: 50000"),
+        "--bank": (positive, "number of vectors to search; default: 50000"),
         "--queries": (positive, "default: 10000"),
         "--dim": (positive, "default: 768"),
         "--k": (positive, "neighbors per query; default: 20"),
@@ -82,15 +82,17 @@ def main(argv: Sequence[str]) -> None:
                 each.add_argument(option, choices=kind, help=about)
             else:
                 each.add_argument(option, type=kind, help=about)
-        each.add_argument("--json", type=Path, help="file for the result as JSON")
+        each.add_argument("--json", type=Path, help="file to write the result to, as JSON")
         if name == "first-hour":
             each.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
             each.add_argument(
                 "--no-install", dest="installs", action="store_false", help="measure only the installed torch"
             )
         if name == "step":
-            each.add_argument("--no-compile", dest="compiles", action="store_false", help="without torch.compile")
-            about = "settings of distill.yaml for ours: half_residual=true, compile=default"
+            each.add_argument(
+                "--no-compile", dest="compiles", action="store_false", help="measure without torch.compile"
+            )
+            about = "settings of distill.yaml for 'ours', such as half_residual=true compile=default"
             each.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=(), help=about)
     options = vars(parser.parse_args(argv))
     name, out = options.pop("benchmark"), options.pop("json", None)

@@ -11,7 +11,7 @@ For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRE
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
-folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file: image, class.
+folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file with lines 'image,class'.
 """
 
 import os
@@ -34,13 +34,13 @@ def main(argv: Sequence[str]) -> "Conversion":
     add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     add("--split", default="train", help="the split's folder; default: train")
-    add("--labels", help="a CSV file of image, class; or none")
+    add("--labels", help="a CSV file with lines 'image,class', or none for no labels")
     add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: no change")
     add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
-    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes; default: one per core")
-    add("--seed", type=whole(0, 1 << 32), default=0, help="seed of the order; default: 0")
+    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
+    add("--seed", type=whole(0, 1 << 32), default=0, help="seed for the order of the images; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
-    add("--skip-unreadable", action="store_true", help="skip and list images that are missing or corrupt")
+    add("--skip-unreadable", action="store_true", help="skip images that are missing or corrupt, and list them")
     arguments = parser.parse_args(argv)
 
     from d2v_composer.data.convert import convert_images, find_images

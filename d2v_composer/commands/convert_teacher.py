@@ -1,4 +1,4 @@
-"""Convert a fairseq data2vec 2.0 checkpoint to one safe file.
+"""Convert a fairseq data2vec 2.0 checkpoint to a safetensors file.
 
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
     parser.add_argument("--weights", choices=get_args(Weights), default="model", help="default: model")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored dtype")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype of the stored weights"
+    )
     parser.add_argument("--licence", help="a note on the weights' license, stored in the file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)

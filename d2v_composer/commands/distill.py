@@ -47,10 +47,15 @@ SETTINGS, IMAGES, HELD_OUT = "distill.yaml", "images", "held_out"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Choose, convert, train, report and export."""
+    """Choose settings, convert images, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("source", type=absolute, metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add(
+        "source",
+        type=absolute,
+        metavar="SOURCE",
+        help="a folder of images or MDS shards, or the address of MDS shards: s3://, …",
+    )
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for the images, the run and the student")
@@ -69,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
-    """Return the run's config: a YAML, the chosen settings, and those of the command.
+    """Return the run's config, from a YAML, the chosen settings and the command's own settings.
 
     Raises:
         InputError: A change of a setting is wrong.
@@ -92,7 +97,7 @@ def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, A
 
 
 def prepare(arguments: Namespace) -> None:
-    """Choose the settings and convert the images, except what an interrupted call has done.
+    """Choose the settings and convert the images, except for what an interrupted call already did.
 
     Raises:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
@@ -109,7 +114,7 @@ def prepare(arguments: Namespace) -> None:
         raise InputError(f"{arguments.out}: is inside the folder of images, {source}")
     check_out_file(path)
     if is_new and (arguments.out / STUDENT_FILE).exists():
-        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} of another run; choose another --out")
+        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} from another run; choose another --out")
     options = ["--teacher", arguments.teacher, "--column", arguments.column]
     command = hide_secrets(shlex.join(["d2v", "distill", source, *options]))
     with reading(path):
@@ -131,7 +136,7 @@ def prepare(arguments: Namespace) -> None:
     if is_new:
         chosen = choose(num_images, teacher)
         print(f"chosen for {num_images} images: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-        print(f"all settings, with yours, are in {path}")
+        print(f"all settings, including yours, are in {path}")
         config = read_settings(arguments, given, chosen)
     write_settings(path, command, config)
     sides = height_and_width(parse_image_size(config.teacher.image_size or teacher.image_size))
@@ -139,7 +144,7 @@ def prepare(arguments: Namespace) -> None:
         if not (images / split / INDEX).exists():
             options = {"resize": max(sides) * 8 // 7, "workers": os.cpu_count() or 1}  # 256 for 224
             done = convert_images(part, images / split, **options, skip_unreadable=True)
-            print(f"{images / split}: {done.images} images; unreadable: {len(done.skipped)}, see its {SUMMARY}")
+            print(f"{images / split}: {done.images} images, {len(done.skipped)} unreadable; see its {SUMMARY}")
     shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -152,12 +157,12 @@ def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
 
 
 def absolute(place: str) -> str:
-    """Return an address, timm/NAME, or a path that does not depend on the working directory."""
+    """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
     return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(place)
 
 
 def choose(num_images: int, teacher: "TeacherConfig") -> dict[str, Any]:
-    """Choose sizes and duration: those of the quickstart on a CPU, the chapter's on GPUs.
+    """Choose sizes and duration: the quickstart's on a CPU, the chapter's on GPUs.
 
     Args:
         num_images: Images of the source.

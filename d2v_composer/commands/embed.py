@@ -66,28 +66,37 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help="a folder of images or MDS; or MDS at s3://, …")
+    add("source", metavar="SOURCE", help="a folder of images or MDS shards, or the address of MDS shards: s3://, …")
     add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="first blocks of a timm model that layer_mean leaves out")
+    add("--first-blocks", type=int, metavar="N", help="number of first blocks of a timm model to omit from layer_mean")
     add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
-    add("--pooling", choices=get_args(Pooling), help="default: the primary embedding of the model's run")
-    add("--representation", choices=get_args(Representation), help="default: the primary embedding of the model's run")
+    add("--pooling", choices=get_args(Pooling), help="default: as in the primary embedding of the model's run")
+    add(
+        "--representation",
+        choices=get_args(Representation),
+        help="default: as in the primary embedding of the model's run",
+    )
     add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
     add("--normalize", action="store_true", help="scale embeddings to length 1")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="type of the numbers; default: float32")
-    add("--batch-size", type=whole(1, 1 << 20), default=256, help="images embedded at once; default: 256")
+    add(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="type of the stored numbers; default: float32",
+    )
+    add("--batch-size", type=whole(1, 1 << 20), default=256, help="images per batch; default: 256")
     add(
         "--workers",
         type=whole(0, 1024),
         default=os.cpu_count() or 1,
         help="processes that decode images; default: one per core",
     )
-    add("--local", type=Path, metavar="FOLDER", help="the cache for the shards of a remote SOURCE")
+    add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
     add("--column", metavar="NAME", default="image", help="the MDS column of images; default: image")
-    add("--skip-unreadable", action="store_true", help="skip and list unreadable images")
+    add("--skip-unreadable", action="store_true", help="skip unreadable images and list them")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

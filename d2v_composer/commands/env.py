@@ -2,7 +2,7 @@
 
     d2v env
 
-These are versions, machine, torch's build, GPUs, and what each extra lacks.
+It lists the versions, the machine, torch's build, the GPUs, and the packages that each extra lacks.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from d2v_composer.system.command_line import make_parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a name and its value in each line."""
+    """Print a name and its value on each line."""
     make_parser(__doc__).parse_args(argv)
 
     import torch.version

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
 
 
 def next_step(config: "EvaluateConfig") -> str:
-    """Return the next command: export a checkpoint's student, or embed with another model."""
+    """Return the next command: ``d2v export`` for a checkpoint's student, ``d2v embed`` for any other model."""
     if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)

@@ -45,10 +45,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
     parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
     for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
-        about = "for .onnx and .pt2; default: the run's primary embedding"
+        about = "only for .onnx and .pt2; default: as in the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
-    parser.add_argument("--int8", action="store_true", help="for .onnx: 8-bit linear layers, with onnxruntime")
-    about = "images or MDS for --int8; default: the run's retrieval images"
+    parser.add_argument(
+        "--int8", action="store_true", help="only for .onnx: quantize linear layers to 8 bits, with onnxruntime"
+    )
+    about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
@@ -91,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
-    """Write the student's program in int8, and print how close it is to float32, and how fast."""
+    """Write the student's program in int8, and print its speed and how close its embeddings are to float32."""
     from d2v_composer.checkpoints.export import check_packages, export_onnx
 
     check_packages(out, "onnxruntime")
@@ -118,14 +120,14 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     rate, rate_int8 = (each.max() for each in interleave(passes, repeats=5).values())
     print(
         f"int8 compared with float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
-        f"cosine {cosines.mean():.5f}, at least {cosines.min():.5f}; "
+        f"mean cosine {cosines.mean():.5f}, minimum {cosines.min():.5f}; "
         f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
         f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
     )
 
 
 def read_images(student: "Student", source: str | None) -> "Tensor":
-    """Return images of a folder, or of the run's retrieval, normalized, (N, 3, S, S).
+    """Return normalized images, (N, 3, S, S), from a folder or from the run's retrieval data.
 
     Raises:
         InputError: There are too few, or they cannot be read.

@@ -18,7 +18,7 @@ HEAD = "| key | default | description |\n|---|---|---|"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the tables of a section, or all."""
+    """Print the tables of one section, or all tables."""
     parser = make_parser(__doc__)
     parser.add_argument("section", metavar="SECTION", nargs="?", help="default: all")
     section = parser.parse_args(argv).section
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield reader, section and table of each section; fields that are as in training are only named."""
+    """Yield the reader, section and table of each section; fields that equal training's are only named."""
     from d2v_composer.config.load import find_section
     from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 
@@ -54,7 +54,7 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
                 sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(row)
         for section, rows in sections.items():
             about = f"## {reader.capitalize()}\n\n{schema.__doc__}"
-            about += f" As in training: {', '.join(shared)}." if shared else ""
+            about += f" These are the same as in training: {', '.join(shared)}." if shared else ""
             if section:
                 about = f"### {section}\n\n{find_section(schema.model_fields[section].annotation).__doc__}"
             yield reader, section, "\n".join([f"{about}\n\n{HEAD}", *rows]).replace("``", "`")

@@ -1,9 +1,9 @@
-"""Print a YAML of this package, to start from.
+"""Print one of this package's YAMLs as a starting point.
 
     d2v init quickstart > my.yaml
     d2v train my.yaml max_duration=10ep
 
-Its references to files beside it become absolute paths.
+The YAML's references to files beside it become absolute paths.
 """
 
 import re

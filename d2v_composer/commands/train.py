@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def relaunch_on_gpus(*arguments: str) -> None:
-    """Replace this process with Composer's launcher of a d2v command, if there are several GPUs."""
+    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
     import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
     import torch
 
@@ -47,7 +47,7 @@ def relaunch_on_gpus(*arguments: str) -> None:
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, and name the next steps.
+    """Train a student, and print the next steps.
 
     Args:
         argv: A YAML and its overrides.

@@ -1,4 +1,4 @@
-"""Read a YAML and its overrides into a config. Only this module reads OmegaConf."""
+"""Read a YAML and its overrides into a config. Only this module uses OmegaConf."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
             apply(merged, override)
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
-            problems.append(f"{override!r}: expected dotted.key=value, the value as in a YAML: {problem}")
+            problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -96,7 +96,7 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
 
 
 def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
-    """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, of any types."""
+    """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, accept any types."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: layered(below[key], value) for key, value in both.items()}}
 
@@ -139,7 +139,7 @@ def describe(schema: type[Section], error: Any) -> list[str]:
 
 
 def allowed_keys(schema: type[Section], place: Sequence[str | int]) -> list[str]:
-    """Return the keys of the section at a place in the config."""
+    """Return the keys of the section at a dotted path in the config."""
     for name in place:
         if name in schema.model_fields:  # else a data set's name
             schema = find_section(schema.model_fields[str(name)].annotation) or schema

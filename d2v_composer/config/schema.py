@@ -89,7 +89,7 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Validate by a function that raises ValueError."""
+    """Validate with a function that raises ValueError."""
 
     def validate(value: Any) -> Any:
         check(value)
@@ -99,7 +99,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Validate by one rule: 'be …' or 'have …'."""
+    """Validate with one rule, which reads 'be …' or 'have …'."""
 
     def validate(value: Any) -> Any:
         if not holds(value):
@@ -115,7 +115,7 @@ def duration(pattern: str, example: str) -> AfterValidator:
 
 
 def read_image_size(size: Any) -> int | str:
-    """Normalize an image size: a resume compares it."""
+    """Normalize an image size, because a resume compares it."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
@@ -141,7 +141,7 @@ def check_file(address: str) -> None:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Validate name → arguments of callbacks or loggers."""
+    """Validate a mapping from the names of callbacks or loggers to their arguments."""
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
         lines: list[str] = []
@@ -187,7 +187,7 @@ class TimmSizes(Section):
     """Sizes of a timm model."""
 
     first_blocks: Whole | None = None
-    """Number of blocks in the shared encoder; null: a sixth of a timm model's, or data2vec2's modality encoder."""
+    """Blocks in the shared encoder; null: a sixth of a timm model's blocks, or data2vec2's modality encoder."""
     image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
@@ -196,7 +196,7 @@ class TeacherConfig(TimmSizes):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``, or ``timm/NAME`` with NAME as ``timm.create_model`` takes it."""
+    """``data2vec2``, or ``timm/NAME`` with a NAME that ``timm.create_model`` accepts."""
     checkpoint: AddressText | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
     null: timm's pretrained weights, from the Hugging Face hub."""
@@ -210,30 +210,31 @@ class StudentOptions(Section):
     depth: Up1000 = 5
     """Number of blocks."""
     mlp_ratio: Positive = 3.0
-    """Hidden width of a block's MLP over its channels."""
+    """Ratio of a block's MLP width to its number of channels."""
     alibi: bool = True
     """Add the 2-D ALiBi bias to attention, as in the chapter."""
     init: Init = "random"
-    """``random``, as in the chapter; ``teacher_attention`` or ``teacher_blocks``: copy these of the teacher's first
-    blocks."""
+    """``random``, as in the chapter. ``teacher_attention``: copy the attention of the teacher's first blocks.
+    ``teacher_blocks``: copy those blocks whole."""
     embed_dim: Count | None = None
     """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
-    layer before its blocks, and for the regression alone one after them."""
+    layer before its blocks and, only for the regression, one after them."""
 
 
 class TargetsConfig(Section):
     """The target that the student regresses."""
 
     extra_tokens: ExtraTokens = "regress"
-    """CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss, and regress
-    CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training. ``only``: regress no patch."""
+    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
+    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training. ``only``: regress no
+    patch."""
     average_top_k_layers: Count | None = None
-    """Number of last teacher blocks in the target; null: the teacher's own number."""
+    """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
-    """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs, in a pre-norm ViT the residual stream."""
+    """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
     normalization: Normalization = "instance"
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps what mean pooling sees."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""
@@ -243,22 +244,22 @@ class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode images; 0: the training process does. Their batches are in /dev/shm; if it is
-    too small, the run fails at the start."""
+    """Processes per device that decode images; 0: the training process decodes them. Batches from these processes are
+    in /dev/shm; if it is too small, the run fails at the start."""
     prefetch_factor: Up1000 = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
-    """Smallest and largest width over height of a random crop."""
+    """Smallest and largest ratio of width to height of a random crop."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     remote: AddressText | None = None
-    """Address of the MDS data set, s3://, gs://, …; null: it is on this machine."""
+    """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
-    """Seconds for which an unreachable store is retried before the run fails."""
+    """Seconds during which an unreachable store is retried before the run fails."""
     shuffle: bool = True
-    """Shuffle the samples in every epoch, by Streaming's py1e."""
+    """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
     shuffle_block_size: Count = 1 << 16
     """Number of samples that are shuffled together; their shards are in use at the same time."""
     num_canonical_nodes: Count = 1
@@ -284,9 +285,9 @@ class OptimizerConfig(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
     """Decay rates of the first and the second moment."""
     eps: Positive = 1e-6
-    """Number added to the denominator of an update."""
+    """Number added to the denominator of each update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay: a step multiplies weights by 1 - learning rate · weight_decay."""
+    """Weight decay: each step multiplies the weights by 1 - learning rate · weight_decay."""
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
@@ -297,7 +298,7 @@ class SchedulerConfig(Section):
     t_warmup: WarmUp = "3000ba"
     """Length of the linear warm-up: batches, epochs, or a fraction of the run ('0.1dur')."""
     alpha_f: Fraction = 0.0
-    """Learning rate at the end of the run over ``lr``."""
+    """Learning rate at the end of the run, as a fraction of ``lr``."""
 
 
 class GradientClippingConfig(Section):
@@ -327,7 +328,7 @@ class ParallelismConfig(Section):
     """How the weights are distributed over the devices."""
 
     fsdp: FSDPConfig | None = None
-    """{}: shard the weights over the GPUs, by torch's FSDP2; null: every GPU holds all of them (DDP)."""
+    """{}: shard the weights over the GPUs, with torch's FSDP2; null: every GPU holds all of them (DDP)."""
 
 
 class LabeledSetConfig(Section):
@@ -343,22 +344,22 @@ class LabeledSetConfig(Section):
     column: Text = "image"
     """Column of images in an MDS data set."""
     label_column: Text | None = "label"
-    """Column of labels in an MDS data set; null: none. Without labels, as in a folder without class folders, the images
-    in ROOT/test, or all of ROOT, are measured by the probes that need none."""
+    """Column of labels in an MDS data set; null: none. Without labels (null, or a folder without class folders), only
+    the probes that need none run, on the images in ROOT/test or, if ROOT has no splits, in all of ROOT."""
 
 
 class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
-    """Report top-k accuracy for each k: one of a query's k nearest images has its label."""
+    """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
     probes: list[Literal["knn", "linear", "agreement", "instance"]] = []
-    """Further measures of the test images: ``knn`` and ``linear`` classify them by the train images; ``agreement``
+    """Further measures on the test images. ``knn`` and ``linear`` classify them from the train images. ``agreement``
     (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None
-    """Largest number of images of each split, evenly spaced; null: all."""
+    """Maximum number of images from each split, taken at even intervals; null: all."""
 
 
 class RetrievalConfig(LookupConfig):
@@ -370,11 +371,11 @@ class RetrievalConfig(LookupConfig):
     """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
     the FFN outputs."""
     interval: Interval = "5000ba"
-    """Time between measurements, in batches or epochs; the end of the run is measured too."""
+    """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
     baselines: list[Literal["pixels", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare with, measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
+    """Models to compare the student with, each measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
@@ -385,7 +386,7 @@ class RunConfig(Section):
     precision: Precision = "fp32"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     device_eval_batch_size: Count = 256
-    """Number of images that each device embeds at once."""
+    """Number of images that each device embeds per batch."""
 
 
 class TrainerConfig(RunConfig):
@@ -396,13 +397,13 @@ class TrainerConfig(RunConfig):
     precision: Precision = "amp_fp16"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     allow_tf32: bool = True
-    """Let a GPU multiply float32 matrices in TF32, as Composer does: faster, with a mantissa of 10 bits."""
+    """Let a GPU multiply float32 matrices in TF32, as Composer does. This is faster, with only 10 mantissa bits."""
     max_duration: Interval = "30000ba"
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Count = 256
-    """Number of images in a step, over all devices."""
+    """Number of images in a step, across all devices."""
     device_train_microbatch_size: Microbatch | None = None
-    """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits a GPU."""
+    """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
@@ -411,11 +412,11 @@ class TrainerConfig(RunConfig):
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb."""
     progress_bar: bool = True
-    """Show a bar on a terminal, or elsewhere print a line every ten seconds; false: neither."""
+    """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
     save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
-    """Folder of the run's checkpoints, log and record, here or in an object store; null: save nothing."""
+    """Folder of the run's checkpoints, log and record, on this machine or in an object store; null: save nothing."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""
@@ -440,7 +441,7 @@ class TrainerConfig(RunConfig):
         if size % (parts := self.train_loader.num_canonical_nodes):  # each gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
         if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # each would fetch every shard
-            yield f".train_loader.num_canonical_nodes: must be {nodes}, or a multiple, on {nodes} nodes, got {parts}"
+            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 
@@ -456,8 +457,8 @@ class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
     compile: Literal[False, True, "default", "max-autotune-no-cudagraphs"] = False
-    """true: torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs;
-    ``max-autotune-no-cudagraphs`` also tries Triton's matrix products, minutes more at the start."""
+    """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
+    ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
     half_residual: bool = False
     """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
@@ -478,7 +479,7 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         with_fsdp = self.parallelism_config.fsdp is not None
         if with_fsdp and self.device_train_microbatch_size == "auto":
-            yield ".device_train_microbatch_size: Composer has no 'auto' with FSDP; give a number or null"
+            yield ".device_train_microbatch_size: Composer does not support 'auto' with FSDP; give a number or null"
         if with_fsdp and not has_gpu():
             yield ".parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 
@@ -494,7 +495,7 @@ class ModelConfig(TimmSizes):
     weights: Weights = "model"
     """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: Text | None = None
-    """The student's teacher; null: the path in a training checkpoint, or none for an exported student."""
+    """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
     pooling: Pooling | None = None
     """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
     ``cls``."""
@@ -520,28 +521,28 @@ class LayerwiseOptimizerConfig(OptimizerConfig):
     """torch.optim.AdamW with a learning rate for each depth."""
 
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
-    """Learning rate of a block over that of the block after it; the head's is ``lr``."""
+    """Ratio of a block's learning rate to the next block's; the head's learning rate is ``lr``."""
 
 
 class LabelSmoothingConfig(Section):
     """Composer's LabelSmoothing."""
 
     smoothing: Fraction = 0.1
-    """From 0, the label alone, to 1, all classes alike."""
+    """Smoothing, from 0 (the label alone) to 1 (all classes alike)."""
 
 
 class MixUpConfig(Section):
     """Composer's MixUp."""
 
     alpha: Positive = 0.2
-    """Parameter of the Beta distribution of the mixing weight."""
+    """Parameter of the Beta distribution from which the mixing weight is drawn."""
 
 
 class CutMixConfig(Section):
     """Composer's CutMix."""
 
     alpha: Positive = 1.0
-    """Parameter of the Beta distribution of the mixing weight."""
+    """Parameter of the Beta distribution from which the mixing weight is drawn."""
 
 
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
@@ -565,10 +566,10 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     train_encoder: bool = False
     """Train the encoder too, except BEiT's relative position biases."""
     dataset: LabeledSetConfig
-    """The labeled set: its train images train, its test images evaluate."""
+    """The labeled set: its train images are for training, its test images for evaluation."""
     train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     eval_interval: Interval = "1ep"
-    """Time between evaluations, in batches or epochs; the end of the run is evaluated too."""
+    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
     algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
 

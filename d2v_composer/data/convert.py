@@ -66,7 +66,7 @@ class ImageSource(NamedTuple):
     ignored: dict[str, int]
     """Number of other files by suffix."""
     load: Callable[[int], Any] | None = None
-    """Returns an image by number, as a file's bytes or from PIL; the paths in ``files`` are then these numbers."""
+    """Returns an image by number, as a file's bytes or a PIL image; the paths in ``files`` are then these numbers."""
     keeps_files: bool = False
     """Store what ``load`` returns unchanged, even if it is not a JPEG."""
 
@@ -117,7 +117,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
     number = {name: label for label, name in enumerate(classes)}
     for file, name in zip(files, names, strict=True):
         if name not in number:
-            expected = f"expected a class, one of {', '.join(classes):.80}, got {name!r}"
+            expected = f"expected one of the classes {', '.join(classes):.80}; got {name!r}"
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return ImageSource(root, labeled, classes, ignored)
@@ -140,7 +140,7 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
 
 
 def list_samples(source: str, column: str, cache: Path) -> ImageSource:
-    """List the images of an MDS data set, without labels.
+    """List the images of an MDS data set, without their labels.
 
     Args:
         source: Its folder, or its address in a store.
@@ -219,7 +219,7 @@ class _Task(NamedTuple):
     work: Path
     """Local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
-    """Folder of these shards' records; other images or settings get another one."""
+    """Folder of these shards' records; other images or settings get another folder."""
 
     def check_out(self) -> None:
         """Check that ``out`` can be written, and holds no finished data set.
@@ -240,7 +240,7 @@ class _Task(NamedTuple):
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to. When the block ends, publish the file if there is one.
+        """Yield a local path to write to. When the ``with`` block ends, publish the file if one was written.
 
         Raises:
             RunError: The disk or the store fails.
@@ -303,7 +303,7 @@ class _Task(NamedTuple):
 
 
 def work_folder(out: str) -> Path:
-    """Return the local folder of an unfinished conversion to a folder or an object store."""
+    """Return the local folder for an unfinished conversion, whose output is a folder or in an object store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
     return Path(out).resolve() / ".converting"

@@ -91,7 +91,7 @@ def read_image_file(path: Path) -> bytes:
 
 @contextmanager
 def decoding(stored: bytes | Image.Image, source: str) -> Iterator[None]:
-    """Convert any error of a block that decodes an image to one line that names the image.
+    """Convert any error raised in a ``with`` block that decodes an image to one line that names the image.
 
     Raises:
         UnreadableImageError: The image cannot be decoded. If memory or file descriptors run out, the error passes

@@ -56,15 +56,15 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
 
 
 def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk lacks space for what a node must still fetch of its share, 0 to 1."""
+    """Return an error message if the disk lacks space for what a node still has to fetch of its share, 0 to 1."""
     sizes = {local / shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
     wanted = min(int(share * sum(sizes.values())), cache_limit or LARGEST)
     needed = wanted - sum(size for path, size in sizes.items() if path.is_file())
     if needed <= (free := shutil.disk_usage(local).free):
         return None
     return (
-        f"{local}: {needed / 1e9:.1f} GB of shards are yet to be fetched, {free / 1e9:.1f} GB are free: free disk "
-        "space, or set a cache limit"
+        f"{local}: {needed / 1e9:.1f} GB of shards must still be fetched, but only {free / 1e9:.1f} GB is free; free "
+        "disk space, or set a cache limit"
     )
 
 
@@ -107,7 +107,9 @@ def read_image_index(
             for name, known in [(column, IMAGES), *((name, ENCODINGS) for name in other_columns)]:
                 if name not in encodings:
                     names = ", ".join(encodings)
-                    raise InputError(f"{source}: no column {name!r}; the data set has: {names}; choose with {option}")
+                    raise InputError(
+                        f"{source}: no column {name!r}; the data set has: {names}; choose one with {option}"
+                    )
                 if encodings[name] not in known:
                     found, allowed = encodings[name], ", ".join(known)
                     raise InputError(f"{source}: its column {name!r} is {found}; expected one of {allowed}")
@@ -126,7 +128,7 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
     for path, num_bytes in ((folder / file["basename"], file["bytes"]) for file in files):
         if path.is_file():
             if (size := path.stat().st_size) != num_bytes:
-                raise InputError(f"{path}: the shard has {size} bytes, the index says {num_bytes}")
+                raise InputError(f"{path}: the shard has {size} bytes, but the index says {num_bytes}")
             return
     raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
 

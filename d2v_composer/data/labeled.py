@@ -66,7 +66,7 @@ class LabeledSet(NamedTuple):
         return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
-        """Renumber the labels from 0 without gaps, and keep their names: tables have a row for each label."""
+        """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
         if not self.has_labels:
             return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -79,7 +79,7 @@ class LabeledSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels, which identifies the set: pixels vary with the libraries that decode them.
+        """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
         Without labels it is by the mean pixel, a whole number.
         """
@@ -116,7 +116,7 @@ def load_labeled_set(
     label_column: str | None = "label",
     max_images: int | None = None,
 ) -> LabeledSet:
-    """Load a labeled set, or one without labels: a folder without class folders, or MDS without ``label_column``.
+    """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
@@ -216,7 +216,7 @@ def load_mds(
     label_column: str | None,
     max_images: int | None = None,
 ) -> LabeledImages:
-    """Load one split of an MDS data set, see :func:`load_labeled_set`; unneeded shards are not read."""
+    """Load one split of an MDS data set (see :func:`load_labeled_set`); shards that are not needed are not read."""
     labels = () if label_column is None else (label_column,)
     read_image_index(folder, column, option="column and label_column", other_columns=labels)
     shards = Shards(local=folder, columns=(column, *labels))
@@ -311,7 +311,7 @@ class EpochSampler(DistributedSampler[Place]):
 def train_batches(
     dataset: AugmentedImages, global_batch_size: int, num_workers: int, prefetch_factor: int
 ) -> DataLoader:
-    """Return the loader of this rank's augmented batches.
+    """Return the loader for this rank's augmented batches.
 
     A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
     batches.
@@ -366,7 +366,7 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
 
 
 def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
-    """Return the loader of this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
+    """Return the loader for this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
     from composer.utils import dist
 
     dataset = TensorDataset(labeled.images, labeled.labels)

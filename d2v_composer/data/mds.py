@@ -39,7 +39,7 @@ ENCODINGS = {
 
 
 class ShardFile(NamedTuple):
-    """Index entry of a file."""
+    """Index entry for a file."""
 
     basename: str
     bytes: int
@@ -49,7 +49,7 @@ class ShardFile(NamedTuple):
     def find_fault(self, path: Path) -> str | None:
         """Return an error message if a file differs from its entry, or ``None``."""
         if (size := path.stat().st_size) != self.bytes:
-            return f"{path}: has {size} bytes, the index says {self.bytes}"
+            return f"{path}: has {size} bytes, but the index says {self.bytes}"
         # Of several hashes, those of xxhash take the least time.
         for algorithm in sorted(self.hashes, key=lambda name: not name.startswith("xxh"))[:1]:
             content = path.read_bytes()
@@ -61,7 +61,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Index entry of a shard."""
+    """Index entry for a shard."""
 
     samples: int
     raw: ShardFile
@@ -105,5 +105,5 @@ class Shard(NamedTuple):
                 sample[name] = decode(data[at : at + size])
             at += size
         if at != len(data):  # a slice beyond the end is short, in silence
-            raise ValueError(f"its columns have {at} bytes, it has {len(data)}")
+            raise ValueError(f"its columns have {at} bytes, but the sample has {len(data)}")
         return sample

@@ -96,7 +96,8 @@ class Shards:
         if self.limit and self._room < 4 * self._largest:
             smallest = 4 * self._largest + self.limit - self._room
             raise InputError(
-                f"cache_limit must be at least {smallest} bytes, the index and four shards, got {self.limit}"
+                f"cache_limit must be at least {smallest} bytes, the size of the index and four shards; "
+                f"got {self.limit}"
             )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
@@ -147,7 +148,7 @@ class Shards:
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
-        """Start fetching and verifying shards that will be needed; an error is raised only when they are."""
+        """Start fetching and verifying shards that will be needed; an error is raised only when the shard is read."""
         for shard_id in shard_ids:
             if shard_id not in self._ahead and not (shard_id in self._verified and self._paths[shard_id].exists()):
                 self._ahead.append(shard_id)
@@ -168,7 +169,7 @@ class Shards:
                 log.debug("%s", error)  # the reader will meet the same error, and raise it
 
     def _num_ahead(self) -> int:
-        """Return the number of threads that fetch ahead in this process: its share of the machine's."""
+        """Return the number of threads that fetch ahead in this process, its share of the machine's threads."""
         worker = get_worker_info()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
         on_machine = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """A request from the main process to a worker."""
+    """A request for one sample, from the main process to a worker."""
 
     epoch: int
     sample_id: int
@@ -75,7 +75,7 @@ class EpochOrder(DistributedSampler[Sample]):
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         if epoch_size is not None and epoch_size > num_samples:  # Streaming would repeat samples
-            raise ValueError(f"epoch_size must be at most the {num_samples} samples, got {epoch_size}")
+            raise ValueError(f"epoch_size must be at most {num_samples}, the number of samples; got {epoch_size}")
         # What generate_work and resample_streams read of a StreamingDataset. Its defaults depend on the number of
         # nodes: a resume on another number must have the same order.
         self.epoch_size = epoch_size or num_samples
@@ -241,8 +241,8 @@ class StreamingImages(Dataset[Any]):
         needed = sum(shard.raw.bytes for shard in self.shards.shards) * samples // len(self)
         if self.order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:
             log.warning(
-                "%s: cache_limit %d is less than the shards that are shuffled together, about %d bytes: shards will be "
-                "fetched more than once per epoch; a smaller shuffle_block_size helps",
+                "%s: cache_limit %d is less than the size of the shards that are shuffled together, about %d bytes: "
+                "shards will be fetched more than once per epoch; a smaller shuffle_block_size helps",
                 self.shards.local,
                 self.shards.limit,
                 needed,
@@ -254,7 +254,7 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
 
 def shared_memory_needed(ranks: int, workers: int, prefetch_factor: int, batch_bytes: int) -> int:
-    """Return the bytes of shared memory that training data needs on a machine; workers and batch are one rank's."""
+    """Return the bytes of shared memory that training data needs on a machine; ``workers`` and batch are per rank."""
     # Beside those made in advance, each rank has one in the making and one in use.
     batches = (workers * prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0
     return ranks * (batches + workers * SEMAPHORES * PAGE)
@@ -266,7 +266,7 @@ def check_shared_memory(needed: int) -> str | None:
         return None
     size = f"{math.ceil((usage.used + needed) / 2**20)}m"
     return (
-        f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, training data needs {needed:,}: enlarge "
-        f"it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
+        f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, but training data needs {needed:,}; "
+        f"enlarge it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
         "train_loader.num_workers or prefetch_factor"
     )

@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 
 
 def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
-    """Return the mean of hits, or of shares, (Q,), with its interval."""
+    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
@@ -68,7 +68,7 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean of both banks, or of the one that has a gap.
+    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
 
     Args:
         log: Log of the student's run.
@@ -152,10 +152,10 @@ class Retrieval(NamedTuple):
     dataset: str
     bank: str
     embedding: str
-    """'' for a candidate with a single one."""
+    """Name of the embedding; '' if the candidate has only one."""
     is_primary: bool
     hits: dict[Measure, NDArray[np.bool_ | np.float64]]
-    """As in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
+    """Hits, as in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
 
     def accuracy(self, measure: Measure) -> Interval:
         return accuracy_interval(self.hits[measure])
@@ -172,17 +172,17 @@ class Evaluation(NamedTuple):
     """Data set → the name of each label; empty if the labels are only numbers."""
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return all pairs of bank and measure on a data set."""
+        """Return every (bank, measure) pair of a data set."""
         found = [each for each in self.retrievals if each.dataset == dataset]
         return list(dict.fromkeys((each.bank, measure) for each in found for measure in each.hits))
 
     @property
     def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
-        """Candidate, data set and bank → result with the primary embedding, or with its fallback."""
+        """Results with the primary embedding, or with its fallback, by candidate, data set and bank."""
         return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
 
     def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
-        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three was not evaluated."""
+        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three models was not evaluated."""
         found = [self.primaries.get((name, dataset, bank)) for name in ("untrained student", "student", "teacher")]
         hits = [each.hits[measure] for each in found if each is not None]
         return gap_closed_interval(*hits) if len(hits) == len(found) else None

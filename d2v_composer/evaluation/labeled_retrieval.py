@@ -41,13 +41,13 @@ class Found(NamedTuple):
     """The neighbors of one split's images in the other split, or of the test images among themselves."""
 
     embedding: str
-    """'' for a single one without a name."""
+    """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
     """True for the model's primary embedding."""
     bank: str
     """The split that was searched; '' for the test images among themselves."""
     nearest: Tensor
-    """(Q, K) int64: bank indices, nearest first; among themselves only if agreement is measured."""
+    """(Q, K) int64: bank indices, nearest first; within the test images, only if agreement is measured."""
     hits: dict[Measure, Tensor]
     """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
     → (Q,) bool: whether it gives the query its label. With bank '', what needs no labels → the share of common
@@ -97,7 +97,7 @@ def embed_set(
 
 
 def probes_on(labeled: "LabeledSet", probes: Collection[str], *, has_teacher: bool) -> list[str]:
-    """Return what to measure on a set besides retrieval: without labels, all probes that need none."""
+    """Return the probes to run on a set; without labels, all probes that need none."""
     wanted = probes if labeled.has_labels else WITHOUT_LABELS
     return [probe for probe in wanted if has_teacher or probe != "agreement"]
 
@@ -110,7 +110,9 @@ def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Coll
     """
     smallest, num_test = min(filter(None, labeled.num_images)), labeled.num_images[1]
     if not 1 <= min(ks) <= max(ks) <= smallest:
-        raise InputError(f"ks: must be from 1 to {smallest}, the images in {name}'s smaller split, got {list(ks)}")
+        raise InputError(
+            f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
+        )
     if num_test <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
         raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
 

@@ -27,7 +27,7 @@ class LinearProbe(NamedTuple):
     classes: Tensor
     """Labels in ascending order, (C,)."""
     weight: Tensor
-    """(C, D) float64, for embeddings as they are: standardization is included."""
+    """(C, D) float64, for embeddings that are not standardized: the weights include the standardization."""
     bias: Tensor
     """(C,) float64."""
     strength: float
@@ -40,7 +40,7 @@ class LinearProbe(NamedTuple):
 def linear_probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, strength: float | None = None
 ) -> float:
-    """Return the share of test images that a linear probe of the training images classifies right, from 0 to 1.
+    """Return the share of test images, from 0 to 1, that a linear probe fitted to the train images labels correctly.
 
     Args:
         train: (N, D).
@@ -60,7 +60,7 @@ def linear_probe_accuracy(
 
 
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
-    """Fit a linear probe by L-BFGS in float32, with the same result each time on a machine.
+    """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
     The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
     of equally good ones the strongest. Weaker ones are not tried after two that are worse than the best. The probe is
@@ -103,7 +103,7 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
 def _fit(
     x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Fit weights, (C, D), and bias, (C,), to standardized images that are rotated to their principal directions.
+    """Fit weights, (C, D), and bias, (C,), to standardized embeddings, rotated to their principal directions.
 
     At zero weights, the loss has the curvature variance / C + strength along each direction. The solver's unknowns are
     the weights there times the root of it: all problems are alike then, and collinear channels do not slow it down.

@@ -27,7 +27,7 @@ HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 
 
 def measures_of(has_labels: bool, ks: Sequence[int], probes: Collection[str]) -> list[tuple[str, Measure]]:
-    """Return what is measured on a set, each with its bank: retrieval, then the probes.
+    """Return each measure taken on a set, with its bank: retrieval first, then the probes.
 
     Classifiers are fitted to the train split; what needs no labels looks up the test images among themselves, bank ''.
     """
@@ -82,5 +82,5 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
         for key, value in values.items():
             series.setdefault(key, {})[step] = value
     if num_corrupt:
-        log.warning("%s: skipped %d of %d lines, which are corrupt", path, num_corrupt, len(lines))
+        log.warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
     return series

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by cosine, accuracies and votes from them, and the ranks that share the work.
+"""Find exact nearest neighbors by cosine, turn them into accuracies and votes, and share the work among ranks.
 
 Shapes: N bank images, Q queries, K neighbors, D channels.
 """
@@ -37,7 +37,7 @@ class TopK(NamedTuple):
 
 
 def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
-    """Return each query's k nearest by cosine, nearest first: cosines and bank indices, (Q, k) each.
+    """Return each query's k nearest neighbors by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
     Exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
 
@@ -50,7 +50,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
         ValueError: k is out of range.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to the bank's {len(bank)} images, got {k}")
+        raise ValueError(f"k must be from 1 to {len(bank)}, the number of bank images; got {k}")
     parts = queries.split(QUERY_PART)
     # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)
@@ -70,7 +70,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
-    """Return each query's k nearest by cosine in float64, see :func:`nearest_neighbors`; the first wins a tie.
+    """Return each query's k nearest neighbors like :func:`nearest_neighbors`, but in float64; the first wins a tie.
 
     Of more than k + ``SPARE`` equal ones, those that float32's search finds.
 
@@ -90,7 +90,7 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
-    """Return the k largest of each row (all of a shorter row), largest first.
+    """Return the k largest values of each row (all values of a shorter row), largest first.
 
     In two levels, since topk of a whole row is much slower than a maximum: the k groups of adjacent columns with the
     largest maxima contain the k largest values.
@@ -112,7 +112,7 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
 
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
-    """Turn off autocast and TF32 (Composer allows it): both round similarities and thus change the order."""
+    """Turn off autocast and TF32 (which Composer allows): both round similarities and thus change the order."""
     allow_tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -163,7 +163,7 @@ def retrieval_accuracy(
 
 
 class Ranks(NamedTuple):
-    """This process's place among those that share an evaluation."""
+    """This process's rank among the processes that share an evaluation."""
 
     rank: int = 0
     world_size: int = 1

@@ -14,7 +14,7 @@ NUM_COMMON = 10
 
 
 def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) -> float:
-    """Return the mean share of an image's k nearest others that two models have in common, from 0 to 1.
+    """Return the mean share of an image's k nearest neighbors that two models have in common, from 0 to 1.
 
     This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987). Chance is k / (N - 1).
 
@@ -36,7 +36,7 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
 
 
 def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK) -> Tensor:
-    """Return the indices of each image's k nearest others by cosine, nearest first, (N, k) int64.
+    """Return the indices of the k other images nearest to each image by cosine, nearest first, (N, k) int64.
 
     Args:
         images: (N, D), on every rank all of them.
@@ -47,7 +47,7 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK)
         ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
-        raise ValueError(f"k must be from 1 to the {len(images) - 1} other images, got {k}")
+        raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
     found = exact_neighbors(images, ranks.take_share(images), k + 1).indices
     is_other = found != ranks.share(len(images)).to(found.device)[:, None]
     is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest
@@ -55,12 +55,12 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK)
 
 
 def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
-    """Return the share of each image's neighbors that are also in the other model's, (N, K) twice → (N,) float64."""
+    """Return the share of each image's neighbors that two models have in common, (N, K) twice → (N,) float64."""
     return (nearest[:, :, None] == others.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)
 
 
 def instance_hits(first: Tensor, second: Tensor, ks: Sequence[int], ranks: Ranks = ONE_RANK) -> dict[int, Tensor]:
-    """Return k → whether an image's own second view is among the k second views nearest to its first, (N,).
+    """Return k → whether an image's own second view is among the k second views nearest to its first view, (N,).
 
     Args:
         first: The first view of each image, (N, D), on every rank all of them.

@@ -127,7 +127,7 @@ def pad_rows(bias: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers and attention compute on ``x``: autocast's if enabled, else its own."""
+    """Return the dtype in which linear layers and attention compute: autocast's if enabled, else that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

@@ -100,7 +100,7 @@ class Classifier(ComposerModel):
         return cross_entropy(outputs, batch[1])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Return an evaluation's metrics: top-1, top-5 if there are more classes, and the loss."""
+        """Return an evaluation's metrics: top-1, top-5 if there are more than five classes, and the loss."""
         return {} if is_train else self.metrics
 
     def update_metric(self, batch: Batch, outputs: Tensor, metric: Metric) -> None:

@@ -28,7 +28,7 @@ FROZEN = ("teacher.", "student.encoder.")
 
 
 class DistillationModel(ComposerModel):
-    """Regress the teacher's targets with the student's prediction; the encoder runs once a step for both.
+    """Regress the teacher's targets with the student's prediction; the encoder runs once per step for both.
 
     The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
     ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
@@ -196,7 +196,7 @@ class DistillationModel(ComposerModel):
         return {}  # a callback measures retrieval; the Trainer logs the loss
 
     def embed_all(self, images: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the student's embeddings, see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
+        """Return the student's embeddings; see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
         return self.in_precision(self.student.embed_all)(images, lengths)
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
@@ -209,7 +209,7 @@ class DistillationModel(ComposerModel):
         return lambda *inputs: self.compute(function, *inputs)
 
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
-        """Call a function in the model's precision, see :meth:`in_precision`."""
+        """Call a function in the model's precision; see :meth:`in_precision`."""
         with cpu_autocast(self.cpu_bf16):
             return function(*inputs)
 
@@ -229,19 +229,19 @@ class DistillationModel(ComposerModel):
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
-    """Return a context in which a CPU computes in bfloat16, if that is on."""
+    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
 
 
 def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Keep only what trains in a state dict."""
+    """Remove all tensors that do not train from a state dict."""
     for name in [name for name in state_dict if name.startswith(tuple(prefix + frozen for frozen in FROZEN))]:
         del state_dict[name]
 
 
 def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Check that a state dict has exactly a module's tensors; Composer may load without ``strict``.
+    """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
 
     Raises:
         InputError: A tensor is missing, unknown or misshapen.

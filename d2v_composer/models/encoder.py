@@ -1,4 +1,4 @@
-"""A frozen encoder that teacher and student share: a batch of inputs to tokens. What a modality is, its subclasses say.
+"""The frozen encoder that teacher and student share; it turns inputs into tokens. Its subclasses know the modality.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
@@ -67,7 +67,7 @@ class Encoder(Frozen):
     @property
     @abstractmethod
     def block_list(self) -> list[Any]:
-        """The blocks, of the subclass's kind."""
+        """The blocks, typed as the subclass's kind of block."""
 
     @abstractmethod
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context, optionally followed by those of a teacher's blocks."""
+        """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:

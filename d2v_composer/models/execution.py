@@ -85,7 +85,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
-    """Compile a function without gradient as a CUDA graph; Inductor silently runs as usual what cannot be one."""
+    """Compile a function without gradient as a CUDA graph; if it cannot be one, Inductor silently runs it as usual."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": tor
 
 class Precision(NamedTuple):
     dtype: torch.dtype
-    """Compute dtype of linear layers."""
+    """Dtype in which linear layers compute."""
     trainer: str
     """Precision of Composer's Trainer."""
     cpu_bf16: bool
@@ -139,7 +139,7 @@ class Precision(NamedTuple):
 
 
 def name_precision(choice: str, on_gpu: bool | None = None) -> str:
-    """Resolve a choice: ``auto`` is the fastest precision for which the GPU or the CPU has instructions."""
+    """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
     if choice != "auto":
         return choice
     if torch.cuda.is_available() if on_gpu is None else on_gpu:
@@ -150,14 +150,14 @@ def name_precision(choice: str, on_gpu: bool | None = None) -> str:
 
 
 def choose_precision(choice: str) -> Precision:
-    """Return how to compute in a precision on this machine's GPU, or on its CPU if it has none."""
+    """Return the settings for computing in a precision on this machine's GPU, or on its CPU if it has none."""
     name = name_precision(choice)
     cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
 
 
 def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any) -> FSDPModule:
-    """Shard an FSDP unit like torch's ``fully_shard``, so that it computes the same as under DDP and autocast.
+    """Shard an FSDP unit like torch's ``fully_shard``, but such that it computes the same as under DDP and autocast.
 
     Composer's policy casts each unit's input to half precision, and with it the residual stream, which starts at the
     encoder's positions.

@@ -29,25 +29,25 @@ SAMPLE_RATE = 16_000
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless it is a whole number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
-    """Raise ValueError, with the name of the size, unless it is a number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is a number in the range."""
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {short(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError, with the name of the option, unless it is one of a Literal's values."""
+    """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
 def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
-    """Raise ValueError unless there are a mean and a standard deviation for each channel, of pixels from 0 to 1."""
+    """Raise ValueError unless each channel has a mean and a standard deviation, for pixels from 0 to 1."""
     for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
         if not isinstance(values, tuple) or len(values) != in_chans:
             raise ValueError(f"{name} must be a number for each of in_chans {in_chans}, got {short(values)}")
@@ -91,9 +91,9 @@ class Data2Vec2EncoderConfig:
     prenet_depth: int = 4
     num_extra_tokens: int = 0
     num_alibi_heads: int = 0
-    """0: no ALiBi (``use_alibi_encoder: false``)."""
+    """Number of heads with ALiBi; 0: no ALiBi (``use_alibi_encoder: false``)."""
     alibi_scale_shape: tuple[int, ...] | None = None
-    """(L or 1, 1, H or 1, 1, 1), if the checkpoint has a scale for ALiBi."""
+    """Shape of the ALiBi scale, (L or 1, 1, H or 1, 1, 1), if the checkpoint has one."""
     # The same for all, and thus not stored.
     is_normalized = True
 
@@ -107,7 +107,7 @@ class Data2Vec2EncoderConfig:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {short(self.embed_dim)}")
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
-            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), null without ALiBi"
+            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
 
 
@@ -260,7 +260,7 @@ class Data2Vec2Sizes(Data2Vec2EncoderConfig):
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
         shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
-            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or 1, got {short(shape)}")
+            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ RELEASED = {
     "large": _released(embed_dim=1024, num_heads=16, prenet_depth=0, depth=24, average_top_k_layers=18),
     "huge": _released(embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0, depth=32, average_top_k_layers=24),
 }
-"""Meta's image models."""
+"""Sizes of Meta's image models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +315,7 @@ class TimmEncoderConfig:
     image_std: tuple[float, ...]
     interpolation: str
     timm: str
-    """timm version that built it."""
+    """timm version that built the encoder."""
     outputs: tuple[float, ...] = ()
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""
@@ -354,7 +354,7 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
     @property
     def average_top_k_layers(self) -> int:
-        """All blocks."""
+        """Number of layers that the target averages: all blocks."""
         return self.depth
 
 

@@ -32,7 +32,7 @@ class StudentConfig:
     normalization: Normalization = "instance"
     """Normalization of each layer in the prediction and in ``layer_mean``."""
     embed_dim: int | None = None
-    """Channels of blocks and embeddings, at most the encoder's; default the encoder's."""
+    """Channels of blocks and embeddings, at most the encoder's; default: the encoder's."""
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
 
@@ -102,7 +102,7 @@ class Student(Transformer):
         return super().forward_macs(shape) + self.encoder.num_tokens(shape) * linear_weights(self.entrance)
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the backward pass's multiply-accumulates: twice the forward's, less the gradient of the input."""
+        """Return the backward pass's multiply-accumulates: twice the forward pass's, minus the input gradient's."""
         first = self.block_list[0]
         reads_input = linear_weights(self.entrance) or (first.norm0 is None and linear_weights(first.attn.qkv))
         return 2 * self.forward_macs(shape) - self.encoder.num_tokens(shape) * reads_input

@@ -48,7 +48,7 @@ def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tenso
 def instance_norm(
     layer_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize each input's channels over time, (B, T, D) float32: biased variance, no affine.
+    """Normalize each input's channels over its tokens, (B, T, D) float32: biased variance, no affine transform.
 
     The first ``num_extra_tokens`` time steps, and padding, are normalized, but do not count in the statistics.
 

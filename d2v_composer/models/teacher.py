@@ -42,7 +42,7 @@ class Teacher(Transformer, Frozen):
 
     @abstractmethod
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
-        """Return the attention modules or blocks that a student's can be initialized from.
+        """Return the attention modules or blocks from which a student's can be initialized.
 
         Raises:
             ValueError: The student's are of another kind.
@@ -157,7 +157,9 @@ class Teacher(Transformer, Frozen):
             return student
         sources = self.init_sources(init)
         if depth > len(sources):
-            raise ValueError(f"init {init} needs at most the teacher's {len(sources)} blocks, got {depth}")
+            raise ValueError(
+                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got {depth}"
+            )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
                 (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())

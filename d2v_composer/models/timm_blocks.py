@@ -38,12 +38,12 @@ def check_block(block: nn.Module) -> None:
     """Raise ValueError if a block's kind is not supported."""
     if type(block) not in KINDS:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; supported are {allowed}")
+        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; use one of {allowed}")
 
 
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
-    """Give the projection a single bias: timm joins those of queries, keys and values at every call."""
+    """Give the projection a single bias; timm joins the biases of queries, keys and values at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -118,7 +118,7 @@ class FixedContexts(nn.Module):
         return contexts * self.num_blocks if len(contexts) == 1 else contexts
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        """Return the table as blocks take it, (1 or L, …)."""
+        """Return the table in the form that blocks take, (1 or L, …)."""
         return table
 
 
@@ -144,7 +144,7 @@ def take_contexts(model: Any) -> FixedContexts:
 
 
 def take_relative_bias(model: Any) -> Tensor | None:
-    """Gather each block's own bias, and add the one that all share."""
+    """Gather each block's own bias, and add the bias that all blocks share."""
     own = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in own]
     if model.rel_pos_bias is not None:

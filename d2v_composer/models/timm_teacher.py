@@ -128,7 +128,7 @@ class TimmParts(NamedTuple):
     """A timm model, taken apart."""
 
     stem: nn.Module
-    """The model without the other parts: its ``forward_features`` is what comes before the blocks."""
+    """The model without the other parts: its ``forward_features`` computes everything before the blocks."""
     blocks: list[TimmBlock]
     contexts: FixedContexts
     norm: nn.Module
@@ -146,7 +146,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Allocate a meta module's memory, unless meta is the default device; its parameters are not set."""
+    """Allocate memory for a meta module, unless meta is the default device; its parameters stay unset."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -157,7 +157,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmEncoder(Images):
-    """A timm ViT's encoder: what comes before its blocks, and the first blocks.
+    """A timm ViT's encoder: everything before its blocks, and the first blocks.
 
     Args:
         config: Sizes.
@@ -236,14 +236,14 @@ class TimmTeacher(Teacher):
         self.freeze()
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
-        """Cast relative biases too: the attention computes in this dtype."""
+        """Cast relative biases too, because the attention computes in this dtype."""
         for part in self.modules():
             if isinstance(part, RelativeBias):
                 part.to(dtype)
         return super().cast_weights(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Make the final norm an FSDP unit too; a root stays gathered."""
+        """Make the final norm an FSDP unit too; as part of the root, it would stay gathered."""
         return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
@@ -258,12 +258,12 @@ class TimmTeacher(Teacher):
         blocks, name = [block.block for block in self.block_list], self.config.model
         if init == "teacher_blocks":
             kind = type(blocks[0]).__name__
-            raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, {name} has {kind}")
+            raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {kind}")
         attentions = [block.attn for block in blocks]
         found = ", ".join(sorted(parameter for parameter, _ in attentions[0].named_parameters()))
         if found != ATTENTION_TENSORS or self.contexts.table is not None:
             raise ValueError(
                 f"init teacher_attention needs an attention of {ATTENTION_TENSORS} without rotary positions or "
-                f"relative bias, {name} has {type(attentions[0]).__name__} of {found}"
+                f"relative bias, but {name} has {type(attentions[0]).__name__} of {found}"
             )
         return attentions

@@ -33,7 +33,7 @@ def poolings(
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradient, even before a training step in the same autocast region.
+    """Compute without gradient, safely even if a training step follows in the same autocast region.
 
     Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
     """
@@ -85,7 +85,7 @@ class Transformer(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """:attr:`blocks`, of the subclass's kind."""
+        """:attr:`blocks`, typed as the subclass's kind of block."""
         return list(self.blocks)
 
     @property
@@ -160,7 +160,7 @@ class Transformer(nn.Module, ABC):
         return self.norm_mean(layers, ignored_tokens, self.normalization, self.final_layer_norm, padding_mask)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them; or keep them again."""
+        """Turn recomputation of each block's activations in the backward pass, instead of keeping them, on or off."""
         for block in self.block_list:
             if isinstance(block.forward, partial):  # an earlier call's
                 block.forward = block.forward.args[0]

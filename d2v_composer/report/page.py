@@ -1,4 +1,4 @@
-"""Write a run's report as one HTML file; its plots are in the file, and beside it as PNG files."""
+"""Write a run's report as one HTML file that contains its plots; write the plots as PNG files too."""
 
 import base64
 import io
@@ -95,7 +95,7 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _warnings(run: Run) -> Iterator[str]:
-    """Yield the states that Health found, and when."""
+    """Yield each state that Health found, with its first and last batch."""
     for state in HEALTH_STATES:
         batches = [step for step, value in run.log.get(f"health/{state}", {}).items() if value]
         if batches:

@@ -38,7 +38,7 @@ CURVES = {
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
     "throughput": ("Throughput in images/s", "", "throughput/images_per_sec"),
-    "data_wait": ("Share of the time spent waiting for images", "%", "throughput/data_wait"),
+    "data_wait": ("Fraction of the time spent waiting for images", "%", "throughput/data_wait"),
     "cosines": ("Cosine of prediction and target", "", "health/cosine/cls", "health/cosine/patch"),
     "layers": ("Cosine of prediction and each teacher layer", "", "health/cosine/layer_*"),
     "variance": ("Variance over the images", "", "health/*_variance"),
@@ -51,7 +51,7 @@ Line = tuple[Mapping[int, float] | float, dict[str, Any]]
 
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of every plot over steps that the log has values for."""
+    """Yield the file name and figure of each plot over steps for which the log has values."""
     for name, (title, scale, *keys) in CURVES.items():
         lines = {key: (run.log[key], {}) for wanted in keys for key in fnmatch.filter(run.log, wanted)}
         if lines:
@@ -59,17 +59,17 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of each data set's retrieval, probes and teacher gap closed over the steps."""
+    """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
         for bank in BANKS:
             if lines := _accuracies(run, dataset, bank, {ks[0]: f"top-{ks[0]}"}):
                 yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
         if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
-            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted to train, judged on test", "%", lines)
+            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted on train, measured on test", "%", lines)
         without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
         if lines := _accuracies(run, dataset, "", without_labels):
-            yield f"without_labels_{dataset}", plot(f"{dataset}, judged without labels", "%", lines)
+            yield f"without_labels_{dataset}", plot(f"{dataset}, measured without labels", "%", lines)
         gaps = {name: _gap(run, dataset, name, ks[0]) for name in EMBEDDINGS}
         primary = "{representation}_{pooling}".format(**run.retrieval)
         # Of a small gap, the part that is closed says little.
@@ -80,13 +80,13 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             figure.axes[0].axhline(1, color="k", linewidth=1)
             figure.axes[0].set_ylim(-0.3, 1.3)
             if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
-                note = f"Not shown, gap below a third of the largest: {', '.join(left_out)}"
+                note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
                 figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
 
 
 def _gap(run: Run, dataset: str, embedding: str, k: int) -> float:
-    """Return how much better the teacher is than the untrained student, in the better bank; 0 if it is not."""
+    """Return the teacher's lead over the untrained student, in the bank where it is larger; 0 if there is none."""
     gaps = [0.0]
     for bank in BANKS:
         untrained = run.log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
@@ -109,7 +109,7 @@ def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) 
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot lines over the batches; long ones get a running mean.
+    """Plot lines over the batches; long lines get a running mean.
 
     Args:
         title: Title of the plot.

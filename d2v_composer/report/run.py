@@ -29,13 +29,13 @@ class Run(NamedTuple):
     log: Mapping[str, Mapping[int, float]]
     """key → step → value."""
     neighbors: Mapping[str, Mapping[str, Tensor]]
-    """As in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
+    """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, LabeledSet]
     """The images that can still be read; each label has a name."""
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; a fine-tuning run has no data sets for it."""
+        """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
         return {"datasets": {}} if "dataset" in config else config["retrieval"]
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return latest(self.log.get(key, {}))
 
     def accuracies(self, dataset: str, bank: str, measure: Measure, baseline: str | None = None) -> Mapping[int, float]:
-        """Return step → accuracy in the primary embedding, of the student or a baseline."""
+        """Return step → accuracy of the student or a baseline, with the primary embedding."""
         return self.log.get(metric_key(dataset, bank, measure, baseline=baseline), {})
 
 

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 
 PROBE_HEADS = {"knn/top1": "20-NN weighted", "knn_majority/top1": "20-NN majority", "linear/top1": "linear probe"}
-CLASSIFIED, FITTED, UNLABELED = "Zero-shot retrieval", "Probes fitted to train, judged on test", "Judged without labels"
+CLASSIFIED, FITTED, UNLABELED = (
+    "Zero-shot retrieval",
+    "Probes fitted on train, measured on test",
+    "Measured without labels",
+)
 DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Format a table, the first column aligned left, the others right. Missing cells are empty; one row is needed."""
+    """Format a table of at least one row: first column aligned left, the others right, missing cells empty."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
@@ -52,13 +56,17 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
         tables.append(f"{title}\n{format_table(head, cells)}")
         if {before, after, teacher} <= rows.keys():
             closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
-            said = "none: the teacher is no better than before training" if closed is None else f"{100 * closed:.0f} %"
+            said = (
+                "none: the teacher is no better than the student before training"
+                if closed is None
+                else f"{100 * closed:.0f} %"
+            )
             tables[-1] += f"\nteacher gap closed ({head[1]}): {said}"
     return "\n\n".join(tables)
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
-    """Return accuracies with intervals, the teacher gap closed, and the size of each model."""
+    """Return tables of accuracies with intervals, the teacher gap closed, and the size of each model."""
     primaries, parts = evaluation.primaries, []
     for dataset, what in product(evaluation.class_names, (CLASSIFIED, FITTED, UNLABELED)):
         columns = [(bank, measure) for bank, measure in evaluation.measures(dataset) if _kind(measure) == what]
@@ -82,7 +90,7 @@ def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:
 
 
 def measure_head(measure: str) -> str:
-    """Return the column head for what a probe measures."""
+    """Return the heading of the column for a probe's measure."""
     return {**PROBE_HEADS, AGREEMENT: "neighbor agreement"}.get(measure) or measure.replace("/top", " top-")
 
 
@@ -99,7 +107,7 @@ def _percent(interval: Interval | None) -> str:
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
-    """Return top-1 of each run and embedding on ``DATASET`` in %, bank train / test, and the teacher gap closed.
+    """Return a table of each run's top-1 on ``DATASET`` in %, bank train / test, and its teacher gap closed.
 
     The gap closed is the mean of both banks. The untrained student and the teacher are the first run's, or the run's
     own, which then stand below it. Loss: mean of the last 100 batches; s: seconds of training without evaluations.
@@ -128,7 +136,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 
 def _top1(log: Log, embedding: str, baseline: str | None = None, step: int | None = None) -> str:
-    """Return top-1 in % with each bank, at a step or the last one."""
+    """Return top-1 in % with each bank, at a given step or the last one."""
     values = [log.get(metric_key(DATASET, bank, 1, embedding, baseline), {}) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

@@ -105,11 +105,11 @@ def check_path(path: str) -> None:
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         said = "; write placeholders as ${run_name}" if "{" in path else ""
-        raise ValueError(f"expected letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
+        raise ValueError(f"expected only letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
 
 
 def identity(address: str) -> str:
-    """Return an address without login, signature and fragment: another signature means the same file.
+    """Return an address without login, signature and fragment: an address with another signature means the same file.
 
     Other query parameters stay, since they may identify the file. Hash the result; do not show it.
     """
@@ -133,7 +133,7 @@ def hide_all_secrets(value: Any) -> Any:
 
 
 def _rewrite(address: str, keeps: Callable[[str], bool]) -> str:
-    """Remove the login, the fragment, and all query parameters except those to keep."""
+    """Remove the login, the fragment, and all query parameters except the ones that ``keeps`` accepts."""
     whole, _, parameters = address.partition("#")[0].partition("?")
     scheme, _, rest = whole.partition("://")
     host, slash, path = rest.partition("/")

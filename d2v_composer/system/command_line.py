@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
 
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
-    """Return the exit status and the lines to print; status ``None`` if the error needs its traceback."""
+    """Return the exit status and the lines to print; the status is ``None`` if the traceback must be shown."""
     if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]

@@ -58,7 +58,7 @@ def find_full_disk(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Convert any exception of a block that reads a file or folder to one line with its path.
+    """Convert any exception to one line with the path of the file or folder that the ``with`` block reads.
 
     Raises:
         InputError: The block raised an exception. An InputError or RunError passes unchanged.
@@ -74,7 +74,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError, such as a full disk, of a block that writes a file or folder to one line with its path.
+    """Convert an OSError, such as a full disk, to one line with the path that the ``with`` block writes.
 
     Raises:
         RunError: The block raised an OSError.
@@ -87,7 +87,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Convert an error of the block to one line that names a config key.
+    """Convert an error raised in the block to one line that names a config key.
 
     Raises:
         InputError: The block raised a ``kind``.

@@ -205,7 +205,7 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
 
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
-    """Return an S3 client; a forked process must not use its parent's."""
+    """Return an S3 client; a forked process must not use its parent's client."""
     from boto3.session import Session
     from botocore.config import Config
 

@@ -36,7 +36,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     if re.match(r"\w+:/", str(path)):
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
+        raise InputError(f"{path}: is a folder; expected a file to write")
     if not overwrite and os.path.lexists(path):
         raise InputError(f"{path}: already exists: choose another file, or append --overwrite")
     folder = path.parent.absolute()
@@ -49,7 +49,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
 
 @contextmanager
 def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write or download to, and rename it to ``path`` when the block ends.
+    """Yield a temporary path to write or download to, and rename it to ``path`` when the ``with`` block ends.
 
     Check the content at the end of the block: after an error the temporary file is removed, and ``path`` is as before.
     Several processes and nodes may write the same path at the same time; the last one wins.
@@ -75,7 +75,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a command's result, see :func:`partial_file`; give it a new file's usual permissions.
+    """Yield a temporary path for a command's result like :func:`partial_file`; give it a new file's usual permissions.
 
     Raises:
         RunError: The disk is full or fails.
@@ -129,13 +129,15 @@ def acquire(path: Path, wait: float = 0) -> int | None:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            log.warning("%s: this file system has no locks (%s): two runs may use the same files", path, error.strerror)
+            log.warning(
+                "%s: this file system has no locks (%s), so two runs may use the same files", path, error.strerror
+            )
             return descriptor
 
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
-    """Lock a file as with :func:`acquire` until the block ends; yield ``False`` if the lock is held elsewhere."""
+    """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
     descriptor = acquire(path, wait)
     try:
         yield descriptor is not None
@@ -147,7 +149,7 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long; a DataLoader would hang."""
+    """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long, so that a DataLoader cannot hang."""
     long = tempfile.gettempdir()
     if len(long) > LONGEST_SOCKET_FOLDER:
         tempfile.tempdir = "/tmp"

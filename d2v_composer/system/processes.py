@@ -52,12 +52,12 @@ def handle_signals() -> None:
 
 
 def received() -> signal.Signals | None:
-    """Return the first signal that arrived; later exceptions are its consequence, such as a lost rank."""
+    """Return the first signal that arrived; later exceptions, such as a lost rank, are its consequence."""
     return _received
 
 
 def defer_signals(notice: str | None = None) -> None:
-    """From now on, only record the first signal, see :func:`received`; a second Ctrl-C still ends the process.
+    """From now on, only record the first signal (see :func:`received`); a second Ctrl-C still ends the process.
 
     Args:
         notice: Printed by rank 0 after the first Ctrl-C.
@@ -94,7 +94,7 @@ def _restore_handlers() -> None:
 
 @contextmanager
 def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
-    """If a signal ends the process in this block, clean up, and print what is left and how to resume.
+    """If a signal ends the process in this ``with`` block, clean up, and print what is left and how to resume.
 
     Args:
         explain: Returns the end of the line. It runs in another thread, and may end what the block has started.
@@ -160,7 +160,7 @@ def die_with_parent() -> None:
 
 
 def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start another program in its own session, with no signal blocked; it dies with this process.
+    """Start another program in its own session, with no signals blocked; it dies with this process.
 
     A program of ours blocks and watches the signals itself, whatever it inherits.
     """

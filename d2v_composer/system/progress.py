@@ -25,4 +25,4 @@ class _Lines(tqdm):
             print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Keep what is printed."""
+        """Do nothing, so that printed lines stay."""

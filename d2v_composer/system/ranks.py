@@ -41,18 +41,18 @@ def join_ranks(longest_wait: float) -> None:
 
 
 def node_leaders_first(what: str) -> AbstractContextManager[None]:
-    """Let the first rank of each node run a block before the others run it; see :func:`leaders_first`."""
+    """Let the first rank of each node run a ``with`` block before the others run it; see :func:`leaders_first`."""
     return leaders_first(range(0, dist.get_world_size(), dist.get_local_world_size()), what)
 
 
 def rank_zero_first(what: str) -> AbstractContextManager[None]:
-    """Let rank 0 run a block before all others run it; see :func:`leaders_first`."""
+    """Let rank 0 run a ``with`` block before all others run it; see :func:`leaders_first`."""
     return leaders_first([0], what)
 
 
 @contextmanager
 def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
-    """Let some ranks run a block, such as a download, before the others run it. All ranks must call this.
+    """Let some ranks run a ``with`` block, such as a download, before the others run it. All ranks must call this.
 
     The block may take hours. No collective waits meanwhile: it would time out, as in Composer's
     ``run_local_rank_zero_first``. Each leader writes its outcome to the process group's store.
@@ -83,7 +83,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 @contextmanager
 def _outcome(store: Any, key: str) -> Iterator[None]:
-    """Write heartbeats to the store while the block runs, then its outcome."""
+    """Write heartbeats to the store while the ``with`` block runs, then its outcome."""
     ended, outcome = threading.Event(), OK
 
     def beat() -> None:
@@ -126,7 +126,7 @@ def _wait(store: Any, key: str, who: str) -> None:
 
 
 def raise_on_all_ranks(fault: str | None) -> None:
-    """Raise, on every rank, a fault that any rank found: none waits for a rank that exited.
+    """Raise, on every rank, a fault that any rank found, so that none waits for a rank that exited.
 
     Raises:
         InputError: With the fault of the lowest rank that has one.

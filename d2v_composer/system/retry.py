@@ -60,13 +60,14 @@ def retry(
             left = timeout - (time.monotonic() - start)
             if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
-            log.warning("%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
+            level = logging.INFO if is_missing(error) else logging.WARNING  # it may well be missing
+            log.log(level, "%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
             time.sleep(min(pause * dice.uniform(0.5, 1), left))
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def is_local(error: BaseException) -> bool:
-    """Return True if a fault is local: of the disk, or a package that is not installed."""
+    """Return True if a fault is local: a disk or path error, or a package that is not installed."""
     return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 

@@ -1,4 +1,4 @@
-"""Patches of Composer 0.32.1's internals, with their reasons.
+"""Patches to Composer 0.32.1's internals, with the reason for each.
 
 While :func:`patched_composer` is active:
 
@@ -41,7 +41,7 @@ MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 @contextmanager
 def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
-    """Patch Composer while a Trainer is constructed in the block.
+    """Patch Composer while a Trainer is constructed in the ``with`` block.
 
     Args:
         read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
@@ -62,7 +62,7 @@ def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., A
 
 @contextmanager
 def lean_engine(trainer: Trainer) -> Iterator[None]:
-    """Patch Composer while a Trainer trains in the block."""
+    """Patch Composer while a Trainer trains in the ``with`` block."""
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:

@@ -123,7 +123,7 @@ def test_first_hour_goes_on_after_a_failure(
         "fails": "failed with status 3",
         "hangs": "stopped after 0.02 minutes",
         "needs a GPU": "skipped: needs a GPU",
-        "installs": "skipped: needs a GPU, and no --no-install",
+        "installs": "skipped: needs a GPU and a run without --no-install",
         "last": "ok",
     }
     assert found["steps"][0]["found"] == ["naive 4.5", "0 recompilations"]
@@ -165,14 +165,14 @@ def test_retrieval_beside_the_matrix_product_and_faiss(tmp_path: Path) -> None:
 
 
 def test_contenders_that_find_something_else_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"'ours' computes the loss 2\.0[\d]*, 'naive' 2.0"):
+    with pytest.raises(RuntimeError, match=r"'ours' computes a loss of 2\.0[\d]*, but 'naive' computes 2.0"):
         check_losses({"naive": torch.tensor(2.0), "ours": torch.tensor(2.01)})
     check_losses({"naive": torch.tensor(2.0), "ours": torch.tensor(2.001)})
     right = torch.arange(18).view(6, 3)
     wrong = right.clone()
     wrong[4, 1] = 0
     check_neighbors(right, right)
-    with pytest.raises(RuntimeError, match="finds other neighbors than 'ours'"):
+    with pytest.raises(RuntimeError, match="and 'ours' find different neighbors"):
         check_neighbors(wrong, right)
 
 

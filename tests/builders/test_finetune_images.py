@@ -42,6 +42,6 @@ def test_classes_are_counted_by_names_and_labels() -> None:
     assert count_classes(Path("data"), tuple("abcdefghijkl"), torch.tensor([0, 9])) == 12
     for labels in ([0, -1], [4, 4], [0, 10**11]):
         with pytest.raises(
-            InputError, match=r"^dataset\.root: data: expected at least two classes, numbered from 0, got"
+            InputError, match=r"^dataset\.root: data: expected at least two classes, numbered from 0; got"
         ):
             count_classes(Path("data"), (), torch.tensor(labels))

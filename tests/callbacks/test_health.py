@@ -81,7 +81,7 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
         (
             "dead",
             Regressor(shift=1.2),
-            r"dead at batch 5: the loss 1.\d+ is no better than that of a constant prediction, [01].\d+",
+            r"dead at batch 5: the loss 1.\d+ is no better than the [01].\d+ of a constant prediction",
         ),
         ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 ex"),
         ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),

@@ -168,7 +168,7 @@ def test_the_loss_scaler_may_skip_batches(tmp_path: Path) -> None:
 @no_cuda
 def test_stops_when_the_loss_scale_is_too_small(tmp_path: Path) -> None:
     """As fairseq does: below it nothing is learned, and every batch is skipped."""
-    message = r"^batch 4: the loss scale fell to 6\.1\S+e-05: the gradients are not finite"
+    message = r"^batch 4: the loss scale fell to 6\.1\S+e-05 because the gradients are not finite"
     with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, LossScaling(range(1, 12), scale=2.0**-10))
     assert_all_saved_is_finite(tmp_path)

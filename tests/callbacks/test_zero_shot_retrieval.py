@@ -168,7 +168,7 @@ def test_judges_without_labels(has_labels: bool) -> None:
     assert ("metrics/set/bank_train/top1" in metrics) == has_labels
     title, *table = retrieval_table(callback).splitlines()
     assert title.startswith(
-        f"{'Zero-shot retrieval' if has_labels else 'Judged without labels'} on set, whole, batch 5"
+        f"{'Zero-shot retrieval' if has_labels else 'Measured without labels'} on set, whole, batch 5"
     )
     assert table[0].endswith("neighbor agreement    instance top-1    instance top-3")
     assert table[-1].startswith(f"teacher gap closed ({'bank train top-1' if has_labels else 'neighbor agreement'}): ")
@@ -234,7 +234,7 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
-    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the images in set's smaller split"):
+    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the number of images in set's smaller split"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
     with pytest.raises(ValueError, match="probes must be among knn, linear, agreement, instance, got knm"):
         ZeroShotRetrieval({"set": labeled}, probes=["knm"])

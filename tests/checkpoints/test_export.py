@@ -135,7 +135,7 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     tensors, old = load_file(exported), tmp_path / "old.safetensors"
     del tensors["config_json"]
     save_file(tensors, old)
-    with pytest.raises(InputError, match="no tensor config_json: not a file of d2v export"):
+    with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
     with pytest.raises(ValueError, match="global_pool must be one of token, avg, mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
@@ -161,7 +161,7 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
     path = tmp_path / "student.onnx"
     export(exported, path, "--int8", "--calibrate", small_data)
     printed = capsys.readouterr().out
-    assert "int8 compared with float32 on 76 images, calibrated with 20 others: cosine 0.9" in printed
+    assert "int8 compared with float32 on 76 images, calibrated with 20 others: mean cosine 0.9" in printed
     session = onnxruntime.InferenceSession(path)
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "layer_mean_cls"
     student, layers = load_student(exported), [node.op_type for node in onnx.load(path).graph.node]

@@ -133,7 +133,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "tensor {} is not a dense floating-point tensor": lambda tensor: tensor.to_sparse(),
     "{} is not a dense": lambda tensor: tensor.to("meta"),
     "tensor {} is not": lambda tensor: torch.complex(tensor, tensor),
-    "or fewer than its shape": lambda tensor: tensor.flatten()[:1].clone().expand(tensor.shape),
+    "or fewer values than its shape needs": lambda tensor: tensor.flatten()[:1].clone().expand(tensor.shape),
 }
 
 

@@ -29,7 +29,7 @@ def refusal(load: Callable[..., Any], *arguments: Any) -> str:
 
 def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "latest-rank0.pt"
-    assert "is a training checkpoint, expected a teacher; " in refusal(load_teacher, checkpoint)
+    assert "is a training checkpoint; expected a teacher; " in refusal(load_teacher, checkpoint)
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher, load_any])
@@ -43,7 +43,7 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: 
     contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["teacher"]["checkpoint"] = str(tmp_path / "gone.pt")
     checkpoint = tmp_path / "moved.pt"
     torch.save(contents, checkpoint)
-    expected = rf"^{tmp_path}/gone\.pt: no such file; if the teacher of \S*moved\.pt has moved, name its file: "
+    expected = rf"^{tmp_path}/gone\.pt: no such file; if the teacher of \S*moved\.pt has moved, give its new path: "
     out = str(tmp_path / "out.safetensors")
     for load in (lambda: load_any(checkpoint), lambda: export_student.main([str(checkpoint), out])):
         assert re.search(f"{expected}--teacher PATH", refusal(load))

@@ -121,14 +121,14 @@ def test_truncated_files_and_other_metadata_are_refused(converted: Path, exporte
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:
-    assert "is a student file, expected a teacher file" in refused_by(load_teacher, exported)
-    assert "is a teacher file, expected a student file" in refused_by(load_student, converted)
+    assert "is a student file; expected a teacher file" in refused_by(load_teacher, exported)
+    assert "is a teacher file; expected a student file" in refused_by(load_student, converted)
 
 
 def test_other_programs_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     for load in (load_teacher, load_student):
-        assert "is not a file of d2v_composer" in refused_by(load, tmp_path / "other.safetensors")
+        assert "is not a d2v_composer file" in refused_by(load, tmp_path / "other.safetensors")
 
 
 # Students.

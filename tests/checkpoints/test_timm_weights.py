@@ -209,7 +209,7 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     [
         ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
         ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
-        ({"model": "data2vec2", "image_size": 112}, "image_size: fixed by the file of data2vec2"),
+        ({"model": "data2vec2", "image_size": 112}, "image_size: cannot be set for data2vec2, whose file fixes it"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(file: Path, options: dict[str, Any], message: str) -> None:
@@ -258,7 +258,7 @@ def test_another_version_of_timm_must_compute_the_same(
         return model
 
     monkeypatch.setattr(timm_teacher.timm, "create_model", create_other)
-    problem = f"the installed timm computes something else for {MODEL} than timm '{before}'"
+    problem = f"the installed timm gives different results for {MODEL} than timm '{before}'"
     assert problem in refused_by(load_student, path)
     with pytest.raises(InputError, match=problem):
         create("d2v2_student", checkpoint_path=str(path))

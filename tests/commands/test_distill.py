@@ -185,7 +185,7 @@ def test_other_bad_input_is_one_line(distilled: Path, photos: Path, tmp_path: Pa
         (command(photos, tmp_path / "run", "save_folder=here"), "^save_folder: use --out instead$"),
         (command(photos, photos / "run"), "^.*/run: is inside the folder of images, "),
         (command(tmp_path, distilled), r"was made by 'd2v distill .*photos\d+ --teacher .*; choose another --out"),
-        (command(photos, foreign), f"^{foreign}: has a student.safetensors of another run"),
+        (command(photos, foreign), f"^{foreign}: has a student.safetensors from another run"),
     ):
         with pytest.raises((InputError, OSError), match=problem):
             distill.main(arguments[1:])

@@ -91,7 +91,7 @@ SLIPS = {
     "save_folder=ftp://x/y": "save_folder: expected a folder or an address in one of s3, gs, oci, azure, dbfs",
     "save_folder=''": "save_folder: must be printable characters, got ''",
     "run_name=a/b": "run_name: ",
-    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, the value as in a YAML: ",
+    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, with the value as in a YAML: ",
 }
 
 
@@ -108,7 +108,7 @@ CONTRADICTIONS = {
     ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the 3 ranks, got 32",
     ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
     ("train_loader.remote=s3://bucket/images",): (
-        "train_loader.num_canonical_nodes: must be 3, or a multiple, on 3 nodes, got 1"
+        "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1"
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
@@ -137,7 +137,7 @@ def test_fsdp_needs_a_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fsdp is not None
     assert not fsdp.reshard_after_forward
     (line,) = problems_of(QUICKSTART_YAML, "parallelism_config.fsdp={}", "device_train_microbatch_size=auto")
-    assert line.startswith("device_train_microbatch_size: Composer has no 'auto' with FSDP")
+    assert line.startswith("device_train_microbatch_size: Composer does not support 'auto' with FSDP")
 
 
 def test_all_slips_are_listed_at_once(tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     ("name", "lines", "want"),
     [
         ("LOC_val_solution.csv", ["ImageId,PredictionString", "a,10 85 1 499 272", "b,2 85 1 9 2 10 1 2 3 4"], [1, 2]),
-        ("LOC_val_solution.csv", ["a.jpg,0", "b.jpg,1"], r"val/a.jpg: expected a class, one of 1, 10, 2, got '0'"),
-        ("LOC_val_solution.csv", ["a.jpg, 1"], r"val/b.jpg: expected a class, one of .*, got ''"),
+        ("LOC_val_solution.csv", ["a.jpg,0", "b.jpg,1"], r"val/a.jpg: expected one of the classes 1, 10, 2; got '0'"),
+        ("LOC_val_solution.csv", ["a.jpg, 1"], r"val/b.jpg: expected one of the classes .*; got ''"),
     ],
 )
 def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list[str], want: list | str):
@@ -128,8 +128,8 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
         ([], [], "no images"),
         (["val/a/1.jpg"], [], "no split 'train'; available: val"),
         (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
-        (["a/1.jpg", "2.jpg"], [], "2.jpg: expected a class, one of a, got '2.jpg'; --labels none"),
-        (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected a class, one of a, got 'b'"),
+        (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; --labels none"),
+        (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
     ],
 )

@@ -85,7 +85,9 @@ def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_
         "column and label_column": lambda: load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic"),
     }
     for option, read in readers.items():
-        with pytest.raises(InputError, match=rf"no column 'image'; the data set has: i, x, y; choose with {option}$"):
+        with pytest.raises(
+            InputError, match=rf"no column 'image'; the data set has: i, x, y; choose one with {option}$"
+        ):
             read()
     with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
         train_loader(data, "train_loader.column=y")

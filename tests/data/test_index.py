@@ -23,7 +23,7 @@ def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, mo
     loader = TrainLoaderConfig(local=str(tmp_path / "cache"), remote=str(many_shards), num_workers=0)
     shards = read_train_index(loader, 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
-    with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards are yet to be fetched, 0\.0 GB are free"):
+    with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards must still be fetched, but only 0\.0 GB is free"):
         build_train_loader(loader, shards, RandomResizedCropFlip(24), 16, seed=1)
 
 
@@ -32,7 +32,7 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
     monkeypatch.setattr(
         builders_data.dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")]
     )
-    with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from that on node 0$"):
+    with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from the one on node 0$"):
         read_train_index(TrainLoaderConfig(local=str(small_data)), 16)
 
 

@@ -150,10 +150,12 @@ def test_a_limit_below_what_is_mixed_is_told(
     for remote in (None, data):
         with pytest.raises(InputError, match="cache_limit: only for the cache of a remote data set"):
             open_images(data, remote, cache_limit=30_000)
-    with pytest.raises(InputError, match="cache_limit must be at least 25490 bytes, the index and four shards"):
+    with pytest.raises(
+        InputError, match="cache_limit must be at least 25490 bytes, the size of the index and four shards"
+    ):
         open_images(tmp_path / "cache", data, cache_limit=25_000)
     open_images(tmp_path / "cache", data, cache_limit=30_000)
-    assert "cache_limit 30000 is less than the shards that are shuffled together, about 1065" in caplog.text
+    assert "cache_limit 30000 is less than the size of the shards that are shuffled together, about 1065" in caplog.text
     assert same_files(data, many_shards)
 
 
@@ -233,7 +235,7 @@ def test_reads_shards_without_hashes_and_without_locks(tmp_path: Path, monkeypat
         assert read_epoch(dataset, workers=2) == ALL
     assert {file.name for file in (tmp_path / "cache").iterdir()} - {file.name for file in data.iterdir()} == {LOCKS}
     damage(data / "shard.00001.mds", truncated)
-    with pytest.raises(ShardError, match="bytes, the index says"):
+    with pytest.raises(ShardError, match="bytes, but the index says"):
         read_epoch(open_images(data))
 
 

@@ -174,7 +174,7 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     # Rows of two different runs would not belong together.
     other = tmp_path / "other.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
-    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model: delete that folder"):
+    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
         embed(other, source, out, *again)
     with pytest.raises(InputError, match="different source, images: "):
         embed(TEACHER, source / "b", out, *again)

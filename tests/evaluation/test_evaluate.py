@@ -80,8 +80,8 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     judged = {row["measure"]: row for row in rows if (row["candidate"], row["embedding"]) == ("student", CLS)}
     assert float(judged["knn"]["value"]) == knn_accuracy(*sets)
     assert float(judged["linear"]["value"]) == linear_probe_accuracy(*sets)
-    assert "Probes fitted to train, judged on test on small" in printed[checkpoint]
-    assert f"Judged without labels on small, {CLS}, in % [95 % interval]\n" in printed[checkpoint]
+    assert "Probes fitted on train, measured on test on small" in printed[checkpoint]
+    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed[checkpoint]
     agreements = {row["candidate"]: row for row in rows if (row["measure"], row["embedding"]) == ("agreement", CLS)}
     assert [agreements["teacher"][key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
@@ -110,7 +110,7 @@ def test_images_without_labels_are_judged_without(
     arguments = str(YAML), f"model={uninterrupted / 'latest-rank0.pt'}", datasets
     evaluate_command.main([*arguments, f"out={tmp_path}", "probes=[knn]"])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"embedding: {CLS}\nJudged without labels on photos, {CLS}, in % [95 % interval]\n")
+    assert printed.startswith(f"embedding: {CLS}\nMeasured without labels on photos, {CLS}, in % [95 % interval]\n")
     assert "\nteacher    100.0 [100.0, 100.0] " in re.sub(" {5,}", "    ", printed)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert {(row["bank"], row["measure"], row["k"]) for row in found["results"]} == {
@@ -126,7 +126,9 @@ def test_images_without_labels_are_judged_without(
 
 
 def test_more_neighbors_than_images_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^ks: must be from 1 to 2000, the images in cifar10's smaller split"):
+    with pytest.raises(
+        InputError, match=r"^ks: must be from 1 to 2000, the number of images in cifar10's smaller split"
+    ):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 
 

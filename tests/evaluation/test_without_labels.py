@@ -49,7 +49,7 @@ def test_an_image_is_never_its_own_neighbor() -> None:
     assert not (nearest == torch.arange(30)[:, None]).any()
     assert nearest.shape == (30, 3)
     assert all(len(set(row)) == 3 for row in nearest.tolist())
-    with pytest.raises(ValueError, match="k must be from 1 to the 9 other images, got 10"):
+    with pytest.raises(ValueError, match="k must be from 1 to 9, the number of other images; got 10"):
         neighbor_agreement(torch.ones(10, 4), torch.ones(10, 4))
 
 

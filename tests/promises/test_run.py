@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_ends_at_once(moment: str, small_data: Path, tmp_path: P
     assert len(family) > 1
     os.killpg(program.pid, signal.SIGINT)
     if moment == "batch_start 3":
-        wait_until(lambda: "a second Ctrl-C ends the run at once" in program.stdout)
+        wait_until(lambda: "a second Ctrl-C stops the run immediately" in program.stdout)
         os.killpg(program.pid, signal.SIGINT)
     assert program.wait(timeout=20) == 128 + signal.SIGINT
     assert len(program.stderr.splitlines()) == 1
@@ -214,7 +214,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
     program.send_signal(sent)
     assert program.wait(timeout=20) == 128 + sent
     line = program.stderr.splitlines()[-1]
-    assert line.startswith(f"{name}: the model is saved, not its report; later: ")
+    assert line.startswith(f"{name}: the model is saved, but its report is not; to write it, run ")
     assert line.endswith(f" report {tmp_path}")
     assert len(checkpoints_of(tmp_path)) == 1
     run_training(*arguments)
@@ -253,7 +253,7 @@ def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path
     """10."""
     before = (uninterrupted / "latest-rank0.pt").read_bytes()
     ended = run_training(*small_run(uninterrupted, small_data))
-    assert f"{uninterrupted}: finished at 14ba" in ended.stdout
+    assert f"{uninterrupted}: this run is complete at 14ba" in ended.stdout
     assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
 
 

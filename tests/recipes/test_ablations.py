@@ -88,7 +88,7 @@ def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_next_save(tmp_path: P
     (tmp_path / "recipes").mkdir()
     fails = 'import sys\nif any(each.endswith("/base") for each in sys.argv):\n    sys.exit(2)\n'
     (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
-    failure = f"base: failed with status 2, see {tmp_path / 'base' / 'output.txt'}; continuing with the other rows\n"
+    failure = f"base: failed with status 2; see {tmp_path / 'base' / 'output.txt'}; continuing with the other rows\n"
     rows = ("--rows", "depth 1", "--rows", "depth 2")
     program = start_python("-c", WITH_ROOT, tmp_path, *rows, "--out", tmp_path)
     wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure == program.stderr)
@@ -105,7 +105,7 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
     program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
     assert program.wait(timeout=20) == 2
     assert sorted(line for line in program.stderr.splitlines() if line.startswith("error: ")) == [
-        f"error: {name}: failed with status 2, see {tmp_path / folder / 'output.txt'}"
+        f"error: {name}: failed with status 2; see {tmp_path / folder / 'output.txt'}"
         for name, folder in (("base", "base"), ("depth 1", "depth_1"))
     ]
 

@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 ) -> None:
     """With mixed labels, from memory and streamed by any number of workers."""
     whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
-    assert "images    96 to train, 48 to evaluate, 4 classes" in whole.stdout
+    assert "images    96 for training, 48 for testing, 4 classes" in whole.stdout
     arguments = small_finetuning(tmp_path / "killed", student, labeled, *options, *when_killed)
     train_until_killed(arguments, "batch_start 5", "finetune")
     finetune(*arguments)
@@ -174,7 +174,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     torch.testing.assert_close(student.embed(test.images), pooled.detach())
     accuracy = (logits.argmax(1) == test.labels).float().mean()
     assert read_jsonl(finetuned / "log.jsonl")["metrics/test/top1"][12] == pytest.approx(float(accuracy))
-    with pytest.raises(ValueError, match="is a classifier file, expected a "):
+    with pytest.raises(ValueError, match="is a classifier file; expected a "):
         load_any(out)
 
 
@@ -206,7 +206,7 @@ def test_a_run_that_cannot_be_is_one_line(finetuned: Path, student: Path, labele
     """Too few images, before anything is written, and a resume with other features."""
     arguments = small_finetuning(tmp_path / "run", student, labeled)
     line = failure(finetune(*arguments, "global_train_batch_size=97", status=2), 2)
-    assert line == "error: global_train_batch_size: must be at most the 96 train images, got 97"
+    assert line == "error: global_train_batch_size: must be at most 96, the number of train images; got 97"
     assert not (tmp_path / "run").exists()
     line = failure(finetune(*arguments, "pooling=mean", f"load_path={finetuned / 'latest-rank0.pt'}", status=2), 2)
     assert "pooling: checkpoint has cls, config has mean" in line

@@ -206,7 +206,8 @@ def test_training_succeeds_even_if_its_report_fails(
     trainer = train.main(small_run(folder, small_data, "max_duration=3ba", *short))
     assert trainer.state.timestamp.batch == 3
     assert capfd.readouterr().err.splitlines()[-1] == (
-        f"report: cannot be made (OSError: [Errno 28] No space left on device); later: {d2v('report', folder)}"
+        "report: could not be written (OSError: [Errno 28] No space left on device); "
+        f"to try again, run {d2v('report', folder)}"
     )
 
 
