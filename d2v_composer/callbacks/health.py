@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrapped
 from d2v_composer.evaluation.metrics import HEALTH_STATES
-from d2v_composer.models.targets import Regression
+from d2v_composer.models.targets import Regression, mean_over_time
 
 # Share of the target's variance below which the prediction counts as the same for all images.
 COLLAPSED_SHARE = 0.01
@@ -43,6 +43,18 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
     # The rounding errors of equal embeddings do not count as a direction.
     rank = torch.special.entr(singular_values / total).sum().exp()
     return torch.where(total > 1e-5 * embeddings.norm(), rank, 0).float()
+
+
+def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Return the variance over a batch's inputs, a scalar: the mean of all channels and of tokens that two have."""
+    if padding_mask is None:
+        return x_BTD.var(dim=0).mean()
+    valid_BT1 = ~padding_mask[..., None]
+    count_T1 = valid_BT1.sum(dim=0)
+    mean_TD = (x_BTD * valid_BT1).sum(dim=0) / count_T1.clamp(min=1)
+    squares_TD = ((x_BTD - mean_TD).square() * valid_BT1).sum(dim=0)
+    variance_T = squares_TD.mean(dim=1) / (count_T1[:, 0] - 1).clamp(min=1)
+    return variance_T.sum() / (count_T1 > 1).sum()
 
 
 class Health(Callback):
@@ -146,16 +158,16 @@ class Health(Callback):
             tensor.float() if tensor.ndim == 3 else tensor.float()[:, None]
             for tensor in (outputs.prediction, outputs.target)
         )
-        cosine_BT = cosine_similarity(prediction, target, dim=2)
+        cosine_BT, mask = cosine_similarity(prediction, target, dim=2), outputs.padding_mask
         metrics = {}
         if cosine_BT.shape[1] > num_extra_tokens:
-            metrics["cosine/patch"] = cosine_BT[:, num_extra_tokens:].mean()
+            metrics["cosine/patch"] = mean_over_time(cosine_BT[..., None], num_extra_tokens, mask).mean()
         if num_extra_tokens and has_cls_token:
             metrics["cosine/cls"] = cosine_BT[:, 0].mean()
-        metrics["effective_rank"] = effective_rank(prediction.mean(dim=1))
+        metrics["effective_rank"] = effective_rank(mean_over_time(prediction, padding_mask=mask)[:, 0])
         if len(target) > 1:  # one image has no variance
-            metrics["prediction_variance"] = prediction.var(dim=0).mean()
-            metrics["target_variance"] = target.var(dim=0).mean()
+            metrics["prediction_variance"] = variance_over_inputs(prediction, mask)
+            metrics["target_variance"] = variance_over_inputs(target, mask)
         return metrics
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,12 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError, with the name of the option, unless it is true or false."""
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {short(value)}")
+
+
 def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> None:
     """Raise ValueError unless each channel has a mean and a standard deviation, for pixels from 0 to 1."""
     for name, values, minimum in (("image_mean", image_mean, 0.0), ("image_std", image_std, 1e-3)):
@@ -182,6 +188,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
             check_whole(name, getattr(self, name), 1, MAX_DEPTH)
         if self.embed_dim % self.conv_pos_groups:
             raise ValueError(f"conv_pos_groups must divide embed_dim, got {self.conv_pos_groups}")
+        check_flag("conv_pos_pre_ln", self.conv_pos_pre_ln)
         _ = self.convolutions  # parsed once
 
     @property
@@ -253,11 +260,13 @@ class Data2Vec2Sizes(Data2Vec2EncoderConfig):
     depth: int = 8
     average_top_k_layers: int = 8
     """Number of last blocks in the target, as in pre-training."""
+    final_layer_norm = True
 
     def __post_init__(self) -> None:
         check_whole("depth", self.depth, 1, MAX_DEPTH)
         super().__post_init__()
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
+        check_flag("final_layer_norm", self.final_layer_norm)
         shape, num_blocks = self.alibi_scale_shape, self.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
@@ -267,7 +276,6 @@ class Data2Vec2Sizes(Data2Vec2EncoderConfig):
 class Data2Vec2Config(Data2Vec2Sizes, ImageEncoderConfig):
     """Sizes of a data2vec 2.0 image model."""
 
-    final_layer_norm = True
     encoder_class = ImageEncoderConfig
 
 

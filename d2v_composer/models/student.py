@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_choice, check_number, check_whole
+from d2v_composer.models.sizes import MAX_DEPTH, MAX_WIDTH, check_choice, check_flag, check_number, check_whole
 from d2v_composer.models.targets import Normalization
 from d2v_composer.models.transformer import Transformer
 
@@ -39,8 +39,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)
         for name in ("alibi", "final_layer_norm"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"student {name} must be true or false")
+            check_flag(f"student {name}", getattr(self, name))
         check_choice("student normalization", self.normalization, Normalization)
 
 

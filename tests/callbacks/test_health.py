@@ -147,3 +147,19 @@ def test_logs_every_number_of_a_distillation(small_data: Path, tmp_path: Path) -
         assert list(values) == [7, 14], name
     assert measured["cosine/patch"][14] > measured["cosine/patch"][7]
     assert measured["collapse"] == measured["non_finite"] == {7: 0.0, 14: 0.0}
+
+
+def test_padding_does_not_count() -> None:
+    """Numbers of a padded batch are those of its valid tokens, whatever is behind them."""
+    prediction, target = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([5, 5, 3])[:, None]
+    found = Health().compare(Regression(prediction, target, None, mask), 0)
+    for each in (prediction, target):
+        each[mask] = 1e3
+    for name, value in Health().compare(Regression(prediction, target, None, mask), 0).items():
+        torch.testing.assert_close(found[name], value)
+    variance = torch.stack([target[:3, i].var(0) for i in range(3)] + [target[:2, i].var(0) for i in (3, 4)]).mean()
+    torch.testing.assert_close(found["target_variance"], variance)
+    whole, none = (Regression(prediction, target, None, each) for each in (torch.zeros_like(mask), None))
+    for name, value in Health().compare(whole, 1).items():
+        torch.testing.assert_close(Health().compare(none, 1)[name], value)

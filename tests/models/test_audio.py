@@ -218,6 +218,26 @@ def test_an_older_layout_of_alibis_scale(teacher: Any, tmp_path: Path) -> None:
     assert torch.equal(older.encoder.alibi_scale, teacher.encoder.alibi_scale)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        ({"depth": 12, "prenet_depth": 0}, (93_163_532, 85_054_464, 8_109_068)),
+        (
+            {"embed_dim": 1024, "num_heads": 16, "depth": 16, "prenet_depth": 8},
+            (313_275_408, 201_539_584, 111_735_824),
+        ),
+    ],
+)
+def test_released_sizes(sizes: dict[str, int], counts: tuple[int, ...]) -> None:
+    heads = sizes.get("num_heads", 12)
+    with torch.device("meta"):
+        config = Data2Vec2AudioConfig(**sizes, num_alibi_heads=heads, alibi_scale_shape=(1, 1, heads, 1, 1))
+        teacher = Data2Vec2(config)
+    assert counts == tuple(
+        sum(map(torch.numel, part.parameters())) for part in (teacher, teacher.blocks, teacher.encoder)
+    )
+
+
 SPECS = {
     "[(512, 10, 5)] + [(512, 3, 2)] * 2": [(512, 10, 5), (512, 3, 2), (512, 3, 2)],
     "([(4, 3, 2)] * 2 + [[4, 2, 1]]) * 2": [(4, 3, 2), (4, 3, 2), (4, 2, 1)] * 2,
@@ -270,6 +290,7 @@ WRONG: dict[str, Any] = {
     "prenet_depth": 10**9,
     "num_alibi_heads": 13,
     "learned_alibi": True,
+    "conv_pos_pre_ln": "yes",
 }
 
 
