@@ -3,7 +3,7 @@
 import datetime
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.models.sizes import (
-    MAX_DEPTH,
-    AudioEncoderConfig,
     Data2Vec2AudioConfig,
     Data2Vec2Config,
     Data2Vec2TeacherConfig,
@@ -31,46 +29,15 @@ from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
 ENCODER = "encoder."
-
-
-class Modality(NamedTuple):
-    """Where a checkpoint has the sizes of a modality's models."""
-
-    kind: type[Data2Vec2Config | Data2Vec2AudioConfig]
-    model_fields: dict[str, str]
-    """Names in cfg["model"] → fields of our config."""
-    fields: dict[str, str]
-    """Names in the modality's section of cfg["model"]["modalities"] → fields of our config."""
-    top_k: int
-    """Layers in the target if the file does not say; of fewer, all."""
-    licence: str
-
-
-def _same(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
-
-
-MODEL_FIELDS = _same("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth")
-FIELDS = _same("prenet_depth", "num_extra_tokens")
-AUDIO_FIELDS = _same(*(each.name for each in fields(AudioEncoderConfig) if each.name.startswith(("conv_", "feature_"))))
-LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are "
-# Name of the encoder in a checkpoint.
-MODALITIES = {
-    "IMAGE": Modality(
-        Data2Vec2Config,
-        MODEL_FIELDS,
-        FIELDS | _same("patch_size", "in_chans") | {"input_size": "image_size"},
-        MAX_DEPTH,
-        f"{LICENCE_NOTE}CC BY-NC 4.0",
-    ),
-    "AUDIO": Modality(
-        Data2Vec2AudioConfig,
-        MODEL_FIELDS | {"layer_norm_targets": "final_layer_norm"},
-        FIELDS | AUDIO_FIELDS | _same("extractor_mode"),
-        8,
-        f"{LICENCE_NOTE}MIT for audio",
-    ),
-}
+# Name of the encoder in a checkpoint → kind of model.
+MODALITIES: dict[str, type[Data2Vec2TeacherConfig]] = {"IMAGE": Data2Vec2Config, "AUDIO": Data2Vec2AudioConfig}
+LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
+LICENCES = {"image": "CC BY-NC 4.0", "audio": "MIT for audio"}
+# Fields of our config in cfg["model"]; others are in the modality's section of cfg["model"]["modalities"].
+MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth", "final_layer_norm")
+OTHER_NAMES = {"image_size": "input_size", "final_layer_norm": "layer_norm_targets"}
+# What is read in another way, or not at all.
+NOT_SIZES = ("average_top_k_layers", "num_alibi_heads", "alibi_scale_shape", "image_mean", "image_std")
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
@@ -92,7 +59,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     stored = {name: each for name, each in stored.items() if isinstance(name, str)}
     with reading(path):
-        modality, prefix = _find_modality(stored)
+        kind, prefix = _find_modality(stored)
     if weights == "ema":
         averaged = _section(stored, "_ema")
         if averaged is None:
@@ -104,22 +71,23 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     scale = f"{prefix}alibi_scale"
     if scale in stored and stored[scale].ndim == 4:  # an older layout
         stored[scale] = stored[scale][None]
-    section = _section(_section(sizes, "modalities"), modality.kind.modality) or {}
+    section = _section(_section(sizes, "modalities"), kind.modality) or {}
     with reading(path):
-        config = _read_config(modality, _fields(sizes), _fields(section))
+        config = _read_config(kind, _fields(sizes), _fields(section))
         if config.num_alibi_heads:
             config = replace(config, alibi_scale_shape=tuple(stored[scale].shape))
     renamed = {f"{ENCODER}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in stored}
     # Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
     left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
-    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": modality.licence}
+    licence = f"{LICENCE_NOTE} {LICENCES[kind.modality]}"
+    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": licence}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
 
 
-def _find_modality(stored: dict[str, Any]) -> tuple[Modality, str]:
-    """Return the modality of a checkpoint's encoder, and what its tensors' names start with.
+def _find_modality(stored: dict[str, Any]) -> tuple[type[Data2Vec2TeacherConfig], str]:
+    """Return the kind of model in a checkpoint, and what the names of its encoder's tensors start with.
 
     Raises:
         ValueError: There is none that is supported.
@@ -152,7 +120,9 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, Any]) -> Data2Vec2TeacherConfig:
+def _read_config(
+    kind: type[Data2Vec2TeacherConfig], model: dict[Any, Any], section: dict[Any, Any]
+) -> Data2Vec2TeacherConfig:
     """Read the sizes, except a scale's shape; fields that the file lacks keep the config's defaults, data2vec's.
 
     Raises:
@@ -165,15 +135,18 @@ def _read_config(modality: Modality, model: dict[Any, Any], section: dict[Any, A
         raise ValueError(
             "ALiBi is supported only as the released models use it: alibi_dims 2, alibi_distance manhattan, not learned"
         )
-    found = {ours: model[theirs] for theirs, ours in modality.model_fields.items() if theirs in model}
-    found |= {ours: section[theirs] for theirs, ours in modality.fields.items() if theirs in section}
+    found: dict[str, Any] = {}
+    for ours in {each.name for each in fields(kind)} - set(NOT_SIZES):
+        theirs, values = OTHER_NAMES.get(ours, ours), model if ours in MODEL_FIELDS else section
+        if theirs in values:
+            found[ours] = values[theirs]
     # Clamped to the depth, as fairseq's slice does.
-    depth = modality.kind(**found, average_top_k_layers=1).depth
-    top_k = model.get("average_top_k_layers", modality.top_k)
+    depth = kind(**found, average_top_k_layers=1).depth
+    top_k = model.get("average_top_k_layers", kind.average_top_k_layers)
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
     if section.get("use_alibi_encoder"):
-        found["num_alibi_heads"] = section.get("num_alibi_heads", modality.kind(**found).num_heads)
-    return modality.kind(**found)
+        found["num_alibi_heads"] = section.get("num_alibi_heads", kind(**found).num_heads)
+    return kind(**found)
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:

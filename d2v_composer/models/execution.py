@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.targets import Normalization, instance_norm_mean, norm_mean, regression_loss
+from d2v_composer.models.targets import instance_norm_mean, norm_mean, regression_loss
 
 if TYPE_CHECKING:
     from d2v_composer.models.distillation import DistillationModel  # imports Composer
@@ -99,15 +99,9 @@ torch.compiler.allow_in_graph(instance_norm_mean)
 _norm_mean_of_list = compiled(norm_mean)
 
 
-def compiled_norm_mean(
-    layers: Iterable[Tensor],
-    num_extra_tokens: int = 0,
-    normalization: Normalization = "instance",
-    final_layer_norm: bool = True,
-    padding_mask: Tensor | None = None,
-) -> Tensor:
+def compiled_norm_mean(layers: Iterable[Tensor], *options: Any) -> Tensor:
     """Compute norm_mean in one pass over all layers, which are all in memory at once."""
-    return _norm_mean_of_list(list(layers), num_extra_tokens, normalization, final_layer_norm, padding_mask)
+    return _norm_mean_of_list(list(layers), *options)
 
 
 def find_missing() -> str | None:
