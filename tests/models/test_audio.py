@@ -228,7 +228,7 @@ def test_an_older_layout_of_alibis_scale(teacher: Any, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_released_sizes(sizes: dict[str, int], counts: tuple[int, ...]) -> None:
+def test_released_sizes(sizes: dict[str, Any], counts: tuple[int, ...]) -> None:
     heads = sizes.get("num_heads", 12)
     with torch.device("meta"):
         config = Data2Vec2AudioConfig(**sizes, num_alibi_heads=heads, alibi_scale_shape=(1, 1, heads, 1, 1))
