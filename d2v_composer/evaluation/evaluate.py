@@ -259,7 +259,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     probes: Collection[str] = (),
 ) -> Iterator[Retrieval]:
-    """Embed every image once with all candidates, look up each split's images in the other split, and probe them.
+    """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
 
     Args:
         candidates: Models on ``device``, in eval mode.
