@@ -126,7 +126,7 @@ class Rehearsal:
         return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
-        """Read the index and find each of its shards: at full size on this machine, or by name in the store."""
+        """Read the index and check that each shard exists: at full size on this machine, or by name in the store."""
         loader = self.config.train_loader
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
@@ -147,7 +147,8 @@ class Rehearsal:
                     f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
                 )
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
-        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards of {gigabytes:,.1f} GB, all present"
+        size = f"{len(self.shards)} shards ({gigabytes:,.1f} GB in total)"
+        return f"{count_samples(self.shards)} samples in {size}, all present"
 
     def check_rights(self) -> str:
         """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
@@ -181,7 +182,7 @@ class Rehearsal:
         self.signal(signal.SIGTERM)
         status, self.batch = self.wait(STOP_SECONDS), self.num_batches()
         if status != 128 + signal.SIGTERM:
-            raise self.fault(f"status {status} instead of 143 within {STOP_SECONDS:.0f} s of SIGTERM")
+            raise self.fault(f"expected exit status 143 within {STOP_SECONDS:.0f} s of SIGTERM, got {status}")
         return f"all processes exited with status 143 after batch {self.batch}"
 
     def resume(self) -> str:

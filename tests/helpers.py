@@ -68,6 +68,20 @@ def flip_bit(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+class Linear(ComposerModel):
+    """A model with a known gradient: its loss is the mean over the batch of w · x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1, bias=False)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.linear(batch)
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return outputs.mean()
+
+
 class Classifier(ComposerModel):
     """Another project's model of images, whose first layer embeds them."""
 

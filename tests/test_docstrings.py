@@ -28,7 +28,7 @@ NAMES = [each for module in ("d2v_composer", "d2v_composer.callbacks") for each 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What examples take for granted: files in the working folder, models and images."""
+    """Make the files, models and images that examples use; their files are in the working folder."""
     folder = tmp_path_factory.mktemp("examples")
     for name in ("teacher.safetensors", "cifar10"):
         (folder / name).symlink_to(QUICKSTART / name)
@@ -53,4 +53,8 @@ def test_an_example_runs(documented: Callable[..., Any], given: dict[str, Any]) 
 
 def test_the_readmes_python_runs(given: dict[str, Any]) -> None:
     (code,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    exec(re.sub(r'"[\w/]+/(\w+\.safetensors)"', r'"\1"', code), dict(given))
+    names = dict(given)
+    exec(re.sub(r'"[\w/]+/(\w+\.safetensors)"', r'"\1"', code), names)
+    width, num_tokens = given["student"].embed_dim, given["teacher"].config.num_tokens
+    assert names["embeddings"].shape == (2, width)
+    assert names["targets"].shape == (2, num_tokens, width)

@@ -17,7 +17,8 @@ def texts(path: Path) -> Iterator[str]:
     """Yield each text in a source file, an f-string with what its braces choose from."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant | ast.JoinedStr):
-            yield "".join(part.value for part in ast.walk(node) if isinstance(getattr(part, "value", None), str))
+            values = [getattr(part, "value", None) for part in ast.walk(node)]
+            yield "".join(value for value in values if isinstance(value, str))
 
 
 TEXTS = [

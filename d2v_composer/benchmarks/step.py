@@ -93,8 +93,8 @@ def benchmark(
     steps, products = (20, 200) if on_gpu else (1, 40)
     batch_size = batch_size or (256 if on_gpu else 8)
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
-    own = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
-    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *own, *overrides])
+    batch = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
+    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
     torch.manual_seed(0)
     model = build_model(size)
     shape = model.teacher.encoder.example(batch_size).shape
@@ -148,7 +148,7 @@ def build_run(
     ours.teacher.cast_weights(dtype)
     ours.teacher.encoder.half_residual = config.half_residual
     if name != EAGER and config.compile:
-        compile_model(ours, mode=None if config.compile is True else config.compile)
+        compile_model(ours, choice=config.compile)
     optimizer = build_optimizer(ours, fused=True)
     if name == TRAINER:
         return in_trainer(ours, optimizer, config, images, steps)

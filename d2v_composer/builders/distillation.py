@@ -39,7 +39,7 @@ def build_model(config: TrainConfig) -> DistillationModel:
     if config.compile:
         if (missing := find_missing()) is not None:
             raise InputError(f"compile: {missing}; install it, or set compile=false")
-        compile_model(model, joins_frozen_blocks=not uses_fsdp, mode=None if config.compile is True else config.compile)
+        compile_model(model, joins_frozen_blocks=not uses_fsdp, choice=config.compile)
     if config.activation_checkpointing:
         student.checkpoint_activations()
     return model

@@ -189,7 +189,7 @@ def places(name: str, folder: RunFolder) -> dict[str, Any]:
 
 
 def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: Mapping[str, Any]) -> RunRecord:
-    """Build the record of config, model, data and machine, which the run's folder and checkpoints keep.
+    """Build the record of config, model, data and machine that is saved in the run's folder and checkpoints.
 
     A ``sha256`` in the ``contents`` identifies weights or samples. ``fixed``: see :class:`RunRecord`.
     """

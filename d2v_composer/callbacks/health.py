@@ -37,8 +37,8 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
     if not embeddings.isfinite().all():
         return embeddings_BD.new_tensor(math.nan)
     centered = embeddings - embeddings.mean(dim=0)
-    gram = min(centered @ centered.T, centered.T @ centered, key=len)  # svdvals of (B, D) is slow on a GPU
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    shorter = min(centered, centered.T, key=len)
+    singular_values = torch.linalg.eigvalsh(shorter @ shorter.T).clamp(min=0).sqrt()  # svdvals is slow on a GPU
     total = singular_values.sum()
     # The rounding errors of equal embeddings do not count as a direction.
     rank = torch.special.entr(singular_values / total).sum().exp()

@@ -172,7 +172,7 @@ class TimmStudent(Student):
         self.reset_classifier(num_classes)
 
     def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Choose the features and their pooling: as requested, or else as in a primary embedding.
+        """Set the features and pooling to the requested ones, or by default to the primary embedding's.
 
         They are saved with the tensors, so that a loaded model has the same.
 

@@ -110,7 +110,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a section's fields that have a value; the fields that data2vec interpolates equal our defaults."""
+    """Return a section's fields that are set, without the interpolated ones, which equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {

@@ -1,4 +1,4 @@
-"""Select the checkpoint from which a run resumes: its newest complete one, never another program's.
+"""Select the checkpoint from which a run resumes: its newest complete one. Files with other names are ignored.
 
 Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code that it names, and cannot tell a
 store that denies access from one without checkpoints.
@@ -102,7 +102,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints in the order of :func:`newest_first`; none without a pointer."""
+    """Return the names of a store's checkpoints in the order of :func:`newest_first`; empty without a pointer."""
     pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     if pointed_at is None:
         return []
@@ -150,7 +150,7 @@ def _download(address: str, path: Path) -> bool:
 
 
 def open_store(address: str) -> tuple[ObjectStore, str]:
-    """Return the client for an address in a store, and its key."""
+    """Return the store's client and the object key for an address."""
     store = maybe_create_object_store_from_uri(address)
     assert store is not None  # a run's store is one of Composer's
     return store, parse_uri(address)[2]

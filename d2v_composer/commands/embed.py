@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="number of first blocks of a timm model to omit from layer_mean")
+    add("--first-blocks", type=int, metavar="N", help="how many of a timm model's first blocks to omit from layer_mean")
     add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
     add("--pooling", choices=get_args(Pooling), help="default: as in the primary embedding of the model's run")
     add(

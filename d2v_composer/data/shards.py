@@ -169,7 +169,7 @@ class Shards:
                 log.debug("%s", error)  # the reader will meet the same error, and raise it
 
     def _num_ahead(self) -> int:
-        """Return the number of threads that fetch ahead in this process, its share of the machine's threads."""
+        """Return the number of prefetch threads for this process: the machine's, divided among its processes."""
         worker = get_worker_info()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
         on_machine = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))

@@ -155,7 +155,7 @@ class LabelColumn(NamedTuple):
 class StreamingImages(Dataset[Any]):
     """Augmented images from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
-    An epoch has every sample exactly once, or ends with an error that names the shard. A sample is ``{"image": (3, S,
+    An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
     S) uint8, "sample_id": int}``; if labels are asked for, (image, label), as Composer's algorithms need. Its
     augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch and
     ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
@@ -261,7 +261,10 @@ def shared_memory_needed(ranks: int, workers: int, prefetch_factor: int, batch_b
 
 
 def check_shared_memory(needed: int) -> str | None:
-    """Return an error message if fewer bytes are free; SIGBUS would silently kill a process that writes more."""
+    """Return an error message if fewer than ``needed`` bytes are free.
+
+    SIGBUS would silently kill a process that writes more than is free.
+    """
     if not SHARED_MEMORY.is_dir() or (usage := shutil.disk_usage(SHARED_MEMORY)).free >= needed:
         return None
     size = f"{math.ceil((usage.used + needed) / 2**20)}m"

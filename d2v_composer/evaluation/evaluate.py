@@ -65,6 +65,17 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
     return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
 
 
+def gap_ends(log: Log, dataset: str, embedding: str, k: int) -> dict[str, tuple[float, float]]:
+    """Return bank → the accuracies of the untrained student and the teacher, for banks in which the log has both."""
+    found = {}
+    for bank in BANKS:
+        untrained = log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
+        teacher = log.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
+        if untrained is not None and teacher:
+            found[bank] = untrained, teacher[max(teacher)]
+    return found
+
+
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
@@ -81,16 +92,11 @@ def gap_closed_by_step(
     Returns:
         Empty if either is missing, or there is no gap at all.
     """
-    baselines = log if baselines is None else baselines
+    ends = gap_ends(log if baselines is None else baselines, dataset, embedding, k)
     found: dict[int, list[float]] = {}
-    for bank in BANKS:
-        key = metric_key(dataset, bank, k, embedding)
-        teacher = baselines.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
-        untrained = baselines.get(key, {}).get(0)
-        if untrained is None or not teacher:
-            continue
-        for step, accuracy in log.get(key, {}).items():
-            closed = gap_closed(untrained, accuracy, teacher[max(teacher)])
+    for bank, (untrained, teacher) in ends.items():
+        for step, accuracy in log.get(metric_key(dataset, bank, k, embedding), {}).items():
+            closed = gap_closed(untrained, accuracy, teacher)
             if closed is not None:
                 found.setdefault(step, []).append(closed)
     return {step: mean(found[step]) for step in sorted(found)}
@@ -123,7 +129,8 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
         nonlocal largest
         if images not in encoded:
             largest = max(largest, len(images))
-            encoded[images] = encoder(pad(images, (0, 0) * 3 + (0, largest - len(images))))
+            missing = largest - len(images)
+            encoded[images] = encoder(pad(images, (0, 0) * 3 + (0, missing)) if missing else images)
         return encoded[images]
 
     def embed_with(embed: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
@@ -249,7 +256,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     probes: Collection[str] = (),
 ) -> Iterator[Retrieval]:
-    """Embed every image once with all candidates, look up each split's images in the other split, and probe them.
+    """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
 
     Args:
         candidates: Models on ``device``, in eval mode.

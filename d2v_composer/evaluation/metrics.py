@@ -41,7 +41,7 @@ def measures_of(has_labels: bool, ks: Sequence[int], probes: Collection[str]) ->
 def metric_key(
     dataset: str, bank: str, measure: Measure, embedding: str | None = None, baseline: str | None = None
 ) -> str:
-    """Return the log key of an accuracy; without ``embedding``, that of the primary embedding."""
+    """Return the log key of an accuracy; ``embedding`` defaults to the primary embedding."""
     measured = measure if isinstance(measure, str) else f"bank_{bank}/top{measure}"
     parts = ["metrics", dataset, baseline, measured, embedding]
     return "/".join(part for part in parts if part is not None)

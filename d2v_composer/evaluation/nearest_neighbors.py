@@ -123,7 +123,7 @@ def full_float32(device: str) -> Iterator[None]:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Return k → whether any of a query's k nearest bank images has its label, (Q,) bool.
+    """Return a dict from k to a mask, (Q,) bool: True if any of a query's k nearest bank images has its label.
 
     Args:
         nearest: (Q, K) indices from :func:`exact_neighbors`.
@@ -219,7 +219,7 @@ def knn_accuracy(
     k: int = NUM_NEIGHBORS,
     temperature: float | None = TEMPERATURE,
 ) -> float:
-    """Return the share of queries whose label wins the vote of their k nearest bank images by cosine, from 0 to 1.
+    """Return the share of queries, from 0 to 1, whose label wins the vote of their k nearest bank images (by cosine).
 
     Args:
         bank: (N, D).

@@ -229,7 +229,7 @@ class Block(FfnBlock):
 
 
 def linear_weights(module: nn.Module) -> int:
-    """Return the number of weights in linear layers: their multiply-accumulates for one token."""
+    """Return the number of weights in linear layers, which equals their multiply-accumulates per token."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 

@@ -31,7 +31,7 @@ R = TypeVar("R")
 MAX_GRAPHS = 64
 
 
-def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, mode: str | None = None) -> None:
+def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, choice: bool | str = True) -> None:
     """Compile, in place, the parts of a step and of an evaluation: blocks, patch embedding, norm_mean, loss.
 
     Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
@@ -41,8 +41,9 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
         model: Changed; its weights may still move to a GPU.
         joins_frozen_blocks: Compile the frozen blocks of a training step as whole graphs. On a CPU the weights are in
             the layout of its matrix products, which holds them twice.
-        mode: A mode of torch.compile. By default, a GPU starts the joined blocks as one CUDA graph.
+        choice: A mode of torch.compile. With ``True``, a GPU starts the joined blocks as one CUDA graph.
     """
+    mode = choice if isinstance(choice, str) else None
     compiling = importlib.import_module("torch._inductor.async_compile")
     # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
     atexit.unregister(compiling.shutdown_compile_workers)

@@ -33,7 +33,7 @@ def poolings(
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradient, safely even if a training step follows in the same autocast region.
+    """Compute without gradients; this is safe even if a training step follows in the same autocast region.
 
     Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
     """

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of, metric_key
-from d2v_composer.report.run import EMBEDDINGS, Run, latest
+from d2v_composer.evaluation.evaluate import gap_closed_by_step, gap_ends
+from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of
+from d2v_composer.report.run import EMBEDDINGS, Run
 from d2v_composer.report.tables import PROBE_HEADS, measure_head
 
 WIDTH, HEIGHT = 6.4, 3.9
@@ -70,7 +70,8 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
         if lines := _accuracies(run, dataset, "", without_labels):
             yield f"without_labels_{dataset}", plot(f"{dataset}, measured without labels", "%", lines)
-        gaps = {name: _gap(run, dataset, name, ks[0]) for name in EMBEDDINGS}
+        ends = {name: gap_ends(run.log, dataset, name, ks[0]).values() for name in EMBEDDINGS}
+        gaps = {name: max([0.0, *(teacher - untrained for untrained, teacher in each)]) for name, each in ends.items()}
         primary = "{representation}_{pooling}".format(**run.retrieval)
         # Of a small gap, the part that is closed says little.
         shown = [name for name, gap in gaps.items() if gap and (name == primary or gap > max(gaps.values()) / 3)]
@@ -83,16 +84,6 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
                 note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
                 figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
-
-
-def _gap(run: Run, dataset: str, embedding: str, k: int) -> float:
-    """Return the teacher's lead over the untrained student, in the bank where it is larger; 0 if there is none."""
-    gaps = [0.0]
-    for bank in BANKS:
-        untrained = run.log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
-        teacher = latest(run.log.get(metric_key(dataset, bank, k, embedding, "teacher"), {}))
-        gaps += [] if untrained is None or teacher is None else [teacher - untrained]
-    return max(gaps)
 
 
 def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) -> dict[str, Line]:

@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return latest(self.log.get(key, {}))
 
     def accuracies(self, dataset: str, bank: str, measure: Measure, baseline: str | None = None) -> Mapping[int, float]:
-        """Return step → accuracy of the student or a baseline, with the primary embedding."""
+        """Return a dict from step to the accuracy of the student's or a baseline's primary embedding."""
         return self.log.get(metric_key(dataset, bank, measure, baseline=baseline), {})
 
 

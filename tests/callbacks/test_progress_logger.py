@@ -12,14 +12,13 @@ import torch
 from composer.algorithms import GradientClipping
 from composer.core import Callback, Event, State
 from composer.loggers import InMemoryLogger, Logger, LoggerDestination
-from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer.builders.training import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
-from helpers import fit
+from helpers import Linear, fit
 
 
 class Clock:
@@ -45,20 +44,6 @@ class Numbers(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.clock.seconds += 0.02
         return torch.arange(8.0) + index
-
-
-class Linear(ComposerModel):
-    """A model with a known gradient: its loss is the mean over the batch of w · x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 1, bias=False)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.linear(batch)
-
-    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
-        return outputs.mean()
 
 
 class Work(Callback):

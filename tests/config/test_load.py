@@ -127,8 +127,9 @@ def test_a_contradiction_is_one_line(overrides: tuple[str, ...], message: str, m
 def test_nodes_may_divide_the_canonical_ones_or_share_a_local_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    load("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=4")
-    load("train_loader.num_canonical_nodes=1")
+    remote = load("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=4")
+    local = load("train_loader.num_canonical_nodes=1")
+    assert [each.train_loader.num_canonical_nodes for each in (remote, local)] == [4, 1]
 
 
 def test_fsdp_needs_a_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:

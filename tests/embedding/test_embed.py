@@ -176,14 +176,14 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
     with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
         embed(other, source, out, *again)
-    with pytest.raises(InputError, match="different source, images: "):
+    with pytest.raises(InputError, match="different source, images; "):
         embed(TEACHER, source / "b", out, *again)
-    with pytest.raises(InputError, match="different pooling, normalize: "):
+    with pytest.raises(InputError, match="different pooling, normalize; "):
         embed(TEACHER, source, out, *again, "--pooling", "mean", "--normalize")
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
-    with pytest.raises(InputError, match="different source: "):
+    with pytest.raises(InputError, match="different source; "):
         embed(TEACHER, source, out, *again)
 
     # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.

@@ -83,7 +83,7 @@ def test_a_half_residual_stream_ends_before_the_student(model: DistillationModel
 
 
 @pytest.mark.parametrize(
-    ("options", "is_captured"), [({}, True), ({"mode": "default"}, False), ({"joins_frozen_blocks": False}, False)]
+    ("options", "is_captured"), [({}, True), ({"choice": "default"}, False), ({"joins_frozen_blocks": False}, False)]
 )
 def test_a_gpu_starts_the_frozen_pass_as_one_graph(
     options: dict[str, Any], is_captured: bool, model: DistillationModel, monkeypatch: pytest.MonkeyPatch

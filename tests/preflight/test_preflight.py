@@ -73,7 +73,7 @@ def test_the_needs_of_the_whole_run(
     measured = {"throughput/images_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
-    assert "1,280 images/s on 8 rank(s), 20% of it" in text
+    assert "1,280 images/s on 8 rank(s), 20% of the time" in text
     assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals: 13.5 rank-hours" in text
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 10**10, 10**9))
     with pytest.raises(InputError, match=r": 31 checkpoints of 354 MB, 3 kept: .* 1\.4 GB at a time, and 1\.0 GB is"):

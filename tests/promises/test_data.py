@@ -263,7 +263,7 @@ def test_runs_beside_each_other_do_not_disturb(
 def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path) -> None:
     """8: two nodes of one rank each, with their own caches."""
     caches = tmp_path / "cache-${oc.env:NODE_RANK}"
-    options = ("max_duration=6ba", f"train_loader.remote={REMOTE}")
+    options = ("max_duration=6ba", f"train_loader.remote={REMOTE}", "train_loader.num_canonical_nodes=2")
     with recorded(tmp_path, caches, *options, ranks=2, num_nodes=2, environment=store.environment) as nodes:
         assert_succeed(nodes)
     ids = Counter(i for samples in read_record(tmp_path).values() for i in samples)

@@ -8,22 +8,9 @@ import torch
 from composer import Callback, Event, Trainer
 from composer.callbacks import LRMonitor, RuntimeEstimator
 from composer.loggers import InMemoryLogger, Logger
-from composer.models import ComposerModel
-from torch import Tensor, nn
 
 from d2v_composer.system.third_party import lean_engine
-
-
-class Linear(ComposerModel):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 1)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.linear(batch)
-
-    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
-        return outputs.mean()
+from helpers import Linear
 
 
 class Everything(Callback):
