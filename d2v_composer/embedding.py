@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.data.images import list_images, read_image_file, to_pixels
-from d2v_composer.data.index import INDEX, fetch_index, read_image_index
+from d2v_composer.data.index import INDEX, fetch_index, read_index
 from d2v_composer.data.labeled import map_in_workers
+from d2v_composer.data.modality import Modality, list_files, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
-from d2v_composer.models.sizes import ImageSize
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.system.errors import InputError, UnreadableImageError, reading, writing
+from d2v_composer.system.errors import InputError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
 from d2v_composer.system.progress import progress_bar
@@ -38,7 +37,7 @@ LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 PART = 1024  # images between two records of the progress
 
 
-class ImageCollection(NamedTuple):
+class SampleCollection(NamedTuple):
     """Images in a fixed order."""
 
     ids: NDArray
@@ -47,57 +46,55 @@ class ImageCollection(NamedTuple):
     fingerprint: str
     """Hash of everything that may change the images."""
     load: Callable[[int], Tensor]
-    """Returns the pixels of an image by index, (3, height, width) uint8; raises UnreadableImageError."""
+    """Returns the pixels of an image by index, (3, height, width) uint8; raises UnreadableSampleError."""
 
 
 def open_collection(
     source: str,
-    image_size: ImageSize,
-    interpolation: str,
+    modality: Modality,
     *,
     local: Path | None = None,
     cache_limit: int | None = None,
-    column: str = "image",
-) -> ImageCollection:
+    column: str | None = None,
+) -> SampleCollection:
     """Open the images of any source; each is resized when it is loaded.
 
     Args:
         source: A folder with an ``index.json`` or an object store's address: an MDS data set, whose ids are the
             samples' numbers. Another folder: the images in it and its subfolders, whose ids are their paths.
-        image_size: Pixels per side.
-        interpolation: bicubic or bilinear, as the model's config says.
+        modality: What the samples are.
         local: The cache for the shards of a remote data set.
         cache_limit: Maximum size of the cache, in bytes; default no limit.
-        column: The column of an MDS data set that holds the images.
+        column: The column of an MDS data set that holds the samples; default: the modality's name.
 
     Raises:
         InputError: The source cannot be used.
     """
     if is_remote(source) == (local is None):
         raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
-    root = local or Path(source)
+    root, column = local or Path(source), column or modality.name
     if local is not None:
         fetch_index(source, local)
     elif not (root / INDEX).is_file():
         with reading(root):
-            files, _ = list_images(root)
+            files, _ = list_files(root, modality)
         paths = np.array([file.path for file in files])
 
         def load_file(index: int) -> Tensor:
             path = root / paths[index]
-            return to_pixels(read_image_file(path), str(path), image_size, interpolation)
+            return modality.decode(read_sample_file(path), str(path))
 
-        return ImageCollection(paths, _sha256(root.resolve(), files), load_file)
+        return SampleCollection(paths, _sha256(root.resolve(), files), load_file)
 
-    read_image_index(root, column, option="--column", source=source, shards_may_be_missing=local is not None)
+    read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards
         samples = Shards(local=root, remote=local and source, columns=[column], cache_limit=cache_limit)
 
     def load_sample(index: int) -> Tensor:
-        return to_pixels(samples[index][column], f"sample {index} of {source}", image_size, interpolation)
+        return modality.decode(samples[index][column], f"sample {index} of {source}")
 
     contents = _sha256(source if local else root.resolve(), (root / INDEX).read_bytes(), column)
-    return ImageCollection(np.arange(len(samples)), contents, load_sample)
+    return SampleCollection(np.arange(len(samples)), contents, load_sample)
 
 
 def _sha256(*contents: object) -> str:
@@ -133,7 +130,7 @@ class Embedding(NamedTuple):
 
 def embed_collection(
     model: Transformer,
-    collection: ImageCollection,
+    collection: SampleCollection,
     out: Path,
     options: EmbeddingOptions,
     *,
@@ -264,12 +261,12 @@ def hash_weights(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _load(collection: ImageCollection, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, str]]]:
+def _load(collection: SampleCollection, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, str]]]:
     """Load a batch: its images, and the index and reason of each unreadable one."""
     images, skipped = [], []
     for index in indices:
         try:
             images.append(collection.load(index))
-        except UnreadableImageError as error:
+        except UnreadableSampleError as error:
             skipped.append((index, str(error)))
     return torch.stack(images) if images else torch.empty(0), skipped

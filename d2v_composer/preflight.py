@@ -25,7 +25,8 @@ from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.index import fetch_index, read_image_index
+from d2v_composer.data.index import fetch_index, read_index
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import Address, RunFolder
@@ -123,6 +124,7 @@ class Rehearsal:
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
         check_fit(self.config, teacher)
+        self.modality = modality_of(teacher.config)
         return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
@@ -132,9 +134,10 @@ class Rehearsal:
         if remote is not None:
             folder = Path(self.temporary.name)
             fetch_index(remote, folder)
-        self.shards = read_image_index(
+        self.shards = read_index(
             folder,
-            loader.column,
+            loader.column or self.modality.name,
+            self.modality,
             option="train_loader.column",
             source=remote,
             shards_may_be_missing=remote is not None,
@@ -164,9 +167,10 @@ class Rehearsal:
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, 32, "bicubic")
-        self.num_labeled = [sum(labeled.num_images) for labeled in sets.values()]
-        return ", ".join(f"{name}: {sum(labeled.num_images)} images" for name, labeled in sets.items()) or "none"
+        sets = build_labeled_sets(self.config.retrieval, self.modality.shown(32))
+        self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
+        sizes = zip(sets, self.num_labeled, strict=True)
+        return ", ".join(f"{name}: {number} {self.modality.unit}" for name, number in sizes) or "none"
 
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""

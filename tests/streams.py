@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.data.streaming import StreamingSamples
 from d2v_composer.system.processes import die_with_parent
 from helpers import time_limit
 
 
-def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingImages:
+def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingSamples:
     """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
     remote = None if remote is None else str(remote)
     options = {"batch_size": 16, "timeout": 1, "seed": 5} | options
-    return StreamingImages(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
+    return StreamingSamples(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
 
 
 @contextmanager
-def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
+def open_batches(dataset: StreamingSamples, workers: int) -> Iterator[Iterator[dict[str, Tensor]]]:
     """The batches of an epoch, whose workers end with the block; without that, a garbage collection waits for them."""
     options: dict[str, Any] = {}
     if workers:
@@ -36,7 +36,7 @@ def open_batches(dataset: StreamingImages, workers: int) -> Iterator[Iterator[di
                 batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def read_epoch(dataset: StreamingImages, workers: int = 0) -> list[int]:
+def read_epoch(dataset: StreamingSamples, workers: int = 0) -> list[int]:
     """The sample ids of an epoch, sorted."""
     with time_limit(30), open_batches(dataset, workers) as batches:
         return sorted(i for batch in batches for i in batch["sample_id"].tolist())

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 
 from d2v_composer.benchmarks.measure import describe, interleave, one_core
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.streaming import StreamingImages
+from d2v_composer.data.streaming import StreamingSamples
 from d2v_composer.system.errors import reading
 
 BATCH_SIZE, IMAGE_SIZE, SEED = 64, 224, 17
@@ -115,7 +115,7 @@ def write_shards(images: list[bytes], out: str) -> None:
 def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> DataLoader:
     """Return a loader of our shards; with ``remote``, ``local`` is the cache."""
     transform = RandomResizedCropFlip(IMAGE_SIZE)
-    dataset = StreamingImages(local=local, remote=remote, batch_size=BATCH_SIZE, transform=transform, seed=SEED)
+    dataset = StreamingSamples(local=local, remote=remote, batch_size=BATCH_SIZE, transform=transform, seed=SEED)
     return DataLoader(dataset, sampler=dataset.order, **options)
 
 

@@ -1,6 +1,5 @@
-"""Build the loader of training images, and check the disk space and shared memory that it needs on a node."""
+"""Build the loader of training samples, and check the disk space and shared memory that it needs on a node."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
-from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.index import check_room, describe_data, fetch_index, read_image_index
+from d2v_composer.data.index import check_room, describe_data, fetch_index, read_index
 from d2v_composer.data.labeled import worker_options
-from d2v_composer.data.streaming import LabelColumn, StreamingImages, check_shared_memory, shared_memory_needed
-from d2v_composer.models.sizes import ImageSize, height_and_width
+from d2v_composer.data.modality import Modality, Transform
+from d2v_composer.data.streaming import LabelColumn, StreamingSamples, check_shared_memory, shared_memory_needed
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.processes import num_nodes
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
@@ -21,14 +19,14 @@ from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 HANGING_SECONDS = 300
 # Time for a store to answer at the start, if the data set's index is not in the cache.
 INDEX_SECONDS = 60.0
-# Fields of the section that are StreamingImages' arguments.
-PASSED_ON = {"column", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
+# Fields of the section that are StreamingSamples' arguments.
+PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
 
 
 def read_train_index(
-    loader: TrainLoaderConfig, batch_size: int, label_column: str | None = None
+    loader: TrainLoaderConfig, modality: Modality, batch_size: int, label_column: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the shards in the training images' index; fetch the index of a remote data set first.
+    """Return the shards in the training samples' index; fetch the index of a remote data set first.
 
     Raises:
         InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
@@ -38,9 +36,10 @@ def read_train_index(
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
     with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        shards = read_image_index(
+        shards = read_index(
             local,
-            loader.column,
+            loader.column or modality.name,
+            modality,
             option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
             other_columns=() if label_column is None else (label_column,),
             shards_may_be_missing=loader.remote is not None,
@@ -62,13 +61,14 @@ def count_samples(shards: list[dict[str, Any]]) -> int:
 
 def build_train_loader(
     loader: TrainLoaderConfig,
+    modality: Modality,
     shards: list[dict[str, Any]],
-    transform: RandomResizedCropFlip,
+    transform: Transform,
     batch_size: int,
     seed: int,
     labels: LabelColumn | None = None,
 ) -> DataLoader:
-    """Build this rank's loader from ``train_loader``: augmented uint8 images, with labels if ``labels`` is set.
+    """Build this rank's loader from ``train_loader``: augmented samples, with labels if ``labels`` is set.
 
     An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
     few samples left over differ from epoch to epoch.
@@ -79,13 +79,15 @@ def build_train_loader(
     local = Path(loader.local)
     if loader.remote is not None:
         raise_on_all_ranks(check_room(shards, local, loader.cache_limit, 1 / num_nodes()))
-    check_memory(loader, batch_size, transform.image_size)
+    check_memory(loader, batch_size, transform.sample_bytes)
     with errors_of("train_loader", InputError):
-        dataset = StreamingImages(
+        dataset = StreamingSamples(
             local=local,
             remote=loader.remote,
             batch_size=batch_size // dist.get_world_size(),
             transform=transform,
+            name=modality.name,
+            column=loader.column or modality.name,
             seed=seed,
             epoch_size=count_samples(shards) // batch_size * batch_size,
             labels=labels,
@@ -101,12 +103,12 @@ def build_train_loader(
     )
 
 
-def check_memory(loader: ShardLoaderConfig, batch_size: int, image_size: ImageSize) -> None:
-    """Check that the node has the shared memory for its ranks' batches of images.
+def check_memory(loader: ShardLoaderConfig, batch_size: int, sample_bytes: int) -> None:
+    """Check that the node has the shared memory for its ranks' batches.
 
     Raises:
         InputError: It is too small on some node.
     """
-    batch_bytes = batch_size // dist.get_world_size() * 3 * math.prod(height_and_width(image_size))
+    batch_bytes = batch_size // dist.get_world_size() * sample_bytes
     needed = shared_memory_needed(dist.get_local_world_size(), loader.num_workers, loader.prefetch_factor, batch_bytes)
     raise_on_all_ranks(check_shared_memory(needed))

@@ -27,19 +27,20 @@ from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embed
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import (
-    AugmentedImages,
-    LabeledImages,
+    AugmentedSamples,
+    LabeledSamples,
     eval_batches,
     load_labeled_set,
     load_mds,
     read_class_names,
     train_batches,
 )
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.execution import choose_precision
-from d2v_composer.models.sizes import ImageConfig
+from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -52,7 +53,7 @@ class FinetuneImages(NamedTuple):
 
     train_loader: DataLoader
     """Augmented uint8 images of this rank, with their labels."""
-    test: LabeledImages
+    test: LabeledSamples
     class_names: tuple[str, ...]
     """Name of each label; empty if the labels are only numbers."""
     num_classes: int
@@ -61,7 +62,7 @@ class FinetuneImages(NamedTuple):
     labels."""
 
 
-def build_images(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
+def build_images(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     """Build an encoder's images from the sections ``dataset`` and ``train_loader``.
 
     Raises:
@@ -71,27 +72,27 @@ def build_images(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     return (_streamed if config.train_loader.stream else _in_memory)(config, sizes)
 
 
-def _streamed(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
-    dataset, root = config.dataset, Path(config.dataset.root)
+def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
+    dataset, root, modality = config.dataset, Path(config.dataset.root), modality_of(sizes)
     options = config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
-    shards = read_train_index(loader, config.global_train_batch_size, dataset.label_column)
+    shards = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
-        test = load_mds(root / "test", sizes.image_size, sizes.interpolation, dataset.column, dataset.label_column)
+        test = load_mds(root / "test", modality, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
     labels = LabelColumn(str(dataset.label_column), num_classes)
     transform = build_augmentation(loader, sizes, config.seed).transform
-    train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed, labels)
+    train_loader = build_train_loader(
+        loader, modality, shards, transform, config.global_train_batch_size, config.seed, labels
+    )
     about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(shards)}
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 
-def _in_memory(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
+def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     with node_leaders_first("the data set"):
-        labeled = load_labeled_set(
-            **config.dataset.model_dump(), image_size=sizes.image_size, interpolation=sizes.interpolation
-        )
+        labeled = load_labeled_set(modality=modality_of(sizes), **config.dataset.model_dump())
     if not labeled.has_labels:
         raise InputError(f"dataset: {config.dataset.root} has no labels; fine-tuning needs them")
     train, test, class_names = labeled
@@ -99,12 +100,14 @@ def _in_memory(config: FinetuneConfig, sizes: ImageConfig) -> FinetuneImages:
     if num_images < batch_size:
         expected = f"at most {num_images}, the number of train images"
         raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
-    digest = hashlib.sha256(train.images.contiguous().numpy().data)
-    digest.update(train.labels.numpy().data)
+    digest = hashlib.sha256()
+    for each in (*train.samples, train.labels):
+        digest.update(each.contiguous().numpy().data)
     about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
     num_classes = count_classes(Path(config.dataset.root), class_names, train.labels, test.labels)
-    check_memory(loader, batch_size, sizes.image_size)
-    augmented = AugmentedImages(train, build_augmentation(loader, sizes, config.seed))
+    augment = build_augmentation(loader, sizes, config.seed)
+    check_memory(loader, batch_size, augment.transform.sample_bytes)
+    augmented = AugmentedSamples(train, augment)
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
     return FinetuneImages(batches, test, class_names, num_classes, about)
 

@@ -13,12 +13,14 @@ from d2v_composer.config.schema import (
     ModelConfig,
     ShardLoaderConfig,
 )
-from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
+from d2v_composer.data.modalities import MODALITIES, modality_of
+from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Candidate, build_embeds
-from d2v_composer.models.sizes import ImageConfig, ImageSize
+from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.system.errors import InputError
 
 
 def load_trained_model(config: ModelConfig) -> Models:
@@ -47,28 +49,30 @@ class Comparison(NamedTuple):
     """Augmentation of the model's run."""
 
 
-def build_labeled_sets(lookup: LookupConfig, image_size: ImageSize, interpolation: str) -> dict[str, LabeledSet]:
+def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, LabeledSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
     Raises:
         InputError: A data set cannot be used.
     """
     return {
-        name: load_labeled_set(
-            **labeled.model_dump(),
-            image_size=image_size,
-            interpolation=interpolation,
-            max_images=lookup.max_images,
-        ).numbered()
+        name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
 
 
-def build_augmentation(loader: ShardLoaderConfig, sizes: ImageConfig, seed: int) -> Augmentation:
-    """Build the augmentation of the training images."""
-    crops = loader.crop_scale, loader.crop_ratio, loader.flip
-    return Augmentation(RandomResizedCropFlip(sizes.image_size, *crops, sizes.interpolation), seed)
+def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int) -> Augmentation:
+    """Build the augmentation of the training samples.
+
+    Raises:
+        InputError: An option of another modality is set.
+    """
+    modality = modality_of(sizes)
+    for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
+        if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
+            raise InputError(f"train_loader.{name}: the teacher takes {modality.unit}, which have none; got {value}")
+    return Augmentation(modality.augmentation(**loader.model_dump(include=set(modality.options))), seed)
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
@@ -95,5 +99,5 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     loader = ShardLoaderConfig()
     with suppress(LookupError, TypeError, ValueError):  # no run's record
         recorded = model.provenance["config"]["train_loader"]
-        loader = ShardLoaderConfig(**{name: recorded[name] for name in ("crop_scale", "crop_ratio", "flip")})
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in modality_of(encoder.config).options})
     return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed))

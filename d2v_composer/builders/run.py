@@ -27,6 +27,7 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.data.index import describe_data
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.system.addresses import hide_secrets
@@ -51,11 +52,11 @@ def build_run(config: TrainConfig) -> BuiltRun:
     Raises:
         InputError: A file, data set or setting cannot be used.
     """
-    shards = read_train_index(config.train_loader, config.global_train_batch_size)
     model = build_model(config)
-    loader = config.train_loader
+    modality, loader = modality_of(model.teacher.config), config.train_loader
+    shards = read_train_index(loader, modality, config.global_train_batch_size)
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
-    train_loader = build_train_loader(loader, shards, transform, config.global_train_batch_size, config.seed)
+    train_loader = build_train_loader(loader, modality, shards, transform, config.global_train_batch_size, config.seed)
     retrieval = build_retrieval(config, model)
     data = {"location": loader.remote or loader.local, **describe_data(shards)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
@@ -68,7 +69,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
     }
-    header = {"images": f"{data['samples']:,} in {hide_secrets(data['location'])}"}
+    header = {modality.unit: f"{data['samples']:,} in {hide_secrets(data['location'])}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
         header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"

@@ -24,6 +24,7 @@ from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding
 from d2v_composer.config.load import layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.system.addresses import RunFolder, hide_all_secrets, hide_secrets
@@ -214,7 +215,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         return None
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
-        datasets = build_labeled_sets(retrieval, sizes.image_size, sizes.interpolation)
+        datasets = build_labeled_sets(retrieval, modality_of(sizes))
     embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
     embeds = {name: model.in_precision(embed) for name, embed in embeds.items()}
     with errors_of("retrieval"):

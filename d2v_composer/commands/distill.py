@@ -103,9 +103,10 @@ def prepare(arguments: Namespace) -> None:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
     """
     from d2v_composer.builders.distillation import build_teacher
-    from d2v_composer.data.convert import ImageSource, convert_images, hold_out, list_samples
-    from d2v_composer.data.images import list_images
+    from d2v_composer.data.convert import SampleSource, convert_images, hold_out, list_samples
+    from d2v_composer.data.images import Images
     from d2v_composer.data.index import INDEX, SUMMARY
+    from d2v_composer.data.modality import list_files
     from d2v_composer.system.fetch import is_remote
 
     source, path, images = arguments.source, arguments.out / SETTINGS, arguments.out / IMAGES
@@ -127,7 +128,7 @@ def prepare(arguments: Namespace) -> None:
     if is_mds:
         every = list_samples(source, arguments.column, cache)
     else:
-        every = ImageSource(Path(source), list_images(Path(source))[0], None, {})
+        every = SampleSource(Path(source), list_files(Path(source), Images)[0], None, {})
     if (num_images := len(every.files)) < FEWEST_IMAGES:
         raise InputError(f"{source}: expected at least {FEWEST_IMAGES} images, got {num_images}")
     given, chosen = ("/dev/null", choose(num_images, Data2Vec2Config())) if is_new else (path, {})

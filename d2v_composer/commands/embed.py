@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> "Embedding":
 
     from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import EmbeddingOptions, check_out, embed_collection, open_collection
     from d2v_composer.models.execution import name_precision
 
@@ -45,9 +46,8 @@ def main(argv: Sequence[str]) -> "Embedding":
     model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
     chosen = choose_embedding(model, arguments.pooling, arguments.representation)
     arguments.representation, arguments.pooling = chosen
-    sizes = model.encoder.config
     place = {name: getattr(arguments, name) for name in ("local", "cache_limit", "column")}
-    collection = open_collection(arguments.source, sizes.image_size, sizes.interpolation, **place)
+    collection = open_collection(arguments.source, modality_of(model.encoder.config), **place)
     print(f"embedding: {chosen.name}")
     options = EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields})
     how = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
-    add("--column", metavar="NAME", default="image", help="the MDS column of images; default: image")
+    add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
     add("--skip-unreadable", action="store_true", help="skip unreadable images and list them")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
 
     from d2v_composer.builders.models import build_comparison, build_labeled_sets
     from d2v_composer.config.load import load_evaluate_config
+    from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
     from d2v_composer.evaluation.evaluate import Evaluation, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
@@ -48,10 +49,9 @@ def main(argv: Sequence[str]) -> "Evaluation":
         check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, candidates, embedding, augment = build_comparison(config, device)
-    sizes = model.encoder.config
     if "agreement" in config.probes and candidates[-1].name != "teacher":
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
-    datasets = build_labeled_sets(config, sizes.image_size, sizes.interpolation)
+    datasets = build_labeled_sets(config, modality_of(model.encoder.config))
     for name, labeled in datasets.items():
         check_size(name, labeled, config.ks, config.probes)
     print(f"embedding: {embedding.name}")

@@ -135,15 +135,17 @@ def read_images(student: "Student", source: str | None) -> "Tensor":
     import torch
 
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
+    from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import open_collection
 
-    config, retrieval = student.encoder.config, student.provenance.get("config", {}).get("retrieval", {})
-    sizes, images = {"image_size": config.image_size, "interpolation": config.interpolation}, []
+    modality, retrieval = modality_of(student.encoder.config), student.provenance.get("config", {}).get("retrieval", {})
+    images = []
     if source is not None:
-        collection = open_collection(source, **sizes)
+        collection = open_collection(source, modality)
         images = [collection.load(i) for i in evenly_spaced(len(collection.ids), INT8_IMAGES)]
     elif found := [each for each in retrieval.get("datasets", {}).values() if each]:
-        images = load_labeled_set(**found[0] | {"download": False, "max_images": INT8_IMAGES}, **sizes).test.images
+        options = found[0] | {"download": False, "max_images": INT8_IMAGES}
+        images = load_labeled_set(modality=modality, **options).test.samples
     if len(images) < LEAST_IMAGES:
         raise InputError(f"--int8: needs at least {LEAST_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
     return student.encoder.prepare(torch.stack(list(images)))

@@ -254,6 +254,8 @@ class ShardLoaderConfig(Section):
     """Smallest and largest ratio of width to height of a random crop."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    crop_seconds: Annotated[float, Field(ge=0.045, le=3600)] = 15.6
+    """Of sound: the longest clip; of a longer one, a random crop. Shorter ones are padded to the longest in a batch."""
     remote: AddressText | None = None
     """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
@@ -273,8 +275,9 @@ class TrainLoaderConfig(ShardLoaderConfig):
 
     local: LocalFolder
     """An MDS folder; with ``remote``, the cache."""
-    column: Text = "image"
-    """Column of images: encoded files (bytes, jpeg, png) or pixels (pil). Streaming's own converters call it x."""
+    column: Text | None = None
+    """Column of encoded files (bytes, jpeg, png) or pixels (pil); null: ``image`` or ``audio``. Streaming's own
+    converters call it x."""
 
 
 class OptimizerConfig(Section):
@@ -341,8 +344,8 @@ class LabeledSetConfig(Section):
     same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test."""
     download: bool = False
     """Download CIFAR if it is missing."""
-    column: Text = "image"
-    """Column of images in an MDS data set."""
+    column: Text | None = None
+    """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
     label_column: Text | None = "label"
     """Column of labels in an MDS data set; null: none. Without labels (null, or a folder without class folders), only
     the probes that need none run, on the images in ROOT/test or, if ROOT has no splits, in all of ROOT."""

@@ -23,20 +23,13 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.storage import CloudUploader
 
-from d2v_composer.data.images import (
-    ImageFile,
-    decoding,
-    list_images,
-    list_subfolders,
-    open_image,
-    read_image_file,
-    to_rgb,
-)
-from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_image_index
+from d2v_composer.data.images import Images, open_image, to_rgb
+from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_index
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
 from d2v_composer.data.mds import ShardFile
+from d2v_composer.data.modality import SampleFile, decoding, list_files, list_subfolders, read_sample_file
 from d2v_composer.data.shards import Shards
-from d2v_composer.system.errors import InputError, RunError, UnreadableImageError, reading, reason, writing
+from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.processes import if_interrupted
@@ -54,12 +47,12 @@ LOCK_SECONDS = 10.0
 MOST_HELD_OUT = 5000
 
 
-class ImageSource(NamedTuple):
+class SampleSource(NamedTuple):
     """Images of a folder, an MDS data set, or CIFAR-10."""
 
     root: Path | str
     """Folder, or address in a store."""
-    files: list[ImageFile]
+    files: list[SampleFile]
     """Images sorted by path. Either all have a label, or none has one."""
     classes: list[str] | None
     """Name of each label; ``None`` without labels."""
@@ -71,7 +64,7 @@ class ImageSource(NamedTuple):
     """Store what ``load`` returns unchanged, even if it is not a JPEG."""
 
 
-def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> ImageSource:
+def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> SampleSource:
     """List the images of a data set.
 
     ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
@@ -101,11 +94,11 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         if others or split != "train":
             raise InputError(f"{source}: no split {split!r}; available: {', '.join(others) or 'none; omit --split'}")
         root = source
-    files, ignored = list_images(root)
+    files, ignored = list_files(root, Images)
     if labels is None and not any("/" in file.path for file in files):
         labels = csv if (csv := source / f"LOC_{split}_solution.csv").is_file() else NO_LABELS
     if labels == NO_LABELS:
-        return ImageSource(root, files, None, ignored)
+        return SampleSource(root, files, None, ignored)
     classes = list_subfolders(train if train.is_dir() else root)
     names = [file.path.split("/")[0] for file in files]
     if labels is not None:
@@ -120,15 +113,15 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
             expected = f"expected one of the classes {', '.join(classes):.80}; got {name!r}"
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
-    return ImageSource(root, labeled, classes, ignored)
+    return SampleSource(root, labeled, classes, ignored)
 
 
-def _cifar10_images(folder: Path, split: str) -> ImageSource:
+def _cifar10_images(folder: Path, split: str) -> SampleSource:
     if split not in ("train", "test"):
         raise InputError(f"{CIFAR10}{folder}: no split {split!r}; available: train, test")
-    labeled = load_labeled_set("cifar10", folder, image_size=32, interpolation="bicubic", download=True)
+    labeled = load_labeled_set("cifar10", folder, download=True)
     images, labels = getattr(labeled, split)
-    files = [ImageFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
+    files = [SampleFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
     classes = list(labeled.class_names)
 
     def load(number: int) -> bytes:
@@ -136,10 +129,10 @@ def _cifar10_images(folder: Path, split: str) -> ImageSource:
         Image.fromarray(images[number].permute(1, 2, 0).numpy()).save(buffer, "PNG")
         return buffer.getvalue()
 
-    return ImageSource(folder / split, files, classes, {}, load, keeps_files=True)
+    return SampleSource(folder / split, files, classes, {}, load, keeps_files=True)
 
 
-def list_samples(source: str, column: str, cache: Path) -> ImageSource:
+def list_samples(source: str, column: str, cache: Path) -> SampleSource:
     """List the images of an MDS data set, without their labels.
 
     Args:
@@ -154,17 +147,17 @@ def list_samples(source: str, column: str, cache: Path) -> ImageSource:
     folder = Path(source) if remote is None else cache
     if remote is not None:
         fetch_index(remote, folder)
-    shards = read_image_index(
-        folder, column, option="--column", source=source, shards_may_be_missing=remote is not None
+    shards = read_index(
+        folder, column, Images, option="--column", source=source, shards_may_be_missing=remote is not None
     )
     samples = Shards(local=folder, remote=remote, columns=[column])
     sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
-    files = [ImageFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
+    files = [SampleFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
     root = Path(source) if remote is None else source
-    return ImageSource(root, files, None, {}, lambda number: samples[number][column])
+    return SampleSource(root, files, None, {}, lambda number: samples[number][column])
 
 
-def hold_out(source: ImageSource, record: Path) -> dict[str, ImageSource]:
+def hold_out(source: SampleSource, record: Path) -> dict[str, SampleSource]:
     """Split images into ``test`` (a tenth, at most 5,000) and ``train`` (the rest).
 
     A hash of its path chooses an image. The chosen paths are kept in the file ``record``: an image that comes or goes
@@ -188,9 +181,9 @@ def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, q
     too, so an image looks the same either way.
 
     Raises:
-        UnreadableImageError: The image cannot be decoded.
+        UnreadableSampleError: The image cannot be decoded.
     """
-    with decoding(encoded, source), warnings.catch_warnings():
+    with decoding(encoded, source, "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = encoded if isinstance(encoded, Image.Image) else open_image(encoded)
         rgb = to_rgb(image)
@@ -209,7 +202,7 @@ def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, q
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
-    source: ImageSource
+    source: SampleSource
     groups: list[NDArray[np.int64]]
     """Numbers of the images in each shard."""
     resize: int | None
@@ -284,7 +277,7 @@ class _Task(NamedTuple):
             for file in files:
                 try:
                     writer.write({"image": self._read_image(file), "label": file.label})
-                except UnreadableImageError as error:
+                except UnreadableSampleError as error:
                     if not self.skip_unreadable:
                         raise InputError(f"{error}; --skip-unreadable skips such images") from error
                     done["skipped"].append(str(error).removeprefix(f"{self.source.root}/"))
@@ -295,10 +288,10 @@ class _Task(NamedTuple):
         write_atomically(record, json.dumps(done))
         return done
 
-    def _read_image(self, file: ImageFile) -> bytes:
+    def _read_image(self, file: SampleFile) -> bytes:
         name, load = f"{self.source.root}/{file.path}", self.source.load
         with reading(name):
-            encoded = read_image_file(Path(name)) if load is None else load(int(file.path))
+            encoded = read_sample_file(Path(name)) if load is None else load(int(file.path))
             return encoded if self.source.keeps_files else as_rgb_jpeg(encoded, name, self.resize, self.quality)
 
 
@@ -323,7 +316,7 @@ class Conversion(NamedTuple):
 
 
 def convert_images(
-    source: ImageSource,
+    source: SampleSource,
     out: str | Path,
     *,
     resize: int | None = None,
@@ -390,7 +383,7 @@ def convert_images(
     return Conversion(num_images, num_bytes, len(entries), skipped, resumed)
 
 
-def _groups(source: ImageSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
+def _groups(source: SampleSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
     """Return the numbers of the images in each shard of about ``shard_bytes``, in random order."""
     sizes = np.array([file.num_bytes for file in source.files])
     if resize:

@@ -1,15 +1,11 @@
-"""Find image files, decode them to RGB, and augment them with random numbers that depend only on the sample."""
+"""Images as samples: decode them to RGB, resize or augment them."""
 
-import errno
 import io
 import math
-import os
 import struct
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -18,110 +14,32 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from d2v_composer.models.sizes import ImageSize, height_and_width
-from d2v_composer.system.errors import InputError, UnreadableImageError
+from d2v_composer.data.mds import IMAGES
+from d2v_composer.data.modality import Modality, decoding
+from d2v_composer.models.sizes import EncoderConfig, ImageSize, height_and_width
+from d2v_composer.system.errors import UnreadableSampleError
 
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
-# The suffixes that torchvision's ImageFolder reads.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CROP_ATTEMPTS = 10
 # Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
 Image.init()
-
-
-class ImageFile(NamedTuple):
-    """An image in a folder."""
-
-    path: str
-    """Relative to the folder, with slashes."""
-    num_bytes: int
-    mtime_ns: int
-    label: int | None
-
-
-def list_images(root: Path) -> tuple[list[ImageFile], dict[str, int]]:
-    """List the images in a folder and its subfolders, sorted by path, and count the other files by suffix.
-
-    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
-
-    Raises:
-        InputError: There are no images.
-        OSError: A folder cannot be listed.
-    """
-    files: list[ImageFile] = []
-    ignored: Counter[str] = Counter()
-
-    def fail(error: OSError) -> NoReturn:  # os.walk would take a folder that cannot be listed for an empty one
-        raise error
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() not in SUFFIXES:
-                ignored[path.suffix.lower() or "without suffix"] += 1
-                continue
-            # A dangling link counts as unreadable when it is read, as a corrupt image does.
-            status = path.stat() if path.exists() else path.lstat()
-            files.append(ImageFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
-    if not files:
-        raise InputError(f"{root}: no images; supported suffixes are {', '.join(SUFFIXES)}")
-    return sorted(files), dict(sorted(ignored.items()))
-
-
-def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def read_image_file(path: Path) -> bytes:
-    """Read an image file.
-
-    Raises:
-        UnreadableImageError: The file does not exist, or is a dangling link.
-        OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            raise UnreadableImageError(f"{path}: cannot be read ({error.strerror})") from error
-        raise
-
-
-@contextmanager
-def decoding(stored: bytes | Image.Image, source: str) -> Iterator[None]:
-    """Convert any error raised in a ``with`` block that decodes an image to one line that names the image.
-
-    Raises:
-        UnreadableImageError: The image cannot be decoded. If memory or file descriptors run out, the error passes
-            unchanged; Pillow's own OSErrors have no number.
-    """
-    try:
-        yield
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{source}: {error}") from error
-    except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            raise
-        detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"mode {stored.mode}"
-        raise UnreadableImageError(f"{source}: not an image that can be read ({detail})") from error
 
 
 def open_image(encoded: bytes) -> Image.Image:
     """Read the header of an image file.
 
     Raises:
-        UnreadableImageError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow alone would warn, and
+        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow alone would warn, and
             decode twice as many.
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImageError(f"has more than {limit} pixels") from error
+        raise UnreadableSampleError(f"has more than {limit} pixels") from error
     if limit is not None and image.width * image.height > limit:
-        raise UnreadableImageError(f"has {image.width} x {image.height} pixels, more than {limit}")
+        raise UnreadableSampleError(f"has {image.width} x {image.height} pixels, more than {limit}")
     return image
 
 
@@ -146,9 +64,9 @@ def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
     """Decode an image file, or the image of a ``pil`` column, to RGB; of an animation, use the first frame.
 
     Raises:
-        UnreadableImageError: As :func:`decoding`.
+        UnreadableSampleError: As :func:`decoding`.
     """
-    with decoding(stored, source):
+    with decoding(stored, source, "an image"):
         return to_rgb(open_image(stored) if isinstance(stored, bytes) else stored)
 
 
@@ -156,28 +74,6 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """Return the pixels as (3, height, width) uint8."""
     pixels = np.array(image) if isinstance(image, Image.Image) else image
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def to_pixels(stored: bytes | Image.Image, source: str, image_size: ImageSize, interpolation: str) -> Tensor:
-    """Decode an image and resize all of it with Pillow's filter.
-
-    Args:
-        stored: An image file's bytes, or a decoded image.
-        source: The image's name for errors.
-        image_size: Pixels per side, or (height, width); the aspect ratio is not kept.
-        interpolation: bicubic or bilinear.
-
-    Returns:
-        (3, height, width) uint8.
-
-    Raises:
-        UnreadableImageError: The image cannot be decoded.
-    """
-    image = decode_rgb(stored, source)
-    height, width = height_and_width(image_size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    return to_tensor(image)
 
 
 class Box(NamedTuple):
@@ -229,7 +125,7 @@ class CuttableJpeg(NamedTuple):
         """Return the pixels in a box, (height, width, 3) uint8, exactly as a crop of the whole decoded image.
 
         Raises:
-            UnreadableImageError: The image cannot be decoded.
+            UnreadableSampleError: The image cannot be decoded.
         """
         encoded = self.encoded
         # A row's colors depend on at most the next two color samples, each of two rows.
@@ -243,11 +139,6 @@ class CuttableJpeg(NamedTuple):
         except ValueError:
             return np.array(decode_rgb(self.encoded, self.source).crop(box))
         return pixels[box.top : box.bottom, box.left : box.right]
-
-
-def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """Return the random generator of one sample in one epoch."""
-    return np.random.default_rng((seed, epoch, sample_id))
 
 
 def random_crop_box(
@@ -289,16 +180,21 @@ class RandomResizedCropFlip(NamedTuple):
     flip: float = 0.5
     interpolation: str = "bicubic"
 
-    def __call__(self, image: bytes | Image.Image, rng: np.random.Generator, source: str = "image") -> Tensor:
-        """Augment one image.
+    @property
+    def sample_bytes(self) -> int:
+        return 3 * math.prod(height_and_width(self.image_size))
+
+    def __call__(self, sample: bytes | Image.Image | Tensor, rng: np.random.Generator, source: str = "image") -> Tensor:
+        """Augment one image: a file's bytes, a PIL image or (3, height, width) uint8.
 
         Returns:
             (3, height, width) uint8.
 
         Raises:
-            UnreadableImageError: The image cannot be decoded.
+            UnreadableSampleError: The image cannot be decoded.
         """
-        jpeg = CuttableJpeg.parse(image, source) if isinstance(image, bytes) else None
+        jpeg = CuttableJpeg.parse(sample, source) if isinstance(sample, bytes) else None
+        image = Image.fromarray(sample.permute(1, 2, 0).numpy()) if isinstance(sample, Tensor) else sample
         whole = jpeg or decode_rgb(image, source)
         box = random_crop_box(*whole.size, rng, self.scale, self.ratio)
         # Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ,
@@ -306,3 +202,50 @@ class RandomResizedCropFlip(NamedTuple):
         crop, size = to_tensor(whole.crop(box))[None], height_and_width(self.image_size)
         pixels = functional.interpolate(crop, size, mode=self.interpolation, antialias=True)[0]
         return pixels.flip(-1) if rng.random() < self.flip else pixels
+
+
+@dataclass(frozen=True)
+class Images(Modality):
+    """Images, all of which are resized; the aspect ratio is not kept.
+
+    Attributes:
+        image_size: Pixels per side, or (height, width).
+        interpolation: Pillow's filter: bicubic or bilinear.
+    """
+
+    image_size: ImageSize
+    interpolation: str = "bicubic"
+    name = "image"
+    unit = "images"
+    # What torchvision's ImageFolder reads.
+    suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    columns: ClassVar = {"image": "bytes"}
+    encodings = tuple(IMAGES)
+    options = frozenset({"crop_scale", "crop_ratio", "flip"})
+
+    @classmethod
+    def of(cls, config: EncoderConfig) -> "Images":
+        return cls(config.image_size, config.interpolation)
+
+    def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
+        """Decode and resize an image to (3, height, width) uint8."""
+        image = decode_rgb(stored, source)
+        height, width = height_and_width(self.image_size)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        return to_tensor(image)
+
+    def shown(self, side: int) -> "Images":
+        return Images(side)
+
+    def augmentation(self, **options: Any) -> RandomResizedCropFlip:
+        scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
+        return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)
+
+    def stack(self, samples: Iterator[Tensor], count: int) -> Tensor:
+        """Stack images as they are decoded; torch.stack would need twice the memory."""
+        stacked = torch.empty(0)
+        for i, image in enumerate(samples):
+            stacked = stacked if i else image.new_empty(count, *image.shape)
+            stacked[i] = image
+        return stacked

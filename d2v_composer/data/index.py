@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2v_composer.data.mds import ENCODINGS, IMAGES
+from d2v_composer.data.mds import ENCODINGS
+from d2v_composer.data.modality import Modality
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import transfer
@@ -68,28 +69,30 @@ def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | Non
     )
 
 
-def read_image_index(
+def read_index(
     folder: Path,
     column: str,
+    modality: Modality | type[Modality],
     *,
     option: str,
     source: str | None = None,
     other_columns: tuple[str, ...] = (),
     shards_may_be_missing: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read and check the shards that the index of an image data set lists.
+    """Read and check the shards that the index of a data set lists.
 
     Args:
         folder: The folder of the ``index.json``.
-        column: The column of images.
+        column: The column of samples.
+        modality: What the samples are.
         option: The setting that chooses the columns, for the error.
         source: The data set's name, for the error; default: the folder.
         other_columns: Further columns that the samples must have.
         shards_may_be_missing: They are fetched later; otherwise each must be there in its full size.
 
     Raises:
-        InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold images,
-            or a shard is missing or has another size.
+        InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold such
+            samples, or a shard is missing or has another size.
     """
     source = source or str(folder)
     if not (folder / INDEX).is_file():
@@ -104,7 +107,7 @@ def read_image_index(
             encodings = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
             if "pkl" in encodings.values():
                 raise InputError(f"{source}: has a column of pickles, which may run code and are not supported")
-            for name, known in [(column, IMAGES), *((name, ENCODINGS) for name in other_columns)]:
+            for name, known in [(column, modality.encodings), *((name, ENCODINGS) for name in other_columns)]:
                 if name not in encodings:
                     names = ", ".join(encodings)
                     raise InputError(

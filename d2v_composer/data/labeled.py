@@ -1,4 +1,4 @@
-"""Load labeled images into memory as uint8, for retrieval and fine-tuning, and make batches of them."""
+"""Load labeled samples into memory, for retrieval and fine-tuning, and make batches of them."""
 
 import hashlib
 import json
@@ -10,20 +10,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from typing_extensions import override
 
-from d2v_composer.data.images import (
-    RandomResizedCropFlip,
-    list_images,
+from d2v_composer.data.images import Images
+from d2v_composer.data.index import SUMMARY, read_index
+from d2v_composer.data.modality import (
+    Modality,
+    Transform,
+    list_files,
     list_subfolders,
-    read_image_file,
+    read_sample_file,
     sample_rng,
-    to_pixels,
 )
-from d2v_composer.data.index import SUMMARY, read_image_index
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, RunError, reading, reason
@@ -41,28 +41,32 @@ def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
     return [number * total // most for number in range(most)]
 
 
-class LabeledImages(NamedTuple):
-    """Images with one label each; without labels, all are 0."""
+class LabeledSamples(NamedTuple):
+    """Samples with one label each; without labels, all are 0."""
 
-    images: Tensor
-    """(N, 3, height, width) uint8."""
+    samples: Any
+    """Images, (N, 3, height, width) uint8; or N clips, (L,) float32 each."""
     labels: Tensor
     """(N,) int64."""
+
+    def chosen(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return some of the samples."""
+        return [self.samples[i] for i in indices]
 
 
 class LabeledSet(NamedTuple):
     """Two splits, each the bank for the other's queries; or only test images, without labels (all 0)."""
 
-    train: LabeledImages
-    test: LabeledImages
+    train: LabeledSamples
+    test: LabeledSamples
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
 
     def at_most(self, num_images: int) -> "LabeledSet":
         """Keep at most this many images per split, evenly spaced, since a folder lists them class by class."""
-        chosen = (torch.tensor(evenly_spaced(total, num_images), dtype=torch.int64) for total in self.num_images)
+        chosen = (torch.tensor(evenly_spaced(total, num_images), dtype=torch.int64) for total in self.num_samples)
         pairs = zip((self.train, self.test), chosen, strict=True)
-        train, test = (LabeledImages(split.images[those], split.labels[those]) for split, those in pairs)
+        train, test = (LabeledSamples(split.samples[those], split.labels[those]) for split, those in pairs)
         return LabeledSet(train, test, self.class_names)
 
     def numbered(self) -> "LabeledSet":
@@ -71,7 +75,7 @@ class LabeledSet(NamedTuple):
             return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
-        train, test = numbers.split(self.num_images)
+        train, test = numbers.split(self.num_samples)
         return LabeledSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
@@ -85,14 +89,14 @@ class LabeledSet(NamedTuple):
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
-            pixels = self.test.images
-            labels.append([round(pixels.sum(dtype=torch.int64).item() / pixels.numel())])
+            sizes, sums = ([getattr(each, kind)() for each in self.test.samples] for kind in ("numel", "sum"))
+            labels.append([round(float(sum(sums)) / sum(sizes))])
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     @classmethod
-    def without_labels(cls, images: LabeledImages) -> "LabeledSet":
-        """Return a set of images without labels."""
-        return cls(LabeledImages(images.images[:0], images.labels[:0]), images)
+    def without_labels(cls, samples: LabeledSamples) -> "LabeledSet":
+        """Return a set of samples without labels."""
+        return cls(LabeledSamples(samples.samples[:0], samples.labels[:0]), samples)
 
     @property
     def has_labels(self) -> bool:
@@ -100,7 +104,7 @@ class LabeledSet(NamedTuple):
         return len(self.train.labels) > 0
 
     @property
-    def num_images(self) -> tuple[int, int]:
+    def num_samples(self) -> tuple[int, int]:
         """Number of images in train and test."""
         return len(self.train.labels), len(self.test.labels)
 
@@ -108,11 +112,12 @@ class LabeledSet(NamedTuple):
 def load_labeled_set(
     format: Format,
     root: str | Path,
+    modality: Modality | None = None,
     *,
-    image_size: ImageSize,
-    interpolation: str,
+    image_size: ImageSize = 224,
+    interpolation: str = "bicubic",
     download: bool = False,
-    column: str = "image",
+    column: str | None = None,
     label_column: str | None = "label",
     max_images: int | None = None,
 ) -> LabeledSet:
@@ -123,11 +128,12 @@ def load_labeled_set(
             root/test/CLASS/…; ``mds``: root/train and root/test. Without labels only root/test is read, or the whole
             root if it has neither split.
         root: The folder.
+        modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column of an MDS data set that holds the images.
+        column: The column of an MDS data set that holds the samples; default: the modality's name.
         label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
@@ -135,17 +141,17 @@ def load_labeled_set(
     Raises:
         InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
     """
-    root, sizes = Path(root), (image_size, interpolation)
-    options = *sizes, column, label_column, max_images
+    root, modality = Path(root), modality or Images(image_size, interpolation)
+    options = modality, column, label_column, max_images
     splits = root / "train", root / "test"
     alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
         labeled = whole if max_images is None else whole.at_most(max_images)
     elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
-        labeled = LabeledSet.without_labels(_load_folder(alone, *sizes, max_images))
+        labeled = LabeledSet.without_labels(_load_folder(alone, modality, max_images))
     elif format == "folder":
-        labeled = _load_folders(root, *sizes, max_images)
+        labeled = _load_folders(root, modality, max_images)
     elif label_column is None:
         labeled = LabeledSet.without_labels(load_mds(alone, *options))
     else:
@@ -172,63 +178,66 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
         hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
         raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
     train, test = (
-        LabeledImages(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)) for split in splits
+        LabeledSamples(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        for split in splits
     )
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def _load_folder(folder: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledImages:
-    """Load a folder's images without labels."""
-    files = list_images(folder)[0]
+def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:
+    """Load a folder's samples without labels."""
+    files = list_files(folder, modality)[0]
     chosen = [folder / files[i].path for i in evenly_spaced(len(files), max_images)]
-    return _read_files([(path, 0) for path in chosen], image_size, interpolation)
+    return _read_files([(path, 0) for path in chosen], modality)
 
 
-def _load_folders(root: Path, image_size: ImageSize, interpolation: str, max_images: int | None) -> LabeledSet:
-    layout = f"expected {root}/train/CLASS/*.jpg and {root}/test/CLASS/*.jpg, with the same classes"
-    splits: list[LabeledImages] = []
+def _load_folders(root: Path, modality: Modality, max_images: int | None) -> LabeledSet:
+    file = f"CLASS/*{modality.suffixes[0]}"
+    layout = f"expected {root}/train/{file} and {root}/test/{file}, with the same classes"
+    splits: list[LabeledSamples] = []
     class_names: list[str] = []
     for folder in (root / "train", root / "test"):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; {layout}")
-        paths = [file.path for file in list_images(folder)[0] if "/" in file.path]
+        paths = [file.path for file in list_files(folder, modality)[0] if "/" in file.path]
         if not paths:
-            raise InputError(f"{folder}: no images in its class folders; {layout}")
+            raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
         class_names = class_names or list_subfolders(folder)
         names = [path.split("/", 1)[0] for path in paths]
         if unknown := sorted(set(names) - set(class_names)):
             raise InputError(f"{folder / unknown[0]}: this class is not in the train folder; {layout}")
         chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
-        splits.append(_read_files(chosen, image_size, interpolation))
+        splits.append(_read_files(chosen, modality))
     return LabeledSet(splits[0], splits[1], tuple(class_names))
 
 
-def _read_files(files: list[tuple[Path, int]], image_size: ImageSize, interpolation: str) -> LabeledImages:
-    pixels = ((to_pixels(read_image_file(path), str(path), image_size, interpolation), label) for path, label in files)
-    return _stacked(pixels, len(files))
+def _read_files(files: list[tuple[Path, int]], modality: Modality) -> LabeledSamples:
+    samples = modality.stack((modality.decode(read_sample_file(path), str(path)) for path, _ in files), len(files))
+    return LabeledSamples(samples, torch.tensor([label for _, label in files], dtype=torch.int64))
 
 
 def load_mds(
     folder: Path,
-    image_size: ImageSize,
-    interpolation: str,
-    column: str,
+    modality: Modality,
+    column: str | None,
     label_column: str | None,
     max_images: int | None = None,
-) -> LabeledImages:
+) -> LabeledSamples:
     """Load one split of an MDS data set (see :func:`load_labeled_set`); shards that are not needed are not read."""
-    labels = () if label_column is None else (label_column,)
-    read_image_index(folder, column, option="column and label_column", other_columns=labels)
-    shards = Shards(local=folder, columns=(column, *labels))
+    column, others = column or modality.name, () if label_column is None else (label_column,)
+    read_index(folder, column, modality, option="column and label_column", other_columns=others)
+    shards = Shards(local=folder, columns=(column, *others))
     chosen = evenly_spaced(len(shards), max_images)
+    labels = torch.zeros(len(chosen), dtype=torch.int64)
 
-    def pairs() -> Iterator[tuple[Tensor, int]]:
-        for number in chosen:
+    def decoded() -> Iterator[Tensor]:
+        for i, number in enumerate(chosen):
             sample, source = shards[number], f"sample {number} of {folder}"
-            label = 0 if label_column is None else whole_label(sample[label_column], source)
-            yield to_pixels(sample[column], source, image_size, interpolation), label
+            if label_column is not None:
+                labels[i] = whole_label(sample[label_column], source)
+            yield modality.decode(sample[column], source)
 
-    return _stacked(pairs(), len(chosen))
+    return LabeledSamples(modality.stack(decoded(), len(chosen)), labels)
 
 
 def whole_label(value: Any, source: str) -> int:
@@ -260,36 +269,26 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _stacked(pairs: Iterator[tuple[Tensor, int]], num_images: int) -> LabeledImages:
-    """Stack images and labels as they are decoded; torch.stack would need twice the memory."""
-    images, labels = torch.empty(0), torch.empty(num_images, dtype=torch.int64)
-    for i, (image, label) in enumerate(pairs):
-        images = images if i else image.new_empty(num_images, *image.shape)
-        images[i], labels[i] = image, label
-    return LabeledImages(images, labels)
-
-
 class Augmentation(NamedTuple):
-    """A reproducible augmentation of images in memory."""
+    """A reproducible augmentation of samples in memory."""
 
-    transform: RandomResizedCropFlip
+    transform: Transform
     seed: int
 
-    def __call__(self, image: Tensor, *place: int) -> Tensor:
-        """Augment (3, height, width) uint8 with random numbers that depend only on the seed and two whole numbers."""
-        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
-        return self.transform(whole, sample_rng(self.seed, *place))
+    def __call__(self, sample: Tensor, *place: int) -> Tensor:
+        """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
+        return self.transform(sample, sample_rng(self.seed, *place))
 
 
 @dataclass(eq=False)
-class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images with their labels: (3, S, S) uint8 and int64.
+class AugmentedSamples(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented samples in memory with their labels, int64.
 
     A sample's index is its epoch and its id. Its augmentation depends on (seed, epoch, id) alone: it is the same for
     any number of workers and ranks, and after any resume.
     """
 
-    labeled: LabeledImages
+    labeled: LabeledSamples
     augment: Augmentation
 
     def __len__(self) -> int:
@@ -297,11 +296,11 @@ class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
         epoch, i = place
-        return self.augment(self.labeled.images[i], epoch, i), self.labeled.labels[i]
+        return self.augment(self.labeled.samples[i], epoch, i), self.labeled.labels[i]
 
 
 class EpochSampler(DistributedSampler[Place]):
-    """This rank's share of an epoch, as :class:`AugmentedImages` expects it; Composer sets the epoch."""
+    """This rank's share of an epoch, as :class:`AugmentedSamples` expects it; Composer sets the epoch."""
 
     @override
     def __iter__(self) -> Iterator[Place]:
@@ -309,7 +308,7 @@ class EpochSampler(DistributedSampler[Place]):
 
 
 def train_batches(
-    dataset: AugmentedImages, global_batch_size: int, num_workers: int, prefetch_factor: int
+    dataset: AugmentedSamples, global_batch_size: int, num_workers: int, prefetch_factor: int
 ) -> DataLoader:
     """Return the loader for this rank's augmented batches.
 
@@ -365,9 +364,9 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
         raise RunError(f"reading images failed ({cause}): the same command resumes") from error
 
 
-def eval_batches(labeled: LabeledImages, batch_size: int) -> DataLoader:
+def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
     """Return the loader for this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
     from composer.utils import dist
 
-    dataset = TensorDataset(labeled.images, labeled.labels)
+    dataset = TensorDataset(labeled.samples, labeled.labels)
     return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""Stream training images from MDS shards: their order, and the augmented samples."""
+"""Stream training samples from MDS shards: their order, and the augmented samples."""
 
 import logging
 import math
@@ -17,8 +17,8 @@ from streaming.base.world import World
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
-from d2v_composer.data.images import RandomResizedCropFlip, sample_rng
 from d2v_composer.data.labeled import whole_label
+from d2v_composer.data.modality import Transform, sample_rng
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError
 
@@ -152,8 +152,8 @@ class LabelColumn(NamedTuple):
     num_classes: int
 
 
-class StreamingImages(Dataset[Any]):
-    """Augmented images from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
+class StreamingSamples(Dataset[Any]):
+    """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
     S) uint8, "sample_id": int}``; if labels are asked for, (image, label), as Composer's algorithms need. Its
@@ -164,7 +164,8 @@ class StreamingImages(Dataset[Any]):
         local: The data set, or the cache of a remote one.
         remote: The address in an object store, or ``None``.
         transform: The augmentation.
-        column: The column of the images: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
+        column: The column of the samples: files (encoded as ``bytes``, ``jpeg`` or ``png``), or pixels (``pil``).
+        name: Name of the samples' entry in a batch.
         seed: The seed of the order and of the augmentation.
         labels: Their column; default: none.
         cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
@@ -184,8 +185,9 @@ class StreamingImages(Dataset[Any]):
         *,
         local: str | Path,
         remote: str | None = None,
-        transform: RandomResizedCropFlip,
+        transform: Transform,
         column: str = "image",
+        name: str = "image",
         seed: int,
         labels: LabelColumn | None = None,
         cache_limit: int | None = None,
@@ -195,7 +197,7 @@ class StreamingImages(Dataset[Any]):
         columns = [column] if labels is None else [column, labels.name]
         self.shards = Shards(local=local, remote=remote, columns=columns, cache_limit=cache_limit, timeout=timeout)
         self.order = EpochOrder(np.array([shard.samples for shard in self.shards.shards]), seed=seed, **order)
-        self.column = column
+        self.column, self.name = column, name
         self.transform = transform
         self.seed = seed
         self.labels = labels
@@ -218,7 +220,7 @@ class StreamingImages(Dataset[Any]):
         stored = self.shards[sample_id]
         pixels = self.transform(stored[self.column], sample_rng(self.seed, epoch, sample_id), source)
         if self.labels is None:
-            return {"image": pixels, "sample_id": sample_id}
+            return {self.name: pixels, "sample_id": sample_id}
         label = whole_label(stored[self.labels.name], source)
         if not 0 <= label <= (largest := self.labels.num_classes - 1):
             raise InputError(f"{source}: its label must be a number from 0 to {largest}, got {label}")

@@ -272,7 +272,7 @@ def evaluate(
     embeds, to_device = {name: embed for name, embed, *_ in candidates}, partial(torch.Tensor.to, device=device)
     for dataset, labeled in datasets.items():
         wanted = probes_on(labeled, probes, has_teacher="teacher" in embeds)
-        print(f"embedding {sum(labeled.num_images):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
+        print(f"embedding {sum(labeled.num_samples):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
             views = augment if "instance" in wanted else None
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)

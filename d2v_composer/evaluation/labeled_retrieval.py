@@ -108,7 +108,7 @@ def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Coll
     Raises:
         InputError: It has too few.
     """
-    smallest, num_test = min(filter(None, labeled.num_images)), labeled.num_images[1]
+    smallest, num_test = min(filter(None, labeled.num_samples)), labeled.num_samples[1]
     if not 1 <= min(ks) <= max(ks) <= smallest:
         raise InputError(
             f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
@@ -149,7 +149,7 @@ def look_up(
         main = find_primary(primary, parts["test"], fall_back=model is not None)
         for name in list(parts["test"]):
             images = {
-                part: ranks.gather(to_device(shares.pop(name)), labeled.num_images[part != "train"])
+                part: ranks.gather(to_device(shares.pop(name)), labeled.num_samples[part != "train"])
                 for part, shares in parts.items()
             }
             nearest = images["test"].new_empty(0)

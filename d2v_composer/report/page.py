@@ -58,7 +58,7 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
     yield "Training", list(curves(run))
     for name, labeled in run.datasets.items():
         found = run.neighbors.get(name, {})
-        if (len(found.get("test", ())), len(found.get("train", ()))) != labeled.num_images:
+        if (len(found.get("test", ())), len(found.get("train", ()))) != labeled.num_samples:
             continue  # not looked up, or among other images
         nearest, (bank, queries, class_names) = found["train"].long(), labeled
         confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
@@ -116,10 +116,10 @@ def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
     for row, query, indices in zip(grid, chosen, nearest.long(), strict=True):
         label = queries.labels[query]
-        _show(row[0], queries.images[query], class_names[label], "k")
+        _show(row[0], queries.samples[query], class_names[label], "k")
         for axes, index in zip(row[1:], indices, strict=True):
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
-            _show(axes, bank.images[index], f"{mark} {class_names[bank.labels[index]]}", color)
+            _show(axes, bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color)
     figure.suptitle("query, then its nearest images")
     return figure
 

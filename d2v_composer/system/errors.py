@@ -22,7 +22,7 @@ class InputError(ValueError):
         return "; ".join(map(str, self.args))
 
 
-class UnreadableImageError(InputError):
+class UnreadableSampleError(InputError):
     """An image that is missing, corrupt or not an image; others may be readable."""
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.labeled import Augmentation, LabeledImages, LabeledSet
+from d2v_composer.data.labeled import Augmentation, LabeledSamples, LabeledSet
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
@@ -37,11 +37,11 @@ class Watched(Classifier):
         return super().embed(images)
 
 
-def numbered_images(count: int, first: int) -> LabeledImages:
+def numbered_images(count: int, first: int) -> LabeledSamples:
     """Return images whose first pixel is their number."""
     images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
     images[:, 0, 0, 0] = torch.arange(first, first + count)
-    return LabeledImages(images, torch.arange(count) % 4)
+    return LabeledSamples(images, torch.arange(count) % 4)
 
 
 def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> None:
@@ -84,7 +84,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
     first = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", **options)
     train(Watched(), first, "10ba")
-    bank, queries = (pixels(images.images) for images in labeled[:2])
+    bank, queries = (pixels(images.samples) for images in labeled[:2])
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     metrics, key = first.history[-1]["metrics"], "metrics/set/bank_train/top1"
     accuracies = retrieval_accuracy(*sets)
@@ -136,7 +136,7 @@ def corner(images: Tensor) -> Tensor:
 def test_judges_without_labels(has_labels: bool) -> None:
     """As the functions do; a set without labels is judged so alone, and a resume keeps the teacher's neighbors."""
     labeled = LabeledSet(numbered_images(60, 0), numbered_images(50, 100))
-    images = labeled.test.images
+    images = labeled.test.samples
     labeled = labeled if has_labels else LabeledSet.without_labels(labeled.test)
     calls: list[int] = []
 

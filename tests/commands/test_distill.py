@@ -15,8 +15,9 @@ from streaming.base.format.mds import MDSReader
 
 from d2v_composer import load_student
 from d2v_composer.commands import distill
-from d2v_composer.data.convert import ImageSource, hold_out
-from d2v_composer.data.images import list_images
+from d2v_composer.data.convert import SampleSource, hold_out
+from d2v_composer.data.images import Images
+from d2v_composer.data.modality import list_files
 from d2v_composer.models.sizes import Data2Vec2Config
 from d2v_composer.system.errors import InputError
 from helpers import (
@@ -99,7 +100,7 @@ def test_a_tenth_is_never_trained_on(distilled: Path, photos: Path) -> None:
 
 
 def test_the_choice_of_the_tenth_survives_other_images(photos: Path, tmp_path: Path) -> None:
-    source, record = ImageSource(photos, list_images(photos)[0], None, {}), tmp_path / "held_out.json"
+    source, record = SampleSource(photos, list_files(photos, Images)[0], None, {}), tmp_path / "held_out.json"
     whole = hold_out(source, record)
     fewer = source._replace(files=source.files[::2])
     expected = {split: [each for each in part.files if each in fewer.files] for split, part in whole.items()}

@@ -19,7 +19,7 @@ from d2v_composer.commands import convert_images
 from d2v_composer.data import convert
 from d2v_composer.data.convert import CIFAR10, as_rgb_jpeg, convert_cifar10, find_images, work_folder
 from d2v_composer.data.images import decode_rgb
-from d2v_composer.data.labeled import LabeledImages, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import LabeledSamples, LabeledSet, load_labeled_set
 from d2v_composer.system import retry
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
@@ -271,7 +271,7 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
     torch.manual_seed(0)
     pixels = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
     labels = torch.tensor([1, 0, 1, 1, 0])
-    whole = LabeledSet(*(LabeledImages(pixels[split], labels) for split in ("train", "test")), class_names=("a", "b"))
+    whole = LabeledSet(*(LabeledSamples(pixels[split], labels) for split in ("train", "test")), class_names=("a", "b"))
     monkeypatch.setattr(convert, "load_labeled_set", lambda *arguments, **options: whole)
     out = tmp_path / "out"
     for split in ("train", "test"):
@@ -283,8 +283,8 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
     convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)  # what exists is not made again
     sample = load_labeled_set("mds", tmp_path / "sample", image_size=32, interpolation="bicubic")
     for split, num_images in (("train", 4), ("test", 3)):
-        assert torch.equal(getattr(found, split).images, pixels[split])
+        assert torch.equal(getattr(found, split).samples, pixels[split])
         assert torch.equal(getattr(found, split).labels, labels)
-        assert torch.equal(getattr(sample, split).images, pixels[split][:num_images])
+        assert torch.equal(getattr(sample, split).samples, pixels[split][:num_images])
     with pytest.raises(InputError, match="no split 'val'; available: train, test"):
         main([f"{CIFAR10}{tmp_path}", str(out / "val"), "--split", "val"])

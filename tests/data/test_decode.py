@@ -16,7 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resized_crop as resized_tensor
 
 from d2v_composer.data import images
-from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box, sample_rng
+from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box
+from d2v_composer.data.modality import sample_rng
 from d2v_composer.system.errors import InputError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -12,7 +12,7 @@ from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data import streaming
-from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.images import Images, RandomResizedCropFlip
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 
@@ -21,10 +21,10 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = TrainLoaderConfig(local=str(tmp_path / "cache"), remote=str(many_shards), num_workers=0)
-    shards = read_train_index(loader, 16)
+    shards = read_train_index(loader, Images(24), 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
     with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards must still be fetched, but only 0\.0 GB is free"):
-        build_train_loader(loader, shards, RandomResizedCropFlip(24), 16, seed=1)
+        build_train_loader(loader, Images(24), shards, RandomResizedCropFlip(24), 16, seed=1)
 
 
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
         builders_data.dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")]
     )
     with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from the one on node 0$"):
-        read_train_index(TrainLoaderConfig(local=str(small_data)), 16)
+        read_train_index(TrainLoaderConfig(local=str(small_data)), Images(24), 16)
 
 
 def test_refuses_to_start_with_too_little_shared_memory(
@@ -42,9 +42,11 @@ def test_refuses_to_start_with_too_little_shared_memory(
     """A worker would be killed by SIGBUS."""
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
     loader = load_config(small_run(tmp_path, small_data, *options)).train_loader
-    shards = read_train_index(loader, 16)
+    shards = read_train_index(loader, Images(24), 16)
     monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
-    build_train_loader(loader, shards, RandomResizedCropFlip(24), 16, seed=1)
+    build_train_loader(loader, Images(24), shards, RandomResizedCropFlip(24), 16, seed=1)
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9") as caught:
-        build_train_loader(loader, shards, RandomResizedCropFlip(224), 16, seed=1)  # 16 x 3 x 224 x 224 bytes, 14 times
+        build_train_loader(
+            loader, Images(24), shards, RandomResizedCropFlip(224), 16, seed=1
+        )  # 16 x 3 x 224 x 224 bytes, 14 times
     assert "docker run --shm-size=" in str(caught.value)

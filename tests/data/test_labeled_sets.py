@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from d2v_composer.data.images import to_pixels
+from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError, ShardError
 from helpers import encoded_image, write_mds
@@ -54,7 +54,7 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
         files[number].write_bytes(b"\0" * files[number].stat().st_size)
     found = load_labeled_set(format, tmp_path, **options, max_images=3)
     for split, wanted in zip(found[:2], expected[:2], strict=True):
-        assert torch.equal(split.images, wanted.images)
+        assert torch.equal(split.samples, wanted.samples)
         assert torch.equal(split.labels, wanted.labels)
     with pytest.raises((InputError, ShardError)):
         load_labeled_set(format, tmp_path, **options)
@@ -74,18 +74,18 @@ def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: li
     options: Any = {"image_size": 32, "interpolation": "bicubic"}
     found = load_labeled_set("folder", tmp_path, **options)
     assert not found.has_labels
-    assert found.num_images == (0, len(chosen))
+    assert found.num_samples == (0, len(chosen))
     assert found.class_names == found.numbered().class_names == ()
-    for image, path in zip(found.test.images, chosen, strict=True):
-        assert torch.equal(image, to_pixels((tmp_path / path).read_bytes(), path, **options))
-    assert load_labeled_set("folder", tmp_path, **options, max_images=1).num_images == (0, 1)
+    for image, path in zip(found.test.samples, chosen, strict=True):
+        assert torch.equal(image, Images(**options).decode((tmp_path / path).read_bytes(), path))
+    assert load_labeled_set("folder", tmp_path, **options, max_images=1).num_samples == (0, 1)
 
 
 @pytest.mark.parametrize("folder", ["", "test"])
 def test_mds_without_labels(tmp_path: Path, folder: str) -> None:
     write_mds(tmp_path / folder, [encoded_image(seed) for seed in range(3)])
     found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic", label_column=None)
-    assert found.num_images == (0, 3)
+    assert found.num_samples == (0, 3)
     with pytest.raises(InputError, match=r"no column 'label'|no such folder"):
         load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
 

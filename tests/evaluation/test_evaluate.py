@@ -68,7 +68,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     loaded = load_student(student)
     labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(60)
     with torch.inference_mode():
-        bank, queries = (loaded.embed(images.images, representation="layer_mean") for images in labeled[:2])
+        bank, queries = (loaded.embed(images.samples, representation="layer_mean") for images in labeled[:2])
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     for k, accuracy in retrieval_accuracy(*sets).items():
         assert accuracies(checkpoint)["student", "train", "layer_mean_cls", k][0] == pytest.approx(accuracy)
@@ -86,7 +86,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     assert [agreements["teacher"][key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     with torch.inference_mode():
-        theirs = teacher.embed(labeled.test.images, representation="layer_mean")
+        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
     assert float(agreements["student"]["value"]) == pytest.approx(neighbor_agreement(queries, theirs))
 
 

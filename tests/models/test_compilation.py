@@ -24,7 +24,7 @@ BATCH_SIZE = 16
 @pytest.fixture(scope="module")
 def batches() -> Tensor:
     """Real images, one batch for each step: (20, 16, 3, 32, 32) uint8."""
-    images = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").train.images
+    images = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").train.samples
     return images[: NUM_STEPS * BATCH_SIZE].unflatten(0, (NUM_STEPS, BATCH_SIZE))
 
 

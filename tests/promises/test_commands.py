@@ -406,7 +406,7 @@ def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
     assert [entry["batch"] for entry in callback.history] == [0, 3, 6, 8]
     assert model.training
     with torch.inference_mode():
-        splits = [(model.embed(split.images), split.labels) for split in (small.train, small.test)]
+        splits = [(model.embed(split.samples), split.labels) for split in (small.train, small.test)]
     (train, train_labels), (test, test_labels) = splits
     for bank, found in {
         "train": retrieval_accuracy(train, train_labels, test, test_labels, ks=(1, 3)),

@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(30):
             folder = root / split / ("cat", "dog", "<ship>")[i % 3]
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(getattr(cifar10, split).images[i], str(folder / f"{i}.png"))
+            write_png(getattr(cifar10, split).samples[i], str(folder / f"{i}.png"))
     return root
 
 

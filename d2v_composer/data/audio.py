@@ -1,0 +1,142 @@
+"""Sound as samples: decode clips to 16 kHz mono, and crop them."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.data.modality import Modality, decoding
+from d2v_composer.models.sizes import SAMPLE_RATE, EncoderConfig
+from d2v_composer.system.errors import UnreadableSampleError
+
+FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MPEG")
+MOST_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
+# Two frames, of which a target needs both.
+FEWEST_SAMPLES = 720
+# A file's; what a model takes whole is far shorter, since attention grows with its square.
+LONGEST, LONGEST_WHOLE = 3600, 60  # seconds
+BLOCK = 1 << 18  # frames decoded at a time
+
+
+def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
+    """Read the header of an audio file.
+
+    Raises:
+        UnreadableSampleError: Its format, channels, sample rate or length is not allowed.
+    """
+    file = soundfile.SoundFile(io.BytesIO(encoded))
+    low, high = SAMPLE_RATES
+    if file.format not in FORMATS:
+        raise UnreadableSampleError(f"is {file.format}, not one of {', '.join(FORMATS)}")
+    if file.channels > MOST_CHANNELS:
+        raise UnreadableSampleError(f"has {file.channels} channels, more than {MOST_CHANNELS}")
+    if not low <= file.samplerate <= high:
+        raise UnreadableSampleError(f"has {file.samplerate} samples a second; allowed are {low} to {high}")
+    if file.frames > longest * file.samplerate:
+        raise UnreadableSampleError(f"has {file.frames / file.samplerate:,.0f} s, more than {longest}")
+    return file
+
+
+def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.float32]:
+    """Decode a span of a file to 16 kHz mono, (L,).
+
+    Args:
+        file: The file.
+        start: The first sample, at the file's rate.
+        count: Number of samples, at the file's rate.
+
+    Raises:
+        UnreadableSampleError: The file is truncated or has samples that are not finite.
+    """
+    file.seek(start)
+    rate, left, blocks = file.samplerate, count, []
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
+    while left:
+        block = file.read(min(left, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
+        if not len(block):
+            raise UnreadableSampleError(f"ends {left:,} samples too early")
+        left -= len(block)
+        blocks.append(block if resampler is None else resampler.resample_chunk(block, last=not left))
+    clip = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if not np.isfinite(clip).all():
+        raise UnreadableSampleError("has samples that are not finite")
+    return clip
+
+
+def decode_clip(encoded: bytes, source: str, longest: int = LONGEST_WHOLE) -> NDArray[np.float32]:
+    """Decode an audio file to 16 kHz mono, (L,), in [-1, 1].
+
+    Raises:
+        UnreadableSampleError: It cannot be decoded; or is silent, shorter than 720 samples, or longer than ``longest``
+            seconds.
+    """
+    with decoding(encoded, source, "a sound"), open_clip(encoded, longest) as file:
+        clip = read_span(file, 0, file.frames)
+        if len(clip) < FEWEST_SAMPLES:
+            raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {FEWEST_SAMPLES}")
+        if clip.min() == clip.max():
+            raise UnreadableSampleError("is silent")
+        return clip
+
+
+class RandomCrop(NamedTuple):
+    """The training augmentation of a clip: a random span of at most so many samples."""
+
+    num_samples: int
+
+    @property
+    def sample_bytes(self) -> int:
+        return 4 * self.num_samples
+
+    def __call__(self, sample: bytes | Tensor, rng: np.random.Generator, source: str = "clip") -> Tensor:
+        """Crop a clip: a file's bytes, of which only the span is decoded, or (L,) at 16 kHz.
+
+        Returns:
+            (at most ``num_samples``,) float32 at 16 kHz.
+
+        Raises:
+            UnreadableSampleError: The file cannot be decoded.
+        """
+        if isinstance(sample, Tensor):
+            start = int(rng.integers(max(len(sample) - self.num_samples, 0) + 1))
+            return sample[start : start + self.num_samples]
+        with decoding(sample, source, "a sound"), open_clip(sample, LONGEST) as file:
+            count = min(file.frames, round(self.num_samples * file.samplerate / SAMPLE_RATE))
+            clip = read_span(file, int(rng.integers(file.frames - count + 1)), count)
+            return torch.from_numpy(clip[: self.num_samples])
+
+
+@dataclass(frozen=True)
+class Audio(Modality):
+    """Clips of sound, 16 kHz mono, of any length."""
+
+    name = "audio"
+    unit = "clips"
+    suffixes = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+    columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
+    encodings = ("bytes",)
+    options = frozenset({"crop_seconds"})
+
+    @classmethod
+    def of(cls, config: EncoderConfig) -> "Audio":
+        return cls()
+
+    def decode(self, stored: bytes, source: str) -> Tensor:
+        """Decode a clip to (L,) float32."""
+        return torch.from_numpy(decode_clip(stored, source))
+
+    def shown(self, side: int) -> "Audio":
+        return self
+
+    def augmentation(self, **options: Any) -> RandomCrop:
+        return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))
+
+    def stack(self, samples: Iterator[Tensor], count: int) -> list[Tensor]:
+        return list(samples)

@@ -1,0 +1,13 @@
+"""Find the modality of an encoder, or by its name."""
+
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.images import Images
+from d2v_composer.data.modality import Modality
+from d2v_composer.models.sizes import EncoderConfig
+
+MODALITIES: dict[str, type[Modality]] = {each.name: each for each in (Images, Audio)}
+
+
+def modality_of(config: EncoderConfig) -> Modality:
+    """Return the samples that an encoder takes."""
+    return MODALITIES[config.modality].of(config)

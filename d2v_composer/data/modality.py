@@ -1,0 +1,182 @@
+"""What differs between images and sound before a batch: how a sample is stored, found, decoded, augmented and shown."""
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import Self
+
+from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.system.errors import InputError, UnreadableSampleError
+
+MOST_BYTES = 1 << 30  # of a file, which is read whole
+
+
+class Transform(Protocol):
+    """An augmentation of one sample.
+
+    Attributes:
+        sample_bytes: Size of the largest result.
+    """
+
+    @property
+    def sample_bytes(self) -> int: ...
+
+    def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor:
+        """Augment a sample as it is stored, or as :meth:`Modality.decode` returns it.
+
+        Raises:
+            UnreadableSampleError: The sample cannot be decoded.
+        """
+        ...
+
+
+class Modality(ABC):
+    """A kind of samples; a subclass's attributes are how a model takes them.
+
+    Attributes:
+        name: Name of the entry in a batch, and of the column in an MDS data set.
+        unit: What messages call several samples.
+        suffixes: Of the files that a folder's scan takes.
+        columns: Name → encoding of the columns of a converted data set, beside the label.
+        encodings: The encodings of a column that can be read.
+        options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    columns: ClassVar[Mapping[str, str]]
+    encodings: ClassVar[Collection[str]]
+    options: ClassVar[frozenset[str]]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: EncoderConfig) -> Self:
+        """Return the modality as an encoder takes it."""
+
+    @abstractmethod
+    def decode(self, stored: Any, source: str) -> Tensor:
+        """Decode a whole sample, for an evaluation.
+
+        Args:
+            stored: A file's bytes, or what a column holds.
+            source: The sample's name for errors.
+
+        Raises:
+            UnreadableSampleError: It cannot be decoded.
+        """
+
+    @abstractmethod
+    def shown(self, side: int) -> "Modality":
+        """Return the modality with samples that are small enough to look at; images of this many pixels a side."""
+
+    @abstractmethod
+    def augmentation(self, **options: Any) -> Transform:
+        """Return the training augmentation with these ``options``."""
+
+    @abstractmethod
+    def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
+        """Return decoded samples in memory."""
+
+
+class SampleFile(NamedTuple):
+    """A file in a folder."""
+
+    path: str
+    """Relative to the folder, with slashes."""
+    num_bytes: int
+    mtime_ns: int
+    label: int | None
+
+
+def list_files(root: Path, modality: Modality | type[Modality]) -> tuple[list[SampleFile], dict[str, int]]:
+    """List a modality's files in a folder and its subfolders, sorted by path, and count the other files by suffix.
+
+    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
+
+    Raises:
+        InputError: There are none.
+        OSError: A folder cannot be listed.
+    """
+    files: list[SampleFile] = []
+    ignored: Counter[str] = Counter()
+
+    def fail(error: OSError) -> NoReturn:  # os.walk would take a folder that cannot be listed for an empty one
+        raise error
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() not in modality.suffixes:
+                ignored[path.suffix.lower() or "without suffix"] += 1
+                continue
+            # A dangling link counts as unreadable when it is read, as a corrupt file does.
+            status = path.stat() if path.exists() else path.lstat()
+            files.append(SampleFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
+    if not files:
+        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {', '.join(modality.suffixes)}")
+    return sorted(files), dict(sorted(ignored.items()))
+
+
+def list_subfolders(folder: Path) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def read_sample_file(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        UnreadableSampleError: The file does not exist, is a dangling link, or is too large for a sample.
+        OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
+    """
+    try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UnreadableSampleError(f"{path}: has {size:,} bytes, more than {MOST_BYTES:,}")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise UnreadableSampleError(f"{path}: cannot be read ({error.strerror})") from error
+        raise
+
+
+@contextmanager
+def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
+    """Convert any error raised in a ``with`` block that decodes a sample to one line that names the sample.
+
+    Raises:
+        UnreadableSampleError: It cannot be decoded. If memory or file descriptors run out, the error passes
+            unchanged; the decoders' own OSErrors have no number.
+    """
+    try:
+        yield
+    except UnreadableSampleError as error:
+        raise UnreadableSampleError(f"{source}: {error}") from error
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"mode {stored.mode}"
+        raise UnreadableSampleError(f"{source}: not {kind} that can be read ({detail})") from error
+
+
+def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
+    """Return the random generator of one sample in one epoch."""
+    return np.random.default_rng((seed, epoch, sample_id))
+
+
+def collate(samples: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return a batch's inputs; and if samples were padded with zeros at the end, the lengths, (B,) int64."""
+    lengths = torch.tensor([sample.shape[-1] for sample in samples])
+    if (longest := int(lengths.max())) == lengths.min():
+        return (torch.stack(list(samples)),)
+    return torch.stack([pad(sample, (0, longest - sample.shape[-1])) for sample in samples]), lengths
