@@ -377,8 +377,9 @@ class RetrievalConfig(LookupConfig):
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
-    baselines: list[Literal["pixels", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels``, the frozen ``encoder``, the ``teacher``."""
+    baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
+    """Models to compare the student with, each measured once: ``pixels`` (of sound, the mean ``log_mel`` spectrum), the
+    frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):

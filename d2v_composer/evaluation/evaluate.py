@@ -119,26 +119,33 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
 def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
     """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model on it.
 
-    A tensor of images that is passed again, to another of them, is not encoded again: autocast must be the same for
-    all. The encoder's output lives as long as its images. Black images fill a smaller batch up to the largest so far,
-    because a compiled model needs a graph for each size.
+    A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
+    encoder's output lives as long as its inputs.
+
+    A compiled model needs a graph for each size. So black images, or silence, fill a smaller batch up to the largest so
+    far, and padded clips get one of eight lengths from a power of two to the next.
     """
     encoded, largest = WeakIdKeyDictionary(), 0
 
-    def encode(images: Tensor) -> Tensor:
+    def encode(inputs: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         nonlocal largest
-        if images not in encoded:
-            largest = max(largest, len(images))
-            missing = largest - len(images)
-            encoded[images] = encoder(pad(images, (0, 0) * 3 + (0, missing)) if missing else images)
-        return encoded[images]
+        if inputs not in encoded:
+            largest = max(largest, len(inputs))
+            missing, length, more = largest - len(inputs), inputs.shape[-1], 0
+            if lengths is not None:
+                lengths, more = pad(lengths, (0, missing), value=length), -length % (1 << length.bit_length() - 4)
+            filled = pad(inputs, (0, more) + (0, 0) * (inputs.ndim - 2) + (0, missing))
+            encoded[inputs] = encoder(filled, lengths), encoder.padding_mask(lengths, filled.shape[-1])
+        return encoded[inputs]
 
-    def embed_with(embed: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
-        return {name: each[: len(images)] for name, each in embed(encode(images)).items()}
+    def embed_with(
+        embed: Callable[[Tensor, Tensor | None], dict[str, Tensor]], inputs: Tensor, lengths: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {name: each[: len(inputs)] for name, each in embed(*encode(inputs, lengths)).items()}
 
     return {
         encoder.baseline: encoder.raw,
-        "encoder": partial(embed_with, partial(poolings, representation="output", config=encoder.config)),
+        "encoder": partial(embed_with, lambda x, mask: poolings(x, "output", encoder.config, mask)),
         **{name: partial(embed_with, model.embed_encoded) for name, model in models.items()},
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, PROBES, WITHOUT_LABELS, Measure, find_primary
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -28,8 +29,12 @@ from d2v_composer.system.progress import progress_bar
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, LabeledSet
 
-Embed = Callable[[Tensor], Tensor | dict[str, Tensor]]
-"""Embeds images: (B, 3, height, width) uint8 on the model's device → (B, D), or several embeddings by name."""
+Embed = Callable[..., Tensor | dict[str, Tensor]]
+"""Embeds a batch on the model's device → (B, D), or several embeddings by name.
+
+A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, if some are padded, their lengths, (B,)
+int64, as a second argument.
+"""
 ModelT = TypeVar("ModelT", bound=Hashable)
 
 VIEWS = ("first view", "second view")
@@ -63,7 +68,9 @@ def embed_set(
     progress: str | None = None,
     augment: "Augmentation | None" = None,
 ) -> dict[ModelT, EmbeddedSet]:
-    """Embed this rank's share of all parts with every model, in one pass over the images.
+    """Embed this rank's share of all parts with every model, in one pass over the samples.
+
+    Clips of similar lengths share a batch; the longest come first.
 
     Args:
         embeds: Model → embed function.
@@ -77,22 +84,28 @@ def embed_set(
     embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
-    for part, (images, _) in parts.items():
+    for part, (samples, _) in parts.items():
         batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
-        shares = ranks.share(len(images)).split(batch_size)
+        share = ranks.share(len(samples))
+        sizes = torch.tensor([samples[i].shape[-1] for i in share.tolist()])
+        order = sizes.argsort(descending=True, stable=True)
+        shares = share[order].split(batch_size)
         for indices in progress_bar(shares, desc=f"{progress} {part}", unit="batches", disable=progress is None):
-            batch = images[indices]
+            batch = [samples[i] for i in indices.tolist()]
             if augment is not None and part in VIEWS:
-                views = [augment(image, i, VIEWS.index(part)) for i, image in zip(indices.tolist(), batch, strict=True)]
-                batch = torch.stack(views)
-            batch = to_device(batch)
+                view = VIEWS.index(part)
+                batch = [augment(sample, i, view) for i, sample in zip(indices.tolist(), batch, strict=True)]
+            inputs, *lengths = collate(batch)
+            inputs = to_device(inputs)
+            lengths = [each.to(inputs.device) for each in lengths]
             for model, embed in embeds.items():
-                embeddings = embed(batch)
+                embeddings = embed(inputs, *lengths)
                 embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
                 batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
         for model, found in batches.items():
             # Popped, so that not all are held twice.
-            embedded[model][part] = {name: torch.cat([each.pop(name) for each in found]) for name in list(found[0])}
+            names, back = list(found[0]), order.argsort()
+            embedded[model][part] = {name: torch.cat([each.pop(name) for each in found])[back] for name in names}
     return embedded
 
 
