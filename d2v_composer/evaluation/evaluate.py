@@ -134,7 +134,8 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
             missing, length, more = largest - len(inputs), inputs.shape[-1], 0
             if lengths is not None:
                 lengths, more = pad(lengths, (0, missing), value=length), -length % (1 << length.bit_length() - 4)
-            filled = pad(inputs, (0, more) + (0, 0) * (inputs.ndim - 2) + (0, missing))
+            amounts = (0, more) + (0, 0) * (inputs.ndim - 2) + (0, missing)
+            filled = pad(inputs, amounts) if any(amounts) else inputs  # pad would copy them
             encoded[inputs] = encoder(filled, lengths), encoder.padding_mask(lengths, filled.shape[-1])
         return encoded[inputs]
 
