@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import soundfile
 import torch
 from composer import Trainer
 from composer.models import ComposerModel
@@ -56,6 +57,16 @@ def encoded_image(seed: int, size: int = 32) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def encoded_clip(
+    seed: int, length: int, format: str = "FLAC", rate: int = 16_000, channels: int = 1, volume: float = 0.1
+) -> bytes:
+    """Return a file of noise."""
+    noise = np.random.default_rng(seed).standard_normal((length, channels)).clip(-3, 3) * volume
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, rate, format=format)
     return buffer.getvalue()
 
 

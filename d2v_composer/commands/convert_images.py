@@ -17,57 +17,72 @@ folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file with lines 'image,class'
 import os
 import shlex
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2v_composer.system.command_line import make_parser, print_next, size, whole
 
 if TYPE_CHECKING:
-    from d2v_composer.data.convert import Conversion
+    from d2v_composer.data.convert import Conversion, SampleSource
 
 
 def main(argv: Sequence[str]) -> "Conversion":
     """Convert, and print a report."""
     parser = make_parser(__doc__)
+    add_options(parser, "image", source="a folder of images, or cifar10:FOLDER")
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a folder of images, or cifar10:FOLDER")
-    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
-    add("--split", default="train", help="the split's folder; default: train")
-    add("--labels", help="a CSV file with lines 'image,class', or none for no labels")
     add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: no change")
     add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
-    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
-    add("--seed", type=whole(0, 1 << 32), default=0, help="seed for the order of the images; default: 0")
-    add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
-    add("--skip-unreadable", action="store_true", help="skip images that are missing or corrupt, and list them")
     arguments = parser.parse_args(argv)
 
-    from d2v_composer.data.convert import convert_images, find_images
+    from d2v_composer.data.convert import find_samples
+
+    source = find_samples(arguments.source, arguments.split, arguments.labels)
+    yaml = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
+    return convert_and_report(arguments, source, yaml, resize=arguments.resize, quality=arguments.quality)
+
+
+def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
+    """Add the options that the commands for all kinds of samples have."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=source)
+    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
+    add("--split", default="train", help="the split's folder; default: train")
+    add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
+    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
+    add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
+    add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
+    add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
+
+
+def convert_and_report(arguments: Namespace, source: "SampleSource", yaml: str, **options: Any) -> "Conversion":
+    """Convert, and print a report that names the YAML for the next step."""
+    from d2v_composer.data.convert import convert
+    from d2v_composer.models.sizes import SAMPLE_RATE
 
     start = time.monotonic()
-    source = find_images(arguments.source, arguments.split, arguments.labels)
-    conversion = convert_images(
+    conversion = convert(
         source,
         arguments.out,
-        resize=arguments.resize,
-        quality=arguments.quality,
         seed=arguments.seed,
         workers=arguments.workers,
         shard_bytes=arguments.shard_size,
         skip_unreadable=arguments.skip_unreadable,
+        **options,
     )
     if conversion.resumed:
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
+    hours = f" ({sum(conversion.lengths) / SAMPLE_RATE / 3600:,.2f} hours)" if conversion.lengths else ""
     classes = "no labels" if source.classes is None else f"{len(source.classes)} classes"
     print(
-        f"wrote {arguments.out}: {conversion.images} images, {classes}, {conversion.bytes / 1e6:.1f} MB in "
-        f"{conversion.shards} shards, in {time.monotonic() - start:.0f} s"
+        f"wrote {arguments.out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
+        f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
     print("other files:", ", ".join(f"{count} {name}" for name, count in source.ignored.items()) or "none")
     print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
     out = arguments.out
     data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
-    name = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
-    print_next(f"composer recipes/train.py yamls/{name}.yaml {shlex.quote(data)}")
+    print_next(f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}")
     return conversion

@@ -103,7 +103,7 @@ def prepare(arguments: Namespace) -> None:
         InputError: The images, the teacher or a change cannot be used, or OUT is another source's or teacher's.
     """
     from d2v_composer.builders.distillation import build_teacher
-    from d2v_composer.data.convert import SampleSource, convert_images, hold_out, list_samples
+    from d2v_composer.data.convert import SampleSource, convert, hold_out, list_samples
     from d2v_composer.data.images import Images
     from d2v_composer.data.index import INDEX, SUMMARY
     from d2v_composer.data.modality import list_files
@@ -126,7 +126,7 @@ def prepare(arguments: Namespace) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         return
     if is_mds:
-        every = list_samples(source, arguments.column, cache)
+        every = list_samples(source, arguments.column, cache, Images)
     else:
         every = SampleSource(Path(source), list_files(Path(source), Images)[0], None, {})
     if (num_images := len(every.files)) < FEWEST_IMAGES:
@@ -144,8 +144,8 @@ def prepare(arguments: Namespace) -> None:
     for split, part in hold_out(every, images / f"{HELD_OUT}.json").items():
         if not (images / split / INDEX).exists():
             options = {"resize": max(sides) * 8 // 7, "workers": os.cpu_count() or 1}  # 256 for 224
-            done = convert_images(part, images / split, **options, skip_unreadable=True)
-            print(f"{images / split}: {done.images} images, {len(done.skipped)} unreadable; see its {SUMMARY}")
+            done = convert(part, images / split, **options, skip_unreadable=True)
+            print(f"{images / split}: {done.samples} images, {len(done.skipped)} unreadable; see its {SUMMARY}")
     shutil.rmtree(cache, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.sizes import SAMPLE_RATE, EncoderConfig
 from d2v_composer.system.errors import UnreadableSampleError
 
-FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MPEG")
+FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
 MOST_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
 # Two frames, of which a target needs both.
 FEWEST_SAMPLES = 720
@@ -123,6 +123,7 @@ class Audio(Modality):
     columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
+    stored_as: ClassVar = {}
 
     @classmethod
     def of(cls, config: EncoderConfig) -> "Audio":
@@ -131,6 +132,17 @@ class Audio(Modality):
     def decode(self, stored: bytes, source: str) -> Tensor:
         """Decode a clip to (L,) float32."""
         return torch.from_numpy(decode_clip(stored, source))
+
+    @classmethod
+    def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
+        """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits."""
+        clip = decode_clip(stored, source, LONGEST)
+        with decoding(stored, source, "a sound"), open_clip(stored, LONGEST) as file:
+            if (file.samplerate, file.channels) != (SAMPLE_RATE, 1) or file.format == "MP3":
+                buffer = io.BytesIO()
+                soundfile.write(buffer, clip, SAMPLE_RATE, "PCM_16", format="FLAC")
+                stored = buffer.getvalue()
+        return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}
 
     def shown(self, side: int) -> "Audio":
         return self

@@ -1,6 +1,6 @@
-"""Convert images to MDS shards, in a folder or directly in an object store, all or nothing.
+"""Convert images or sound to MDS shards, in a folder or directly in an object store, all or nothing.
 
-The images are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
+The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
 writes a record of it. A conversion that starts again keeps the shards whose records fit. The index, without which there
 is no data set, comes last. So the result depends neither on the number of workers nor on kills.
 """
@@ -10,7 +10,6 @@ import io
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +22,11 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.storage import CloudUploader
 
-from d2v_composer.data.images import Images, open_image, to_rgb
+from d2v_composer.data.images import Images
 from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_index
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
 from d2v_composer.data.mds import ShardFile
-from d2v_composer.data.modality import SampleFile, decoding, list_files, list_subfolders, read_sample_file
+from d2v_composer.data.modality import Modality, SampleFile, list_files, list_subfolders, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
@@ -48,41 +47,45 @@ MOST_HELD_OUT = 5000
 
 
 class SampleSource(NamedTuple):
-    """Images of a folder, an MDS data set, or CIFAR-10."""
+    """Images or sound of a folder or an MDS data set, or CIFAR-10."""
 
     root: Path | str
     """Folder, or address in a store."""
     files: list[SampleFile]
-    """Images sorted by path. Either all have a label, or none has one."""
+    """Samples sorted by path. Either all have a label, or none has one."""
     classes: list[str] | None
     """Name of each label; ``None`` without labels."""
     ignored: dict[str, int]
     """Number of other files by suffix."""
     load: Callable[[int], Any] | None = None
-    """Returns an image by number, as a file's bytes or a PIL image; the paths in ``files`` are then these numbers."""
+    """Returns a sample by number, as a file's bytes or a PIL image; the paths in ``files`` are then these numbers."""
     keeps_files: bool = False
     """Store what ``load`` returns unchanged, even if it is not a JPEG."""
+    modality: type[Modality] = Images
 
 
-def find_images(source: str | Path, split: str = "train", labels: str | Path | None = None) -> SampleSource:
-    """List the images of a data set.
+def find_samples(
+    source: str | Path, split: str = "train", labels: str | Path | None = None, modality: type[Modality] = Images
+) -> SampleSource:
+    """List the images or the sound of a data set.
 
     ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
 
-    The images of a folder are in SOURCE/SPLIT, or in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive); without any
+    The samples of a folder are in SOURCE/SPLIT, or in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive); without any
     split, in SOURCE itself. There, a folder per class gives the labels: 0, 1, … in the order of the class names, which
     are those of the train folder for every split. A flat folder takes its labels from SOURCE/LOC_SPLIT_solution.csv
-    (Kaggle's), if it is there, or from any CSV file with the image's path, with or without its suffix, in the first
+    (Kaggle's), if it is there, or from any CSV file with the sample's path, with or without its suffix, in the first
     column, and the class, one word, in the second. The ground truth file of ILSVRC's devkit is not supported: it has no
     file names, and its numbers are not in the order of the train folder's classes.
 
     Args:
         source: The folder, or ``cifar10:FOLDER``.
         split: The split's folder.
-        labels: A CSV file, or ``none`` for images without labels.
+        labels: A CSV file, or ``none`` for samples without labels.
+        modality: What the samples are.
 
     Raises:
-        InputError: There are no images, or their labels are ambiguous.
+        InputError: There are no samples, or their labels are ambiguous.
     """
     if str(source).startswith(CIFAR10):
         return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split)
@@ -94,11 +97,11 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
         if others or split != "train":
             raise InputError(f"{source}: no split {split!r}; available: {', '.join(others) or 'none; omit --split'}")
         root = source
-    files, ignored = list_files(root, Images)
+    files, ignored = list_files(root, modality)
     if labels is None and not any("/" in file.path for file in files):
         labels = csv if (csv := source / f"LOC_{split}_solution.csv").is_file() else NO_LABELS
     if labels == NO_LABELS:
-        return SampleSource(root, files, None, ignored)
+        return SampleSource(root, files, None, ignored, modality=modality)
     classes = list_subfolders(train if train.is_dir() else root)
     names = [file.path.split("/")[0] for file in files]
     if labels is not None:
@@ -113,7 +116,7 @@ def find_images(source: str | Path, split: str = "train", labels: str | Path | N
             expected = f"expected one of the classes {', '.join(classes):.80}; got {name!r}"
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
-    return SampleSource(root, labeled, classes, ignored)
+    return SampleSource(root, labeled, classes, ignored, modality=modality)
 
 
 def _cifar10_images(folder: Path, split: str) -> SampleSource:
@@ -132,13 +135,14 @@ def _cifar10_images(folder: Path, split: str) -> SampleSource:
     return SampleSource(folder / split, files, classes, {}, load, keeps_files=True)
 
 
-def list_samples(source: str, column: str, cache: Path) -> SampleSource:
-    """List the images of an MDS data set, without their labels.
+def list_samples(source: str, column: str, cache: Path, modality: type[Modality]) -> SampleSource:
+    """List the samples of an MDS data set, without their labels.
 
     Args:
         source: Its folder, or its address in a store.
-        column: The column of images.
+        column: The column of samples.
         cache: The folder for the shards of a store.
+        modality: What the samples are.
 
     Raises:
         InputError: The index cannot be read, or has no such column.
@@ -148,20 +152,20 @@ def list_samples(source: str, column: str, cache: Path) -> SampleSource:
     if remote is not None:
         fetch_index(remote, folder)
     shards = read_index(
-        folder, column, Images, option="--column", source=source, shards_may_be_missing=remote is not None
+        folder, column, modality, option="--column", source=source, shards_may_be_missing=remote is not None
     )
     samples = Shards(local=folder, remote=remote, columns=[column])
     sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
     files = [SampleFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
     root = Path(source) if remote is None else source
-    return SampleSource(root, files, None, {}, lambda number: samples[number][column])
+    return SampleSource(root, files, None, {}, lambda number: samples[number][column], modality=modality)
 
 
 def hold_out(source: SampleSource, record: Path) -> dict[str, SampleSource]:
-    """Split images into ``test`` (a tenth, at most 5,000) and ``train`` (the rest).
+    """Split samples into ``test`` (a tenth, at most 5,000) and ``train`` (the rest).
 
-    A hash of its path chooses an image. The chosen paths are kept in the file ``record``: an image that comes or goes
-    before the next call moves no other image.
+    A hash of its path chooses a sample. The chosen paths are kept in the file ``record``: one that comes or goes before
+    the next call moves no other.
     """
     if not record.exists():
         paths = [file.path for file in source.files]
@@ -173,46 +177,20 @@ def hold_out(source: SampleSource, record: Path) -> dict[str, SampleSource]:
     return {split: source._replace(files=files) for split, files in parts.items()}
 
 
-def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, quality: int) -> bytes:
-    """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
-
-    An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
-    is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
-    too, so an image looks the same either way.
-
-    Raises:
-        UnreadableSampleError: The image cannot be decoded.
-    """
-    with decoding(encoded, source, "an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = encoded if isinstance(encoded, Image.Image) else open_image(encoded)
-        rgb = to_rgb(image)
-        if resize is not None and min(rgb.size) > resize:
-            width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
-            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
-        if rgb is image and is_jpeg and isinstance(encoded, bytes):
-            return encoded
-        buffer = io.BytesIO()
-        # A new image: the original would pass on its comment and its profile.
-        Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
-        return buffer.getvalue()
-
-
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
     source: SampleSource
     groups: list[NDArray[np.int64]]
-    """Numbers of the images in each shard."""
-    resize: int | None
-    quality: int
+    """Numbers of the samples in each shard."""
+    options: dict[str, Any]
+    """The encoding's."""
     skip_unreadable: bool
     out: str
     work: Path
     """Local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
-    """Folder of these shards' records; other images or settings get another folder."""
+    """Folder of these shards' records; other samples or settings get another folder."""
 
     def check_out(self) -> None:
         """Check that ``out`` can be written, and holds no finished data set.
@@ -255,7 +233,8 @@ class _Task(NamedTuple):
         """Write a group's shard, unless it exists.
 
         Returns:
-            Its record: ``entry`` in the index, ``None`` if none of its images was readable, and the ``skipped`` images.
+            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, the ``skipped`` samples,
+            and of sound the ``lengths`` of the others.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
@@ -269,17 +248,21 @@ class _Task(NamedTuple):
             if is_whole and (self.skip_unreadable or not done["skipped"]):
                 return done
         files = [self.source.files[i] for i in self.groups[number]]
-        columns = {"image": "bytes"} if files[0].label is None else {"image": "bytes", "label": "int"}
-        done = {"entry": None, "skipped": []}
+        columns = dict(self.source.modality.columns) | ({} if files[0].label is None else {"label": "int"})
+        done = {"entry": None, "skipped": [], "lengths": []}
         with self.published(name) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
             for file in files:
                 try:
-                    writer.write({"image": self._read_image(file), "label": file.label})
+                    sample = self._encode(file)
+                    writer.write(sample | {"label": file.label})
+                    done["lengths"] += [sample["length"]] if "length" in sample else []
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
-                        raise InputError(f"{error}; --skip-unreadable skips such images") from error
+                        raise InputError(
+                            f"{error}; --skip-unreadable skips such {self.source.modality.unit}"
+                        ) from error
                     done["skipped"].append(str(error).removeprefix(f"{self.source.root}/"))
             if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
                 writer.flush_shard()
@@ -288,11 +271,11 @@ class _Task(NamedTuple):
         write_atomically(record, json.dumps(done))
         return done
 
-    def _read_image(self, file: SampleFile) -> bytes:
-        name, load = f"{self.source.root}/{file.path}", self.source.load
+    def _encode(self, file: SampleFile) -> dict[str, Any]:
+        name, load, modality = f"{self.source.root}/{file.path}", self.source.load, self.source.modality
         with reading(name):
-            encoded = read_sample_file(Path(name)) if load is None else load(int(file.path))
-            return encoded if self.source.keeps_files else as_rgb_jpeg(encoded, name, self.resize, self.quality)
+            stored = read_sample_file(Path(name)) if load is None else load(int(file.path))
+            return {modality.name: stored} if self.source.keeps_files else modality.encode(stored, name, **self.options)
 
 
 def work_folder(out: str) -> Path:
@@ -305,86 +288,89 @@ def work_folder(out: str) -> Path:
 class Conversion(NamedTuple):
     """Result of a conversion."""
 
-    images: int
+    samples: int
+    lengths: list[int]
+    """Of each sample of sound."""
     bytes: int
     """Total size of the shards."""
     shards: int
     skipped: list[str]
-    """Why each unreadable image was skipped."""
+    """Why each unreadable sample was skipped."""
     resumed: int
     """Number of shards that an interrupted run had finished."""
 
 
-def convert_images(
+def convert(
     source: SampleSource,
     out: str | Path,
     *,
-    resize: int | None = None,
-    quality: int = 90,
     seed: int = 0,
     workers: int = 1,
     shard_bytes: int = 1 << 26,
     skip_unreadable: bool = False,
+    **options: Any,
 ) -> Conversion:
-    """Write images to an MDS data set with the columns ``image`` (a file's bytes) and, if known, ``label``.
+    """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
     Args:
-        source: The images; see :func:`find_images`. CIFAR-10's become PNGs, in their order.
+        source: The samples; see :func:`find_samples`. CIFAR-10's become PNGs, in their order.
         out: A folder, or an address in any store that mosaicml-streaming can write: s3://, gs://, …
-        resize: Shrink a longer short side to this many pixels; ``None``: keep the files' bytes.
-        quality: The quality of JPEGs that are encoded again.
         seed: The seed of the order.
         workers: Processes that convert.
         shard_bytes: The approximate size of a shard.
-        skip_unreadable: Skip and list unreadable images instead of stopping.
+        skip_unreadable: Skip and list unreadable samples instead of stopping.
+        **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
+            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again.
 
     Raises:
-        InputError: An image is unreadable, or ``out`` cannot be written or holds a data set.
+        InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
         RunError: The disk or the store fails, or a worker was killed.
     """
     out = str(out).rstrip("/")
-    work, folder = work_folder(out), Path(out)
+    work, folder, unit = work_folder(out), Path(out), source.modality.unit
+    options = {**source.modality.stored_as, **options}
     root = source.root if isinstance(source.root, str) else source.root.resolve()
     if source.load is None and work.is_relative_to(root):
-        raise InputError(f"{out}: is inside the folder of images, {source.root}")
+        raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
-    groups = _groups(source, resize, seed, shard_bytes)
-    settings = repr((root, source.files, resize, quality, seed, shard_bytes))
+    groups = _groups(source, options.get("resize"), seed, shard_bytes)
+    settings = repr((root, source.files, source.modality.name, options, seed, shard_bytes))
     records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    task = _Task(source, groups, resize, quality, skip_unreadable, out, work, records)
+    task = _Task(source, groups, options, skip_unreadable, out, work, records)
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
         task.check_out()
         resumed, shards = len(list(records.glob("*.json"))), []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
-        with left, progress_bar(total=len(source.files), desc="converting", unit="images") as bar:
+        with left, progress_bar(total=len(source.files), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
             for group, shard in zip(groups, done, strict=True):
                 shards.append(shard)
                 bar.update(len(group))
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
-            raise InputError(f"{source.root}: none of the {len(source.files)} images can be read")
+            raise InputError(f"{source.root}: none of the {len(source.files)} {unit} can be read")
         names = {entry["raw_data"]["basename"] for entry in entries}
         for path in folder.glob("shard.*.mds"):
             if path.name not in names:  # of an interrupted conversion with other settings
                 path.unlink()
         skipped = [line for shard in shards for line in shard["skipped"]]
-        num_images = sum(entry["samples"] for entry in entries)
-        summary = {"images": num_images, "classes": source.classes, "skipped": skipped, "seed": seed}
-        summary |= {"resize": resize, "quality": quality}
+        lengths = [length for shard in shards for length in shard["lengths"]]
+        num_samples = sum(entry["samples"] for entry in entries)
+        summary = {unit: num_samples, "classes": source.classes, "skipped": skipped, "seed": seed, **options}
+        summary |= {"lengths": lengths} if lengths else {}
         for name, content in ((SUMMARY, summary), (INDEX, {"version": 2, "shards": entries})):
             with task.published(name) as path:
                 path.write_text(json.dumps(content, sort_keys=True))
         shutil.rmtree(work)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
-    return Conversion(num_images, num_bytes, len(entries), skipped, resumed)
+    return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, resumed)
 
 
 def _groups(source: SampleSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
-    """Return the numbers of the images in each shard of about ``shard_bytes``, in random order."""
+    """Return the numbers of the samples in each shard of about ``shard_bytes``, in random order."""
     sizes = np.array([file.num_bytes for file in source.files])
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
@@ -405,6 +391,6 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
         if not (out / split / INDEX).exists():
-            source = find_images(f"{CIFAR10}{images}", split)
+            source = find_samples(f"{CIFAR10}{images}", split)
             source = source._replace(files=source.files[:num_images])
-            convert_images(source, out / split, workers=os.cpu_count() or 1)
+            convert(source, out / split, workers=os.cpu_count() or 1)

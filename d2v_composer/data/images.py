@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -74,6 +75,32 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """Return the pixels as (3, height, width) uint8."""
     pixels = np.array(image) if isinstance(image, Image.Image) else image
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, quality: int) -> bytes:
+    """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
+
+    An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
+    is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
+    too, so an image looks the same either way.
+
+    Raises:
+        UnreadableSampleError: The image cannot be decoded.
+    """
+    with decoding(encoded, source, "an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = encoded if isinstance(encoded, Image.Image) else open_image(encoded)
+        rgb = to_rgb(image)
+        if resize is not None and min(rgb.size) > resize:
+            width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
+        if rgb is image and is_jpeg and isinstance(encoded, bytes):
+            return encoded
+        buffer = io.BytesIO()
+        # A new image: the original would pass on its comment and its profile.
+        Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
 
 
 class Box(NamedTuple):
@@ -222,6 +249,7 @@ class Images(Modality):
     columns: ClassVar = {"image": "bytes"}
     encodings = tuple(IMAGES)
     options = frozenset({"crop_scale", "crop_ratio", "flip"})
+    stored_as: ClassVar = {"resize": None, "quality": 90}
 
     @classmethod
     def of(cls, config: EncoderConfig) -> "Images":
@@ -234,6 +262,10 @@ class Images(Modality):
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         return to_tensor(image)
+
+    @classmethod
+    def encode(cls, stored: bytes | Image.Image, source: str, **options: Any) -> dict[str, Any]:
+        return {"image": as_rgb_jpeg(stored, source, **options)}
 
     def shown(self, side: int) -> "Images":
         return Images(side)

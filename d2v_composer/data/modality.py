@@ -50,6 +50,7 @@ class Modality(ABC):
         columns: Name → encoding of the columns of a converted data set, beside the label.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
+        stored_as: Options of :meth:`encode`, with their defaults.
     """
 
     name: ClassVar[str]
@@ -58,6 +59,7 @@ class Modality(ABC):
     columns: ClassVar[Mapping[str, str]]
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
+    stored_as: ClassVar[Mapping[str, Any]]
 
     @classmethod
     @abstractmethod
@@ -71,6 +73,15 @@ class Modality(ABC):
         Args:
             stored: A file's bytes, or what a column holds.
             source: The sample's name for errors.
+
+        Raises:
+            UnreadableSampleError: It cannot be decoded.
+        """
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, stored: Any, source: str, **options: Any) -> dict[str, Any]:
+        """Return the values of :attr:`columns` for a sample of a converted data set, which every reader can decode.
 
         Raises:
             UnreadableSampleError: It cannot be decoded.

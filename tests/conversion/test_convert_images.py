@@ -17,8 +17,8 @@ from streaming.base.hashing import get_hash
 
 from d2v_composer.commands import convert_images
 from d2v_composer.data import convert
-from d2v_composer.data.convert import CIFAR10, as_rgb_jpeg, convert_cifar10, find_images, work_folder
-from d2v_composer.data.images import decode_rgb
+from d2v_composer.data.convert import CIFAR10, convert_cifar10, find_samples, work_folder
+from d2v_composer.data.images import as_rgb_jpeg, decode_rgb
 from d2v_composer.data.labeled import LabeledSamples, LabeledSet, load_labeled_set
 from d2v_composer.system import retry
 from d2v_composer.system.errors import InputError, RunError
@@ -87,7 +87,7 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     found = samples(out)
     want = {path.read_bytes(): CLASSES.index(path.parent.name) for path in (source / "train").rglob("*.JPEG")}
     assert {sample["image"]: int(sample["label"]) for sample in found} == want
-    assert len(found) == len(want) == result.images == NUM_IMAGES
+    assert len(found) == len(want) == result.samples == NUM_IMAGES
     assert result.skipped == []
     assert result.shards == len(list(out.glob("shard.*.mds"))) > 5
     assert {name for name in tree(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
@@ -114,11 +114,11 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
     write(tmp_path / name, "\n".join(lines).encode())
     if isinstance(want, str):
         with pytest.raises(InputError, match=want):
-            find_images(tmp_path, "val")
+            find_samples(tmp_path, "val")
     else:
-        assert [file.label for file in find_images(tmp_path, "val").files] == want
+        assert [file.label for file in find_samples(tmp_path, "val").files] == want
     result = main([str(tmp_path), str(tmp_path / "out"), "--split", "val", "--labels", "none", "--workers", "1"])
-    assert result.images == 2
+    assert result.samples == 2
     assert all(sample.keys() == {"image"} for sample in samples(tmp_path / "out"))
 
 
@@ -223,7 +223,7 @@ def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Pat
 
 
 def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(convert, "as_rgb_jpeg", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("d2v_composer.data.images.as_rgb_jpeg", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match=r"DataLoader worker .*: the same command resumes"):
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
@@ -254,7 +254,7 @@ def test_writes_to_an_object_store(
     remote = f"{object_store.create_bucket('conversion')}/imagenet/train"
     shards = ("--shard-size", "50kb", "--workers", "2")
     main([str(source), str(tmp_path / "local"), *shards])
-    assert main([str(source), remote, *shards]).images == NUM_IMAGES
+    assert main([str(source), remote, *shards]).samples == NUM_IMAGES
     # The same data set as on disk, and no copy of it here.
     assert object_store.objects("conversion", "imagenet/train/") == tree(tmp_path / "local")
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]

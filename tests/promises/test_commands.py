@@ -53,6 +53,7 @@ COMMANDS = (
     "convert-teacher",
     "random-teacher",
     "convert-images",
+    "convert-audio",
     "fields",
     "report",
     "evaluate",
