@@ -26,7 +26,7 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, check_choice, height_and_width
+from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, check_choice
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file
@@ -34,22 +34,25 @@ from d2v_composer.system.files import out_file
 OPSET = 18
 
 
-class FixedAlibi(Alibi):
-    """ALiBi with its bias stored in the program."""
+class TracedAlibi(Alibi):
+    """ALiBi whose bias the program computes, for any number of tokens and on any device."""
 
-    bias: Tensor
+    slopes_of_heads: Tensor
 
-    def __init__(self, alibi: Alibi, num_tokens: int) -> None:
+    def __init__(self, alibi: Alibi) -> None:
         heads = {"num_heads": alibi.num_heads, "num_alibi_heads": alibi.num_alibi_heads}
         super().__init__(alibi.num_columns, **heads, num_extra_tokens=alibi.num_extra_tokens)
-        self.register_buffer("bias", alibi.build(num_tokens))
+        self.register_buffer("slopes_of_heads", alibi.slopes())
 
     def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.bias.to(dtype)
+        return self.build(num_tokens, self.slopes_of_heads).to(dtype)
 
 
 class Embedder(nn.Module):
-    """A copy of a student that maps normalized images, (B, 3, S, S) float, to embeddings, (B, D) float32.
+    """A copy of a student that maps inputs to embeddings, (B, D) float32.
+
+    Inputs are normalized images, (B, 3, S, S) float; or waveforms of any but equal length, (B, L) float in [-1, 1] at
+    16 kHz: a program knows no padding.
 
     Args:
         student: Copied.
@@ -60,23 +63,22 @@ class Embedder(nn.Module):
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         for part in (self.student, self.student.encoder):
-            part.alibi = None if part.alibi is None else FixedAlibi(part.alibi, student.encoder.num_tokens())
+            part.alibi = None if part.alibi is None else TracedAlibi(part.alibi)
         self.primary = primary
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.student.embed(images, self.primary.pooling, self.primary.representation)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.student.embed(inputs, self.primary.pooling, self.primary.representation)
 
 
 def describe(embedder: Embedder) -> dict[str, str]:
-    """Return the preprocessing of images that the program expects, as JSON, and the name of the embedding."""
+    """Return the preprocessing of inputs that the program expects, as JSON, and the name of the embedding."""
     config = embedder.student.encoder.config
-    names = ("image_size", "image_mean", "image_std", "interpolation")
-    preprocessing = {name: getattr(config, name) for name in names}
+    preprocessing = {name: getattr(config, name) for name in config.preprocessing}
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
-    """Write ONNX, opset 18: ``images`` (batch, 3, S, S) float → ``embedding`` (batch, D).
+    """Write ONNX, opset 18: ``images`` or ``waveforms``, as :class:`Embedder` takes them → ``embedding`` (batch, D).
 
     The metadata are ``preprocessing`` and ``embedding`` of :func:`describe`.
 
@@ -88,7 +90,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         program = torch.onnx.export(
             trace(embedder),
-            input_names=["images"],
+            input_names=[embedder.student.encoder.input_name],
             output_names=["embedding"],
             opset_version=OPSET,
             dynamo=True,
@@ -125,12 +127,12 @@ def export_program(embedder: Embedder, path: Path) -> None:
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
-    """Trace the program for any number of images."""
-    # Two, because torch.export treats a batch size of one as constant.
-    images = embedder.student.encoder.example(2)
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    """Trace the program for any number of inputs, and for waveforms of any length."""
+    encoder = embedder.student.encoder
+    free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in encoder.free_axes.items()}
+    inputs = encoder.example(2)  # torch.export treats a batch size of one as constant
     with torch.no_grad():
-        return torch.export.export(embedder, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
+        return torch.export.export(embedder, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
 
 
 # The chapter's sizes; loading a file replaces them.
@@ -211,7 +213,7 @@ class TimmStudent(Student):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, to the representation, (B, T, D)."""
+        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
         return self.represent(self.encode(x), self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -247,19 +249,9 @@ class TimmStudent(Student):
         return result
 
 
-def pretrained_cfg(config: Any) -> dict[str, Any]:
-    """Return the preprocessing for timm's ``resolve_data_config``."""
-    return {
-        "architecture": "d2v2_student",
-        "input_size": (config.in_chans, *height_and_width(config.image_size)),
-        "fixed_input_size": True,
-        "interpolation": config.interpolation,
-        "crop_pct": 1.0,
-        "mean": config.image_mean,
-        "std": config.image_std,
-        "num_classes": 0,
-        "classifier": "head",
-    }
+def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
+    """Return what timm knows of the model, with the preprocessing for its ``resolve_data_config``."""
+    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **config.timm_preprocessing}
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:

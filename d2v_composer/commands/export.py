@@ -7,7 +7,8 @@
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
 The last two hold a program that computes one embedding, by default the primary one, and no record of
-the run. A README.md beside a .safetensors file describes it for the Hugging Face hub.
+the run. For a student of sound it takes clips of any length, but of the same length in a batch. A README.md beside a
+.safetensors file describes it for the Hugging Face hub.
 """
 
 import tempfile
@@ -105,6 +106,9 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     from d2v_composer.checkpoints.int8 import BATCH_SIZE, embed, quantize
     from d2v_composer.evaluation.without_labels import neighbor_agreement
 
+    encoder = embedder.student.encoder
+    if len(encoder.free_axes) > 1:  # what calibrates it would have one length
+        raise InputError(f"--int8: only for images; this model takes {encoder.input_name}")
     images = read_images(embedder.student, source)
     is_measured = torch.arange(len(images)) % 5 > 0
     measured = images[is_measured]

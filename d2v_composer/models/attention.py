@@ -33,12 +33,10 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(geometric(lower_power) + geometric(2 * lower_power)[::2][:missing])
 
 
-def manhattan_distance(grid_size: tuple[int, int]) -> Tensor:
-    """Return the Manhattan distances between the patches of a grid of (rows, columns), (N, N) float32."""
-    rows, columns = grid_size
-    index_N = torch.arange(rows * columns)
+def manhattan_distance(index_N: Tensor, columns: int) -> Tensor:
+    """Return the Manhattan distances between patches, (N, N), numbered row by row in a grid."""
     row_N, column_N = index_N // columns, index_N % columns
-    return ((row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()).float()
+    return (row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()
 
 
 class Alibi(nn.Module):
@@ -87,14 +85,17 @@ class Alibi(nn.Module):
         kept = self.kept[key]
         return kept if kept.shape[-1] == num_tokens else kept[..., :num_tokens, :num_tokens]
 
-    def build(self, num_tokens: int) -> Tensor:
-        """Compute the bias for T tokens, (1, H, T, T) float32 on the CPU."""
-        extra = self.num_extra_tokens
-        bias_HTT = torch.zeros(self.num_heads, num_tokens, num_tokens)
-        slopes_H11 = alibi_slopes(self.num_alibi_heads)[:, None, None]
-        distance = manhattan_distance(((num_tokens - extra) // self.num_columns, self.num_columns))
-        bias_HTT[: self.num_alibi_heads, extra:, extra:] = -slopes_H11 * distance
-        return bias_HTT[None]
+    def slopes(self) -> Tensor:
+        """Return the slope of each head, (H,); 0 without a bias."""
+        return pad(alibi_slopes(self.num_alibi_heads), (0, self.num_heads - self.num_alibi_heads))
+
+    def build(self, num_tokens: int, slopes_H: Tensor | None = None) -> Tensor:
+        """Compute the bias for T tokens, (1, H, T, T) float32, where the slopes are; default on the CPU."""
+        slopes_H = self.slopes() if slopes_H is None else slopes_H
+        # Not arange: a program that torch.export writes would name the device.
+        index_N = slopes_H.new_ones(num_tokens - self.num_extra_tokens).cumsum(0) - 1
+        distance_NN = manhattan_distance(index_N, self.num_columns)
+        return pad(-slopes_H[:, None, None] * distance_NN, (self.num_extra_tokens, 0) * 2)[None]
 
 
 def attention_bias(
@@ -117,8 +118,8 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return the bias with rows aligned for the attention kernels."""
-    return pad_rows(bias)[..., : bias.shape[-1]]
+    """Return the bias with rows aligned for the attention kernels, except in a program that takes any length."""
+    return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 
 def pad_rows(bias: Tensor) -> Tensor:
@@ -177,8 +178,9 @@ class Attention(nn.Module):
 
 def attend(query_BHTK: Tensor, key_BHTK: Tensor, value_BHTK: Tensor, bias: Tensor | None) -> Tensor:
     """Compute scaled_dot_product_attention, (B, H, T, K), with the fastest kernel of torch 2.7."""
-    is_cheaper_in_parts = query_BHTK.requires_grad or query_BHTK.shape[-2] <= SHORT_SEQUENCE
-    if is_cheaper_in_parts and query_BHTK.dtype == torch.bfloat16 and query_BHTK.device.type == "cpu":
+    is_cpu_bf16 = query_BHTK.dtype == torch.bfloat16 and query_BHTK.device.type == "cpu"
+    # Asked last, because a program exported in float32 takes sequences of any length.
+    if is_cpu_bf16 and (query_BHTK.requires_grad or query_BHTK.shape[-2] <= SHORT_SEQUENCE):
         # Twice as fast, forward and backward, as the CPU's fused kernel in bfloat16. Without gradient a quarter faster
         # at 65 tokens, but slower at 197.
         scores_BHTT = (query_BHTK * query_BHTK.shape[-1] ** -0.5) @ key_BHTK.transpose(-2, -1)

@@ -5,7 +5,7 @@ Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class AudioEncoder(Data2Vec2Encoder):
 
     config: AudioEncoderConfig
     baseline = "log_mel"
-    free_axes: ClassVar = {0: "batch", 1: "time"}
+    input_name = "waveforms"
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         super().__init__(config)
@@ -123,6 +123,11 @@ class AudioEncoder(Data2Vec2Encoder):
         each_frame = [self.project_features, self.relative_positional_encoder]
         weights = [each for part in each_frame for each in part.parameters() if each.ndim > 1]
         return macs + self.config.num_frames(length) * sum(map(torch.numel, weights))
+
+    @property
+    def free_axes(self) -> dict[int, tuple[str, int, int]]:
+        # Two frames, because torch.export treats a size of one as constant.
+        return super().free_axes | {1: ("time", self.config.shortest(num_frames=2), 1 << 24)}
 
     def example(self, count: int) -> Tensor:
         """Return a second of silence for each clip."""

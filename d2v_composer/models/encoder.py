@@ -50,13 +50,13 @@ class Encoder(Frozen):
         alibi_scale: Learned factors of that bias.
         half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
         baseline: The name of :meth:`raw` in tables.
-        free_axes: The dimensions of inputs that an exported program leaves free, and their names.
+        input_name: What an exported program calls them.
     """
 
     alibi: Alibi | None
     alibi_scale: Tensor | None
     baseline: ClassVar[str]
-    free_axes: ClassVar[dict[int, str]] = {0: "batch"}
+    input_name: ClassVar[str]
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -100,6 +100,11 @@ class Encoder(Frozen):
     @abstractmethod
     def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return an embedding that takes no model, (B, features): the baseline of all others."""
+
+    @property
+    def free_axes(self) -> dict[int, tuple[str, int, int]]:
+        """The dimensions of inputs that an exported program leaves free: name, smallest and largest size."""
+        return {0: ("batch", 1, 1 << 16)}
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
         """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None``: no token is.

@@ -39,6 +39,7 @@ class Images(Encoder):
     image_std: Tensor
     patch_weights: int
     baseline = "pixels"
+    input_name = "images"
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__(config)

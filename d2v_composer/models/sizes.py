@@ -2,8 +2,9 @@
 
 An encoder's config has, as a field or otherwise: ``modality`` (the name of its inputs in a batch),
 ``num_extra_tokens`` before the patches or frames (CLS and registers), ``has_cls_token`` (the first of them is CLS),
-``num_columns`` (of the grid of patches; 1 for a sequence), ``norm_eps`` (of a student's LayerNorms, too), and
-``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale).
+``num_columns`` (of the grid of patches; 1 for a sequence), ``norm_eps`` (of a student's LayerNorms, too),
+``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale), ``preprocessing`` (what prepares
+inputs, by name) and ``timm_preprocessing`` (the same in timm's words).
 """
 
 import ast
@@ -12,7 +13,7 @@ import re
 from dataclasses import dataclass, fields
 from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 ImageSize = int | tuple[int, int]
 """Pixels per side of a square, or (height, width)."""
@@ -24,6 +25,7 @@ MAX_PATCHES = 1 << 14
 MAX_CONVOLUTIONS = 32
 LONGEST_SPEC = 1000  # characters
 
+IMAGE_PREPROCESSING = ("image_size", "image_mean", "image_std", "interpolation")
 SAMPLE_RATE = 16_000
 """Samples of a waveform in a second."""
 
@@ -64,6 +66,18 @@ def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> No
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """Return (height, width) in pixels."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def timm_preprocessing(config: Any) -> dict[str, Any]:
+    """Return what prepares images, in timm's words."""
+    return {
+        "input_size": (config.in_chans, *height_and_width(config.image_size)),
+        "fixed_input_size": True,
+        "interpolation": config.interpolation,
+        "crop_pct": 1.0,
+        "mean": config.image_mean,
+        "std": config.image_std,
+    }
 
 
 def parse_image_size(image_size: Any) -> ImageSize:
@@ -129,6 +143,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
     modality = "image"
     recipe = "yamls/distill.yaml"
     interpolation = "bicubic"
+    preprocessing = IMAGE_PREPROCESSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +165,8 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
     def grid_size(self) -> tuple[int, int]:
         side = self.image_size // self.patch_size
         return side, side
+
+    timm_preprocessing = property(timm_preprocessing)
 
     @property
     def num_columns(self) -> int:
@@ -177,6 +194,9 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
     conv_pos_depth: int = 5
     conv_pos_pre_ln: bool = False
     modality = "audio"
+    sample_rate = SAMPLE_RATE
+    preprocessing = ("sample_rate",)
+    timm_preprocessing: ClassVar[dict[str, Any]] = {}
     recipe = "yamls/distill_audio.yaml"
     num_columns = 1
     has_cls_token = False  # its extra tokens are registers
@@ -205,7 +225,11 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
     @property
     def min_samples(self) -> int:
         """Number of samples of the shortest waveform, which gives one frame."""
-        samples = 1
+        return self.shortest(num_frames=1)
+
+    def shortest(self, num_frames: int) -> int:
+        """Return the number of samples of the shortest waveform that gives a number of frames."""
+        samples = num_frames
         for _, kernel, stride in reversed(self.convolutions):
             samples = (samples - 1) * stride + kernel
         return samples
@@ -329,6 +353,7 @@ class TimmEncoderConfig:
     under the same name."""
     # The same for all, and thus not stored.
     modality = "image"
+    preprocessing = IMAGE_PREPROCESSING
     is_normalized = False
     norm_eps = 1e-6
 
@@ -341,6 +366,8 @@ class TimmEncoderConfig:
     def prenet_depth(self) -> int:
         """:attr:`first_blocks`, under data2vec's name."""
         return self.first_blocks
+
+    timm_preprocessing = property(timm_preprocessing)
 
     @property
     def num_columns(self) -> int:

@@ -174,7 +174,7 @@ def test_compiled_steps_give_the_same_loss(teacher: Any) -> None:
     batch = {"audio": sound(), "lengths": LENGTHS}
     expected = model.loss(model(batch), batch)
     torch._dynamo.reset()
-    compile_model(model, mode="default")
+    compile_model(model, choice="default")
     torch.testing.assert_close(model.loss(model(batch), batch), expected, rtol=0, atol=TOLERANCE)
 
 
