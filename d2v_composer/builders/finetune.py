@@ -158,7 +158,8 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
-    record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=images.about)
+    data = {"modality": backbone.encoder.config.modality, **images.about}
+    record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=data)
     arguments = {
         "model": model,
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),

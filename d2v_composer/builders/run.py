@@ -58,7 +58,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     train_loader = build_train_loader(loader, modality, shards, transform, config.global_train_batch_size, config.seed)
     retrieval = build_retrieval(config, model)
-    data = {"location": loader.remote or loader.local, **describe_data(shards)}
+    data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(shards)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     arguments = {
         "model": model,

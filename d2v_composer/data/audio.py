@@ -11,8 +11,10 @@ import soxr
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.modality import Modality, decoding
+from d2v_composer.models.audio import log_mel
 from d2v_composer.models.sizes import SAMPLE_RATE, EncoderConfig
 from d2v_composer.system.errors import UnreadableSampleError
 
@@ -22,6 +24,7 @@ MOST_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
 FEWEST_SAMPLES = 720
 # A file's; what a model takes whole is far shorter, since attention grows with its square.
 LONGEST, LONGEST_WHOLE = 3600, 60  # seconds
+LONGEST_HEARD = 10  # seconds, in a report
 BLOCK = 1 << 18  # frames decoded at a time
 
 
@@ -86,6 +89,13 @@ def decode_clip(encoded: bytes, source: str, longest: int = LONGEST_WHOLE) -> ND
         return clip
 
 
+def encode_flac(clip: NDArray[np.float32]) -> bytes:
+    """Return a clip, (L,) at 16 kHz, as a FLAC file of 16 bits."""
+    file = io.BytesIO()
+    soundfile.write(file, clip, SAMPLE_RATE, "PCM_16", format="FLAC")
+    return file.getvalue()
+
+
 class RandomCrop(NamedTuple):
     """The training augmentation of a clip: a random span of at most so many samples."""
 
@@ -139,13 +149,20 @@ class Audio(Modality):
         clip = decode_clip(stored, source, LONGEST)
         with decoding(stored, source, "a sound"), open_clip(stored, LONGEST) as file:
             if (file.samplerate, file.channels) != (SAMPLE_RATE, 1) or file.format == "MP3":
-                buffer = io.BytesIO()
-                soundfile.write(buffer, clip, SAMPLE_RATE, "PCM_16", format="FLAC")
-                stored = buffer.getvalue()
+                stored = encode_flac(clip)
         return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}
 
-    def shown(self, side: int) -> "Audio":
-        return self
+    @classmethod
+    def shown(cls, side: int) -> "Audio":
+        return cls()
+
+    def picture(self, sample: Tensor) -> Tensor:
+        """Return a square log-mel spectrogram, high pitches on top, of what :meth:`sound` plays."""
+        log_mel_NM = log_mel(sample[None, : LONGEST_HEARD * SAMPLE_RATE])[0]
+        return adaptive_avg_pool1d(log_mel_NM.T.flip(0), len(log_mel_NM.T))
+
+    def sound(self, sample: Tensor) -> bytes:
+        return encode_flac(sample[: LONGEST_HEARD * SAMPLE_RATE].numpy())
 
     def augmentation(self, **options: Any) -> RandomCrop:
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))

@@ -267,8 +267,12 @@ class Images(Modality):
     def encode(cls, stored: bytes | Image.Image, source: str, **options: Any) -> dict[str, Any]:
         return {"image": as_rgb_jpeg(stored, source, **options)}
 
-    def shown(self, side: int) -> "Images":
-        return Images(side)
+    @classmethod
+    def shown(cls, side: int) -> "Images":
+        return cls(side)
+
+    def picture(self, sample: Tensor) -> Tensor:
+        return sample.permute(1, 2, 0)
 
     def augmentation(self, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))

@@ -87,9 +87,18 @@ class Modality(ABC):
             UnreadableSampleError: It cannot be decoded.
         """
 
+    @classmethod
     @abstractmethod
-    def shown(self, side: int) -> "Modality":
+    def shown(cls, side: int) -> Self:
         """Return the modality with samples that are small enough to look at; images of this many pixels a side."""
+
+    @abstractmethod
+    def picture(self, sample: Tensor) -> Tensor:
+        """Return a picture of a sample as matplotlib draws it: (height, width, 3) uint8, or (height, width) float."""
+
+    def sound(self, sample: Tensor) -> bytes | None:
+        """Return a FLAC file of a sample that can be heard."""
+        return None
 
     @abstractmethod
     def augmentation(self, **options: Any) -> Transform:

@@ -2,9 +2,11 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import starmap
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import matplotlib as mpl
@@ -15,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
@@ -23,6 +26,19 @@ from d2v_composer.system.files import write_atomically
 
 DPI = 150
 GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
+
+
+Clips = Sequence[Sequence[tuple[str, bytes]]]
+"""Rows of labels and FLAC files."""
+
+
+class Plot(NamedTuple):
+    """A figure of the page."""
+
+    name: str
+    figure: Figure
+    clips: Clips = ()
+    """What is heard below it."""
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
@@ -34,7 +50,8 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     Returns:
         The written files, the page first.
     """
-    sections = {title: {name: _png(figure) for name, figure in figures} for title, figures in _sections(run) if figures}
+    found = {title: plots for title, plots in _sections(run) if plots}
+    sections = {title: [(name, _png(figure), clips) for name, figure, clips in plots] for title, plots in found.items()}
     template = Path(__file__).with_name("page.html").read_text()
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
@@ -45,28 +62,29 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         base64=base64.b64encode,
         dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     )
-    files = {f"report/{name}.png": png for pictures in sections.values() for name, png in pictures.items()}
+    files = {f"report/{name}.png": png for plots in sections.values() for name, png, _ in plots}
     (folder / "report").mkdir(exist_ok=True)
     for name, content in {**files, "report.html": page}.items():
         write_atomically(folder / name, content)
     return [folder / name for name in ("report.html", *files)]
 
 
-def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, Figure]]]]:
-    """Yield each section's title and its plots by name."""
-    yield "Retrieval and probes", list(accuracy_plots(run))
-    yield "Training", list(curves(run))
+def _sections(run: Run) -> Iterator[tuple[str, list[Plot]]]:
+    """Yield each section's title and its plots."""
+    yield "Retrieval and probes", list(starmap(Plot, accuracy_plots(run)))
+    yield "Training", list(starmap(Plot, curves(run)))
     for name, labeled in run.datasets.items():
         found = run.neighbors.get(name, {})
         if (len(found.get("test", ())), len(found.get("train", ()))) != labeled.num_samples:
-            continue  # not looked up, or among other images
+            continue  # not looked up, or among others
         nearest, (bank, queries, class_names) = found["train"].long(), labeled
         confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
-        shown = [gallery(labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
-        figures = [(f"gallery_{name}_{i}", figure) for i, figure in enumerate(shown, 1)]
-        yield f"Nearest images of {name}'s queries (bank train)", [(f"confusion_{name}", confusion), *figures]
+        shown = [gallery(run.modality, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
+        galleries = [Plot(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
+        title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
+        yield title, [Plot(f"confusion_{name}", confusion), *galleries]
 
 
 def _png(figure: Figure) -> bytes:
@@ -79,7 +97,7 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers at the top of the page: label, value, note."""
     for k in (1, 5):
         if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
-            yield f"top-{k} on the test images", f"{100 * accuracy:.1f} %", ""
+            yield f"top-{k} on the test {run.modality.unit}", f"{100 * accuracy:.1f} %", ""
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
         for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():
@@ -103,29 +121,37 @@ def _warnings(run: Run) -> Iterator[str]:
 
 
 @mpl.rc_context(STYLE)
-def gallery(labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> Figure:
-    """Show test images, one per row, and their nearest train images, marked as right (tick) or wrong (cross).
+def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
+    """Show test samples, one per row, and their nearest train samples, marked as right (tick) or wrong (cross).
 
     Args:
+        modality: How they are shown.
         labeled: A data set.
-        chosen: Indices of the test images, (Q,).
-        nearest: Indices of their nearest train images, nearest first, (Q, K).
+        chosen: Indices of the test samples, (Q,).
+        nearest: Indices of their nearest train samples, nearest first, (Q, K).
+
+    Returns:
+        The figure, and a row of clips for each of its rows if the samples can be heard.
     """
     bank, queries, class_names = labeled
     figure = Figure(figsize=(WIDTH, 1.72 * len(chosen)))
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
+    clips = []
     for row, query, indices in zip(grid, chosen, nearest.long(), strict=True):
         label = queries.labels[query]
-        _show(row[0], queries.samples[query], class_names[label], "k")
-        for axes, index in zip(row[1:], indices, strict=True):
+        shown = [(queries.samples[query], class_names[label], "k")]
+        for index in indices:
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
-            _show(axes, bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color)
-    figure.suptitle("query, then its nearest images")
-    return figure
+            shown.append((bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color))
+        for axes, (sample, text, color) in zip(row, shown, strict=True):
+            _show(axes, modality.picture(sample), text, color)
+        clips.append([(text, heard) for sample, text, _ in shown if (heard := modality.sound(sample)) is not None])
+    figure.suptitle(f"query, then its nearest {modality.unit}")
+    return figure, list(filter(None, clips))
 
 
-def _show(axes: Axes, image: Tensor, text: str, color: str) -> None:
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+def _show(axes: Axes, picture: Tensor, text: str, color: str) -> None:
+    axes.imshow(picture.numpy(), interpolation="nearest")
     axes.grid(visible=False)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(text, color=color, fontsize=10)

@@ -22,7 +22,7 @@ from d2v_composer.report.run import EMBEDDINGS, Run
 from d2v_composer.report.tables import PROBE_HEADS, measure_head
 
 WIDTH, HEIGHT = 6.4, 3.9
-MODEL_COLORS = {"student": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2"}
+MODEL_COLORS = {"student": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -31,17 +31,17 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-# File name → title, unit ("%" of a share) or scale, and the log's keys.
+# File name → title with the samples' unit, unit ("%" of a share) or scale, and the log's keys.
 CURVES = {
-    "accuracy": ("Accuracy on the test images", "%", "metrics/test/top*"),
+    "accuracy": ("Accuracy on the test {}", "%", "metrics/test/top*"),
     "loss": ("Loss", "log", "loss/train/total", "metrics/test/loss"),
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
-    "throughput": ("Throughput in images/s", "", "throughput/images_per_sec"),
-    "data_wait": ("Fraction of the time spent waiting for images", "%", "throughput/data_wait"),
+    "throughput": ("Throughput in {}/s", "", "throughput/images_per_sec"),
+    "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
     "cosines": ("Cosine of prediction and target", "", "health/cosine/cls", "health/cosine/patch"),
     "layers": ("Cosine of prediction and each teacher layer", "", "health/cosine/layer_*"),
-    "variance": ("Variance over the images", "", "health/*_variance"),
+    "variance": ("Variance over the {}", "", "health/*_variance"),
     "effective_rank": ("Effective rank of the predictions", "", "health/effective_rank"),
 }
 
@@ -55,7 +55,7 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
     for name, (title, scale, *keys) in CURVES.items():
         lines = {key: (run.log[key], {}) for wanted in keys for key in fnmatch.filter(run.log, wanted)}
         if lines:
-            yield name, plot(title, scale, lines)
+            yield name, plot(title.format(run.modality.unit), scale, lines)
 
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -137,7 +137,7 @@ def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) ->
 
     Args:
         labels: Labels of the queries, (Q,) int64.
-        found: Labels of their nearest images, (Q,) int64.
+        found: Labels of their nearest neighbors, (Q,) int64.
         class_names: The name of each label.
     """
     size = len(class_names)
@@ -152,5 +152,5 @@ def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) ->
         for (i, j), share in np.ndenumerate(shares):
             color = "w" if share > 0.6 * shares.max() else "k"
             axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(title="Class of the nearest image", ylabel="class of the query")
+    axes.set(title="Class of the nearest neighbor", ylabel="class of the query")
     return figure

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Measure, metric_key, read_jsonl
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
@@ -31,7 +33,12 @@ class Run(NamedTuple):
     neighbors: Mapping[str, Mapping[str, Tensor]]
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, LabeledSet]
-    """The images that can still be read; each label has a name."""
+    """The samples that can still be read; each label has a name."""
+
+    @property
+    def modality(self) -> Modality:
+        """What the samples are, as a gallery shows them; older records say nothing: images."""
+        return MODALITIES[self.record["data"].get("modality", "image")].shown(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
@@ -56,7 +63,7 @@ def latest(values: Mapping[int, float]) -> float | None:
 def read_run(folder: Path) -> Run:
     """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
-    The neighbors are those of the newest checkpoint; images that cannot be read are left out, with a printed line.
+    The neighbors are those of the newest checkpoint; data sets that cannot be read are left out, with a printed line.
 
     Raises:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
@@ -64,7 +71,7 @@ def read_run(folder: Path) -> Run:
     record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_text()), {}, {}, {})
-        retrieval = run.retrieval
+        retrieval, modality = run.retrieval, run.modality
     with reading(log_file):
         run = run._replace(log=read_jsonl(log_file))
     if checkpoint.is_file():
@@ -73,10 +80,10 @@ def read_run(folder: Path) -> Run:
             run = run._replace(neighbors=callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {}))
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"], "image_size": SHOWN_SIZE}
+        options = {"download": False, "max_images": retrieval["max_images"]}
         try:
             if labeled is not None and name in run.neighbors:
-                datasets[name] = load_labeled_set(**labeled | options, interpolation="bicubic").numbered()
+                datasets[name] = load_labeled_set(modality=modality, **labeled | options).numbered()
         except InputError as error:
-            print(f"{name}: shown without its images: {error}")
+            print(f"{name}: shown without its {modality.unit}: {error}")
     return run._replace(datasets=datasets)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
+from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl
@@ -126,6 +128,46 @@ def test_the_page_and_its_plots_show_the_log(run_folder: Path, tmp_path: Path) -
     }
 
 
+@pytest.fixture(scope="module")
+def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose samples are tones: each of the first four queries found high ones, the last one low ones."""
+    folder = tmp_path_factory.mktemp("sound")
+    for split, count in (("train", 6), ("test", 5)):
+        for i in range(count):
+            path = folder / "tones" / split / ("high", "low")[i % 2] / f"{i}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = np.arange(int((0.3 + i) * 22_050)) / 22_050
+            soundfile.write(path, 0.1 * np.sin(2 * np.pi * (3000, 300)[i % 2] * seconds), 22_050)
+    record = yaml.safe_load((run_folder / "run.yaml").read_text())
+    record["data"]["modality"] = "audio"
+    record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
+    nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
+    torch.save({"state": {"callbacks": {"ZeroShotRetrieval": {"neighbors": {"tones": nearest}}}}}, folder / LATEST)
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    shutil.copy(run_folder / "log.jsonl", folder)
+    report.main([str(folder)])
+    return folder
+
+
+def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
+    """Each clip of a gallery plays below its spectrogram, from the page alone."""
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto((sound_run / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.wait_for_function("[...document.querySelectorAll('audio')].every(each => each.readyState > 0)")
+    heard = page.eval_on_selector_all("td", "all => all.map(td => [td.innerText, td.firstElementChild.duration])")
+    assert len(heard) == 5 * 4
+    for (query, seconds), *others in (heard[i : i + 4] for i in range(0, 20, 4)):
+        is_last = round(seconds, 2) == 3.3  # the second low one
+        mark = "✓" if is_last or query == "query: high" else "✗"
+        assert [label for label, _ in others] == [f"{mark} {'low' if is_last else 'high'}"] * 3
+        assert [round(each, 1) for _, each in others] == ([1.3, 3.3, 5.3] if is_last else [0.3, 2.3, 4.3])
+    assert page.locator("h2", has_text="Nearest clips of tones's queries").is_visible()
+    assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, width: int) -> None:
     """It shows every picture, logs no error and loads nothing else."""
@@ -174,7 +216,8 @@ def test_galleries_and_confusion_show_the_neighbors_that_were_counted(run_folder
     nearest = run.neighbors["squares"]["train"].long()
     hits = bank.labels[nearest[:, 0]] == queries.labels
     assert hits.double().mean().item() == run.last("metrics/squares/bank_train/top1")
-    figure = gallery(run.datasets["squares"], torch.arange(4), nearest[:4, :1])
+    figure, clips = gallery(run.modality, run.datasets["squares"], torch.arange(4), nearest[:4, :1])
+    assert clips == []
     for query, found, hit in zip(figure.axes[::2], figure.axes[1::2], hits, strict=False):
         assert query.get_xlabel() in names
         assert found.get_xlabel() == f"{'✓' if hit else '✗'} {found.get_xlabel()[2:]}"
