@@ -1,6 +1,7 @@
 """Sound as samples: decode clips to 16 kHz mono, and crop them."""
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,13 +20,16 @@ from d2v_composer.models.sizes import SAMPLE_RATE, EncoderConfig
 from d2v_composer.system.errors import UnreadableSampleError
 
 FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
+KIND = "a FLAC, WAV, OGG or MP3 file"
 MOST_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
 # Two frames, of which a target needs both.
 FEWEST_SAMPLES = 720
 # A file's; what a model takes whole is far shorter, since attention grows with its square.
 LONGEST, LONGEST_WHOLE = 3600, 60  # seconds
 LONGEST_HEARD = 10  # seconds, in a report
-BLOCK = 1 << 18  # frames decoded at a time
+LOUDEST = 10  # an encoder may overshoot 1
+UNKNOWN = (1 << 63) - 1  # libsndfile's length of a FLAC that was written to a pipe
+BLOCK = 1 << 18  # samples of each channel decoded at a time
 
 
 def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
@@ -42,9 +46,30 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
         raise UnreadableSampleError(f"has {file.channels} channels, more than {MOST_CHANNELS}")
     if not low <= file.samplerate <= high:
         raise UnreadableSampleError(f"has {file.samplerate} samples a second; allowed are {low} to {high}")
+    if file.frames == UNKNOWN:
+        raise UnreadableSampleError("does not say how long it is; encode it to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
         raise UnreadableSampleError(f"has {file.frames / file.samplerate:,.0f} s, more than {longest}")
+    if file.format == "OGG":  # libsndfile ends without an error where the file does
+        page = encoded[encoded.rfind(b"OggS") :]
+        is_last = len(page) > 27 and page[5] & 4
+        if not is_last or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            raise UnreadableSampleError("is truncated: it has no last page")
     return file
+
+
+def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.float32]]:
+    """Decode the next ``count`` samples, and yield them by blocks, mono.
+
+    Raises:
+        UnreadableSampleError: The file is truncated.
+    """
+    while count:
+        block = file.read(min(count, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
+        if not len(block):
+            raise UnreadableSampleError(f"is truncated: it ends {count:,} samples too early")
+        count -= len(block)
+        yield block
 
 
 def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.float32]:
@@ -56,20 +81,22 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
         count: Number of samples, at the file's rate.
 
     Raises:
-        UnreadableSampleError: The file is truncated or has samples that are not finite.
+        UnreadableSampleError: The file is truncated, or the span shorter than 720 samples, not finite or too loud.
     """
-    file.seek(start)
-    rate, left, blocks = file.samplerate, count, []
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    while left:
-        block = file.read(min(left, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
-        if not len(block):
-            raise UnreadableSampleError(f"ends {left:,} samples too early")
-        left -= len(block)
-        blocks.append(block if resampler is None else resampler.resample_chunk(block, last=not left))
-    clip = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    if file.subtype == "VORBIS":  # libsndfile misses a place in the last page
+        for _ in read_blocks(file, start):
+            pass
+    else:
+        file.seek(start)
+    resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")  # changes nothing at 16 kHz
+    blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
+    clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
+    if len(clip) < FEWEST_SAMPLES:
+        raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {FEWEST_SAMPLES}")
     if not np.isfinite(clip).all():
         raise UnreadableSampleError("has samples that are not finite")
+    if (loudest := np.abs(clip).max()) > LOUDEST:
+        raise UnreadableSampleError(f"has samples up to {loudest:,.0f}; allowed are -1 to 1")
     return clip
 
 
@@ -80,10 +107,8 @@ def decode_clip(encoded: bytes, source: str, longest: int = LONGEST_WHOLE) -> ND
         UnreadableSampleError: It cannot be decoded; or is silent, shorter than 720 samples, or longer than ``longest``
             seconds.
     """
-    with decoding(encoded, source, "a sound"), open_clip(encoded, longest) as file:
+    with decoding(encoded, source, KIND), open_clip(encoded, longest) as file:
         clip = read_span(file, 0, file.frames)
-        if len(clip) < FEWEST_SAMPLES:
-            raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {FEWEST_SAMPLES}")
         if clip.min() == clip.max():
             raise UnreadableSampleError("is silent")
         return clip
@@ -117,8 +142,8 @@ class RandomCrop(NamedTuple):
         if isinstance(sample, Tensor):
             start = int(rng.integers(max(len(sample) - self.num_samples, 0) + 1))
             return sample[start : start + self.num_samples]
-        with decoding(sample, source, "a sound"), open_clip(sample, LONGEST) as file:
-            count = min(file.frames, round(self.num_samples * file.samplerate / SAMPLE_RATE))
+        with decoding(sample, source, KIND), open_clip(sample, LONGEST) as file:
+            count = min(file.frames, math.ceil(self.num_samples * file.samplerate / SAMPLE_RATE))
             clip = read_span(file, int(rng.integers(file.frames - count + 1)), count)
             return torch.from_numpy(clip[: self.num_samples])
 
@@ -129,7 +154,7 @@ class Audio(Modality):
 
     name = "audio"
     unit = "clips"
-    suffixes = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+    suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
     columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
@@ -147,7 +172,7 @@ class Audio(Modality):
     def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits."""
         clip = decode_clip(stored, source, LONGEST)
-        with decoding(stored, source, "a sound"), open_clip(stored, LONGEST) as file:
+        with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
             if (file.samplerate, file.channels) != (SAMPLE_RATE, 1) or file.format == "MP3":
                 stored = encode_flac(clip)
         return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}

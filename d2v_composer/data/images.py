@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from d2v_composer.data.mds import IMAGES
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.sizes import EncoderConfig, ImageSize, height_and_width
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import UnreadableSampleError
 
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
@@ -252,7 +252,7 @@ class Images(Modality):
     stored_as: ClassVar = {"resize": None, "quality": 90}
 
     @classmethod
-    def of(cls, config: EncoderConfig) -> "Images":
+    def of(cls, config: Any) -> "Images":
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
