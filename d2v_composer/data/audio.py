@@ -189,6 +189,18 @@ class Audio(Modality):
     def sound(self, sample: Tensor) -> bytes:
         return encode_flac(sample[: LONGEST_HEARD * SAMPLE_RATE].numpy())
 
+    def words(self) -> dict[str, str]:
+        return {
+            "pipeline_tag": "feature-extraction",
+            "tag": "audio",
+            "kind": "transformer for sound",
+            "one": "a clip of sound",
+            "each": "second of sound",
+            "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
+            "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
+            "folder": "recordings",
+        }
+
     def augmentation(self, **options: Any) -> RandomCrop:
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))
 

@@ -274,6 +274,20 @@ class Images(Modality):
     def picture(self, sample: Tensor) -> Tensor:
         return sample.permute(1, 2, 0)
 
+    def words(self) -> dict[str, str]:
+        return {
+            "pipeline_tag": "image-feature-extraction",
+            "tag": "vision-transformer",
+            "kind": "vision transformer",
+            "one": "an image",
+            "each": "image",
+            "prepared": "resized to {} x {} pixels (height x width), without cropping".format(
+                *height_and_width(self.image_size)
+            ),
+            "shape": "(B, 3, any, any) uint8",
+            "folder": "photos",
+        }
+
     def augmentation(self, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)

@@ -101,6 +101,12 @@ class Modality(ABC):
         return None
 
     @abstractmethod
+    def words(self) -> dict[str, str]:
+        """Return what a model card says of samples and of models that take them: the hub's ``pipeline_tag`` and its
+        ``tag``, the ``kind`` of model, ``one`` sample, ``each`` of what computation is counted for, how samples are
+        ``prepared``, a batch's ``shape``, and a ``folder`` of them."""
+
+    @abstractmethod
     def augmentation(self, **options: Any) -> Transform:
         """Return the training augmentation with these ``options``."""
 

@@ -9,8 +9,8 @@ import jinja2
 import torch
 
 from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
-from d2v_composer.models.sizes import height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.errors import reading, writing
@@ -43,6 +43,7 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
     with reading(evaluation):
         evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
         has_tables = "weights" in evaluated and evaluated["weights"] == hash_weights(student)
+    modality = modality_of(student.encoder.config)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
@@ -57,7 +58,8 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
             record=record,
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
-            size=height_and_width(student.encoder.config.image_size),
+            unit=modality.unit,
+            words=modality.words(),
             embedding=choose_embedding(student, None, None),
             tables=evaluated["tables"] if has_tables else "",
             results=record.get("results"),

@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 
-from d2v_composer import load_student
-from d2v_composer.checkpoints.fairseq import LICENCE_NOTE
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.fairseq import LICENCE_NOTE, LICENCES
 from d2v_composer.commands import evaluate, export
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.sizes import ImageEncoderConfig
+from d2v_composer.models.sizes import SAMPLE_RATE, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.report.model_card import MARK, name_licence, write_model_card
-from helpers import ROOT
+from helpers import GOLDEN, ROOT
 
 
 def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
@@ -66,6 +66,28 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
     assert "None are recorded" in text
 
 
+def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
+    licence = f"{LICENCE_NOTE} {LICENCES['audio']}"
+    teacher = load_teacher(GOLDEN / "audio_base.pt")
+    student = Student(teacher.encoder, StudentConfig(depth=2), {"teacher": teacher.provenance, "data": {"samples": 96}})
+    assert teacher.provenance["licence"] == licence
+    out = tmp_path / "student.safetensors"
+    assert "wrote" in write_model_card(student, str(tmp_path / "none.pt"), out)
+    _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert (found["pipeline_tag"], found["tags"][-1]) == ("feature-extraction", "audio")
+    for said in (
+        "trained it on 96 clips",
+        "maps a clip of sound",
+        "GFLOP per second of sound",
+        "| clips | 16 kHz mono",
+    ):
+        assert said in text, said
+    assert "student.embed(clips, " in text
+    assert licence in text
+    assert "image" not in text
+
+
 def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
     key = "metrics/small/{}bank_train/top1"
     history = [{"batch": 0, "metrics": {key.format(""): 0.1}}, {"batch": 14, "metrics": {key.format(""): 0.25}}]
@@ -90,7 +112,7 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
     readme = tmp_path / "README.md"
     assert f"wrote {readme}: the model card; license: unknown" in capsys.readouterr().out
     card = readme.read_text()
-    assert "3 blocks on the first blocks of its teacher. d2v-composer trained it on 96 images" in card
+    assert "3 blocks on the first layers of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
     datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
