@@ -9,6 +9,8 @@ In DEBS are the packages, 1.6.1-1; OUT becomes
     words/train/WORD/VOICE.flac, words/test/WORD/VOICE.flac    the judged words; no voice is on both sides
     train_clips/PACKAGE-NAME.flac                              what ships for the student
     all_clips/PACKAGE-NAME.flac                                what the teacher was trained on: all but the judged words
+    long/train/PACKAGE-N.flac                                  10 s of one voice each, for yamls/ablations/audio
+    long/{1,2,5,10}s/PACKAGE-N.flac                            the same of other prompts: the first 1, 2, 5 and 10 s
 
 All clips are 16 kHz mono, without the silence around them. The same packages always give the same clips.
 """
@@ -17,7 +19,7 @@ import argparse
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import av
@@ -46,6 +48,7 @@ NOT_SPEECH = {"beep", "beeperr", "ascending-2tone", "descending-2tone", "tt-monk
 LOWEST_DECIBELS, MARGIN, FRAME = 40, 800, 160  # below the loudest frame; samples kept around; samples of a frame
 SHIPPED_SECONDS = 110  # of each package
 SHORTEST, LONGEST = 0.5, 4.0  # seconds of a clip that ships
+LONG, LENGTHS, PAUSE = 10 * SAMPLE_RATE, (1, 2, 5, 10), np.zeros(SAMPLE_RATE // 5, np.int16)  # pause between prompts
 UNUSED_BITS = 4  # G.722 is far noisier; FLAC is 40 % smaller
 
 
@@ -91,6 +94,20 @@ def judged_words(package: str) -> dict[str, str]:
     return words | letters
 
 
+def write_long(out: Path, package: str, clips: Mapping[str, np.ndarray]) -> None:
+    """Write clips of 10 s, each prompt after prompt: one prompt in four to judge, the others to train on."""
+    for is_judged in (True, False):
+        chosen = [clip for i, (_, clip) in enumerate(sorted(clips.items())) if (i % 4 == 0) == is_judged]
+        joined = np.concatenate([each for clip in chosen for each in (clip, PAUSE)])
+        for i, first in enumerate(range(0, len(joined) - LONG + 1, LONG)):
+            whole = joined[first : first + LONG]
+            parts = (
+                {f"{length}s": whole[: length * SAMPLE_RATE] for length in LENGTHS} if is_judged else {"train": whole}
+            )
+            for folder, part in parts.items():
+                write(out / f"long/{folder}/{package}-{i:03}.flac", part)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("debs", metavar="DEBS", type=Path)
@@ -103,6 +120,7 @@ def main() -> None:
                 write(arguments.out / f"words/{side}/{words[name]}/{voice}.flac", samples)
             elif not name.startswith(("phonetic/", "letters/")):  # nor the same words, judged or not, in other voices
                 clips[f"{package}-{name.replace('/', '-')}"] = samples
+        write_long(arguments.out, package, clips)
         shipped = 0.0
         for name in sorted(clips, key=lambda name: hashlib.sha256(name.encode()).digest()):  # a random order
             write(arguments.out / f"all_clips/{name}.flac", clips[name])
