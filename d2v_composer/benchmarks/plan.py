@@ -58,9 +58,9 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
         model.teacher.encoder.half_residual = residual == "half"
         with patch("torch.cuda.is_available", lambda: True):
             execution.compile_model(model)
-        images = model.teacher.encoder.example(batch_size).to(torch.uint8)
+        inputs = model.teacher.encoder.noise(batch_size)
         with torch.autocast("cpu", torch.bfloat16):
-            x_BTD, target_BTD = model.frozen_pass(images)
+            x_BTD, target_BTD = model.frozen_pass(inputs)
             planner.part = "student, forward"
             prediction_BTD = model.predict(x_BTD)
         planner.part = "loss"

@@ -73,7 +73,7 @@ def benchmark(
     Args:
         size: A key of ``SIZES``.
         precision: As in a YAML.
-        batch_size: Images a step; default: 8, on a GPU 256.
+        batch_size: Images, or clips of five seconds, a step; default: 8, on a GPU 256.
         repeats: Measured passes.
         compiles: Measure ours with torch.compile, too.
         only: The only contender besides ``trainer``.
@@ -97,8 +97,8 @@ def benchmark(
     config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
     torch.manual_seed(0)
     model = build_model(size)
-    shape = model.teacher.encoder.example(batch_size).shape
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+    encoder = model.teacher.encoder
+    images = encoder.noise(batch_size).to("cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(images[:1])
     own = only or (OURS if compiles else EAGER)
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
@@ -119,13 +119,14 @@ def benchmark(
         "device": images.device.type,
         "precision": precision,
         "device_batch_size": batch_size,
+        "input_shape": list(images.shape[1:]),
         "steps": steps,
         "repeats": repeats,
         "gflop_per_image": round(flop / 1e9, 1),
         **profiled,
     }
     compared = [(own, PRODUCT), (own, NAIVE), (TRAINER, own)]
-    return describe(setting, "images/s", rates, [pair for pair in compared if rates.keys() >= set(pair)])
+    return describe(setting, f"{encoder.input_name}/s", rates, [pair for pair in compared if rates.keys() >= set(pair)])
 
 
 def build_run(
@@ -160,7 +161,7 @@ def in_trainer(
 ) -> Callable[[int], Tensor]:
     """Return a function that trains for a number of steps in Composer's Trainer, on batches in the host's memory."""
     model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
-    batch = {"image": images.cpu().pin_memory() if images.is_cuda else images}
+    batch = {model.teacher.encoder.config.modality: images.cpu().pin_memory() if images.is_cuda else images}
     trainer = Trainer(
         model=model,
         train_dataloader=[batch] * steps,
@@ -213,7 +214,7 @@ def own_loss(model: DistillationModel, images: Tensor) -> Tensor:
 class NaiveDistillation(nn.Module):
     """Compute the loss of a batch of images as a user's first version would.
 
-    Two whole models with an encoder each, every layer's output kept, attention with one bias an image.
+    Two whole models with an encoder each, every layer's output kept, attention with one bias an image or clip.
 
     Args:
         model: The model to copy, with ``layer_mean`` prediction and all tokens regressed.
@@ -221,20 +222,23 @@ class NaiveDistillation(nn.Module):
 
     def __init__(self, model: DistillationModel) -> None:
         super().__init__()
+        self.final_layer_norm = model.student.final_layer_norm
         self.top_k = model.teacher.config.average_top_k_layers
         self.teacher, self.student = copy.deepcopy(model.teacher), copy.deepcopy(model.student)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            target = norm_mean(ffn_outputs(self.teacher, images, None)[-self.top_k :])
-        return mse_loss(norm_mean(ffn_outputs(self.student, images, self.student.alibi)), target)
+            target = norm_mean(ffn_outputs(self.teacher, images)[-self.top_k :], self.final_layer_norm)
+        return mse_loss(norm_mean(ffn_outputs(self.student, images), self.final_layer_norm), target)
 
 
-def ffn_outputs(transformer: Any, images: Tensor, alibi: Any) -> list[Tensor]:
-    x = transformer.encoder.embed_tokens(images)
-    for block in transformer.encoder.block_list:
-        x, _ = run_block(block, x)
-    bias = None if alibi is None else alibi(x).repeat(len(x), 1, 1, 1)
+def ffn_outputs(transformer: Any, images: Tensor) -> list[Tensor]:
+    encoder = transformer.encoder
+    x = encoder.embed_tokens(images)
+    for block, bias in zip(encoder.block_list, encoder.block_contexts(x), strict=True):
+        x, _ = run_block(block, x, bias)
+    bias = transformer.block_contexts(x)[0]  # the same for all blocks
+    bias = None if bias is None else bias.repeat(len(x), 1, 1, 1)
     outputs = []
     for block in transformer.block_list:
         x, ffn_output = run_block(block, x, bias)
@@ -259,10 +263,10 @@ def attention(layer: Attention, x_BTD: Tensor, bias_BHTT: Tensor | None) -> Tens
     return layer.proj(attended.transpose(1, 2).reshape(num_inputs, num_tokens, dim))
 
 
-def norm_mean(layers: list[Tensor]) -> Tensor:
+def norm_mean(layers: list[Tensor], final_layer_norm: bool) -> Tensor:
     normalized = [instance_norm(layer.transpose(1, 2).float(), eps=NORM_EPS).transpose(1, 2) for layer in layers]
     total = sum(normalized[1:], normalized[0]) / len(normalized)
-    return layer_norm(total, total.shape[-1:], eps=NORM_EPS)
+    return layer_norm(total, total.shape[-1:], eps=NORM_EPS) if final_layer_norm else total
 
 
 def build_optimizer(module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
@@ -301,6 +305,6 @@ def repeat(work: Callable[[], Tensor], times: int) -> Tensor:
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
     """Return a matrix product with the shape of the teacher's first MLP layer, and its number of operations."""
     weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(images.device, dtype)
-    num_rows = len(images) * model.teacher.encoder.num_tokens()
+    num_rows = len(images) * model.teacher.encoder.num_tokens(images.shape[1:])
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)
     return partial(torch.mm, x, weight.T), 2 * num_rows * weight.numel()

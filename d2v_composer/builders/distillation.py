@@ -24,7 +24,9 @@ def build_model(config: TrainConfig) -> DistillationModel:
         student = teacher.build_student(**config.student.model_dump(), **options)
     teacher.encoder.half_residual = config.half_residual
     uses_fsdp = config.parallelism_config.fsdp is not None
-    if not uses_fsdp:  # FSDP casts what it gathers, and needs one dtype in a block
+    if uses_fsdp:
+        teacher.encoder.keep_scale_whole()
+    else:  # FSDP casts what it gathers, and needs one dtype in a block
         teacher.cast_weights(precision.dtype)
     with errors_of("targets"):
         model = DistillationModel(
@@ -69,5 +71,3 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
         raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")
-    if config.parallelism_config.fsdp is not None and teacher.encoder.alibi_scale is not None:
-        raise InputError("parallelism_config.fsdp: not supported with this teacher's learned ALiBi scales; use null")

@@ -20,6 +20,7 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.models.sizes import (
+    MAX_DEPTH,
     Data2Vec2AudioConfig,
     Data2Vec2Config,
     Data2Vec2TeacherConfig,
@@ -33,6 +34,8 @@ ENCODER = "encoder."
 MODALITIES: dict[str, type[Data2Vec2TeacherConfig]] = {"IMAGE": Data2Vec2Config, "AUDIO": Data2Vec2AudioConfig}
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
 LICENCES = {"image": "CC BY-NC 4.0", "audio": "MIT for audio"}
+# Number of last blocks in the target if a file does not say it: all of an image model's, and data2vec's own default.
+TOP_K = {"image": MAX_DEPTH, "audio": Data2Vec2AudioConfig.average_top_k_layers}
 # Fields of our config in cfg["model"]; others are in the modality's section of cfg["model"]["modalities"].
 MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth", "final_layer_norm")
 OTHER_NAMES = {"image_size": "input_size", "final_layer_norm": "layer_norm_targets"}
@@ -142,7 +145,7 @@ def _read_config(
             found[ours] = values[theirs]
     # Clamped to the depth, as fairseq's slice does.
     depth = kind(**found, average_top_k_layers=1).depth
-    top_k = model.get("average_top_k_layers", kind.average_top_k_layers)
+    top_k = model.get("average_top_k_layers", TOP_K[kind.modality])
     found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
     if section.get("use_alibi_encoder"):
         found["num_alibi_heads"] = section.get("num_alibi_heads", kind(**found).num_heads)

@@ -245,7 +245,7 @@ def choose_embedding(
         raise InputError("pooling: this model has no CLS token; allowed are mean, mean_patches")
     primary = stored_primary(model.provenance)
     if primary.pooling == "cls" and not model.has_cls_token:
-        primary = primary._replace(pooling="mean_patches")
+        primary = primary._replace(pooling=model.default_pooling)
     return PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
 
 

@@ -37,7 +37,7 @@ REPEATS = positive, "number of measured passes; default: 5"
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images per step; default: 8, or 256 on a GPU"),
+        "--batch-size": (positive, "images, or clips of 5 s, per step; default: 8, or 256 on a GPU"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
         "--only": (("naive", "eager", "ours"), "measure only this contender"),
         "--loop": (("bare", "trainer"), "trainer: also measure 'ours' in Composer's Trainer, on batches in memory"),
@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "plan": {
         "--size": ((*RELEASED, "quickstart"), "default: base"),
-        "--batch-size": (positive, "images per step; default: 256"),
+        "--batch-size": (positive, "images, or clips of 5 s, per step; default: 256"),
         "--residual": (("full", "half"), "precision of the frozen blocks' residual stream; default: full"),
     },
     "data": {

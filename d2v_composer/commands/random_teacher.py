@@ -3,7 +3,7 @@
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
 
-SIZE is base, large or huge, as in data2vec 2.0, or timm/NAME.
+SIZE is base, large or huge, as in data2vec 2.0's image models, base_audio or large_audio, or timm/NAME.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.models.sizes import RELEASED
+from d2v_composer.models.sizes import RELEASED, ImageEncoderConfig
 from d2v_composer.system.command_line import make_parser, print_next
 from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file
@@ -41,10 +41,11 @@ def main(argv: Sequence[str]) -> None:
         model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config)
     tensors = model.state_dict()
     for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block
-        tensor.normal_(std=0.02) if tensor.ndim > 1 else tensor.fill_(not name.endswith("bias"))
+        is_drawn = tensor.ndim > 1 and not name.endswith("alibi_scale")
+        tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
     sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
     provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "licence": "none: random weights"}
     write_model_file(out, "teacher", asdict(config) if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random weights")
     teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])
-    print_next(f"composer recipes/preflight.py yamls/distill.yaml {teacher}")
+    print_next(f"composer recipes/preflight.py {(config or ImageEncoderConfig).recipe} {teacher}")

@@ -79,9 +79,12 @@ class Alibi(nn.Module):
     def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the bias with a scale of 1, (1, H, T, T), in the same memory at every call."""
         key = (dtype, device)
-        if key not in self.kept or self.kept[key].shape[-1] < num_tokens:
+        longest = self.kept[key].shape[-1] if key in self.kept else 0
+        if longest < num_tokens:
+            # Longer than asked for from the second time on: each growth costs torch.compile its graphs.
+            num_kept = max(num_tokens, 3 * longest // 2)
             with torch.inference_mode(False):  # training cannot use a tensor from an evaluation's inference mode
-                self.kept[key] = aligned(self.build(num_tokens).to(device, dtype))
+                self.kept[key] = aligned(self.build(num_kept).to(device, dtype))
         kept = self.kept[key]
         return kept if kept.shape[-1] == num_tokens else kept[..., :num_tokens, :num_tokens]
 

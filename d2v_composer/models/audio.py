@@ -18,6 +18,9 @@ from d2v_composer.models.targets import instance_norm, mean_over_time
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
 FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, torch.finfo(torch.float32).eps
 
+# Length of a benchmark's clips.
+MEASURED_SECONDS = 5
+
 
 class AudioEncoder(Data2Vec2Encoder):
     """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
@@ -132,6 +135,9 @@ class AudioEncoder(Data2Vec2Encoder):
     def example(self, count: int) -> Tensor:
         """Return a second of silence for each clip."""
         return torch.zeros(count, SAMPLE_RATE)
+
+    def noise(self, count: int) -> Tensor:
+        return 0.1 * torch.randn(count, MEASURED_SECONDS * SAMPLE_RATE)
 
     def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the mean of the log-mel spectrogram over time, (B, M)."""

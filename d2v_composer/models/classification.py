@@ -1,6 +1,6 @@
 """A classifier for Composer: a linear head on an embedding of a student or a teacher.
 
-Shapes: B images, S pixels per side, T tokens, D channels, C classes.
+Shapes: B images of S pixels per side, or clips of L samples, T tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ FIXED = "fixed_positional_encoder."
 class Classifier(ComposerModel):
     """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
 
-    A batch is images, (B, 3, S, S), as for the encoder, and labels: (B,) int64, or (B, C) float of mixed ones.
+    A batch is images, (B, 3, S, S), or waveforms, (B, L), as for the encoder, and labels: (B,) int64, or (B, C) float
+    of mixed ones. If waveforms are padded, their lengths follow: samples, (B,) int64.
     :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
     Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen: DDP
@@ -34,7 +35,8 @@ class Classifier(ComposerModel):
         backbone: Student or teacher; changed: what trains takes a gradient.
         num_classes: C.
         representation: Representation of the embedding.
-        pooling: Pooling of the embedding.
+        pooling: Pooling of the embedding; default as for
+            :meth:`~d2v_composer.models.transformer.Transformer.embed`.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -49,14 +51,14 @@ class Classifier(ComposerModel):
         backbone: Transformer,
         num_classes: int,
         representation: Representation = "output",
-        pooling: Pooling = "cls",
+        pooling: Pooling | None = None,
         train_encoder: bool = False,
         cpu_bf16: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.representation: Representation = representation
-        self.embedding = f"{representation}_{pooling}"
+        self.embedding = f"{representation}_{pooling or backbone.default_pooling}"
         self.train_encoder = train_encoder
         self.cpu_bf16 = cpu_bf16
         self.head = nn.Linear(backbone.embed_dim, num_classes)
@@ -80,20 +82,22 @@ class Classifier(ComposerModel):
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of a batch, (B, C) float32."""
         with cpu_autocast(self.cpu_bf16):
-            return self.head(self.embed(batch[0])).float()
+            inputs, _, *lengths = batch
+            return self.head(self.embed(inputs, *lengths)).float()
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Compute the embeddings of images, (B, D), with gradient."""
+    def embed(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute the embeddings of images or waveforms, (B, D), with gradient."""
         encoder = self.backbone.encoder
-        x_BTD = encoder.encode_with_gradient(images) if self.train_encoder else encoder(images)
-        x_BTD = self.backbone.represent(x_BTD, self.representation)
-        return poolings(x_BTD, self.representation, encoder.config)[self.embedding]
+        encode = encoder.encode_with_gradient if self.train_encoder else encoder
+        padding_mask = encoder.padding_mask(lengths, inputs.shape[-1])
+        x_BTD = self.backbone.represent(encode(inputs, lengths), self.representation, padding_mask)
+        return poolings(x_BTD, self.representation, encoder.config, padding_mask)[self.embedding]
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Resize and normalize the images of a batch, on their device."""
-        images, labels = batch
-        return self.backbone.encoder.prepare(images), labels
+        """Resize and normalize the images of a batch, on their device; waveforms stay as they are."""
+        inputs, *others = batch
+        return self.backbone.encoder.to_mix(inputs), *others
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross entropy, a scalar."""

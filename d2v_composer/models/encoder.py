@@ -77,6 +77,10 @@ class Encoder(Frozen):
             ValueError: The inputs have another shape or dtype.
         """
 
+    def to_mix(self, inputs: Tensor) -> Tensor:
+        """Return inputs in a form that :meth:`forward` takes and that Composer's algorithms may average: float."""
+        return inputs
+
     @abstractmethod
     def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the first block's input, (B, T, D), from inputs as in :meth:`forward`."""
@@ -96,6 +100,10 @@ class Encoder(Frozen):
     @abstractmethod
     def example(self, count: int) -> Tensor:
         """Return inputs of zeros, as after :meth:`prepare`."""
+
+    @abstractmethod
+    def noise(self, count: int) -> Tensor:
+        """Return random inputs as before :meth:`prepare`, to measure with: uint8 images, or clips of five seconds."""
 
     @abstractmethod
     def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -119,6 +127,13 @@ class Encoder(Frozen):
         if lengths is not None:
             raise ValueError(f"lengths: {self.config.modality} inputs have none")
         return None
+
+    def keep_scale_whole(self) -> None:
+        """Make ALiBi's scale a buffer: FSDP would gather it for this encoder alone, and a teacher's blocks read it."""
+        if self.alibi_scale is not None:
+            scale = self.alibi_scale.detach()
+            del self.alibi_scale
+            self.register_buffer("alibi_scale", scale)
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:

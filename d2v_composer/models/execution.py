@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Graphs of a function: one for each input shape, need of gradients, and mode. torch's default limit is 8.
-MAX_GRAPHS = 64
+# Graphs of a function: one for each input shape, need of gradients, and mode; beyond them a compiled run would fail.
+# Sound comes in up to 16 lengths, padded or not. torch's default limit is 8, and 256 for all instances of a function.
+MAX_GRAPHS = 1024
 
 
 def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, choice: bool | str = True) -> None:
@@ -47,7 +48,7 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
     compiling = importlib.import_module("torch._inductor.async_compile")
     # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
     atexit.unregister(compiling.shutdown_compile_workers)
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
     encoder, teacher, student = model.teacher.encoder, model.teacher, model.student

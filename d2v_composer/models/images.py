@@ -61,6 +61,9 @@ class Images(Encoder):
             inputs = resize(inputs, size, self.config.interpolation)
         return inputs.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
 
+    def to_mix(self, inputs: Tensor) -> Tensor:
+        return self.prepare(inputs)
+
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
         return self.config.num_tokens
 
@@ -69,6 +72,9 @@ class Images(Encoder):
 
     def example(self, count: int) -> Tensor:
         return torch.zeros(count, self.config.in_chans, *height_and_width(self.config.image_size))
+
+    def noise(self, count: int) -> Tensor:
+        return torch.randint(0, 256, self.example(count).shape, dtype=torch.uint8)
 
     def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the encoder's input, shrunk to CIFAR's size: at 224 px an image would have 150,528 channels."""

@@ -312,16 +312,26 @@ class Data2Vec2AudioConfig(Data2Vec2Sizes, AudioEncoderConfig):
     encoder_class = AudioEncoderConfig
 
 
+Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig
+
+
 def _released(**sizes: Any) -> Data2Vec2Config:
     return Data2Vec2Config(num_extra_tokens=1, **sizes)
 
 
-RELEASED = {
+def _released_audio(num_heads: int = 12, **sizes: Any) -> Data2Vec2AudioConfig:
+    heads: dict[str, Any] = {"num_alibi_heads": num_heads, "alibi_scale_shape": (1, 1, num_heads, 1, 1)}
+    return Data2Vec2AudioConfig(num_heads=num_heads, norm_eps=1e-5, **heads, **sizes)
+
+
+RELEASED: dict[str, Data2Vec2TeacherConfig] = {
     "base": _released(prenet_depth=2, depth=10, average_top_k_layers=10),
     "large": _released(embed_dim=1024, num_heads=16, prenet_depth=0, depth=24, average_top_k_layers=18),
     "huge": _released(embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0, depth=32, average_top_k_layers=24),
+    "base_audio": _released_audio(prenet_depth=0, depth=12, average_top_k_layers=8),
+    "large_audio": _released_audio(embed_dim=1024, num_heads=16, prenet_depth=8, depth=16, average_top_k_layers=16),
 }
-"""Sizes of Meta's image models."""
+"""Sizes of Meta's models; those without a modality are of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +405,6 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
 ImageConfig = ImageEncoderConfig | TimmEncoderConfig
 EncoderConfig = ImageConfig | AudioEncoderConfig
-Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig
 TeacherConfig = Data2Vec2TeacherConfig | TimmTeacherConfig
 
 # A field that only one kind of config has, of teachers and of their encoders → the kind of teacher.

@@ -96,6 +96,11 @@ class Transformer(nn.Module, ABC):
     def has_cls_token(self) -> bool:
         return self.encoder.config.has_cls_token
 
+    @property
+    def default_pooling(self) -> Pooling:
+        """``cls``, or ``mean_patches`` of a model without that token."""
+        return "cls" if self.has_cls_token else "mean_patches"
+
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return each block's context for an input: an attention bias, unless its kind needs another.
@@ -204,7 +209,7 @@ class Transformer(nn.Module, ABC):
     def embed(
         self,
         images: Tensor,
-        pooling: Pooling = "cls",
+        pooling: Pooling | None = None,
         representation: Representation = "output",
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -216,7 +221,8 @@ class Transformer(nn.Module, ABC):
                 over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
                 0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model waveforms: (B, L) float
                 from -1 to 1, 16 kHz mono, normalized here.
-            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches``.
+            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches`` (of frames, too); default: ``cls``, or
+                ``mean_patches`` of a model without that token, such as any of audio.
             representation: ``output`` of the last block, or ``layer_mean``, norm_mean of the FFN outputs, which the
                 loss regresses.
             lengths: Samples of each waveform of a padded batch, (B,) int64.
@@ -230,7 +236,7 @@ class Transformer(nn.Module, ABC):
             torch.Size([2, 192])
         """
         embeddings = self.embed_all(images, lengths)
-        name = f"{representation}_{pooling}"
+        name = f"{representation}_{pooling or self.default_pooling}"
         if name not in embeddings:
             raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
         return embeddings[name]

@@ -76,6 +76,18 @@ def test_missing_fields_of_alibi_are_data2vecs_defaults(tmp_path: Path) -> None:
         assert torch.equal(ours, whole)
 
 
+def test_a_file_that_does_not_say_how_many_blocks_the_target_averages(tmp_path: Path) -> None:
+    """All of an image model's, as the specification says; data2vec's default, 8, of an audio model's 12."""
+    images, audio = read("tiny_topk_noprenet"), read("audio_base")
+    audio["cfg"]["model"]["depth"] = 12
+    first = {name: tensor for name, tensor in audio["model"].items() if name.startswith("blocks.0.")}
+    for i in range(12):
+        audio["model"] |= {name.replace("0", str(i), 1): tensor for name, tensor in first.items()}
+    for checkpoint, expected in ((images, images["cfg"]["model"]["depth"]), (audio, 8)):
+        del checkpoint["cfg"]["model"]["average_top_k_layers"]
+        assert load_teacher(save(checkpoint, tmp_path)).config.average_top_k_layers == expected
+
+
 # ALiBi; the reference's numbers, with a scale for each layer and head, are in tests/promises/test_method.py.
 
 

@@ -1,6 +1,7 @@
 """Audio: padding changes nothing, odd encoders, cost, hostile sizes, files; the reference's numbers are a promise."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
 from d2v_composer.models.audio import log_mel
+from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import compile_model
@@ -119,7 +123,7 @@ def test_one_alibi_serves_all_lengths(teacher: Any) -> None:
         x = torch.zeros(1, length, 48)
         bias = student.block_contexts(x)[0]
         torch.testing.assert_close(bias, student.alibi.build(length))
-    assert [each.shape[-1] for each in student.alibi.kept.values()] == [50]
+    assert [each.shape[-1] for each in student.alibi.kept.values()] == [60]  # half as long again as the one before
 
 
 def test_blocks_move_between_encoder_and_teacher() -> None:
@@ -166,6 +170,48 @@ def test_wrong_waveforms_and_lengths(teacher: Any) -> None:
     with pytest.raises(ValueError, match="lengths: image inputs have none"):
         images.padding_mask(torch.tensor([32]))
     assert not teacher.encode(torch.full((1, 800), 0.5)).isnan().any()  # a constant clip
+
+
+def test_an_embedding_without_cls(teacher: Any) -> None:
+    student = teacher.build_student(depth=1)
+    embedding = student.embed(sound(), lengths=LENGTHS)
+    assert torch.equal(embedding, student.embed(sound(), "mean_patches", lengths=LENGTHS))
+    with pytest.raises(ValueError, match="no embedding 'output_cls'; this model has: output_mean, "):
+        student.embed(sound(), pooling="cls")
+
+
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_a_classifier_of_padded_clips(teacher: Any, train_encoder: bool) -> None:
+    """Its logits are those of each clip alone, and all that trains has a gradient."""
+    model = Classifier(teacher.build_student(depth=1), 3, train_encoder=train_encoder)
+    torch.nn.init.normal_(model.head.weight)
+    batch = model.prepare((sound(), torch.tensor([0, 2, 1]), LENGTHS))
+    assert torch.equal(batch[0], sound())  # the encoder normalizes
+    logits = model(batch)
+    for i, length in enumerate(LENGTHS):
+        alone = model((sound()[i : i + 1, :length], torch.tensor([0])))
+        torch.testing.assert_close(logits[i : i + 1], alone, rtol=0, atol=10 * TOLERANCE)
+    model.loss(logits, batch).backward()
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == trained
+    assert any("local_encoder" in name for name in trained) == train_encoder
+
+
+def test_more_lengths_than_torch_compiles_by_default(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a graph of its own. Beyond the limit a run would fail, and not go on without compiling."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = DistillationModel(teacher, teacher.build_student(depth=1))
+    torch._dynamo.reset()
+    compile_model(model)
+    counters.clear()
+    (block,) = model.student.block_list
+    for _ in range(2):
+        for length in range(10, 20):
+            block(torch.zeros(1, length, 48))
+    assert counters["stats"]["unique_graphs"] == 10
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 10)
+    with pytest.raises(FailOnRecompileLimitHit):
+        block(torch.zeros(1, 20, 48))
 
 
 @pytest.mark.slow
