@@ -76,7 +76,7 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     dataset, root, modality = config.dataset, Path(config.dataset.root), modality_of(sizes)
     options = config.train_loader.model_dump(exclude={"stream"})
     loader = TrainLoaderConfig(**options, local=str(root / "train"), column=dataset.column)
-    shards = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
+    train_data = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test images and the classes"):
         test = load_mds(root / "test", modality, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
@@ -84,9 +84,9 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     labels = LabelColumn(str(dataset.label_column), num_classes)
     transform = build_augmentation(loader, sizes, config.seed).transform
     train_loader = build_train_loader(
-        loader, modality, shards, transform, config.global_train_batch_size, config.seed, labels
+        loader, modality, train_data, transform, config.global_train_batch_size, config.seed, labels
     )
-    about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(shards)}
+    about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(*train_data)}
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 

@@ -54,11 +54,14 @@ def build_run(config: TrainConfig) -> BuiltRun:
     """
     model = build_model(config)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    shards = read_train_index(loader, modality, config.global_train_batch_size)
+    train_data = read_train_index(loader, modality, config.global_train_batch_size)
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
-    train_loader = build_train_loader(loader, modality, shards, transform, config.global_train_batch_size, config.seed)
+    sizes = config.global_train_batch_size, config.seed
+    train_loader = build_train_loader(
+        loader, modality, train_data, transform, *sizes, is_compiled=config.compile is not False
+    )
     retrieval = build_retrieval(config, model)
-    data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(shards)}
+    data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(*train_data)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     arguments = {
         "model": model,

@@ -127,6 +127,10 @@ class RandomCrop(NamedTuple):
     num_samples: int
 
     @property
+    def longest(self) -> int:
+        return self.num_samples
+
+    @property
     def sample_bytes(self) -> int:
         return 4 * self.num_samples
 
@@ -159,6 +163,7 @@ class Audio(Modality):
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
     stored_as: ClassVar = {}
+    has_lengths = True
 
     @classmethod
     def of(cls, config: EncoderConfig) -> "Audio":

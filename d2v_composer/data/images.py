@@ -206,6 +206,7 @@ class RandomResizedCropFlip(NamedTuple):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     interpolation: str = "bicubic"
+    longest = None
 
     @property
     def sample_bytes(self) -> int:

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from d2v_composer.data.mds import ENCODINGS
 from d2v_composer.data.modality import Modality
 from d2v_composer.system.addresses import hide_secrets
@@ -25,8 +28,8 @@ LARGEST = 1 << 63
 log = logging.getLogger(__name__)
 
 
-def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
-    """Fetch the index of a remote data set into its cache.
+def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0, name: str = INDEX) -> None:
+    """Fetch the index of a remote data set, or its summary, into its cache.
 
     If the store is unreachable, use an index that is here, with a warning; shards are verified by it.
 
@@ -34,11 +37,12 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
         remote: The data set's address.
         local: The cache.
         retry_timeout: How long an unreachable store is retried if no index is here, in seconds.
+        name: The file.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
     """
-    index, address = local / INDEX, f"{remote.rstrip('/')}/{INDEX}"
+    index, address = local / name, f"{remote.rstrip('/')}/{name}"
     here = index.read_bytes() if index.exists() else None
     with partial_file(index) as fetched:
         try:
@@ -48,7 +52,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
             if here is None or is_lasting(error) or is_local(error):
                 raise InputError(message) from error
-            log.warning("%s; using the index in %s", message, local)
+            log.warning("%s; using the %s in %s", message, name, local)
             fetched.write_bytes(here)
         with reading(address):
             json.loads(fetched.read_bytes())
@@ -136,9 +140,33 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
     raise InputError(f"{folder / files[0]['basename']}: the shard is missing")
 
 
-def describe_data(shards: list[dict[str, Any]]) -> dict[str, Any]:
+def read_lengths(folder: Path, num_samples: int, source: str | None = None) -> NDArray[np.int64]:
+    """Read the lengths of a data set's samples, (N,), from the summary of its conversion.
+
+    Args:
+        folder: The folder of ``conversion.json``.
+        num_samples: N, by the index.
+        source: The data set's name, for the error; default: the folder.
+
+    Raises:
+        InputError: The summary is missing or corrupt, or has not all lengths.
+    """
+    lengths, path = np.zeros(0, np.int64), folder / SUMMARY
+    if path.is_file():
+        with reading(path):
+            lengths = np.array(json.loads(path.read_bytes()).get("lengths", []), np.int64).ravel()
+    if len(lengths) != num_samples:
+        expected = f"expected the lengths of {num_samples} samples in {SUMMARY}, got {len(lengths)}"
+        raise InputError(f"{source or folder}: {expected}; convert the data set with d2v convert-audio")
+    return lengths
+
+
+def describe_data(shards: list[dict[str, Any]], lengths: NDArray[np.int64] | None = None) -> dict[str, Any]:
     """Describe the content of a data set; its location and file names do not matter."""
-    contents = [(shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"].get("hashes")) for shard in shards]
+    contents: list[Any] = [
+        (shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"].get("hashes")) for shard in shards
+    ]
+    contents += [] if lengths is None else lengths.tolist()
     return {
         "sha256": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "samples": sum(shard["samples"] for shard in shards),

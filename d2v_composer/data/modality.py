@@ -26,10 +26,14 @@ class Transform(Protocol):
 
     Attributes:
         sample_bytes: Size of the largest result.
+        longest: Its length; ``None`` if all results have one size.
     """
 
     @property
     def sample_bytes(self) -> int: ...
+
+    @property
+    def longest(self) -> int | None: ...
 
     def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor:
         """Augment a sample as it is stored, or as :meth:`Modality.decode` returns it.
@@ -51,6 +55,7 @@ class Modality(ABC):
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         stored_as: Options of :meth:`encode`, with their defaults.
+        has_lengths: True if the samples of a converted data set have a ``length``, and its summary lists them.
     """
 
     name: ClassVar[str]
@@ -60,6 +65,7 @@ class Modality(ABC):
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
     stored_as: ClassVar[Mapping[str, Any]]
+    has_lengths: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -200,9 +206,16 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, sample_id))
 
 
-def collate(samples: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return a batch's inputs; and if samples were padded with zeros at the end, the lengths, (B,) int64."""
+def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
+    """Return a batch's inputs; and if samples were padded with zeros at the end, the lengths, (B,) int64.
+
+    Args:
+        samples: They differ at most in their last dimension.
+        sizes: Lengths to pad to, ascending, because a compiled model needs a graph for each; else the longest sample's.
+    """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
-    if (longest := int(lengths.max())) == lengths.min():
+    longest = int(lengths.max())
+    longest = next((size for size in sizes if size >= longest), longest)
+    if longest == lengths.min():
         return (torch.stack(list(samples)),)
     return torch.stack([pad(sample, (0, longest - sample.shape[-1])) for sample in samples]), lengths

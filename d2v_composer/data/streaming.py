@@ -3,22 +3,25 @@
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
 from d2v_composer.data.labeled import whole_label
-from d2v_composer.data.modality import Transform, sample_rng
+from d2v_composer.data.modality import Transform, collate, sample_rng
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError
 
@@ -56,9 +59,14 @@ class EpochOrder(DistributedSampler[Sample]):
             or be a multiple of it. If it does not divide the epoch, the epoch repeats a few samples.
         epoch_size: The samples of an epoch, drawn again for each; default: all.
 
+    Attributes:
+        blocks_at_a_time: The share of ``shuffle_block_size`` whose shards are in use at a time.
+
     Raises:
         ValueError: ``epoch_size`` is too large.
     """
+
+    blocks_at_a_time = 1.25
 
     def __init__(
         self,
@@ -145,6 +153,82 @@ class EpochOrder(DistributedSampler[Sample]):
             begin = end
 
 
+class LengthOrder(EpochOrder):
+    """An order that puts samples of similar length into a batch; else as :class:`EpochOrder`.
+
+    Each canonical node's order is cut into windows of about ``shuffle_block_size`` samples of all nodes. Within a
+    window, a node's samples are sorted by length and cut into its parts of the global batches. The parts of equal
+    place make a batch, and the window's batches are shuffled. Without ``shuffle``, the order is not by length.
+
+    Args:
+        shard_sizes: (S,) the samples in each shard.
+        lengths: (N,) the length of each sample in a batch.
+        **options: As for :class:`EpochOrder`; ``epoch_size`` must be whole batches of all ranks, and
+            ``num_canonical_nodes`` divide such a batch.
+    """
+
+    blocks_at_a_time = 2.25  # a window, and half a block on either side, over which Streaming spreads a shard
+
+    def __init__(self, shard_sizes: NDArray[np.int64], *, lengths: NDArray[np.int64], **options: Any) -> None:
+        super().__init__(shard_sizes, **options)
+        self.lengths = lengths
+
+    @override
+    def arrange(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return super().arrange(epoch, first_sample, world)
+        nodes, batch_size = self.num_canonical_nodes, self.batch_size * world.num_ranks
+        # Streaming's order for as many nodes, of one rank each: the same for any real number.
+        canonical = copy(self)
+        canonical.batch_size, canonical.initial_physical_nodes = batch_size // nodes, None
+        order = EpochOrder.arrange(canonical, epoch, 0, World(nodes, 1, 1, 0)).reshape(nodes, -1)
+        window_size = max(1, self.shuffle_block_size // batch_size) * canonical.batch_size
+        batches = []
+        for begin in range(0, order.shape[1], window_size):
+            window, rng = (
+                order[:, begin : begin + window_size],
+                np.random.default_rng((self.shuffle_seed, epoch, begin)),
+            )
+            by_length = np.lexsort((rng.random(window.shape), self.lengths[window]))
+            window = np.take_along_axis(window, by_length, axis=1).reshape(nodes, -1, canonical.batch_size)
+            batches.append(rng.permutation(window, axis=1))
+        left = np.concatenate(batches, axis=1)[:, first_sample // batch_size :].transpose(1, 0, 2)
+        work = left.reshape(-1, 1, world.num_nodes, world.ranks_per_node, self.batch_size)
+        return work.transpose(2, 3, 1, 0, 4)
+
+
+def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
+    """Choose the lengths that batches are padded to: those that pad least if each sample takes the next larger.
+
+    Args:
+        lengths: (N,) the samples' lengths.
+        most: Number of sizes at most: a compiled model needs a graph for each.
+
+    Returns:
+        The sizes, ascending; the last is the longest sample's.
+    """
+    sizes = np.unique(np.quantile(lengths, np.linspace(0, 1, 512), method="higher"))
+    below = np.searchsorted(np.sort(lengths), sizes, side="right")  # samples that fit
+    # By dynamic programming: with one more size, all samples up to sizes[j] end in least[j] values.
+    least, choices = sizes * below, []
+    for _ in range(most - 1):
+        total = least[:, None] + sizes * (below - below[:, None])
+        total[np.tril_indices(len(sizes), -1)] = np.iinfo(np.int64).max
+        choices.append(total.argmin(axis=0))
+        least = total.min(axis=0)
+    chosen = [len(sizes) - 1]
+    for choice in reversed(choices):
+        chosen.append(choice[chosen[-1]])
+    return sizes[np.unique(chosen)].tolist()
+
+
+def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Return a batch of samples, and their ``lengths`` if some are padded; see :func:`.modality.collate`."""
+    inputs, *lengths = collate([sample[name] for sample in samples], sizes)
+    sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
+    return {name: inputs, "sample_id": sample_ids, **dict(zip(["lengths"], lengths, strict=False))}
+
+
 class LabelColumn(NamedTuple):
     """A column of labels: numbers from 0 to ``num_classes - 1``."""
 
@@ -170,7 +254,7 @@ class StreamingSamples(Dataset[Any]):
         labels: Their column; default: none.
         cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
-        **order: The other arguments of :class:`EpochOrder`.
+        **order: The other arguments of :class:`EpochOrder`, or with ``lengths`` of :class:`LengthOrder`.
 
     Attributes:
         order: The sampler.
@@ -196,7 +280,8 @@ class StreamingSamples(Dataset[Any]):
     ) -> None:
         columns = [column] if labels is None else [column, labels.name]
         self.shards = Shards(local=local, remote=remote, columns=columns, cache_limit=cache_limit, timeout=timeout)
-        self.order = EpochOrder(np.array([shard.samples for shard in self.shards.shards]), seed=seed, **order)
+        shard_sizes = np.array([shard.samples for shard in self.shards.shards])
+        self.order = (LengthOrder if "lengths" in order else EpochOrder)(shard_sizes, seed=seed, **order)
         self.column, self.name = column, name
         self.transform = transform
         self.seed = seed
@@ -238,7 +323,8 @@ class StreamingSamples(Dataset[Any]):
     def _warn_of_small_limit(self) -> None:
         """Warn if the shards that are shuffled together exceed the cache limit."""
         # Each canonical node mixes its own part of the order.
-        mixed_at_a_time = 1.25 * self.order.shuffle_block_size * self.order.num_canonical_nodes
+        order = self.order
+        mixed_at_a_time = order.blocks_at_a_time * order.shuffle_block_size * order.num_canonical_nodes
         samples = min(round(mixed_at_a_time / World.detect().num_nodes), len(self))
         needed = sum(shard.raw.bytes for shard in self.shards.shards) * samples // len(self)
         if self.order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:

@@ -1,6 +1,7 @@
 """Run a recipe with a callback of the tests': ``traced.py RECIPE.py ARGUMENTS``. Variables say what the callback does.
 
-SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-pixels`` to its own file in FOLDER.
+SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-sample`` to its own file in FOLDER; of a clip,
+without padding.
 AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
 itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
 when the model is next evaluated).
@@ -37,8 +38,11 @@ class Trace(Callback):
             self.event = "none"
             self.act(state)
         if event is Event.BATCH_START and "SAMPLES" in os.environ:
-            for sample_id, pixels in zip(state.batch["sample_id"].tolist(), state.batch["image"], strict=True):
-                write("SAMPLES", f"{batch} {sample_id} {zlib.crc32(pixels.contiguous().numpy())}")
+            sample_ids = state.batch["sample_id"].tolist()
+            samples = state.batch["image" if "image" in state.batch else "audio"]
+            lengths = state.batch.get("lengths", torch.full((len(samples),), samples.shape[-1])).tolist()
+            for sample_id, sample, length in zip(sample_ids, samples, lengths, strict=True):
+                write("SAMPLES", f"{batch} {sample_id} {zlib.crc32(sample[..., :length].contiguous().numpy())}")
         if event is Event.BATCH_CHECKPOINT and "GRAPHS" in os.environ:
             from torch._dynamo.utils import counters
 
