@@ -2,8 +2,8 @@
 
     python yamls/quickstart_audio/train_teacher.py speech/all_clips teacher.safetensors
 
-1. The encoder learns to tell the log-mel spectrogram, frame by frame, and is frozen.
-2. The blocks learn to tell which two pieces of sound come from the same place in the same clip, although speed, pitch,
+1. The encoder's convolutions learn to tell the log-mel spectrogram, frame by frame, and are frozen.
+2. The rest learns to tell which two pieces of sound come from the same place in the same clip, although speed, pitch,
    formants, tone and noise differ: what is left is what is said. All pieces of a batch come from one package, and thus
    from one voice, so that the voice does not help. The loss is InfoNCE on the mean over time of the last block's output
    and of the layers' mean, which a student regresses.
@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
+from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize, pad
 
 from d2v_composer.checkpoints.student_file import write_model_file
 from d2v_composer.models.attention import init_linear_layers
@@ -46,41 +46,51 @@ CONFIG = Data2Vec2AudioConfig(
     conv_pos_depth=2,
 )
 BATCH, SHORTEST, LONGEST = 64, 0.45, 1.1  # pieces, their seconds
-ENCODER_STEPS, STEPS, WARMUP = 600, 1300, 50
+FILLED, WHOLE = 0.75, 0.8  # part of a batch's length that a piece fills at least; weight of pieces that are not cut
+FRAME, PAUSE, QUIET, MARGIN = 160, 6, 30, 800  # samples; frames that make a pause; decibels below the loudest; samples
+ENCODER_STEPS, STEPS, WARMUP = 500, 1000, 100
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.05, 3.0
 TEMPERATURE, LAYERS_WEIGHT = 0.1, 1.0
-SPEED, FORMANTS, PACE = 0.3, 0.22, 0.25  # largest change: factor e^±SPEED, e^±FORMANTS, 1 ± PACE
-TONE, LOUDEST_NOISE, SOFTEST_NOISE = 0.7, 0.2, 0.005  # nepers (standard deviation); noise relative to the sound
-EDGE = 0.08  # of a piece, left out at its ends
+SPEED, FORMANTS, PACE = 0.25, 0.2, 0.1  # largest change: factor e^±SPEED, e^±FORMANTS, 1 ± PACE
+TONE, LOUDEST_NOISE, SOFTEST_NOISE = 0.6, 0.1, 0.001  # nepers (standard deviation); noise relative to the sound
+EDGE = 0.06  # of a piece, left out at its ends
 NUM_POINTS, HOP, QUEFRENCIES = 512, 128, 25  # of the Fourier transforms; those that make the spectrum's envelope
 FRAMES_PER_HOP = 2  # log_mel's frames for one of the encoder's
 
 
 class Pieces:
-    """Random pieces of one package's clips."""
+    """Pieces of one package's clips: what is said between two pauses, or a span of that if it is long."""
 
     def __init__(self, folder: Path, rng: np.random.Generator) -> None:
-        self.rng, self.clips = rng, {}
+        self.rng, self.pieces = rng, {}
         for path in sorted(folder.glob("*.flac")):
             clip = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
-            self.clips.setdefault(path.stem.split("-")[0], []).append(clip)
-        self.packages = list(self.clips)
+            self.pieces.setdefault(path.stem.split("-")[0], []).extend(split(clip))
+        self.packages = list(self.pieces)
+        self.sizes = {package: np.array([len(each) for each in pieces]) for package, pieces in self.pieces.items()}
 
     def draw(self, seconds: float, package: str, count: int = BATCH) -> Tensor:
-        """Return pieces, (B, L); longer clips are likelier, and quiet places are left out."""
-        size = int(seconds * SAMPLE_RATE)
-        clips = [clip for clip in self.clips[package] if len(clip) >= size]
-        weights = np.array([min(len(clip), 4 * SAMPLE_RATE) for clip in clips]) ** 0.7
-        chosen = self.rng.choice(len(clips), count, p=weights / weights.sum(), replace=len(clips) < count)
-        return torch.stack([self.cut(clips[number], size) for number in chosen])
+        """Return pieces, (B, L): most of them whole, a little shorter than L, with silence behind."""
+        size, sizes = int(seconds * SAMPLE_RATE), self.sizes[package]
+        weights = np.where(sizes > size, 1 - WHOLE, WHOLE) * (sizes > FILLED * size)
+        chosen = self.rng.choice(len(sizes), count, p=weights / weights.sum(), replace=False)
+        return torch.stack([self.cut(self.pieces[package][number], size) for number in chosen])
 
-    def cut(self, clip: Tensor, size: int) -> Tensor:
-        for _ in range(10):
-            start = int(self.rng.integers(0, len(clip) - size + 1))
-            piece = clip[start : start + size]
-            if piece.std() > 0.4 * clip.std():
-                break
-        return piece
+    def cut(self, piece: Tensor, size: int) -> Tensor:
+        start = int(self.rng.integers(max(len(piece) - size, 0) + 1))
+        piece = piece[start : start + size]
+        return pad(piece, (0, size - len(piece)))
+
+
+def split(clip: Tensor) -> list[Tensor]:
+    """Split a clip at its pauses, of which a piece keeps a little at each end."""
+    frames = clip[: len(clip) // FRAME * FRAME].reshape(-1, FRAME)
+    loudness = frames.square().mean(dim=1)
+    loud = (loudness > loudness.max() * 10 ** (-QUIET / 10)).nonzero()[:, 0]
+    ends = ((loud[1:] - loud[:-1]) > PAUSE).nonzero()[:, 0].tolist()
+    firsts, lasts = [0, *(end + 1 for end in ends)], [*ends, len(loud) - 1]
+    spans = [(int(loud[i]) * FRAME, int(loud[j] + 1) * FRAME) for i, j in zip(firsts, lasts, strict=True)]
+    return [clip[max(start - MARGIN, 0) : end + MARGIN] for start, end in spans]
 
 
 def perturb(pieces_BL: Tensor, speed: float) -> Tensor:
@@ -137,10 +147,16 @@ def report(phase: str, step: int, loss: Tensor, start: float) -> None:
         print(f"{phase} {step}: loss {loss.item():.3f}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
+def convolutions(teacher: Data2Vec2) -> list[nn.Parameter]:
+    """Return the parameters before the positional convolutions."""
+    encoder = teacher.encoder
+    return [*encoder.local_encoder.parameters(), *encoder.project_features.parameters()]
+
+
 def train_encoder(teacher: Data2Vec2, pieces: Pieces) -> None:
-    """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the encoder's tokens."""
+    """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the convolutions' outputs."""
     head, start = nn.Linear(CONFIG.embed_dim, 128), time.time()
-    optimizer = torch.optim.AdamW([*teacher.encoder.parameters(), *head.parameters()], weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW([*convolutions(teacher), *head.parameters()], weight_decay=WEIGHT_DECAY)
     statistics = None
     for step in range(ENCODER_STEPS):
         speed = any_speed(pieces.rng)
@@ -150,8 +166,8 @@ def train_encoder(teacher: Data2Vec2, pieces: Pieces) -> None:
         if statistics is None:
             statistics = target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens_BND = teacher.encoder.encode_with_gradient(sound_BL)
-        prediction_BNM = head(tokens_BND.float())
+            features_BND = teacher.encoder.local_features(sound_BL)
+        prediction_BNM = head(features_BND.float())
         length = min(prediction_BNM.shape[1], target_BNM.shape[1])
         target_BNM = (target_BNM - statistics[0]) / statistics[1]
         loss = mse_loss(prediction_BNM[:, :length], target_BNM[:, :length])
@@ -162,7 +178,7 @@ def train_encoder(teacher: Data2Vec2, pieces: Pieces) -> None:
 def embed(teacher: Data2Vec2, sound_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means over time of the output and of the layers' mean, (B, D) each."""
     with torch.autocast("cpu", torch.bfloat16):
-        output_BTD, layers = teacher.forward_blocks(teacher.encoder(sound_BL))
+        output_BTD, layers = teacher.forward_blocks(teacher.encoder.encode_with_gradient(sound_BL))
     return output_BTD.float().mean(dim=1), norm_mean(layers, 0, "layer", final_layer_norm=False).mean(dim=1)
 
 
@@ -174,9 +190,9 @@ def contrast(one_BD: Tensor, other_BD: Tensor) -> Tensor:
 
 
 def train_blocks(teacher: Data2Vec2, pieces: Pieces, out: Path) -> None:
-    parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale]
-    decayed = [each for each in parameters if each.ndim == 2]
-    others = [each for each in parameters if each.ndim != 2]
+    parameters = [each for each in teacher.parameters() if each.requires_grad]
+    decayed = [each for each in parameters if each.ndim in (2, 3)]
+    others = [each for each in parameters if each.ndim not in (2, 3)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer, start = torch.optim.AdamW(groups, betas=(0.9, 0.98)), time.time()
     for step in range(STEPS):
@@ -212,8 +228,8 @@ def main() -> None:
     init_linear_layers(teacher.blocks)
     teacher.requires_grad_(True)
     train_encoder(teacher, pieces)
-    teacher.encoder.requires_grad_(False)
-    teacher.encoder.alibi_scale.requires_grad_(True)
+    for each in convolutions(teacher):
+        each.requires_grad_(False)
     train_blocks(teacher, pieces, arguments.out)
 
 
