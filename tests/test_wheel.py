@@ -61,8 +61,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
     files = [path for path in (ROOT / "d2v_composer").rglob("*") if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in files if path.name != "README.md" and path.suffix != ".pyc"}
-    yamls = [*(ROOT / "yamls").glob("*.yaml"), *(ROOT / "yamls" / "quickstart").rglob("*")]
-    files = [path for path in yamls if path.is_file() and path.suffix != ".md"]
+    yamls = [*(ROOT / "yamls").glob("*.yaml"), *(ROOT / "yamls").glob("quickstart*/**/*")]
+    files = [path for path in yamls if path.is_file() and path.suffix not in (".md", ".py", ".pyc")]
     expected |= {f"d2v_composer/{path.relative_to(ROOT)}" for path in files}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == expected
