@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World
-from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
@@ -222,11 +221,21 @@ def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
     return sizes[np.unique(chosen)].tolist()
 
 
-def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Return a batch of samples, and their ``lengths`` if some are padded; see :func:`.modality.collate`."""
+def collate_clips(samples: Sequence[Any], name: str, sizes: Sequence[int]) -> Any:
+    """Return a batch of :class:`StreamingSamples`, with the lengths if some are padded: ``lengths``, or behind labels.
+
+    Args:
+        samples: Its samples.
+        name: Name of the clips' entry.
+        sizes: As for :func:`~d2v_composer.data.modality.collate`.
+    """
+    if isinstance(samples[0], tuple):
+        clips, labels = zip(*samples, strict=True)
+        inputs, *lengths = collate(clips, sizes)
+        return inputs, torch.tensor(labels), *lengths
     inputs, *lengths = collate([sample[name] for sample in samples], sizes)
     sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
-    return {name: inputs, "sample_id": sample_ids, **dict(zip(["lengths"], lengths, strict=False))}
+    return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})
 
 
 class LabelColumn(NamedTuple):
@@ -240,9 +249,9 @@ class StreamingSamples(Dataset[Any]):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
-    S) uint8, "sample_id": int}``; if labels are asked for, (image, label), as Composer's algorithms need. Its
-    augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch and
-    ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
+    S) uint8, "sample_id": int}``, or ``"audio": (L,) float32``; if labels are asked for, (image, label), as Composer's
+    algorithms need. Its augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch
+    and ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
 
     Args:
         local: The data set, or the cache of a remote one.

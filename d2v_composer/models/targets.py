@@ -180,14 +180,15 @@ def instance_norm_gradient(
 def regression_loss(regression: Regression) -> Tensor:
     """Return the mean squared error over all time steps and channels, plus 0.01 × that of ``cls_prediction``.
 
-    Padding does not count: each other time step of the batch counts alike.
+    Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
+    microbatches, which have as many inputs, is that of the whole batch.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
     if mask is None:
         loss = mse_loss(prediction, target)
     else:
-        error_BT = (prediction - target).square().mean(dim=-1).masked_fill(mask, 0)
-        loss = error_BT.sum() / (~mask).sum()
+        error_BT1 = (prediction - target).square().mean(dim=-1, keepdim=True)
+        loss = mean_over_time(error_BT1, padding_mask=mask).mean()
     if regression.cls_prediction is None:
         return loss
     mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]

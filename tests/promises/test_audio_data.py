@@ -1,0 +1,206 @@
+"""Promises 3 to 10 with sound: each clip once an epoch, in batches of similar length; whole conversions; resumption."""
+
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+
+from helpers import (
+    D2V,
+    GOLDEN,
+    ROOT,
+    assert_gone,
+    assert_same_losses,
+    assert_same_student,
+    d2v,
+    encoded_clip,
+    failure,
+    family_of,
+    losses_of,
+    run_training,
+    start_python,
+    started_ranks,
+    traced,
+    train_until_killed,
+    wait_until,
+)
+from programs.preloaded import Program
+
+NUM_CLIPS, BATCH_SIZE = 100, 16
+BATCHES_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
+
+Record = dict[int, dict[int, str]]
+"""Batch → sample id → the clip's checksum."""
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred clips of 0.05 to 0.5 s, most of them short; read-only."""
+    folder = tmp_path_factory.mktemp("sounds")
+    lengths = 800 + 7000 * np.random.default_rng(0).beta(1, 3, NUM_CLIPS)
+    for i, length in enumerate(lengths):
+        (folder / f"{i:03}.flac").write_bytes(encoded_clip(i, int(length)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips as MDS; read-only."""
+    folder = tmp_path_factory.mktemp("clips") / "train"
+    ended = d2v("convert-audio", sounds, folder, "--labels", "none", "--shard-size", "60kb", "--workers", "1")
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def small_audio_run(folder: Path, data: Path, *overrides: str) -> list[str]:
+    """Return the arguments of a tiny run: tests/golden's audio teacher, 14 batches, 7 checkpoints, no retrieval."""
+    return [
+        str(ROOT / "yamls" / "distill_audio.yaml"),
+        f"teacher.checkpoint={GOLDEN / 'audio_base.pt'}",
+        f"train_loader.local={data}",
+        "train_loader.crop_seconds=0.3",
+        f"save_folder={folder}",
+        "retrieval.datasets={}",
+        "callbacks={}",
+        "precision=fp32",
+        "compile=false",
+        "max_duration=14ba",
+        f"global_train_batch_size={BATCH_SIZE}",
+        "scheduler.t_warmup=4ba",
+        "save_interval=2ba",
+        "student.depth=2",
+        "train_loader.num_workers=0",
+        "train_loader.shuffle_block_size=64",
+        "report=false",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in one process; beside it, its samples."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with recorded(folder, clips) as programs:
+        assert_succeed(programs)
+    return folder
+
+
+@contextmanager
+def recorded(
+    folder: Path, data: Path, *overrides: str, ranks: int = 1, environment: dict[str, str] | None = None
+) -> Iterator[list[Program]]:
+    """Start a run that records its samples in ``folder``/samples."""
+    variables = {"SAMPLES": str(folder / "samples"), **(environment or {})}
+    command = traced(small_audio_run(folder / "run", data, *overrides))
+    with started_ranks(*command, ranks=ranks, environment=variables) as programs:
+        yield programs
+
+
+def assert_succeed(programs: list[Program]) -> None:
+    for program in programs:
+        assert program.wait(120) == 0, program.stderr
+
+
+def read_record(folder: Path) -> Record:
+    """Read the samples that were trained on; a batch that a resume repeated must be the same."""
+    record: Record = {}
+    for file in sorted((folder / "samples").iterdir()):
+        for line in file.read_text().splitlines():
+            batch, sample_id, checksum = line.split(" ")
+            assert record.setdefault(int(batch), {}).setdefault(int(sample_id), checksum) == checksum
+    return record
+
+
+def test_an_epoch_has_no_sample_twice_and_full_batches(uninterrupted: Path) -> None:
+    """3, 4: also the next one, which has another order."""
+    record = read_record(uninterrupted)
+    assert sorted(record) == list(range(14))
+    epochs = [list(range(first, first + BATCHES_PER_EPOCH)) for first in (0, BATCHES_PER_EPOCH)]
+    for epoch in epochs:
+        ids = Counter(i for batch in epoch for i in record[batch])
+        assert max(ids.values()) == 1
+        assert len(ids) == BATCHES_PER_EPOCH * BATCH_SIZE
+    assert [set(record[batch]) for batch in epochs[0]] != [set(record[batch]) for batch in epochs[1]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "then", "workers"),
+    [(1, 2, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(4, 1, 0), (2, 4, 1)])],
+)
+def test_a_killed_run_goes_on_with_the_same_batches(
+    clips: Path, uninterrupted: Path, tmp_path: Path, ranks: int, then: int, workers: int
+) -> None:
+    """3, 4, 10: killed at a random batch and resumed on another number of ranks: same batches and crops."""
+    options = [f"train_loader.num_workers={workers}"]
+    kill = {"AT": f"batch_start {random.randint(3, 11)} kill"}
+    with recorded(tmp_path, clips, *options, ranks=ranks, environment=kill) as programs:
+        wait_until(lambda: any(program.poll() == -signal.SIGKILL for program in programs), seconds=120)
+    with recorded(tmp_path, clips, *options, ranks=then) as programs:
+        assert_succeed(programs)
+    assert read_record(tmp_path) == read_record(uninterrupted)
+    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), num_steps=14)
+
+
+@pytest.mark.parametrize("batch", [3, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 9))])
+def test_a_killed_run_ends_bit_for_bit(clips: Path, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
+    """10: with the bits of the run that was not killed."""
+    arguments = small_audio_run(tmp_path, clips)
+    train_until_killed(arguments, f"batch_start {batch}")
+    assert len(losses_of(tmp_path)) == batch
+    run_training(*arguments)
+    assert_same_student(tmp_path, uninterrupted / "run")
+    assert losses_of(tmp_path) == losses_of(uninterrupted / "run")
+
+
+def test_a_run_whose_worker_is_killed_ends_and_resumes(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """10, 18."""
+    options = ["train_loader.num_workers=1"]
+    with recorded(tmp_path, clips, *options, environment={"AT": "batch_end 8 pause"}) as [program]:
+        wait_until(lambda: "pauses" in program.stdout, seconds=60)
+        for worker in family_of(program.pid)[1:]:
+            worker.kill()
+        assert program.wait(60) == 1
+    assert "worker" in failure(program, 1)
+    with recorded(tmp_path, clips, *options) as programs:
+        assert_succeed(programs)
+    assert read_record(tmp_path) == read_record(uninterrupted)
+
+
+def test_a_data_set_without_lengths_is_refused(clips: Path, tmp_path: Path) -> None:
+    """18: in one line that says what to do."""
+    data = shutil.copytree(clips, tmp_path / "clips")
+    (data / "conversion.json").unlink()
+    with recorded(tmp_path, data) as [program]:
+        assert program.wait(60) == 2
+    assert f"{data}: expected the lengths of 100 samples" in failure(program, 2)
+    assert "convert the data set with d2v convert-audio" in failure(program, 2)
+
+
+def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
+    """9: killed twice, the same command goes on to the same bytes, which Streaming reads."""
+    arguments = ["--labels", "none", "--shard-size", "20kb"]
+    ended = d2v("convert-audio", sounds, tmp_path / "whole", *arguments, "--workers", "2")
+    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "killed"
+    for number in (1, 5):
+        program = start_python(*D2V, "convert-audio", sounds, out, *arguments, "--workers", "1")
+        wait_until(lambda number=number: len(list(out.glob("shard.*.mds"))) >= number, seconds=60)
+        family = family_of(program.pid)
+        program.kill()
+        program.wait(30)
+        assert_gone(family)
+        assert not (out / "index.json").exists()
+    assert d2v("convert-audio", sounds, out, *arguments, "--workers", "3").returncode == 0
+    trees = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "whole", out)]
+    assert trees[0] == trees[1]
+    dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
+    originals = {path.read_bytes() for path in sounds.iterdir()}
+    assert {dataset[i]["audio"] for i in range(len(dataset))} == originals
