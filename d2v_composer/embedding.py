@@ -1,7 +1,7 @@
-"""Embed a collection of images into one file; a killed run loses at most one part of its work.
+"""Embed a collection of images or clips into one file; a killed run loses at most one part of its work.
 
 A run resumes at a whole number of batches, so that a batch does not depend on what was computed before it.
-Shapes: N images, B images of a batch, D channels.
+Shapes: N samples, D channels.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from d2v_composer.data.index import INDEX, fetch_index, read_index
 from d2v_composer.data.labeled import map_in_workers
-from d2v_composer.data.modality import Modality, list_files, read_sample_file
+from d2v_composer.data.modality import Modality, collate, list_files, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
@@ -34,19 +34,20 @@ from d2v_composer.system.files import check_out_file, sole_user, write_atomicall
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
-PART = 1024  # images between two records of the progress
+PART = 1024  # samples between two records of the progress
 
 
 class SampleCollection(NamedTuple):
-    """Images in a fixed order."""
+    """Samples in a fixed order."""
 
+    unit: str
+    """What several are called: images or clips."""
     ids: NDArray
-    """Id of each image, (N,) unicode or int64. Not a list: a forked worker that reads its objects copies their memory.
-    """
+    """Id of each one, (N,) unicode or int64. Not a list: a forked worker that reads its objects copies their memory."""
     fingerprint: str
-    """Hash of everything that may change the images."""
+    """Hash of everything that may change the samples."""
     load: Callable[[int], Tensor]
-    """Returns the pixels of an image by index, (3, height, width) uint8; raises UnreadableSampleError."""
+    """Returns a sample by index, as :meth:`Modality.decode` does; raises UnreadableSampleError."""
 
 
 def open_collection(
@@ -57,11 +58,11 @@ def open_collection(
     cache_limit: int | None = None,
     column: str | None = None,
 ) -> SampleCollection:
-    """Open the images of any source; each is resized when it is loaded.
+    """Open the images or clips of any source.
 
     Args:
         source: A folder with an ``index.json`` or an object store's address: an MDS data set, whose ids are the
-            samples' numbers. Another folder: the images in it and its subfolders, whose ids are their paths.
+            samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
         modality: What the samples are.
         local: The cache for the shards of a remote data set.
         cache_limit: Maximum size of the cache, in bytes; default no limit.
@@ -84,7 +85,7 @@ def open_collection(
             path = root / paths[index]
             return modality.decode(read_sample_file(path), str(path))
 
-        return SampleCollection(paths, _sha256(root.resolve(), files), load_file)
+        return SampleCollection(modality.unit, paths, _sha256(root.resolve(), files), load_file)
 
     read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards
@@ -94,7 +95,7 @@ def open_collection(
         return modality.decode(samples[index][column], f"sample {index} of {source}")
 
     contents = _sha256(source if local else root.resolve(), (root / INDEX).read_bytes(), column)
-    return SampleCollection(np.arange(len(samples)), contents, load_sample)
+    return SampleCollection(modality.unit, np.arange(len(samples)), contents, load_sample)
 
 
 def _sha256(*contents: object) -> str:
@@ -112,7 +113,7 @@ class EmbeddingOptions(NamedTuple):
     dtype: str = "float32"
     """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
-    """Images per batch; another batch size rounds differently."""
+    """Samples per batch; another batch size rounds differently."""
 
 
 class Embedding(NamedTuple):
@@ -121,11 +122,11 @@ class Embedding(NamedTuple):
     images: int
     channels: int
     skipped: list[str]
-    """Why each unreadable image was skipped."""
+    """Why each unreadable sample was skipped."""
     resumed: int
-    """Number of images that an interrupted run had embedded."""
+    """Number of samples that an interrupted run had embedded."""
     seconds: float
-    """Time taken by the other images."""
+    """Time taken by the other samples."""
 
 
 def embed_collection(
@@ -138,22 +139,22 @@ def embed_collection(
     workers: int = 0,
     skip_unreadable: bool = False,
 ) -> Embedding:
-    """Embed every image of a collection into a file, or resume an interrupted run.
+    """Embed every sample of a collection into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then the rows are
     in a hidden folder next to it.
 
     Args:
         model: The model in eval mode, on the device.
-        collection: The images.
+        collection: The samples.
         out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
-        workers: Processes that decode images.
-        skip_unreadable: Skip and list unreadable images instead of stopping.
+        workers: Processes that decode samples.
+        skip_unreadable: Skip and list unreadable samples instead of stopping.
 
     Raises:
-        InputError: An image is unreadable, an embedding is not finite, another process writes the file, or an
+        InputError: A sample is unreadable, an embedding is not finite, another process writes the file, or an
             interrupted run had other settings.
         RunError: The disk or a shard fails, or a worker was killed.
     """
@@ -167,18 +168,18 @@ def embed_collection(
         resumed, start = progress["images"], time.monotonic()
         batches = [range(first, min(first + size, num_images)) for first in range(resumed, num_images, size)]
         loaded = map_in_workers(partial(_load, collection), batches, workers)
-        with progress_bar(total=num_images, initial=resumed, desc="embedding", unit="images") as bar:
-            for batch, (images, skipped) in zip(batches, loaded, strict=True):
+        with progress_bar(total=num_images, initial=resumed, desc="embedding", unit=collection.unit) as bar:
+            for batch, (inputs, skipped) in zip(batches, loaded, strict=True):
                 if skipped and not skip_unreadable:
-                    raise InputError(f"{skipped[0][1]}; --skip-unreadable skips such images")
-                if len(images):
-                    embeddings = _embed(model, images, options, device)
+                    raise InputError(f"{skipped[0][1]}; --skip-unreadable skips such {collection.unit}")
+                if inputs:
+                    embeddings = _embed(model, inputs, options, device)
                     if not np.isfinite(embeddings).all():
-                        named = f"{collection.ids[batch.start]}, or a later image in its batch"
+                        named = f"{collection.ids[batch.start]}, or one after it in its batch"
                         how = f"--precision {options.precision} and --dtype {options.dtype}"
                         raise InputError(f"{named}: its embedding is not finite with {how}")
                     first = batch.start - len(progress["skipped"])
-                    rows[first : first + len(images)] = embeddings
+                    rows[first : first + len(embeddings)] = embeddings
                 progress["skipped"] += skipped
                 if batch.stop - progress["images"] >= PART or batch is batches[-1]:
                     progress["images"] = batch.stop
@@ -215,7 +216,7 @@ def _ids_file(out: Path) -> Path:
 def _start_or_resume(
     folder: Path, plan: dict[str, Any], shape: tuple[int, int], dtype: str
 ) -> tuple[dict[str, Any], np.memmap]:
-    """Return the progress and the rows, (N, D), of the file; ``skipped`` lists unreadable images: index and reason."""
+    """Return the progress and the rows, (N, D), of the file; ``skipped`` lists unreadable samples: index and reason."""
     path, recorded = folder / "embeddings.npy", folder / "progress.json"
     progress = {"plan": plan, "images": 0, "skipped": []}
     if recorded.exists() and path.exists():
@@ -234,7 +235,7 @@ def _start_or_resume(
 def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:
     """Move the complete file to ``out``, replacing an old one, and remove the folder."""
     complete = folder / "embeddings.npy"
-    with complete.open("r+b") as file:  # skipped images leave fewer rows than were reserved
+    with complete.open("r+b") as file:  # skipped samples leave fewer rows than were reserved
         npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(rows))
         file.truncate(file.tell() + rows.nbytes)
     np.save(folder / "ids.npy", ids)
@@ -244,10 +245,11 @@ def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _embed(model: Transformer, images: Tensor, options: EmbeddingOptions, device: str) -> NDArray:
+def _embed(model: Transformer, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
     dtype = choose_precision(options.precision).autocast_dtype
+    inputs, *lengths = (each.to(device, non_blocking=True) for each in batch)
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
-        embeddings = model.embed(images.to(device, non_blocking=True), options.pooling, options.representation)
+        embeddings = model.embed(inputs, options.pooling, options.representation, *lengths)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
 
@@ -261,12 +263,12 @@ def hash_weights(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _load(collection: SampleCollection, indices: Sequence[int]) -> tuple[Tensor, list[tuple[int, str]]]:
-    """Load a batch: its images, and the index and reason of each unreadable one."""
-    images, skipped = [], []
+def _load(collection: SampleCollection, indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
+    """Load a batch as :func:`collate` does, and the index and reason of each unreadable sample."""
+    samples, skipped = [], []
     for index in indices:
         try:
-            images.append(collection.load(index))
+            samples.append(collection.load(index))
         except UnreadableSampleError as error:
             skipped.append((index, str(error)))
-    return torch.stack(images) if images else torch.empty(0), skipped
+    return collate(samples) if samples else (), skipped

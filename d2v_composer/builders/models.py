@@ -62,8 +62,10 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, La
     }
 
 
-def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int) -> Augmentation:
-    """Build the augmentation of the training samples.
+def build_augmentation(
+    loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int, for_views: bool = False
+) -> Augmentation:
+    """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
 
     Raises:
         InputError: An option of another modality is set.
@@ -72,7 +74,8 @@ def build_augmentation(loader: ShardLoaderConfig, sizes: EncoderConfig, seed: in
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
             raise InputError(f"train_loader.{name}: the teacher takes {modality.unit}, which have none; got {value}")
-    return Augmentation(modality.augmentation(**loader.model_dump(include=set(modality.options))), seed)
+    transform = modality.augmentation(**loader.model_dump(include=set(modality.options)))
+    return Augmentation(modality.views(transform) if for_views else transform, seed)
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
@@ -100,4 +103,4 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     with suppress(LookupError, TypeError, ValueError):  # no run's record
         recorded = model.provenance["config"]["train_loader"]
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality_of(encoder.config).options})
-    return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed))
+    return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed, True))

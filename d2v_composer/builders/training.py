@@ -231,7 +231,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             baselines={name: embeds[name] for name in retrieval.baselines},
             at_start=retrieval.at_start,
             probes=retrieval.probes,
-            augment=build_augmentation(config.train_loader, sizes, config.seed),
+            augment=build_augmentation(config.train_loader, sizes, config.seed, for_views=True),
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )

@@ -1,12 +1,13 @@
-"""Embed a collection of images.
+"""Embed a collection of images or clips of sound.
 
     d2v embed student.safetensors photos photos.npy
     d2v embed runs/quickstart/latest-rank0.pt photos photos.npy --normalize --dtype float16
     d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.npy --local /mnt/nvme/imagenet
+    d2v embed base_libri.pt speech speech.npy
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
-Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: an image's path relative to
-SOURCE, or its number in an MDS data set. Images are resized to the model's size without cropping.
+Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE, or
+its number in an MDS data set. Images are resized to the model's size without cropping; clips are embedded whole.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
@@ -46,17 +47,19 @@ def main(argv: Sequence[str]) -> "Embedding":
     model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
     chosen = choose_embedding(model, arguments.pooling, arguments.representation)
     arguments.representation, arguments.pooling = chosen
+    modality = modality_of(model.encoder.config)
+    arguments.batch_size = arguments.batch_size or modality.batch_size
     place = {name: getattr(arguments, name) for name in ("local", "cache_limit", "column")}
-    collection = open_collection(arguments.source, modality_of(model.encoder.config), **place)
+    collection = open_collection(arguments.source, modality, **place)
     print(f"embedding: {chosen.name}")
     options = EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields})
     how = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
     embedding = embed_collection(model.eval().to(device), collection, out, options, device=device, **how)
     if embedding.resumed:
-        print(f"resumed an interrupted run after {embedding.resumed} images")
+        print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
-    rate = f", {num_now / embedding.seconds:.0f} images/s" if num_now else ""
+    rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
     print_next(f"import numpy; embeddings = numpy.load({str(out)!r}, mmap_mode='r')")
     return embedding
@@ -66,7 +69,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help="a folder of images or MDS shards, or the address of MDS shards: s3://, …")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a folder of images, sound or MDS shards, or the address of MDS shards: s3://, …",
+    )
     add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
@@ -87,16 +94,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="float32",
         help="type of the stored numbers; default: float32",
     )
-    add("--batch-size", type=whole(1, 1 << 20), default=256, help="images per batch; default: 256")
+    add("--batch-size", type=whole(1, 1 << 20), help="default: 256 images, or 16 clips")
     add(
         "--workers",
         type=whole(0, 1024),
         default=os.cpu_count() or 1,
-        help="processes that decode images; default: one per core",
+        help="processes that decode; default: one per core",
     )
     add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
     add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
-    add("--skip-unreadable", action="store_true", help="skip unreadable images and list them")
+    add("--skip-unreadable", action="store_true", help="skip unreadable files and list them")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

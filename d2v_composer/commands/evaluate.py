@@ -51,14 +51,15 @@ def main(argv: Sequence[str]) -> "Evaluation":
     model, candidates, embedding, augment = build_comparison(config, device)
     if "agreement" in config.probes and candidates[-1].name != "teacher":
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
-    datasets = build_labeled_sets(config, modality_of(model.encoder.config))
+    modality = modality_of(model.encoder.config)
+    datasets = build_labeled_sets(config, modality)
     for name, labeled in datasets.items():
         check_size(name, labeled, config.ks, config.probes)
     print(f"embedding: {embedding.name}")
     options = config.device_eval_batch_size, embedding.name, augment, choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names)
+    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names, modality.words()["each"])
     tables = evaluation_tables(evaluation)
     print(tables)
     if config.out is not None:
@@ -67,11 +68,11 @@ def main(argv: Sequence[str]) -> "Evaluation":
         about |= {"weights": hash_weights(model), "tables": tables}
         Path(config.out).mkdir(parents=True, exist_ok=True)
         evaluation.write(Path(config.out), about)
-    print_next(hide_secrets(next_step(config)))
+    print_next(hide_secrets(next_step(config, modality.unit.upper())))
     return evaluation
 
 
-def next_step(config: "EvaluateConfig") -> str:
+def next_step(config: "EvaluateConfig", samples: str) -> str:
     """Return the next command: ``d2v export`` for a checkpoint's student, ``d2v embed`` for any other model."""
     if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
@@ -80,4 +81,4 @@ def next_step(config: "EvaluateConfig") -> str:
     for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
         if (value := getattr(config, name)) not in (None, "model"):
             given += [f"--{name.replace('_', '-')}", str(value)]
-    return d2v("embed", config.model, "IMAGES", "embeddings.npy", *given)
+    return d2v("embed", config.model, samples, "embeddings.npy", *given)

@@ -125,6 +125,8 @@ class RandomCrop(NamedTuple):
     """The training augmentation of a clip: a random span of at most so many samples."""
 
     num_samples: int
+    most: float = 1.0
+    """Share of a clip that a crop may have."""
 
     @property
     def longest(self) -> int:
@@ -144,8 +146,9 @@ class RandomCrop(NamedTuple):
             UnreadableSampleError: The file cannot be decoded.
         """
         if isinstance(sample, Tensor):
-            start = int(rng.integers(max(len(sample) - self.num_samples, 0) + 1))
-            return sample[start : start + self.num_samples]
+            count = min(self.num_samples, max(round(self.most * len(sample)), FEWEST_SAMPLES))
+            start = int(rng.integers(max(len(sample) - count, 0) + 1))
+            return sample[start : start + count]
         with decoding(sample, source, KIND), open_clip(sample, LONGEST) as file:
             count = min(file.frames, math.ceil(self.num_samples * file.samplerate / SAMPLE_RATE))
             clip = read_span(file, int(rng.integers(file.frames - count + 1)), count)
@@ -162,6 +165,7 @@ class Audio(Modality):
     columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
+    batch_size = 16  # a minute each
     stored_as: ClassVar = {}
     has_lengths = True
 
@@ -208,6 +212,10 @@ class Audio(Modality):
 
     def augmentation(self, **options: Any) -> RandomCrop:
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))
+
+    def views(self, augmentation: Any) -> RandomCrop:
+        """Halves: of a clip that a crop takes whole, both views would be the same."""
+        return augmentation._replace(most=0.5)
 
     def stack(self, samples: Iterator[Tensor], count: int) -> list[Tensor]:
         return list(samples)

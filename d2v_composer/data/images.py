@@ -250,6 +250,7 @@ class Images(Modality):
     columns: ClassVar = {"image": "bytes"}
     encodings = tuple(IMAGES)
     options = frozenset({"crop_scale", "crop_ratio", "flip"})
+    batch_size = 256
     stored_as: ClassVar = {"resize": None, "quality": 90}
 
     @classmethod

@@ -361,7 +361,7 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
         cause = str(error).strip().splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        raise RunError(f"reading images failed ({cause}): the same command resumes") from error
+        raise RunError(f"reading failed ({cause}): the same command resumes") from error
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:

@@ -54,6 +54,7 @@ class Modality(ABC):
         columns: Name → encoding of the columns of a converted data set, beside the label.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
+        batch_size: Samples that ``d2v embed`` embeds at once.
         stored_as: Options of :meth:`encode`, with their defaults.
         has_lengths: True if the samples of a converted data set have a ``length``, and its summary lists them.
     """
@@ -64,6 +65,7 @@ class Modality(ABC):
     columns: ClassVar[Mapping[str, str]]
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
+    batch_size: ClassVar[int]
     stored_as: ClassVar[Mapping[str, Any]]
     has_lengths: ClassVar[bool] = False
 
@@ -115,6 +117,10 @@ class Modality(ABC):
     @abstractmethod
     def augmentation(self, **options: Any) -> Transform:
         """Return the training augmentation with these ``options``."""
+
+    def views(self, augmentation: Any) -> Transform:
+        """Return how two views of one sample are made, to be found among others, with the training augmentation."""
+        return augmentation
 
     @abstractmethod
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:

@@ -185,6 +185,8 @@ class Evaluation(NamedTuple):
     """The embedding that the tables show."""
     class_names: Mapping[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
+    each: str = "image"
+    """What a model's computation is counted for."""
 
     def measures(self, dataset: str) -> list[tuple[str, Measure]]:
         """Return every (bank, measure) pair of a data set."""
@@ -280,7 +282,7 @@ def evaluate(
     embeds, to_device = {name: embed for name, embed, *_ in candidates}, partial(torch.Tensor.to, device=device)
     for dataset, labeled in datasets.items():
         wanted = probes_on(labeled, probes, has_teacher="teacher" in embeds)
-        print(f"embedding {sum(labeled.num_samples):,} images of {dataset}: {', '.join(embeds)}", file=sys.stderr)
+        print(f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr)
         with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
             views = augment if "instance" in wanted else None
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)

@@ -82,7 +82,7 @@ def evaluation_tables(evaluation: Evaluation) -> str:
             title = f"{what} on {dataset}, {evaluation.primary}, {unit} [95 % interval]"
             parts.append(f"{title}\n{format_table(_head(columns), rows)}")
     costs = [[name, f"{number / 1e6:.2f}", f"{gflop:.2f}"] for name, _, number, gflop in evaluation.candidates]
-    return "\n\n".join([*parts, format_table(["", "M parameters", "GFLOP/image"], costs)])
+    return "\n\n".join([*parts, format_table(["", "M parameters", f"GFLOP/{evaluation.each}"], costs)])
 
 
 def _head(columns: Sequence[tuple[str, Measure]]) -> list[str]:

@@ -143,7 +143,7 @@ def test_embeds_from_an_object_store(
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the kernel if memory runs short."""
     monkeypatch.setattr(embedding, "read_sample_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"^reading images failed \(DataLoader worker \(pid.*resumes$"):
+    with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*resumes$"):
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
 

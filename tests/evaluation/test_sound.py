@@ -1,12 +1,19 @@
 """Clips of sound: padded batches, in any order of lengths, give each clip its own embedding."""
 
+import json
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
+from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.data.labeled import LabeledSamples, LabeledSet
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.evaluation.labeled_retrieval import VIEWS, embed_set
@@ -65,3 +72,44 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     if world_size == 1:
         assert ((3, 16000), (16000, 12345, 9001)) in shapes
         assert ((1, 1440), None) in shapes
+
+
+def write_words(root: Path, splits: Mapping[str, int]) -> None:
+    """Write spoken 'words': noise in bands, of several lengths."""
+    for (split, count), (label, word) in product(splits.items(), enumerate(("no", "stop", "yes"))):
+        (root / split / word).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng([label, i, len(split)])
+            times = np.arange(rng.integers(2000, 6000)) / 16_000
+            sound = 0.2 * np.sin(2 * np.pi * 400 * (label + 1) * times) + 0.05 * rng.normal(size=len(times))
+            soundfile.write(root / split / word / f"{i}.flac", sound, 16_000)
+
+
+def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_words(tmp_path / "words", {"train": 8, "test": 5})
+    sets = f"datasets={{words: {{format: folder, root: {tmp_path / 'words'}}}}}"
+    arguments = [f"model={BASE}", sets, "device_eval_batch_size=8", f"out={tmp_path / 'out'}"]
+    evaluate_command.main([*arguments, "probes=[knn,linear,agreement,instance]"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("embedding: output_mean_patches\nZero-shot retrieval on words, output_mean_patches")
+    assert "GFLOP/second of sound\n" in printed.out
+    assert printed.out.endswith(f"embed {BASE} CLIPS embeddings.npy\n")
+    assert "embedding 39 samples of words: log_mel, encoder, untrained student, teacher" in printed.err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["class_names"] == {"words": ["no", "stop", "yes"]}
+    assert {row["measure"] for row in found["results"]} == {
+        *("retrieval", "knn", "knn_majority", "linear", "agreement", "instance")
+    }
+    hits = {
+        row["candidate"]: row["value"]
+        for row in found["results"]
+        if (row["measure"], row["k"], row["embedding"]) in (("instance", 1, ""), ("instance", 1, "output_mean"))
+    }
+    assert hits.keys() == {"log_mel", "encoder", "untrained student", "teacher"}
+    assert all(0 < value < 1 for value in hits.values())  # the two views differ
+
+
+def test_sound_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_words(tmp_path, {"recordings": 4})
+    evaluate_command.main([f"model={BASE}", f"datasets={{words: {{format: folder, root: {tmp_path}}}}}"])
+    assert "Measured without labels on words, output_mean_patches" in capsys.readouterr().out

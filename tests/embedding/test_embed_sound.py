@@ -1,0 +1,90 @@
+"""Embed a folder of sound: each clip as if alone, the same bytes after an interruption, unreadable files named."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_composer import embedding, load_teacher
+from d2v_composer.commands import embed as embed_command
+from d2v_composer.data.audio import Audio
+from d2v_composer.embedding import Embedding
+from d2v_composer.models.transformer import Transformer
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, encoded_clip, truncated
+
+TEACHER = GOLDEN / "audio_base.pt"
+NUM_CLIPS = 22
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    """Clips of many lengths in a folder with subfolders; two of one length are equal, and are a batch."""
+    folder = tmp_path / "sounds"
+    for i in range(NUM_CLIPS):
+        path = folder / ("a", "b/deep")[i >= 11] / f"{i:02}.{('flac', 'wav', 'OGG')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded_clip(i, 2000 + 531 * (i * 7 % 11), format=("FLAC", "WAV", "OGG")[i % 3]))
+    return folder
+
+
+def embed(source: Path, out: Path, *options: str) -> Embedding:
+    arguments = str(TEACHER), str(source), str(out), "--workers", "0", "--pooling", "mean", "--batch-size", "4"
+    return embed_command.main([*arguments, *options])
+
+
+def test_clips_are_embedded_as_if_alone_and_to_the_same_bytes_after_an_interruption(
+    sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "PART", 8)
+    whole, out, teacher = tmp_path / "whole.npy", tmp_path / "out.npy", load_teacher(TEACHER)
+    embed(sounds, whole)
+    assert f"wrote {whole}: {NUM_CLIPS} embeddings of 48 channels" in (said := capsys.readouterr().out)
+    assert " clips/s\n" in said
+    ids = np.load(tmp_path / "whole.ids.npy").tolist()
+    assert ids == sorted(path.relative_to(sounds).as_posix() for path in sounds.rglob("*.*"))
+    with torch.inference_mode():
+        for path, found in zip(ids, np.load(whole), strict=True):
+            clip = Audio().decode((sounds / path).read_bytes(), path)
+            expected = teacher.embed(clip[None], pooling="mean")[0]
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-5)
+
+    method, calls = Transformer.embed, iter(range(NUM_CLIPS))
+
+    def embed_some(*arguments: Any) -> Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "embed", embed_some)
+        with pytest.raises(KeyboardInterrupt):
+            embed(sounds, out)
+    assert embed(sounds, out).resumed == 8
+    assert "resumed an interrupted run after 8 clips\n" in capsys.readouterr().out
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {
+        "a/video.wav": (b"\0\0\0\x20ftypisom" + bytes(300), "not a FLAC, WAV, OGG or MP3 file that can be read"),
+        "a/half.flac": (truncated(encoded_clip(1, 16000)), "not a FLAC, WAV, OGG or MP3 file that can be read"),
+        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "has 719 samples at 16 kHz; allowed are at least 720"),
+        "b/silent.flac": (encoded_clip(1, 4000, volume=0), "is silent"),
+        "b/long.flac": (encoded_clip(1, 4000 * 61, rate=4000), "has 61 s, more than 60"),
+    }
+    for name, (content, _) in bad.items():
+        (sounds / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"\A\S+half\.flac: not a .*; --skip-unreadable skips such clips\Z"):
+        embed(sounds, tmp_path / "out.npy")
+    result = embed(sounds, tmp_path / "out.npy", "--skip-unreadable")
+    assert (result.images, len(result.skipped)) == (NUM_CLIPS, len(bad))
+    said = capsys.readouterr().out
+    for name, (_, message) in bad.items():
+        assert f"  {sounds / name}: {message}" in said
+    assert not {*np.load(tmp_path / "out.ids.npy").tolist()} & bad.keys()
