@@ -337,13 +337,14 @@ class ParallelismConfig(Section):
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
-    format: Literal["cifar10", "cifar100", "folder", "mds"]
-    """``cifar10``, ``cifar100``, ``folder`` or ``mds``."""
+    format: Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
+    """``cifar10``, ``cifar100``, ``folder``, ``mds`` or ``speech_commands``."""
     root: LocalFolder
     """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test."""
+    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: a folder with
+    speech_commands_v0.02.tar.gz, which is read as it is, or what it unpacks to; its validation clips are not used."""
     download: bool = False
-    """Download CIFAR if it is missing."""
+    """Download CIFAR or Speech Commands if it is missing."""
     column: Text | None = None
     """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
     label_column: Text | None = "label"

@@ -100,16 +100,18 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     return clip
 
 
-def decode_clip(encoded: bytes, source: str, longest: int = LONGEST_WHOLE) -> NDArray[np.float32]:
+def decode_clip(
+    encoded: bytes, source: str, longest: int = LONGEST_WHOLE, may_be_silent: bool = False
+) -> NDArray[np.float32]:
     """Decode an audio file to 16 kHz mono, (L,), in [-1, 1].
 
     Raises:
-        UnreadableSampleError: It cannot be decoded; or is silent, shorter than 720 samples, or longer than ``longest``
-            seconds.
+        UnreadableSampleError: It cannot be decoded; or is silent unless it may be, shorter than 720 samples, or longer
+            than ``longest`` seconds.
     """
     with decoding(encoded, source, KIND), open_clip(encoded, longest) as file:
         clip = read_span(file, 0, file.frames)
-        if clip.min() == clip.max():
+        if not may_be_silent and clip.min() == clip.max():
             raise UnreadableSampleError("is silent")
         return clip
 
@@ -174,8 +176,8 @@ class Audio(Modality):
         return cls()
 
     def decode(self, stored: bytes, source: str) -> Tensor:
-        """Decode a clip to (L,) float32."""
-        return torch.from_numpy(decode_clip(stored, source))
+        """Decode a clip to (L,) float32; silence, which trains nothing, can be embedded."""
+        return torch.from_numpy(decode_clip(stored, source, may_be_silent=True))
 
     @classmethod
     def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +20,7 @@ from typing_extensions import override
 from d2v_composer.data.images import Images
 from d2v_composer.data.index import SUMMARY, read_index
 from d2v_composer.data.modality import (
+    MOST_BYTES,
     Modality,
     Transform,
     list_files,
@@ -26,11 +30,17 @@ from d2v_composer.data.modality import (
 )
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.sizes import ImageSize
+from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, RunError, reading, reason
+from d2v_composer.system.fetch import fetch
 from d2v_composer.system.processes import die_with_parent
 
-Format = Literal["cifar10", "cifar100", "folder", "mds"]
+Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
 CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+# What a format holds, if not any modality.
+HOLDS = {**dict.fromkeys(CIFAR_FOLDERS, "image"), "speech_commands": "audio"}
+SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
 Place = tuple[int, int]
 
 
@@ -125,29 +135,35 @@ def load_labeled_set(
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test. Without labels only root/test is read, or the whole
-            root if it has neither split.
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: see
+            :func:`load_speech_commands`. Without labels only root/test is read, or the whole root if it has neither
+            split.
         root: The folder.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
-        download: Fetch CIFAR if it is missing.
+        download: Fetch CIFAR or Speech Commands if it is missing.
         column: The column of an MDS data set that holds the samples; default: the modality's name.
         label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
 
     Raises:
-        InputError: The set is missing or corrupt, or has no images; or those chosen are all of one class.
+        InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
+            class.
     """
     root, modality = Path(root), modality or Images(image_size, interpolation)
+    if (held := HOLDS.get(format, modality.name)) != modality.name:
+        raise InputError(f"{root}: {format} has samples of the modality {held}, and the model takes {modality.unit}")
     options = modality, column, label_column, max_images
     splits = root / "train", root / "test"
     alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR_FOLDERS:
         whole = _load_cifar(format, root, download)
         labeled = whole if max_images is None else whole.at_most(max_images)
+    elif format == "speech_commands":
+        labeled = load_speech_commands(root, modality, download, max_images)
     elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
         labeled = LabeledSet.without_labels(_load_folder(alone, modality, max_images))
     elif format == "folder":
@@ -182,6 +198,65 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
         for split in splits
     )
     return LabeledSet(train, test, tuple(splits[0].classes))
+
+
+def load_speech_commands(root: Path, modality: Modality, download: bool, max_images: int | None) -> LabeledSet:
+    """Load Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
+
+    Test is what its testing_list.txt names, train what neither that nor its validation_list.txt names; the validation
+    clips and the background noise are not used.
+
+    Args:
+        root: The unpacked archive; or a folder with the archive as it is downloaded, which is read without unpacking.
+        modality: Decodes them.
+        download: Fetch the archive, 2.3 GiB, if it is missing; see :func:`~d2v_composer.system.fetch.cache_folder`.
+        max_images: Load at most this many clips of each split, evenly spaced.
+
+    Raises:
+        InputError: There is neither, or a file is corrupt.
+    """
+    archive = root / file_name(SPEECH_COMMANDS)
+    is_unpacked = (root / TEST_LIST).is_file()
+    if not is_unpacked and not archive.exists():
+        if not download:
+            layout = f"{archive.name}, or what it unpacks to: {TEST_LIST}, {VALIDATION_LIST} and WORD/*.wav"
+            raise InputError(f"{root}: expected {layout}; or set download: true to fetch it")
+        archive = fetch(SPEECH_COMMANDS)
+
+    def members() -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Yield each file's path, and how to read it then."""
+        if is_unpacked:
+            for path in root.rglob("*.*"):
+                yield path.relative_to(root).as_posix(), partial(read_sample_file, path)
+            return
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                if (file := tar.extractfile(member)) is not None:
+                    yield member.name.removeprefix("./"), partial(file.read, MOST_BYTES)
+
+    with reading(root if is_unpacked else archive):
+        lists, paths = {TEST_LIST: set[str](), VALIDATION_LIST: set[str]()}, list[str]()
+        for path, read in members():
+            if path in lists:
+                lists[path] = set(read().decode().split())
+            elif re.fullmatch(r"[a-z]+/[^/]+\.wav", path):  # not _background_noise_/…
+                paths.append(path)
+        names = sorted({path.split("/")[0] for path in paths})
+        test = sorted(lists[TEST_LIST].intersection(paths))
+        train = sorted(set(paths) - lists[TEST_LIST] - lists[VALIDATION_LIST])
+        if not test or not train:
+            raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(paths)} clips")
+        splits = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in (train, test)]
+        wanted = frozenset().union(*splits)
+        clips = {path: modality.decode(read(), f"{root}: {path}") for path, read in members() if path in wanted}
+    loaded = [
+        LabeledSamples(
+            modality.stack((clips[path] for path in split), len(split)),
+            torch.tensor([names.index(path.split("/")[0]) for path in split]),
+        )
+        for split in splits
+    ]
+    return LabeledSet(loaded[0], loaded[1], tuple(names))
 
 
 def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:

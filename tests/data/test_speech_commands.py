@@ -1,0 +1,103 @@
+"""Speech Commands: its archive, unpacked or as it is downloaded, by its own lists."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2v_composer.data import labeled
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.images import Images
+from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.system.errors import InputError
+from helpers import encoded_clip, truncated
+
+WORDS = ("go", "no", "up")
+TRAIN = [f"{word}/{i}_nohash_0.wav" for word in WORDS for i in (0, 1, 2)]
+VALIDATION = [f"{word}/3_nohash_0.wav" for word in WORDS]
+TEST = ["go/4_nohash_0.wav", "up/5_nohash_1.wav", "up/6_nohash_0.wav"]
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    """The archive's files; the lists stand between the clips, and one clip is silent."""
+    clips = {path: encoded_clip(i, 1000 + 10 * i, "WAV") for i, path in enumerate([*TRAIN, *VALIDATION, *TEST])}
+    clips["no/1_nohash_0.wav"] = encoded_clip(0, 1600, "WAV", volume=0)
+    lists = {"testing_list.txt": "\n".join(TEST).encode(), "validation_list.txt": "\n".join(VALIDATION).encode()}
+    others = {"_background_noise_/pink_noise.wav": b"not read", "README.md": b"", "LICENSE": b""}
+    first, second = dict(list(clips.items())[:7]), dict(list(clips.items())[7:])
+    return {**first, **lists, **others, **second}
+
+
+@pytest.fixture
+def unpacked(files: dict[str, bytes], tmp_path: Path) -> Path:
+    root = tmp_path / "unpacked"
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return root
+
+
+@pytest.fixture
+def archived(files: dict[str, bytes], tmp_path: Path) -> Path:
+    root = tmp_path / "archived"
+    root.mkdir()
+    with tarfile.open(root / "speech_commands_v0.02.tar.gz", "w:gz") as tar:
+        for path, content in files.items():
+            member = tarfile.TarInfo(f"./{path}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        outside = tarfile.TarInfo("../../outside.wav")
+        outside.size = 4
+        tar.addfile(outside, io.BytesIO(b"evil"))
+        tar.addfile(tarfile.TarInfo("go"), None)
+    return root
+
+
+def load(root: Path, **options: Any) -> LabeledSet:
+    return load_labeled_set("speech_commands", root, Audio(), **options)
+
+
+def test_the_splits_are_those_of_its_lists(
+    unpacked: Path, archived: Path, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = load(unpacked)
+    assert found.class_names == WORDS
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert found.test.labels.tolist() == [0, 2, 2]
+    for split, paths in ((found.train, TRAIN), (found.test, TEST)):
+        for clip, path in zip(split.samples, paths, strict=True):
+            assert torch.equal(clip, Audio().decode(files[path], path))
+    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archived / "speech_commands_v0.02.tar.gz"))
+    for other in (load(archived), load(tmp_path / "nowhere", download=True)):
+        assert other.fingerprint() == found.fingerprint()
+        assert other.class_names == WORDS
+        for split, wanted in zip(other[:2], found[:2], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(split.samples, wanted.samples, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archived", "unpacked"]
+    few = load(archived, max_images=2)
+    assert [split.labels.tolist() for split in few[:2]] == [[0, 1], [0, 2]]
+
+
+def test_what_is_wrong_is_one_line(unpacked: Path, archived: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: expected speech_commands_v0\.02\.tar\.gz, or what it unpacks to: "):
+        load(tmp_path / "nowhere")
+    with pytest.raises(
+        InputError, match="speech_commands has samples of the modality audio, and the model takes images"
+    ):
+        load_labeled_set("speech_commands", unpacked, Images(32))
+    with pytest.raises(InputError, match="cifar10 has samples of the modality image, and the model takes clips"):
+        load_labeled_set("cifar10", unpacked, Audio())
+    (unpacked / "go" / "0_nohash_0.wav").write_bytes(b"RIFF")
+    with pytest.raises(InputError, match=r"unpacked: go/0_nohash_0\.wav: not a FLAC, WAV, OGG or MP3 file"):
+        load(unpacked)
+    archive = archived / "speech_commands_v0.02.tar.gz"
+    archive.write_bytes(truncated(archive.read_bytes()))
+    with pytest.raises(InputError, match=r"v0\.02\.tar\.gz: cannot be read: "):
+        load(archived)
+    (unpacked / "testing_list.txt").write_text("")
+    with pytest.raises(InputError, match=r"unpacked: expected clips of testing_list\.txt and others, .* got 15 clips"):
+        load(unpacked)
