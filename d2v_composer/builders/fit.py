@@ -86,8 +86,8 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
         "device": f"{dist.get_world_size()} × {device}, {config.precision}",
         **header,
         "model": f"{trained / 1e6:.1f} M trained weights",
-        "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs) of "
-        f"{config.global_train_batch_size} images" + ("" if micro is None else f", microbatches: {micro}"),
+        "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs), batches of "
+        f"{config.global_train_batch_size}" + ("" if micro is None else f", microbatches: {micro}"),
     }
     if state.timestamp.batch > 0:
         lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"

@@ -27,7 +27,7 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
 from d2v_composer.data.index import describe_data
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.system.addresses import hide_secrets
@@ -85,7 +85,7 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
     Raises:
         InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
     """
-    chosen = build_callbacks(config)
+    chosen, unit = build_callbacks(config), MODALITIES[record.record["data"]["modality"]].unit
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     # First lock the folder, then select the checkpoint in it: another run could still write one.
@@ -97,7 +97,7 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
     return {
         "max_duration": config.max_duration,
         "callbacks": [record, Throughput(), NanGuard(), checkpoints, *others, *chosen],
-        "loggers": [*build_loggers(config), *([] if uploads is None else [uploads])],
+        "loggers": [*build_loggers(config, unit), *([] if uploads is None else [uploads])],
         "progress_bar": False,  # ours is among the loggers
         "precision": choose_precision(config.precision).trainer,
         "device_train_microbatch_size": config.device_train_microbatch_size,

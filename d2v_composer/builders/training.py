@@ -154,15 +154,15 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     return callbacks
 
 
-def build_loggers(config: TrainerConfig) -> list[LoggerDestination]:
+def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
     """Build the progress logger and the section ``loggers``; by default, they write into the run's folder.
 
-    JSON lines without a file name are left out of a run without a folder.
+    JSON lines without a file name are left out of a run without a folder. ``unit``: what the samples are called.
 
     Raises:
         InputError: A logger's package is missing, or it refuses the value of an argument.
     """
-    loggers: list[LoggerDestination] = [ProgressLogger(bar=sys.stderr.isatty())] if config.progress_bar else []
+    loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
     folder = config.run_folder
     for name, arguments in config.loggers.items():
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):

@@ -1,6 +1,6 @@
 """Measure a run's health beyond its loss, and warn when something goes wrong.
 
-Shapes: B images, T tokens, N patches of them, D channels, L layers of the teacher.
+Shapes: B images or clips, T tokens, N patches of them, D channels, L layers of the teacher.
 """
 
 import logging
@@ -19,7 +19,7 @@ from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrappe
 from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.targets import Regression, mean_over_time
 
-# Share of the target's variance below which the prediction counts as the same for all images.
+# Share of the target's variance below which the prediction counts as the same for all inputs.
 COLLAPSED_SHARE = 0.01
 # Ratio to its lowest mean above which the loss counts as diverging.
 DIVERGED_RATIO = 1.5
@@ -62,21 +62,22 @@ class Health(Callback):
 
     Logged, below ``health/``:
 
-    - ``prediction_variance``, ``target_variance``: over the images, mean of all tokens and channels; the target's
-      is the loss of the best prediction that is the same for all images;
+    - ``prediction_variance``, ``target_variance``: over the batch, mean of all tokens and channels; the target's is
+      the loss of the best prediction that is the same for all inputs;
     - ``effective_rank`` of the predictions' means over tokens, see :func:`effective_rank`;
-    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over images and these tokens;
+    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over the batch and these tokens, of which
+      patches include frames of sound;
     - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalized as in the target;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
-    The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the images; *dead*, after
+    The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
     ``grace`` the loss is no better than such a prediction's; *diverging*, the mean loss since the last measurement is
     more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
     scale fell, and each time a step was skipped.
 
     The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; else override
     :meth:`regression`. Leading tokens that are not patches are the ``num_extra_tokens`` of its ``student``, or none.
-    The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many images:
+    The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many inputs:
     at most 1 % of a training run, at the default interval.
 
     Args:
@@ -105,7 +106,7 @@ class Health(Callback):
         return outputs
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        # On the device, with the images of the outputs. At BATCH_END state.batch is the whole batch, on the host.
+        # On the device, with the inputs of the outputs. At BATCH_END state.batch is the whole batch, on the host.
         self.microbatch = state.batch
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -165,7 +166,7 @@ class Health(Callback):
         if num_extra_tokens and has_cls_token:
             metrics["cosine/cls"] = cosine_BT[:, 0].mean()
         metrics["effective_rank"] = effective_rank(mean_over_time(prediction, padding_mask=mask)[:, 0])
-        if len(target) > 1:  # one image has no variance
+        if len(target) > 1:  # one input has no variance
             metrics["prediction_variance"] = variance_over_inputs(prediction, mask)
             metrics["target_variance"] = variance_over_inputs(target, mask)
         return metrics
@@ -176,7 +177,7 @@ class Health(Callback):
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
-                f"the prediction's variance over the images is {prediction:.2g}, but the target's is {target:.2g}",
+                f"the prediction's variance over the batch is {prediction:.2g}, but the target's is {target:.2g}",
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)

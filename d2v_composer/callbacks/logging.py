@@ -28,7 +28,7 @@ BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
 # Logged number → how progress shows it.
 SHOWN = {
     "loss/train/total": "loss {:.4f}",
-    "throughput/images_per_sec": "{:.0f} images/s",
+    "throughput/images_per_sec": "{:.0f} {unit}/s",
     "throughput/data_wait": "data wait {:.0%}",
 }
 SECONDS_BETWEEN_LINES = 10.0
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show the loss, images/s, the share of time spent waiting for data and the time left, on rank 0.
+    """Show the loss, the speed, the share of time spent waiting for data and the time left, on rank 0.
 
     Each accuracy of a retrieval or of a classifier's evaluation has a line of its own.
 
@@ -47,6 +47,7 @@ class ProgressLogger(LoggerDestination):
     Args:
         bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
         stream: Output stream; default stderr.
+        unit: What the speed counts.
 
     Example:
         >>> from d2v_composer.callbacks import ProgressLogger, Throughput
@@ -54,8 +55,9 @@ class ProgressLogger(LoggerDestination):
         >>> callbacks = [Throughput(every=10)]  # Trainer(loggers=loggers, callbacks=callbacks, progress_bar=False)
     """
 
-    def __init__(self, bar: bool, stream: TextIO | None = None) -> None:
+    def __init__(self, bar: bool, stream: TextIO | None = None, unit: str = "images") -> None:
         self.shows_bar = bar
+        self.unit = unit
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
@@ -113,7 +115,9 @@ class ProgressLogger(LoggerDestination):
 
     def status(self) -> list[str]:
         """Return the latest logged numbers as text."""
-        return [template.format(self.latest[key]) for key, template in SHOWN.items() if key in self.latest]
+        return [
+            template.format(self.latest[key], unit=self.unit) for key, template in SHOWN.items() if key in self.latest
+        ]
 
 
 def num_batches(state: State) -> int:
@@ -237,8 +241,8 @@ class Throughput(Callback):
 
     Composer's SpeedMonitor counts those as training time, and waits for the device. Logged, as means over the interval:
 
-    - ``throughput/images_per_sec``: over all ranks;
-    - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next images;
+    - ``throughput/images_per_sec``: images, or clips of sound, over all ranks;
+    - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next batch;
     - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
       has ``flops_per_batch``.
 

@@ -19,7 +19,7 @@ WORDS = {
     "model.representation": "representation",
     "model.pooling": "pooling",
     "model.num_classes": "number of classes",
-    "data.sha256": "train_loader or dataset (sha256 of the images)",
+    "data.sha256": "train_loader or dataset (sha256 of the samples)",
 }
 
 
