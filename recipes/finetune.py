@@ -29,6 +29,7 @@ from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_re
 from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.student import Student
 from d2v_composer.report.tables import format_table
@@ -62,7 +63,8 @@ def report(trainer: Trainer, config: FinetuneConfig, model: Classifier) -> None:
         loss = f"{found.pop('loss'):.4f}"
         row = [config.run_name, *(f"{100 * value:.2f}" for value in found.values()), loss]
         table = format_table(["", *(name.replace("top", "top-") for name in found), "loss"], [row])
-        print(f"\n{EVALUATOR} images, batch {int(trainer.state.timestamp.batch)}, accuracy in %\n{table}")
+        unit = modality_of(model.backbone.encoder.config).unit
+        print(f"\n{EVALUATOR} {unit}, batch {int(trainer.state.timestamp.batch)}, accuracy in %\n{table}")
     write_run_report(trainer, config)
 
 

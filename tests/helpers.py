@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def encoded_clip(
     buffer = io.BytesIO()
     soundfile.write(buffer, noise, rate, format=format)
     return buffer.getvalue()
+
+
+def write_words(root: Path, splits: Mapping[str, int]) -> None:
+    """Write spoken 'words': noise in bands, of several lengths."""
+    for (split, count), (label, word) in product(splits.items(), enumerate(("no", "stop", "yes"))):
+        (root / split / word).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng([label, i, len(split)])
+            times = np.arange(rng.integers(2000, 6000)) / 16_000
+            sound = 0.2 * np.sin(2 * np.pi * 400 * (label + 1) * times) + 0.05 * rng.normal(size=len(times))
+            soundfile.write(root / split / word / f"{i}.flac", sound, 16_000)
 
 
 def truncated(content: bytes) -> bytes:

@@ -153,12 +153,16 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     if isinstance(backbone, Student):
         backbone = without_head(backbone)  # of an earlier fine-tuning run
     embedding = choose_embedding(backbone, config.pooling, config.representation)
+    modality = modality_of(backbone.encoder.config)
+    for name in ("mixup", "cutmix") if modality.has_lengths else ():
+        if getattr(config.algorithms, name) is not None:
+            raise InputError(f"algorithms.{name}: must be null, because the model takes {modality.unit}")
     images = build_images(config, backbone.encoder.config)
     about = describe_model(config, backbone, embedding, images)
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
-    data = {"modality": backbone.encoder.config.modality, **images.about}
+    data = {"modality": modality.name, **images.about}
     record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=data)
     arguments = {
         "model": model,
@@ -171,7 +175,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
     }
     header = {
-        "images": f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
+        modality.unit: f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
         f"{images.num_classes} classes",
         "start": hide_secrets(config.model),
     }

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from d2v_composer.data.images import Images
@@ -23,6 +23,7 @@ from d2v_composer.data.modality import (
     MOST_BYTES,
     Modality,
     Transform,
+    collate,
     list_files,
     list_subfolders,
     read_sample_file,
@@ -394,8 +395,20 @@ def train_batches(
 
     ranks = dist.get_world_size()
     sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
-    options = worker_options(num_workers, prefetch_factor)
+    options = worker_options(num_workers, prefetch_factor) | {"collate_fn": _choose_collate(dataset.labeled)}
     return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, drop_last=True, **options)
+
+
+def _choose_collate(labeled: LabeledSamples) -> Callable[[Any], list[Tensor]] | None:
+    """Return what makes a batch; ``None``: torch's own, which is faster for samples of one size."""
+    return None if isinstance(labeled.samples, Tensor) else collate_labeled
+
+
+def collate_labeled(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return a batch of samples with labels: inputs, labels and, if some are padded, the lengths."""
+    samples, labels = zip(*pairs, strict=True)
+    inputs, *lengths = collate(samples)
+    return [inputs, torch.stack(labels), *lengths]
 
 
 def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
@@ -440,8 +453,9 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return the loader for this rank's share of all images, not augmented; Composer drops the last ranks' padding."""
+    """Return the loader for this rank's share of all samples, not augmented; Composer drops the last ranks' padding."""
     from composer.utils import dist
 
-    dataset = TensorDataset(labeled.samples, labeled.labels)
-    return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), pin_memory=torch.cuda.is_available())
+    dataset: Any = list(zip(*labeled, strict=True))
+    options = {"pin_memory": torch.cuda.is_available(), "collate_fn": _choose_collate(labeled)}
+    return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), **options)

@@ -1,14 +1,10 @@
 """Clips of sound: padded batches, in any order of lengths, give each clip its own embedding."""
 
 import json
-from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from torch import Tensor
 
@@ -18,7 +14,7 @@ from d2v_composer.data.labeled import LabeledSamples, LabeledSet
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.evaluation.labeled_retrieval import VIEWS, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from helpers import GOLDEN
+from helpers import GOLDEN, write_words
 
 BASE = GOLDEN / "audio_base.pt"
 LENGTHS = (4000, 1440, 16000, 9001, 4000, 2500, 12345)
@@ -72,17 +68,6 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     if world_size == 1:
         assert ((3, 16000), (16000, 12345, 9001)) in shapes
         assert ((1, 1440), None) in shapes
-
-
-def write_words(root: Path, splits: Mapping[str, int]) -> None:
-    """Write spoken 'words': noise in bands, of several lengths."""
-    for (split, count), (label, word) in product(splits.items(), enumerate(("no", "stop", "yes"))):
-        (root / split / word).mkdir(parents=True)
-        for i in range(count):
-            rng = np.random.default_rng([label, i, len(split)])
-            times = np.arange(rng.integers(2000, 6000)) / 16_000
-            sound = 0.2 * np.sin(2 * np.pi * 400 * (label + 1) * times) + 0.05 * rng.normal(size=len(times))
-            soundfile.write(root / split / word / f"{i}.flac", sound, 16_000)
 
 
 def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,61 @@
+"""Fine-tune a classifier of clips of several lengths."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_composer.data.labeled import Augmentation, AugmentedSamples, LabeledSamples, eval_batches, train_batches
+from helpers import GOLDEN, ROOT, failure, run_command, write_words
+
+
+class Halved:
+    """An augmentation that keeps half of a clip."""
+
+    sample_bytes = 4000
+
+    def __call__(self, sample: Tensor, rng: object, source: str = "clip") -> Tensor:
+        return sample[: len(sample) // 2]
+
+
+def test_batches_have_lengths_only_if_clips_are_padded() -> None:
+    clips = [torch.full((size,), float(size)) for size in (1000, 900, 800, 800)]
+    labeled = LabeledSamples(clips, torch.arange(4))
+    (inputs, labels, lengths), (equal, others) = eval_batches(labeled, 2)
+    assert (inputs.shape, lengths.tolist(), labels.tolist()) == ((2, 1000), [1000, 900], [0, 1])
+    assert torch.equal(inputs[1, :900], clips[1])
+    assert not inputs[1, 900:].any()
+    assert torch.equal(equal, torch.stack(clips[2:]))
+    assert others.tolist() == [2, 3]
+    ((inputs, labels, lengths),) = train_batches(AugmentedSamples(labeled, Augmentation(Halved(), 0)), 4, 0, 2)
+    assert sorted(labels.tolist()) == [0, 1, 2, 3]
+    assert lengths.tolist() == [[500, 450, 400, 400][label] for label in labels.tolist()]
+    assert inputs.shape == (4, 500)
+
+
+@pytest.mark.parametrize("train_encoder", ["false", "true"])
+def test_a_teacher_of_sound_learns_words(train_encoder: str, tmp_path: Path) -> None:
+    write_words(tmp_path / "words", {"train": 16, "test": 8})
+    arguments = [
+        ROOT / "recipes" / "finetune.py",
+        ROOT / "yamls" / "finetune.yaml",
+        f"model={GOLDEN / 'audio_base.pt'}",
+        f"dataset={{format: folder, root: {tmp_path / 'words'}}}",
+        f"save_folder={tmp_path / 'run'}",
+        "train_loader={num_workers: 1, crop_scale: [0.08, 1.0], crop_seconds: 0.2}",
+        f"train_encoder={train_encoder}",
+        "precision=fp32",
+        "max_duration=6ep",
+        "global_train_batch_size=16",
+        "device_train_microbatch_size=8",
+        "report=false",
+    ]
+    ended = run_command(sys.executable, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "clips     48 for training, 24 for testing, 3 classes\n" in ended.stdout + ended.stderr
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("finetune ")]
+    assert float(line.split()[1]) > 80
+    line = failure(run_command(sys.executable, *arguments, "algorithms.mixup={}"), 2)
+    assert line == "error: algorithms.mixup: must be null, because the model takes clips"
