@@ -58,8 +58,11 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
         model.teacher.encoder.half_residual = residual == "half"
         with patch("torch.cuda.is_available", lambda: True):
             execution.compile_model(model)
-        inputs = model.teacher.encoder.noise(batch_size)
+        encoder = model.teacher.encoder
+        inputs = encoder.noise(batch_size)
         with torch.autocast("cpu", torch.bfloat16):
+            # ALiBi's bias is kept from the first step on.
+            model.teacher.block_contexts(torch.zeros(1, encoder.num_tokens(inputs.shape[1:]), encoder.config.embed_dim))
             x_BTD, target_BTD = model.frozen_pass(inputs)
             planner.part = "student, forward"
             prediction_BTD = model.predict(x_BTD)

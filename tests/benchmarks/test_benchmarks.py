@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
 from d2v_composer.config import schema
 from d2v_composer.config.load import load_config
+from d2v_composer.models.sizes import RELEASED
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 
@@ -52,17 +54,42 @@ def test_data_beside_image_folder_and_litdata(
     }
 
 
-@pytest.mark.parametrize("options", [["--no-compile"], pytest.param([], marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("one_thread")
-def test_step_beside_the_naive_program(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a size, small as the quickstart's, with a block in the encoder."""
+    sizes: dict[str, Any] = {"embed_dim": 192, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
+    sizes["feature_encoder_spec"] = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2"
+    small = replace(RELEASED["base_audio"], **sizes), 1
+    monkeypatch.setitem(step_benchmark.SIZES, "base_audio", small)
+    return "base_audio"
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ("quickstart", ["--no-compile"]),
+        ("base_audio", ["--no-compile"]),
+        pytest.param("quickstart", [], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("one_thread", "small_audio")
+def test_step_beside_the_naive_program(
+    size: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It checks that they find the same loss."""
-    small = ["--batch-size", "2", "--precision", "amp_bf16", "--size", "quickstart"]
+    small = ["--batch-size", "2", "--precision", "amp_bf16", "--size", size]
     rates, ratios = run(tmp_path, "step", *small, *options)
     assert list(rates) == ["naive", "eager", *([] if options else ["ours"]), "matrix product alone"]
     ours = "eager" if options else "ours"
     of_naive = rates[ours] / rates["naive"]
     assert ratios[f"{ours} ÷ naive"] == of_naive
     assert f"{ours} ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_step_with_sound(small_audio: str, tmp_path: Path) -> None:
+    benchmark.main(["plan", "--size", small_audio, "--batch-size", "2", "--json", str(tmp_path / "report.json")])
+    assert all(row["kernels"] for row in json.loads((tmp_path / "report.json").read_text())["rows"])
 
 
 @pytest.mark.slow

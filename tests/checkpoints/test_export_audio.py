@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor
 
+from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.sizes import SAMPLE_RATE
@@ -69,6 +71,18 @@ def test_onnx(exported: Path, tmp_path: Path) -> None:
         [embedding] = session.run(None, {"waveforms": waveforms.numpy()})
         found = torch.from_numpy(np.asarray(embedding))
         torch.testing.assert_close(found, expected(student, waveforms), rtol=0, atol=TOLERANCE)
+
+
+def test_a_classifier_in_timm(exported: Path, tmp_path: Path) -> None:
+    """As a fine-tuned student is stored; timm then takes waveforms."""
+    model = timm.create_model("d2v2_student", checkpoint_path=str(exported), num_classes=3)
+    assert isinstance(model, TimmStudent)
+    torch.nn.init.normal_(model.get_parameter("head.weight"))
+    save_student(model, tmp_path / "classifier.safetensors")
+    again = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "classifier.safetensors"), num_classes=3)
+    waveforms = sound(2, 8000)
+    assert torch.equal(again(waveforms), model(waveforms))
+    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.embed(waveforms))
 
 
 def test_int8_is_for_images(exported: Path, tmp_path: Path) -> None:
