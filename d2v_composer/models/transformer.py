@@ -4,7 +4,7 @@ Shapes: B inputs, T tokens, D channels, H heads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -74,7 +74,7 @@ class Transformer(nn.Module, ABC):
         self.embed_dim = encoder.config.embed_dim
         self.normalization: Normalization = normalization
         self.final_layer_norm = final_layer_norm
-        self.norm_mean = norm_mean
+        self.norm_mean: Callable[..., Tensor] = norm_mean
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
     _fsdp_wrap = False
