@@ -69,5 +69,3 @@ def check_fit(config: TrainConfig, teacher: Teacher) -> None:
     top_k, depth = config.targets.average_top_k_layers, teacher.config.depth
     if top_k is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
-    if config.retrieval.pooling == "cls" and not teacher.has_cls_token and any(config.retrieval.datasets.values()):
-        raise InputError("retrieval.pooling: this teacher has no CLS token; allowed here: mean, mean_patches")

@@ -82,7 +82,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
-        InputError: A file cannot be used, or the model has no CLS token to read.
+        InputError: A file cannot be used, or the model has no such embedding.
     """
     model, teacher = load_trained_model(config)
     with torch.random.fork_rng():

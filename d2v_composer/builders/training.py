@@ -213,6 +213,10 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
+    primary = PrimaryEmbedding(retrieval.representation, retrieval.pooling).name
+    if primary not in (names := model.student.embedding_names):
+        asked = "retrieval.representation and retrieval.pooling"
+        raise InputError(f"{asked}: this student has no {primary}; it has {', '.join(names)}")
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
         datasets = build_labeled_sets(retrieval, modality_of(sizes))
@@ -227,7 +231,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             retrieval.interval,
             retrieval.ks,
             embed=embeds["student"],
-            primary=PrimaryEmbedding(retrieval.representation, retrieval.pooling).name,
+            primary=primary,
             baselines={name: embeds[name] for name in retrieval.baselines},
             at_start=retrieval.at_start,
             probes=retrieval.probes,

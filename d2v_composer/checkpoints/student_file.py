@@ -239,14 +239,16 @@ def choose_embedding(
     """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
     Raises:
-        InputError: ``pooling`` is cls, and the model has no CLS token.
+        InputError: The model has no such embedding.
     """
-    if pooling == "cls" and not model.has_cls_token:
-        raise InputError("pooling: this model has no CLS token; allowed are mean, mean_patches")
     primary = stored_primary(model.provenance)
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling=model.default_pooling)
-    return PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
+    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
+    if chosen.name not in model.embedding_names:
+        allowed = ", ".join(model.embedding_names)
+        raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
+    return chosen
 
 
 def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,17 @@ class Transformer(nn.Module, ABC):
     @property
     def has_cls_token(self) -> bool:
         return self.encoder.config.has_cls_token
+
+    @property
+    def embedding_names(self) -> list[str]:
+        """The names of all embeddings.
+
+        Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
+        """
+        all_poolings = [pooling for pooling in get_args(Pooling) if pooling != "cls" or self.has_cls_token]
+        is_zero = self.normalization == "instance" and not self.final_layer_norm
+        of_layers = [pooling for pooling in all_poolings if pooling == "cls" or not is_zero]
+        return [*(f"output_{each}" for each in all_poolings), *(f"layer_mean_{each}" for each in of_layers)]
 
     @property
     def default_pooling(self) -> Pooling:
@@ -200,11 +211,10 @@ class Transformer(nn.Module, ABC):
         """Compute every embedding from the encoder's output, (B, T, D); see :meth:`embed_all`."""
         with frozen_use():
             output, ffn_outputs = self.forward_blocks(x, padding_mask)
-            config = self.encoder.config
+            options = self.encoder.config, padding_mask
             layer_mean = self.layer_mean(ffn_outputs, padding_mask=padding_mask)
-            return poolings(output, "output", config, padding_mask) | poolings(
-                layer_mean, "layer_mean", config, padding_mask
-            )
+            found = poolings(output, "output", *options) | poolings(layer_mean, "layer_mean", *options)
+            return {name: found[name] for name in self.embedding_names}
 
     def embed(
         self,

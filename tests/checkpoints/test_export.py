@@ -220,7 +220,9 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     without_cls = tmp_path / "without_cls.safetensors"
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)
     save_student(Student(ImageEncoder(config).freeze(), StudentConfig(depth=1)), without_cls)
-    with pytest.raises(InputError, match="pooling: this model has no CLS token; allowed are mean, mean_patches"):
+    with pytest.raises(
+        InputError, match="representation and pooling: this model has no output_cls; it has output_mean, "
+    ):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
     assert choose_embedding(student, None, None) == PrimaryEmbedding("output", "mean_patches")

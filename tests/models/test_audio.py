@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
+from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.audio import log_mel
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -23,6 +24,7 @@ from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import compile_model
 from d2v_composer.models.sizes import AudioEncoderConfig, Data2Vec2AudioConfig, parse_convolutions
 from d2v_composer.models.targets import norm_mean, regression_loss
+from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, time_limit
 
 BASE = GOLDEN / "audio_base.pt"
@@ -73,7 +75,8 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
 @pytest.mark.parametrize("options", [{"extractor_mode": "default"}, {"num_extra_tokens": 2}, {"conv_pos_pre_ln": True}])
 def test_embeddings_do_not_depend_on_padding(options: dict[str, Any]) -> None:
     teacher = random_teacher(**options)
-    waveforms, student = sound(), teacher.build_student(depth=1, alibi=False)
+    waveforms, student = sound(), teacher.build_student(depth=1, alibi=False, normalization="layer")
+    teacher.normalization = "layer"  # whose means over frames are not 0
     for model in (teacher, student):
         embeddings = model.embed_all(waveforms, LENGTHS)
         assert list(embeddings) == [
@@ -364,3 +367,13 @@ def test_a_loss_without_padding_is_plain() -> None:
     torch.testing.assert_close(
         regression_loss(Regression(prediction, target, None, nothing)), regression_loss(Regression(prediction, target))
     )
+
+
+def test_a_mean_that_is_zero_is_no_embedding(teacher: Any) -> None:
+    waveforms = torch.randn(2, 8000)
+    assert list(teacher.embed_all(waveforms)) == teacher.embedding_names == ["output_mean", "output_mean_patches"]
+    layers = teacher.build_student(depth=1, normalization="layer")
+    assert layers.embedding_names[2:] == ["layer_mean_mean", "layer_mean_mean_patches"]
+    assert layers.embed(waveforms, "mean", "layer_mean").abs().mean() > 0.1
+    with pytest.raises(InputError, match="no layer_mean_mean; it has output_mean, output_mean_patches"):
+        choose_embedding(teacher, "mean", "layer_mean")
