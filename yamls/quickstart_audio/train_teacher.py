@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize, pad
+from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
 
 from d2v_composer.checkpoints.student_file import write_model_file
 from d2v_composer.models.attention import init_linear_layers
@@ -46,61 +46,49 @@ CONFIG = Data2Vec2AudioConfig(
     conv_pos_depth=2,
 )
 BATCH, SHORTEST, LONGEST = 64, 0.45, 1.1  # pieces, their seconds
-FILLED, WHOLE = 0.75, 0.8  # part of a batch's length that a piece fills at least; weight of pieces that are not cut
-FRAME, PAUSE, QUIET, MARGIN = 160, 6, 30, 800  # samples; frames that make a pause; decibels below the loudest; samples
-ENCODER_STEPS, STEPS, WARMUP = 500, 1000, 100
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.05, 3.0
-TEMPERATURE, LAYERS_WEIGHT = 0.1, 1.0
-SPEED, FORMANTS, PACE = 0.25, 0.2, 0.1  # largest change: factor e^±SPEED, e^±FORMANTS, 1 ± PACE
+ENCODER_STEPS, STEPS, WARMUP = 400, 500, 80
+LEARNING_RATE, WEIGHT_DECAY, CLIP, TEMPERATURE = 1e-3, 0.05, 3.0, 0.1
+SPEED, FORMANTS = 0.22, 0.18  # largest change: factor e^±SPEED, e^±FORMANTS
 TONE, LOUDEST_NOISE, SOFTEST_NOISE = 0.6, 0.1, 0.001  # nepers (standard deviation); noise relative to the sound
 EDGE = 0.06  # of a piece, left out at its ends
 NUM_POINTS, HOP, QUEFRENCIES = 512, 128, 25  # of the Fourier transforms; those that make the spectrum's envelope
 FRAMES_PER_HOP = 2  # log_mel's frames for one of the encoder's
 
 
-class Pieces:
-    """Pieces of one package's clips: what is said between two pauses, or a span of that if it is long."""
+class Clips:
+    """Clips by package, and random pieces of them."""
 
     def __init__(self, folder: Path, rng: np.random.Generator) -> None:
-        self.rng, self.pieces = rng, {}
+        self.rng, self.clips = rng, {}
         for path in sorted(folder.glob("*.flac")):
             clip = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
-            self.pieces.setdefault(path.stem.split("-")[0], []).extend(split(clip))
-        self.packages = list(self.pieces)
-        self.sizes = {package: np.array([len(each) for each in pieces]) for package, pieces in self.pieces.items()}
+            self.clips.setdefault(path.stem.split("-")[0], []).append(clip)
+        self.packages = list(self.clips)
 
-    def draw(self, seconds: float, package: str, count: int = BATCH) -> Tensor:
-        """Return pieces, (B, L): most of them whole, a little shorter than L, with silence behind."""
-        size, sizes = int(seconds * SAMPLE_RATE), self.sizes[package]
-        weights = np.where(sizes > size, 1 - WHOLE, WHOLE) * (sizes > FILLED * size)
-        chosen = self.rng.choice(len(sizes), count, p=weights / weights.sum(), replace=False)
-        return torch.stack([self.cut(self.pieces[package][number], size) for number in chosen])
+    def draw(self, seconds: float, package: str, count: int) -> Tensor:
+        """Return pieces, (B, L); longer clips are likelier, and quiet places are left out."""
+        size = int(seconds * SAMPLE_RATE)
+        clips = [clip for clip in self.clips[package] if len(clip) >= size]
+        weights = np.array([min(len(clip), 4 * SAMPLE_RATE) for clip in clips]) ** 0.7
+        chosen = self.rng.choice(len(clips), count, p=weights / weights.sum(), replace=False)
+        return torch.stack([self.cut(clips[number], size) for number in chosen])
 
-    def cut(self, piece: Tensor, size: int) -> Tensor:
-        start = int(self.rng.integers(max(len(piece) - size, 0) + 1))
-        piece = piece[start : start + size]
-        return pad(piece, (0, size - len(piece)))
-
-
-def split(clip: Tensor) -> list[Tensor]:
-    """Split a clip at its pauses, of which a piece keeps a little at each end."""
-    frames = clip[: len(clip) // FRAME * FRAME].reshape(-1, FRAME)
-    loudness = frames.square().mean(dim=1)
-    loud = (loudness > loudness.max() * 10 ** (-QUIET / 10)).nonzero()[:, 0]
-    ends = ((loud[1:] - loud[:-1]) > PAUSE).nonzero()[:, 0].tolist()
-    firsts, lasts = [0, *(end + 1 for end in ends)], [*ends, len(loud) - 1]
-    spans = [(int(loud[i]) * FRAME, int(loud[j] + 1) * FRAME) for i, j in zip(firsts, lasts, strict=True)]
-    return [clip[max(start - MARGIN, 0) : end + MARGIN] for start, end in spans]
+    def cut(self, clip: Tensor, size: int) -> Tensor:
+        for _ in range(10):
+            start = int(self.rng.integers(len(clip) - size + 1))
+            piece = clip[start : start + size]
+            if piece.std() > 0.4 * clip.std():
+                break
+        return piece
 
 
 def perturb(pieces_BL: Tensor, speed: float) -> Tensor:
     """Return the same sounds as another voice would say them in another room; all at one speed."""
     count, size = pieces_BL.shape
-    # Speed and pitch: resampled, at a pace that changes on the way, from a random start.
+    # Speed and pitch: resampled, from a random start.
     kept = int(size * (1 - EDGE))
-    place_L = torch.linspace(0, 1, int(kept / speed))
-    pace_B1 = PACE * (2 * torch.rand(count, 1) - 1)
-    place_BL = (place_L + pace_B1 * place_L * (1 - place_L)) * (kept - 2) + torch.randint(size - kept, (count, 1))
+    place_L = torch.arange(int((kept - 2) / speed)) * speed
+    place_BL = place_L + torch.randint(size - kept, (count, 1))
     before_BL = place_BL.long()
     part_BL = place_BL - before_BL
     sound_BL = pieces_BL.gather(1, before_BL) * (1 - part_BL) + pieces_BL.gather(1, before_BL + 1) * part_BL
@@ -153,15 +141,14 @@ def convolutions(teacher: Data2Vec2) -> list[nn.Parameter]:
     return [*encoder.local_encoder.parameters(), *encoder.project_features.parameters()]
 
 
-def train_encoder(teacher: Data2Vec2, pieces: Pieces) -> None:
+def train_encoder(teacher: Data2Vec2, clips: Clips) -> None:
     """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the convolutions' outputs."""
     head, start = nn.Linear(CONFIG.embed_dim, 128), time.time()
     optimizer = torch.optim.AdamW([*convolutions(teacher), *head.parameters()], weight_decay=WEIGHT_DECAY)
     statistics = None
     for step in range(ENCODER_STEPS):
-        speed = any_speed(pieces.rng)
-        each = [pieces.draw(0.8, package, BATCH // 12) for package in pieces.packages]
-        sound_BL = perturb(torch.cat(each), speed)
+        pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
+        sound_BL = perturb(pieces_BL, any_speed(clips.rng))
         target_BNM = log_mel(teacher.encoder.prepare(sound_BL))[:, ::FRAMES_PER_HOP]
         if statistics is None:
             statistics = target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)
@@ -178,7 +165,7 @@ def train_encoder(teacher: Data2Vec2, pieces: Pieces) -> None:
 def embed(teacher: Data2Vec2, sound_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means over time of the output and of the layers' mean, (B, D) each."""
     with torch.autocast("cpu", torch.bfloat16):
-        output_BTD, layers = teacher.forward_blocks(teacher.encoder.encode_with_gradient(sound_BL))
+        output_BTD, layers = teacher.forward_blocks(teacher.encoder(sound_BL))
     return output_BTD.float().mean(dim=1), norm_mean(layers, 0, "layer", final_layer_norm=False).mean(dim=1)
 
 
@@ -189,20 +176,21 @@ def contrast(one_BD: Tensor, other_BD: Tensor) -> Tensor:
     return (cross_entropy(similarity_BB, own_B) + cross_entropy(similarity_BB.T, own_B)) / 2
 
 
-def train_blocks(teacher: Data2Vec2, pieces: Pieces, out: Path) -> None:
-    parameters = [each for each in teacher.parameters() if each.requires_grad]
-    decayed = [each for each in parameters if each.ndim in (2, 3)]
-    others = [each for each in parameters if each.ndim not in (2, 3)]
+def train_blocks(teacher: Data2Vec2, clips: Clips, out: Path) -> None:
+    """Learn embeddings by which a piece is found among others of its voice, after another change."""
+    parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale]
+    decayed = [each for each in parameters if each.ndim == 2]
+    others = [each for each in parameters if each.ndim != 2]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer, start = torch.optim.AdamW(groups, betas=(0.9, 0.98)), time.time()
     for step in range(STEPS):
-        package = pieces.packages[pieces.rng.integers(len(pieces.packages))]
-        drawn_BL = pieces.draw(pieces.rng.uniform(SHORTEST, LONGEST), package)
-        one, other = (embed(teacher, perturb(drawn_BL, any_speed(pieces.rng))) for _ in range(2))
-        loss = contrast(one[0], other[0]) + LAYERS_WEIGHT * contrast(one[1], other[1])
+        package = clips.packages[clips.rng.integers(len(clips.packages))]
+        pieces_BL = clips.draw(clips.rng.uniform(SHORTEST, LONGEST), package, BATCH)
+        views = [embed(teacher, perturb(pieces_BL, any_speed(clips.rng))) for _ in range(2)]
+        loss = sum(contrast(one_BD, other_BD) for one_BD, other_BD in zip(*views, strict=True))
         take_step(optimizer, loss, step, STEPS)
         report("blocks", step, loss, start)
-        if step % 100 == 99 or step == STEPS - 1:
+        if step % 50 == 49 or step == STEPS - 1:
             save(teacher, out)
 
 
@@ -224,13 +212,13 @@ def main() -> None:
         "dtype": "float16",
         "licence": "CC BY-SA 3.0, as the speech that it was trained on",
     }
-    teacher, pieces = Data2Vec2(CONFIG, provenance), Pieces(arguments.clips, np.random.default_rng(17))
+    teacher, clips = Data2Vec2(CONFIG, provenance), Clips(arguments.clips, np.random.default_rng(17))
     init_linear_layers(teacher.blocks)
     teacher.requires_grad_(True)
-    train_encoder(teacher, pieces)
-    for each in convolutions(teacher):
-        each.requires_grad_(False)
-    train_blocks(teacher, pieces, arguments.out)
+    train_encoder(teacher, clips)
+    teacher.encoder.requires_grad_(False)
+    teacher.encoder.alibi_scale.requires_grad_(True)
+    train_blocks(teacher, clips, arguments.out)
 
 
 if __name__ == "__main__":
