@@ -222,9 +222,9 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         datasets = build_labeled_sets(retrieval, modality_of(sizes))
     embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
     embeds = {name: model.in_precision(embed) for name, embed in embeds.items()}
-    if unknown := set(retrieval.baselines) - embeds.keys():
-        allowed = ", ".join(embeds.keys() - {"student"})
-        raise InputError(f"retrieval.baselines: this teacher's are {allowed}; got {', '.join(unknown)}")
+    if unknown := [name for name in retrieval.baselines if name not in embeds]:
+        allowed = ", ".join(name for name in embeds if name != "student")
+        raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

@@ -395,8 +395,9 @@ def train_batches(
 
     ranks = dist.get_world_size()
     sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
-    options = worker_options(num_workers, prefetch_factor) | {"collate_fn": _choose_collate(dataset.labeled)}
-    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, drop_last=True, **options)
+    options = {"drop_last": True, **worker_options(num_workers, prefetch_factor)}
+    collate_fn = _choose_collate(dataset.labeled)
+    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_fn, **options)
 
 
 def _choose_collate(labeled: LabeledSamples) -> Callable[[Any], list[Tensor]] | None:
@@ -457,5 +458,5 @@ def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))
-    options = {"pin_memory": torch.cuda.is_available(), "collate_fn": _choose_collate(labeled)}
-    return DataLoader(dataset, batch_size, sampler=dist.get_sampler(dataset), **options)
+    sampler, collate_fn, pins = dist.get_sampler(dataset), _choose_collate(labeled), torch.cuda.is_available()
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, pin_memory=pins)

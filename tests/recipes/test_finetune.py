@@ -164,7 +164,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
     test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
     with torch.no_grad():
-        logits = model(model.encoder.prepare(test.images))
+        logits = model(model.encoder.prepare(test.samples))
         student, teacher = load_any(finetuned / "latest-rank0.pt")
         _, named = load_any(finetuned / "latest-rank0.pt", teacher_path=str(GOLDEN / "tiny_base.pt"))
     assert student is not None

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,25 @@ from helpers import GOLDEN, ROOT, failure, run_command, write_words
 class Halved:
     """An augmentation that keeps half of a clip."""
 
-    sample_bytes = 4000
+    sample_bytes, longest = 4000, None
 
     def __call__(self, sample: Tensor, rng: object, source: str = "clip") -> Tensor:
         return sample[: len(sample) // 2]
 
 
 def test_batches_have_lengths_only_if_clips_are_padded() -> None:
+    batches: Any
     clips = [torch.full((size,), float(size)) for size in (1000, 900, 800, 800)]
     labeled = LabeledSamples(clips, torch.arange(4))
-    (inputs, labels, lengths), (equal, others) = eval_batches(labeled, 2)
+    batches = eval_batches(labeled, 2)
+    (inputs, labels, lengths), (equal, others) = batches
     assert (inputs.shape, lengths.tolist(), labels.tolist()) == ((2, 1000), [1000, 900], [0, 1])
     assert torch.equal(inputs[1, :900], clips[1])
     assert not inputs[1, 900:].any()
     assert torch.equal(equal, torch.stack(clips[2:]))
     assert others.tolist() == [2, 3]
-    ((inputs, labels, lengths),) = train_batches(AugmentedSamples(labeled, Augmentation(Halved(), 0)), 4, 0, 2)
+    batches = train_batches(AugmentedSamples(labeled, Augmentation(Halved(), 0)), 4, 0, 2)
+    ((inputs, labels, lengths),) = batches
     assert sorted(labels.tolist()) == [0, 1, 2, 3]
     assert lengths.tolist() == [[500, 450, 400, 400][label] for label in labels.tolist()]
     assert inputs.shape == (4, 500)
