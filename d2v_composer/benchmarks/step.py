@@ -161,7 +161,8 @@ def in_trainer(
 ) -> Callable[[int], Tensor]:
     """Return a function that trains for a number of steps in Composer's Trainer, on batches in the host's memory."""
     model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
-    batch = {model.teacher.encoder.config.modality: images.cpu().pin_memory() if images.is_cuda else images}
+    modality = model.teacher.encoder.config.modality
+    batch = {modality: images.cpu().pin_memory() if images.is_cuda else images}
     trainer = Trainer(
         model=model,
         train_dataloader=[batch] * steps,
@@ -169,7 +170,7 @@ def in_trainer(
         schedulers=build_scheduler(config, steps),
         algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
-        **build_trainer_arguments(config, RunRecord({}, None, ()), []),
+        **build_trainer_arguments(config, RunRecord({"data": {"modality": modality}}, None, ()), []),
     )
 
     def run(times: int) -> Tensor:
