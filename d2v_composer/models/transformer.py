@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,10 @@ class Transformer(nn.Module, ABC):
 
         Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
         """
-        all_poolings = [pooling for pooling in get_args(Pooling) if pooling != "cls" or self.has_cls_token]
         is_zero = self.normalization == "instance" and not self.final_layer_norm
-        of_layers = [pooling for pooling in all_poolings if pooling == "cls" or not is_zero]
-        return [*(f"output_{each}" for each in all_poolings), *(f"layer_mean_{each}" for each in of_layers)]
+        names = ["cls", "mean", "mean_patches"] if self.has_cls_token else ["mean", "mean_patches"]
+        of_layers = [name for name in names if name == "cls" or not is_zero]
+        return [*[f"output_{name}" for name in names], *[f"layer_mean_{name}" for name in of_layers]]
 
     @property
     def default_pooling(self) -> Pooling:

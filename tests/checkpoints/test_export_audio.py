@@ -31,7 +31,7 @@ def export(*arguments: str | Path) -> None:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student on an encoder with a block whose ALiBi has a learned scale; or also extra tokens, and heads without."""
     torch.manual_seed(0)
-    student = load_teacher(GOLDEN / f"{request.param}.pt", first_blocks=1).build_student(depth=2)
+    student = load_teacher(GOLDEN / f"{request.param}.pt", first_blocks=1).build_student(depth=2, normalization="layer")
     path = tmp_path_factory.mktemp("exported") / "student.safetensors"
     save_student(student, path)
     return path
