@@ -25,8 +25,10 @@ from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.index import fetch_index, read_index
+from d2v_composer.data.images import Images
+from d2v_composer.data.index import SUMMARY, fetch_index, read_index, read_lengths
 from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import Address, RunFolder
@@ -90,6 +92,7 @@ class Rehearsal:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
         self.shards: list[dict[str, Any]] = []
         self.num_labeled: list[int] = []
+        self.modality: Modality = Images(224)  # unless the teacher can be loaded, and says otherwise
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
@@ -134,6 +137,8 @@ class Rehearsal:
         if remote is not None:
             folder = Path(self.temporary.name)
             fetch_index(remote, folder)
+            if self.modality.has_lengths:
+                fetch_index(remote, folder, name=SUMMARY)
         self.shards = read_index(
             folder,
             loader.column or self.modality.name,
@@ -142,6 +147,8 @@ class Rehearsal:
             source=remote,
             shards_may_be_missing=remote is not None,
         )
+        if self.modality.has_lengths:
+            read_lengths(folder, count_samples(self.shards), remote)
         if remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
@@ -315,7 +322,7 @@ class Rehearsal:
             f"\nnodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
         )
         return (
-            f"pace          {pace:,.0f} images/s on {self.ranks} rank(s), "
+            f"pace          {pace:,.0f} {self.modality.unit}/s on {self.ranks} rank(s), "
             f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "

@@ -168,7 +168,7 @@ class Audio(Modality):
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
     batch_size = 16  # a minute each
-    stored_as: ClassVar = {}
+    stored_as: ClassVar = {"most_seconds": None}
     has_lengths = True
 
     @classmethod
@@ -181,11 +181,16 @@ class Audio(Modality):
 
     @classmethod
     def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
-        """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits."""
-        clip = decode_clip(stored, source, LONGEST)
+        """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits.
+
+        Of longer clips, only the first ``most_seconds`` are kept, unless it is ``None``.
+        """
+        whole = decode_clip(stored, source, LONGEST)
+        clip = whole[: round((options["most_seconds"] or LONGEST) * SAMPLE_RATE)]
         with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
-            if (file.samplerate, file.channels) != (SAMPLE_RATE, 1) or file.format == "MP3":
-                stored = encode_flac(clip)
+            is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
+        if not is_plain or len(clip) < len(whole):
+            stored = encode_flac(clip)
         return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}
 
     @classmethod
@@ -211,6 +216,18 @@ class Audio(Modality):
             "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
             "folder": "recordings",
         }
+
+    def choices(self, on_gpu: bool) -> dict[str, Any]:
+        return {
+            "global_train_batch_size": 64 if on_gpu else 32,
+            "device_eval_batch_size": 64 if on_gpu else 32,
+            "train_loader.crop_seconds": 15.6 if on_gpu else 2.0,
+            "train_loader.shuffle_block_size": 8192,
+            "retrieval.baselines": ["log_mel", "encoder", "teacher"],
+        }
+
+    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
+        return {"most_seconds": loader.crop_seconds if held_out else None}
 
     def augmentation(self, **options: Any) -> RandomCrop:
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))

@@ -290,6 +290,17 @@ class Images(Modality):
             "folder": "photos",
         }
 
+    def choices(self, on_gpu: bool) -> dict[str, Any]:
+        return {
+            "global_train_batch_size": 256 if on_gpu else 32,
+            "device_eval_batch_size": 256 if on_gpu else 64,
+            "train_loader.crop_scale": [0.35, 1.0],
+            "retrieval.baselines": ["pixels", "encoder", "teacher"],
+        }
+
+    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
+        return {"resize": max(height_and_width(self.image_size)) * 8 // 7}  # 256 for 224
+
     def augmentation(self, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)

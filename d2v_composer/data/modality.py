@@ -115,6 +115,14 @@ class Modality(ABC):
         ``prepared``, a batch's ``shape``, and a ``folder`` of them."""
 
     @abstractmethod
+    def choices(self, on_gpu: bool) -> dict[str, Any]:
+        """Return the settings of a run that ``d2v distill`` chooses for such samples, by dotted name."""
+
+    @abstractmethod
+    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
+        """Return the options of :meth:`encode` that keep what a run needs of samples, by its ``train_loader``."""
+
+    @abstractmethod
     def augmentation(self, **options: Any) -> Transform:
         """Return the training augmentation with these ``options``."""
 

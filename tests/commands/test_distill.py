@@ -25,6 +25,7 @@ from helpers import (
     GOLDEN,
     assert_same_student,
     d2v,
+    encoded_clip,
     encoded_image,
     has_trained,
     log_of,
@@ -121,6 +122,34 @@ def test_a_data_set_of_any_column_and_mode_is_converted(tmp_path: Path) -> None:
     assert len(images_of(out / "images" / "test") | images_of(out / "images" / "train")) == NUM_IMAGES
 
 
+def test_a_folder_of_sound_becomes_a_student(tmp_path: Path) -> None:
+    """The teacher says that the samples are sound; the held-out clips are cut as training cuts them."""
+    folder, out = tmp_path / "sounds", tmp_path / "run"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"{i}.flac").write_bytes(encoded_clip(i, 1000 + 30 * i))
+    (folder / "cover.jpg").write_bytes(encoded_image(0))
+    changes = [*SHORT, "train_loader.crop_seconds=0.2", "student.depth=2"]
+    with pytest.raises(InputError, match=f"^{folder}: expected at least 200 images, got 1$"):
+        distill.main(command(folder, out)[1:])
+    ended = d2v(*command(folder, out, *changes, teacher=GOLDEN / "audio_base.pt"))
+    assert ended.returncode == 0, ended.stderr
+    assert "chosen for 200 clips: " in ended.stdout
+    assert load_student(out / "student.safetensors").config.depth == 2
+    assert set(log_of(out)["metrics/held_out/log_mel/agreement@10"]) >= {0}
+    lengths = {
+        split: json.loads((out / "clips" / split / "conversion.json").read_bytes())["lengths"]
+        for split in ("test", "train")
+    }
+    assert (len(lengths["test"]), len(lengths["train"])) == (20, 180)
+    assert max(lengths["test"]) == 3200
+    assert max(lengths["train"]) > 6000
+    assert not (out / "images").exists()
+    distill.prepare(
+        Namespace(source=str(folder), column=None, teacher=str(GOLDEN / "audio_base.pt"), out=out, changes=[])
+    )
+
+
 def are_held_out_converted(out: Path) -> bool:
     return (out / "images" / "test" / "index.json").exists()
 
@@ -184,7 +213,7 @@ def test_other_bad_input_is_one_line(distilled: Path, photos: Path, tmp_path: Pa
         (command(photos, tmp_path / "run", "optimiser.lr=1"), "^optimiser: no such key; did you mean optimizer"),
         (command(photos, Path("/proc/run")), "^/proc/run/distill.yaml: cannot be written"),
         (command(photos, tmp_path / "run", "save_folder=here"), "^save_folder: use --out instead$"),
-        (command(photos, photos / "run"), "^.*/run: is inside the folder of images, "),
+        (command(photos, photos / "run"), "^.*/run: is inside the folder of samples, "),
         (command(tmp_path, distilled), r"was made by 'd2v distill .*photos\d+ --teacher .*; choose another --out"),
         (command(photos, foreign), f"^{foreign}: has a student.safetensors from another run"),
     ):
