@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
 from d2v_composer.data.index import SUMMARY, check_room, describe_data, fetch_index, read_index, read_lengths
-from d2v_composer.data.labeled import worker_options
+from d2v_composer.data.labeled import collate_labeled, worker_options
 from d2v_composer.data.modality import Modality, Transform
 from d2v_composer.data.streaming import (
     LabelColumn,
@@ -110,7 +110,7 @@ def build_train_loader(
     if lengths is not None:
         options["lengths"] = np.minimum(lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []
-        collate = partial(collate_clips, name=modality.name, sizes=sizes)
+        collate = partial(collate_clips, name=modality.name, sizes=sizes) if labels is None else collate_labeled
     with errors_of("train_loader", InputError):
         dataset = StreamingSamples(
             local=local,

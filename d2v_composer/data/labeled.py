@@ -405,11 +405,11 @@ def _choose_collate(labeled: LabeledSamples) -> Callable[[Any], list[Tensor]] | 
     return None if isinstance(labeled.samples, Tensor) else collate_labeled
 
 
-def collate_labeled(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
     """Return a batch of samples with labels: inputs, labels and, if some are padded, the lengths."""
     samples, labels = zip(*pairs, strict=True)
     inputs, *lengths = collate(samples)
-    return [inputs, torch.stack(labels), *lengths]
+    return [inputs, torch.tensor([int(label) for label in labels]), *lengths]
 
 
 def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:

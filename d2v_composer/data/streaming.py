@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
@@ -221,18 +222,14 @@ def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
     return sizes[np.unique(chosen)].tolist()
 
 
-def collate_clips(samples: Sequence[Any], name: str, sizes: Sequence[int]) -> Any:
-    """Return a batch of :class:`StreamingSamples`, with the lengths if some are padded: ``lengths``, or behind labels.
+def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Return a batch of :class:`StreamingSamples`, with ``lengths`` if some are padded.
 
     Args:
         samples: Its samples.
         name: Name of the clips' entry.
         sizes: As for :func:`~d2v_composer.data.modality.collate`.
     """
-    if isinstance(samples[0], tuple):
-        clips, labels = zip(*samples, strict=True)
-        inputs, *lengths = collate(clips, sizes)
-        return inputs, torch.tensor(labels), *lengths
     inputs, *lengths = collate([sample[name] for sample in samples], sizes)
     sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
     return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})
