@@ -2,19 +2,20 @@
 
     python yamls/quickstart_audio/train_teacher.py speech/all_clips teacher.safetensors
 
-1. The encoder's convolutions learn to tell the log-mel spectrogram, frame by frame, and are frozen.
-2. The rest learns to tell which two pieces of sound come from the same place in the same clip, although speed, pitch,
+1. The encoder's convolutions learn to tell the log-mel spectrogram, frame by frame. Then the encoder is frozen, its
+   positional convolutions still random: what is to be learned is left to the blocks.
+2. The blocks learn to tell which two pieces of sound come from the same place in the same clip, although speed, pitch,
    formants, tone and noise differ: what is left is what is said. All pieces of a batch come from one package, and thus
    from one voice, so that the voice does not help. The loss is InfoNCE on the mean over time of the last block's output
    and of the layers' mean, which a student regresses.
 
-A file's name up to the first "-" is its package; prepare.py leaves the judged words out. The model is written each
-hundred steps.
+A file's name up to the first "-" is its package; prepare.py leaves the judged words out.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
 
 from d2v_composer.checkpoints.student_file import write_model_file
+from d2v_composer.embedding import hash_weights
 from d2v_composer.models.attention import init_linear_layers
-from d2v_composer.models.audio import log_mel
+from d2v_composer.models.audio import NUM_MELS, AudioEncoder, log_mel
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.sizes import SAMPLE_RATE, Data2Vec2AudioConfig
 from d2v_composer.models.targets import norm_mean
@@ -117,49 +119,42 @@ def any_speed(rng: np.random.Generator) -> float:
     return math.exp(rng.uniform(-SPEED, SPEED))
 
 
-def learning_rate(step: int, steps: int) -> float:
-    return LEARNING_RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+def train(phase: str, optimizer: torch.optim.Optimizer, steps: int, compute_loss: Callable[[], Tensor]) -> None:
+    start = time.time()
+    for step in range(steps):
+        factor = min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * factor
+        loss = compute_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"{phase} {step}: loss {loss.item():.3f}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
-    optimizer.step()
-
-
-def report(phase: str, step: int, loss: Tensor, start: float) -> None:
-    if step % 50 == 0:
-        print(f"{phase} {step}: loss {loss.item():.3f}, {(time.time() - start) / 60:.1f} min", flush=True)
-
-
-def convolutions(teacher: Data2Vec2) -> list[nn.Parameter]:
-    """Return the parameters before the positional convolutions."""
-    encoder = teacher.encoder
-    return [*encoder.local_encoder.parameters(), *encoder.project_features.parameters()]
-
-
-def train_encoder(teacher: Data2Vec2, clips: Clips) -> None:
+def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
     """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the convolutions' outputs."""
-    head, start = nn.Linear(CONFIG.embed_dim, 128), time.time()
-    optimizer = torch.optim.AdamW([*convolutions(teacher), *head.parameters()], weight_decay=WEIGHT_DECAY)
-    statistics = None
-    for step in range(ENCODER_STEPS):
+    head, statistics = nn.Linear(CONFIG.embed_dim, NUM_MELS), []
+
+    def compute_loss() -> Tensor:
         pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
         sound_BL = perturb(pieces_BL, any_speed(clips.rng))
-        target_BNM = log_mel(teacher.encoder.prepare(sound_BL))[:, ::FRAMES_PER_HOP]
-        if statistics is None:
-            statistics = target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)
+        target_BNM = log_mel(encoder.prepare(sound_BL))[:, ::FRAMES_PER_HOP]
+        if not statistics:
+            statistics.extend([target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)])
         with torch.autocast("cpu", torch.bfloat16):
-            features_BND = teacher.encoder.local_features(sound_BL)
+            features_BND = encoder.local_features(sound_BL)
         prediction_BNM = head(features_BND.float())
         length = min(prediction_BNM.shape[1], target_BNM.shape[1])
         target_BNM = (target_BNM - statistics[0]) / statistics[1]
-        loss = mse_loss(prediction_BNM[:, :length], target_BNM[:, :length])
-        take_step(optimizer, loss, step, ENCODER_STEPS)
-        report("encoder", step, loss, start)
+        return mse_loss(prediction_BNM[:, :length], target_BNM[:, :length])
+
+    parts = (encoder.local_encoder, encoder.project_features, head)
+    parameters = [each for part in parts for each in part.parameters()]
+    train("encoder", torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY), ENCODER_STEPS, compute_loss)
+    encoder.requires_grad_(False)
 
 
 def embed(teacher: Data2Vec2, sound_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,28 +171,19 @@ def contrast(one_BD: Tensor, other_BD: Tensor) -> Tensor:
     return (cross_entropy(similarity_BB, own_B) + cross_entropy(similarity_BB.T, own_B)) / 2
 
 
-def train_blocks(teacher: Data2Vec2, clips: Clips, out: Path) -> None:
+def train_blocks(teacher: Data2Vec2, clips: Clips) -> None:
     """Learn embeddings by which a piece is found among others of its voice, after another change."""
-    parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale]
-    decayed = [each for each in parameters if each.ndim == 2]
-    others = [each for each in parameters if each.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer, start = torch.optim.AdamW(groups, betas=(0.9, 0.98)), time.time()
-    for step in range(STEPS):
+
+    def compute_loss() -> Tensor:
         package = clips.packages[clips.rng.integers(len(clips.packages))]
         pieces_BL = clips.draw(clips.rng.uniform(SHORTEST, LONGEST), package, BATCH)
-        views = [embed(teacher, perturb(pieces_BL, any_speed(clips.rng))) for _ in range(2)]
-        loss = sum(contrast(one_BD, other_BD) for one_BD, other_BD in zip(*views, strict=True))
-        take_step(optimizer, loss, step, STEPS)
-        report("blocks", step, loss, start)
-        if step % 50 == 49 or step == STEPS - 1:
-            save(teacher, out)
+        one, other = (embed(teacher, perturb(pieces_BL, any_speed(clips.rng))) for _ in range(2))
+        return contrast(one[0], other[0]) + contrast(one[1], other[1])
 
-
-def save(teacher: Data2Vec2, out: Path) -> None:
-    """Write what load_teacher reads, in float16."""
-    tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
-    write_model_file(out, "teacher", asdict(CONFIG), teacher.provenance, tensors)
+    parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale.requires_grad_()]
+    decayed, others = ([each for each in parameters if (each.ndim == 2) == matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    train("blocks", torch.optim.AdamW(groups, betas=(0.9, 0.98)), STEPS, compute_loss)
 
 
 def main() -> None:
@@ -206,19 +192,20 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(17)
+    teacher, clips = Data2Vec2(CONFIG), Clips(arguments.clips, np.random.default_rng(17))
+    init_linear_layers(teacher.blocks)
+    train_encoder(teacher.encoder.requires_grad_(), clips)
+    teacher.blocks.requires_grad_()
+    train_blocks(teacher, clips)
     provenance = {
         "source": "yamls/quickstart_audio/train_teacher.py",
+        "sha256": hash_weights(teacher),
         "weights": "model",
         "dtype": "float16",
         "licence": "CC BY-SA 3.0, as the speech that it was trained on",
     }
-    teacher, clips = Data2Vec2(CONFIG, provenance), Clips(arguments.clips, np.random.default_rng(17))
-    init_linear_layers(teacher.blocks)
-    teacher.requires_grad_(True)
-    train_encoder(teacher, clips)
-    teacher.encoder.requires_grad_(False)
-    teacher.encoder.alibi_scale.requires_grad_(True)
-    train_blocks(teacher, clips, arguments.out)
+    tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
+    write_model_file(arguments.out, "teacher", asdict(CONFIG), provenance, tensors)
 
 
 if __name__ == "__main__":
