@@ -170,8 +170,8 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     assert student is not None
     assert teacher is None
     assert named is not None
-    pooled = model.forward_head(model.forward_features(model.encoder.prepare(test.images)), pre_logits=True)
-    torch.testing.assert_close(student.embed(test.images), pooled.detach())
+    pooled = model.forward_head(model.forward_features(model.encoder.prepare(test.samples)), pre_logits=True)
+    torch.testing.assert_close(student.embed(test.samples), pooled.detach())
     accuracy = (logits.argmax(1) == test.labels).float().mean()
     assert read_jsonl(finetuned / "log.jsonl")["metrics/test/top1"][12] == pytest.approx(float(accuracy))
     with pytest.raises(ValueError, match="is a classifier file; expected a "):
