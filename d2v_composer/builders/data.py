@@ -107,7 +107,7 @@ def build_train_loader(
     check_memory(loader, batch_size, transform.sample_bytes)
     options = loader.model_dump(include=PASSED_ON)
     collate = None
-    if lengths is not None:
+    if lengths is not None and transform.longest is not None:
         options["lengths"] = np.minimum(lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []
         collate = partial(collate_clips, name=modality.name, sizes=sizes) if labels is None else collate_labeled

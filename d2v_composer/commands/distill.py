@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from d2v_composer.commands import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
@@ -156,8 +156,8 @@ def prepare(arguments: Namespace) -> None:
         print(f"all settings, including yours, are in {path}")
         config = read_settings(arguments, given, chosen)
         if config.teacher.image_size is not None:
-            size: dict[str, Any] = {"image_size": parse_image_size(config.teacher.image_size)}
-            modality = replace(modality, **size)
+            image_size = parse_image_size(config.teacher.image_size)
+            modality = replace(cast("Any", modality), image_size=image_size)
     write_settings(path, command, config)
     for split, part in hold_out(every, samples / f"{HELD_OUT}.json").items():
         if not (samples / split / INDEX).exists():
