@@ -60,10 +60,6 @@ class LabeledSamples(NamedTuple):
     labels: Tensor
     """(N,) int64."""
 
-    def chosen(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return some of the samples."""
-        return [self.samples[i] for i in indices]
-
 
 class LabeledSet(NamedTuple):
     """Two splits, each the bank for the other's queries; or only test images, without labels (all 0)."""

@@ -185,10 +185,8 @@ class LengthOrder(EpochOrder):
         window_size = max(1, self.shuffle_block_size // batch_size) * canonical.batch_size
         batches = []
         for begin in range(0, order.shape[1], window_size):
-            window, rng = (
-                order[:, begin : begin + window_size],
-                np.random.default_rng((self.shuffle_seed, epoch, begin)),
-            )
+            window = order[:, begin : begin + window_size]
+            rng = np.random.default_rng((self.shuffle_seed, epoch, begin))
             by_length = np.lexsort((rng.random(window.shape), self.lengths[window]))
             window = np.take_along_axis(window, by_length, axis=1).reshape(nodes, -1, canonical.batch_size)
             batches.append(rng.permutation(window, axis=1))
@@ -198,28 +196,13 @@ class LengthOrder(EpochOrder):
 
 
 def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
-    """Choose the lengths that batches are padded to: those that pad least if each sample takes the next larger.
+    """Return at most so many lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
 
-    Args:
-        lengths: (N,) the samples' lengths.
-        most: Number of sizes at most: a compiled model needs a graph for each.
-
-    Returns:
-        The sizes, ascending; the last is the longest sample's.
+    A compiled model needs a graph for each. The samples between two of them are equally long in all.
     """
-    sizes = np.unique(np.quantile(lengths, np.linspace(0, 1, 512), method="higher"))
-    below = np.searchsorted(np.sort(lengths), sizes, side="right")  # samples that fit
-    # By dynamic programming: with one more size, all samples up to sizes[j] end in least[j] values.
-    least, choices = sizes * below, []
-    for _ in range(most - 1):
-        total = least[:, None] + sizes * (below - below[:, None])
-        total[np.tril_indices(len(sizes), -1)] = np.iinfo(np.int64).max
-        choices.append(total.argmin(axis=0))
-        least = total.min(axis=0)
-    chosen = [len(sizes) - 1]
-    for choice in reversed(choices):
-        chosen.append(choice[chosen[-1]])
-    return sizes[np.unique(chosen)].tolist()
+    ascending = np.sort(lengths)
+    share = ascending.cumsum() / ascending.sum()
+    return np.unique(ascending[np.searchsorted(share, np.arange(1, most) / most).tolist() + [-1]]).tolist()
 
 
 def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -119,24 +119,6 @@ def test_without_shuffle_the_order_is_streamings() -> None:
     assert global_batches(order, 20, 1, 1).ravel().tolist() == list(range(500))
 
 
-@pytest.mark.parametrize("most", [1, 2, 5])
-def test_the_sizes_pad_least(most: int) -> None:
-    """Compared with all choices."""
-    from itertools import combinations
-
-    lengths = np.random.default_rng(3).integers(1, 13, 40)
-    candidates = np.unique(lengths)
-
-    def cost(sizes: list[int]) -> int:
-        return int(sum(min(size for size in sizes if size >= length) for length in lengths))
-
-    best = min(cost([*chosen, candidates[-1]]) for chosen in combinations(candidates[:-1], most - 1))
-    found = padded_sizes(lengths, most)
-    assert found == sorted(found)
-    assert len(found) <= most
-    assert cost(found) == best
-
-
 def test_collate_pads_to_a_size() -> None:
     samples = [torch.ones(3), torch.ones(5)]
     inputs, lengths = collate(samples, [4, 6, 9])
