@@ -84,9 +84,9 @@ class Clips:
         return piece
 
 
-def perturb(pieces_BL: Tensor, speed: float) -> Tensor:
+def perturb(pieces_BL: Tensor, rng: np.random.Generator) -> Tensor:
     """Return the same sounds as another voice would say them in another room; all at one speed."""
-    count, size = pieces_BL.shape
+    (count, size), speed = pieces_BL.shape, math.exp(rng.uniform(-SPEED, SPEED))
     # Speed and pitch: resampled, from a random start.
     kept = int(size * (1 - EDGE))
     place_L = torch.arange(int((kept - 2) / speed)) * speed
@@ -115,10 +115,6 @@ def perturb(pieces_BL: Tensor, speed: float) -> Tensor:
     return sound_BL + noise_B1 * sound_BL.std(dim=1, keepdim=True) * torch.randn_like(sound_BL)
 
 
-def any_speed(rng: np.random.Generator) -> float:
-    return math.exp(rng.uniform(-SPEED, SPEED))
-
-
 def train(phase: str, optimizer: torch.optim.Optimizer, steps: int, compute_loss: Callable[[], Tensor]) -> None:
     start = time.time()
     for step in range(steps):
@@ -140,28 +136,20 @@ def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
 
     def compute_loss() -> Tensor:
         pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
-        sound_BL = perturb(pieces_BL, any_speed(clips.rng))
+        sound_BL = perturb(pieces_BL, clips.rng)
         target_BNM = log_mel(encoder.prepare(sound_BL))[:, ::FRAMES_PER_HOP]
         if not statistics:
             statistics.extend([target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)])
         with torch.autocast("cpu", torch.bfloat16):
             features_BND = encoder.local_features(sound_BL)
         prediction_BNM = head(features_BND.float())
-        length = min(prediction_BNM.shape[1], target_BNM.shape[1])
         target_BNM = (target_BNM - statistics[0]) / statistics[1]
-        return mse_loss(prediction_BNM[:, :length], target_BNM[:, :length])
+        return mse_loss(prediction_BNM, target_BNM[:, : prediction_BNM.shape[1]])
 
     parts = (encoder.local_encoder, encoder.project_features, head)
     parameters = [each for part in parts for each in part.parameters()]
     train("encoder", torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY), ENCODER_STEPS, compute_loss)
     encoder.requires_grad_(False)
-
-
-def embed(teacher: Data2Vec2, sound_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means over time of the output and of the layers' mean, (B, D) each."""
-    with torch.autocast("cpu", torch.bfloat16):
-        output_BTD, layers = teacher.forward_blocks(teacher.encoder(sound_BL))
-    return output_BTD.float().mean(dim=1), norm_mean(layers, 0, "layer", final_layer_norm=False).mean(dim=1)
 
 
 def contrast(one_BD: Tensor, other_BD: Tensor) -> Tensor:
@@ -174,10 +162,15 @@ def contrast(one_BD: Tensor, other_BD: Tensor) -> Tensor:
 def train_blocks(teacher: Data2Vec2, clips: Clips) -> None:
     """Learn embeddings by which a piece is found among others of its voice, after another change."""
 
+    def embed(sound_BL: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            output_BTD, layers = teacher.forward_blocks(teacher.encoder(sound_BL))
+        return output_BTD.float().mean(dim=1), norm_mean(layers, 0, "layer", final_layer_norm=False).mean(dim=1)
+
     def compute_loss() -> Tensor:
         package = clips.packages[clips.rng.integers(len(clips.packages))]
         pieces_BL = clips.draw(clips.rng.uniform(SHORTEST, LONGEST), package, BATCH)
-        one, other = (embed(teacher, perturb(pieces_BL, any_speed(clips.rng))) for _ in range(2))
+        one, other = (embed(perturb(pieces_BL, clips.rng)) for _ in range(2))
         return contrast(one[0], other[0]) + contrast(one[1], other[1])
 
     parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale.requires_grad_()]
