@@ -241,7 +241,7 @@ def started_ranks(
     ranks: int,
     num_nodes: int = 1,
     environment: dict[str, str] | None = None,
-    folders: Sequence[Path] = (ROOT, ROOT),
+    folders: Sequence[Path] = (ROOT,) * 4,
 ) -> Iterator[list[Program]]:
     """Start a Python program on each rank, with the variables that Composer's launcher sets, and kill it afterwards.
 
