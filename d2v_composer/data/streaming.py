@@ -202,7 +202,8 @@ def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
     """
     ascending = np.sort(lengths)
     share = ascending.cumsum() / ascending.sum()
-    return np.unique(ascending[np.searchsorted(share, np.arange(1, most) / most).tolist() + [-1]]).tolist()
+    chosen = np.searchsorted(share, np.arange(1, most) / most)
+    return np.unique(np.append(ascending[chosen], ascending[-1])).tolist()
 
 
 def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
