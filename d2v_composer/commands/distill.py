@@ -213,7 +213,8 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
         "scheduler.t_warmup": "0.1dur",
         "retrieval.interval": f"{num_batches // 2}ba",
         "retrieval.at_start": True,
-        "retrieval.representation": "layer_mean",
+        # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
+        "retrieval.representation": "layer_mean" if teacher.final_layer_norm else "output",
         "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
         "callbacks": {"health": {"interval": "100ba"}, "lr_monitor": {}},
         "loggers": {"jsonl": {}},
