@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
         save_student(student, out)
-        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "IMAGES", "embeddings.npy")
+        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
         if head is None:
             print(write_model_card(student, arguments.source, out))
     else:
