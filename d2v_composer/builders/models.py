@@ -74,8 +74,8 @@ def build_augmentation(
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
             raise InputError(f"train_loader.{name}: the teacher takes {modality.unit}, which have none; got {value}")
-    transform = modality.augmentation(**loader.model_dump(include=set(modality.options)))
-    return Augmentation(modality.views(transform) if for_views else transform, seed)
+    options = loader.model_dump(include=set(modality.options))
+    return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:

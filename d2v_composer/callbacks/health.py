@@ -46,15 +46,9 @@ def effective_rank(embeddings_BD: Tensor) -> Tensor:
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the variance over a batch's inputs, a scalar: the mean of all channels and of tokens that two have."""
-    if padding_mask is None:
-        return x_BTD.var(dim=0).mean()
-    valid_BT1 = ~padding_mask[..., None]
-    count_T1 = valid_BT1.sum(dim=0)
-    mean_TD = (x_BTD * valid_BT1).sum(dim=0) / count_T1.clamp(min=1)
-    squares_TD = ((x_BTD - mean_TD).square() * valid_BT1).sum(dim=0)
-    variance_T = squares_TD.mean(dim=1) / (count_T1[:, 0] - 1).clamp(min=1)
-    return variance_T.sum() / (count_T1 > 1).sum()
+    """Return the variance over a batch's inputs, a scalar: the mean of all channels and of tokens that all have."""
+    mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
+    return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
 
 class Health(Callback):

@@ -61,8 +61,12 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     stored = {name: each for name, each in stored.items() if isinstance(name, str)}
-    with reading(path):
-        kind, prefix = _find_modality(stored)
+    prefixes = {f"modality_encoders.{name}.": kind for name, kind in MODALITIES.items()}
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), None)
+    if prefix is None:
+        what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"
+        raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{each}*' for each in prefixes)}")
+    kind = prefixes[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")
         if averaged is None:
@@ -87,21 +91,6 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": licence}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
-
-
-def _find_modality(stored: dict[str, Any]) -> tuple[type[Data2Vec2TeacherConfig], str]:
-    """Return the kind of model in a checkpoint, and what the names of its encoder's tensors start with.
-
-    Raises:
-        ValueError: There is none that is supported.
-    """
-    found = {name: f"modality_encoders.{name}." for name in MODALITIES}
-    for name, prefix in found.items():
-        if any(each.startswith(prefix) for each in stored):
-            return MODALITIES[name], prefix
-    allowed = " or ".join(f"{prefix}*" for prefix in found.values())
-    what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"
-    raise ValueError(f"{what}; use a pre-trained one with {allowed}")
 
 
 def _section(container: Any, name: str) -> dict[Any, Any] | None:

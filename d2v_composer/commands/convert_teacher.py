@@ -40,9 +40,10 @@ def main(argv: Sequence[str]) -> None:
     teacher, left = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
     config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
+    inputs = " x ".join(map(str, teacher.encoder.example(1).shape[1:]))
     print(
         f"data2vec 2.0 {config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
-        f"{config.prenet_depth} + {config.depth} blocks, {config.inputs}"
+        f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of {inputs} inputs"
     )
     for verb, names in (("used", list(teacher.state_dict())), ("left", left)):
         print(f"{verb} {len(names)} tensors")

@@ -19,9 +19,8 @@ import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from d2v_composer.commands import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
@@ -31,7 +30,6 @@ from d2v_composer.models.sizes import (
     TeacherConfig,
     TimmTeacherConfig,
     height_and_width,
-    parse_image_size,
 )
 from d2v_composer.system.addresses import STUDENT_FILE, hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import make_parser
@@ -155,13 +153,10 @@ def prepare(arguments: Namespace) -> None:
         print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
         print(f"all settings, including yours, are in {path}")
         config = read_settings(arguments, given, chosen)
-        if config.teacher.image_size is not None:
-            image_size = parse_image_size(config.teacher.image_size)
-            modality = replace(cast("Any", modality), image_size=image_size)
     write_settings(path, command, config)
     for split, part in hold_out(every, samples / f"{HELD_OUT}.json").items():
         if not (samples / split / INDEX).exists():
-            options = {"workers": os.cpu_count() or 1, **modality.kept(config.train_loader, split == "test")}
+            options = {"workers": os.cpu_count() or 1, **modality.kept(config, split == "test")}
             done = convert(part, samples / split, **options, skip_unreadable=True)
             found = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
             print(f"{samples / split}: {found}; see its {SUMMARY}")

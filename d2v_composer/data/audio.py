@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.audio import log_mel
-from d2v_composer.models.sizes import SAMPLE_RATE, EncoderConfig
+from d2v_composer.models.sizes import SAMPLE_RATE
 from d2v_composer.system.errors import UnreadableSampleError
 
 FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
@@ -168,12 +168,7 @@ class Audio(Modality):
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
     batch_size = 16  # a minute each
-    stored_as: ClassVar = {"most_seconds": None}
     has_lengths = True
-
-    @classmethod
-    def of(cls, config: EncoderConfig) -> "Audio":
-        return cls()
 
     def decode(self, stored: bytes, source: str) -> Tensor:
         """Decode a clip to (L,) float32; silence, which trains nothing, can be embedded."""
@@ -183,19 +178,15 @@ class Audio(Modality):
     def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits.
 
-        Of longer clips, only the first ``most_seconds`` are kept, unless it is ``None``.
+        Of longer clips, only the first ``most_seconds`` are kept.
         """
         whole = decode_clip(stored, source, LONGEST)
-        clip = whole[: round((options["most_seconds"] or LONGEST) * SAMPLE_RATE)]
+        clip = whole[: round((options.get("most_seconds", LONGEST)) * SAMPLE_RATE)]
         with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
             is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
         if not is_plain or len(clip) < len(whole):
             stored = encode_flac(clip)
         return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}
-
-    @classmethod
-    def shown(cls, side: int) -> "Audio":
-        return cls()
 
     def picture(self, sample: Tensor) -> Tensor:
         """Return a square log-mel spectrogram, high pitches on top, of what :meth:`sound` plays."""
@@ -214,7 +205,6 @@ class Audio(Modality):
             "each": "second of sound",
             "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
             "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
-            "folder": "recordings",
         }
 
     def choices(self, on_gpu: bool) -> dict[str, Any]:
@@ -226,15 +216,9 @@ class Audio(Modality):
             "retrieval.baselines": ["log_mel", "encoder", "teacher"],
         }
 
-    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
-        return {"most_seconds": loader.crop_seconds if held_out else None}
+    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
+        return {"most_seconds": config.train_loader.crop_seconds} if held_out else {}
 
-    def augmentation(self, **options: Any) -> RandomCrop:
-        return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE))
-
-    def views(self, augmentation: Any) -> RandomCrop:
-        """Halves: of a clip that a crop takes whole, both views would be the same."""
-        return augmentation._replace(most=0.5)
-
-    def stack(self, samples: Iterator[Tensor], count: int) -> list[Tensor]:
-        return list(samples)
+    def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomCrop:
+        # Views are halves: of a clip that a crop takes whole, both would be the same.
+        return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE), 0.5 if for_views else 1.0)

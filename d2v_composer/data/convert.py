@@ -320,7 +320,7 @@ def convert(
         shard_bytes: The approximate size of a shard.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
-            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again.
+            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of sound: ``most_seconds`` of a clip.
 
     Raises:
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
@@ -328,7 +328,6 @@ def convert(
     """
     out = str(out).rstrip("/")
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
-    options = {**source.modality.stored_as, **options}
     root = source.root if isinstance(source.root, str) else source.root.resolve()
     if source.load is None and work.is_relative_to(root):
         raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from d2v_composer.data.mds import IMAGES
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.sizes import ImageSize, height_and_width
+from d2v_composer.models.sizes import ImageSize, height_and_width, parse_image_size
 from d2v_composer.system.errors import UnreadableSampleError
 
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
@@ -77,7 +77,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None, quality: int) -> bytes:
+def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90) -> bytes:
     """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
 
     An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
@@ -251,7 +251,6 @@ class Images(Modality):
     encodings = tuple(IMAGES)
     options = frozenset({"crop_scale", "crop_ratio", "flip"})
     batch_size = 256
-    stored_as: ClassVar = {"resize": None, "quality": 90}
 
     @classmethod
     def of(cls, config: Any) -> "Images":
@@ -287,7 +286,6 @@ class Images(Modality):
                 *height_and_width(self.image_size)
             ),
             "shape": "(B, 3, any, any) uint8",
-            "folder": "photos",
         }
 
     def choices(self, on_gpu: bool) -> dict[str, Any]:
@@ -298,10 +296,11 @@ class Images(Modality):
             "retrieval.baselines": ["pixels", "encoder", "teacher"],
         }
 
-    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
-        return {"resize": max(height_and_width(self.image_size)) * 8 // 7}  # 256 for 224
+    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
+        image_size = parse_image_size(config.teacher.image_size or self.image_size)
+        return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224
 
-    def augmentation(self, **options: Any) -> RandomResizedCropFlip:
+    def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)
 

@@ -22,26 +22,19 @@ MOST_BYTES = 1 << 30  # of a file, which is read whole
 
 
 class Transform(Protocol):
-    """An augmentation of one sample.
-
-    Attributes:
-        sample_bytes: Size of the largest result.
-        longest: Its length; ``None`` if all results have one size.
-    """
+    """An augmentation of one sample, as it is stored or as :meth:`Modality.decode` returns it."""
 
     @property
-    def sample_bytes(self) -> int: ...
-
-    @property
-    def longest(self) -> int | None: ...
-
-    def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor:
-        """Augment a sample as it is stored, or as :meth:`Modality.decode` returns it.
-
-        Raises:
-            UnreadableSampleError: The sample cannot be decoded.
-        """
+    def sample_bytes(self) -> int:
+        """Size of the largest result."""
         ...
+
+    @property
+    def longest(self) -> int | None:
+        """Its length; ``None`` if all results have one size."""
+        ...
+
+    def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor: ...
 
 
 class Modality(ABC):
@@ -55,7 +48,6 @@ class Modality(ABC):
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         batch_size: Samples that ``d2v embed`` embeds at once.
-        stored_as: Options of :meth:`encode`, with their defaults.
         has_lengths: True if the samples of a converted data set have a ``length``, and its summary lists them.
     """
 
@@ -66,13 +58,17 @@ class Modality(ABC):
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
     batch_size: ClassVar[int]
-    stored_as: ClassVar[Mapping[str, Any]]
     has_lengths: ClassVar[bool] = False
 
     @classmethod
-    @abstractmethod
     def of(cls, config: EncoderConfig) -> Self:
         """Return the modality as an encoder takes it."""
+        return cls()
+
+    @classmethod
+    def shown(cls, side: int) -> Self:
+        """Return the modality with samples that are small enough to look at; images of this many pixels a side."""
+        return cls()
 
     @abstractmethod
     def decode(self, stored: Any, source: str) -> Tensor:
@@ -95,11 +91,6 @@ class Modality(ABC):
             UnreadableSampleError: It cannot be decoded.
         """
 
-    @classmethod
-    @abstractmethod
-    def shown(cls, side: int) -> Self:
-        """Return the modality with samples that are small enough to look at; images of this many pixels a side."""
-
     @abstractmethod
     def picture(self, sample: Tensor) -> Tensor:
         """Return a picture of a sample as matplotlib draws it: (height, width, 3) uint8, or (height, width) float."""
@@ -112,27 +103,23 @@ class Modality(ABC):
     def words(self) -> dict[str, str]:
         """Return what a model card says of samples and of models that take them: the hub's ``pipeline_tag`` and its
         ``tag``, the ``kind`` of model, ``one`` sample, ``each`` of what computation is counted for, how samples are
-        ``prepared``, a batch's ``shape``, and a ``folder`` of them."""
+        ``prepared``, and a batch's ``shape``."""
 
     @abstractmethod
     def choices(self, on_gpu: bool) -> dict[str, Any]:
         """Return the settings of a run that ``d2v distill`` chooses for such samples, by dotted name."""
 
     @abstractmethod
-    def kept(self, loader: Any, held_out: bool) -> dict[str, Any]:
-        """Return the options of :meth:`encode` that keep what a run needs of samples, by its ``train_loader``."""
+    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
+        """Return the options of :meth:`encode` that keep what a run with this config needs of samples."""
 
     @abstractmethod
-    def augmentation(self, **options: Any) -> Transform:
-        """Return the training augmentation with these ``options``."""
+    def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
+        """Return the training augmentation with these ``options``, or what makes views of a sample that differ."""
 
-    def views(self, augmentation: Any) -> Transform:
-        """Return how two views of one sample are made, to be found among others, with the training augmentation."""
-        return augmentation
-
-    @abstractmethod
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Return decoded samples in memory."""
+        return list(samples)
 
 
 class SampleFile(NamedTuple):

@@ -152,11 +152,6 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
         check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
 
     @property
-    def inputs(self) -> str:
-        """The inputs in words."""
-        return f"{self.image_size} px in patches of {self.patch_size}"
-
-    @property
     def has_cls_token(self) -> bool:
         """True if there are extra tokens. The first is CLS."""
         return self.num_extra_tokens > 0
@@ -211,12 +206,6 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
         check_flag("conv_pos_pre_ln", self.conv_pos_pre_ln)
         _ = self.convolutions  # parsed once
 
-    @property
-    def inputs(self) -> str:
-        """The inputs in words."""
-        hop = math.prod(stride for *_, stride in self.convolutions)
-        return f"a frame of {self.min_samples} samples each {hop}, at {SAMPLE_RATE} Hz"
-
     @cached_property
     def convolutions(self) -> list[tuple[int, int, int]]:
         """Channels, kernel and stride of each convolution."""
@@ -253,16 +242,13 @@ def parse_convolutions(spec: Any) -> list[tuple[int, int, int]]:
     def read(node: ast.AST) -> list[Any]:
         match node:
             case ast.BinOp(left=left, op=ast.Add(), right=right):
-                found = read(left) + read(right)
+                return read(left) + read(right)
             case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)):
-                found = read(left) * min(times, MAX_CONVOLUTIONS + 1)
+                # No longer than what is too long.
+                return (read(left) * min(times, MAX_CONVOLUTIONS + 1))[: MAX_CONVOLUTIONS + 1]
             case ast.List():
-                found = ast.literal_eval(node)
-            case _:
-                raise ValueError(node)
-        if len(found) > MAX_CONVOLUTIONS:
-            raise ValueError(len(found))
-        return found
+                return ast.literal_eval(node)
+        raise ValueError(node)
 
     try:
         if len(spec) > LONGEST_SPEC:

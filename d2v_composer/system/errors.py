@@ -23,7 +23,7 @@ class InputError(ValueError):
 
 
 class UnreadableSampleError(InputError):
-    """An image that is missing, corrupt or not an image; others may be readable."""
+    """A sample that is missing, corrupt or of another format; others may be readable."""
 
 
 class RunError(RuntimeError):
