@@ -52,7 +52,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0, name: str 
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
             if here is None or is_lasting(error) or is_local(error):
                 raise InputError(message) from error
-            log.warning("%s; using the %s in %s", message, name, local)
+            log.warning("%s; using the file in %s", message, local)
             fetched.write_bytes(here)
         with reading(address):
             json.loads(fetched.read_bytes())
