@@ -19,14 +19,14 @@ from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.builders.data import count_samples
+from d2v_composer.builders.data import count_samples, read_train_data
 from d2v_composer.builders.distillation import build_teacher, check_fit
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import SUMMARY, fetch_index, read_index, read_lengths
+from d2v_composer.data.index import INDEX, SUMMARY, fetch_index
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import read_jsonl
@@ -136,19 +136,9 @@ class Rehearsal:
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
             folder = Path(self.temporary.name)
-            fetch_index(remote, folder)
-            if self.modality.has_lengths:
-                fetch_index(remote, folder, name=SUMMARY)
-        self.shards = read_index(
-            folder,
-            loader.column or self.modality.name,
-            self.modality,
-            option="train_loader.column",
-            source=remote,
-            shards_may_be_missing=remote is not None,
-        )
-        if self.modality.has_lengths:
-            read_lengths(folder, count_samples(self.shards), remote)
+            for name in (INDEX, SUMMARY) if self.modality.has_lengths else (INDEX,):
+                fetch_index(remote, folder, name=name)
+        self.shards, _ = read_train_data(loader, folder, self.modality)
         if remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
             names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from composer.utils import dist
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
-from d2v_composer.data.index import SUMMARY, check_room, describe_data, fetch_index, read_index, read_lengths
+from d2v_composer.data.index import INDEX, SUMMARY, check_room, describe_data, fetch_index, read_index, read_lengths
 from d2v_composer.data.labeled import collate_labeled, worker_options
 from d2v_composer.data.modality import Modality, Transform
 from d2v_composer.data.streaming import (
@@ -33,13 +33,8 @@ INDEX_SECONDS = 60.0
 PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
 
 
-class TrainData(NamedTuple):
-    """What is known of the training samples before any is read."""
-
-    shards: list[dict[str, Any]]
-    """The index's."""
-    lengths: NDArray[np.int64] | None
-    """Length of each sample, (N,); ``None`` if all have one size."""
+TrainData = tuple[list[dict[str, Any]], NDArray[np.int64] | None]
+"""The index's shards, and the length of each sample, (N,); ``None`` if all have one size."""
 
 
 def read_train_index(
@@ -53,19 +48,10 @@ def read_train_index(
     local = Path(loader.local)
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
-            fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
-            if modality.has_lengths:
-                fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS), SUMMARY)
+            for name in (INDEX, SUMMARY) if modality.has_lengths else (INDEX,):
+                fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS), name)
     with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        shards = read_index(
-            local,
-            loader.column or modality.name,
-            modality,
-            option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
-            other_columns=() if label_column is None else (label_column,),
-            shards_may_be_missing=loader.remote is not None,
-        )
-    lengths = read_lengths(local, count_samples(shards), loader.remote) if modality.has_lengths else None
+        shards, lengths = read_train_data(loader, local, modality, label_column)
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards, lengths)["sha256"]))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
@@ -74,7 +60,23 @@ def read_train_index(
         raise InputError(
             f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
-    return TrainData(shards, lengths)
+    return shards, lengths
+
+
+def read_train_data(
+    loader: TrainLoaderConfig, folder: Path, modality: Modality, label_column: str | None = None
+) -> TrainData:
+    """Read the index of the training samples, and the lengths, in a folder."""
+    shards = read_index(
+        folder,
+        loader.column or modality.name,
+        modality,
+        option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
+        source=loader.remote,
+        other_columns=() if label_column is None else (label_column,),
+        shards_may_be_missing=loader.remote is not None,
+    )
+    return shards, read_lengths(folder, count_samples(shards), loader.remote) if modality.has_lengths else None
 
 
 def count_samples(shards: list[dict[str, Any]]) -> int:

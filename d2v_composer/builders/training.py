@@ -21,7 +21,7 @@ from d2v_composer.callbacks.logging import ProgressLogger
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import LOG
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding
+from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.config.load import layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.data.modalities import modality_of
@@ -213,10 +213,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    primary = PrimaryEmbedding(retrieval.representation, retrieval.pooling).name
-    if primary not in (names := model.student.embedding_names):
-        asked = "retrieval.representation and retrieval.pooling"
-        raise InputError(f"{asked}: this student has no {primary}; it has {', '.join(names)}")
+    with errors_of("retrieval"):
+        primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
         datasets = build_labeled_sets(retrieval, modality_of(sizes))

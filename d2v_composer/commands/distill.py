@@ -51,12 +51,8 @@ def main(argv: Sequence[str]) -> None:
     """Choose settings, convert samples, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add(
-        "source",
-        type=absolute,
-        metavar="SOURCE",
-        help="a folder of images, sound or MDS shards, or the address of MDS shards: s3://, …",
-    )
+    sources = "a folder of images, sound or MDS shards, or the shards' address: s3://, …"
+    add("source", type=absolute, metavar="SOURCE", help=sources)
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")

@@ -69,11 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add(
-        "source",
-        metavar="SOURCE",
-        help="a folder of images, sound or MDS shards, or the address of MDS shards: s3://, …",
-    )
+    add("source", metavar="SOURCE", help="a folder of images, sound or MDS shards, or the shards' address: s3://, …")
     add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
@@ -94,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="float32",
         help="type of the stored numbers; default: float32",
     )
-    add("--batch-size", type=whole(1, 1 << 20), help="default: 256 images, or 16 clips")
+    add("--batch-size", type=whole(1, 1 << 20), help="default: 256 images, or 4 clips")
     add(
         "--workers",
         type=whole(0, 1024),

@@ -126,35 +126,31 @@ def encode_flac(clip: NDArray[np.float32]) -> bytes:
 class RandomCrop(NamedTuple):
     """The training augmentation of a clip: a random span of at most so many samples."""
 
-    num_samples: int
+    longest: int
     most: float = 1.0
     """Share of a clip that a crop may have."""
 
     @property
-    def longest(self) -> int:
-        return self.num_samples
-
-    @property
     def sample_bytes(self) -> int:
-        return 4 * self.num_samples
+        return 4 * self.longest
 
     def __call__(self, sample: bytes | Tensor, rng: np.random.Generator, source: str = "clip") -> Tensor:
         """Crop a clip: a file's bytes, of which only the span is decoded, or (L,) at 16 kHz.
 
         Returns:
-            (at most ``num_samples``,) float32 at 16 kHz.
+            (at most ``longest``,) float32 at 16 kHz.
 
         Raises:
             UnreadableSampleError: The file cannot be decoded.
         """
         if isinstance(sample, Tensor):
-            count = min(self.num_samples, max(round(self.most * len(sample)), FEWEST_SAMPLES))
+            count = min(self.longest, max(round(self.most * len(sample)), FEWEST_SAMPLES))
             start = int(rng.integers(max(len(sample) - count, 0) + 1))
             return sample[start : start + count]
         with decoding(sample, source, KIND), open_clip(sample, LONGEST) as file:
-            count = min(file.frames, math.ceil(self.num_samples * file.samplerate / SAMPLE_RATE))
+            count = min(file.frames, math.ceil(self.longest * file.samplerate / SAMPLE_RATE))
             clip = read_span(file, int(rng.integers(file.frames - count + 1)), count)
-            return torch.from_numpy(clip[: self.num_samples])
+            return torch.from_numpy(clip[: self.longest])
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class Audio(Modality):
     columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
-    batch_size = 16  # a minute each
+    batch_size = 4  # a minute each takes 2 GB
     has_lengths = True
 
     def decode(self, stored: bytes, source: str) -> Tensor:

@@ -141,15 +141,10 @@ def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:
 
 
 def read_lengths(folder: Path, num_samples: int, source: str | None = None) -> NDArray[np.int64]:
-    """Read the lengths of a data set's samples, (N,), from the summary of its conversion.
-
-    Args:
-        folder: The folder of ``conversion.json``.
-        num_samples: N, by the index.
-        source: The data set's name, for the error; default: the folder.
+    """Read the lengths of a data set's samples, (N,), from the summary of its conversion in a folder.
 
     Raises:
-        InputError: The summary is missing or corrupt, or has not all lengths.
+        InputError: The summary is missing or corrupt, or has not all lengths; ``source`` names the data set.
     """
     lengths, path = np.zeros(0, np.int64), folder / SUMMARY
     if path.is_file():

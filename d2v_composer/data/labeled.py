@@ -92,12 +92,12 @@ class LabeledSet(NamedTuple):
     def fingerprint(self) -> str:
         """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
-        Without labels it is by the mean pixel, a whole number.
+        Without labels it is by the mean pixel, a whole number, and by the lengths of clips.
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
             sizes, sums = ([getattr(each, kind)() for each in self.test.samples] for kind in ("numel", "sum"))
-            labels.append([round(float(sum(sums)) / sum(sizes))])
+            labels.append([round(float(sum(sums)) / sum(sizes)), *(sizes if len({*sizes}) > 1 else ())])
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     @classmethod
@@ -132,8 +132,8 @@ def load_labeled_set(
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: see
-            :func:`load_speech_commands`. Without labels only root/test is read, or the whole root if it has neither
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: its
+            archive, or what it unpacks to. Without labels only root/test is read, or the whole root if it has neither
             split.
         root: The folder.
         modality: What the samples are; default: images.
@@ -160,7 +160,7 @@ def load_labeled_set(
         whole = _load_cifar(format, root, download)
         labeled = whole if max_images is None else whole.at_most(max_images)
     elif format == "speech_commands":
-        labeled = load_speech_commands(root, modality, download, max_images)
+        labeled = _load_speech_commands(root, modality, download, max_images)
     elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
         labeled = LabeledSet.without_labels(_load_folder(alone, modality, max_images))
     elif format == "folder":
@@ -197,20 +197,11 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def load_speech_commands(root: Path, modality: Modality, download: bool, max_images: int | None) -> LabeledSet:
+def _load_speech_commands(root: Path, modality: Modality, download: bool, max_images: int | None) -> LabeledSet:
     """Load Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
 
     Test is what its testing_list.txt names, train what neither that nor its validation_list.txt names; the validation
-    clips and the background noise are not used.
-
-    Args:
-        root: The unpacked archive; or a folder with the archive as it is downloaded, which is read without unpacking.
-        modality: Decodes them.
-        download: Fetch the archive, 2.3 GiB, if it is missing; see :func:`~d2v_composer.system.fetch.cache_folder`.
-        max_images: Load at most this many clips of each split, evenly spaced.
-
-    Raises:
-        InputError: There is neither, or a file is corrupt.
+    clips and the background noise are not used. The archive, 2.3 GiB, is read without unpacking.
     """
     archive = root / file_name(SPEECH_COMMANDS)
     is_unpacked = (root / TEST_LIST).is_file()
@@ -246,14 +237,9 @@ def load_speech_commands(root: Path, modality: Modality, download: bool, max_ima
         splits = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in (train, test)]
         wanted = frozenset().union(*splits)
         clips = {path: modality.decode(read(), f"{root}: {path}") for path, read in members() if path in wanted}
-    loaded = [
-        LabeledSamples(
-            modality.stack((clips[path] for path in split), len(split)),
-            torch.tensor([names.index(path.split("/")[0]) for path in split]),
-        )
-        for split in splits
-    ]
-    return LabeledSet(loaded[0], loaded[1], tuple(names))
+    labels = [torch.tensor([names.index(path.split("/")[0]) for path in split]) for split in splits]
+    train, test = (modality.stack((clips[path] for path in split), len(split)) for split in splits)
+    return LabeledSet(LabeledSamples(train, labels[0]), LabeledSamples(test, labels[1]), tuple(names))
 
 
 def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:
@@ -392,13 +378,7 @@ def train_batches(
     ranks = dist.get_world_size()
     sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
     options = {"drop_last": True, **worker_options(num_workers, prefetch_factor)}
-    collate_fn = _choose_collate(dataset.labeled)
-    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_fn, **options)
-
-
-def _choose_collate(labeled: LabeledSamples) -> Callable[[Any], list[Tensor]] | None:
-    """Return what makes a batch; ``None``: torch's own, which is faster for samples of one size."""
-    return None if isinstance(labeled.samples, Tensor) else collate_labeled
+    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_labeled, **options)
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
@@ -454,5 +434,5 @@ def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))
-    sampler, collate_fn, pins = dist.get_sampler(dataset), _choose_collate(labeled), torch.cuda.is_available()
-    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, pin_memory=pins)
+    options = {"sampler": dist.get_sampler(dataset), "pin_memory": torch.cuda.is_available()}
+    return DataLoader(dataset, batch_size, collate_fn=collate_labeled, **options)

@@ -207,13 +207,7 @@ def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
 
 
 def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Return a batch of :class:`StreamingSamples`, with ``lengths`` if some are padded.
-
-    Args:
-        samples: Its samples.
-        name: Name of the clips' entry.
-        sizes: As for :func:`~d2v_composer.data.modality.collate`.
-    """
+    """Return a batch of :class:`StreamingSamples` called ``name``, with ``lengths`` if some are padded."""
     inputs, *lengths = collate([sample[name] for sample in samples], sizes)
     sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
     return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})

@@ -139,9 +139,7 @@ def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[st
             encoded[inputs] = encoder(filled, lengths), encoder.padding_mask(lengths, filled.shape[-1])
         return encoded[inputs]
 
-    def embed_with(
-        embed: Callable[[Tensor, Tensor | None], dict[str, Tensor]], inputs: Tensor, lengths: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def embed_with(embed: Callable[..., Any], inputs: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         return {name: each[: len(inputs)] for name, each in embed(*encode(inputs, lengths)).items()}
 
     return {

@@ -18,9 +18,6 @@ from d2v_composer.models.targets import instance_norm, mean_over_time
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
 FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, torch.finfo(torch.float32).eps
 
-# Length of a benchmark's clips.
-MEASURED_SECONDS = 5
-
 
 class AudioEncoder(Data2Vec2Encoder):
     """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
@@ -61,9 +58,9 @@ class AudioEncoder(Data2Vec2Encoder):
 
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Normalize each clip over its samples to mean 0 and variance 1; padding becomes 0."""
-        if inputs.ndim != 2 or not inputs.is_floating_point() or inputs.shape[1] < self.config.min_samples:
+        if inputs.ndim != 2 or not inputs.is_floating_point() or inputs.shape[1] < self.config.min_samples():
             raise ValueError(
-                f"waveforms must be (B, L) float in [-1, 1] of at least {self.config.min_samples} samples; got "
+                f"waveforms must be (B, L) float in [-1, 1] of at least {self.config.min_samples()} samples; got "
                 f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
             )
         if lengths is None:
@@ -77,8 +74,8 @@ class AudioEncoder(Data2Vec2Encoder):
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # never wait for a device
             shortest, longest = (int(each) for each in lengths.aminmax())
             num_samples = longest if num_samples is None else num_samples
-            if shortest < self.config.min_samples or longest > num_samples:
-                allowed = f"from {self.config.min_samples} to {num_samples} samples"
+            if shortest < self.config.min_samples() or longest > num_samples:
+                allowed = f"from {self.config.min_samples()} to {num_samples} samples"
                 raise ValueError(f"lengths must be {allowed}, got {shortest} to {longest}")
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
@@ -116,7 +113,6 @@ class AudioEncoder(Data2Vec2Encoder):
         return x_BND
 
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return T for a waveform; default for one second."""
         return self.config.num_extra_tokens + self.config.num_frames(SAMPLE_RATE if shape is None else shape[-1])
 
     def stem_macs(self, shape: Sequence[int] | None = None) -> int:
@@ -130,14 +126,14 @@ class AudioEncoder(Data2Vec2Encoder):
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
         # Two frames, because torch.export treats a size of one as constant.
-        return super().free_axes | {1: ("time", self.config.shortest(num_frames=2), 1 << 24)}
+        return super().free_axes | {1: ("time", self.config.min_samples(num_frames=2), 1 << 24)}
 
     def example(self, count: int) -> Tensor:
         """Return a second of silence for each clip."""
         return torch.zeros(count, SAMPLE_RATE)
 
     def noise(self, count: int) -> Tensor:
-        return 0.1 * torch.randn(count, MEASURED_SECONDS * SAMPLE_RATE)
+        return 0.1 * torch.randn(count, 5 * SAMPLE_RATE)
 
     def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the mean of the log-mel spectrogram over time, (B, M)."""

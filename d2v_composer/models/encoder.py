@@ -42,9 +42,6 @@ class Frozen(nn.Module):
 class Encoder(Frozen):
     """Inputs to tokens, then blocks. A subclass knows its modality, and all that follows needs not.
 
-    Inputs are images, (B, 3, S, S), or waveforms, (B, L) float32; see the subclass. Those of several lengths are
-    padded, and their lengths go with them.
-
     Attributes:
         alibi: The bias of its blocks, if they have one.
         alibi_scale: Learned factors of that bias.
@@ -137,7 +134,7 @@ class Encoder(Frozen):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Encode inputs.
+        """Encode inputs; those of several lengths are padded.
 
         Args:
             inputs: Images, (B, 3, S, S) float, already normalized; or uint8 of any size, resized (antialias) and

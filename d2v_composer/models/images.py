@@ -92,7 +92,9 @@ class ImageEncoder(Images, Data2Vec2Encoder):
         dim, patch = config.embed_dim, config.patch_size
         self.patch_weights = dim * config.in_chans * patch**2
         self.local_encoder = nn.ModuleDict({"proj": PatchProjection(config.in_chans, dim, patch, stride=patch)})
-        self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, config.num_patches, dim)})
+        self.fixed_positional_encoder = nn.ParameterDict(
+            {"positions": torch.zeros(1, math.prod(config.grid_size), dim)}
+        )
         self.add_blocks(config)
 
     def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -25,7 +25,6 @@ MAX_PATCHES = 1 << 14
 MAX_CONVOLUTIONS = 32
 LONGEST_SPEC = 1000  # characters
 
-IMAGE_PREPROCESSING = ("image_size", "image_mean", "image_std", "interpolation")
 SAMPLE_RATE = 16_000
 """Samples of a waveform in a second."""
 
@@ -66,18 +65,6 @@ def check_pixel_statistics(in_chans: int, image_mean: Any, image_std: Any) -> No
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """Return (height, width) in pixels."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def timm_preprocessing(config: Any) -> dict[str, Any]:
-    """Return what prepares images, in timm's words."""
-    return {
-        "input_size": (config.in_chans, *height_and_width(config.image_size)),
-        "fixed_input_size": True,
-        "interpolation": config.interpolation,
-        "crop_pct": 1.0,
-        "mean": config.image_mean,
-        "std": config.image_std,
-    }
 
 
 def parse_image_size(image_size: Any) -> ImageSize:
@@ -131,8 +118,34 @@ class Data2Vec2EncoderConfig:
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
 
 
+class ImageSizes:
+    """What follows from the sizes of any image encoder."""
+
+    modality = "image"
+    preprocessing = ("image_size", "image_mean", "image_std", "interpolation")
+
+    @property
+    def timm_preprocessing(self: Any) -> dict[str, Any]:
+        return {
+            "input_size": (self.in_chans, *height_and_width(self.image_size)),
+            "fixed_input_size": True,
+            "interpolation": self.interpolation,
+            "crop_pct": 1.0,
+            "mean": self.image_mean,
+            "std": self.image_std,
+        }
+
+    @property
+    def num_columns(self: Any) -> int:
+        return self.grid_size[1]
+
+    @property
+    def num_tokens(self: Any) -> int:
+        return self.num_extra_tokens + math.prod(self.grid_size)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig(Data2Vec2EncoderConfig):
+class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageSizes):
     """Sizes of a data2vec 2.0 image encoder."""
 
     image_size: int = 224
@@ -140,10 +153,8 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
     in_chans: int = 3
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    modality = "image"
     recipe = "yamls/distill.yaml"
     interpolation = "bicubic"
-    preprocessing = IMAGE_PREPROCESSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,20 +171,6 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig):
     def grid_size(self) -> tuple[int, int]:
         side = self.image_size // self.patch_size
         return side, side
-
-    timm_preprocessing = property(timm_preprocessing)
-
-    @property
-    def num_columns(self) -> int:
-        return self.grid_size[1]
-
-    @property
-    def num_patches(self) -> int:
-        return math.prod(self.grid_size)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_extra_tokens + self.num_patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +208,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
         """Channels, kernel and stride of each convolution."""
         return parse_convolutions(self.feature_encoder_spec)
 
-    @property
-    def min_samples(self) -> int:
-        """Number of samples of the shortest waveform, which gives one frame."""
-        return self.shortest(num_frames=1)
-
-    def shortest(self, num_frames: int) -> int:
+    def min_samples(self, num_frames: int = 1) -> int:
         """Return the number of samples of the shortest waveform that gives a number of frames."""
         samples = num_frames
         for _, kernel, stride in reversed(self.convolutions):
@@ -321,7 +313,7 @@ RELEASED: dict[str, Data2Vec2TeacherConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmEncoderConfig:
+class TimmEncoderConfig(ImageSizes):
     """Sizes of a timm ViT's encoder. The model's name gives all others.
 
     Raises:
@@ -348,8 +340,6 @@ class TimmEncoderConfig:
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""
     # The same for all, and thus not stored.
-    modality = "image"
-    preprocessing = IMAGE_PREPROCESSING
     is_normalized = False
     norm_eps = 1e-6
 
@@ -362,16 +352,6 @@ class TimmEncoderConfig:
     def prenet_depth(self) -> int:
         """:attr:`first_blocks`, under data2vec's name."""
         return self.first_blocks
-
-    timm_preprocessing = property(timm_preprocessing)
-
-    @property
-    def num_columns(self) -> int:
-        return self.grid_size[1]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_extra_tokens + math.prod(self.grid_size)
 
 
 @dataclass(frozen=True, kw_only=True)

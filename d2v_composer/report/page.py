@@ -4,9 +4,8 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import starmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jinja2
 import matplotlib as mpl
@@ -32,15 +31,6 @@ Clips = Sequence[Sequence[tuple[str, bytes]]]
 """Rows of labels and FLAC files."""
 
 
-class Plot(NamedTuple):
-    """A figure of the page."""
-
-    name: str
-    figure: Figure
-    clips: Clips = ()
-    """What is heard below it."""
-
-
 def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
@@ -51,7 +41,10 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         The written files, the page first.
     """
     found = {title: plots for title, plots in _sections(run) if plots}
-    sections = {title: [(name, _png(figure), clips) for name, figure, clips in plots] for title, plots in found.items()}
+    sections = {
+        title: [(name, _png(figure), *(clips or [()])) for name, figure, *clips in plots]
+        for title, plots in found.items()
+    }
     template = Path(__file__).with_name("page.html").read_text()
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
@@ -62,17 +55,17 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         base64=base64.b64encode,
         dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     )
-    files = {f"report/{name}.png": png for plots in sections.values() for name, png, _ in plots}
+    files = {f"report/{name}.png": png for plots in sections.values() for name, png, *_ in plots}
     (folder / "report").mkdir(exist_ok=True)
     for name, content in {**files, "report.html": page}.items():
         write_atomically(folder / name, content)
     return [folder / name for name in ("report.html", *files)]
 
 
-def _sections(run: Run) -> Iterator[tuple[str, list[Plot]]]:
-    """Yield each section's title and its plots."""
-    yield "Retrieval and probes", list(starmap(Plot, accuracy_plots(run)))
-    yield "Training", list(starmap(Plot, curves(run)))
+def _sections(run: Run) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    """Yield each section's title and its plots: name, figure and, if they can be heard, the clips in it."""
+    yield "Retrieval and probes", list(accuracy_plots(run))
+    yield "Training", list(curves(run))
     for name, labeled in run.datasets.items():
         found = run.neighbors.get(name, {})
         if (len(found.get("test", ())), len(found.get("train", ()))) != labeled.num_samples:
@@ -82,9 +75,9 @@ def _sections(run: Run) -> Iterator[tuple[str, list[Plot]]]:
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
         shown = [gallery(run.modality, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
-        galleries = [Plot(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
+        galleries = [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
         title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
-        yield title, [Plot(f"confusion_{name}", confusion), *galleries]
+        yield title, [(f"confusion_{name}", confusion), *galleries]
 
 
 def _png(figure: Figure) -> bytes:

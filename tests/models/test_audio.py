@@ -316,7 +316,7 @@ HOSTILE_SPECS = [
 def test_convolutions_are_parsed_and_never_evaluated(tmp_path: Path) -> None:
     for spec, expected in SPECS.items():
         assert parse_convolutions(spec) == expected
-    assert AudioEncoderConfig().min_samples == 400
+    assert AudioEncoderConfig().min_samples() == 400
     assert [AudioEncoderConfig().num_frames(each) for each in (400, 719, 720, 16_000, 160_000)] == [1, 1, 2, 49, 499]
     checkpoint = torch.load(BASE, weights_only=True)
     section = checkpoint["cfg"]["model"]["modalities"]["audio"]
