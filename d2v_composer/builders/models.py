@@ -7,12 +7,7 @@ import torch
 
 from d2v_composer.checkpoints.load import Models, load_any
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
-from d2v_composer.config.schema import (
-    EvaluateConfig,
-    LookupConfig,
-    ModelConfig,
-    ShardLoaderConfig,
-)
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality

@@ -25,12 +25,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_composer.commands import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import (
-    Data2Vec2Config,
-    TeacherConfig,
-    TimmTeacherConfig,
-    height_and_width,
-)
+from d2v_composer.models.sizes import Data2Vec2Config, TeacherConfig, TimmTeacherConfig, height_and_width
 from d2v_composer.system.addresses import STUDENT_FILE, hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, reading, writing

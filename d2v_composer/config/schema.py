@@ -11,28 +11,11 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from typing_extensions import Self
 
 from d2v_composer.models.execution import name_precision
-from d2v_composer.models.names import (
-    DATA2VEC2,
-    PREFIX,
-    Pooling,
-    PrecisionChoice,
-    Prediction,
-    Representation,
-    Weights,
-)
+from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Prediction, Representation, Weights
 from d2v_composer.models.sizes import parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.models.targets import Normalization

@@ -136,13 +136,7 @@ def _cifar10_images(folder: Path, split: str) -> SampleSource:
 
 
 def list_samples(source: str, column: str, cache: Path, modality: type[Modality]) -> SampleSource:
-    """List the samples of an MDS data set, without their labels.
-
-    Args:
-        source: Its folder, or its address in a store.
-        column: The column of samples.
-        cache: The folder for the shards of a store.
-        modality: What the samples are.
+    """List the samples of an MDS data set, without their labels; ``cache`` is for the shards of one in a store.
 
     Raises:
         InputError: The index cannot be read, or has no such column.
