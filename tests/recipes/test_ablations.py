@@ -174,4 +174,4 @@ def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
                 held = [value for result in results if name in result for value in result]
                 assert {*re.findall(r"-?[\d.]+", " ".join(cells))} <= {*held}, (named[1], name)
             checked.append(named[1])
-    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch"]
+    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch", "audio"]

@@ -3,7 +3,7 @@
     python yamls/ablations/audio/judge.py speech/long runs/ablations/audio/*/latest-rank0.pt
 
 SPEECH/1s, 2s, 5s and 10s hold the first seconds of the same clips. Prints CSV: for each run and length, with the 95 %
-interval over the clips,
+interval over the clips, in %,
 
 missed      the share of the target's variance over all frames and clips that the prediction misses, mean over clips
 agreement   the share of a clip's ten nearest others that student and teacher have in common (mean of the layers' means)
@@ -51,7 +51,7 @@ def main(speech: str, *checkpoints: str) -> None:
             files = sorted(Path(speech, f"{seconds}s").glob("*.flac"))
             clips = torch.stack([torch.from_numpy(decode_clip(path.read_bytes(), str(path))) for path in files])
             for measure, values in judge(student, teacher, clips).items():
-                interval = ",".join(f"{each:.4f}" for each in accuracy_interval(values))
+                interval = ",".join(f"{100 * each:.2f}" for each in accuracy_interval(values))
                 print(f"{Path(checkpoint).parent.name},{seconds},{measure},{interval}", flush=True)
 
 
