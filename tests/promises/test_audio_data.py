@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 
+from gated_store import GatedStore
 from helpers import (
     D2V,
     GOLDEN,
@@ -25,10 +26,12 @@ from helpers import (
     failure,
     family_of,
     losses_of,
+    run_command,
     run_training,
     start_python,
     started_ranks,
     traced,
+    train_command,
     train_until_killed,
     wait_until,
 )
@@ -204,3 +207,20 @@ def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
     dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
     originals = {path.read_bytes() for path in sounds.iterdir()}
     assert {dataset[i]["audio"] for i in range(len(dataset))} == originals
+
+
+def test_a_run_from_a_store(sounds: Path, uninterrupted: Path, object_store: GatedStore, tmp_path: Path) -> None:
+    """4, 6: converted to a store and trained from it, the losses of a folder; without the lengths, one line."""
+    address, reach = object_store.create_bucket("sound"), object_store.environment
+    source = [sounds, f"{address}/train", "--labels", "none", "--shard-size", "60kb"]
+    ended = d2v("convert-audio", *source, environment=reach)
+    assert ended.returncode == 0, ended.stderr
+    arguments = [f"train_loader.remote={address}/train"]
+    run_training(*small_audio_run(tmp_path / "run", tmp_path / "cache", *arguments), environment=reach)
+    assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), 14)
+    summary = object_store.objects("sound")["train/conversion.json"]
+    with object_store.replaced("sound", "train/conversion.json", summary.replace(b'"lengths"', b'"other"')):
+        command = train_command(small_audio_run(tmp_path / "again", tmp_path / "new", *arguments))
+        line = failure(run_command(*command, environment=reach), 2)
+    expected = f"expected the lengths of {NUM_CLIPS} samples in conversion.json, got 0"
+    assert line.endswith(f"{address}/train: {expected}; convert the data set with d2v convert-audio"), line
