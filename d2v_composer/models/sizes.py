@@ -108,6 +108,7 @@ class Data2Vec2EncoderConfig:
         # A strict load of the tensors finds all other wrong sizes.
         check_whole("num_heads", self.num_heads, 1, MAX_WIDTH)
         check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
+        check_whole("num_extra_tokens", self.num_extra_tokens, 0, MAX_PATCHES)
         check_whole("prenet_depth", self.prenet_depth, 0, MAX_DEPTH)
         check_number("norm_eps", self.norm_eps, math.ulp(0), 1e-2)
         if self.embed_dim % self.num_heads:
