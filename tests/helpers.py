@@ -387,3 +387,22 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+Record = dict[int, dict[int, str]]
+"""Batch → sample id → the sample's checksum."""
+
+
+def read_record(folder: Path) -> Record:
+    """Read the samples that were trained on; a batch that a resume repeated must be the same."""
+    record: Record = {}
+    for file in sorted((folder / "samples").iterdir()):
+        for line in file.read_text().splitlines():
+            batch, sample_id, checksum = line.split(" ")
+            assert record.setdefault(int(batch), {}).setdefault(int(sample_id), checksum) == checksum
+    return record
+
+
+def assert_succeed(programs: list[Program]) -> None:
+    for program in programs:
+        assert program.wait(120) == 0, program.stderr

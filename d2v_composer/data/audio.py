@@ -177,7 +177,7 @@ class Audio(Modality):
         Of longer clips, only the first ``most_seconds`` are kept.
         """
         whole = decode_clip(stored, source, LONGEST)
-        clip = whole[: round((options.get("most_seconds", LONGEST)) * SAMPLE_RATE)]
+        clip = whole[: round(options.get("most_seconds", LONGEST) * SAMPLE_RATE)]
         with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
             is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
         if not is_plain or len(clip) < len(whole):

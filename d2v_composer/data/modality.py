@@ -1,4 +1,4 @@
-"""What differs between images and sound before a batch: how a sample is stored, found, decoded, augmented and shown."""
+"""Find, decode, store, augment and show samples; a subclass of Modality does so for images or for sound."""
 
 import errno
 import os

@@ -166,7 +166,7 @@ class Encoder(Frozen):
 
 
 class Data2Vec2Encoder(Encoder):
-    """What data2vec 2.0's encoders share after the tokens: extra tokens, LayerNorm, blocks with ALiBi.
+    """Extra tokens, LayerNorm and blocks with ALiBi, which data2vec 2.0's encoders have in common.
 
     A subclass adds its own layers, then calls :meth:`add_blocks`.
     """

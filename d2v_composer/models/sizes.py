@@ -120,7 +120,7 @@ class Data2Vec2EncoderConfig:
 
 
 class ImageSizes:
-    """What follows from the sizes of any image encoder."""
+    """Derive the grid, the tokens and the preprocessing of any image encoder from its sizes."""
 
     modality = "image"
     preprocessing = ("image_size", "image_mean", "image_std", "interpolation")

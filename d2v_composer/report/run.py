@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """What the samples are, as a gallery shows them; older records say nothing: images."""
+        """The kind of samples, in a gallery's size; of a record without one, images."""
         return MODALITIES[self.record["data"].get("modality", "image")].shown(SHOWN_SIZE)
 
     @property

@@ -21,11 +21,13 @@ from helpers import (
     assert_gone,
     assert_same_losses,
     assert_same_student,
+    assert_succeed,
     d2v,
     encoded_clip,
     failure,
     family_of,
     losses_of,
+    read_record,
     run_command,
     run_training,
     start_python,
@@ -39,9 +41,6 @@ from programs.preloaded import Program
 
 NUM_CLIPS, BATCH_SIZE = 100, 16
 BATCHES_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
-
-Record = dict[int, dict[int, str]]
-"""Batch → sample id → the clip's checksum."""
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +104,6 @@ def recorded(
     command = traced(small_audio_run(folder / "run", data, *overrides))
     with started_ranks(*command, ranks=ranks, environment=variables) as programs:
         yield programs
-
-
-def assert_succeed(programs: list[Program]) -> None:
-    for program in programs:
-        assert program.wait(120) == 0, program.stderr
-
-
-def read_record(folder: Path) -> Record:
-    """Read the samples that were trained on; a batch that a resume repeated must be the same."""
-    record: Record = {}
-    for file in sorted((folder / "samples").iterdir()):
-        for line in file.read_text().splitlines():
-            batch, sample_id, checksum = line.split(" ")
-            assert record.setdefault(int(batch), {}).setdefault(int(sample_id), checksum) == checksum
-    return record
 
 
 def test_an_epoch_has_no_sample_twice_and_full_batches(uninterrupted: Path) -> None:

@@ -23,12 +23,15 @@ from helpers import (
     GOLDEN,
     NUM_IMAGES,
     QUICKSTART,
+    Record,
     assert_gone,
+    assert_succeed,
     d2v,
     encoded_image,
     failure,
     family_of,
     flip_bit,
+    read_record,
     run_command,
     small_run,
     start_python,
@@ -47,9 +50,6 @@ BATCHES_PER_EPOCH = NUM_IMAGES // BATCH_SIZE
 # Of 118 kB of shards and index, so that most shards are fetched again in every epoch.
 CACHE_LIMIT = 40_000
 NAMED = "images/shard.00007.mds"
-
-Record = dict[int, dict[int, str]]
-"""Batch → sample id → the pixels' checksum."""
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,6 @@ def from_store(*overrides: str) -> list[str]:
     return [f"train_loader.remote={REMOTE}", f"train_loader.cache_limit={CACHE_LIMIT}", *overrides]
 
 
-def read_record(folder: Path) -> Record:
-    """Read the samples that were trained on; a batch that a resume repeated must be the same."""
-    record: Record = {}
-    for file in sorted((folder / "samples").iterdir()):
-        for line in file.read_text().splitlines():
-            batch, sample_id, checksum = line.split(" ")
-            assert record.setdefault(int(batch), {}).setdefault(int(sample_id), checksum) == checksum
-    return record
-
-
 def assert_whole(record: Record) -> None:
     """Check that every epoch has each sample once, in full batches."""
     assert sorted(record) == list(range(2 * BATCHES_PER_EPOCH))
@@ -98,11 +88,6 @@ def assert_whole(record: Record) -> None:
     for first in (0, BATCHES_PER_EPOCH):
         ids = Counter(i for batch in range(first, first + BATCHES_PER_EPOCH) for i in record[batch])
         assert ids == Counter(range(NUM_IMAGES))
-
-
-def assert_succeed(programs: list[Program]) -> None:
-    for program in programs:
-        assert program.wait(120) == 0, program.stderr
 
 
 @pytest.fixture(scope="module")
