@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from d2v_composer.system.errors import InputError, writing
+from d2v_composer.system.errors import InputError, reading, writing
 
 # NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -45,6 +45,19 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {existing}: {error.strerror}") from error
+
+
+def check_owned(folder: Path, mark: str, key: str) -> None:
+    """Check that a folder is missing, empty, or ours: its first user of this package left the file ``mark`` there.
+
+    Raises:
+        InputError: It holds other files, which are not mixed with ours.
+    """
+    with reading(folder):
+        if os.path.lexists(folder / mark) or not os.path.lexists(folder):
+            return
+        if (other := next(folder.iterdir(), None)) is not None:
+            raise InputError(f"{key}: {folder} holds files that are not ours, such as {other.name}; choose another folder")
 
 
 @contextmanager
