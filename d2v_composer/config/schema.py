@@ -324,8 +324,8 @@ class LabeledSetConfig(Section):
     """``cifar10``, ``cifar100``, ``folder``, ``mds`` or ``speech_commands``."""
     root: LocalFolder
     """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: a folder with
-    speech_commands_v0.02.tar.gz, which is read as it is, or what it unpacks to; its validation clips are not used."""
+    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: what
+    speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
     download: bool = False
     """Download CIFAR or Speech Commands if it is missing."""
     column: Text | None = None

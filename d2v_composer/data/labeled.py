@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +18,6 @@ from typing_extensions import override
 from d2v_composer.data.images import Images
 from d2v_composer.data.index import SUMMARY, read_index
 from d2v_composer.data.modality import (
-    MOST_BYTES,
     Modality,
     Transform,
     collate,
@@ -31,7 +28,6 @@ from d2v_composer.data.modality import (
 )
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.sizes import ImageSize
-from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import fetch
 from d2v_composer.system.processes import die_with_parent
@@ -132,9 +128,8 @@ def load_labeled_set(
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: its
-            archive, or what it unpacks to. Without labels only root/test is read, or the whole root if it has neither
-            split.
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: what
+            its archive unpacks to. Without labels only root/test is read, or the whole root if it has neither split.
         root: The folder.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
@@ -201,45 +196,29 @@ def _load_speech_commands(root: Path, modality: Modality, download: bool, max_im
     """Load Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
 
     Test is what its testing_list.txt names, train what neither that nor its validation_list.txt names; the validation
-    clips and the background noise are not used. The archive, 2.3 GiB, is read without unpacking.
+    clips and the background noise are not used.
     """
-    archive = root / file_name(SPEECH_COMMANDS)
-    is_unpacked = (root / TEST_LIST).is_file()
-    if not is_unpacked and not archive.exists():
-        if not download:
-            layout = f"{archive.name}, or what it unpacks to: {TEST_LIST}, {VALIDATION_LIST} and WORD/*.wav"
-            raise InputError(f"{root}: expected {layout}; or set download: true to fetch it")
-        archive = fetch(SPEECH_COMMANDS)
-
-    def members() -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """Yield each file's path, and how to read it then."""
-        if is_unpacked:
-            for path in root.rglob("*.*"):
-                yield path.relative_to(root).as_posix(), partial(read_sample_file, path)
-            return
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                if (file := tar.extractfile(member)) is not None:
-                    yield member.name.removeprefix("./"), partial(file.read, MOST_BYTES)
-
-    with reading(root if is_unpacked else archive):
-        lists, paths = {TEST_LIST: set[str](), VALIDATION_LIST: set[str]()}, list[str]()
-        for path, read in members():
-            if path in lists:
-                lists[path] = set(read().decode().split())
-            elif re.fullmatch(r"[a-z]+/[^/]+\.wav", path):  # not _background_noise_/…
-                paths.append(path)
-        names = sorted({path.split("/")[0] for path in paths})
-        test = sorted(lists[TEST_LIST].intersection(paths))
-        train = sorted(set(paths) - lists[TEST_LIST] - lists[VALIDATION_LIST])
-        if not test or not train:
-            raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(paths)} clips")
-        splits = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in (train, test)]
-        wanted = frozenset().union(*splits)
-        clips = {path: modality.decode(read(), f"{root}: {path}") for path, read in members() if path in wanted}
-    labels = [torch.tensor([names.index(path.split("/")[0]) for path in split]) for split in splits]
-    train, test = (modality.stack((clips[path] for path in split), len(split)) for split in splits)
-    return LabeledSet(LabeledSamples(train, labels[0]), LabeledSamples(test, labels[1]), tuple(names))
+    with reading(root):
+        if download:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".download.lock"):
+                if not (root / TEST_LIST).exists():
+                    with tarfile.open(fetch(SPEECH_COMMANDS)) as tar:
+                        # The list comes last: it says that all clips are there.
+                        tar.extractall(root, sorted(tar, key=lambda member: TEST_LIST in member.name), filter="data")
+        elif not (root / TEST_LIST).exists():
+            raise InputError(f"{root}: no {TEST_LIST}; set download: true, or unpack {SPEECH_COMMANDS} there")
+        paths = sorted(root.glob("[a-z]*/*.wav"))  # not _background_noise_/…
+        test, validation = (
+            {root / path for path in (root / name).read_text().split()} for name in (TEST_LIST, VALIDATION_LIST)
+        )
+    splits = [path for path in paths if path not in test | validation], [path for path in paths if path in test]
+    if not all(splits):
+        raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(paths)} clips")
+    names = sorted({path.parent.name for path in paths})
+    chosen = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in splits]
+    files = ([(path, names.index(path.parent.name)) for path in split] for split in chosen)
+    return LabeledSet(*(_read_files(split, modality) for split in files), tuple(names))
 
 
 def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:

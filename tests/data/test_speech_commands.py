@@ -1,4 +1,4 @@
-"""Speech Commands: its archive, unpacked or as it is downloaded, by its own lists."""
+"""Speech Commands: its archive, unpacked or downloaded, by its own lists."""
 
 import io
 import tarfile
@@ -42,28 +42,21 @@ def unpacked(files: dict[str, bytes], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def archived(files: dict[str, bytes], tmp_path: Path) -> Path:
-    root = tmp_path / "archived"
-    root.mkdir()
-    with tarfile.open(root / "speech_commands_v0.02.tar.gz", "w:gz") as tar:
-        for path, content in files.items():
-            member = tarfile.TarInfo(f"./{path}")
+def archive(files: dict[str, bytes], tmp_path: Path) -> Path:
+    path = tmp_path / "speech_commands_v0.02.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        outside = tarfile.TarInfo("../../outside.wav")
-        outside.size = 4
-        tar.addfile(outside, io.BytesIO(b"evil"))
-        tar.addfile(tarfile.TarInfo("go"), None)
-    return root
+    return path
 
 
 def load(root: Path, **options: Any) -> LabeledSet:
     return load_labeled_set("speech_commands", root, Audio(), **options)
 
 
-def test_the_splits_are_those_of_its_lists(
-    unpacked: Path, archived: Path, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_splits_are_those_of_its_lists(unpacked: Path, files: dict[str, bytes]) -> None:
     found = load(unpacked)
     assert found.class_names == WORDS
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -71,19 +64,50 @@ def test_the_splits_are_those_of_its_lists(
     for split, paths in ((found.train, TRAIN), (found.test, TEST)):
         for clip, path in zip(split.samples, paths, strict=True):
             assert torch.equal(clip, Audio().decode(files[path], path))
-    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archived / "speech_commands_v0.02.tar.gz"))
-    for other in (load(archived), load(tmp_path / "nowhere", download=True)):
-        assert other.fingerprint() == found.fingerprint()
-        assert other.class_names == WORDS
-        for split, wanted in zip(other[:2], found[:2], strict=True):
-            assert all(torch.equal(*pair) for pair in zip(split.samples, wanted.samples, strict=True))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["archived", "unpacked"]
-    few = load(archived, max_images=2)
+    few = load(unpacked, max_images=2)
     assert [split.labels.tolist() for split in few[:2]] == [[0, 1], [0, 2]]
 
 
-def test_what_is_wrong_is_one_line(unpacked: Path, archived: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: expected speech_commands_v0\.02\.tar\.gz, or what it unpacks to: "):
+def test_a_download_is_unpacked_once_and_whole(
+    unpacked: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
+    make_file, new = tarfile.TarFile.makefile, tmp_path / "new"
+
+    def end_early(*arguments: Any) -> None:
+        if len([*new.rglob("*.wav")]) == 10:
+            raise KeyboardInterrupt
+        make_file(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "makefile", end_early)
+        with pytest.raises(KeyboardInterrupt):
+            load(new, download=True)
+    with pytest.raises(InputError, match=r"new: no testing_list\.txt"):  # what is there is not taken for all
+        load(new)
+    found, wanted = load(new, download=True), load(unpacked)
+    assert found.fingerprint() == wanted.fingerprint()
+    for split, expected in zip(found[:2], wanted[:2], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(split.samples, expected.samples, strict=True))
+    archive.unlink()
+    assert load(new, download=True).fingerprint() == wanted.fingerprint()
+
+
+def test_an_archive_writes_nothing_outside(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(archive, "w:gz") as tar:
+        outside = tarfile.TarInfo("../outside.wav")
+        outside.size = 4
+        tar.addfile(outside, io.BytesIO(b"evil"))
+    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
+    with pytest.raises(InputError, match=r"new: cannot be read: .*outside"):
+        load(tmp_path / "new", download=True)
+    assert not (tmp_path / "outside.wav").exists()
+
+
+def test_what_is_wrong_is_one_line(
+    unpacked: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"nowhere: no testing_list\.txt; set download: true, or unpack https://"):
         load(tmp_path / "nowhere")
     with pytest.raises(
         InputError, match="speech_commands has samples of the modality audio, and the model takes images"
@@ -92,12 +116,12 @@ def test_what_is_wrong_is_one_line(unpacked: Path, archived: Path, tmp_path: Pat
     with pytest.raises(InputError, match="cifar10 has samples of the modality image, and the model takes clips"):
         load_labeled_set("cifar10", unpacked, Audio())
     (unpacked / "go" / "0_nohash_0.wav").write_bytes(b"RIFF")
-    with pytest.raises(InputError, match=r"unpacked: go/0_nohash_0\.wav: not a FLAC, WAV, OGG or MP3 file"):
+    with pytest.raises(InputError, match=r"unpacked/go/0_nohash_0\.wav: not a FLAC, WAV, OGG or MP3 file"):
         load(unpacked)
-    archive = archived / "speech_commands_v0.02.tar.gz"
     archive.write_bytes(truncated(archive.read_bytes()))
-    with pytest.raises(InputError, match=r"v0\.02\.tar\.gz: cannot be read: "):
-        load(archived)
+    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
+    with pytest.raises(InputError, match="nowhere: cannot be read: "):
+        load(tmp_path / "nowhere", download=True)
     (unpacked / "testing_list.txt").write_text("")
     with pytest.raises(InputError, match=r"unpacked: expected clips of testing_list\.txt and others, .* got 15 clips"):
         load(unpacked)
