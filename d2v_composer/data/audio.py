@@ -100,22 +100,6 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     return clip
 
 
-def decode_clip(
-    encoded: bytes, source: str, longest: int = LONGEST_WHOLE, may_be_silent: bool = False
-) -> NDArray[np.float32]:
-    """Decode an audio file to 16 kHz mono, (L,), in [-1, 1].
-
-    Raises:
-        UnreadableSampleError: It cannot be decoded; or is silent unless it may be, shorter than 720 samples, or longer
-            than ``longest`` seconds.
-    """
-    with decoding(encoded, source, KIND), open_clip(encoded, longest) as file:
-        clip = read_span(file, 0, file.frames)
-        if not may_be_silent and clip.min() == clip.max():
-            raise UnreadableSampleError("is silent")
-        return clip
-
-
 def encode_flac(clip: NDArray[np.float32]) -> bytes:
     """Return a clip, (L,) at 16 kHz, as a FLAC file of 16 bits."""
     file = io.BytesIO()
@@ -160,7 +144,7 @@ class Audio(Modality):
     name = "audio"
     unit = "clips"
     suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
-    columns: ClassVar = {"audio": "bytes", "sample_rate": "int", "length": "int"}
+    columns: ClassVar = {"audio": "bytes"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
     batch_size = 4  # a minute each takes 2 GB
@@ -168,7 +152,8 @@ class Audio(Modality):
 
     def decode(self, stored: bytes, source: str) -> Tensor:
         """Decode a clip to (L,) float32; silence, which trains nothing, can be embedded."""
-        return torch.from_numpy(decode_clip(stored, source, may_be_silent=True))
+        with decoding(stored, source, KIND), open_clip(stored, LONGEST_WHOLE) as file:
+            return torch.from_numpy(read_span(file, 0, file.frames))
 
     @classmethod
     def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
@@ -176,13 +161,15 @@ class Audio(Modality):
 
         Of longer clips, only the first ``most_seconds`` are kept.
         """
-        whole = decode_clip(stored, source, LONGEST)
-        clip = whole[: round(options.get("most_seconds", LONGEST) * SAMPLE_RATE)]
         with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
+            whole = read_span(file, 0, file.frames)
+            if whole.min() == whole.max():
+                raise UnreadableSampleError("is silent")
             is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
+        clip = whole[: round(options.get("most_seconds", LONGEST) * SAMPLE_RATE)]
         if not is_plain or len(clip) < len(whole):
             stored = encode_flac(clip)
-        return {"audio": stored, "sample_rate": SAMPLE_RATE, "length": len(clip)}
+        return {"audio": stored, "length": len(clip)}
 
     def picture(self, sample: Tensor) -> Tensor:
         """Return a square log-mel spectrogram, high pitches on top, of what :meth:`sound` plays."""

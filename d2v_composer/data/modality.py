@@ -48,7 +48,7 @@ class Modality(ABC):
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         batch_size: Samples that ``d2v embed`` embeds at once.
-        has_lengths: True if the samples of a converted data set have a ``length``, and its summary lists them.
+        has_lengths: True if :meth:`encode` returns a ``length`` too, which a converted data set's summary lists.
     """
 
     name: ClassVar[str]

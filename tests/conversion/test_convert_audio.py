@@ -9,7 +9,7 @@ import soundfile
 from streaming import MDSWriter, StreamingDataset
 
 from d2v_composer.commands.convert_audio import main
-from d2v_composer.data.audio import decode_clip
+from d2v_composer.data.audio import Audio
 from d2v_composer.system.errors import InputError
 from helpers import encoded_clip
 
@@ -42,7 +42,7 @@ def test_stores_files_as_they_are_and_others_as_flac(
     said = capfd.readouterr().out
     summary = json.loads((tmp_path / "out" / "conversion.json").read_bytes())
     samples = read(tmp_path / "out")
-    assert [int(sample["length"]) for sample in samples] == summary["lengths"] == result.lengths
+    assert [len(Audio().decode(sample["audio"], "clip")) for sample in samples] == summary["lengths"] == result.lengths
     assert summary["clips"] == result.samples == len(samples) == 44
     assert summary["classes"] == ["no", "yes"]
     assert "44 clips (0.01 hours), 2 classes" in said
@@ -52,9 +52,7 @@ def test_stores_files_as_they_are_and_others_as_flac(
     changed = []
     for sample in samples:
         file = soundfile.SoundFile(io.BytesIO(sample["audio"]))
-        found = file.samplerate, file.channels, int(sample["sample_rate"])
-        assert found == (16000, 1, 16000)
-        assert len(decode_clip(sample["audio"], "clip")) == sample["length"]
+        assert (file.samplerate, file.channels) == (16000, 1)
         if sample["audio"] in originals:
             assert sample["label"] == ("no", "yes").index(originals[sample["audio"]].parent.name)
         else:
@@ -91,4 +89,4 @@ def test_converts_an_mds_data_set(tmp_path: Path) -> None:
             writer.write({"flac": encoded_clip(i, 2000 + i), "text": "word"})
     result = main([str(tmp_path / "theirs"), str(tmp_path / "out"), "--column", "flac", "--workers", "1"])
     assert result.lengths == [2000 + i for i in range(5)]
-    assert [len(decode_clip(sample["audio"], "clip")) for sample in read(tmp_path / "out")] == result.lengths
+    assert [len(Audio().decode(sample["audio"], "clip")) for sample in read(tmp_path / "out")] == result.lengths

@@ -15,7 +15,7 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
-from d2v_composer.data.audio import Audio, RandomCrop, decode_clip
+from d2v_composer.data.audio import Audio, RandomCrop
 from d2v_composer.data.modality import read_sample_file, sample_rng
 from d2v_composer.system.errors import UnreadableSampleError
 
@@ -78,7 +78,7 @@ def test_a_file_that_lies_is_one_line_in_bounded_memory(name: str) -> None:
     content, message = HOSTILE[name]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     crop, rng = RandomCrop(60 * RATE), np.random.default_rng(0)
-    reads: list[Callable[[], object]] = [lambda: decode_clip(content, name), lambda: crop(content, rng, name)]
+    reads: list[Callable[[], object]] = [lambda: Audio().decode(content, name), lambda: crop(content, rng, name)]
     for read in reads:
         with pytest.raises(UnreadableSampleError, match=rf"\A{re.escape(f'{name}: {message}')}[^\n]*\Z"):
             read()
@@ -87,7 +87,7 @@ def test_a_file_that_lies_is_one_line_in_bounded_memory(name: str) -> None:
 
 def test_silence_is_named() -> None:
     with pytest.raises(UnreadableSampleError, match=r"^a: is silent$"):
-        decode_clip(encoded(np.zeros(RATE, np.float32)), "a")
+        Audio.encode(encoded(np.zeros(RATE, np.float32)), "a")
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_clips_are_decoded_to_16_khz_mono(format: str, subtype: str | None, rate
 )
 def test_a_crop_is_a_span_of_the_clip(format: str, subtype: str | None) -> None:
     content = encoded(noise(100_000), RATE, format, subtype)
-    whole, crop = torch.from_numpy(decode_clip(content, "clip")), RandomCrop(4000)
+    whole, crop = Audio().decode(content, "clip"), RandomCrop(4000)
     for epoch in range(20):
         found = crop(content, sample_rng(0, epoch, 1))
         torch.testing.assert_close(found, crop(whole, sample_rng(0, epoch, 1)), rtol=0, atol=1e-2)
