@@ -1,21 +1,21 @@
 """Measure a run's health beyond its loss, and warn when something goes wrong.
 
-Shapes: B images or clips, T tokens, N patches of them, D channels, L layers of the teacher.
+Shapes: B images or clips, T tokens, D channels.
 """
 
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
-from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_context
+from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from d2v_composer.callbacks.trainer_state import due_every, loss_scale, unwrapped
+from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.targets import Regression, mean_over_time
 
@@ -59,9 +59,7 @@ class Health(Callback):
     - ``prediction_variance``, ``target_variance``: over the batch, mean of all tokens and channels; the target's is
       the loss of the best prediction that is the same for all inputs;
     - ``effective_rank`` of the predictions' means over tokens, see :func:`effective_rank`;
-    - ``cosine/cls``, ``cosine/patch``: cosine of prediction and target, mean over the batch and these tokens, of which
-      patches include frames of sound;
-    - ``cosine/layer_{i}``: cosine of the prediction and each of the teacher's layers, normalized as in the target;
+    - ``cosine`` of prediction and target, mean over the batch and its tokens;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
@@ -70,9 +68,7 @@ class Health(Callback):
     scale fell, and each time a step was skipped.
 
     The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; else override
-    :meth:`regression`. Leading tokens that are not patches are the ``num_extra_tokens`` of its ``student``, or none.
-    The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many inputs:
-    at most 1 % of a training run, at the default interval.
+    :meth:`regression`.
 
     Args:
         interval: Composer time string.
@@ -118,14 +114,7 @@ class Health(Callback):
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
         """Measure, log, and warn about each state that was not there at the last measurement."""
-        outputs, model = self.regression(state.outputs, self.microbatch), cast("Any", unwrapped(state))
-        student = getattr(model, "student", None)
-        num_extra_tokens = getattr(student, "num_extra_tokens", 0) - getattr(model, "ignored_tokens", 0)
-        metrics = self.compare(outputs, num_extra_tokens, getattr(student, "has_cls_token", True))
-        if hasattr(model, "layer_cosines"):  # in the run's precision; on all ranks, as FSDP requires
-            with get_precision_context(state.precision, state.precision_config):
-                layers = model.layer_cosines(self.microbatch, len(outputs.target))
-            metrics |= {f"cosine/layer_{i}": each for i, each in enumerate(layers)}
+        metrics = self.compare(self.regression(state.outputs, self.microbatch))
         # Waits for the device only once.
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         loss = sum(self.losses) / len(self.losses)
@@ -141,25 +130,17 @@ class Health(Callback):
             log.warning("health: %s at batch %d: %s", name, int(state.timestamp.batch), present[name])
         self.present = set(present)
 
-    def compare(self, outputs: Regression, num_extra_tokens: int, has_cls_token: bool = True) -> dict[str, Tensor]:
-        """Compare prediction and target; the shape (B, D) counts as one patch.
-
-        Args:
-            outputs: Output of the model.
-            num_extra_tokens: Leading tokens that are not patches.
-            has_cls_token: The first of these is CLS.
-        """
+    def compare(self, outputs: Regression) -> dict[str, Tensor]:
+        """Compare prediction and target; the shape (B, D) counts as one token."""
         prediction, target = (
             tensor.float() if tensor.ndim == 3 else tensor.float()[:, None]
             for tensor in (outputs.prediction, outputs.target)
         )
-        cosine_BT, mask = cosine_similarity(prediction, target, dim=2), outputs.padding_mask
-        metrics = {}
-        if cosine_BT.shape[1] > num_extra_tokens:
-            metrics["cosine/patch"] = mean_over_time(cosine_BT[..., None], num_extra_tokens, mask).mean()
-        if num_extra_tokens and has_cls_token:
-            metrics["cosine/cls"] = cosine_BT[:, 0].mean()
-        metrics["effective_rank"] = effective_rank(mean_over_time(prediction, padding_mask=mask)[:, 0])
+        cosine_BT1, mask = cosine_similarity(prediction, target, dim=2)[..., None], outputs.padding_mask
+        metrics = {
+            "cosine": mean_over_time(cosine_BT1, padding_mask=mask).mean(),
+            "effective_rank": effective_rank(mean_over_time(prediction, padding_mask=mask)[:, 0]),
+        }
         if len(target) > 1:  # one input has no variance
             metrics["prediction_variance"] = variance_over_inputs(prediction, mask)
             metrics["target_variance"] = variance_over_inputs(target, mask)

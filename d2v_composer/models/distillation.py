@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import torch
 from composer.models import ComposerModel
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.names import Prediction
 from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression, mean_over_time, normalize, regression_loss
+from d2v_composer.models.targets import Regression, regression_loss
 from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
 from d2v_composer.system.errors import InputError
 
@@ -76,7 +75,7 @@ class DistillationModel(ComposerModel):
         >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
     """
 
-    forward_methods = ("compute", "layer_cosines")
+    forward_methods = ("compute",)
 
     def __init__(
         self,
@@ -163,30 +162,6 @@ class DistillationModel(ComposerModel):
         # The same statistics as the target's: of the patches alone if extra tokens are dropped.
         layers = map(student.exit, student.ffn_outputs(x_BTD, padding_mask))
         return student.layer_mean(layers, self.ignored_tokens, padding_mask)
-
-    @torch.no_grad()
-    def layer_cosines(self, batch: Batch, num_images: int) -> Tensor:
-        """Return the cosine similarity of the prediction to each of the teacher's layers, (L,).
-
-        Each layer is normalized as in the target. The mean is over inputs and tokens.
-
-        Args:
-            batch: As for :meth:`forward`.
-            num_images: Use this many of its last images or clips.
-        """
-        ignored, normalization = self.ignored_tokens, self.student.normalization
-        with cpu_autocast(self.cpu_bf16):
-            inputs, lengths = self.inputs_of(batch)
-            inputs, lengths = inputs[-num_images:], None if lengths is None else lengths[-num_images:]
-            x_BTD, mask = self.teacher.encode(inputs, lengths), self.teacher.padding_mask(lengths, inputs.shape[-1])
-            prediction_BTD = self.predict(x_BTD, mask)
-            cosines = [
-                cosine_similarity(prediction_BTD, normalize(layer_BTD, ignored, normalization, mask), dim=2)
-                for layer_BTD in self.teacher.target_layers(x_BTD, self.target_source, mask)
-            ]
-        mask = None if mask is None else mask[:, self.regressed]
-        cosine_BTL = torch.stack(cosines, dim=2)[:, self.regressed]
-        return mean_over_time(cosine_BTL, padding_mask=mask).mean(dim=(0, 1))
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
         """Return the mean squared error, a scalar; ``batch`` is unused."""

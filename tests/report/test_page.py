@@ -81,7 +81,7 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
     pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
     assert pictures - {"gap_closed_squares"} == {  # if the random teacher is better
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
-        *("cosines", "layers", "variance", "effective_rank"),
+        *("cosine", "variance", "effective_rank"),
         *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
         "without_labels_squares",
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
