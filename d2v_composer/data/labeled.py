@@ -218,7 +218,8 @@ def _load_speech_commands(root: Path, modality: Modality, download: bool, max_im
     names = sorted({path.parent.name for path in paths})
     chosen = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in splits]
     files = ([(path, names.index(path.parent.name)) for path in split] for split in chosen)
-    return LabeledSet(*(_read_files(split, modality) for split in files), tuple(names))
+    train, held_out = (_read_files(split, modality) for split in files)
+    return LabeledSet(train, held_out, tuple(names))
 
 
 def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:

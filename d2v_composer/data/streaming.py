@@ -67,6 +67,7 @@ class EpochOrder(DistributedSampler[Sample]):
     """
 
     blocks_at_a_time = 1.25
+    resample_streams = StreamingDataset.resample_streams  # generate_work calls it to draw an epoch's samples
 
     def __init__(
         self,
@@ -123,10 +124,6 @@ class EpochOrder(DistributedSampler[Sample]):
     def arrange(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
         """Return the samples of an epoch, (nodes, ranks per node, workers per rank, batches, batch); -1: none."""
         return generate_work("random", self, world, epoch, first_sample)  # pyright: ignore[reportArgumentType]
-
-    def resample_streams(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Draw the samples of an epoch; Streaming calls this."""
-        return StreamingDataset.resample_streams(self, epoch)  # pyright: ignore[reportArgumentType]
 
     def state_dict(self, num_samples: int) -> dict[str, Any]:
         """Return Streaming's state, after this many samples of the epoch, counted over all ranks."""
