@@ -5,6 +5,7 @@ import math
 import struct
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +24,9 @@ from d2v_composer.system.errors import UnreadableSampleError
 # Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 CROP_ATTEMPTS = 10
+ORIENTATION = 0x0112  # of an EXIF record
+# What turns an image of each orientation upright; one of orientation 1 is.
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 # Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
 Image.init()
 
@@ -44,13 +48,24 @@ def open_image(encoded: bytes) -> Image.Image:
     return image
 
 
+def turn_of(exif: bytes) -> Image.Transpose | None:
+    """Return what turns an image upright; ``None`` if its EXIF record does not say that it is turned."""
+    with suppress(Exception):  # a corrupt record says nothing
+        record = Image.Exif()
+        record.load(exif)
+        return TURNS.get(record.get(ORIENTATION))
+    return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to RGB; 16-bit values become 8-bit.
+    """Decode an image to RGB, upright; 16-bit values become 8-bit.
 
     Raises:
         ValueError: The values are not colors. Pillow raises other errors if the file is corrupt.
     """
-    image.load()
+    image.load()  # Pillow turns a TIFF
+    if (turn := turn_of(image.info.get("exif", b""))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
@@ -80,9 +95,8 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90) -> bytes:
     """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
 
-    An RGB JPEG keeps its bytes. Other files, and those resized, are encoded again without metadata. An EXIF orientation
-    is not applied (except a TIFF's, by Pillow): torchvision's ImageFolder and readers of the original bytes ignore it
-    too, so an image looks the same either way.
+    An upright RGB JPEG keeps its bytes. Other files, and those resized, are encoded again, upright and without
+    metadata.
 
     Raises:
         UnreadableSampleError: The image cannot be decoded.
@@ -126,7 +140,7 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read the header; return ``None`` for images that Pillow must decode: other formats and truncated files."""
+        """Read the header; return ``None`` for images that Pillow must decode: other formats, truncated, turned."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
@@ -143,6 +157,9 @@ class CuttableJpeg(NamedTuple):
                 if jpeg or precision != 8 or colors != 3 or pixels == 0 or is_too_large:
                     return None
                 jpeg = cls(encoded, source, (width, height), at + 5)
+            elif marker == 0xE1:
+                if turn_of(encoded[at + 4 : at + 2 + length]) is not None:
+                    return None
             elif marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # not a table, a comment or an application's data
                 return None
             at += 2 + length

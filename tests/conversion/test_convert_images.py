@@ -160,12 +160,14 @@ def colors(size: tuple[int, int] = (60, 40)) -> Image.Image:
 def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     deep = Image.fromarray(np.asarray(colors().convert("L")).astype(np.uint16) << 8)
     odd = {"CMYK": saved(colors().convert("CMYK")), "16 bits": saved(deep, "PNG"), "GIF": saved(colors(), "GIF")}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    odd["turned"] = saved(colors().transpose(Image.Transpose.ROTATE_90), exif=exif)
     for kind, encoded in odd.items():
         write(tmp_path / "in" / f"{kind}.JPEG", encoded)
         converted = np.asarray(decode_rgb(as_rgb_jpeg(encoded, kind, None, quality=95), kind)).astype(int)
         assert kind == "GIF" or np.abs(converted - np.asarray(decode_rgb(encoded, kind))).mean() < 4  # dithered
-    exif = Image.Exif()
-    exif[0x0112] = 6  # an orientation, which is not applied
+    exif[0x0112] = 1
     plain = write(tmp_path / "in" / "plain.JPEG", saved(colors(), exif=exif, comment=b"kept"))
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
     found = images(tmp_path / "out")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
@@ -88,6 +88,41 @@ def test_pixels_are_those_of_torchvision(kind: str) -> None:
         expected = expected_pixels(encoded, box, 32)
         for flip, wanted in ((0.0, expected), (1.0, expected.flip(-1))):
             assert torch.equal(RandomResizedCropFlip(32, flip=flip)(encoded, sample_rng(0, 0, sample_id)), wanted)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_format: str, orientation: int) -> None:
+    """Pillow's exif_transpose says what upright is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = np.asarray(Image.fromarray(photo(6, 5)).resize((90, 70)))
+    encoded = saved(smooth, file_format, exif=exif, **({"lossless": True} if file_format == "WEBP" else {}))
+    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
+    height, width = (70, 90) if orientation < 5 else (90, 70)
+    assert upright.shape == (height, width, 3)
+    assert torch.equal(images.Images((height, width)).decode(encoded, "a"), images.to_tensor(upright))
+    for sample_id in range(3):
+        found, wanted = (
+            RandomResizedCropFlip(32)(each, sample_rng(0, 0, sample_id)) for each in (encoded, saved(upright, "PNG"))
+        )
+        assert torch.equal(found, wanted)
+    converted = images.as_rgb_jpeg(encoded, "a", quality=100)
+    assert (converted == encoded) == (file_format == "JPEG" and orientation == 1)
+    if converted != encoded:
+        again = Image.open(io.BytesIO(converted))
+        assert not again.getexif()
+        assert np.abs(np.asarray(again).astype(int) - upright).mean() < 2
+
+
+WORDED = b"II*\0\x08\0\0\0" + b"\x01\0" + b"\x12\x01\x02\0\x04\0\0\0six\0" + bytes(4)  # the orientation is a text
+
+
+@pytest.mark.parametrize("record", [b"", b"II*\0", b"no record", WORDED])
+def test_a_corrupt_exif_record_turns_nothing(record: bytes) -> None:
+    encoded = saved(photo(90, 70), exif=b"Exif\0\0" + record)
+    assert CuttableJpeg.parse(encoded, "a")
+    assert images.decode_rgb(encoded, "a").tobytes() == images.decode_rgb(saved(photo(90, 70)), "a").tobytes()
 
 
 @pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])

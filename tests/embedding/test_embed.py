@@ -1,5 +1,6 @@
 """Embed every kind of source; kill and resume; refuse bad input."""
 
+import io
 import itertools
 import os
 import re
@@ -20,8 +21,10 @@ from torch.nn.functional import normalize
 from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import convert_images
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.images import decode_rgb, to_tensor
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.embedding import Embedding
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.transformer import Transformer
@@ -96,6 +99,27 @@ def test_embeds_a_folder(teacher: Data2Vec2, photos: Path, tmp_path: Path, capsy
     assert following.startswith("next: ")
     # There are no other files.
     assert set(os.listdir(out.parent)) == {"photos.npy", "photos.ids.npy"}
+
+
+def test_a_photo_has_one_embedding_however_it_is_stored(teacher: Data2Vec2, tmp_path: Path) -> None:
+    """Turned, with an EXIF orientation, as phones store photos; also in a labeled set and after a conversion."""
+    upright = Image.open(io.BytesIO(encoded_image(3))).resize((48, 32))
+    opposite = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), 2))
+    for i, suffix in itertools.product(range(1, 9), ("png", "tif", "jpg")):
+        exif = Image.Exif()
+        exif[0x0112] = i
+        path = tmp_path / "photos" / f"{i}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        (upright if i == 1 else upright.transpose(opposite[i])).save(path, exif=exif, quality=95)
+    convert_images.main([str(tmp_path / "photos"), str(tmp_path / "mds"), "--labels", "none", "--workers", "1"])
+    for source in ("photos", "mds"):
+        embed(TEACHER, tmp_path / source, tmp_path / f"{source}.npy")
+        embeddings = torch.from_numpy(np.array(loaded(tmp_path / f"{source}.npy")[1]))
+        centered = embeddings - embeddings.mean(dim=0)
+        wanted = torch.from_numpy(expected(teacher, [(tmp_path / "photos" / "1.png").read_bytes()]))
+        assert centered.norm(dim=1).max() < 0.05 * wanted.norm(), source
+    found = load_labeled_set("folder", tmp_path / "photos", image_size=SIZE).test.samples.int()
+    assert (found - found[:1]).abs().float().mean() < 2
 
 
 def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_path: Path) -> None:
