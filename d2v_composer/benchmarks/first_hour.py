@@ -31,10 +31,9 @@ class Step(NamedTuple):
     name: str
     command: str
     """Shell command, run in OUT."""
-    needs: str = ""
+    needs_gpu: bool = False
 
 
-GPU, NEWEST = "a GPU", "a GPU and a run without --no-install"
 VERSIONS = (
     'nvidia-smi; python -c \'import torch; print("torch", torch.__version__, "with CUDA", torch.version.cuda, '
     '"cuDNN", torch.backends.cudnn.version(), "SDPA", torch._C._get_sdp_priority_order())\''
@@ -63,13 +62,12 @@ SHARE = (
     "python -c 'from d2v_composer.benchmarks.first_hour import share_gpu; share_gpu(); "
     "from d2v_composer.commands.__main__ import run; run()' "
 )
-INSTALL = "uv pip install --python newest --override {clone}/.uv/newest-torch.txt '{clone}[benchmark]'"
 STEPS = [
     Step("versions and SDPA order", VERSIONS),
-    Step("quickstart in fp16", "d2v " + QUICKSTART + "amp_fp16", GPU),
+    Step("quickstart in fp16", "d2v " + QUICKSTART + "amp_fp16", True),
     Step("quickstart in bf16", "d2v " + QUICKSTART + "{bf16}"),
-    Step("step of {large} in fp16", STEP + "--batch-size {large} --precision amp_fp16", GPU),
-    Step("step of {small} in fp16", STEP + "--batch-size {small} --precision amp_fp16", GPU),
+    Step("step of {large} in fp16", STEP + "--batch-size {large} --precision amp_fp16", True),
+    Step("step of {small} in fp16", STEP + "--batch-size {small} --precision amp_fp16", True),
     Step("step of {large} in bf16", STEP + "--batch-size {large} --precision {bf16}"),
     Step("step of {small} in bf16", STEP + "--batch-size {small} --precision {bf16}"),
     Step("Trainer at {large}", STEP + "--batch-size {large} --only ours --loop trainer"),
@@ -83,20 +81,16 @@ STEPS = [
     Step("distill.yaml until SIGTERM", DISTILL + STOPPED),
     Step("distill.yaml resumed", DISTILL),
     Step("two ranks on one device", "composer -n 2 -c " + SHARE + QUICKSTART + "fp32"),
-    Step("no CUDA graph at {small}", STEP + "--batch-size {small} --only ours compile=default", GPU),
-    Step("half residual stream", STEP + "--only ours half_residual=true", GPU),
-    Step("max-autotune", STEP + "--only ours compile=max-autotune-no-cudagraphs", GPU),
-    Step("SDPA by cuDNN", STEP + "--only ours --sdp cudnn_attention", GPU),
-    Step("SDPA by CUTLASS", STEP + "--only ours --sdp efficient_attention", GPU),
-    Step("newest torch", "uv venv --python $(command -v python) newest && " + INSTALL, NEWEST),
-    Step("quickstart, newest torch", "newest/bin/d2v " + QUICKSTART + "amp_fp16", NEWEST),
-    Step("step, newest torch", "newest/bin/" + STEP, NEWEST),
+    Step("no CUDA graph at {small}", STEP + "--batch-size {small} --only ours compile=default", True),
+    Step("half residual stream", STEP + "--only ours half_residual=true", True),
+    Step("max-autotune", STEP + "--only ours compile=max-autotune-no-cudagraphs", True),
+    Step("SDPA by cuDNN", STEP + "--only ours --sdp cudnn_attention", True),
+    Step("SDPA by CUTLASS", STEP + "--only ours --sdp efficient_attention", True),
 ]
 YAMLS = Path(__file__).parents[1] / "yamls"
 # Name → what it is on a CPU and on a GPU.
 SIZES = {
     "yamls": (YAMLS, YAMLS),
-    "clone": (YAMLS.parents[1], YAMLS.parents[1]),
     "size": ("quickstart", "base"),
     "large": (8, 256),
     "small": (4, 32),
@@ -121,7 +115,7 @@ FOUND = re.compile(
 MOST_LINES = 20
 
 
-def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
+def benchmark(out: Path) -> dict[str, Any]:
     """Run all steps; OUT receives their output and files, first_hour.json and first_hour.txt.
 
     Raises:
@@ -130,7 +124,6 @@ def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
     """
     out.mkdir(parents=True)
     on_gpu = torch.cuda.is_available()
-    lacking = ([] if installs else [NEWEST]) if on_gpu else [GPU, NEWEST]
     sizes = {name: choices[on_gpu] for name, choices in SIZES.items()}
     result = {"machine": describe_machine(), "versions": package_versions(), "steps": (rows := [])}
     report = ""
@@ -138,8 +131,8 @@ def benchmark(out: Path, installs: bool = True) -> dict[str, Any]:
         name, start = step.name.format(**sizes), time.monotonic()
         file = name.replace(" ", "_")
         command = step.command.format(file=file, **sizes)
-        verdict, found = f"skipped: needs {step.needs}", []
-        if step.needs not in lacking:
+        verdict, found = "skipped: needs a GPU", []
+        if on_gpu or not step.needs_gpu:
             verdict, found = run_step(command, out, file)
         seconds = round(time.monotonic() - start)
         rows.append({"name": name, "verdict": verdict, "seconds": seconds, "found": found, "command": command})

@@ -85,9 +85,6 @@ def main(argv: Sequence[str]) -> None:
         each.add_argument("--json", type=Path, help="file to write the result to, as JSON")
         if name == "first-hour":
             each.add_argument("out", metavar="OUT", type=Path, help="a new folder for results and runs")
-            each.add_argument(
-                "--no-install", dest="installs", action="store_false", help="measure only the installed torch"
-            )
         if name == "step":
             each.add_argument(
                 "--no-compile", dest="compiles", action="store_false", help="measure without torch.compile"
