@@ -65,13 +65,6 @@ class LabeledSet(NamedTuple):
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
 
-    def at_most(self, num_images: int) -> "LabeledSet":
-        """Keep at most this many images per split, evenly spaced, since a folder lists them class by class."""
-        chosen = (torch.tensor(evenly_spaced(total, num_images), dtype=torch.int64) for total in self.num_samples)
-        pairs = zip((self.train, self.test), chosen, strict=True)
-        train, test = (LabeledSamples(split.samples[those], split.labels[those]) for split, those in pairs)
-        return LabeledSet(train, test, self.class_names)
-
     def numbered(self) -> "LabeledSet":
         """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
         if not self.has_labels:
@@ -152,8 +145,7 @@ def load_labeled_set(
     splits = root / "train", root / "test"
     alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR_FOLDERS:
-        whole = _load_cifar(format, root, download)
-        labeled = whole if max_images is None else whole.at_most(max_images)
+        labeled = _load_cifar(format, root, download, max_images)
     elif format == "speech_commands":
         labeled = _load_speech_commands(root, modality, download, max_images)
     elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
@@ -172,7 +164,7 @@ def load_labeled_set(
     return labeled
 
 
-def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
+def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> LabeledSet:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
     dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
@@ -185,9 +177,10 @@ def _load_cifar(format: Format, root: Path, download: bool) -> LabeledSet:
     except Exception as error:
         hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
         raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
+    chosen = [evenly_spaced(len(split), max_images) for split in splits]
     train, test = (
-        LabeledSamples(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
-        for split in splits
+        LabeledSamples(torch.from_numpy(split.data[those]).permute(0, 3, 1, 2), torch.tensor(split.targets)[those])
+        for split, those in zip(splits, chosen, strict=True)
     )
     return LabeledSet(train, test, tuple(splits[0].classes))
 

@@ -66,7 +66,7 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
 
     # The student's numbers are those of its own embeddings.
     loaded = load_student(student)
-    labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic").at_most(60)
+    labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic", max_images=60)
     with torch.inference_mode():
         bank, queries = (loaded.embed(images.samples, representation="layer_mean") for images in labeled[:2])
     sets = bank, labeled.train.labels, queries, labeled.test.labels
