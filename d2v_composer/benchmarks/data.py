@@ -1,11 +1,9 @@
-"""Measure how fast training images arrive: our loader, torchvision's ImageFolder and litdata, on the same photographs.
+"""Measure how fast training images arrive: our loader and torchvision's ImageFolder, on the same photographs.
 
 Every contender reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
 whole epoch; worker processes persist between passes. After the warm-up pass, all files are in the page cache.
 """
 
-import io
-import os
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,8 +27,8 @@ from d2v_composer.system.errors import reading
 
 BATCH_SIZE, IMAGE_SIZE, SEED = 64, 224, 17
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NUM_SHARDS = 8  # of each format, with about as many images each
-IMAGE_FOLDER, LITDATA = "ImageFolder + PIL", "litdata + PIL"
+NUM_SHARDS = 8  # with about as many images each
+IMAGE_FOLDER = "ImageFolder + PIL"
 LOCAL, WARM = "ours, local disk", "ours, S3 warm"
 
 # ImageNet's most common sizes and their shares. Crops of sharp photographs have ImageNet's 110 KB at this quality.
@@ -46,7 +44,7 @@ def benchmark(
     remote: str | None = None,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Write the images in every format, and measure images per second.
+    """Write the images as shards, and measure images per second.
 
     Raises:
         InputError: The folder cannot be read.
@@ -57,13 +55,11 @@ def benchmark(
         with reading(folder):
             dataset = ImageFolder(str(folder), augment())
         chosen = random.Random(0).sample(range(len(dataset)), min(num_images, len(dataset)))
-        files = [dataset.samples[i][0] for i in chosen]
-        originals = [Path(file).read_bytes() for file in files]
+        originals = [Path(dataset.samples[i][0]).read_bytes() for i in chosen]
         options = {"batch_size": BATCH_SIZE, "num_workers": workers, "persistent_workers": workers > 0}
         write_shards(originals, str(work / "shards"))
         loaders = {
             IMAGE_FOLDER: DataLoader(Subset(dataset, chosen), shuffle=True, **options),
-            LITDATA: build_litdata(files, work / "litdata", options),
             LOCAL: build_ours(work / "shards", None, options),
         }
         compared = [(LOCAL, IMAGE_FOLDER)]
@@ -71,11 +67,11 @@ def benchmark(
             write_shards(originals, remote)
             loaders[WARM] = build_ours(work / "cache", remote, options)
             compared.append((WARM, LOCAL))
-        passes = {program: (partial(take_all, loader, len(files)), len(files)) for program, loader in loaders.items()}
+        passes = {program: (partial(take_all, loader, len(chosen)), len(chosen)) for program, loader in loaders.items()}
         with one_core() if workers == 0 else nullcontext():
             rates = interleave(passes, repeats)
     setting = {
-        "images": len(files),
+        "images": len(chosen),
         "source": "crops of scikit-image's photographs" if images is None else str(images),
         "kilobytes_per_image": round(sum(map(len, originals)) / len(originals) / 1e3, 1),
         "workers": workers,
@@ -117,26 +113,6 @@ def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> Data
     transform = RandomResizedCropFlip(IMAGE_SIZE)
     dataset = StreamingSamples(local=local, remote=remote, batch_size=BATCH_SIZE, transform=transform, seed=SEED)
     return DataLoader(dataset, sampler=dataset.order, **options)
-
-
-def build_litdata(files: list[str], out: Path, options: dict[str, Any]) -> Any:
-    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it asks PyPI
-    for variable in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
-        os.environ[variable] = f"{out}.cache"
-    from litdata import StreamingDataLoader, StreamingDataset, optimize
-
-    chunks = {"chunk_size": -(-len(files) // NUM_SHARDS), "num_workers": 1, "start_method": "fork", "verbose": False}
-    optimize(litdata_sample, files, output_dir=str(out), optimize_dns=False, **chunks)
-    dataset = StreamingDataset(str(out), shuffle=True, seed=SEED, transform=partial(litdata_image, augment()))
-    return StreamingDataLoader(dataset, **options)
-
-
-def litdata_sample(path: str) -> dict[str, Any]:
-    return {"image": Path(path).read_bytes(), "label": 0}
-
-
-def litdata_image(transform: Callable[[Any], Tensor], sample: dict[str, Any], *_: Any) -> tuple[Tensor, int]:
-    return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
 
 
 def augment() -> Callable[[Any], Tensor]:

@@ -54,7 +54,7 @@ def describe(
     return {
         **setting,
         "machine": describe_machine(),
-        "versions": package_versions("simplejpeg", "litdata", "faiss-cpu"),
+        "versions": package_versions("simplejpeg", "faiss-cpu"),
         "unit": unit,
         "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
         "ratios": [{"what": f"{own} ÷ {other}", "ratio": ratio(rates[own], rates[other])} for own, other in compared],

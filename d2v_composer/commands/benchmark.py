@@ -11,7 +11,7 @@
 
 step: images/s of a training step, compared with a naive program.
 plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
-data: images/s of the training data, compared with torchvision's ImageFolder and litdata; --remote adds a store.
+data: images/s of the training data, compared with torchvision's ImageFolder; --remote adds a store.
 retrieval: queries/s of the neighbor search, compared with a bare matrix product and faiss.
 first-hour: all of these, and training runs, unattended, on a new GPU; OUT/first_hour.json has the results.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.

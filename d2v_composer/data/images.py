@@ -50,10 +50,10 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def turn_of(exif: bytes) -> Image.Transpose | None:
     """Return what turns an image upright; ``None`` if its EXIF record does not say that it is turned."""
-    with suppress(Exception):  # a corrupt record says nothing
+    with suppress(Exception):  # without a record, or with a corrupt one
         record = Image.Exif()
         record.load(exif)
-        return TURNS.get(record.get(ORIENTATION))
+        return TURNS.get(record[ORIENTATION])
     return None
 
 

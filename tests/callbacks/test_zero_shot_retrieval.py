@@ -115,7 +115,8 @@ def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -
     """Else a teacher's accuracy among few images would stand beside a student's among many."""
     labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
     state = ZeroShotRetrieval({"set": labeled}).state_dict()
-    fewer = LabeledSet(*(LabeledSamples(each.samples[:40], each.labels[:40]) for each in (labeled.train, labeled.test)))
+    train, test = (LabeledSamples(each.samples[:40], each.labels[:40]) for each in (labeled.train, labeled.test))
+    fewer = LabeledSet(train, test)
     with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: its images differ from the checkpoint's"):
         ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
     ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)

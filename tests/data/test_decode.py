@@ -97,7 +97,8 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
     exif = Image.Exif()
     exif[0x0112] = orientation
     smooth = np.asarray(Image.fromarray(photo(6, 5)).resize((90, 70)))
-    encoded = saved(smooth, file_format, exif=exif, **({"lossless": True} if file_format == "WEBP" else {}))
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    encoded = saved(smooth, file_format, exif=exif, **options)
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
     height, width = (70, 90) if orientation < 5 else (90, 70)
     assert upright.shape == (height, width, 3)
