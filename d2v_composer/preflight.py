@@ -23,6 +23,7 @@ from d2v_composer.builders.data import count_samples, read_train_data
 from d2v_composer.builders.distillation import build_teacher, check_fit
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
+from d2v_composer.checkpoints.resume import MARK
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
@@ -33,6 +34,7 @@ from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
+from d2v_composer.system.files import check_owned
 from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
@@ -96,7 +98,7 @@ class Rehearsal:
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
-        self.save_folder = f"{(config.save_folder or self.temporary.name).rstrip('/')}/{FOLDER}"
+        self.save_folder = f"{config.run_folder or self.temporary.name}/{FOLDER}"
         self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
         self.cache = Path(config.train_loader.local, FOLDER)
         self.process: subprocess.Popen[Any] | None = None
@@ -152,6 +154,9 @@ class Rehearsal:
 
     def check_rights(self) -> str:
         """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
+        self.remove()  # what a killed preflight left
+        if (folder := self.config.run_folder) is not None:
+            check_owned(folder.local, MARK, "save_folder")
         if self.address.scheme != "s3":
             return "the rehearsal writes and reads it"
         _, bucket, path = self.address
@@ -160,7 +165,7 @@ class Rehearsal:
         client.list_objects_v2(Bucket=bucket, Prefix=path)
         client.get_object(**target)
         client.delete_object(**target)
-        return f"{self.config.save_folder}: write, list, read, delete"
+        return f"{folder}: write, list, read, delete"
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
@@ -171,7 +176,6 @@ class Rehearsal:
 
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""
-        self.remove()  # what a killed preflight left
         self.start("max_duration=500ba", "retrieval.interval=1ba")
         self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
         if (trained := self.num_batches()) < STOP_AFTER_BATCHES:

@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.report.tables import study_table
 
     images = arguments.images / ("cifar10" if arguments.whole else "cifar10_sample")
+    commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
+    check_rows(commands, folders)
     convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
-    train_rows({name: train_command(study, rows[name], given, folders[name], images) for name in rows}, folders)
+    train_rows(commands, folders)
     print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
     print_next(d2v("report", next(iter(folders.values()))))
 
@@ -88,6 +90,26 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     return {name: row for name, row in rows.items() if name in chosen}
 
 
+def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
+    """Check that the rows that were begun before have the settings of this call.
+
+    Raises:
+        InputError: Names the settings that differ.
+    """
+    from d2v_composer.builders.training import build_run_record
+    from d2v_composer.config.load import load_config
+
+    for row, (_, _, *arguments) in commands.items():
+        if (path := folders[row] / "run.yaml").exists():
+            with reading(path):
+                before, record = yaml.safe_load(path.read_text()), build_run_record(load_config(arguments), ("config",))
+                before["config"]["save_folder"] = record.record["config"][
+                    "save_folder"
+                ]  # an earlier release's is another
+                if changes := record.changes(before):
+                    raise InputError(f"{row}: {changes}; choose another --out, or remove {folders[row]}")
+
+
 def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
     """Train the rows one after another, each in a subprocess. On a signal, the row saves and this command exits.
 
@@ -96,7 +118,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     """
     problems = []
     for row, command in commands.items():
-        output = folders[row] / "output.txt"
+        output = folders[row].with_name(f"{folders[row].name}.txt")
         print(f"{row}: training; its output goes to {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
@@ -120,7 +142,7 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
     """Return the command that trains or resumes a row; its own changes override ``changes``, which all rows share."""
     own = {
         "run_name": folder.name,
-        "save_folder": folder,
+        "save_folder": folder.with_name("{run_name}"),
         "train_loader.local": images / "train",
         "retrieval.datasets.cifar10.root": images,
     }

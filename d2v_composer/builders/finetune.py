@@ -100,16 +100,21 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     if num_images < batch_size:
         expected = f"at most {num_images}, the number of train images"
         raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
-    digest = hashlib.sha256()
-    for each in (*train.samples, train.labels):
-        digest.update(each.contiguous().numpy().data)
-    about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": digest.hexdigest()}
+    about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": hash_samples(train)}
     num_classes = count_classes(Path(config.dataset.root), class_names, train.labels, test.labels)
     augment = build_augmentation(loader, sizes, config.seed)
     check_memory(loader, batch_size, augment.transform.sample_bytes)
     augmented = AugmentedSamples(train, augment)
     batches = train_batches(augmented, batch_size, loader.num_workers, loader.prefetch_factor)
     return FinetuneImages(batches, test, class_names, num_classes, about)
+
+
+def hash_samples(labeled: LabeledSamples) -> str:
+    """Return the sha256 of samples and their labels."""
+    digest = hashlib.sha256()
+    for each in (*labeled.samples, labeled.labels):
+        digest.update(each.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], *splits: Tensor) -> int:
@@ -162,17 +167,16 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
-    data = {"modality": modality.name, **images.about}
+    data = {"modality": modality.name, **images.about, "test_sha256": hash_samples(images.test)}
     record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=data)
     arguments = {
-        "model": model,
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),
         "eval_dataloader": Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
         "eval_interval": config.eval_interval,
         "optimizers": build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
         "schedulers": build_scheduler(config, len(images.train_loader)),
         "algorithms": build_algorithms(config.algorithms),
-        **build_trainer_arguments(config, record, [SeededBatches(config.seed)]),
+        **build_trainer_arguments(config, model, record, [SeededBatches(config.seed)]),
     }
     header = {
         modality.unit: f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "

@@ -16,7 +16,7 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.models.execution import name_precision
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import allow_open_files, if_interrupted
@@ -52,7 +52,7 @@ def fit_and_close(
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
         if (fault := find_full_disk(error)) is not None:
-            raise RunError(f"{config.save_folder}: cannot be written: {fault.strerror}") from error
+            raise RunError(f"{config.run_folder}: cannot be written: {fault.strerror}") from error
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
             raise RunError(f"{reason(error)}; the same command resumes") from error
         raise
@@ -63,13 +63,15 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
     if trainer.state.timestamp < config.max_duration:
         if dist.get_global_rank() == 0:
             print(_describe(trainer, config, header))
+        checkpoints = find_callback(trainer.state, Checkpoints)
+        assert checkpoints is not None
+        checkpoints.begin_training()
         with lean_engine(trainer):
             trainer.fit()
-        if (checkpoints := find_callback(trainer.state, Checkpoints)) is not None:
-            checkpoints.end_training(trainer.state)
+        checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error
-        print(f"{config.save_folder}: this run is complete at {config.max_duration}; a new run needs another folder")
+        print(f"{config.run_folder}: this run is complete at {config.max_duration}; a new run needs another folder")
     # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
     if trainer.state.evaluators:
         trainer.eval()
@@ -81,9 +83,8 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
     lines = {
-        "run": f"{config.run_name}, "
-        + ("not saved" if config.save_folder is None else f"saved in {hide_secrets(config.save_folder)}"),
-        "device": f"{dist.get_world_size()} × {device}, {config.precision}",
+        "run": f"{config.run_name}, {'not saved' if config.run_folder is None else f'saved in {config.run_folder}'}",
+        "device": f"{dist.get_world_size()} × {device}, {name_precision(config.precision)}",
         **header,
         "model": f"{trained / 1e6:.1f} M trained weights",
         "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs), batches of "

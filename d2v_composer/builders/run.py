@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from composer.core import Callback
+from composer.models import ComposerModel
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.distillation import build_model
 from d2v_composer.builders.models import build_augmentation
-from d2v_composer.builders.run_folder import build_load_path, check_record
+from d2v_composer.builders.run_folder import build_load_path, check_resume
 from d2v_composer.builders.training import (
     FIXED_BY_A_CHECKPOINT,
     build_algorithms,
@@ -64,13 +65,12 @@ def build_run(config: TrainConfig) -> BuiltRun:
     data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(*train_data)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     arguments = {
-        "model": model,
         "train_dataloader": train_loader,
         "optimizers": build_optimizer(config.optimizer, model),
         "schedulers": build_scheduler(config, len(train_loader)),
         "algorithms": build_algorithms(config.algorithms),
         "parallelism_config": build_parallelism(config),
-        **build_trainer_arguments(config, record, [] if retrieval is None else [retrieval]),
+        **build_trainer_arguments(config, model, record, [] if retrieval is None else [retrieval]),
     }
     header = {modality.unit: f"{data['samples']:,} in {hide_secrets(data['location'])}"}
     if retrieval is not None:
@@ -79,11 +79,13 @@ def build_run(config: TrainConfig) -> BuiltRun:
     return BuiltRun(arguments, model, retrieval, header)
 
 
-def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: list[Callback]) -> dict[str, Any]:
-    """Build the Trainer's arguments that do not depend on the model and its data, and lock the run's folder.
+def build_trainer_arguments(
+    config: TrainerConfig, model: ComposerModel, record: RunRecord, others: list[Callback]
+) -> dict[str, Any]:
+    """Build the Trainer's arguments that are the same in every run, and lock the run's folder.
 
     Raises:
-        InputError: The folder is in use, or its checkpoint is another run's; or a callback or logger cannot be used.
+        InputError: The folder is in use, or the checkpoint is another run's; or a callback or logger cannot be used.
     """
     chosen, unit = build_callbacks(config), MODALITIES[record.record["data"]["modality"]].unit
     folder = config.run_folder
@@ -92,17 +94,19 @@ def build_trainer_arguments(config: TrainerConfig, record: RunRecord, others: li
     advice = "; the same command resumes" if config.autoresume else ""
     checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
     load_path = build_load_path(config)
+    precision = choose_precision(config.precision).trainer
     if load_path is not None:
-        check_record(load_path, record)
+        check_resume(load_path, model, [record, *others])
     return {
+        "model": model,
         "max_duration": config.max_duration,
         "callbacks": [record, Throughput(), NanGuard(), checkpoints, *others, *chosen],
         "loggers": [*build_loggers(config, unit), *([] if uploads is None else [uploads])],
         "progress_bar": False,  # ours is among the loggers
-        "precision": choose_precision(config.precision).trainer,
+        "precision": precision,
         "device_train_microbatch_size": config.device_train_microbatch_size,
         "seed": config.seed,
         "run_name": config.run_name,
         "load_path": load_path,  # instead of Composer's autoresume
-        "load_ignore_keys": partial(drop_unused_scaler, precision=config.precision),
+        "load_ignore_keys": partial(drop_unused_scaler, precision=precision),
     }

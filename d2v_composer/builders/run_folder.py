@@ -1,15 +1,18 @@
 """Find the checkpoint that the Trainer loads."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from composer.core import Callback
 from composer.utils import dist
 
-from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.checkpoints.resume import download_checkpoint, find_newest_checkpoint
 from d2v_composer.checkpoints.safe_load import check_checkpoint, read_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.schema import TrainerConfig
+from d2v_composer.models.distillation import check_tensors
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder
@@ -21,10 +24,11 @@ def build_load_path(config: TrainerConfig) -> str | None:
     """Return the run's newest checkpoint or, for a new run, the one in ``load_path``: verified, the same on every rank.
 
     Raises:
-        InputError: It is corrupt, cannot be read, or ``recipes/train.py`` did not write it.
+        InputError: It is corrupt, cannot be read, leaves nothing to train, or ``recipes/train.py`` did not write it; or
+            the folder has one, and ``autoresume`` is false.
     """
     folder = config.run_folder
-    if config.autoresume and folder is not None and (newest := _find_newest(folder)) is not None:
+    if folder is not None and (newest := _find_newest(folder, config.autoresume)) is not None:
         return str(newest)
     if config.load_path is None:
         return None
@@ -37,10 +41,18 @@ def build_load_path(config: TrainerConfig) -> str | None:
                 download_checkpoint(config.load_path, path)
             with errors_of("load_path", InputError):
                 check_checkpoint(path)
+    length = config.max_duration
+    with reading(path):
+        trained = read_checkpoint(path)["state"]["timestamp"]["Timestamp"]
+        if trained[{"ba": "batch", "ep": "epoch"}[length[-2:]]] >= int(length[:-2]):
+            raise InputError(
+                f"load_path: {config.load_path}: batch {trained['batch']} is not before max_duration {length}; set a "
+                "larger one"
+            )
     return str(path)
 
 
-def _find_newest(folder: RunFolder) -> Path | None:
+def _find_newest(folder: RunFolder, resumes: bool) -> Path | None:
     """Bring rank 0's newest checkpoint to every node, and return it; ``None`` for a new run.
 
     Raises:
@@ -49,8 +61,9 @@ def _find_newest(folder: RunFolder) -> Path | None:
     on_several_nodes = num_nodes() > 1
     found: list[tuple[str, str] | None] = [None]
     with rank_zero_first("the newest checkpoint"):
-        if dist.get_global_rank() == 0 and (newest := find_newest_checkpoint(folder, uploads=on_several_nodes)):
-            found = [(newest.name, sha256(newest) if on_several_nodes else "")]
+        if dist.get_global_rank() == 0:
+            newest = find_newest_checkpoint(folder, resumes=resumes, uploads=on_several_nodes)
+            found = [newest and (newest.name, sha256(newest) if on_several_nodes else "")]
     dist.broadcast_object_list(found)
     if found[0] is None:
         return None
@@ -66,12 +79,15 @@ def _find_newest(folder: RunFolder) -> Path | None:
     return path
 
 
-def check_record(load_path: str, record: RunRecord) -> None:
-    """Compare the run with the checkpoint's record before its tensors, which may have other sizes, are loaded.
+def check_resume(load_path: str, model: torch.nn.Module, callbacks: Sequence[Callback]) -> None:
+    """Compare the run with the checkpoint that it goes on from, before a file is written or a tensor loaded.
 
     Raises:
-        InputError: Names the settings that differ.
+        InputError: Names the settings or tensors that differ.
     """
-    callbacks = read_checkpoint(load_path)["state"].get("callbacks", {})
-    if "RunRecord" in callbacks:  # else another program's, whose tensors are compared
-        record.load_state_dict(callbacks["RunRecord"])
+    with errors_of(load_path):
+        state = read_checkpoint(load_path)["state"]
+        for callback in callbacks:  # another program has saved others: its tensors are compared
+            if (saved := state.get("callbacks", {}).get(type(callback).__name__)) is not None:
+                callback.load_state_dict(saved)
+        check_tensors(model, state["model"], "")

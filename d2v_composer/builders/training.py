@@ -27,6 +27,7 @@ from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, Opt
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.execution import name_precision
 from d2v_composer.system.addresses import RunFolder, hide_all_secrets, hide_secrets
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.machine import describe_machine, package_versions
@@ -47,6 +48,8 @@ FIXED_IN_ANY_RUN = (
     "config.train_loader.shuffle",
     "config.train_loader.num_canonical_nodes",
     "config.train_loader.shuffle_block_size",
+    "config.train_loader.crop_seconds",  # the order of clips is by their length in a batch
+    "config.train_loader.column",
 )
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
@@ -73,6 +76,7 @@ FIXED_IN_A_FINETUNING = (
     "model.pooling",
     "model.sha256",
     "model.num_classes",
+    "data.test_sha256",
 )
 
 
@@ -199,7 +203,11 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
         "command": re.sub("^'(d2v [a-z]+)'", r"\1", shlex.join(map(hide_secrets, sys.argv))),
         **contents,
         "versions": package_versions(),
-        "hardware": {**describe_machine(), "ranks": dist.get_world_size()},
+        "hardware": {
+            **describe_machine(),
+            "ranks": dist.get_world_size(),
+            "precision": name_precision(config.precision),
+        },
     }
     return RunRecord(record, config.run_folder and config.run_folder.local, fixed)
 

@@ -27,12 +27,21 @@ from tqdm import tqdm
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.callbacks.trainer_state import find_callback, loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.resume import LOG, list_names, newest_first, open_store, upload_checkpoint
+from d2v_composer.checkpoints.resume import (
+    LOG,
+    MARK,
+    list_names,
+    newest_first,
+    open_store,
+    point_at,
+    upload,
+    upload_checkpoint,
+)
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, RunError, reason, writing
-from d2v_composer.system.files import acquire
+from d2v_composer.system.files import acquire, check_owned
 from d2v_composer.system.ranks import rank_zero_first
 
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
@@ -59,7 +68,7 @@ class Checkpoints(Callback):
     A run whose folder was removed also stops after its batch, with an error.
 
     Pass no ``save_folder`` to the Trainer, and this callback before ZeroShotRetrieval and after other callbacks. Call
-    :meth:`end_training` after the Trainer's ``fit``.
+    :meth:`begin_training` before the Trainer's ``fit``, and :meth:`end_training` after it.
 
     Args:
         folder: The run's folder, which is locked from now on; ``None`` saves nothing.
@@ -69,7 +78,7 @@ class Checkpoints(Callback):
         advice: The end of the line that says where the run was saved.
 
     Raises:
-        InputError: Another run uses the folder, it holds another run's files, or it cannot be written.
+        InputError: Another run uses the folder, it holds other files, or it cannot be written.
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class Checkpoints(Callback):
         self.is_last_batch = state.max_duration is not None and state.timestamp >= state.max_duration
         if self._agree(state) == REMOVED and self.folder is not None:
             raise RunError(
-                f"save_folder: {self.folder.local} or its lock .in_use was removed during the run: "
+                f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
                 f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
             )
 
@@ -170,6 +179,19 @@ class Checkpoints(Callback):
         self.stopped_by = (*STOPS, None)[code]
         return code
 
+    def begin_training(self) -> None:
+        """Begin a new log if no checkpoint is continued, and write the first file to the run's store.
+
+        Raises:
+            RunError: The store denies it.
+        """
+        with rank_zero_first("save_folder"):
+            if self.folder is not None and self.lock is not None:
+                if not (self.folder.local / LATEST).exists():  # of a run that was killed before its first checkpoint
+                    (self.folder.local / LOG).unlink(missing_ok=True)
+                if self.folder.address is not None:
+                    upload(self.lock.path, f"{self.folder.address}/{MARK}", denial_passes=False)
+
     def end_training(self, state: State) -> None:
         """Exit if a signal arrived since the last batch; all is saved, so later signals end the process immediately.
 
@@ -188,7 +210,7 @@ class Checkpoints(Callback):
         dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
             batch, folder = int(state.timestamp.batch), self.folder
-            said = f"saved at batch {batch} in {folder.address or folder.local}{self.advice}" if folder else "not saved"
+            said = f"saved at batch {batch} in {folder}{self.advice}" if folder else "not saved"
             with suppress(OSError):  # a killed launcher may have closed the terminal
                 tqdm.write(f"{processes.NAMES[self.stopped_by]}: {said}")
                 sys.stdout.flush()
@@ -210,10 +232,7 @@ def publish(partial: Path, checkpoint: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())  # in case the machine fails
     partial.replace(checkpoint)
-    pointer = checkpoint.with_name(".latest.partial")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(checkpoint.name)
-    pointer.replace(checkpoint.with_name(LATEST))
+    point_at(checkpoint)
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
@@ -247,29 +266,29 @@ LOCK_WAIT_SECONDS = 10.0
 class FolderLock:
     """Keep other runs on this machine out of a run's folder: two runs would resume from each other's checkpoints.
 
+    A new folder in which nothing else was written is removed with the lock.
+
     Args:
-        folder: The run's folder. Its file ``.in_use`` names the store whose files it holds copies of.
+        folder: The run's folder. Its file :data:`MARK` names the store whose files it holds copies of.
 
     Raises:
-        InputError: Another run uses the folder, it holds another run's files, or it cannot be written.
+        InputError: Another run uses the folder, it holds other files, or it cannot be written.
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self.path = folder.local / ".in_use"
-        for name in (LATEST, LOG, "run.yaml", "report.html"):  # found now, not when the first batch has been trained
-            if (folder.local / name).is_dir():
-                raise InputError(f"save_folder: {folder.local / name}: is a folder; expected a run's file")
+        self.path = folder.local / MARK
+        check_owned(folder.local, MARK, "save_folder")
+        made = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local}: cannot be written ({error.strerror})") from error
         other, user = [*self.path.read_text(errors="replace").splitlines(), "", "it"][:2]
-        if lock is None:
+        if lock is None or not os.fstat(lock).st_nlink:
             raise InputError(
-                f"save_folder: {folder.local} is in use by another run: choose another run_name or save_folder, "
-                f"or stop {user}"
+                f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"
             )
-        self.lock, self.release = lock, weakref.finalize(self, os.close, lock)
+        self.lock, self.release = lock, weakref.finalize(self, release, lock, made)
         if other not in ("", folder.address):
             this = folder.address or "this run"
             raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
@@ -284,6 +303,16 @@ class FolderLock:
             return True
         except OSError:  # a file system that is away for a moment must not end the run
             return False
+
+
+def release(lock: int, made: list[Path]) -> None:
+    """Unlock a run's folder, and remove the file and the folders that the lock made if nothing was added to them."""
+    with suppress(OSError):
+        if made and [*made[0].parent.iterdir()] == made[:1]:
+            made[0].unlink()
+            for folder in made[1:]:
+                folder.rmdir()
+    os.close(lock)
 
 
 # fairseq's --min-loss-scale: below it every step is skipped.

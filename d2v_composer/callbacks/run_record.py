@@ -20,6 +20,7 @@ WORDS = {
     "model.pooling": "pooling",
     "model.num_classes": "number of classes",
     "data.sha256": "train_loader or dataset (sha256 of the samples)",
+    "data.test_sha256": "dataset (sha256 of the test samples)",
 }
 
 
@@ -55,10 +56,13 @@ class RunRecord(Callback):
         Raises:
             InputError: A fixed key has changed; names each change.
         """
-        before = state["record"]
+        if changes := self.changes(state["record"]):
+            raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
+
+    def changes(self, before: Mapping[str, Any]) -> str:
+        """Describe what differs from another run's record in the fixed keys."""
         found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
-        if changes := [change for changes in found for change in changes]:
-            raise InputError(f"{'; '.join(changes)}; a new run needs another run_name or save_folder")
+        return "; ".join(change for changes in found for change in changes)
 
 
 def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:

@@ -18,31 +18,36 @@ from d2v_composer.checkpoints.safe_load import LATEST, CorruptCheckpointError, c
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing
-from d2v_composer.system.retry import retry
+from d2v_composer.system.retry import is_missing, retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LOG = "log.jsonl"
+# The file of a run's lock; a folder that has it is a run's, and in a store too.
+MARK = ".in_use"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
 
 log = logging.getLogger(__name__)
 
 
-def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path | None:
+def find_newest_checkpoint(folder: RunFolder, *, resumes: bool = True, uploads: bool = False) -> Path | None:
     """Return a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    A log in the store that is longer than the local one replaces it: another machine went on.
+    ``latest-rank0.pt`` points at it from then on. A log in the store that is longer than the local one replaces it:
+    another machine went on.
 
     Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
     pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
 
     Args:
         folder: The run's folder.
+        resumes: It may have checkpoints.
         uploads: Upload a local checkpoint even if the store has one of that name: after a change of machines it may
             be another.
 
     Raises:
-        InputError: The store cannot be read, no checkpoint is complete, or ``recipes/train.py`` did not write it.
+        InputError: The store cannot be read or holds other files, no checkpoint is complete, ``recipes/train.py`` did
+            not write it, or there is one and not ``resumes``.
         RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
@@ -50,6 +55,10 @@ def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path 
         (path.name for path in folder.local.glob("*.pt")), pointer.readlink().name if pointer.is_symlink() else None
     )
     there = [] if folder.address is None else _stored_checkpoints(folder.address)
+    if (here or there) and not resumes:
+        raise InputError(
+            f"autoresume: must be true, because {folder} holds a run's checkpoints; a new run needs another save_folder"
+        )
     for name in newest_first({*here, *there}):
         path = folder.local / name
         if name in here and _is_complete(path):
@@ -62,15 +71,24 @@ def find_newest_checkpoint(folder: RunFolder, *, uploads: bool = False) -> Path 
                 break
     else:
         if here or there:
-            place = folder.address or folder.local
-            raise InputError(f"{place}: none of its checkpoints is complete; remove them to restart")
+            raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
         return None
+    if pointer.resolve() != path.resolve():  # another machine saved it
+        point_at(path)
     ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
     if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
         if not ours.exists() or stored.stat().st_size > ours.stat().st_size:
             stored.replace(ours)
         stored.unlink(missing_ok=True)
     return path
+
+
+def point_at(checkpoint: Path) -> None:
+    """Let ``latest-rank0.pt`` point at a checkpoint."""
+    pointer = checkpoint.with_name(".latest.partial")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(checkpoint.name)
+    pointer.replace(checkpoint.with_name(LATEST))
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
@@ -104,14 +122,21 @@ def _is_complete(checkpoint: Path) -> bool:
 def _stored_checkpoints(address: str) -> list[str]:
     """Return the names of a store's checkpoints in the order of :func:`newest_first`; empty without a pointer."""
     pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
-    if pointed_at is None:
-        return []
     try:
-        return newest_first(retry(lambda: list_names(address), address, RETRY_SECONDS), pointed_at)
+        names = retry(lambda: list_names(address), address, RETRY_SECONDS)
     except Exception as error:
+        if pointed_at is None and is_missing(error):
+            return []
         raise InputError(
             f"{address}: cannot be listed ({reason(error)}), so the newest checkpoint is unknown"
         ) from error
+    if pointed_at is not None:
+        return newest_first(names, pointed_at)
+    if names and MARK not in names:
+        raise InputError(
+            f"save_folder: {address} holds files that are not ours, such as {names[0]}; choose another folder"
+        )
+    return []
 
 
 def download_checkpoint(address: str, path: Path) -> None:
@@ -159,18 +184,23 @@ def open_store(address: str) -> tuple[ObjectStore, str]:
 def list_names(address: str) -> list[str]:
     """Return the names of the files below a store's folder; the client's errors pass unchanged."""
     store, prefix = open_store(f"{address}/")
-    return [key.removeprefix(prefix) for key in store.list_objects(prefix)]
+    return [key.removeprefix(prefix) for key in store.list_objects(prefix) if key != prefix]  # a console's empty folder
 
 
-def upload(path: Path, address: str) -> None:
-    """Upload a file, and retry for ten minutes while the store is unreachable.
+def upload(path: Path, address: str, denial_passes: bool = True) -> None:
+    """Upload a file, and retry for ten minutes while the store is unreachable or denies it.
+
+    Args:
+        path: The file.
+        address: Its address in the store.
+        denial_passes: False for a run's first file: a denial that comes later may be a fault of the store's.
 
     Raises:
         RunError: The store cannot be written.
     """
     try:
         store, key = open_store(address)
-        retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS)
+        retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS, denial_passes=denial_passes)
     except Exception as error:
         raise RunError(f"{address}: cannot be written ({reason(error)})") from error
 

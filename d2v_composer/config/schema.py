@@ -14,7 +14,6 @@ import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from typing_extensions import Self
 
-from d2v_composer.models.execution import name_precision
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Prediction, Representation, Weights
 from d2v_composer.models.sizes import parse_image_size
 from d2v_composer.models.student import Init
@@ -103,12 +102,11 @@ def read_image_size(size: Any) -> int | str:
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
 
-def read_precision(choice: str) -> str:
-    """Return the precision that ``auto`` stands for, so that log and checkpoint name it."""
+def check_precision(choice: str) -> None:
+    """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
         allowed = "precision=fp32 or amp_bf16 or auto"
         raise ValueError(f"amp_fp16 needs a GPU, and this machine has none; on a CPU: {allowed}")
-    return name_precision(choice)
 
 
 def has_gpu() -> bool:
@@ -158,7 +156,7 @@ Positive = Annotated[float, Field(gt=0)]
 Up1000 = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
-Precision = Annotated[PrecisionChoice, AfterValidator(read_precision)]
+Precision = Annotated[PrecisionChoice, checked(check_precision)]
 Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
 Interval = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
 WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
@@ -403,22 +401,23 @@ class TrainerConfig(RunConfig):
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
-    save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/${run_name}"
-    """Folder of the run's checkpoints, log and record, on this machine or in an object store; null: save nothing."""
+    save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/{run_name}"
+    """Folder of the run's checkpoints, log and record, on this machine or in an object store, in which nothing else may
+    be; null: save nothing. ``{run_name}`` stands for the name."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool)] = 3
     """Number of newest checkpoints to keep; -1: all."""
     autoresume: bool = True
-    """Resume from the newest checkpoint in ``save_folder``."""
+    """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
     load_path: Annotated[Text, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
     @property
     def run_folder(self) -> RunFolder | None:
         """The folder ``save_folder``; ``None`` if the run saves nothing."""
-        return None if self.save_folder is None else RunFolder.parse(self.save_folder)
+        return None if self.save_folder is None else RunFolder.parse(self.save_folder, self.run_name)
 
     def contradictions(self) -> Iterator[str]:
         warmup, length = self.scheduler.t_warmup, self.max_duration

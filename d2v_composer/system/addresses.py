@@ -72,18 +72,22 @@ class RunFolder(NamedTuple):
     """Address of the folder in the store, without a trailing slash; ``None`` without a store."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse a ``save_folder``.
+    def parse(cls, text: str, run_name: str = "run") -> Self:
+        """Parse a ``save_folder``, in which ``{run_name}`` is Composer's placeholder.
 
         Raises:
             ValueError: It is malformed, or Composer would save elsewhere.
         """
+        text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
             raise ValueError(f"expected a folder or an address in one of {', '.join(STORES)}, got {text!r}")
         local = address.path or "." if address.is_remote else text
         check_path(local)
         return cls(Path(local), text.rstrip("/") if address.is_remote else None)
+
+    def __str__(self) -> str:
+        return self.address or str(self.local)
 
 
 def check_run_name(name: str) -> None:
@@ -104,7 +108,7 @@ def check_path(path: str) -> None:
         ValueError: It does not.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
-        said = "; write placeholders as ${run_name}" if "{" in path else ""
+        said = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
         raise ValueError(f"expected only letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
 
 

@@ -37,6 +37,7 @@ def retry(
     what: str,
     timeout: float,
     lasting_attempts: int = LASTING_ATTEMPTS,
+    denial_passes: bool = False,
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
 
@@ -48,6 +49,7 @@ def retry(
         what: What is attempted, for the log.
         timeout: Seconds; a running attempt is not interrupted.
         lasting_attempts: 1 reports a wrong address or key immediately.
+        denial_passes: A store that denies access counts as unreachable.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0
@@ -56,7 +58,7 @@ def retry(
         try:
             return attempt()
         except Exception as error:
-            num_lasting += is_lasting(error)
+            num_lasting += is_lasting(error) and not (denial_passes and _status(error))
             left = timeout - (time.monotonic() - start)
             if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
@@ -89,6 +91,8 @@ def _is_unreachable(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status in an error from botocore, google-cloud, azure, oci or requests."""
+    if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:  # boto3's, of another error
+        error = error.__context__
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")

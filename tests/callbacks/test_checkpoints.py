@@ -85,6 +85,10 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
 def test_a_folder_is_of_one_address(tmp_path: Path) -> None:
     for _ in range(2):
         Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba").post_close()
+        assert list(tmp_path.iterdir()) == []
+    checkpoints = Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba")
+    (tmp_path / "log.jsonl").touch()
+    checkpoints.post_close()
     for address, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
         with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not of {words}"):
             Checkpoints(RunFolder(tmp_path, address), "5ba")

@@ -10,6 +10,7 @@ import yaml
 from d2v_composer.config import schema
 from d2v_composer.config.load import load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import REPORT_SECONDS
 from helpers import ROOT
@@ -66,7 +67,8 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         "optimizer.betas[0]=0.8", "student.depth=${oc.decode:${oc.env:DEPTH}}", "retrieval.datasets={}", "run_name=2026"
     )
     assert (config.optimizer.betas, config.student.depth, config.retrieval.datasets) == ((0.8, 0.98), 3, {})
-    assert (config.run_name, config.save_folder) == ("2026", "runs/2026")
+    assert (config.run_name, config.run_folder) == ("2026", RunFolder(Path("runs/2026")))
+    assert load("run_name=a", "save_folder=${run_name}/b").run_folder == RunFolder(Path("a/b"))
     config = load("optimizer.lr=1e-3", "train_loader.cache_limit=2gb", "optimizer.weight_decay=0", "algorithms={}")
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.train_loader.cache_limit) == (1e-3, 0, 2 * 10**9)
 

@@ -136,6 +136,22 @@ def test_a_killed_run_goes_on_with_the_same_batches(
     assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), num_steps=14)
 
 
+def test_a_resume_keeps_the_order_or_is_refused(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """4, 12: within an epoch, with each option of the loader changed: it is named, or no clip comes twice or never."""
+    with recorded(tmp_path, clips, environment={"AT": "batch_start 9 kill"}) as [program]:
+        assert program.wait(120) == -signal.SIGKILL
+    refused = {"crop_seconds": "0.2", "shuffle": "false", "shuffle_block_size": "32", "num_canonical_nodes": "2"}
+    with recorded(tmp_path, clips, *(f"train_loader.{name}={value}" for name, value in refused.items())) as [program]:
+        assert program.wait(60) == 2
+    line = failure(program, 2)
+    assert [name for name in refused if f"train_loader.{name}: checkpoint has " not in line] == [], line
+    free = ("num_workers=1", "prefetch_factor=3", "timeout=60")
+    options = ("device_train_microbatch_size=4", "save_interval=3ba", *(f"train_loader.{each}" for each in free))
+    with recorded(tmp_path, clips, *options) as programs:
+        assert_succeed(programs)
+    assert read_record(tmp_path) == read_record(uninterrupted)
+
+
 @pytest.mark.parametrize("batch", [3, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 9))])
 def test_a_killed_run_ends_bit_for_bit(clips: Path, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
     """10: with the bits of the run that was not killed."""

@@ -238,15 +238,90 @@ def test_a_damaged_newest_checkpoint_is_skipped(
 def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
     """12: each change is named."""
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
-    changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}"]
-    before = (uninterrupted / "latest-rank0.pt").read_bytes()
+    changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}", "train_loader.column=image"]
+    before = contents_of(uninterrupted)
     line = failure(run_command(*train_command(small_run(uninterrupted, small_data, *changes))), 2)
     assert "seed: checkpoint has 17, config has 18" in line, line
     for name in ("student.depth", "student.alibi", "optimizer.lr", "targets.extra_tokens", "global_train_batch_size"):
         assert f"{name}: " in line
+    assert "train_loader.column: checkpoint has None, config has image" in line
     other = run_command(*train_command(small_run(uninterrupted, labeled / "test", "seed=17")))
     assert "train_loader" in failure(other, 2)
-    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
+    assert contents_of(uninterrupted) == before
+
+
+def contents_of(folder: Path) -> dict[str, bytes | None]:
+    """Return each file and folder below a folder, except locks, with its content."""
+    paths = (path for path in folder.rglob("*") if path.name != ".in_use")
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(name: str, small_data: Path, tmp_path: Path) -> None:
+    """7, 11: as it was."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    line = failure(run_command(*train_command(small_run(tmp_path / "mine", small_data))), 2)
+    assert f"save_folder: {tmp_path / 'mine'} holds files that are not ours, such as {name}; choose another" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
+def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, small_data: Path) -> None:
+    """7, 11: another run's checkpoints, log, record and report stay."""
+    before = contents_of(uninterrupted)
+    arguments = small_run(uninterrupted, small_data, "autoresume=false", "save_interval=1ba", "report=true")
+    line = failure(run_command(*train_command(arguments)), 2)
+    said = f"autoresume: must be true, because {uninterrupted} holds a run's checkpoints; a new run needs another save_"
+    assert said in line
+    assert contents_of(uninterrupted) == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """11, 12: a finished run's, one of other settings, one of other tensors; nothing is left behind each time."""
+    finished = uninterrupted / "latest-rank0.pt"
+    foreign = tmp_path / "foreign.pt"
+    checkpoint = load_checkpoint(uninterrupted / "ep1-ba12-rank0.pt")
+    del checkpoint["state"]["callbacks"]["RunRecord"]
+    torch.save(checkpoint, foreign)
+    for load_path, changes, words in (
+        (finished, [], f"load_path: {finished}: batch 14 is not before max_duration 14ba"),
+        (finished, ["max_duration=2ep"], f"load_path: {finished}: batch 14 is not before max_duration 2ep"),
+        (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
+        (foreign, ["student.depth=2"], f"{foreign}: tensor student.blocks.2."),
+    ):
+        arguments = small_run(tmp_path / "runs" / "new", small_data, f"load_path={load_path}", *changes)
+        assert words in failure(run_command(*train_command(arguments)), 2)
+        assert not (tmp_path / "runs").exists()
+    arguments = small_run(tmp_path / "runs" / "new", small_data, f"load_path={foreign}")
+    assert "at batch 12" in run_training(*arguments).stdout
+    assert_same_student(tmp_path / "runs" / "new", uninterrupted)
+
+
+def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
+    """10, 18: in the folder of its own name, in the precision that was asked for, with next commands that exist."""
+    few = ("max_duration=2ba", "scheduler.t_warmup=1ba", "precision=auto")
+    run_training(*small_run(Path("runs/{run_name}"), small_data, *few), cwd=tmp_path)
+    run = tmp_path / "runs" / "quickstart"
+    before, record = contents_of(run), yaml.safe_load((run / "run.yaml").read_text())
+    assert (record["config"]["save_folder"], record["config"]["precision"]) == ("runs/{run_name}", "auto")
+    used = record["hardware"]["precision"]
+    assert used in ("fp32", "amp_bf16", "amp_fp16")
+    ended = run_training(str(run / "run.yaml"), "run_name=again", cwd=tmp_path)
+    assert "saved in runs/again" in ended.stdout
+    assert f", {used}\n" in ended.stdout
+    assert "export runs/again/latest-rank0.pt" in ended.stdout
+    assert checkpoints_of(tmp_path / "runs" / "again") == {"ep0-ba2-rank0.pt"}
+    assert contents_of(run) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(small_data: Path, tmp_path: Path) -> None:
+    """7: which may have other settings."""
+    train_until_killed(small_run(tmp_path, small_data, UNSAVED), "batch_start 5")
+    assert len(losses_of(tmp_path)) == 5
+    few = ("max_duration=2ba", "scheduler.t_warmup=1ba", "seed=18")
+    run_training(*small_run(tmp_path, small_data, *few))
+    assert sorted(losses_of(tmp_path)) == [0, 1]
 
 
 def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:

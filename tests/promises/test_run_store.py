@@ -93,8 +93,49 @@ def test_a_killed_run_resumes_on_another_machine(
     # A third machine finds that the run has finished.
     third = tmp_path / "third"
     third.mkdir()
-    run_training(*arguments, cwd=third, environment=variables)
+    ended = run_training(*arguments, cwd=third, environment=variables)
     assert (third / "runs" / "killed" / "log.jsonl").read_bytes() == stored["log.jsonl"]
+    assert "export runs/killed/latest-rank0.pt" in ended.stdout
+    assert (third / "runs" / "killed" / "latest-rank0.pt").is_file()
+
+
+def test_a_store_that_denies_writing_ends_the_run_before_it_trains(
+    store: GatedStore, small_data: Path, tmp_path: Path
+) -> None:
+    """11, 18: in seconds, not after the retries for a store that is unreachable."""
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/denied")
+    start = time.monotonic()
+    ended = run_command(*train_command(arguments), cwd=tmp_path, environment=store.reader_environment)
+    line = failure(ended, 1)
+    assert line.startswith(f"error: s3://{BUCKET}/runs/denied/.in_use: cannot be written (")
+    assert "AccessDenied" in line
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "override", "message"),
+    [
+        (["notes.txt"], "seed=17", "save_folder: {} holds files that are not ours, such as notes.txt; choose another"),
+        (
+            ["ep2-ba14-rank0.pt", POINTER],
+            "autoresume=false",
+            "autoresume: must be true, because {} holds a run's check",
+        ),
+    ],
+)
+def test_a_folder_in_a_store_that_holds_other_files_is_refused(
+    names: list[str], override: str, message: str, store: GatedStore, small_data: Path, tmp_path: Path
+) -> None:
+    """7, 11."""
+    prefix = f"runs/{override}"
+    for name in names:
+        store.client().put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=b"runs/x/ep2-ba14-rank0.pt")
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/{prefix}", override)
+    ended = run_command(*train_command(arguments), cwd=tmp_path, environment=store.environment)
+    assert message.format(f"s3://{BUCKET}/{prefix}") in failure(ended, 2)
+    assert store.objects(BUCKET, f"{prefix}/").keys() == set(names)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

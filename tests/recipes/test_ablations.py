@@ -17,8 +17,10 @@ from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
+from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
+from programs.preloaded import Program
 from recipes import ablations
 from recipes.ablations import as_overrides, read_rows
 
@@ -49,7 +51,7 @@ def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_pa
     python, script, base, *overrides = ablations.train_command(tmp_path, row, changes, folder, images)
     assert (python, script, base) == (sys.executable, str(ROOT / "recipes" / "train.py"), str(tmp_path / "base.yaml"))
     config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
-    assert (config.seed, config.save_folder, config.run_name) == (18, str(folder), "a")
+    assert (config.seed, config.run_folder, config.run_name) == (18, RunFolder(folder), "a")
     assert config.train_loader.local == str(images / "train")
     assert (config.retrieval.max_images, config.train_loader.crop_scale) == (None, (0.5, 1.0))
 
@@ -59,7 +61,8 @@ WAITS = """
 import signal, sys
 from pathlib import Path
 
-folder = Path(next(each.partition("=")[2] for each in sys.argv if each.startswith("save_folder=")))
+options = dict(each.split("=", 1) for each in sys.argv[2:])
+folder = Path(options["save_folder"].replace("{run_name}", options["run_name"]))
 
 def save(*_):
     (folder / "saved").touch()
@@ -67,6 +70,7 @@ def save(*_):
 
 signal.signal(signal.SIGTERM, save)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as train.py, which takes it in another way
+folder.mkdir(parents=True)
 (folder / "started").touch()
 signal.pause()
 """
@@ -86,9 +90,9 @@ command_line.run(ablations.main)
 
 def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
-    fails = 'import sys\nif any(each.endswith("/base") for each in sys.argv):\n    sys.exit(2)\n'
+    fails = 'import sys\nif "run_name=base" in sys.argv:\n    sys.exit(2)\n'
     (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
-    failure = f"base: failed with status 2; see {tmp_path / 'base' / 'output.txt'}; continuing with the other rows\n"
+    failure = f"base: failed with status 2; see {tmp_path / 'base.txt'}; continuing with the other rows\n"
     rows = ("--rows", "depth 1", "--rows", "depth 2")
     program = start_python("-c", WITH_ROOT, tmp_path, *rows, "--out", tmp_path)
     wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure == program.stderr)
@@ -105,9 +109,44 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
     program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
     assert program.wait(timeout=20) == 2
     assert sorted(line for line in program.stderr.splitlines() if line.startswith("error: ")) == [
-        f"error: {name}: failed with status 2; see {tmp_path / folder / 'output.txt'}"
+        f"error: {name}: failed with status 2; see {tmp_path / folder}.txt"
         for name, folder in (("base", "base"), ("depth 1", "depth_1"))
     ]
+
+
+# A run that is interrupted after it has written its record.
+BEGINS = """
+import sys
+import yaml
+from d2v_composer.builders.training import build_run_record
+from d2v_composer.config.load import load_config
+
+config = load_config(sys.argv[1:])
+config.run_folder.local.mkdir(parents=True, exist_ok=True)
+(config.run_folder.local / "run.yaml").write_text(yaml.safe_dump(build_run_record(config, ()).record))
+sys.exit(1)
+"""
+
+
+def test_rows_of_other_settings_are_refused_by_name_before_training(tmp_path: Path) -> None:
+    """A table is of one command's settings, also if the first rows were trained by another call."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "train.py").write_text(BEGINS)
+
+    def call(*changes: str) -> Program:
+        rows = ("--rows", "depth 1", "--out", tmp_path / "out")
+        program = start_python("-c", WITH_ROOT, tmp_path, *rows, *changes)
+        assert program.wait(timeout=60) == 2
+        return program
+
+    assert "depth 1: failed with status 1" in call().stderr
+    again = call("max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
+    assert again.stderr == (
+        "error: base: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
+        f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {tmp_path / 'out' / 'base'}\n"
+    )
+    assert "training" not in again.stdout
+    assert "depth 1: failed with status 1" in call().stderr
 
 
 def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:

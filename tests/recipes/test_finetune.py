@@ -208,5 +208,13 @@ def test_a_run_that_cannot_be_is_one_line(finetuned: Path, student: Path, labele
     line = failure(finetune(*arguments, "global_train_batch_size=97", status=2), 2)
     assert line == "error: global_train_batch_size: must be at most 96, the number of train images; got 97"
     assert not (tmp_path / "run").exists()
-    line = failure(finetune(*arguments, "pooling=mean", f"load_path={finetuned / 'latest-rank0.pt'}", status=2), 2)
+    line = failure(finetune(*arguments, "pooling=mean", f"load_path={finetuned / 'ep1-ba10-rank0.pt'}", status=2), 2)
     assert "pooling: checkpoint has cls, config has mean" in line
+
+
+def test_a_resume_keeps_its_test_images(finetuned: Path, student: Path, labeled: Path, tmp_path: Path) -> None:
+    """Also if only a label differs."""
+    shutil.copytree(labeled / "train", tmp_path / "train")
+    write_mds(tmp_path / "test", [encoded_image(i) for i in range(48)], [*(i % 4 for i in range(47)), 0])
+    line = failure(finetune(*small_finetuning(finetuned, student, tmp_path, "max_duration=14ba"), status=2), 2)
+    assert ".pt: dataset (sha256 of the test samples): checkpoint has " in line

@@ -40,7 +40,7 @@ def test_composer_saves_where_we_look() -> None:
     assert len(read) > 100
     for text, folder in read.items():
         store, bucket, path = parse_uri(text)
-        assert Path(partial_format(path, run_name="other", rank=0, local_rank=0) or ".") == folder.local, text
+        assert Path(partial_format(path, run_name="run", rank=0, local_rank=0) or ".") == folder.local, text
         assert (folder.address is not None) == (store != "")
         if folder.address is not None:
             assert parse_uri(f"{folder.address}/log.jsonl")[:2] == (store, bucket)
@@ -55,7 +55,7 @@ def test_composer_saves_where_we_look() -> None:
 
 def test_folders_that_are_refused() -> None:
     for text in (
-        *("/x/vit#3", "/x/a\\b", "/x/{run_name}", "//x/y", "a:b", "s3:/b/x", "ftp://x/y", "s3://a@b/x", "s3:///x"),
+        *("/x/vit#3", "/x/a\\b", "/x/{rank}", "//x/y", "a:b", "s3:/b/x", "ftp://x/y", "s3://a@b/x", "s3:///x"),
         *("s3://b c/x", "s3://[b/x", "s3://b/a//c", "s3://b/../c", " /x/y", "/x/\n", ""),
     ):
         with pytest.raises(ValueError, match=r"expected .*got "):

@@ -6,6 +6,7 @@ from http import HTTPStatus
 from unittest.mock import Mock
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, NoCredentialsError
 
 from d2v_composer.system import retry as retry_module
@@ -32,6 +33,26 @@ def test_retries_until_success_or_the_timeout_or_an_error_that_will_not_pass(
         with pytest.raises(type(failure)), time_limit(20):
             retry(attempt, "a shard", timeout)
         assert attempt.call_count in counts
+    denied = Mock(side_effect=[*[denial()] * 6, None])
+    retry(denied, "a later save", timeout=30, denial_passes=True)
+    with pytest.raises(S3UploadFailedError):
+        retry(Mock(side_effect=denial()), "the first save", timeout=30)
+
+
+def client_error(status: int) -> ClientError:
+    answer = {"Error": {"Code": "?"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "PutObject")  # pyright: ignore[reportArgumentType]
+
+
+def denial() -> S3UploadFailedError:
+    """Return boto3's error for an upload that S3 denies."""
+    try:
+        try:
+            raise client_error(403)
+        except ClientError:
+            raise S3UploadFailedError("denied")  # noqa: B904  (as boto3 does)
+    except S3UploadFailedError as error:
+        return error
 
 
 class GoogleError(Exception):
@@ -41,11 +62,7 @@ class GoogleError(Exception):
 
 
 def test_tells_lasting_errors_from_passing_ones() -> None:
-    def client_error(status: int) -> ClientError:
-        answer = {"Error": {"Code": "?"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-        return ClientError(answer, "GetObject")  # pyright: ignore[reportArgumentType]
-
-    for error in (client_error(404), client_error(403), NoCredentialsError(), GoogleError()):
+    for error in (client_error(404), client_error(403), denial(), NoCredentialsError(), GoogleError()):
         assert is_lasting(error)
     for error in (client_error(400), client_error(503), ConnectionResetError("reset"), TimeoutError("late")):
         assert not is_lasting(error)
