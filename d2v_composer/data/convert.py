@@ -1,8 +1,9 @@
 """Convert images or sound to MDS shards, in a folder or directly in an object store, all or nothing.
 
 The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
-writes a record of it. A conversion that starts again keeps the shards whose records fit. The index, without which there
-is no data set, comes last. So the result depends neither on the number of workers nor on kills.
+writes a record of it. A conversion that starts again keeps the shards that are still there as their records say. The
+index, without which there is no data set, comes last. So the result depends neither on the number of workers nor on
+kills.
 """
 
 import hashlib
@@ -10,8 +11,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,10 +31,11 @@ from d2v_composer.data.mds import ShardFile
 from d2v_composer.data.modality import Modality, SampleFile, list_files, list_subfolders, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
+from d2v_composer.system.fetch import RETRY_SECONDS, cache_folder, download_existing, is_remote, list_etags
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
+from d2v_composer.system.retry import retry
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SPLITS = ("train", "val", "validation", "test")
@@ -186,22 +189,46 @@ class _Task(NamedTuple):
     records: Path
     """Folder of these shards' records; other samples or settings get another folder."""
 
-    def check_out(self) -> None:
-        """Check that ``out`` can be written, and holds no finished data set.
+    stored: Mapping[str, str] = {}
+    """ETags of the objects that ``out`` had in S3 at the start, by name."""
+
+    def check_out(self) -> dict[str, str]:
+        """Check that ``out`` can be written and holds no finished data set; return the ETags of its objects in S3.
 
         Raises:
             InputError: One of these does not hold.
         """
-        is_finished = (Path(self.out) / INDEX).exists()
+        is_finished, stored = (Path(self.out) / INDEX).exists(), dict[str, str]()
         if is_remote(self.out):
             try:
                 with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
-                    is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
+                    stored = self.list_stored()
+                    index = f"{self.out}/{INDEX}"
+                    is_finished = INDEX in stored if self.is_s3 else download_existing(index, self.work / INDEX)
             except Exception as error:
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
             raise InputError(f"{self.out}: holds a finished data set: remove it, or choose another OUT")
+        return stored
+
+    @property
+    def is_s3(self) -> bool:
+        """True if objects can be compared with the records. Streaming's clients of other stores list only names."""
+        return self.out.startswith("s3://")
+
+    def list_stored(self, name: str = "") -> dict[str, str]:
+        """Return the ETag of each object of ``out``, or of one, by name; of other stores than S3, none.
+
+        Raises:
+            RunError: The store cannot be listed.
+        """
+        if not self.is_s3:
+            return {}
+        try:
+            return retry(partial(list_etags, self.out, name), self.out, RETRY_SECONDS)
+        except Exception as error:
+            raise RunError(f"{self.out}: cannot be listed: {reason(error)}") from error
 
     @contextmanager
     def published(self, name: str) -> Iterator[Path]:
@@ -227,23 +254,22 @@ class _Task(NamedTuple):
         """Write a group's shard, unless it exists.
 
         Returns:
-            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, the ``skipped`` samples,
-            and of sound the ``lengths`` of the others.
+            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, its ``etag`` in S3, the
+            ``skipped`` samples, and of sound the ``lengths`` of the others. And if it existed: ``is_kept``.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
             done, path = json.loads(record.read_bytes()), Path(self.out, name)
-            # A store keeps what it has accepted.
             is_whole = (
                 done["entry"] is None
-                or is_remote(self.out)
+                or (name in self.stored and self.stored[name] == done.get("etag"))
                 or (path.exists() and ShardFile(**done["entry"]["raw_data"]).find_fault(path) is None)
             )
             if is_whole and (self.skip_unreadable or not done["skipped"]):
-                return done
+                return done | {"is_kept": True}
         files = [self.source.files[i] for i in self.groups[number]]
         columns = dict(self.source.modality.columns) | ({} if files[0].label is None else {"label": "int"})
-        done = {"entry": None, "skipped": [], "lengths": []}
+        done = {"entry": None, "etag": None, "skipped": [], "lengths": []}
         with self.published(name) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
@@ -262,6 +288,8 @@ class _Task(NamedTuple):
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
             writer.executor.shutdown()
+        if done["entry"] is not None:
+            done["etag"] = self.list_stored(name).get(name)
         write_atomically(record, json.dumps(done))
         return done
 
@@ -291,7 +319,7 @@ class Conversion(NamedTuple):
     skipped: list[str]
     """Why each unreadable sample was skipped."""
     resumed: int
-    """Number of shards that an interrupted run had finished."""
+    """Number of shards that an interrupted run had finished, and that are still there."""
 
 
 def convert(
@@ -334,8 +362,7 @@ def convert(
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
-        task.check_out()
-        resumed, shards = len(list(records.glob("*.json"))), []
+        task, shards = task._replace(stored=task.check_out()), []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
         with left, progress_bar(total=len(source.files), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
@@ -345,10 +372,13 @@ def convert(
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
             raise InputError(f"{source.root}: none of the {len(source.files)} {unit} can be read")
-        names = {entry["raw_data"]["basename"] for entry in entries}
+        etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
         for path in folder.glob("shard.*.mds"):
-            if path.name not in names:  # of an interrupted conversion with other settings
+            if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
+        if task.is_s3 and (lost := sorted(name for name, _ in etags.items() - task.list_stored().items())):
+            changed = f"{len(lost)} shards were removed or replaced after their upload"
+            raise RunError(f"{out}/{lost[0]}: {changed}; the same command writes them again")
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]
         num_samples = sum(entry["samples"] for entry in entries)
@@ -359,7 +389,8 @@ def convert(
                 path.write_text(json.dumps(content, sort_keys=True))
         shutil.rmtree(work)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
-    return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, resumed)
+    num_kept = sum("is_kept" in shard for shard in shards)
+    return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, num_kept)
 
 
 def _groups(source: SampleSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:

@@ -203,6 +203,19 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
             raise ConnectionError(f"truncated after {file.tell()} of {length} bytes")
 
 
+def list_etags(folder: str, name: str = "") -> dict[str, str]:
+    """Return the ETags of the objects in a folder in S3, by name, without those in its subfolders.
+
+    Args:
+        folder: The address, without a slash at the end.
+        name: Only the objects whose names begin like this.
+    """
+    bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
+    client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter="/")
+    return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+
+
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
     """Return an S3 client; a forked process must not use its parent's client."""

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +265,58 @@ def test_writes_to_an_object_store(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match="cannot be written"):
         main([str(source), "s3://conversion/train"])
+
+
+@pytest.fixture
+def client(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of the store, which conversions reach too."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store.client()
+
+
+def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
+    source: Path, tmp_path: Path, object_store: GatedStore, client: Any
+) -> None:
+    """Whatever the local record says: of a removed, a replaced, and another conversion's shard."""
+    damaged = shutil.copytree(source, tmp_path / "in")
+    write(damaged / "train" / CLASSES[2] / "cut.JPEG", b"")
+    remote = f"{object_store.create_bucket('resumed')}/train"
+    command = [str(damaged), remote, "--shard-size", "20kb", "--workers", "1"]
+    main([str(damaged), str(tmp_path / "local"), *command[2:], "--skip-unreadable"])
+
+    def stop(*options: str) -> dict[str, bytes]:
+        with pytest.raises(InputError, match=r"cut\.JPEG"):
+            main([*command, *options])
+        return object_store.objects("resumed", "train/")
+
+    finished = stop()
+    replaced = {name for name, content in stop("--resize", "24").items() if finished.get(name) != content}
+    removed = max(finished.keys() - replaced)
+    client.delete_object(Bucket="resumed", Key=f"train/{removed}")
+    result = main([*command, "--skip-unreadable"])
+    assert 0 < result.resumed == len(finished.keys() - replaced - {removed}) < len(finished) - 1
+    assert object_store.objects("resumed", "train/") == tree(tmp_path / "local")
+
+
+def test_what_vanishes_from_a_store_during_a_conversion_ends_it(
+    source: Path, object_store: GatedStore, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, map_in_workers = f"{object_store.create_bucket('vanishing')}/train", convert.map_in_workers
+    command = [str(source), remote, "--shard-size", "50kb", "--workers", "1"]
+
+    def convert_and_lose(*arguments: Any) -> Iterator[Any]:
+        yield from map_in_workers(*arguments)
+        client.delete_object(Bucket="vanishing", Key="train/shard.00001.mds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "map_in_workers", convert_and_lose)
+        with pytest.raises(RunError, match=r"^s3://vanishing/train/shard\.00001\.mds: 1 shards were removed"):
+            main(command)
+    assert "index.json" not in object_store.objects("vanishing", "train/")
+    result = main(command)
+    assert result.resumed == result.shards - 1
+    assert "shard.00001.mds" in object_store.objects("vanishing", "train/")
 
 
 def test_cifar10_keeps_its_pixels_labels_and_order(
