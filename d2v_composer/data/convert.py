@@ -377,8 +377,10 @@ def convert(
             if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
         if task.is_s3 and (lost := sorted(name for name, _ in etags.items() - task.list_stored().items())):
-            changed = f"{len(lost)} shards were removed or replaced after their upload"
-            raise RunError(f"{out}/{lost[0]}: {changed}; the same command writes them again")
+            raise RunError(
+                f"{out}/{lost[0]}: {len(lost)} shards were removed or replaced after their upload; the same command "
+                "writes them again"
+            )
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]
         num_samples = sum(entry["samples"] for entry in entries)
