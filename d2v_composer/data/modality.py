@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -170,12 +171,15 @@ def read_sample_file(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        UnreadableSampleError: The file does not exist, is a dangling link, or is too large for a sample.
+        UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
         OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
     """
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise UnreadableSampleError(f"{path}: has {size:,} bytes, more than {MOST_BYTES:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+            raise UnreadableSampleError(f"{path}: is not a regular file")
+        if status.st_size > MOST_BYTES:
+            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MOST_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
