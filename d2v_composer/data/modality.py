@@ -167,6 +167,20 @@ def list_subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def name_counts(others: Mapping[str, int]) -> str:
+    """Return what :func:`list_files` left out, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in others.items()) or "none"
+
+
+def list_classes(folder: Path, modality: Modality | type[Modality]) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
+    return [
+        name
+        for name in list_subfolders(folder)
+        if any(path.suffix.lower() in modality.suffixes for path in (folder / name).rglob("[!.]*"))
+    ]
+
+
 def read_sample_file(path: Path) -> bytes:
     """Read a file.
 

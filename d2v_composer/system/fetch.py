@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
-from d2v_composer.system.errors import InputError, reason
+from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import partial_file, write_atomically
 from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
@@ -29,15 +29,13 @@ RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
 # Bytes a second. A link may be slow, and shared by many requests; a slower download is broken off.
 LEAST_RATE = 1024
-# A command may need a file several times: if its server did not answer, it is not asked again for so long.
-PAUSE_SECONDS = 60.0
 # A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
 HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 
 log = logging.getLogger(__name__)
 
-_failed: dict[Path, float] = {}
-"""Cached file → when its server did not answer, by the monotonic clock."""
+_named: set[Path] = set()
+"""Cached files whose servers did not say whether they have changed; a process asks them once."""
 
 
 class UnchangedError(ValueError):
@@ -86,8 +84,8 @@ def fetch(address: str | Path) -> Path:
     name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_recent = time.monotonic() - _failed.get(path, -PAUSE_SECONDS) < PAUSE_SECONDS
-    may_ask = os.environ.get("LOCAL_RANK", "0") == "0" and not is_recent  # a node's ranks use what its first one found
+    # A node's ranks use what its first one has found.
+    may_ask = os.environ.get("LOCAL_RANK", "0") == "0" and path not in _named
     with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
         try:
             if may_ask or not path.exists():
@@ -96,7 +94,8 @@ def fetch(address: str | Path) -> Path:
             problem = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
             if not path.exists():
                 raise InputError(problem) from error
-            _failed[path], since = time.monotonic(), time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            _named.add(path)
+            since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             log.warning("%s; using the copy of %s; delete %s to fetch it again", problem, since, path)
     return path
 
@@ -249,16 +248,28 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
-    """Return the ETags of the objects in a folder in S3, by name, without those in its subfolders.
+    """Return the ETags of the objects in a folder in S3, by name, without its subfolders; nothing of other folders.
 
     Args:
         folder: The address, without a slash at the end.
-        name: Only the objects whose names begin like this.
+        name: List only the objects whose names begin like this.
+
+    Raises:
+        RunError: The store cannot be listed.
     """
+    if not folder.startswith("s3://"):
+        return {}
     bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
-    client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter="/")
-    return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+
+    def attempt() -> dict[str, str]:
+        client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter="/")
+        return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+
+    try:
+        return retry(attempt, folder, RETRY_SECONDS)
+    except Exception as error:
+        raise RunError(f"{folder}: cannot be listed: {reason(error)}") from error
 
 
 @functools.cache
