@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.data.index import INDEX, fetch_index, read_index
+from d2v_composer.data.index import INDEX, fetch_index, is_mds, read_index
 from d2v_composer.data.labeled import map_in_workers
 from d2v_composer.data.modality import Modality, collate, list_files, read_sample_file
 from d2v_composer.data.shards import Shards
@@ -64,7 +64,7 @@ def open_collection(
     """Open the images or clips of any source.
 
     Args:
-        source: A folder with an ``index.json`` or an object store's address: an MDS data set, whose ids are the
+        source: A folder with an MDS ``index.json`` or an object store's address: an MDS data set, whose ids are the
             samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
         modality: What the samples are.
         local: The cache for the shards of a remote data set.
@@ -79,7 +79,7 @@ def open_collection(
     root, column = local or Path(source), column or modality.name
     if local is not None:
         fetch_index(source, local)
-    elif not (root / INDEX).is_file():
+    elif not is_mds(root):
         with reading(root):
             files, _ = list_files(root, modality)
         paths = np.array([file.path for file in files])

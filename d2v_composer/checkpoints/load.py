@@ -176,6 +176,8 @@ def load_any(
     if not isinstance(model, Student):
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+    elif weights != "model" and teacher_path is None:
+        raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
     elif teacher is not None:
         teacher.follow(model)
     return model, teacher

@@ -114,6 +114,16 @@ def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_pat
     assert embeddings.dtype == np.float16
 
 
+def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> None:
+    """But a damaged index does."""
+    source = shutil.copytree(photos / "b", tmp_path / "b")
+    (source / "index.json").write_text('{"pages": ["00.jpg"]}')
+    assert embed(TEACHER, source, tmp_path / "out.npy").images == len(image_paths(photos / "b"))
+    (source / "index.json").write_text('{"shards": [')
+    with pytest.raises(InputError, match=r"index\.json: cannot be read: "):
+        embed(TEACHER, source, tmp_path / "other.npy")
+
+
 def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: Path, tmp_path: Path) -> None:
     embed(TEACHER, many_shards, tmp_path / "mds.npy", *SMALL_BATCHES, workers=2)
     ids, embeddings = loaded(tmp_path / "mds.npy")
