@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.data.index import INDEX, fetch_index, read_index
+from d2v_composer.data.index import INDEX, fetch_index, is_mds, read_index
 from d2v_composer.data.labeled import map_in_workers
 from d2v_composer.data.modality import Modality, collate, list_files, read_sample_file
 from d2v_composer.data.shards import Shards
@@ -35,6 +35,7 @@ from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 PART = 1024  # samples between two records of the progress
+HEADER_BYTES = 128  # of a .npy file with an array of two dimensions
 
 
 class SampleCollection(NamedTuple):
@@ -44,8 +45,10 @@ class SampleCollection(NamedTuple):
     """What several are called: images or clips."""
     ids: NDArray
     """Id of each one, (N,) unicode or int64. Not a list: a forked worker that reads its objects copies their memory."""
-    fingerprint: str
-    """Hash of everything that may change the samples."""
+    source: str
+    """Hash of where the samples are, and of an MDS data set's index."""
+    marks: NDArray[np.int64]
+    """A number for each sample, (N,), that is another one if its file changes."""
     load: Callable[[int], Tensor]
     """Returns a sample by index, as :meth:`Modality.decode` does; raises UnreadableSampleError."""
 
@@ -61,7 +64,7 @@ def open_collection(
     """Open the images or clips of any source.
 
     Args:
-        source: A folder with an ``index.json`` or an object store's address: an MDS data set, whose ids are the
+        source: A folder with an MDS ``index.json`` or an object store's address: an MDS data set, whose ids are the
             samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
         modality: What the samples are.
         local: The cache for the shards of a remote data set.
@@ -76,16 +79,17 @@ def open_collection(
     root, column = local or Path(source), column or modality.name
     if local is not None:
         fetch_index(source, local)
-    elif not (root / INDEX).is_file():
+    elif not is_mds(root):
         with reading(root):
             files, _ = list_files(root, modality)
         paths = np.array([file.path for file in files])
+        marks = np.array([int(_sha256(file)[:15], 16) for file in files])
 
         def load_file(index: int) -> Tensor:
             path = root / paths[index]
             return modality.decode(read_sample_file(path), str(path))
 
-        return SampleCollection(modality.unit, paths, _sha256(root.resolve(), files), load_file)
+        return SampleCollection(modality.unit, paths, _sha256(root.resolve()), marks, load_file)
 
     read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards
@@ -95,7 +99,8 @@ def open_collection(
         return modality.decode(samples[index][column], f"sample {index} of {source}")
 
     contents = _sha256(source if local else root.resolve(), (root / INDEX).read_bytes(), column)
-    return SampleCollection(modality.unit, np.arange(len(samples)), contents, load_sample)
+    ids = np.arange(len(samples))
+    return SampleCollection(modality.unit, ids, contents, ids, load_sample)
 
 
 def _sha256(*contents: object) -> str:
@@ -142,7 +147,7 @@ def embed_collection(
     """Embed every sample of a collection into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then the rows are
-    in a hidden folder next to it.
+    in a hidden folder next to it. If files of the source changed, came or went, a run resumes before the first of them.
 
     Args:
         model: The model in eval mode, on the device.
@@ -159,12 +164,12 @@ def embed_collection(
         RunError: The disk or a shard fails, or a worker was killed.
     """
     num_images, channels = len(collection.ids), model.embed_dim
-    plan = {"model": hash_weights(model), "source": collection.fingerprint, "images": num_images, "device": device}
+    plan = {"model": hash_weights(model), "source": collection.source, "device": device, **options._asdict()}
     folder, size = _partial_folder(out), options.batch_size
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
-        progress, rows = _start_or_resume(folder, plan | options._asdict(), (num_images, channels), options.dtype)
+        progress, rows = _start_or_resume(folder, plan, collection, channels)
         resumed, start = progress["images"], time.monotonic()
         batches = [range(first, min(first + size, num_images)) for first in range(resumed, num_images, size)]
         loaded = map_in_workers(partial(_load, collection), batches, workers)
@@ -214,22 +219,30 @@ def _ids_file(out: Path) -> Path:
 
 
 def _start_or_resume(
-    folder: Path, plan: dict[str, Any], shape: tuple[int, int], dtype: str
+    folder: Path, plan: dict[str, Any], collection: SampleCollection, channels: int
 ) -> tuple[dict[str, Any], np.memmap]:
     """Return the progress and the rows, (N, D), of the file; ``skipped`` lists unreadable samples: index and reason."""
-    path, recorded = folder / "embeddings.npy", folder / "progress.json"
-    progress = {"plan": plan, "images": 0, "skipped": []}
+    path, recorded, listed = (folder / name for name in ("embeddings.npy", "progress.json", "marks"))
+    progress, marks, size = {"plan": plan, "images": 0, "skipped": []}, collection.marks, plan["batch_size"]
     if recorded.exists() and path.exists():
         progress = json.loads(recorded.read_bytes())
         if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
             another = f"an interrupted run had a different {', '.join(changed)}"
             raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
-    else:
-        npy.open_memmap(path, "w+", np.dtype(dtype), shape)
-        with path.open("r+b") as file:
-            # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return progress, npy.open_memmap(path, "r+")
+        before = np.frombuffer(listed.read_bytes(), np.int64)
+        if not np.array_equal(before, marks):
+            both = min(len(before), len(marks))
+            num_same = int(np.append(before[:both] != marks[:both], True).argmax())
+            kept = min(num_same, progress["images"]) // size * size  # whole batches
+            progress |= {"images": kept, "skipped": [each for each in progress["skipped"] if each[0] < kept]}
+            write_atomically(recorded, json.dumps(progress))
+    write_atomically(listed, marks.tobytes())
+    mode = "r+" if path.exists() else "w+"
+    rows = np.memmap(path, plan["dtype"], mode, HEADER_BYTES, (len(marks), channels))
+    with path.open("r+b") as file:
+        # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
+        os.posix_fallocate(file.fileno(), 0, HEADER_BYTES + rows.nbytes)
+    return progress, rows
 
 
 def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:

@@ -27,7 +27,7 @@ from d2v_composer.checkpoints.resume import MARK
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import INDEX, SUMMARY, fetch_index
+from d2v_composer.data.index import fetch_index
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import read_jsonl
@@ -138,8 +138,7 @@ class Rehearsal:
         remote, folder = loader.remote, Path(loader.local)
         if remote is not None:
             folder = Path(self.temporary.name)
-            for name in (INDEX, SUMMARY) if self.modality.has_lengths else (INDEX,):
-                fetch_index(remote, folder, name=name)
+            fetch_index(remote, folder)
         self.shards, _ = read_train_data(loader, folder, self.modality)
         if remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}

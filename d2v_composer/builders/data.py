@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
-from d2v_composer.data.index import INDEX, SUMMARY, check_room, describe_data, fetch_index, read_index, read_lengths
+from d2v_composer.data.index import check_room, describe_data, fetch_index, read_index, read_lengths
 from d2v_composer.data.labeled import collate_labeled, worker_options
 from d2v_composer.data.modality import Modality, Transform
 from d2v_composer.data.streaming import (
@@ -48,8 +48,7 @@ def read_train_index(
     local = Path(loader.local)
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
-            for name in (INDEX, SUMMARY) if modality.has_lengths else (INDEX,):
-                fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS), name)
+            fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
     with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
         shards, lengths = read_train_data(loader, local, modality, label_column)
     # With other data on a node, some samples would be read twice, others never.

@@ -47,7 +47,7 @@ def load_teacher(
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
-        path: A local path, https://, or an object store's address (fetched once and cached). data2vec 2.0: a .pt of
+        path: A local path, https://, or an object store's address (cached until it changes). data2vec 2.0: a .pt of
             fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
             or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
@@ -109,7 +109,7 @@ def load_student(path: str | Path) -> Student:
     """Load an exported student; it needs no teacher, checkpoint or YAML.
 
     Args:
-        path: A file of ``d2v export``: a local path, https://, or an object store's address (fetched once and cached).
+        path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
 
     Returns:
         A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
@@ -176,6 +176,8 @@ def load_any(
     if not isinstance(model, Student):
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+    elif weights != "model" and teacher_path is None:
+        raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
     elif teacher is not None:
         teacher.follow(model)
     return model, teacher

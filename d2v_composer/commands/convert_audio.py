@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> "Conversion":
 
     from d2v_composer.data.audio import Audio
     from d2v_composer.data.convert import find_samples, list_samples
-    from d2v_composer.data.index import INDEX
+    from d2v_composer.data.index import is_mds
 
-    if Path(arguments.source, INDEX).is_file():
+    if is_mds(Path(arguments.source)):
         source = list_samples(arguments.source, arguments.column, Path(arguments.source), Audio)
     else:
         source = find_samples(arguments.source, arguments.split, arguments.labels, Audio)

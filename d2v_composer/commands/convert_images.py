@@ -11,7 +11,7 @@ For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRE
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
-folders, Kaggle's LOC_SPLIT_solution.csv, or a CSV file with lines 'image,class'.
+folders with images in them, Kaggle's LOC_SPLIT_solution.csv, or a CSV file with lines 'image,class'.
 """
 
 import os
@@ -49,7 +49,7 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help=source)
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
-    add("--split", default="train", help="the split's folder; default: train")
+    add("--split", help="the split's folder, or none if SOURCE has no splits; default: train")
     add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
     add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
     add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")

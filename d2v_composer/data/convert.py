@@ -1,16 +1,19 @@
 """Convert images or sound to MDS shards, in a folder or directly in an object store, all or nothing.
 
 The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
-writes a record of it. A conversion that starts again keeps the shards whose records fit. The index, without which there
-is no data set, comes last. So the result depends neither on the number of workers nor on kills.
+writes a record of it. A conversion that starts again keeps the shards that are still there as their records say. The
+index, without which there is no data set, comes last. So the result depends neither on the number of workers nor on
+kills.
 """
 
+import csv
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,17 +29,18 @@ from d2v_composer.data.images import Images
 from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_index
 from d2v_composer.data.labeled import load_labeled_set, map_in_workers
 from d2v_composer.data.mds import ShardFile
-from d2v_composer.data.modality import Modality, SampleFile, list_files, list_subfolders, read_sample_file
+from d2v_composer.data.modality import Modality, SampleFile, list_classes, list_files, list_subfolders, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote
+from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SPLITS = ("train", "val", "validation", "test")
-NO_LABELS = "none"
+KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
+NONE = "none"
 CIFAR10 = "cifar10:"
 HASHES = ["sha1", "xxh64"]
 # A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
@@ -65,7 +69,7 @@ class SampleSource(NamedTuple):
 
 
 def find_samples(
-    source: str | Path, split: str = "train", labels: str | Path | None = None, modality: type[Modality] = Images
+    source: str | Path, split: str | None = None, labels: str | Path | None = None, modality: type[Modality] = Images
 ) -> SampleSource:
     """List the images or the sound of a data set.
 
@@ -73,41 +77,44 @@ def find_samples(
 
     The samples of a folder are in SOURCE/SPLIT, or in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive); without any
     split, in SOURCE itself. There, a folder per class gives the labels: 0, 1, … in the order of the class names, which
-    are those of the train folder for every split. A flat folder takes its labels from SOURCE/LOC_SPLIT_solution.csv
-    (Kaggle's), if it is there, or from any CSV file with the sample's path, with or without its suffix, in the first
-    column, and the class, one word, in the second. The ground truth file of ILSVRC's devkit is not supported: it has no
-    file names, and its numbers are not in the order of the train folder's classes.
+    are those of the train folder for every split; a folder without samples is no class. A flat folder takes its labels
+    from SOURCE/LOC_SPLIT_solution.csv (Kaggle's, where the class is a cell's first word), if it is there, or from any
+    CSV file with the sample's path, with or without its suffix, in the first column, and the class in the second. The
+    ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are not in the order of
+    the train folder's classes.
 
     Args:
         source: The folder, or ``cifar10:FOLDER``.
-        split: The split's folder.
+        split: The split's folder, or ``none`` if all folders are classes; default ``train``.
         labels: A CSV file, or ``none`` for samples without labels.
         modality: What the samples are.
 
     Raises:
-        InputError: There are no samples, or their labels are ambiguous.
+        InputError: There are no samples, or the split or the labels are ambiguous.
     """
     if str(source).startswith(CIFAR10):
-        return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split)
+        return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train")
     source = Path(source)
     splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
-    root, train = splits / split, splits / "train"
+    chosen, train = split or "train", splits if split == NONE else splits / "train"
+    root = train if chosen == NONE else splits / chosen
     if not root.is_dir():
         others = [name for name in SPLITS if (splits / name).is_dir()]
-        if others or split != "train":
-            raise InputError(f"{source}: no split {split!r}; available: {', '.join(others) or 'none; omit --split'}")
+        if others or chosen != "train":
+            raise InputError(f"{source}: no split {chosen!r}; available: {', '.join(others) or 'none; omit --split'}")
         root = source
+    elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
+        found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
+        raise InputError(f"{source}: {found}: choose with --split train or --split none")
     files, ignored = list_files(root, modality)
     if labels is None and not any("/" in file.path for file in files):
-        labels = csv if (csv := source / f"LOC_{split}_solution.csv").is_file() else NO_LABELS
-    if labels == NO_LABELS:
+        labels = listed if (listed := source / f"LOC_{chosen}_solution.csv").is_file() else NONE
+    if labels == NONE:
         return SampleSource(root, files, None, ignored, modality=modality)
-    classes = list_subfolders(train if train.is_dir() else root)
+    classes = list_classes(train if train.is_dir() else root, modality)
     names = [file.path.split("/")[0] for file in files]
     if labels is not None:
-        with reading(labels):
-            rows = [line.split(",") for line in Path(labels).read_text(encoding="utf-8-sig").splitlines()]
-        known = {row[0]: row[1].strip().partition(" ")[0] for row in rows if len(row) > 1}
+        known = _read_labels(Path(labels))
         names = [known.get(file.path) or known.get(os.path.splitext(file.path)[0], "") for file in files]
         classes = classes or sorted({*names} - {""})
     number = {name: label for label, name in enumerate(classes)}
@@ -117,6 +124,15 @@ def find_samples(
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return SampleSource(root, labeled, classes, ignored, modality=modality)
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """Return the class of each sample in a CSV file."""
+    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        found = {row[0]: row[1].strip() for row in csv.reader(file) if len(row) > 1}
+    if KAGGLE_LABELS.fullmatch(path.name):  # boxes follow the class
+        return {sample: cell.partition(" ")[0] for sample, cell in found.items()}
+    return found
 
 
 def _cifar10_images(folder: Path, split: str) -> SampleSource:
@@ -186,6 +202,9 @@ class _Task(NamedTuple):
     records: Path
     """Folder of these shards' records; other samples or settings get another folder."""
 
+    stored: Mapping[str, str] = {}
+    """ETags of the objects that ``out`` had in S3 at the start, by name; other stores' are not compared."""
+
     def check_out(self) -> None:
         """Check that ``out`` can be written, and holds no finished data set.
 
@@ -227,23 +246,22 @@ class _Task(NamedTuple):
         """Write a group's shard, unless it exists.
 
         Returns:
-            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, the ``skipped`` samples,
-            and of sound the ``lengths`` of the others.
+            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, its ``etag`` in S3, the
+            ``skipped`` samples, and of sound the ``lengths`` of the others. And if it existed: ``is_kept``.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
             done, path = json.loads(record.read_bytes()), Path(self.out, name)
-            # A store keeps what it has accepted.
             is_whole = (
                 done["entry"] is None
-                or is_remote(self.out)
+                or (name in self.stored and self.stored[name] == done.get("etag"))
                 or (path.exists() and ShardFile(**done["entry"]["raw_data"]).find_fault(path) is None)
             )
             if is_whole and (self.skip_unreadable or not done["skipped"]):
-                return done
+                return done | {"is_kept": True}
         files = [self.source.files[i] for i in self.groups[number]]
         columns = dict(self.source.modality.columns) | ({} if files[0].label is None else {"label": "int"})
-        done = {"entry": None, "skipped": [], "lengths": []}
+        done = {"entry": None, "etag": None, "skipped": [], "lengths": []}
         with self.published(name) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
@@ -262,6 +280,8 @@ class _Task(NamedTuple):
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
             writer.executor.shutdown()
+        if done["entry"] is not None:
+            done["etag"] = list_etags(self.out, name).get(name)
         write_atomically(record, json.dumps(done))
         return done
 
@@ -291,7 +311,7 @@ class Conversion(NamedTuple):
     skipped: list[str]
     """Why each unreadable sample was skipped."""
     resumed: int
-    """Number of shards that an interrupted run had finished."""
+    """Number of shards that an interrupted run had finished, and that are still there."""
 
 
 def convert(
@@ -335,7 +355,7 @@ def convert(
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
         task.check_out()
-        resumed, shards = len(list(records.glob("*.json"))), []
+        task, shards = task._replace(stored=list_etags(out)), []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
         with left, progress_bar(total=len(source.files), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
@@ -345,10 +365,15 @@ def convert(
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
             raise InputError(f"{source.root}: none of the {len(source.files)} {unit} can be read")
-        names = {entry["raw_data"]["basename"] for entry in entries}
+        etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
         for path in folder.glob("shard.*.mds"):
-            if path.name not in names:  # of an interrupted conversion with other settings
+            if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
+        if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
+            raise RunError(
+                f"{out}/{lost[0]}: {len(lost)} shards were removed or replaced after their upload; the same command "
+                "writes them again"
+            )
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]
         num_samples = sum(entry["samples"] for entry in entries)
@@ -359,7 +384,8 @@ def convert(
                 path.write_text(json.dumps(content, sort_keys=True))
         shutil.rmtree(work)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
-    return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, resumed)
+    num_kept = sum("is_kept" in shard for shard in shards)
+    return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, num_kept)
 
 
 def _groups(source: SampleSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:

@@ -28,36 +28,39 @@ LARGEST = 1 << 63
 log = logging.getLogger(__name__)
 
 
-def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0, name: str = INDEX) -> None:
-    """Fetch the index of a remote data set, or its summary, into its cache.
+def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
+    """Fetch the index of a remote data set, and the summary of its conversion if it has one, into its cache.
 
-    If the store is unreachable, use an index that is here, with a warning; shards are verified by it.
+    If the store is unreachable, use files that are here, with a warning; shards are verified by the index.
 
     Args:
         remote: The data set's address.
         local: The cache.
-        retry_timeout: How long an unreachable store is retried if no index is here, in seconds.
-        name: The file.
+        retry_timeout: How long an unreachable store is retried if no such file is here, in seconds.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
     """
-    index, address = local / name, f"{remote.rstrip('/')}/{name}"
-    here = index.read_bytes() if index.exists() else None
-    with partial_file(index) as fetched:
+    for name in (INDEX, SUMMARY):
+        index, address = local / name, f"{remote.rstrip('/')}/{name}"
+        here = index.read_bytes() if index.exists() else None
         try:
-            timeout = retry_timeout if here is None else 0.0
-            retry(partial(transfer, address, fetched, INDEX_SECONDS), address, timeout, lasting_attempts=1)
+            with partial_file(index) as fetched:
+                timeout = retry_timeout if here is None else 0.0
+                retry(partial(transfer, address, fetched, INDEX_SECONDS), address, timeout, lasting_attempts=1)
+                with reading(address):
+                    json.loads(fetched.read_bytes())
+                if here not in (None, fetched.read_bytes()):
+                    raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
+        except InputError:
+            raise
         except Exception as error:
             message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
-            if here is None or is_lasting(error) or is_local(error):
+            if not is_lasting(error) and not is_local(error) and here is not None:
+                log.warning("%s; using the file in %s", message, local)
+            elif name == INDEX or not is_lasting(error):
                 raise InputError(message) from error
-            log.warning("%s; using the file in %s", message, local)
-            fetched.write_bytes(here)
-        with reading(address):
-            json.loads(fetched.read_bytes())
-        if here not in (None, fetched.read_bytes()):
-            raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
+            return
 
 
 def check_room(shards: list[dict[str, Any]], local: Path, cache_limit: int | None, share: float) -> str | None:
@@ -101,6 +104,8 @@ def read_index(
     source = source or str(folder)
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}")
+    if not is_mds(folder):
+        raise InputError(f"{folder / INDEX}: is not the index of an MDS data set, but another program's file")
     with reading(folder / INDEX):
         shards = json.loads((folder / INDEX).read_bytes())["shards"]
         for shard in shards:
@@ -129,6 +134,17 @@ def read_index(
     if not shards:
         raise InputError(f"{source}: the data set is empty: its {INDEX} lists no samples")
     return shards
+
+
+def is_mds(folder: Path) -> bool:
+    """Return True if a folder holds an MDS data set, maybe a damaged one, and not another program's ``index.json``."""
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except (RecursionError, ValueError):
+        return True
+    return isinstance(index, dict) and "shards" in index
 
 
 def _check_file(folder: Path, files: list[dict[str, Any]]) -> None:

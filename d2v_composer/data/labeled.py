@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -19,10 +20,13 @@ from d2v_composer.data.images import Images
 from d2v_composer.data.index import SUMMARY, read_index
 from d2v_composer.data.modality import (
     Modality,
+    SampleFile,
     Transform,
     collate,
+    list_classes,
     list_files,
     list_subfolders,
+    name_counts,
     read_sample_file,
     sample_rng,
 )
@@ -39,6 +43,8 @@ HOLDS = {**dict.fromkeys(CIFAR_FOLDERS, "image"), "speech_commands": "audio"}
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
 Place = tuple[int, int]
+
+log = logging.getLogger(__name__)
 
 
 def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
@@ -149,6 +155,8 @@ def load_labeled_set(
     elif format == "speech_commands":
         labeled = _load_speech_commands(root, modality, download, max_images)
     elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
+        if alone == root and list_subfolders(root):
+            log.warning("%s: has no labels, which are in train/CLASS and test/CLASS: its folders are no classes", root)
         labeled = LabeledSet.without_labels(_load_folder(alone, modality, max_images))
     elif format == "folder":
         labeled = _load_folders(root, modality, max_images)
@@ -217,9 +225,20 @@ def _load_speech_commands(root: Path, modality: Modality, download: bool, max_im
 
 def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:
     """Load a folder's samples without labels."""
-    files = list_files(folder, modality)[0]
+    files = _list_aloud(folder, modality)
     chosen = [folder / files[i].path for i in evenly_spaced(len(files), max_images)]
     return _read_files([(path, 0) for path in chosen], modality)
+
+
+def _list_aloud(folder: Path, modality: Modality, in_classes: bool = False) -> list[SampleFile]:
+    """List files, or those in class folders, and say what is left out."""
+    files, others = list_files(folder, modality)
+    chosen = [file for file in files if "/" in file.path or not in_classes]
+    if num_beside := len(files) - len(chosen):
+        others[f"{modality.unit} beside the class folders"] = num_beside
+    if others:
+        log.warning("%s: left out: %s", folder, name_counts(others))
+    return chosen
 
 
 def _load_folders(root: Path, modality: Modality, max_images: int | None) -> LabeledSet:
@@ -230,10 +249,10 @@ def _load_folders(root: Path, modality: Modality, max_images: int | None) -> Lab
     for folder in (root / "train", root / "test"):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; {layout}")
-        paths = [file.path for file in list_files(folder, modality)[0] if "/" in file.path]
+        paths = [file.path for file in _list_aloud(folder, modality, in_classes=True)]
         if not paths:
             raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
-        class_names = class_names or list_subfolders(folder)
+        class_names = class_names or list_classes(folder, modality)
         names = [path.split("/", 1)[0] for path in paths]
         if unknown := sorted(set(names) - set(class_names)):
             raise InputError(f"{folder / unknown[0]}: this class is not in the train folder; {layout}")

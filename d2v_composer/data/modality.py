@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -166,16 +167,33 @@ def list_subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def name_counts(others: Mapping[str, int]) -> str:
+    """Return what :func:`list_files` left out, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in others.items()) or "none"
+
+
+def list_classes(folder: Path, modality: Modality | type[Modality]) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
+    return [
+        name
+        for name in list_subfolders(folder)
+        if any(path.suffix.lower() in modality.suffixes for path in (folder / name).rglob("[!.]*"))
+    ]
+
+
 def read_sample_file(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        UnreadableSampleError: The file does not exist, is a dangling link, or is too large for a sample.
+        UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
         OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
     """
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise UnreadableSampleError(f"{path}: has {size:,} bytes, more than {MOST_BYTES:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+            raise UnreadableSampleError(f"{path}: is not a regular file")
+        if status.st_size > MOST_BYTES:
+            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MOST_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):

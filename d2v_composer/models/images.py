@@ -3,6 +3,7 @@
 Shapes: B images, S pixels per side (or height and width), N patches, T tokens, D channels.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder
 from d2v_composer.models.sizes import ImageConfig, ImageEncoderConfig, height_and_width
 
 SIDE_OF_PIXELS = 32  # CIFAR's
+
+log = logging.getLogger(__name__)
 
 
 class PatchProjection(nn.Conv2d):
@@ -33,6 +36,7 @@ class Images(Encoder):
 
     Attributes:
         patch_weights: Weights of the projection of a patch.
+        is_first: True until float images have come; those are checked, and later ones would cost a GPU time.
     """
 
     image_mean: Tensor
@@ -43,6 +47,7 @@ class Images(Encoder):
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__(config)
+        self.is_first = True
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
@@ -56,6 +61,12 @@ class Images(Encoder):
                 f"normalized; got {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
             )
         if not is_uint8:
+            if not torch.compiler.is_compiling() and self.is_first:
+                self.is_first, (low, high) = False, inputs.aminmax()
+                if 0 <= low < high <= 1:
+                    log.warning(
+                        "float images from 0 to 1: expected normalized ones, or uint8 images"
+                    )
             return inputs
         if inputs.shape[2:] != size:
             inputs = resize(inputs, size, self.config.interpolation)

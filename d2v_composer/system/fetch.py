@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from filelock import FileLock
 
 from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
-from d2v_composer.system.errors import InputError, reason
-from d2v_composer.system.files import partial_file
+from d2v_composer.system.errors import InputError, RunError, reason
+from d2v_composer.system.files import partial_file, write_atomically
 from d2v_composer.system.progress import progress_bar
-from d2v_composer.system.retry import CONNECT_SECONDS, LASTING_ATTEMPTS, is_missing, retry
+from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
 
 # Timeout of an answer and of each part of a file.
 READ_SECONDS = 30.0
@@ -30,6 +31,15 @@ LARGEST_FILE = 32 << 30
 LEAST_RATE = 1024
 # A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
 HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+
+log = logging.getLogger(__name__)
+
+_named: set[Path] = set()
+"""Cached files whose servers did not say whether they have changed; a process asks them once."""
+
+
+class UnchangedError(ValueError):
+    """A file still has the version that is known."""
 
 
 def cache_folder() -> Path:
@@ -50,7 +60,9 @@ def is_remote(address: str | Path) -> bool:
 
 
 def fetch(address: str | Path) -> Path:
-    """Return the local path of a file; fetch a remote file unless it is cached.
+    """Return the local path of a file; fetch a remote file unless it is cached and has not changed since.
+
+    If its server cannot tell that, use the cached file, with a warning.
 
     Args:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
@@ -72,13 +84,37 @@ def fetch(address: str | Path) -> Path:
     name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A node's ranks use what its first one has found.
+    may_ask = os.environ.get("LOCAL_RANK", "0") == "0" and path not in _named
     with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
-        if not path.exists():
-            try:
-                _download(address, path, READ_SECONDS, lasting_attempts=1)
-            except Exception as error:
-                raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
+        try:
+            if may_ask or not path.exists():
+                _renew(address, path)
+        except Exception as error:
+            problem = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+            if not path.exists():
+                raise InputError(problem) from error
+            _named.add(path)
+            since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            log.warning("%s; using the copy of %s; delete %s to fetch it again", problem, since, path)
     return path
+
+
+def _renew(address: str, path: Path) -> None:
+    """Fetch a file, unless it is cached in the version that its server names."""
+    version_file = path.with_name(f"{path.name}.version")
+    known = version_file.read_text() if version_file.exists() and path.exists() else None
+    if known == "":
+        raise ValueError("its server does not say whether it has changed")
+
+    def attempt() -> None:
+        with partial_file(path) as partial:
+            version = transfer(address, partial, READ_SECONDS, known)
+            version_file.unlink(missing_ok=True)  # a file of unknown version is fetched again
+        write_atomically(version_file, version)
+
+    with suppress(UnchangedError):
+        retry(attempt, address, READ_SECONDS if known is None else 0, lasting_attempts=1)
 
 
 def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
@@ -122,8 +158,13 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
     Raises:
         Exception: The client's, if the file cannot be read.
     """
+
+    def attempt() -> None:
+        with partial_file(path) as partial:
+            transfer(address, partial, READ_SECONDS)
+
     try:
-        _download(address, path, retry_timeout)
+        retry(attempt, address, retry_timeout)
     except Exception as error:
         if is_missing(error):
             return False
@@ -131,51 +172,51 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
     return True
 
 
-def _download(address: str, path: Path, retry_timeout: float, lasting_attempts: int = LASTING_ATTEMPTS) -> None:
-    def attempt() -> None:
-        with partial_file(path) as partial:
-            transfer(address, partial, READ_SECONDS)
-
-    retry(attempt, address, retry_timeout, lasting_attempts=lasting_attempts)
-
-
-def transfer(address: str, path: Path, timeout: float) -> None:
+def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:
     """Fetch a file without retries; a failure raises the client's error and leaves a partial file.
 
     Args:
         address: The file's, see :func:`fetch`.
         path: The local file.
         timeout: Seconds until an answer, and between parts; a steady download may take longer.
+        known: A version that is not fetched.
+
+    Returns:
+        The file's version: its ETag, or else its time and size; '' if its server or its client tells none.
 
     Raises:
+        UnchangedError: The file has the known version.
         FileNotFoundError: The file does not exist in S3.
         ConnectionError: The connection broke.
         TimeoutError: The rate was below :data:`LEAST_RATE`.
         Exception: Other errors of the store's client.
     """
     if address.startswith(("https://", "http://")):
-        _transfer_from_web(address, path, timeout)
-    elif address.startswith("s3://"):
-        _transfer_from_s3(address, path, timeout)
-    else:
-        from streaming.base.storage import CloudDownloader  # takes seconds
+        return _transfer_from_web(address, path, timeout, known)
+    if address.startswith("s3://"):
+        return _transfer_from_s3(address, path, timeout, known)
+    from streaming.base.storage import CloudDownloader  # takes seconds
 
-        CloudDownloader.direct_download(address, str(path), timeout)
+    CloudDownloader.direct_download(address, str(path), timeout)
+    return ""
 
 
-def _transfer_from_web(address: str, path: Path, timeout: float) -> None:
-    # Not torch.hub, which keeps a truncated file.
+def _transfer_from_web(address: str, path: Path, timeout: float, known: str | None) -> str:
+    # Not torch.hub, which keeps a truncated file. Not HEAD, which a presigned address does not allow.
     with requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout)) as response:
         response.raise_for_status()
-        length = response.headers.get("Content-Length")
-        bar = progress_bar(desc=hide_secrets(address), unit="B", total=length and int(length), unit_scale=True)
+        tag, modified, length = (response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
+        if (version := tag or (modified and f"{modified} {length}")) == known:
+            raise UnchangedError
+        bar = progress_bar(desc=hide_secrets(address), unit="B", total=int(length or 0) or None, unit_scale=True)
         with path.open("wb") as file, bar:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
+    return version
 
 
-def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
+def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | None) -> str:
     """Fetch a file in one request.
 
     Streaming's downloader has no limit for the time of a read, and sends two or more requests for a file, at half the
@@ -191,6 +232,8 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
     except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket) as error:
         raise FileNotFoundError(f"{address}: not found ({error})") from error
     with closing(response["Body"]) as body, path.open("wb") as file:
+        if (version := response.get("ETag", "")) == known:
+            raise UnchangedError
         since, before = time.monotonic(), 0
         # botocore's own reads block until they are full.
         while chunk := body._raw_stream.read1(1 << 20):
@@ -201,6 +244,32 @@ def _transfer_from_s3(address: str, path: Path, timeout: float) -> None:
                 since, before = time.monotonic(), file.tell()
         if file.tell() < (length := response.get("ContentLength", 0)):
             raise ConnectionError(f"truncated after {file.tell()} of {length} bytes")
+    return version
+
+
+def list_etags(folder: str, name: str = "") -> dict[str, str]:
+    """Return the ETags of the objects in a folder in S3, by name, without its subfolders; nothing of other folders.
+
+    Args:
+        folder: The address, without a slash at the end.
+        name: List only the objects whose names begin like this.
+
+    Raises:
+        RunError: The store cannot be listed.
+    """
+    if not folder.startswith("s3://"):
+        return {}
+    bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
+
+    def attempt() -> dict[str, str]:
+        client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter="/")
+        return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+
+    try:
+        return retry(attempt, folder, RETRY_SECONDS)
+    except Exception as error:
+        raise RunError(f"{folder}: cannot be listed: {reason(error)}") from error
 
 
 @functools.cache

@@ -123,11 +123,12 @@ def acquire(path: Path, wait: float = 0) -> int | None:
     A file system without locks counts as locked, with a warning: two runs may then use the same files.
 
     Args:
-        path: The file; created, with its folders, if missing. Nobody may remove it.
+        path: The file; created, with its folders, if missing. Only its holder may remove it, with what it protects.
         wait: Maximum time to wait for another holder, in seconds.
 
     Returns:
-        A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process.
+        A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process, or if its
+        holder removed the file meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -135,7 +136,10 @@ def acquire(path: Path, wait: float = 0) -> int | None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+            os.close(descriptor)
+            return None
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(descriptor)

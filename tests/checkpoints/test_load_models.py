@@ -55,6 +55,15 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: 
     assert load_any(checkpoint, teacher_path=str(teacher))[0] is not None
 
 
+def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student.safetensors"
+    save_student(load_teacher(TEACHER).build_student(depth=1), student)
+    for path in (student, uninterrupted / "latest-rank0.pt"):
+        said = f"weights: {path} is a student, which has no ema weights; use model"
+        assert refusal(embed.main, [str(path), str(tmp_path), str(tmp_path / "out.npy"), "--weights", "ema"]) == said
+    assert "is not the student's teacher" in refusal(load_any, student, "ema", str(TEACHER))  # but the teacher has
+
+
 def test_a_checkpoint_gives_student_and_teacher_the_normalization_of_its_run(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +108,7 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
         ("LOC_val_solution.csv", ["ImageId,PredictionString", "a,10 85 1 499 272", "b,2 85 1 9 2 10 1 2 3 4"], [1, 2]),
         ("LOC_val_solution.csv", ["a.jpg,0", "b.jpg,1"], r"val/a.jpg: expected one of the classes 1, 10, 2; got '0'"),
         ("LOC_val_solution.csv", ["a.jpg, 1"], r"val/b.jpg: expected one of the classes .*; got ''"),
+        ("LOC_val_solution.csv", ['"a.jpg","2"', "b,10"], [2, 1]),
     ],
 )
 def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list[str], want: list | str):
@@ -122,6 +125,36 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
     assert all(sample.keys() == {"image"} for sample in samples(tmp_path / "out"))
 
 
+def test_class_names_of_a_file_may_have_several_words(tmp_path: Path) -> None:
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.jpg", encoded_image(0))
+    lines = ["image,class", "a.jpg,sea lion", 'b.jpg,"lion, sea"', "c.jpg, sea horse "]
+    labels = write(tmp_path / "labels.csv", "\n".join(lines).encode())
+    found = find_samples(tmp_path / "in", labels=labels)
+    assert found.classes == ["lion, sea", "sea horse", "sea lion"]
+    assert [file.label for file in found.files] == [2, 0, 1]
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    for name in ("car/1.jpg", "plane/1.jpg", "train/1.jpg"):
+        write(tmp_path / name, encoded_image(0))
+    found = find_samples(tmp_path, "none")
+    assert (found.classes, [file.label for file in found.files]) == (["car", "plane", "train"], [0, 1, 2])
+    found = find_samples(tmp_path, "train")
+    assert (found.classes, [file.path for file in found.files]) == (None, ["1.jpg"])
+
+
+def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
+    for name in ("train/bee/1.jpg", "train/cat/deep/1.jpg", "test/cat/1.jpg"):
+        write(tmp_path / name, encoded_image(0))
+    write(tmp_path / "train" / "ant" / "notes.txt", b"none yet")
+    write(tmp_path / "train" / "dog" / "._1.jpg", b"what macOS leaves in archives")
+    for split, labels in {"train": [0, 1], "test": [1]}.items():
+        found = find_samples(tmp_path, split)
+        assert (found.classes, [file.label for file in found.files]) == (["bee", "cat"], labels)
+    assert load_labeled_set("folder", tmp_path, image_size=32).class_names == ("bee", "cat")
+
+
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
@@ -131,6 +164,7 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
+        (["car/1.jpg", "train/1.jpg"], [], "in: train is a split, or a class like car: choose with --split train or"),
     ],
 )
 def test_ambiguous_input_is_one_line(tmp_path: Path, files: list[str], options: list[str], message: str):
@@ -265,6 +299,58 @@ def test_writes_to_an_object_store(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError, match="cannot be written"):
         main([str(source), "s3://conversion/train"])
+
+
+@pytest.fixture
+def client(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of the store, which conversions reach too."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store.client()
+
+
+def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
+    source: Path, tmp_path: Path, object_store: GatedStore, client: Any
+) -> None:
+    """Whatever the local record says: of a removed, a replaced, and another conversion's shard."""
+    damaged = shutil.copytree(source, tmp_path / "in")
+    write(damaged / "train" / CLASSES[2] / "cut.JPEG", b"")
+    remote = f"{object_store.create_bucket('resumed')}/train"
+    command = [str(damaged), remote, "--shard-size", "20kb", "--workers", "1"]
+    main([str(damaged), str(tmp_path / "local"), *command[2:], "--skip-unreadable"])
+
+    def stop(*options: str) -> dict[str, bytes]:
+        with pytest.raises(InputError, match=r"cut\.JPEG"):
+            main([*command, *options])
+        return object_store.objects("resumed", "train/")
+
+    finished = stop()
+    replaced = {name for name, content in stop("--resize", "24").items() if finished.get(name) != content}
+    removed = max(finished.keys() - replaced)
+    client.delete_object(Bucket="resumed", Key=f"train/{removed}")
+    result = main([*command, "--skip-unreadable"])
+    assert 0 < result.resumed == len(finished.keys() - replaced - {removed}) < len(finished) - 1
+    assert object_store.objects("resumed", "train/") == tree(tmp_path / "local")
+
+
+def test_what_vanishes_from_a_store_during_a_conversion_ends_it(
+    source: Path, object_store: GatedStore, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, map_in_workers = f"{object_store.create_bucket('vanishing')}/train", convert.map_in_workers
+    command = [str(source), remote, "--shard-size", "50kb", "--workers", "1"]
+
+    def convert_and_lose(*arguments: Any) -> Iterator[Any]:
+        yield from map_in_workers(*arguments)
+        client.delete_object(Bucket="vanishing", Key="train/shard.00001.mds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "map_in_workers", convert_and_lose)
+        with pytest.raises(RunError, match=r"^s3://vanishing/train/shard\.00001\.mds: 1 shards were removed"):
+            main(command)
+    assert "index.json" not in object_store.objects("vanishing", "train/")
+    result = main(command)
+    assert result.resumed == result.shards - 1
+    assert "shard.00001.mds" in object_store.objects("vanishing", "train/")
 
 
 def test_cifar10_keeps_its_pixels_labels_and_order(

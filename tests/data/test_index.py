@@ -3,6 +3,7 @@
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from composer.utils import dist
@@ -11,8 +12,10 @@ from d2v_composer.builders import data as builders_data
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
+from d2v_composer.data import index as data_index
 from d2v_composer.data import streaming
 from d2v_composer.data.images import Images, RandomResizedCropFlip
+from d2v_composer.data.index import fetch_index, read_index
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 
@@ -34,6 +37,26 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
     )
     with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from the one on node 0$"):
         read_train_index(TrainLoaderConfig(local=str(small_data)), Images(24), 16)
+
+
+def test_another_programs_index_is_named(tmp_path: Path) -> None:
+    for content in ('{"pages": []}', "[]"):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(InputError, match=rf"^{tmp_path}/index\.json: is not the index of an MDS data set, but"):
+            read_index(tmp_path, "image", Images, option="--column")
+
+
+def test_the_index_in_a_cache_suffices_if_the_store_is_unreachable(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a data set of another program, which has no summary."""
+    monkeypatch.setattr(data_index, "transfer", Mock(side_effect=ConnectionError("no network")))
+    with pytest.raises(InputError, match=r"s3://bucket/x/index\.json: cannot be fetched \(no network\)"):
+        fetch_index("s3://bucket/x", tmp_path)
+    shutil.copy(small_data / "index.json", tmp_path)
+    fetch_index("s3://bucket/x", tmp_path)
+    assert caplog.messages[-1].endswith(f"cannot be fetched (no network); using the file in {tmp_path}")
+    assert (tmp_path / "index.json").read_bytes() == (small_data / "index.json").read_bytes()
 
 
 def test_refuses_to_start_with_too_little_shared_memory(

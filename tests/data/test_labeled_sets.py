@@ -82,6 +82,23 @@ def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: li
     assert load_labeled_set("folder", tmp_path, **options, max_images=1).num_samples == (0, 1)
 
 
+def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/cat/a.jpg", "train/dog/a.jpg", "train/loose.jpg", "train/more.jpg", "test/cat/a.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "test" / "notes.txt").touch()
+    load_labeled_set("folder", tmp_path, image_size=32)
+    left_out = [f"{tmp_path}/train: left out: 2 images beside the class folders", f"{tmp_path}/test: left out: 1 .txt"]
+    assert caplog.messages == left_out
+
+
+def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat/a.jpg", "dog/a.jpg"):
+        write_image(tmp_path / name)
+    assert not load_labeled_set("folder", tmp_path, image_size=32).has_labels
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path}: has no labels, which are in train/CLASS and test/CLASS")
+
+
 @pytest.mark.parametrize("folder", ["", "test"])
 def test_mds_without_labels(tmp_path: Path, folder: str) -> None:
     write_mds(tmp_path / folder, [encoded_image(seed) for seed in range(3)])

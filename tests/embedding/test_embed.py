@@ -7,8 +7,12 @@ import re
 import resource
 import shutil
 import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,12 +29,14 @@ from d2v_composer.commands import convert_images
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedding
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image
+from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_limit
 
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
@@ -132,6 +138,16 @@ def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_pat
     assert embeddings.dtype == np.float16
 
 
+def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> None:
+    """But a damaged index does."""
+    source = shutil.copytree(photos / "b", tmp_path / "b")
+    (source / "index.json").write_text('{"pages": ["00.jpg"]}')
+    assert embed(TEACHER, source, tmp_path / "out.npy").images == len(image_paths(photos / "b"))
+    (source / "index.json").write_text('{"shards": [')
+    with pytest.raises(InputError, match=r"index\.json: cannot be read: "):
+        embed(TEACHER, source, tmp_path / "other.npy")
+
+
 def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: Path, tmp_path: Path) -> None:
     embed(TEACHER, many_shards, tmp_path / "mds.npy", *SMALL_BATCHES, workers=2)
     ids, embeddings = loaded(tmp_path / "mds.npy")
@@ -200,16 +216,13 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
     with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
         embed(other, source, out, *again)
-    with pytest.raises(InputError, match="different source, images; "):
+    with pytest.raises(InputError, match="different source; "):
         embed(TEACHER, source / "b", out, *again)
     with pytest.raises(InputError, match="different pooling, normalize; "):
         embed(TEACHER, source, out, *again, "--pooling", "mean", "--normalize")
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
-    with pytest.raises(InputError, match="different source; "):
-        embed(TEACHER, source, out, *again)
-
     # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert embed(TEACHER, source, out, *again, workers=1).resumed == 16
@@ -217,6 +230,75 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     assert out.read_bytes() == whole.read_bytes()
     assert ids.read_bytes() == (tmp_path / "whole.ids.npy").read_bytes()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "resumed"),
+    [
+        (lambda source: (source / "13.jpg").write_bytes(encoded_image(13)), 8),  # mended
+        (lambda source: (source / "13.jpg").unlink(), 8),
+        (lambda source: (source / "13.jpg").rename(source / "30.jpg"), 8),
+        (lambda source: (source / "05.jpg").write_bytes(encoded_image(50)), 4),
+        (lambda source: (source / "00.a.jpg").write_bytes(encoded_image(50)), 0),
+    ],
+    ids=["mended", "removed", "renamed", "another one changed", "added"],
+)
+def test_resumes_where_the_source_changed(tmp_path: Path, change: Callable[[Path], Any], resumed: int) -> None:
+    source, out, whole = tmp_path / "source", tmp_path / "out.npy", tmp_path / "whole.npy"
+    source.mkdir()
+    for i in range(18):
+        (source / f"{i:02}.jpg").write_bytes(b"" if i == 13 else encoded_image(i))
+    with pytest.raises(InputError, match=r"13\.jpg: not an image"):
+        embed(TEACHER, source, out, *SMALL_BATCHES)
+    change(source)
+    options = (*SMALL_BATCHES, "--skip-unreadable")
+    assert embed(TEACHER, source, out, *options).resumed == resumed
+    embed(TEACHER, source, whole, *options)
+    assert out.read_bytes() == whole.read_bytes()
+    assert loaded(out)[0] == loaded(whole)[0]
+
+
+def test_a_skipped_image_that_is_mended_is_embedded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that comes after the last, though all others were embedded."""
+    source, out, whole = shutil.copytree(photos / "b", tmp_path / "b"), tmp_path / "out.npy", tmp_path / "whole.npy"
+    paths = image_paths(source)
+    content = (source / paths[9]).read_bytes()
+    (source / paths[9]).write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed(TEACHER, source, out, *SMALL_BATCHES, "--skip-unreadable")
+    assert len(paths) == 14
+    (source / "z.jpg").write_bytes(encoded_image(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed(TEACHER, source, out, *SMALL_BATCHES, "--skip-unreadable")
+    (source / paths[9]).write_bytes(content)
+    assert embed(TEACHER, source, out, *SMALL_BATCHES).resumed == 8
+    embed(TEACHER, source, whole, *SMALL_BATCHES)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) -> None:
+    """Even if it waits until the first one is done, and has removed the folder with the lock."""
+    out = tmp_path / "out.npy"
+    folder = tmp_path / ".out.npy.partial"
+    with ThreadPoolExecutor() as pool, sole_user(folder / ".lock"):
+        second = pool.submit(embed, TEACHER, photos, out)
+        time.sleep(1)
+        assert second.running()
+        shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"out\.npy: another process is writing it$"):
+        second.result()
+
+
+def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with time_limit(5), pytest.raises(InputError, match=r"pipe\.jpg: is not a regular file"):
+        read_sample_file(tmp_path / "pipe.jpg")
 
 
 STEPS = [(os, "posix_fallocate"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]

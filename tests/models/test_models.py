@@ -237,6 +237,20 @@ def test_uint8_images_are_normalized_as_float_ones(teacher: Data2Vec2) -> None:
         teacher.encode(normalized[..., :16, :16])
 
 
+def test_pixels_from_0_to_1_are_named_once(teacher: Data2Vec2, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the first images are looked at: on a GPU, each look would wait for it."""
+    pixels = torch.rand(teacher.encoder.example(2).shape, generator=torch.Generator().manual_seed(1))
+    for images in (pixels, pixels):
+        teacher.encode(images)
+    assert caplog.messages == ["float images from 0 to 1: expected normalized ones, or uint8 images"]
+    caplog.clear()
+    other = load_data2vec2(GOLDEN / "tiny_base.pt", "model")
+    for images in ((255 * pixels).byte(), pixels - 0.5, pixels):
+        other.encode(images)
+    load_data2vec2(GOLDEN / "tiny_base.pt", "model").encode(teacher.encoder.example(2))
+    assert not caplog.messages
+
+
 def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) -> None:
     student = teacher.build_student(depth=2)
     images = images_for(teacher)

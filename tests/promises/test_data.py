@@ -346,6 +346,27 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
     assert Counter(int(dataset[i]["label"]) for i in range(len(dataset))) == {0: 1000, 1: 999}
 
 
+def test_a_conversion_to_a_store_writes_what_is_not_there(store: GatedStore, photos: Path, tmp_path: Path) -> None:
+    """9: killed, and the store emptied before the same command goes on."""
+    remote, bucket, client = "s3://cloud/converted", "cloud", store.client()
+    environment = store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    command = ["convert-images", photos / "a", remote, "--labels", "none", "--shard-size", "200kb", "--workers", "2"]
+    program = start_python(*D2V, *command, environment=environment)
+    wait_until(lambda: len(store.objects(bucket, "converted/")) > 2, seconds=60)
+    program.kill()
+    program.wait(30)
+    for name in store.objects(bucket, "converted/"):
+        client.delete_object(Bucket=bucket, Key=f"converted/{name}")
+    ended = d2v(*command, environment=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed" not in ended.stdout
+    stored = store.objects(bucket, "converted/")
+    files = [shard["raw_data"] for shard in json.loads(stored["index.json"])["shards"]]
+    assert {file["basename"]: file["bytes"] for file in files} == {
+        name: len(content) for name, content in stored.items() if name.endswith(".mds")
+    }
+
+
 def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """21: killed and interrupted at random moments; one line says how to go on."""
     model, source = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train"

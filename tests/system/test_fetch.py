@@ -1,11 +1,14 @@
 """Files come whole from slow, broken and unreachable servers, or with the right error; signatures are not stored."""
 
+import hashlib
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -46,6 +49,7 @@ class Server(ThreadingHTTPServer):
         self.files = {"base.pt": (GOLDEN / "tiny_base.pt").read_bytes(), "file": FILE}
         self.part, self.pause = 1 << 20, 0.0  # bytes at a time, and seconds before them
         self.ends_after: int | None = None  # bytes of those in the header
+        self.status, self.versions = 200, True
         self.requests: list[str] = []
 
     def address(self, signature: str, more: str = "") -> str:
@@ -62,13 +66,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         key = self.path.split("?")[0].removeprefix("/bucket/")
         self.server.requests.append(key)
-        if "expired" in self.path:
-            self.send_error(403)
+        if "expired" in self.path or self.server.status != 200:
+            self.send_error(403 if "expired" in self.path else self.server.status)
             return
         content = self.server.files.get(key)
         self.send_response(404 if content is None else 200)
         content = b"<Error><Code>NoSuchKey</Code></Error>" if content is None else content
         self.send_header("Content-Length", str(len(content)))
+        if self.server.versions:
+            self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
         self.end_headers()
         sent = content[: self.server.ends_after]
         try:
@@ -124,8 +130,8 @@ def test_a_presigned_teacher_is_cached_and_recorded_without_its_query(
     teacher = load_teacher(server.address("first-signature"))
     assert teacher.provenance["source"] == "base.pt"
     assert fetch(server.address("second-signature")) == fetch(server.address("first-signature"))  # with a new signature
-    assert server.requests == ["base.pt"]
-    assert sorted(path.name[17:] for path in cache_folder().iterdir()) == ["base.pt", "base.pt.lock"]
+    assert set(server.requests) == {"base.pt"}
+    assert sorted(path.name[17:] for path in cache_folder().iterdir()) == ["base.pt", "base.pt.lock", "base.pt.version"]
 
     override = f"teacher.checkpoint={server.address('second-signature')}"
     monkeypatch.setattr("sys.argv", ["recipes/train.py", "yamls/quickstart.yaml", override, "seed=3"])
@@ -140,6 +146,55 @@ def test_a_presigned_teacher_is_cached_and_recorded_without_its_query(
     with pytest.raises(InputError, match=r"cannot be fetched \(403 Client Error") as caught:
         load_any(server.address("expired", "versionId=2&"))
     assert not [secret for secret in SECRETS if secret in str(caught.value)]
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_replaced_file_is_fetched_again(
+    server: Server, scheme: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if an earlier call was killed between the two files of the cache; a cached file alone is named."""
+    address = f"http://127.0.0.1:{server.server_port}/bucket/file" if scheme == "http" else "s3://bucket/file"
+    path = fetch(address)
+    version = path.with_name(f"{path.name}.version")
+    inode = path.stat().st_ino
+    assert fetch(address) == path
+    assert path.stat().st_ino == inode
+    server.files["file"] = FILE[::-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_module, "write_atomically", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(address)
+    server.files["file"] = FILE
+    assert fetch(address).read_bytes() == FILE
+    before = version.read_bytes()
+    server.files["file"] = FILE[::-1]
+    assert fetch(address).read_bytes() == FILE[::-1]
+    assert version.read_bytes() != before
+    assert not caplog.records
+
+    server.status = 503
+    for _ in range(2):  # within a minute
+        assert fetch(address).read_bytes() == FILE[::-1]
+    [said] = caplog.messages
+    assert re.match(
+        rf"{address}: cannot be fetched \(.*503.*\); using the copy of [\d-]+; delete {path} to fetch", said
+    )
+
+
+def test_a_file_without_a_version_is_named(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.versions = False
+    address = f"http://127.0.0.1:{server.server_port}/bucket/file"
+    fetch(address)
+    assert not caplog.records
+    server.files["file"] = FILE[::-1]
+    path = fetch(address)
+    assert path.read_bytes() == FILE
+    [said] = caplog.messages
+    assert "its server does not say whether it has changed" in said
+    assert f"delete {path}" in said
+    path.unlink()
+    assert fetch(address).read_bytes() == FILE[::-1]
 
 
 def test_an_unreachable_host_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
