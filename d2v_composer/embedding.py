@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from d2v_composer.data.modality import Modality, collate, list_files, read_sampl
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
+from d2v_composer.models.precision import precision_of
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import is_remote
@@ -172,7 +174,7 @@ def embed_collection(
         progress, rows = _start_or_resume(folder, plan, collection, channels)
         resumed, start = progress["images"], time.monotonic()
         batches = [range(first, min(first + size, num_images)) for first in range(resumed, num_images, size)]
-        loaded = map_in_workers(partial(_load, collection), batches, workers)
+        loaded = map_in_workers(partial(_load, collection), batches, workers, device == "cuda")
         with progress_bar(total=num_images, initial=resumed, desc="embedding", unit=collection.unit) as bar:
             for batch, (inputs, skipped) in zip(batches, loaded, strict=True):
                 if skipped and not skip_unreadable:
@@ -239,7 +241,7 @@ def _start_or_resume(
     write_atomically(listed, marks.tobytes())
     mode = "r+" if path.exists() else "w+"
     rows = np.memmap(path, plan["dtype"], mode, HEADER_BYTES, (len(marks), channels))
-    with path.open("r+b") as file:
+    with path.open("r+b") as file, suppress(AttributeError):  # macOS and Windows cannot
         # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
         os.posix_fallocate(file.fileno(), 0, HEADER_BYTES + rows.nbytes)
     return progress, rows
@@ -261,7 +263,7 @@ def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:
 def _embed(model: Transformer, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
     dtype = choose_precision(options.precision).autocast_dtype
     inputs, *lengths = (each.to(device, non_blocking=True) for each in batch)
-    with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+    with torch.inference_mode(), precision_of(dtype, device):
         embeddings = model.embed(inputs, options.pooling, options.representation, *lengths)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.benchmarks.measure import describe, interleave
-from d2v_composer.evaluation.nearest_neighbors import full_float32, nearest_neighbors
+from d2v_composer.evaluation.nearest_neighbors import nearest_neighbors
+from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError
 
 PRODUCT, OURS, FAISS = "matrix product alone", "ours", "faiss IndexFlatIP"
@@ -45,7 +46,7 @@ def benchmark(
 def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
     """Do the minimum work of any search: multiply every query by every bank vector, and keep nothing."""
     buffer = bank_ND.new_empty(len(queries_QD), PRODUCT_PART)
-    with full_float32(bank_ND.device.type):
+    with precision_of(None, bank_ND.device.type):
         for part in bank_ND.split(PRODUCT_PART):
             torch.mm(queries_QD, part.T, out=buffer[:, : len(part)])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from composer.utils import dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
@@ -130,9 +131,11 @@ def build_train_loader(
         batch_size=dataset.order.batch_size,
         sampler=dataset.order,
         collate_fn=collate,
-        # For a worker that hangs. It ends after the worker's own error would have named the shard.
-        timeout=2 * loader.timeout + HANGING_SECONDS if loader.num_workers else 0,
-        **worker_options(loader.num_workers, loader.prefetch_factor),
+        **worker_options(
+            *(loader.num_workers, loader.prefetch_factor, torch.cuda.is_available()),
+            # For a worker that hangs. It ends after the worker's own error would have named the shard.
+            timeout=2 * loader.timeout + HANGING_SECONDS,
+        ),
     )
 
 

@@ -114,7 +114,8 @@ def load_student(path: str | Path) -> Student:
     Returns:
         A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
         blocks. :meth:`~d2v_composer.models.transformer.Transformer.embed` computes an embedding; its ``provenance``
-        is the record of the run.
+        is the record of the run. On a GPU, torch rounds convolutions to 10 bits unless
+        ``torch.backends.cudnn.allow_tf32`` is false; it is left as it is.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -369,7 +371,7 @@ def train_batches(
 
     ranks = dist.get_world_size()
     sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
-    options = {"drop_last": True, **worker_options(num_workers, prefetch_factor)}
+    options = {"drop_last": True, **worker_options(num_workers, prefetch_factor, torch.cuda.is_available())}
     return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_labeled, **options)
 
 
@@ -380,12 +382,17 @@ def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
     return [inputs, torch.tensor([int(label) for label in labels]), *lengths]
 
 
-def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
-    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them."""
-    options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    if not num_workers:
+def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
+    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
+
+    So it does on Windows, which cannot fork, and on macOS, where a process with threads must not.
+    """
+    options = {"pin_memory": for_gpu}  # which creates a CUDA context
+    if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
         return options
     return options | {
+        "num_workers": num_workers,
+        "timeout": timeout,
         "prefetch_factor": prefetch_factor,
         "persistent_workers": True,
         "multiprocessing_context": "fork",
@@ -393,7 +400,9 @@ def worker_options(num_workers: int, prefetch_factor: int) -> dict[str, Any]:
     }
 
 
-def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+def map_in_workers(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, for_gpu: bool = False
+) -> Iterator[Any]:
     """Yield a function's result for each item, in order, computed ahead by worker processes.
 
     Raises:
@@ -407,7 +416,7 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], workers
         except (InputError, RunError) as problem:
             return None, problem
 
-    options = worker_options(workers, prefetch_factor=2)
+    options = worker_options(workers, 2, for_gpu)
     try:
         # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
         for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length

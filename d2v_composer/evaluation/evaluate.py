@@ -26,6 +26,7 @@ from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up,
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, metric_key
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.precision import precision_of
 from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.files import write_atomically
 
@@ -281,7 +282,7 @@ def evaluate(
     for dataset, labeled in datasets.items():
         wanted = probes_on(labeled, probes, has_teacher="teacher" in embeds)
         print(f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr)
-        with torch.inference_mode(), torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
+        with torch.inference_mode(), precision_of(autocast_dtype, device):
             views = augment if "instance" in wanted else None
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)
         for name, found in look_up(embedded, labeled, primary, ks, to_device, probes=wanted, teachers={}):

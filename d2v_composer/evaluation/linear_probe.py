@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from d2v_composer.evaluation.nearest_neighbors import full_float32
+from d2v_composer.models.precision import precision_of
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 """L2 penalty strengths to choose from, strongest first."""
@@ -72,7 +72,7 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
         strength: L2 penalty strength; default: chosen.
     """
     # A callback measures in inference mode, in which nothing has a gradient.
-    with torch.inference_mode(False), torch.enable_grad(), full_float32(train.device.type):
+    with torch.inference_mode(False), torch.enable_grad(), precision_of(None, train.device.type):
         variance_D, mean_D = torch.var_mean(train.float(), dim=0, correction=0)
         std_D = variance_D.sqrt()
         varies_D = (std_D > (1e-6 * mean_D.abs()).clamp(min=1e-30)) & std_D.isfinite()

@@ -3,14 +3,15 @@
 Shapes: N bank images, Q queries, K neighbors, D channels.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
+
+from d2v_composer.models.precision import precision_of
 
 # Bank images and queries compared at once: 64 MiB of similarities. Larger matrix products are no faster.
 BANK_PART, QUERY_PART = 1 << 13, 1 << 11
@@ -55,7 +56,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)
     nearest = [TopK(bank.new_empty(len(part), 0).float(), bank.new_empty(len(part), 0).long()) for part in parts]
-    with full_float32(bank.device.type):
+    with precision_of(None, bank.device.type):  # less precision would change the order
         for number, bank_ND in enumerate(bank.split(BANK_PART)):
             unit_ND = normalize(bank_ND.float(), dim=1)
             for i, part in enumerate(parts):
@@ -108,18 +109,6 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
     in_group = groups_QK.gather(1, (chosen // GROUP_SIZE).clamp(max=k - 1)) * GROUP_SIZE + chosen % GROUP_SIZE
     remaining = chosen - k * GROUP_SIZE + num_grouped
     return TopK(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, remaining))
-
-
-@contextmanager
-def full_float32(device: str) -> Iterator[None]:
-    """Turn off autocast and TF32 (which Composer allows): both round similarities and thus change the order."""
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
@@ -94,7 +95,9 @@ class Student(Transformer):
     def iterate_blocks(
         self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        x = self.entrance(x).to(self.block_list[0].norm1.weight.dtype)  # the residual stream's
+        x = self.entrance(x)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream is float32; a weight may be gathered in half
+            x = x.float()
         return super().iterate_blocks(x, needs_last_output, padding_mask)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:

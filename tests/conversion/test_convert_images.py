@@ -264,6 +264,12 @@ def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monke
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
 
+def test_a_conversion_uses_no_gpu(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pinned memory would create a CUDA context, on a GPU that may be full; here that fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main([str(source), str(tmp_path / "out"), *SMALL_SHARDS]).samples == NUM_IMAGES
+
+
 def test_a_full_disk_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def is_full(*_: object) -> None:
         raise OSError(28, "No space left on device")

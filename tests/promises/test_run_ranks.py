@@ -124,11 +124,12 @@ def test_sharded_ranks_train_as_one_process(evaluated: Path, small_data: Path, t
 
 
 @pytest.mark.slow
-def test_sharded_ranks_compute_in_bfloat16_as_one_process(small_data: Path, tmp_path: Path) -> None:
-    """8: the residual stream is float32, as under DDP."""
-    options = ("precision=amp_bf16", "max_duration=5ba")
+@pytest.mark.parametrize("fsdp", ["{}", "{reshard_after_forward: false}"])
+def test_sharded_ranks_compute_in_bfloat16_as_one_process(small_data: Path, tmp_path: Path, fsdp: str) -> None:
+    """8: the residual stream is float32, as under DDP, after a retrieval too, which leaves weights gathered."""
+    options = ("precision=amp_bf16", "max_duration=5ba", *WITH_RETRIEVAL)
     run_training(*small_run(tmp_path / "whole", small_data, *options))
-    arguments = small_run(tmp_path / "sharded", small_data, *options, "parallelism_config.fsdp={}")
+    arguments = small_run(tmp_path / "sharded", small_data, *options, f"parallelism_config.fsdp={fsdp}")
     result = run_command(LAUNCHER, "-n", "2", PROGRAMS / "fsdp_on_cpu.py", *arguments, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "blocks read {torch.float32}" in result.stdout
