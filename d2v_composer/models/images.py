@@ -64,9 +64,7 @@ class Images(Encoder):
             if not torch.compiler.is_compiling() and self.is_first:
                 self.is_first, (low, high) = False, inputs.aminmax()
                 if 0 <= low < high <= 1:
-                    log.warning(
-                        "float images from 0 to 1: expected normalized ones, or uint8 images"
-                    )
+                    log.warning("float images from 0 to 1: expected normalized ones, or uint8 images")
             return inputs
         if inputs.shape[2:] != size:
             inputs = resize(inputs, size, self.config.interpolation)
