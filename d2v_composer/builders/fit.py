@@ -82,7 +82,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
     lines = {
         "run": f"{config.run_name}, "
-        + ("not saved" if config.save_folder is None else f"saved in {hide_secrets(config.save_folder)}"),
+        + ("not saved" if config.save_folder is None else f"saved in {config.save_folder}"),
         "device": f"{dist.get_world_size()} × {device}, {config.precision}",
         **header,
         "model": f"{trained / 1e6:.1f} M trained weights",
@@ -91,7 +91,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
     }
     if state.timestamp.batch > 0:
         lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
-    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+    return hide_secrets("\n".join(f"{name:10}{text}" for name, text in lines.items()))
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:

@@ -77,7 +77,7 @@ def fetch(address: str | Path) -> Path:
             try:
                 _download(address, path, READ_SECONDS, lasting_attempts=1)
             except Exception as error:
-                raise InputError(f"{hide_secrets(address)}: cannot be fetched ({reason(error)})") from error
+                raise InputError(f"{address}: cannot be fetched ({reason(error)})") from error
     return path
 
 
@@ -164,8 +164,11 @@ def transfer(address: str, path: Path, timeout: float) -> None:
 
 
 def _transfer_from_web(address: str, path: Path, timeout: float) -> None:
-    # Not torch.hub, which keeps a truncated file.
-    with requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout)) as response:
+    try:  # not torch.hub, which keeps a truncated file
+        answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
+    except requests.exceptions.InvalidURL:  # whose text quotes a part of the login
+        raise ValueError("not an address: percent-encode the special characters of a login") from None
+    with answer as response:
         response.raise_for_status()
         length = response.headers.get("Content-Length")
         bar = progress_bar(desc=hide_secrets(address), unit="B", total=length and int(length), unit_scale=True)
