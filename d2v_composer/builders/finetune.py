@@ -1,7 +1,6 @@
 """Build a whole fine-tuning run from its config, for recipes/finetune.py."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +42,6 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
 
@@ -86,7 +84,7 @@ def _streamed(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     train_loader = build_train_loader(
         loader, modality, train_data, transform, config.global_train_batch_size, config.seed, labels
     )
-    about = {"location": hide_secrets(loader.remote or loader.local), **describe_data(*train_data)}
+    about = {"location": loader.remote or loader.local, **describe_data(*train_data)}
     return FinetuneImages(train_loader, test, class_names, num_classes, about)
 
 
@@ -100,7 +98,7 @@ def _in_memory(config: FinetuneConfig, sizes: EncoderConfig) -> FinetuneImages:
     if num_images < batch_size:
         expected = f"at most {num_images}, the number of train images"
         raise InputError(f"global_train_batch_size: must be {expected}; got {batch_size}")
-    about = {"location": hide_secrets(config.dataset.root), "samples": num_images, "sha256": hash_samples(train)}
+    about = {"location": config.dataset.root, "samples": num_images, "sha256": hash_samples(train)}
     num_classes = count_classes(Path(config.dataset.root), class_names, train.labels, test.labels)
     augment = build_augmentation(loader, sizes, config.seed)
     check_memory(loader, batch_size, augment.transform.sample_bytes)
@@ -181,7 +179,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     header = {
         modality.unit: f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
         f"{images.num_classes} classes",
-        "start": hide_secrets(config.model),
+        "start": config.model,
     }
     return BuiltFinetuning(arguments, model, header)
 
@@ -192,7 +190,7 @@ def describe_model(
     """Describe the fine-tuned model for the run's record; for a student, include all that its export needs."""
     about = {
         "kind": "student" if isinstance(backbone, Student) else "teacher",
-        "path": hide_secrets(config.model),
+        "path": config.model,
         "sha256": hash_weights(backbone),
         **embedding._asdict(),
         "num_classes": images.num_classes,
@@ -200,7 +198,7 @@ def describe_model(
         "provenance": backbone.provenance,
     }
     if isinstance(backbone, Student):
-        about["sizes"] = json.loads(json.dumps(sizes_of(backbone)))
+        about["sizes"] = sizes_of(backbone)
         if config.train_encoder and "outputs" in about["sizes"]["encoder"]:
             about["sizes"]["encoder"]["outputs"] = []  # those of the encoder before
     return about

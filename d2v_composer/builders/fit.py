@@ -17,6 +17,7 @@ from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.execution import name_precision
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason
 from d2v_composer.system.processes import allow_open_files, if_interrupted
@@ -92,7 +93,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
     }
     if state.timestamp.batch > 0:
         lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
-    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+    return hide_secrets("\n".join(f"{name:10}{text}" for name, text in lines.items()))
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:

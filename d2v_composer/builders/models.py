@@ -1,12 +1,14 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
+import sys
 from contextlib import suppress
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 
 from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, distillation_of, lookup
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
@@ -15,7 +17,8 @@ from d2v_composer.evaluation.evaluate import Candidate, build_embeds
 from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.processes import global_rank
 
 
 def load_trained_model(config: ModelConfig) -> Models:
@@ -47,14 +50,21 @@ class Comparison(NamedTuple):
 def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, LabeledSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
+    A line says how many test images are also among the train images, which makes accuracies too high.
+
     Raises:
         InputError: A data set cannot be used.
     """
-    return {
+    sets = {
         name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
+    for name, labeled in sets.items() if global_rank() == 0 else ():
+        if shared := labeled.count_shared():
+            found = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
+            print(f"warning: {name}: {found} are also among the train {modality.unit}", file=sys.stderr)
+    return sets
 
 
 def build_augmentation(
@@ -73,6 +83,19 @@ def build_augmentation(
     return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
+def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Student | None:
+    """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
+    if isinstance(model, Teacher):
+        return model.build_student()
+    init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
+    if teacher is not None:
+        return teacher.build_student(**asdict(model.config), init=init)
+    if init == "random":
+        return Student(model.encoder, model.config)
+    print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)
+    return None
+
+
 def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
@@ -80,14 +103,14 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
         InputError: A file cannot be used, or the model has no such embedding.
     """
     model, teacher = load_trained_model(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
-        untrained = Student(model.encoder, model.config) if isinstance(model, Student) else model.build_student()
+        untrained = build_untrained(model, teacher)
     student = model if isinstance(model, Student) else None
     embedding = choose_embedding(model, config.pooling, config.representation)
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
     models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
-    encoder = untrained.encoder
+    encoder = model.encoder
     # Number of weights, and GFLOP per image.
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     costs = {encoder.baseline: (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}

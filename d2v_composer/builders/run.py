@@ -31,7 +31,6 @@ from d2v_composer.data.index import describe_data
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
-from d2v_composer.system.addresses import hide_secrets
 
 
 class BuiltRun(NamedTuple):
@@ -72,7 +71,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
         "parallelism_config": build_parallelism(config),
         **build_trainer_arguments(config, model, record, [] if retrieval is None else [retrieval]),
     }
-    header = {modality.unit: f"{data['samples']:,} in {hide_secrets(data['location'])}"}
+    header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
         header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"

@@ -28,7 +28,7 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import name_precision
-from d2v_composer.system.addresses import RunFolder, hide_all_secrets, hide_secrets
+from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.ranks import node_leaders_first
@@ -198,9 +198,10 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
 
     A ``sha256`` in the ``contents`` identifies weights or samples. ``fixed``: see :class:`RunRecord`.
     """
+    sys.argv = hide_secrets(sys.argv)  # W&B records it, too
     record = {
-        "config": hide_all_secrets(config.model_dump(mode="json")),
-        "command": re.sub("^'(d2v [a-z]+)'", r"\1", shlex.join(map(hide_secrets, sys.argv))),
+        "config": config.model_dump(mode="json"),
+        "command": re.sub("^'(d2v [a-z]+)'", r"\1", shlex.join(sys.argv)),
         **contents,
         "versions": package_versions(),
         "hardware": {

@@ -39,7 +39,7 @@ from d2v_composer.checkpoints.resume import (
 )
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system import processes
-from d2v_composer.system.addresses import RunFolder, hide_secrets
+from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import acquire, check_owned
 from d2v_composer.system.ranks import rank_zero_first
@@ -251,7 +251,7 @@ def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
         for name in outdated(list_names(address), pointed_at, num_to_keep):
             store.client.delete_object(Bucket=store.bucket, Key=f"{key}/{name}".lstrip("/"))
     except Exception as error:  # noqa: BLE001
-        log.warning("%s: could not remove old checkpoints (%s)", hide_secrets(address), reason(error))
+        log.warning("%s: could not remove old checkpoints (%s)", address, reason(error))
 
 
 def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:

@@ -9,6 +9,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from d2v_composer.checkpoints.student_file import lookup
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
@@ -32,13 +34,13 @@ class RunRecord(Callback):
 
     Args:
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
-            (identity and location); plain containers.
+            (identity and location); plain containers. Kept without secrets.
         folder: The folder of ``run.yaml``, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
     """
 
     def __init__(self, record: dict[str, Any], folder: Path | None, fixed: tuple[str, ...]) -> None:
-        self.record, self.folder, self.fixed = record, folder, fixed
+        self.record, self.folder, self.fixed = hide_secrets(record), folder, fixed
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
@@ -72,11 +74,3 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif before != now:
         yield f"{WORDS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"
-
-
-def lookup(record: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key; ``None`` if it is missing."""
-    value: Any = record
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

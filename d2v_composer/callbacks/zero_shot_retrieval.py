@@ -247,7 +247,7 @@ class ZeroShotRetrieval(Callback):
         embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress, augment)
         teachers = self.teacher_neighbors.setdefault(dataset, {})
         options = labeled, self.primary, self.ks, to_device, ranks, probes
-        for baseline, found in look_up(embedded, *options, teachers=teachers):
+        for baseline, found in look_up(embedded, *options, dataset=dataset, teachers=teachers):
             names = [found.embedding or None]
             if found.is_primary:
                 names.append(None)  # the short key

@@ -15,9 +15,12 @@ from d2v_composer.checkpoints.student_file import (
     check_fits,
     check_outputs,
     check_same_encoder,
+    check_same_teacher,
     check_student,
     config_tensor,
+    distillation_of,
     is_safetensors,
+    lookup,
     pop_sizes,
     read_model_file,
     sizes_of,
@@ -204,12 +207,14 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Model
     """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
     if path is None:
         return student, None
+    record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
     file, options = path, {"first_blocks": sizes.prenet_depth}
     if isinstance(sizes, TimmEncoderConfig):
         file = None if path == sizes.model else path  # the name of a timm model stands for its pretrained weights
         options |= {"model": sizes.model, "image_size": sizes.image_size}
-    teacher = load_teacher(file, weights, **options)
+    teacher = load_teacher(file, lookup(record, "teacher.weights") or weights, **options)
+    check_same_teacher(path, teacher, record)
     check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
@@ -223,7 +228,9 @@ def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: 
             return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
         if retrieved := state["callbacks"].get("ZeroShotRetrieval", {}).get("history"):
             baselines = state["callbacks"]["ZeroShotRetrieval"]["baseline_metrics"]
-            record = record | {"results": {"first": retrieved[0], "last": retrieved[-1], "baselines": baselines}}
+            batch = int(state["timestamp"]["Timestamp"]["batch"])
+            results = {"batch": batch, "first": retrieved[0], "last": retrieved[-1], "baselines": baselines}
+            record = record | {"results": results}
         return _load_trained(path, record, tensors, teacher_path)
     except InputError:
         raise
@@ -243,10 +250,7 @@ def _load_trained(
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
         teacher = load_teacher(file, settings["weights"], **options)
-        if (found := teacher.provenance["sha256"]) != (expected := record["teacher"]["sha256"]):
-            raise InputError(
-                f"{file or options['model']}: its sha256 is {found}, but the student's teacher has {expected}"
-            )
+        check_same_teacher(file or options["model"], teacher, record)
     except InputError as error:
         if teacher_path is not None:
             raise

@@ -23,6 +23,7 @@ from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.sizes import EncoderConfig, TimmEncoderConfig, check_choice, find_kind
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
@@ -73,7 +74,7 @@ def write_model_file(
         "format": f"d2v_composer.{kind}",
         "format_version": str(FORMAT_VERSIONS[kind]),
         "config": json.dumps(config),
-        "provenance": json.dumps(provenance),
+        "provenance": json.dumps(hide_secrets(provenance)),
     }
     check_out_file(path)
     with out_file(path) as partial:
@@ -185,7 +186,7 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
     for name, tensor in ours.items():
         is_same_shape = name in theirs and theirs[name].shape == tensor.shape
         if not is_same_shape or (theirs[name] - tensor).abs().max() > ROUNDING * tensor.abs().max():
-            raise InputError(f"{source}: is not the student's teacher: its encoder has a different {name}")
+            raise InputError(f"{source}: its encoder is not the student's: {name} differs")
 
 
 def read_config(config_class: type[Any], fields: Any) -> Any:
@@ -244,6 +245,30 @@ def choose_embedding(
         allowed = ", ".join(model.embedding_names)
         raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
     return chosen
+
+
+def lookup(record: Any, key: str) -> Any:
+    """Return the value of a dotted key; ``None`` if it is missing."""
+    for part in key.split("."):
+        record = record.get(part) if isinstance(record, Mapping) else None
+    return record
+
+
+def distillation_of(provenance: Any) -> Any:
+    """Return the record of the run that distilled a student, also of one that was fine-tuned since."""
+    before = lookup(provenance, "model.provenance")
+    return provenance if before is None else distillation_of(before)
+
+
+def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
+    """Compare a teacher with the one in the record of a student's distillation, if that names its own.
+
+    Raises:
+        InputError: It comes from another file; a converted file counts as the original.
+    """
+    ours, theirs = lookup(record, "teacher.sha256"), found.provenance["sha256"]
+    if ours not in (None, theirs):
+        raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
 
 
 def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:

@@ -26,7 +26,7 @@ from d2v_composer.commands import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import Data2Vec2Config, TeacherConfig, TimmTeacherConfig, height_and_width
-from d2v_composer.system.addresses import STUDENT_FILE, hide_all_secrets, hide_secrets
+from d2v_composer.system.addresses import STUDENT_FILE, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
@@ -117,7 +117,7 @@ def prepare(arguments: Namespace) -> None:
     if is_new and (arguments.out / STUDENT_FILE).exists():
         raise InputError(f"{arguments.out}: has a {STUDENT_FILE} from another run; choose another --out")
     options = ["--teacher", arguments.teacher, *(["--column", arguments.column] if arguments.column else [])]
-    command = hide_secrets(shlex.join(["d2v", "distill", source, *options]))
+    command = shlex.join(hide_secrets(["d2v", "distill", source, *options]))
     with reading(path):
         if not is_new and (found := path.read_text().partition("\n")[0][2:]) != command:
             raise InputError(f"{arguments.out}: was made by {found!r}; choose another --out")
@@ -158,7 +158,7 @@ def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
     """Write all settings of the run."""
     import yaml
 
-    settings = yaml.safe_dump(hide_all_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(hide_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
     write_atomically(path, f"# {command}\n{settings}")
 
 

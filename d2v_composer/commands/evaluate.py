@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
-from d2v_composer.system.addresses import hide_all_secrets, hide_secrets
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.files import check_out_file
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig
@@ -38,17 +36,18 @@ def main(argv: Sequence[str]) -> "Evaluation":
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
-    from d2v_composer.evaluation.evaluate import Evaluation, evaluate
+    from d2v_composer.evaluation.evaluate import Evaluation, check_out, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
     from d2v_composer.models.execution import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)
-    if config.out is not None:  # before minutes of work
-        check_out_file(Path(config.out, "evaluation.json"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, candidates, embedding, augment = build_comparison(config, device)
+    weights = hash_weights(model)
+    if config.out is not None:
+        check_out(Path(config.out), weights)
     if "agreement" in config.probes and candidates[-1].name != "teacher":
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
@@ -63,12 +62,9 @@ def main(argv: Sequence[str]) -> "Evaluation":
     tables = evaluation_tables(evaluation)
     print(tables)
     if config.out is not None:
-        used = hide_all_secrets(config.model_dump(mode="json"))
-        about = {"config": used, "machine": describe_machine(), "versions": package_versions()}
-        about |= {"weights": hash_weights(model), "tables": tables}
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        evaluation.write(Path(config.out), about)
-    print_next(hide_secrets(next_step(config, modality.unit.upper())))
+        about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
+        evaluation.write(Path(config.out), {"config": config.model_dump(mode="json"), **about})
+    print_next(next_step(config, modality.unit.upper()))
     return evaluation
 
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.student import Student
-    from d2v_composer.report.model_card import write_model_card
+    from d2v_composer.report.model_card import plan_model_card
 
     student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
     if not isinstance(student, Student):
@@ -80,10 +80,11 @@ def main(argv: Sequence[str]) -> None:
         export_int8(Embedder(student, embedding), out, arguments.calibrate)
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
+        write_card = plan_model_card(student, arguments.source, out) if head is None else None
         save_student(student, out)
         step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
-        if head is None:
-            print(write_model_card(student, arguments.source, out))
+        if write_card is not None:
+            print(write_card())
     else:
         write = export_onnx if out.suffix == ".onnx" else export_program
         write(Embedder(student, embedding), out)

@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
+from xxhash import xxh3_128_digest
 
 from d2v_composer.data.images import Images
 from d2v_composer.data.index import SUMMARY, read_index
@@ -96,6 +97,11 @@ class LabeledSet(NamedTuple):
             sizes, sums = ([getattr(each, kind)() for each in self.test.samples] for kind in ("numel", "sum"))
             labels.append([round(float(sum(sums)) / sum(sizes)), *(sizes if len({*sizes}) > 1 else ())])
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+
+    def count_shared(self) -> int:
+        """Return the number of test images that are, bit by bit, among the train images."""
+        train, test = ([xxh3_128_digest(each.contiguous().numpy()) for each in samples] for samples, _ in self[:2])
+        return sum(map({*train}.__contains__, test))
 
     @classmethod
     def without_labels(cls, samples: LabeledSamples) -> "LabeledSet":

@@ -6,9 +6,11 @@ Shapes: Q queries.
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -28,7 +30,9 @@ from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.transformer import Transformer, poolings
-from d2v_composer.system.files import write_atomically
+from d2v_composer.system.addresses import hide_secrets
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file, write_atomically
 
 NUM_RESAMPLES = 2000
 
@@ -218,11 +222,16 @@ class Evaluation(NamedTuple):
             for measure in each.hits
         ]
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def write(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically."""
+        table, rows = io.StringIO(newline=""), self.rows()
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        results = {
             "primary": self.primary,
             "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
-            "results": self.rows(),
+            "results": rows,
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
                 for dataset in self.class_names
@@ -234,15 +243,29 @@ class Evaluation(NamedTuple):
                 for name, _, num_parameters, gflop in self.candidates
             ],
         }
-
-    def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write ``evaluation.json``, with further entries, and ``evaluation.csv``, each atomically."""
-        table, rows = io.StringIO(newline=""), self.rows()
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(folder / "evaluation.json", json.dumps(about | self.as_json(), indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | results, indent=1) + "\n")
         write_atomically(folder / "evaluation.csv", table.getvalue())
+
+
+def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
+    """Return the contents of a folder's ``evaluation.json``; empty if it is not of a model with these weights."""
+    with suppress(Exception):
+        found = json.loads((folder / "evaluation.json").read_bytes())
+        if found["weights"] == weights:
+            return found
+    return {}
+
+
+def check_out(folder: Path, weights: str) -> None:
+    """Check, before minutes of work, that results can be written, and replace none but those of the same weights.
+
+    Raises:
+        InputError: One of these does not hold.
+    """
+    for path in (folder / "evaluation.json", folder / "evaluation.csv"):
+        check_out_file(path)
+        if os.path.lexists(path) and not read_evaluation(folder, weights):
+            raise InputError(f"out: {path} is not of this model's weights; choose another folder")
 
 
 def describe_measure(measure: Measure) -> dict[str, str | int | None]:
@@ -285,6 +308,7 @@ def evaluate(
         with torch.inference_mode(), precision_of(autocast_dtype, device):
             views = augment if "instance" in wanted else None
             embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)
-        for name, found in look_up(embedded, labeled, primary, ks, to_device, probes=wanted, teachers={}):
+        options = {"probes": wanted, "dataset": dataset, "teachers": {}}
+        for name, found in look_up(embedded, labeled, primary, ks, to_device, **options):
             hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
             yield Retrieval(name, dataset, found.bank, found.embedding, found.is_primary, hits)

@@ -3,7 +3,9 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -38,6 +40,8 @@ int64, as a second argument.
 ModelT = TypeVar("ModelT", bound=Hashable)
 
 VIEWS = ("first view", "second view")
+warn_once = cache(logging.getLogger(__name__).warning)
+"""Logs a warning, unless the process has logged it before: a run measures its student many times."""
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
 
@@ -139,6 +143,7 @@ def look_up(
     ranks: Ranks = ONE_RANK,
     probes: Collection[str] = (),
     *,
+    dataset: str,
     teachers: dict[str, Tensor],
 ) -> Iterator[tuple[ModelT, Found]]:
     """Look up the test images among themselves, and each split in the other, one embedding at a time.
@@ -154,6 +159,7 @@ def look_up(
         ranks: As given to :func:`embed_set`.
         probes: Names of ``PROBES``, which judge the test images, too; agreement needs the model 'teacher', here or
             before.
+        dataset: The set's name, for warnings.
         teachers: Embedding of the teacher, '' the primary one → the neighbors of each test image, (N, K) int32; filled
             if 'teacher' is among the models, and read for all.
     """
@@ -192,6 +198,8 @@ def look_up(
                         voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                         hits[measure] = voted == labels[query]
                 if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
-                    probe = fit_linear_probe(images[bank], labels[bank])
+                    about = f"{dataset}, {model or 'student'} ({name or 'only embedding'}): %s"
+                    warn = partial(warn_once, about) if name == main and ranks.rank == 0 else bool
+                    probe = fit_linear_probe(images[bank], labels[bank], warn=warn)
                     hits["linear/top1"] = probe.predict(images[query]) == labels[query]
                 yield model, Found(name, name == main, bank, nearest, hits)

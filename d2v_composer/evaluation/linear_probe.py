@@ -6,6 +6,8 @@ LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
 Shapes: N training images, Q queries, D channels, C classes.
 """
 
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,9 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 """L2 penalty strengths to choose from, strongest first."""
 # The solver stops at this largest gradient, or before it where float32 cannot tell two losses apart.
 TOLERANCE, TOLERANCE_OF_CHOICE = 1e-6, 1e-3
-MAX_ITERATIONS = 500
+MAX_EVALUATIONS = 600
+
+log = logging.getLogger(__name__)
 
 
 class LinearProbe(NamedTuple):
@@ -59,7 +63,9 @@ def linear_probe_accuracy(
     return (probe.predict(test) == test_labels.to(test.device)).double().mean().item()
 
 
-def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
+def fit_linear_probe(
+    train: Tensor, labels: Tensor, strength: float | None = None, warn: Callable[[str], object] = log.warning
+) -> LinearProbe:
     """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
     The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
@@ -70,6 +76,7 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
         train: (N, D), any float dtype, on the device that computes. It needs twice as much memory again.
         labels: (N,) int.
         strength: L2 penalty strength; default: chosen.
+        warn: Told why the probe may not be the best; default: the log's warnings.
     """
     # A callback measures in inference mode, in which nothing has a gradient.
     with torch.inference_mode(False), torch.enable_grad(), precision_of(None, train.device.type):
@@ -89,19 +96,27 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
             accuracies: list[float] = []
             for strength in STRENGTHS:
                 part = x_ND[fitted], targets_N[fitted]
-                weight_CD, bias_C = _fit(*part, variances_D, len(classes), strength, TOLERANCE_OF_CHOICE)
+                weight_CD, bias_C = _fit(*part, variances_D, len(classes), strength, TOLERANCE_OF_CHOICE, bool)
                 found = (x_ND[held_out] @ weight_CD.T + bias_C).argmax(dim=1)
                 accuracies.append((found == targets_N[held_out]).float().mean().item())
                 if len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies):
                     break
             strength = STRENGTHS[accuracies.index(max(accuracies))]
-        weight_CD, bias_C = _fit(x_ND, targets_N, variances_D, len(classes), strength, TOLERANCE)
+            if strength in (STRENGTHS[0], STRENGTHS[-1]) and accuracies.count(max(accuracies)) == 1:
+                warn(f"linear probe: the best strength, {strength:g}, is at the edge of those tried")
+        weight_CD, bias_C = _fit(x_ND, targets_N, variances_D, len(classes), strength, TOLERANCE, warn)
         weight_CD = (weight_CD @ directions_DD.T * scale_D).double()
         return LinearProbe(classes.to(train.device), weight_CD, bias_C - weight_CD @ mean_D.double(), strength)
 
 
 def _fit(
-    x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
+    x_ND: Tensor,
+    targets_N: Tensor,
+    variances_D: Tensor,
+    num_classes: int,
+    strength: float,
+    tolerance: float,
+    warn: Callable[[str], object],
 ) -> tuple[Tensor, Tensor]:
     """Fit weights, (C, D), and bias, (C,), to standardized embeddings, rotated to their principal directions.
 
@@ -112,7 +127,11 @@ def _fit(
     u_CD = scale_D.new_zeros(num_classes, len(scale_D)).requires_grad_()
     bias_C = scale_D.new_zeros(num_classes).requires_grad_()
     solver = torch.optim.LBFGS(
-        [u_CD, bias_C], max_iter=MAX_ITERATIONS, tolerance_grad=tolerance, line_search_fn="strong_wolfe"
+        [u_CD, bias_C],
+        max_iter=MAX_EVALUATIONS,
+        max_eval=MAX_EVALUATIONS,
+        tolerance_grad=tolerance,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> float:
@@ -125,4 +144,6 @@ def _fit(
         return total.item()
 
     solver.step(loss)
+    if solver.state[u_CD]["func_evals"] >= MAX_EVALUATIONS:
+        warn(f"linear probe: not converged after {MAX_EVALUATIONS} evaluations at strength {strength:g}")
     return (scale_D * u_CD).detach(), bias_C.detach()

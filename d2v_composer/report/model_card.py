@@ -1,8 +1,9 @@
 """Write a student's model card, README.md beside its file, for the Hugging Face hub."""
 
-import json
+import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -11,10 +12,12 @@ import torch
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
+from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.models.student import Student
 from d2v_composer.report.run import EMBEDDINGS
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reading, writing
-from d2v_composer.system.files import write_atomically
+from d2v_composer.system.files import check_out_file, write_atomically
 
 MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
 # Licences that allow commercial use, and the others that the hub has a name for.
@@ -24,8 +27,10 @@ NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
 NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
-def write_model_card(student: Student, source: str, out: Path) -> str:
-    """Write README.md, unless another one exists; return a line that says what was done.
+def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], str]:
+    """Prepare README.md, before the student is written; return what writes it and returns a line that says so.
+
+    One that d2v export did not write is kept, and so is the card of another student file in the folder.
 
     Args:
         student: With its run's record as provenance.
@@ -34,18 +39,22 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
         out: The exported file.
 
     Raises:
-        InputError: The record, or ``evaluation.json``, is not one of ours.
-        RunError: The disk is full.
+        InputError: README.md cannot be read or written, or the record is not one of ours.
     """
-    readme, evaluation = out.with_name("README.md"), Path(source).with_name("evaluation.json")
-    if readme.exists() and MARK not in readme.read_text(errors="replace"):
-        return f"kept {readme}: d2v export did not write it"
-    with reading(evaluation):
-        evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
-        has_tables = "weights" in evaluated and evaluated["weights"] == hash_weights(student)
+    readme = out.with_name("README.md")
+    check_out_file(readme)
+    with reading(readme):
+        text = readme.read_text(errors="replace") if os.path.lexists(readme) else MARK
+        named = re.search(r"^hf upload \S+ (.+) student\.safetensors$", text, re.MULTILINE)
+        described = shlex.split(named[1])[0] if named else out.name
+    if MARK not in text:
+        return lambda: f"kept {readme}: d2v export did not write it"
+    if described != out.name and out.with_name(described).exists():
+        return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
     modality = modality_of(student.encoder.config)
     with reading(source):
-        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
+        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
+        record |= hide_secrets(student.provenance)  # an older one has some
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
         licence = name_licence(teacher["licence"] or "")
         template = Path(__file__).with_name("model_card.md").read_text()
@@ -61,15 +70,19 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
             unit=modality.unit,
             words=modality.words(),
             embedding=choose_embedding(student, None, None),
-            tables=evaluated["tables"] if has_tables else "",
+            tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
             results=record.get("results"),
             other_embeddings=tuple(EMBEDDINGS),
             file=out.name,
             quote=shlex.quote,
         )
-    with writing(readme):
-        write_atomically(readme, card)
-    return f"wrote {readme}: the model card; license: {licence}"
+
+    def write() -> str:
+        with writing(readme):
+            write_atomically(readme, card)
+        return f"wrote {readme}: the model card; license: {licence}"
+
+    return write
 
 
 def name_licence(stated: str) -> str:

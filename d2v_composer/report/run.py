@@ -63,12 +63,14 @@ def latest(values: Mapping[int, float]) -> float | None:
 def read_run(folder: Path) -> Run:
     """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
-    The neighbors are those of the newest checkpoint; data sets that cannot be read are left out, with a printed line.
+    The neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are left
+    out, with a printed line.
 
     Raises:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
+    images = {}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_text()), {}, {}, {})
         retrieval, modality = run.retrieval, run.modality
@@ -77,13 +79,17 @@ def read_run(folder: Path) -> Run:
     if checkpoint.is_file():
         with reading(checkpoint):
             callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-            run = run._replace(neighbors=callbacks.get("ZeroShotRetrieval", {}).get("neighbors", {}))
+            measured = callbacks.get("ZeroShotRetrieval", {"neighbors": {}, "images": {}})
+            images, run = measured["images"], run._replace(neighbors=measured["neighbors"])
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"]}
         try:
             if labeled is not None and name in run.neighbors:
-                datasets[name] = load_labeled_set(modality=modality, **labeled | options).numbered()
+                found = load_labeled_set(modality=modality, **labeled | options).numbered()
+                if images.get(name) != found.fingerprint():
+                    raise InputError(f"its {modality.unit} differ from those that the run measured")
+                datasets[name] = found
         except InputError as error:
-            print(f"{name}: shown without its {modality.unit}: {error}")
+            print(f"report: no gallery for {name}: {error}")
     return run._replace(datasets=datasets)

@@ -1,8 +1,7 @@
 """Parse addresses of files: a local path, https://…, or SCHEME://BUCKET/KEY in an object store."""
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -15,7 +14,20 @@ STUDENT_FILE = "student.safetensors"
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(dbfs):/")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]*[^\s\"'<>\\:;,.)]")
+# What comes before an '@' and is secret: USER:PASSWORD, of any characters after a scheme, unless ':' and digits are a
+# port; a token on a web server; and USER:PASSWORD at a word's start. A limit keeps a hostile text from taking minutes.
+LOGIN = re.compile(
+    r"(://)[^\s/:@]*:(?!\d*(?:[/?#]|$))\S{0,999}@|((?:https?|s?ftp)://)[^/?#\n]*@"
+    r"|((?:^|[\s='\"([{,]))[^\s/:@='\"([{,]+:[^\s/]{1,999}@"
+)
+# Query and fragment of an address, without a sentence's punctuation after it.
+_LAST = r"[^\s\"'<>\\:;,.)}\]#]"
+QUERY = re.compile(rf"(://[^\s\"'<>?#]*)(?:\?([^\s#]*{_LAST})?)?(#(?:\S*{_LAST})?)?")
+# Names of values that are secret wherever they stand, as in loggers.wandb.init_kwargs.settings.api_key.
+_NAME = r"[\w-]{0,30}(?:passw(?:or)?d|secret|(?:api|access)_?key|(?:access|auth)_?token)|token"
+NAME = re.compile(_NAME, re.IGNORECASE)
+NAMED = re.compile(rf"\b((?:{_NAME})['\"]?(?:=|: ?))(?:\"[^\"]*\"|'[^']*'|[^\s,}}'\"]+)", re.IGNORECASE)
+HIDDEN = "hidden"
 # Query parameters of presigned addresses: S3 (both kinds), GCS, CloudFront and Azure.
 SIGNATURE = re.compile(
     r"x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|"
@@ -126,22 +138,20 @@ def file_name(address: str | Path) -> str:
     return Path(text.partition("#")[0].partition("?")[0] if "://" in text else text).name
 
 
-def hide_secrets(text: str) -> str:
-    """Remove logins, signatures and possible tokens from the addresses in a text."""
-    return URL.sub(lambda match: _rewrite(match[0], lambda name: HARMLESS.fullmatch(name) is not None), text)
+def hide_secrets(value: Any) -> Any:
+    """Hide passwords, signatures and possible tokens in a text, or in every text of a JSON value."""
+    if isinstance(value, str):
+        return NAMED.sub(rf"\1{HIDDEN}", _rewrite(value, lambda name: HARMLESS.fullmatch(name) is not None))
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if each and NAME.fullmatch(str(key)) else hide_secrets(each) for key, each in value.items()}
+    return [*map(hide_secrets, value)] if isinstance(value, list | tuple) else value
 
 
-def hide_all_secrets(value: Any) -> Any:
-    """Hide the secrets in every string of a JSON value."""
-    return json.loads(hide_secrets(json.dumps(value, ensure_ascii=False)))
+def _rewrite(text: str, keeps: Callable[[str], bool]) -> str:
+    """Remove logins, fragments, and all query parameters except the ones that ``keeps`` accepts, from addresses."""
 
+    def shorten(match: re.Match[str]) -> str:
+        pairs = [(name, value) for name, value in parse_qsl(match[2] or "", keep_blank_values=True) if keeps(name)]
+        return match[1] + (f"?{urlencode(pairs)}" if pairs else "")
 
-def _rewrite(address: str, keeps: Callable[[str], bool]) -> str:
-    """Remove the login, the fragment, and all query parameters except the ones that ``keeps`` accepts."""
-    whole, _, parameters = address.partition("#")[0].partition("?")
-    scheme, _, rest = whole.partition("://")
-    host, slash, path = rest.partition("/")
-    if ":" in host.rpartition("@")[0] or scheme in (*WEB, "ftp", "sftp"):  # oci://BUCKET@NAMESPACE has no login
-        host = host.rpartition("@")[2]
-    query = urlencode([(name, value) for name, value in parse_qsl(parameters, keep_blank_values=True) if keeps(name)])
-    return f"{scheme}://{host}{slash}{path}" + (f"?{query}" if query else "")
+    return QUERY.sub(shorten, LOGIN.sub(r"\1\2\3", text))

@@ -50,7 +50,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     """Return the exit status and the lines to print; the status is ``None`` if the traceback must be shown."""
     if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
-        found = [hide_secrets(str(problem).strip().splitlines()[-1]) for problem in error.args]
+        found = [str(problem).strip().splitlines()[-1] for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
     if lacks_train(error):
@@ -117,9 +117,9 @@ def size(text: str) -> int:
 
 
 def print_next(*steps: str) -> None:
-    """Print the next steps on rank 0, one per line."""
+    """Print the next steps on rank 0, one per line, without secrets."""
     if processes.global_rank() == 0:
-        print("\n".join(f"next: {step}" for step in steps), flush=True)
+        print("\n".join(f"next: {hide_secrets(step)}" for step in steps), flush=True)
 
 
 def d2v(*arguments: str | Path) -> str:

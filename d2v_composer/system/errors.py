@@ -11,7 +11,14 @@ from d2v_composer.system.addresses import hide_secrets
 OF_TRAIN = {"boto3", "botocore", "composer", "streaming", "torchmetrics"}
 
 
-class InputError(ValueError):
+class _Shown(Exception):  # noqa: N818
+    """An error whose lines are shown and kept in records, and so without secrets."""
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*map(hide_secrets, lines))
+
+
+class InputError(_Shown, ValueError):
     """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
 
     Args:
@@ -26,7 +33,7 @@ class UnreadableSampleError(InputError):
     """A sample that is missing, corrupt or of another format; others may be readable."""
 
 
-class RunError(RuntimeError):
+class RunError(_Shown, RuntimeError):
     """A foreseen failure while running, such as a full disk. A command prints the line and exits with status 1."""
 
 
@@ -69,7 +76,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-        raise InputError(f"{hide_secrets(str(path))}: cannot be read: {said}") from error
+        raise InputError(f"{path}: cannot be read: {said}") from error
 
 
 @contextmanager
@@ -82,7 +89,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{hide_secrets(str(path))}: cannot be written: {error.strerror or reason(error)}") from error
+        raise RunError(f"{path}: cannot be written: {error.strerror or reason(error)}") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.models import timm_teacher
-from d2v_composer.models.student import Student
+from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.timm_teacher import TimmEncoder
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, refused_by
@@ -27,7 +27,7 @@ from small_vits import RESAMPLED_BILINEARLY, random_vit
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
-OTHER_TEACHER = "is not the student's teacher: its encoder has a different"
+OTHER_ENCODER = r"its encoder is not the student's: \S+ differs"
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -280,18 +280,29 @@ def test_an_exported_students_sizes_are_timms(file: Path, tmp_path: Path) -> Non
 
 
 def test_another_teacher_than_the_students_is_refused(tmp_path: Path) -> None:
-    """Its blocks would run on an encoder that is not theirs."""
-    model, student = random_vit(NAME), tmp_path / "student.safetensors"
-    save_student(
-        load_teacher(save(model, tmp_path / "teacher.safetensors"), model=MODEL).build_student(depth=1), student
-    )
+    """Its numbers would be compared with those of blocks that it never saw, or that run on another encoder."""
+    model, student, path = random_vit(NAME), tmp_path / "student.safetensors", tmp_path / "teacher.safetensors"
+    built = load_teacher(save(model, path), model=MODEL).build_student(depth=1)
+    save_student(built, student)
+    assert load_any(student, teacher_path=str(path))[1] is not None
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1.1)  # not in the encoder
+    other = save(model, tmp_path / "other.safetensors")
+    with pytest.raises(
+        InputError, match=r"other\.safetensors: not this student's teacher: sha256 \w{64}, expected \w{64}$"
+    ):
+        load_any(student, teacher_path=str(other))
+
+    built.provenance = {}  # the encoder is compared all the same
+    save_student(built, student)
     FILES["half"](model.state_dict(), tmp_path / "half.pth")
     assert load_any(student, teacher_path=str(tmp_path / "half.pth"))[1] is not None
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(1.1)
-    other = save(model, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=rf"other\.safetensors: {OTHER_TEACHER}"):
+    save(model, other)
+    with pytest.raises(InputError, match=rf"other\.safetensors: {OTHER_ENCODER}"):
         load_any(student, teacher_path=str(other))
-    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), student)
-    with pytest.raises(InputError, match=OTHER_TEACHER):
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
+    save_student(Student(teacher.encoder, StudentConfig(depth=1)), student)
+    with pytest.raises(InputError, match=OTHER_ENCODER):
         load_any(student, teacher_path=str(QUICKSTART / "teacher.safetensors"))

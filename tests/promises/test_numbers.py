@@ -1,7 +1,11 @@
-"""Promise 23: retrieval, kNN and the linear probe are those of a brute force in float64 and of scikit-learn."""
+"""Promise 23: retrieval, kNN and the linear probe are those of a brute force in float64 and of scikit-learn.
+
+What is compared is of the same data, teacher and settings, or is left out with a line that says why.
+"""
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +19,7 @@ from PIL import Image
 from streaming import StreamingDataset
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher, retrieval_accuracy
-from helpers import GOLDEN, QUICKSTART, d2v, write_mds
+from helpers import GOLDEN, QUICKSTART, d2v, encoded_image, failure, log_of, run_training, small_run, write_mds
 
 Embedded = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]
 
@@ -120,3 +124,97 @@ def numbers(found: Any) -> Iterator[float]:
             yield from numbers(each)
     elif isinstance(found, float):
         yield found
+
+
+@pytest.fixture(scope="module")
+def of_teacher_blocks(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Path) -> Path:
+    """The folder of a run whose student began as its teacher's blocks, measured before its first batch."""
+    folder = tmp_path_factory.mktemp("copied") / "run"
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
+    changes = "student.init=teacher_blocks", "student.mlp_ratio=4", "student.depth=2", "retrieval.at_start=true"
+    run_training(*small_run(folder, small_data, sets, *changes, "max_duration=2ba", "scheduler.t_warmup=1ba"))
+    return folder
+
+
+def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
+    """23: its numbers are those that the run measured before its first batch; without the teacher, there are none."""
+    student, teacher = tmp_path / "student.safetensors", GOLDEN / "tiny_base.pt"
+    assert d2v("export", of_teacher_blocks / "latest-rank0.pt", student).returncode == 0
+    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    logged = log_of(of_teacher_blocks)
+    for number, options in enumerate(([f"model={student}", f"teacher={teacher}"], [f"model={student}"])):
+        out = tmp_path / str(number)
+        ended = d2v("evaluate", datasets, "ks=[1]", f"out={out}", *options)
+        assert ended.returncode == 0, ended.stderr
+        rows = json.loads((out / "evaluation.json").read_text())["results"]
+        found = {
+            (row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"
+        }
+        said = "no untrained student: it began as teacher_blocks, which needs teacher=PATH\n"
+        assert (said in ended.stderr) == (not found) == (len(options) == 1)
+        for (bank, embedding), value in found.items():
+            assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+
+
+def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
+    """23: for an exported student as for a checkpoint; a converted teacher is the same one."""
+    student, converted, other = (tmp_path / f"{name}.safetensors" for name in ("student", "converted", "other"))
+    assert d2v("export", of_teacher_blocks / "latest-rank0.pt", student).returncode == 0
+    assert d2v("convert-teacher", GOLDEN / "tiny_base.pt", converted, "--dtype", "float16").returncode == 0
+    contents = torch.load(GOLDEN / "tiny_base.pt", weights_only=False)
+    contents["model"]["blocks.1.mlp.fc2.weight"] *= 1.1  # not in the encoder
+    torch.save(contents, tmp_path / "other.pt")
+    assert d2v("convert-teacher", tmp_path / "other.pt", other).returncode == 0
+    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    for model in (student, of_teacher_blocks / "latest-rank0.pt"):
+        line = failure(d2v("evaluate", datasets, f"model={model}", f"teacher={other}"), 2)
+        assert re.fullmatch(rf"error: {other}: not this student's teacher: sha256 \w{{64}}, expected \w{{64}}", line)
+    ended = d2v("evaluate", datasets, f"model={student}", f"teacher={converted}", "max_images=20")
+    assert "teacher  " in ended.stdout, ended.stderr
+
+
+def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> None:
+    """23 and 7: a user's file, or another model's results, are refused before the work, and stay."""
+    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    command = "evaluate", datasets, "ks=[1]", "max_images=20", f"model={GOLDEN / 'tiny_base.pt'}"
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in (("evaluation.csv", "mine"), ("evaluation.json", "mine"), ("evaluation.json", '{"a": 1}')):
+        (out / name).write_text(content)
+        ended = d2v(*command, f"out={out}")
+        expected = f"error: out: {out / name} is not of this model's weights; choose another folder"
+        assert (failure(ended, 2), "embedding" in ended.stdout) == (expected, False)
+        assert [path.read_text() for path in out.iterdir()] == [content]
+        (out / name).unlink()
+    for changes in ([], ["probes=[knn]"]):  # the same model's
+        assert d2v(*command, f"out={out}", *changes).returncode == 0
+    before = (out / "evaluation.json").read_text()
+    assert "knn" in before
+    failure(d2v(*command, "weights=ema", f"out={out}"), 2)
+    assert (out / "evaluation.json").read_text() == before
+
+
+def test_test_images_among_the_train_images_are_counted(labeled: Path, small_data: Path, tmp_path: Path) -> None:
+    """23: they make every model right; also in other files, of the same pixels."""
+    said = "warning: small: {} of {} test images are also among the train images\n"
+    model = f"model={GOLDEN / 'tiny_base.pt'}"
+    ended = d2v("evaluate", model, f"datasets={{small: {{format: mds, root: {labeled}}}}}", "ks=[1]")
+    assert said.format(48, 48) in ended.stderr
+    sets = (
+        f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}",
+        "max_duration=1ba",
+        "scheduler.t_warmup=0ba",
+    )
+    assert said.format(48, 48) in run_training(*small_run(tmp_path / "run", small_data, *sets)).stderr
+    for split, numbers in {"train": range(20), "test": range(18, 38)}.items():
+        for number in numbers:
+            path = tmp_path / "photos" / split / str(number % 2) / f"{split}{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(encoded_image(number))).save(path, compress_level=1 if split == "train" else 9)
+    ended = d2v("evaluate", model, f"datasets={{small: {{format: folder, root: {tmp_path / 'photos'}}}}}", "ks=[1]")
+    assert said.format(2, 20) in ended.stderr
+    ended = d2v(
+        "evaluate", model, f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}", "max_images=50"
+    )
+    assert ended.returncode == 0
+    assert "among the train images" not in ended.stderr

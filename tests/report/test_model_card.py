@@ -15,15 +15,17 @@ from d2v_composer.embedding import hash_weights
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.sizes import ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.report.model_card import MARK, name_licence, write_model_card
-from helpers import GOLDEN, ROOT
+from d2v_composer.report.model_card import MARK, name_licence, plan_model_card
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT, small_run
+from recipes import train
 
 
 def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
     """Write the card of a small student; return its front matter and its text."""
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32, num_extra_tokens=1)
     student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=2), provenance)
-    write_model_card(student, str(folder / "none.pt"), folder / "mine.safetensors")
+    plan_model_card(student, str(folder / "none.pt"), folder / "mine.safetensors")()
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -72,7 +74,7 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     student = Student(teacher.encoder, StudentConfig(depth=2), {"teacher": teacher.provenance, "data": {"samples": 96}})
     assert teacher.provenance["licence"] == licence
     out = tmp_path / "student.safetensors"
-    assert "wrote" in write_model_card(student, str(tmp_path / "none.pt"), out)
+    assert "wrote" in plan_model_card(student, str(tmp_path / "none.pt"), out)()
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     found = yaml.safe_load(front)
     assert (found["pipeline_tag"], found["tags"][-1]) == ("feature-extraction", "audio")
@@ -102,6 +104,9 @@ def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
     # untrained, student, teacher, encoder, pixels
     assert row.replace(" ", "") == "|smallbank_train/top1|0.100|0.250|0.500|–|–|"
     assert "0.700" not in text
+    assert "after 14 batches, in" in text
+    _, text = written(tmp_path, results=json.loads(json.dumps(results | {"batch": 16})))
+    assert "after 14 batches (this student was trained for 16), in" in text
 
 
 def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
@@ -119,13 +124,49 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
     evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, f"out={tmp_path}"])
     evaluation = tmp_path / "evaluation.json"
     assert json.loads(evaluation.read_text())["weights"] == hash_weights(load_student(out))
-    again = tmp_path / "again.safetensors"
+    again = tmp_path / "more" / "again.safetensors"
     export.main([str(out), str(again)])
-    assert "Zero-shot retrieval on small" in readme.read_text()
-    evaluation.write_text('{"weights": "of another student"}')
-    export.main([str(out), str(again), "--overwrite"])
-    assert readme.read_text() == card.replace("student.safetensors student", "again.safetensors student")
+    assert "Zero-shot retrieval on small" in again.with_name("README.md").read_text()
+    for other in ('{"weights": "of another student"}', "another program's"):
+        evaluation.write_text(other)
+        export.main([str(out), str(again), "--overwrite"])
+        expected = card.replace("student.safetensors student", "again.safetensors student")
+        assert again.with_name("README.md").read_text() == expected
     readme.write_text(card.replace(MARK, ""))
-    export.main([str(out), str(again), "--overwrite"])
-    assert f"kept {readme}" in capsys.readouterr().out
+    export.main([str(checkpoint), str(out), "--overwrite"])
+    assert f"kept {readme}: d2v export did not write it" in capsys.readouterr().out
     assert MARK not in readme.read_text()
+
+
+def test_a_card_belongs_to_the_student_that_it_describes(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, readme = uninterrupted / "latest-rank0.pt", tmp_path / "README.md"
+    first, second = tmp_path / "my student.safetensors", tmp_path / "second.safetensors"
+    readme.mkdir()
+    with pytest.raises(InputError, match=rf"^{readme}: is a folder; expected a file to write"):
+        export.main([str(checkpoint), str(first)])
+    assert not first.exists()  # refused before it is written
+    readme.rmdir()
+    export.main([str(checkpoint), str(first)])
+    card = readme.read_text().replace("ORG/NAME", "me/mine")
+    readme.write_text(card)
+    export.main([str(checkpoint), str(second)])
+    assert f"kept {readme}: it describes my student.safetensors; a student in another" in capsys.readouterr().out
+    assert readme.read_text() == card
+    first.unlink()
+    export.main([str(checkpoint), str(second), "--overwrite"])
+    assert "NAME second.safetensors student.safetensors" in readme.read_text()
+
+
+def test_a_checkpoint_says_that_its_results_are_older(
+    small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "retrieval.interval=3ba"
+    monkeypatch.setattr("sys.argv", ["recipes/train.py"])
+    train.main(small_run(tmp_path, small_data, *sets, "max_duration=6ba", "save_num_checkpoints_to_keep=-1"))
+    for batch, said in ((4, "after 3 batches (this student was trained for 4), in"), (6, "after 6 batches, in")):
+        [checkpoint] = tmp_path.glob(f"*-ba{batch}-rank0.pt")
+        out = tmp_path / str(batch) / "student.safetensors"
+        export.main([str(checkpoint), str(out)])
+        assert said in out.with_name("README.md").read_text()

@@ -18,6 +18,7 @@ from torchvision.io import write_png
 
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.commands import report
+from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl
 from d2v_composer.report import page
@@ -142,7 +143,9 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     record["data"]["modality"] = "audio"
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
     nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
-    torch.save({"state": {"callbacks": {"ZeroShotRetrieval": {"neighbors": {"tones": nearest}}}}}, folder / LATEST)
+    images = {"tones": load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()}
+    state = {"callbacks": {"ZeroShotRetrieval": {"neighbors": {"tones": nearest}, "images": images}}}
+    torch.save({"state": state}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     shutil.copy(run_folder / "log.jsonl", folder)
     report.main([str(folder)])
@@ -207,6 +210,25 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
     assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
     assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
     assert "diverging at batches 7 to 9" in (folder / "report.html").read_text()
+
+
+def test_a_data_set_that_was_rebuilt_has_no_gallery(
+    run_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The neighbors are numbers of images, and would show others."""
+    folder = shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
+    rebuilt = shutil.copytree(images, tmp_path / "images")
+    for number in (0, 3, 6):
+        (rebuilt / "train" / "cat" / f"{number}.png").rename(rebuilt / "train" / "dog" / f"{number}.png")
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(rebuilt)
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    written = report.main([str(folder)])
+    assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
+    assert (
+        "report: no gallery for squares: its images differ from those that the run measured\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_galleries_and_confusion_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
