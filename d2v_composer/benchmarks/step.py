@@ -164,13 +164,12 @@ def in_trainer(
     modality = model.teacher.encoder.config.modality
     batch = {modality: images.cpu().pin_memory() if images.is_cuda else images}
     trainer = Trainer(
-        model=model,
         train_dataloader=[batch] * steps,
         optimizers=optimizer,
         schedulers=build_scheduler(config, steps),
         algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
-        **build_trainer_arguments(config, RunRecord({"data": {"modality": modality}}, None, ()), []),
+        **build_trainer_arguments(config, model, RunRecord({"data": {"modality": modality}}, None, ()), []),
     )
 
     def run(times: int) -> Tensor:

@@ -40,9 +40,9 @@ from d2v_composer.system.fetch import fetch
 from d2v_composer.system.processes import die_with_parent
 
 Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
-CIFAR_FOLDERS: dict[Format, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+CIFAR = ("cifar10", "cifar100")
 # What a format holds, if not any modality.
-HOLDS = {**dict.fromkeys(CIFAR_FOLDERS, "image"), "speech_commands": "audio"}
+HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
 Place = tuple[int, int]
@@ -158,7 +158,7 @@ def load_labeled_set(
     options = modality, column, label_column, max_images
     splits = root / "train", root / "test"
     alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
-    if format in CIFAR_FOLDERS:
+    if format in CIFAR:
         labeled = _load_cifar(format, root, download, max_images)
     elif format == "speech_commands":
         labeled = _load_speech_commands(root, modality, download, max_images)

@@ -67,7 +67,12 @@ class EpochOrder(DistributedSampler[Sample]):
     """
 
     blocks_at_a_time = 1.25
-    resample_streams = StreamingDataset.resample_streams  # generate_work calls it to draw an epoch's samples
+    # What generate_work reads of a StreamingDataset, besides what __init__ sets: an epoch's samples are drawn from one
+    # stream. Streaming's defaults depend on the number of nodes: a resume on another number must have the same order.
+    resample_streams = StreamingDataset.resample_streams
+    shuffle_algo, partition_algo, sampling_method, sampling_granularity = "py1e", "relaxed", "balanced", 1
+    num_streams, shard_offset_per_stream = 1, np.array([0])
+    initial_physical_nodes: int | None = None
 
     def __init__(
         self,
@@ -85,19 +90,12 @@ class EpochOrder(DistributedSampler[Sample]):
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         if epoch_size is not None and epoch_size > num_samples:  # Streaming would repeat samples
             raise ValueError(f"epoch_size must be at most {num_samples}, the number of samples; got {epoch_size}")
-        # What generate_work and resample_streams read of a StreamingDataset. Its defaults depend on the number of
-        # nodes: a resume on another number must have the same order.
         self.epoch_size = epoch_size or num_samples
         self.batch_size = batch_size
-        self.shuffle, self.shuffle_algo, self.shuffle_seed = shuffle, "py1e", seed
-        self.shuffle_block_size = shuffle_block_size
+        self.shuffle = self.epoch_seed_change = shuffle
+        self.shuffle_seed, self.shuffle_block_size = seed, shuffle_block_size
         self.num_canonical_nodes = num_canonical_nodes
-        self.partition_algo = "relaxed"
-        self.initial_physical_nodes: int | None = None
-        self.sampling_method, self.sampling_granularity = "balanced", 1
-        self.epoch_seed_change = shuffle
-        self.num_streams, self.streams = 1, [SimpleNamespace(choose=self.epoch_size)]
-        self.shard_offset_per_stream, self.shards_per_stream = np.array([0]), np.array([len(shard_sizes)])
+        self.streams, self.shards_per_stream = [SimpleNamespace(choose=self.epoch_size)], np.array([len(shard_sizes)])
         self.samples_per_shard = shard_sizes
         self.sample_offset_per_shard = shard_sizes.cumsum() - shard_sizes
 

@@ -258,18 +258,20 @@ def test_training_succeeds_even_if_its_report_fails(
 ) -> None:
     """With a corrupt line of an earlier process in its log, then with a full disk."""
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "log.jsonl").write_bytes(b"\xff\n7\n")
     short = ("scheduler.t_warmup=1ba", "student.depth=1", "report=true")
     train.main(small_run(folder, small_data, "max_duration=2ba", *short))
+    (folder / "report.html").unlink()
+    with (folder / "log.jsonl").open("ab") as log:
+        log.write(b"\xff\n7\n")
+    train.main(small_run(folder, small_data, "max_duration=3ba", *short))
     assert (folder / "report.html").is_file()
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write_report", fail)
-    trainer = train.main(small_run(folder, small_data, "max_duration=3ba", *short))
-    assert trainer.state.timestamp.batch == 3
+    trainer = train.main(small_run(folder, small_data, "max_duration=4ba", *short))
+    assert trainer.state.timestamp.batch == 4
     assert capfd.readouterr().err.splitlines()[-1] == (
         "report: could not be written (OSError: [Errno 28] No space left on device); "
         f"to try again, run {d2v('report', folder)}"

@@ -1,0 +1,98 @@
+"""A crop of sound may be normalized over itself, as training does; data2vec's pre-training does so over the clip.
+
+recipes/guides/method.md has the numbers that ``-m slow -s`` prints.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from d2v_composer.checkpoints.load import load_teacher
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.shards import Shards
+from d2v_composer.models.distillation import DistillationModel
+from helpers import ROOT
+
+FOLDER = ROOT / "yamls" / "quickstart_audio"
+SECOND, STEPS, HELD_OUT = 16_000, 100, 10
+CLIP, CROP = 10 * SECOND, 2 * SECOND
+
+
+def read_speech() -> Tensor:
+    """The shipped speech in clips of ten seconds, (N, L)."""
+    shards = Shards(local=FOLDER / "clips", columns=["audio"])
+    speech = torch.cat([Audio().decode(shards[i]["audio"], "clip") for i in range(len(shards))])
+    return speech[: len(speech) // CLIP * CLIP].view(-1, CLIP)
+
+
+def with_quiet_half(clips: Tensor, decibels: np.ndarray) -> Tensor:
+    """The clips, the second half of each quieter."""
+    quiet = clips.clone()
+    quiet[:, CLIP // 2 :] *= torch.from_numpy(10 ** -(decibels / 20)).float()[:, None]
+    return quiet
+
+
+class Model(DistillationModel):
+    """The quickstart's teacher and student; crops that are normalized over their clips are taken as they are."""
+
+    def __init__(self, is_normalized: bool) -> None:
+        torch.manual_seed(0)
+        teacher = load_teacher(FOLDER / "teacher.safetensors")
+        super().__init__(teacher, teacher.build_student(depth=5, normalization="layer"))
+        if is_normalized:
+            teacher.encoder.prepare = lambda inputs, lengths=None: inputs  # pyright: ignore[reportAttributeAccessIssue]
+
+    def crops(self, clips: Tensor, is_normalized: bool, rng: np.random.Generator) -> Tensor:
+        """Sixteen crops."""
+        chosen = clips[rng.integers(len(clips), size=16)]
+        chosen = layer_norm(chosen, chosen.shape[1:]) if is_normalized else chosen
+        starts = rng.integers(CLIP - CROP, size=16)
+        return torch.stack([clip[start : start + CROP] for clip, start in zip(chosen, starts, strict=True)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_targets_differ_only_in_quiet_crops() -> None:
+    """By this share of their variance."""
+    clips = read_speech()
+    models, found = [Model(is_normalized) for is_normalized in (False, True)], {}
+    for decibels in (0, 10, 20, 40):
+        quiet = with_quiet_half(clips, np.full(len(clips), decibels))
+        for second in (1, 4, 7):  # in the loud half, across both, in the quiet half
+            span = slice(second * SECOND, second * SECOND + CROP)
+            with torch.no_grad():
+                alone, of_clip = (
+                    model.frozen_pass(each[:, span])[1]
+                    for model, each in zip(models, (quiet, layer_norm(quiet, quiet.shape[1:])), strict=True)
+                )
+            found[decibels, second] = ((alone - of_clip).square().mean() / of_clip.var()).item()
+            print(f"{decibels} dB, from second {second}: {found[decibels, second]:.1%}")
+    assert max(found[0, second] for second in (1, 4, 7)) < 0.005
+    assert max(found[decibels, second] for decibels in (10, 20, 40) for second in (1, 4)) < 0.05
+    assert 0.05 < found[10, 7] < found[20, 7] < found[40, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_student_learns_as_much() -> None:
+    """On clips with a half that is 10 to 40 dB quieter, in training and evaluation; an evaluation takes clips whole."""
+    clips = read_speech()
+    quiet = with_quiet_half(clips, np.random.default_rng(0).uniform(10, 40, len(clips)))
+    losses = {}
+    for is_normalized in (False, True):
+        model, rng = Model(is_normalized), np.random.default_rng(1)
+        trained = [each for each in model.student.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=2e-3)
+        for _ in range(STEPS):
+            inputs = model.crops(quiet[:-HELD_OUT], is_normalized, rng)
+            model.loss(model(inputs), inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        whole = Model(False)
+        whole.student.load_state_dict(model.student.state_dict())
+        with torch.no_grad():
+            losses[is_normalized] = model.loss(whole(quiet[-HELD_OUT:]), quiet).item()
+        print(f"normalized over the {'clip' if is_normalized else 'crop'}: loss {losses[is_normalized]:.4f}")
+    assert losses[False] < 1.1 * losses[True]
