@@ -23,7 +23,7 @@ from d2v_composer.builders.data import count_samples, read_train_data
 from d2v_composer.builders.distillation import build_teacher, check_fit
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import MARK
+from d2v_composer.checkpoints.resume import LOG, MARK
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
@@ -56,9 +56,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     """
     with closing(Rehearsal(argv, config, train_script)) as rehearsal, if_interrupted(rehearsal.close):
         print_row("check", "verdict", "found")
-        passed = True
-        for name, look in rehearsal.checks().items():
-            passed &= check(name, look)
+        passed = False not in [check(*row) for row in rehearsal.checks().items()]
         for name, phase in rehearsal.phases().items():
             if passed:
                 passed = check(name, phase)
@@ -100,9 +98,10 @@ class Rehearsal:
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{config.run_folder or self.temporary.name}/{FOLDER}"
         self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
+        self.log = self.folder / LOG
         self.cache = Path(config.train_loader.local, FOLDER)
         self.process: subprocess.Popen[Any] | None = None
-        self.batch = self.checkpoint_bytes = 0
+        self.checkpoint_bytes = 0
         # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
         # were loaded meanwhile: a slow loader shows only after them.
         loader, on_gpu = config.train_loader, torch.cuda.is_available()
@@ -148,11 +147,10 @@ class Rehearsal:
                     f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
                 )
         gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
-        size = f"{len(self.shards)} shards ({gigabytes:,.1f} GB in total)"
-        return f"{count_samples(self.shards)} samples in {size}, all present"
+        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards ({gigabytes:,.1f} GB), all present"
 
     def check_rights(self) -> str:
-        """Write, list, read and delete a small file in S3; boto3's error names the operation that is denied."""
+        """Write, read, list and delete a small file in S3; boto3's error names the operation that is denied."""
         self.remove()  # what a killed preflight left
         if (folder := self.config.run_folder) is not None:
             check_owned(folder.local, MARK, "save_folder")
@@ -161,17 +159,15 @@ class Rehearsal:
         _, bucket, path = self.address
         client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")
-        client.list_objects_v2(Bucket=bucket, Prefix=path)
         client.get_object(**target)
-        client.delete_object(**target)
+        self.remove()
         return f"{folder}: write, list, read, delete"
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
         sets = build_labeled_sets(self.config.retrieval, self.modality.shown(32))
         self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
-        sizes = zip(sets, self.num_labeled, strict=True)
-        return ", ".join(f"{name}: {number} {self.modality.unit}" for name, number in sizes) or "none"
+        return f"{sum(self.num_labeled)} {self.modality.unit} in {', '.join(sets) or 'no set'}"
 
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""
@@ -184,24 +180,24 @@ class Rehearsal:
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with status 143."""
         self.signal(signal.SIGTERM)
-        status, self.batch = self.wait(STOP_SECONDS), self.num_batches()
-        if status != 128 + signal.SIGTERM:
+        if (status := self.wait(STOP_SECONDS)) != 128 + signal.SIGTERM:
             raise self.fault(f"expected exit status 143 within {STOP_SECONDS:.0f} s of SIGTERM, got {status}")
-        return f"all processes exited with status 143 after batch {self.batch}"
+        return f"all processes exited with status 143 after batch {self.num_batches()}"
 
     def resume(self) -> str:
         """Resume with the YAML's intervals, and train long enough to measure the speed."""
+        batch = self.num_batches()
         if self.address.is_remote:
             for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
-        self.start(f"max_duration={self.batch + self.batches}ba")
+        self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
             raise self.fault(f"the resumed run failed with status {status}")
-        if f" at batch {self.batch}\n" not in self.output.read_text(errors="replace"):
-            raise self.fault(f"the run started over instead of resuming at batch {self.batch}")
-        self.logged = self.read_log()
+        if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
+            raise self.fault(f"the run started over instead of resuming at batch {batch}")
+        self.logged = read_jsonl(self.log)
         self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
-        return f"from batch {self.batch}, {self.batches} more batches, then retrieval"
+        return f"from batch {batch}, {self.batches} more batches, then retrieval"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
@@ -228,19 +224,14 @@ class Rehearsal:
             raise InputError(f"{self.folder.parent}: {found}")
         return found
 
-    def read_log(self) -> dict[str, dict[int, float]]:
-        path = self.folder / "log.jsonl"
-        return read_jsonl(path) if path.is_file() else {}
-
     def num_batches(self) -> int:
-        return len(self.read_log().get("loss/train/total", {}))
+        return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0
 
     def start(self, *overrides: str) -> None:
         """Start the run with overrides that keep it apart from the user's run and limit what it reads."""
         loader = self.config.train_loader
-        launcher = ["-m", "composer.cli", "--nproc", str(self.ranks)] if self.ranks > 1 else []
+        launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(self.ranks)]
         own = [
-            f"run_name={self.config.run_name}",
             f"save_folder={self.save_folder}",
             "load_path=null",
             "autoresume=true",
@@ -249,11 +240,10 @@ class Rehearsal:
             "loggers={jsonl: {}}",  # other loggers would show a run that does not exist
             f"retrieval.max_images={IMAGES_PER_SET}",
             f"train_loader.shuffle_block_size={min(loader.shuffle_block_size, SHUFFLED_SAMPLES)}",
+            f"train_loader.local={self.cache if loader.remote else loader.local}",
         ]
-        if loader.remote is not None:
-            own.append(f"train_loader.local={self.cache}")
         with self.output.open("wb") as output:
-            command = [sys.executable, *launcher, *self.command, *own, *overrides]
+            command = [*launcher, *self.command, *own, *overrides]
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
@@ -311,13 +301,11 @@ class Rehearsal:
         retrieval = last.get("time/zero_shot_retrieval", [0.0])[-1] * sum(self.num_labeled) / measured
         evaluating = retrievals * retrieval / 3600
         hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
-        nodes = (
-            f"\nnodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
-        )
         return (
             f"pace          {pace:,.0f} {self.modality.unit}/s on {self.ranks} rank(s), "
             f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
-            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours"
-        ) + (nodes if config.train_loader.remote else "")
+            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours\n"
+            f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
+        )
