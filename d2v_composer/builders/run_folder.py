@@ -88,6 +88,6 @@ def check_resume(load_path: str, model: torch.nn.Module, callbacks: Sequence[Cal
     with errors_of(load_path):
         state = read_checkpoint(load_path)["state"]
         for callback in callbacks:  # another program has saved others: its tensors are compared
-            if (saved := state.get("callbacks", {}).get(type(callback).__name__)) is not None:
+            if (saved := state["callbacks"].get(type(callback).__name__)) is not None:
                 callback.load_state_dict(saved)
         check_tensors(model, state["model"], "")

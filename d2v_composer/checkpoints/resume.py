@@ -121,17 +121,16 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _stored_checkpoints(address: str) -> list[str]:
     """Return the names of a store's checkpoints in the order of :func:`newest_first`; empty without a pointer."""
-    pointed_at = _read_pointer(f"{address}/{STORED_POINTER}")
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)
     except Exception as error:
-        if pointed_at is None and is_missing(error):
+        if is_missing(error):
             return []
         raise InputError(
             f"{address}: cannot be listed ({reason(error)}), so the newest checkpoint is unknown"
         ) from error
-    if pointed_at is not None:
-        return newest_first(names, pointed_at)
+    if STORED_POINTER in names:
+        return newest_first(names, _read_pointer(f"{address}/{STORED_POINTER}"))
     if names and MARK not in names:
         raise InputError(
             f"save_folder: {address} holds files that are not ours, such as {names[0]}; choose another folder"

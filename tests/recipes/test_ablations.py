@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 
 from d2v_composer.builders.distillation import build_model
+from d2v_composer.builders.training import build_run_record
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data import convert
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
-from programs.preloaded import Program
 from recipes import ablations
 from recipes.ablations import as_overrides, read_rows
 
@@ -114,39 +117,26 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
     ]
 
 
-# A run that is interrupted after it has written its record.
-BEGINS = """
-import sys
-import yaml
-from d2v_composer.builders.training import build_run_record
-from d2v_composer.config.load import load_config
-
-config = load_config(sys.argv[1:])
-config.run_folder.local.mkdir(parents=True, exist_ok=True)
-(config.run_folder.local / "run.yaml").write_text(yaml.safe_dump(build_run_record(config, ()).record))
-sys.exit(1)
-"""
-
-
-def test_rows_of_other_settings_are_refused_by_name_before_training(tmp_path: Path) -> None:
-    """A table is of one command's settings, also if the first rows were trained by another call."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "train.py").write_text(BEGINS)
-
-    def call(*changes: str) -> Program:
-        rows = ("--rows", "depth 1", "--out", tmp_path / "out")
-        program = start_python("-c", WITH_ROOT, tmp_path, *rows, *changes)
-        assert program.wait(timeout=60) == 2
-        return program
-
-    assert "depth 1: failed with status 1" in call().stderr
-    again = call("max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
-    assert again.stderr == (
-        "error: base: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
-        f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {tmp_path / 'out' / 'base'}\n"
+def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table is of one command's settings, also if another call trained some of its rows."""
+    rows, out = ("--rows", "depth 1"), ("--out", str(tmp_path))
+    folder, study = tmp_path / "depth_1", ablations.STUDIES / "data2vec2"
+    row = read_rows(study)["depth 1"]
+    _, _, *arguments = ablations.train_command(study, row, [], folder, Path("datasets/cifar10_sample"))
+    folder.mkdir()
+    (folder / "run.yaml").write_text(yaml.safe_dump(build_run_record(load_config(arguments), ()).record))
+    monkeypatch.setattr(convert, "convert_cifar10", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        ablations.main([*rows, *out])
+    changes = ("max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
+    with pytest.raises(InputError) as raised:
+        ablations.main([*rows, *out, *changes])
+    assert str(raised.value) == (
+        "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
+        f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {folder}"
     )
-    assert "training" not in again.stdout
-    assert "depth 1: failed with status 1" in call().stderr
 
 
 def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
