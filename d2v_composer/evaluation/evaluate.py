@@ -202,9 +202,12 @@ class Evaluation(NamedTuple):
         hits = [each.hits[measure] for each in found if each is not None]
         return gap_closed_interval(*hits) if len(hits) == len(found) else None
 
-    def rows(self) -> list[dict[str, str | int | float | None]]:
-        """Return one row for each candidate, data set, bank, embedding and k or probe."""
-        return [
+    def write(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write ``evaluation.json``, with further entries, and ``evaluation.csv``, each atomically.
+
+        Both have a row for each candidate, data set, bank, embedding and k or probe.
+        """
+        rows = [
             {
                 "candidate": each.candidate,
                 "dataset": each.dataset,
@@ -216,12 +219,14 @@ class Evaluation(NamedTuple):
             for each in self.retrievals
             for measure in each.hits
         ]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        found = {
             "primary": self.primary,
-            "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
-            "results": self.rows(),
+            "class_names": self.class_names,
+            "results": rows,
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
                 for dataset in self.class_names
@@ -233,14 +238,7 @@ class Evaluation(NamedTuple):
                 for name, _, num_parameters, gflop in self.candidates
             ],
         }
-
-    def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write ``evaluation.json``, with further entries, and ``evaluation.csv``, each atomically."""
-        table, rows = io.StringIO(newline=""), self.rows()
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(folder / "evaluation.json", json.dumps(about | self.as_json(), indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(about | found, indent=1) + "\n")
         write_atomically(folder / "evaluation.csv", table.getvalue())
 
 
