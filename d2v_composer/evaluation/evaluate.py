@@ -207,9 +207,12 @@ class Evaluation(NamedTuple):
         hits = [each.hits[measure] for each in found if each is not None]
         return gap_closed_interval(*hits) if len(hits) == len(found) else None
 
-    def rows(self) -> list[dict[str, str | int | float | None]]:
-        """Return one row for each candidate, data set, bank, embedding and k or probe."""
-        return [
+    def write(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
+
+        Both have a row for each candidate, data set, bank, embedding and k or probe.
+        """
+        rows = [
             {
                 "candidate": each.candidate,
                 "dataset": each.dataset,
@@ -221,16 +224,13 @@ class Evaluation(NamedTuple):
             for each in self.retrievals
             for measure in each.hits
         ]
-
-    def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically."""
-        table, rows = io.StringIO(newline=""), self.rows()
+        table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        results = {
+        found = {
             "primary": self.primary,
-            "class_names": {dataset: list(names) for dataset, names in self.class_names.items()},
+            "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
@@ -243,7 +243,7 @@ class Evaluation(NamedTuple):
                 for name, _, num_parameters, gflop in self.candidates
             ],
         }
-        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | results, indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
         write_atomically(folder / "evaluation.csv", table.getvalue())
 
 
