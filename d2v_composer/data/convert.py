@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -202,8 +202,8 @@ class _Task(NamedTuple):
     records: Path
     """Folder of these shards' records; other samples or settings get another folder."""
 
-    stored: Mapping[str, str] = {}
-    """ETags of the objects that ``out`` had in S3 at the start, by name; other stores' are not compared."""
+    etags: dict[str, str]
+    """Those of the objects in ``out``, by name, as far as this process knows; only S3's."""
 
     def check_out(self) -> None:
         """Check that ``out`` can be written, and holds no finished data set.
@@ -215,6 +215,7 @@ class _Task(NamedTuple):
         if is_remote(self.out):
             try:
                 with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
+                    self.etags.update(list_etags(self.out))
                     is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
             except Exception as error:
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
@@ -239,6 +240,7 @@ class _Task(NamedTuple):
             elif path.exists():
                 try:
                     uploader.upload_file(name)
+                    self.etags.update(list_etags(self.out, name))
                 except Exception as error:
                     raise RunError(f"{self.out}: cannot be written: {reason(error)}") from error
 
@@ -254,14 +256,14 @@ class _Task(NamedTuple):
             done, path = json.loads(record.read_bytes()), Path(self.out, name)
             is_whole = (
                 done["entry"] is None
-                or (name in self.stored and self.stored[name] == done.get("etag"))
+                or self.etags.get(name, "") == done.get("etag")
                 or (path.exists() and ShardFile(**done["entry"]["raw_data"]).find_fault(path) is None)
             )
             if is_whole and (self.skip_unreadable or not done["skipped"]):
                 return done | {"is_kept": True}
         files = [self.source.files[i] for i in self.groups[number]]
         columns = dict(self.source.modality.columns) | ({} if files[0].label is None else {"label": "int"})
-        done = {"entry": None, "etag": None, "skipped": [], "lengths": []}
+        done = {"entry": None, "skipped": [], "lengths": []}
         with self.published(name) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
@@ -280,8 +282,7 @@ class _Task(NamedTuple):
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
             writer.executor.shutdown()
-        if done["entry"] is not None:
-            done["etag"] = list_etags(self.out, name).get(name)
+        done["etag"] = self.etags.get(name)
         write_atomically(record, json.dumps(done))
         return done
 
@@ -350,12 +351,12 @@ def convert(
     groups = _groups(source, options.get("resize"), seed, shard_bytes)
     settings = repr((root, source.files, source.modality.name, options, seed, shard_bytes))
     records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    task = _Task(source, groups, options, skip_unreadable, out, work, records)
+    task = _Task(source, groups, options, skip_unreadable, out, work, records, {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
         task.check_out()
-        task, shards = task._replace(stored=list_etags(out)), []
+        shards = []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
         with left, progress_bar(total=len(source.files), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)

@@ -102,10 +102,8 @@ def read_index(
             samples, or a shard is missing or has another size.
     """
     source = source or str(folder)
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder}: no {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}")
     if not is_mds(folder):
-        raise InputError(f"{folder / INDEX}: is not the index of an MDS data set, but another program's file")
+        raise InputError(f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}")
     with reading(folder / INDEX):
         shards = json.loads((folder / INDEX).read_bytes())["shards"]
         for shard in shards:

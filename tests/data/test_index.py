@@ -42,7 +42,7 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
 def test_another_programs_index_is_named(tmp_path: Path) -> None:
     for content in ('{"pages": []}', "[]"):
         (tmp_path / "index.json").write_text(content)
-        with pytest.raises(InputError, match=rf"^{tmp_path}/index\.json: is not the index of an MDS data set, but"):
+        with pytest.raises(InputError, match=rf"^{tmp_path}: no MDS index\.json: not an MDS data set$"):
             read_index(tmp_path, "image", Images, option="--column")
 
 
