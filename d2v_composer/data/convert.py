@@ -114,7 +114,10 @@ def find_samples(
     classes = list_classes(train if train.is_dir() else root, modality)
     names = [file.path.split("/")[0] for file in files]
     if labels is not None:
-        known = _read_labels(Path(labels))
+        with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) > 1]
+        end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
+        known = {row[0]: row[1].strip().partition(end)[0] for row in rows}
         names = [known.get(file.path) or known.get(os.path.splitext(file.path)[0], "") for file in files]
         classes = classes or sorted({*names} - {""})
     number = {name: label for label, name in enumerate(classes)}
@@ -124,15 +127,6 @@ def find_samples(
             raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
     labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
     return SampleSource(root, labeled, classes, ignored, modality=modality)
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    """Return the class of each sample in a CSV file."""
-    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        found = {row[0]: row[1].strip() for row in csv.reader(file) if len(row) > 1}
-    if KAGGLE_LABELS.fullmatch(path.name):  # boxes follow the class
-        return {sample: cell.partition(" ")[0] for sample, cell in found.items()}
-    return found
 
 
 def _cifar10_images(folder: Path, split: str) -> SampleSource:
