@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ class SampleCollection(NamedTuple):
     """Hash of everything that may change the samples."""
     load: Callable[[int], Tensor]
     """Returns a sample by index, as :meth:`Modality.decode` does; raises UnreadableSampleError."""
+    others: Mapping[str, int] = {}
+    """Number of files that are left out, by kind."""
 
 
 def open_collection(
@@ -78,14 +80,14 @@ def open_collection(
         fetch_index(source, local)
     elif not (root / INDEX).is_file():
         with reading(root):
-            files, _ = list_files(root, modality)
+            files, others = list_files(root, modality)
         paths = np.array([file.path for file in files])
 
         def load_file(index: int) -> Tensor:
             path = root / paths[index]
             return modality.decode(read_sample_file(path), str(path))
 
-        return SampleCollection(modality.unit, paths, _sha256(root.resolve(), files), load_file)
+        return SampleCollection(modality.unit, paths, _sha256(root.resolve(), files), load_file, others)
 
     read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards
