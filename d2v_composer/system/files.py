@@ -57,7 +57,9 @@ def check_owned(folder: Path, mark: str, key: str) -> None:
         if os.path.lexists(folder / mark) or not os.path.lexists(folder):
             return
         if (other := next(folder.iterdir(), None)) is not None:
-            raise InputError(f"{key}: {folder} holds files that are not ours, such as {other.name}; choose another folder")
+            raise InputError(
+                f"{key}: {folder} holds files that are not ours, such as {other.name}; choose another folder"
+            )
 
 
 @contextmanager
