@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,8 @@ class SampleCollection(NamedTuple):
     """A number for each sample, (N,), that is another one if its file changes."""
     load: Callable[[int], Tensor]
     """Returns a sample by index, as :meth:`Modality.decode` does; raises UnreadableSampleError."""
+    others: Mapping[str, int] = {}
+    """Number of files that are left out, by kind."""
 
 
 def open_collection(
@@ -83,7 +85,7 @@ def open_collection(
         fetch_index(source, local)
     elif not is_mds(root):
         with reading(root):
-            files, _ = list_files(root, modality)
+            files, others = list_files(root, modality)
         paths = np.array([file.path for file in files])
         marks = np.array([int(_sha256(file)[:15], 16) for file in files])
 
@@ -91,7 +93,7 @@ def open_collection(
             path = root / paths[index]
             return modality.decode(read_sample_file(path), str(path))
 
-        return SampleCollection(modality.unit, paths, _sha256(root.resolve()), marks, load_file)
+        return SampleCollection(modality.unit, paths, _sha256(root.resolve()), marks, load_file, others)
 
     read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
     with reading(source):  # fails if the cache limit is too small for the shards

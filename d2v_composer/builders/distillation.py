@@ -17,6 +17,15 @@ def build_model(config: TrainConfig) -> DistillationModel:
     """
     with node_leaders_first("the teacher"):
         teacher = build_teacher(config.teacher)
+    return join_student(config, teacher)
+
+
+def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
+    """Build the model on a teacher.
+
+    Raises:
+        InputError: A setting does not fit it.
+    """
     check_fit(config, teacher)
     targets, precision = config.targets, choose_precision(config.precision)
     with errors_of("student"):

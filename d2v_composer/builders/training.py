@@ -26,6 +26,7 @@ from d2v_composer.config.load import layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainConfig, TrainerConfig
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import build_embeds
+from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import name_precision
 from d2v_composer.system.addresses import RunFolder, hide_secrets
@@ -222,16 +223,11 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    with errors_of("retrieval"):
-        primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
+    primary, embeds = choose_embeds(config, model)
     with node_leaders_first("the data sets for retrieval"):
         sizes = model.teacher.config
         datasets = build_labeled_sets(retrieval, modality_of(sizes))
-    embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
     embeds = {name: model.in_precision(embed) for name, embed in embeds.items()}
-    if unknown := [name for name in retrieval.baselines if name not in embeds]:
-        allowed = ", ".join(name for name in embeds if name != "student")
-        raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -246,3 +242,19 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )
+
+
+def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, dict[str, Embed]]:
+    """Return the name of the primary embedding, and what computes those of student and baselines.
+
+    Raises:
+        InputError: The section ``retrieval`` names others.
+    """
+    retrieval = config.retrieval
+    with errors_of("retrieval"):
+        primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
+    embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
+    if unknown := [name for name in retrieval.baselines if name not in embeds]:
+        allowed = ", ".join(name for name in embeds if name != "student")
+        raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
+    return primary, embeds

@@ -60,6 +60,7 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
 def convert_and_report(arguments: Namespace, source: "SampleSource", yaml: str, **options: Any) -> "Conversion":
     """Convert, and print a report that names the YAML for the next step."""
     from d2v_composer.data.convert import convert
+    from d2v_composer.data.modality import name_counts
     from d2v_composer.models.sizes import SAMPLE_RATE
 
     start = time.monotonic()
@@ -80,7 +81,7 @@ def convert_and_report(arguments: Namespace, source: "SampleSource", yaml: str, 
         f"wrote {arguments.out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
-    print("other files:", ", ".join(f"{count} {name}" for name, count in source.ignored.items()) or "none")
+    print("other files:", name_counts(source.ignored))
     print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
     out = arguments.out
     data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"

@@ -6,10 +6,10 @@
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
 
 SOURCE is a folder of images, or of sound for a teacher of sound, or an MDS data set, local or in a store. A tenth of
-its samples, at most 5,000, measure the student and are never trained on. Sizes and duration follow from the number of
-samples, the teacher and the device. OUT receives distill.yaml (every setting, to read and for d2v train), images/ or
-clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists
-them.
+its samples, at most 5,000, and all exact copies of these measure the student and are never trained on. Sizes and
+duration follow from the number of samples, the teacher and the device. DIR, which must be new or empty, receives
+distill.yaml (every setting, to read and for d2v train), images/ or clips/, the run with its report.html, and
+student.safetensors. key=value changes a setting; `d2v fields training` lists them.
 Run the same command again to resume after any interruption.
 """
 
@@ -20,26 +20,44 @@ import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2v_composer.commands import export
+from d2v_composer.commands.export import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import Data2Vec2Config, TeacherConfig, TimmTeacherConfig, height_and_width
-from d2v_composer.system.addresses import STUDENT_FILE, hide_secrets
+from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width
+from d2v_composer.system.addresses import STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
-from d2v_composer.system.errors import InputError, reading, writing
-from d2v_composer.system.files import check_out_file, write_atomically
+from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank, is_launched
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
+    from d2v_composer.data.convert import SampleSource
+    from d2v_composer.data.modality import Modality
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 FEWEST = 200
 # The chapter's, on ImageNet: 30,000 batches of 256.
 EPOCHS, MOST_BATCHES = 6, 30_000
+# Chosen for any teacher and number of samples.
+ALWAYS = {"precision": "auto", "scheduler.t_warmup": "0.1dur"}
+# A folder's mark: of the user's folders, none has the file of a run's lock.
+MARK = ".in_use"
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
+# In the folder of samples: the shards of a data set in a store, until they are converted.
+FETCHED = ".fetched"
+
+
+class Plan(NamedTuple):
+    """What a call will do, checked before it writes anything."""
+
+    config: "TrainConfig"
+    modality: "Modality"
+    """The teacher's samples."""
+    source: "SampleSource"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,113 +71,198 @@ def main(argv: Sequence[str]) -> None:
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")
     add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
     arguments = parser.parse_intermixed_args(argv)
-    out = arguments.out = Path(arguments.out)
-    if not is_launched():
-        prepare(arguments)
-        relaunch_on_gpus("distill", *argv)
+    arguments.out = Path(arguments.out)
+    if any(change.startswith("save_folder=") for change in arguments.changes):
+        raise InputError("save_folder: use --out instead")
+    try:
+        distill(arguments, argv)
+    except InputError as error:  # settings that follow from --out
+        lines = (str(line).replace("run_name or save_folder", "--out") for line in error.args)
+        raise InputError(*(line.replace("save_folder", "--out") for line in lines)) from error
+
+
+def distill(arguments: Namespace, argv: Sequence[str]) -> None:
+    """Plan and prepare a run, or go on with one, on every GPU; then export its student."""
+    config = None
+    if not (is_launched() or has_begun(arguments)):
+        config = prepare(arguments, make_plan(arguments))
+    relaunch_on_gpus("distill", *argv)
+    used = config or read_settings(arguments)
 
     from d2v_composer.checkpoints.safe_load import LATEST
 
-    fit(read_settings(arguments, out / SETTINGS))
+    fit(used, when_built=lambda: write_settings(arguments, used))
     if global_rank() == 0:
-        export.main([str(out / LATEST), str(out / STUDENT_FILE), "--overwrite"])
+        export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
 
-def read_settings(arguments: Namespace, path: str | Path, chosen: Mapping[str, Any] | None = None) -> "TrainConfig":
-    """Return the run's config, from a YAML, the chosen settings and the command's own settings.
+def command_of(arguments: Namespace) -> str:
+    """Return the command without OUT and changes, which the first line of the settings keeps."""
+    column = ["--column", arguments.column] if arguments.column else []
+    return hide_secrets(shlex.join(["d2v", "distill", arguments.source, "--teacher", arguments.teacher, *column]))
+
+
+def has_begun(arguments: Namespace) -> bool:
+    """Return True if OUT holds this command's run, and its training has begun; then its settings are decided.
+
+    Raises:
+        InputError: OUT is the user's or another command's, or cannot be written.
+    """
+    from d2v_composer.system.fetch import is_remote
+
+    source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
+    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict=True)):
+        raise InputError(f"{out}: is inside the folder of samples, {source}")
+    check_out_file(path)
+    with errors_of("--out", ValueError):
+        RunFolder.parse(str(out))
+    check_owned(out, MARK, "--out")
+    with reading(out):
+        if not path.exists():
+            if any(not name.startswith((MARK, SETTINGS)) for name in (os.listdir(out) if out.exists() else ())):
+                raise InputError(f"{out}: holds a run of another command; choose another --out")
+            return False
+        if (found := path.read_text().partition("\n")[0][2:]) != command_of(arguments):
+            raise InputError(f"{out}: was made by {found!r}; choose another --out")
+        return (out / "run.yaml").exists()
+
+
+def make_plan(arguments: Namespace) -> Plan:
+    """List the samples, load the teacher and choose the settings.
+
+    Raises:
+        InputError: The samples, the teacher or a change cannot be used.
+    """
+    from d2v_composer.builders.distillation import build_teacher, join_student
+    from d2v_composer.builders.models import build_augmentation
+    from d2v_composer.builders.training import build_callbacks, choose_embeds
+    from d2v_composer.data.index import INDEX, SUMMARY
+    from d2v_composer.data.modalities import modality_of
+
+    # The changes are checked before the teacher is fetched.
+    teacher = build_teacher(configure(arguments, arguments.out, ALWAYS).teacher)
+    modality = modality_of(teacher.config)
+    samples = arguments.out / modality.unit
+    with TemporaryDirectory() as folder:
+        source = list_source(arguments, modality, Path(folder))
+    if (number := len(source.files)) < FEWEST:
+        raise InputError(f"{arguments.source}: expected at least {FEWEST} {modality.unit}, got {number}")
+    chosen = choose(number, teacher.config)
+    config = configure(arguments, samples, chosen)
+    choose_embeds(config, join_student(config, teacher))
+    build_augmentation(config.train_loader, teacher.config, config.seed)
+    build_callbacks(config)
+    for split in ("test", "train"):
+        summary, kept = samples / split / SUMMARY, modality.kept(config, split == "test")
+        if (samples / split / INDEX).exists():
+            with reading(summary):
+                found = json.loads(summary.read_bytes())
+            if found | kept != found:
+                raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
+    print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+    return Plan(config, modality, source)
+
+
+def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "SampleSource":
+    """List the samples of SOURCE; ``fetched`` is for the files of a data set in a store.
+
+    Raises:
+        InputError: There are none, or they cannot be read.
+    """
+    from d2v_composer.data.convert import SampleSource, list_samples
+    from d2v_composer.data.index import is_mds
+    from d2v_composer.data.modality import list_files
+    from d2v_composer.system.fetch import is_remote
+
+    source = arguments.source
+    if is_remote(source) or is_mds(Path(source)):
+        return list_samples(source, arguments.column or modality.name, fetched, type(modality))
+    files, others = list_files(Path(source), modality)
+    return SampleSource(Path(source), files, None, others, modality=type(modality))
+
+
+def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
+    """Write the settings and convert the samples, except for what an interrupted call already did; return the config.
+
+    Raises:
+        InputError: Another call or run uses OUT, or too few samples are left to train on.
+    """
+    from d2v_composer.callbacks.checkpointing import FolderLock
+    from d2v_composer.data.convert import convert, hold_out
+    from d2v_composer.data.index import INDEX, SUMMARY
+    from d2v_composer.data.modality import name_counts
+    from d2v_composer.system.fetch import is_remote
+
+    (config, modality, source), samples = plan, arguments.out / plan.modality.unit
+    lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
+    if has_begun(arguments):  # meanwhile
+        raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
+    write_settings(arguments, config)
+    print(f"all settings, including yours, are in {arguments.out / SETTINGS}")
+    if splits := [split for split in ("test", "train") if not (samples / split / INDEX).exists()]:
+        if is_remote(arguments.source):
+            source = list_source(arguments, modality, fetched)
+        print(f"other files: {name_counts(source.ignored)}")
+        parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
+        print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
+        if (left := len(parts["train"].files)) < (size := config.global_train_batch_size):
+            left_to_train = f"the number of {modality.unit} left to train on"
+            raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {size}")
+        for split in splits:
+            options = {"workers": workers, **modality.kept(config, split == "test")}
+            done = convert(parts[split], samples / split, **options, skip_unreadable=True)
+            found = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
+            print(f"{samples / split}: {found}; see its {SUMMARY}")
+    if is_remote(arguments.source):
+        shutil.rmtree(fetched, ignore_errors=True)
+    lock.release()
+    return config
+
+
+def configure(
+    arguments: Namespace, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull
+) -> "TrainConfig":
+    """Return the run's config, from a YAML, the chosen settings, the command's own settings and the changes.
 
     Raises:
         InputError: A change of a setting is wrong.
     """
-    if any(change.startswith("save_folder=") for change in arguments.changes):
-        raise InputError("save_folder: use --out instead")
     from d2v_composer.config.load import load_config
 
-    out, is_timm, samples = arguments.out, arguments.teacher.startswith(PREFIX), samples_of(arguments.out)
+    is_timm = arguments.teacher.startswith(PREFIX)
     own = {
-        "run_name": out.name,
+        "run_name": arguments.out.name,
+        "save_folder": str(arguments.out),
         "teacher.model": arguments.teacher if is_timm else DATA2VEC2,
         "teacher.checkpoint": None if is_timm else arguments.teacher,
         "train_loader.local": str(samples / "train"),
         "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}},
     }
-    values = {**(chosen or {}), **own, "save_folder": str(out)}
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return load_config([str(path), *overrides, *arguments.changes])
+    return load_config([str(path), *arguments.changes], {**chosen, **own})
 
 
-def samples_of(out: Path) -> Path:
-    """Return the folder of a run's samples: that of images before one of sound is made."""
-    from d2v_composer.data.modalities import MODALITIES
-
-    first, *others = (out / each.unit for each in MODALITIES.values())
-    return next((folder for folder in others if folder.is_dir()), first)
-
-
-def prepare(arguments: Namespace) -> None:
-    """Choose the settings and convert the samples, except for what an interrupted call already did.
+def read_settings(arguments: Namespace) -> "TrainConfig":
+    """Return the config of a run that was prepared.
 
     Raises:
-        InputError: The samples, the teacher or a change cannot be used, or OUT is another source's or teacher's.
+        InputError: A change of a setting is wrong.
     """
-    from d2v_composer.builders.distillation import build_teacher
-    from d2v_composer.data.convert import SampleSource, convert, hold_out, list_samples
-    from d2v_composer.data.index import INDEX, SUMMARY
-    from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.modality import list_files
-    from d2v_composer.system.fetch import is_remote
-
-    source, path, samples = arguments.source, arguments.out / SETTINGS, samples_of(arguments.out)
-    is_mds, is_new = is_remote(source) or Path(source, INDEX).is_file(), not path.exists()
-    if not is_mds and samples.resolve().is_relative_to(Path(source).resolve(strict=True)):
-        raise InputError(f"{arguments.out}: is inside the folder of samples, {source}")
-    check_out_file(path)
-    if is_new and (arguments.out / STUDENT_FILE).exists():
-        raise InputError(f"{arguments.out}: has a {STUDENT_FILE} from another run; choose another --out")
-    options = ["--teacher", arguments.teacher, *(["--column", arguments.column] if arguments.column else [])]
-    command = shlex.join(hide_secrets(["d2v", "distill", source, *options]))
-    with reading(path):
-        if not is_new and (found := path.read_text().partition("\n")[0][2:]) != command:
-            raise InputError(f"{arguments.out}: was made by {found!r}; choose another --out")
-    if (samples / "train" / INDEX).exists():  # written last
-        write_settings(path, command, read_settings(arguments, path))
-        shutil.rmtree(samples / "source", ignore_errors=True)
-        return
-    given, chosen = ("/dev/null", choose(FEWEST, Data2Vec2Config())) if is_new else (path, {})
-    config = read_settings(arguments, given, chosen)  # checks the changes, before the teacher is fetched
-    teacher = build_teacher(config.teacher).config
-    modality = modality_of(teacher)
-    samples = arguments.out / modality.unit
-    if is_mds:
-        every = list_samples(source, arguments.column or modality.name, samples / "source", type(modality))
-    else:
-        files = list_files(Path(source), modality)[0]
-        every = SampleSource(Path(source), files, None, {}, modality=type(modality))
-    if (number := len(every.files)) < FEWEST:
-        raise InputError(f"{source}: expected at least {FEWEST} {modality.unit}, got {number}")
-    with writing(samples):
-        samples.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        chosen = choose(number, teacher)
-        print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-        print(f"all settings, including yours, are in {path}")
-        config = read_settings(arguments, given, chosen)
-    write_settings(path, command, config)
-    for split, part in hold_out(every, samples / f"{HELD_OUT}.json").items():
-        if not (samples / split / INDEX).exists():
-            options = {"workers": os.cpu_count() or 1, **modality.kept(config, split == "test")}
-            done = convert(part, samples / split, **options, skip_unreadable=True)
-            found = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
-            print(f"{samples / split}: {found}; see its {SUMMARY}")
-    shutil.rmtree(samples / "source", ignore_errors=True)
-
-
-def write_settings(path: Path, command: str, config: "TrainConfig") -> None:
-    """Write all settings of the run."""
     import yaml
 
-    settings = yaml.safe_dump(hide_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
-    write_atomically(path, f"# {command}\n{settings}")
+    path = arguments.out / SETTINGS
+    with reading(path):  # the folder's name follows from the teacher
+        samples = Path(yaml.safe_load(path.read_text())["train_loader"]["local"]).parent
+    return configure(arguments, arguments.out / samples.name, {}, path)
+
+
+def write_settings(arguments: Namespace, config: "TrainConfig") -> None:
+    """Write all settings of the run, on rank 0."""
+    import yaml
+
+    if global_rank() == 0:
+        used = hide_secrets(config.model_dump(mode="json"))
+        settings = yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
+        write_atomically(arguments.out / SETTINGS, f"# {command_of(arguments)}\n{settings}")
 
 
 def absolute(place: str) -> str:
@@ -191,12 +294,11 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
     num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, fewest), MOST_BATCHES)
     chosen = {
         **own,
-        "precision": "auto",
+        **ALWAYS,
         "max_duration": f"{num_batches}ba",
         "global_train_batch_size": batch,
         "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
         "optimizer.lr": round(lr / teacher.embed_dim, 6),
-        "scheduler.t_warmup": "0.1dur",
         "retrieval.interval": f"{num_batches // 2}ba",
         "retrieval.at_start": True,
         # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> "Embedding":
     from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.data.modalities import modality_of
+    from d2v_composer.data.modality import name_counts
     from d2v_composer.embedding import EmbeddingOptions, check_out, embed_collection, open_collection
     from d2v_composer.models.execution import name_precision
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> "Embedding":
     embedding = embed_collection(model.eval().to(device), collection, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
+    print("other files:", name_counts(collection.others))
     print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""

@@ -54,15 +54,28 @@ def main(argv: Sequence[str]) -> None:
     about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    arguments = parser.parse_args(argv)
-    out = arguments.out
+    arguments = vars(parser.parse_args(argv))
+    check_out_file(arguments["out"], overwrite=arguments.pop("overwrite"))
+    export(**arguments)
+
+
+def export(
+    source: str,
+    out: Path,
+    *,
+    teacher: str | None = None,
+    pooling: Pooling | None = None,
+    representation: Representation | None = None,
+    int8: bool = False,
+    calibrate: str | None = None,
+) -> None:
+    """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
         raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
-    if out.suffix == ".safetensors" and (arguments.pooling or arguments.representation):
+    if out.suffix == ".safetensors" and (pooling or representation):
         raise InputError(f"{out}: holds every embedding; --pooling and --representation are only for .onnx and .pt2")
-    if (arguments.int8 and out.suffix != ".onnx") or (arguments.calibrate and not arguments.int8):
+    if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
-    check_out_file(out, overwrite=arguments.overwrite)
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
@@ -70,17 +83,17 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.models.student import Student
     from d2v_composer.report.model_card import plan_model_card
 
-    student, _ = load_any(arguments.source, teacher_path=arguments.teacher)
+    student, _ = load_any(source, teacher_path=teacher)
     if not isinstance(student, Student):
-        raise InputError(f"{arguments.source}: is a teacher; expected a training checkpoint or an exported student")
-    embedding = choose_embedding(student, arguments.pooling, arguments.representation)
+        raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
+    embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
     head = student.state_dict().get("head.weight")
-    if arguments.int8:
-        export_int8(Embedder(student, embedding), out, arguments.calibrate)
+    if int8:
+        export_int8(Embedder(student, embedding), out, calibrate)
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
-        write_card = plan_model_card(student, arguments.source, out) if head is None else None
+        write_card = plan_model_card(student, source, out) if head is None else None
         save_student(student, out)
         step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
         if write_card is not None:

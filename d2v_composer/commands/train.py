@@ -12,7 +12,7 @@ It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n 
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
@@ -61,8 +61,16 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
     return trainer
 
 
-def fit(config: "TrainConfig", callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, from the run's last checkpoint if there is one, and report."""
+def fit(
+    config: "TrainConfig", callbacks: "Sequence[Callback]" = (), when_built: Callable[[], object] = lambda: None
+) -> "Trainer":
+    """Train a student, from the run's last checkpoint if there is one, and report.
+
+    Args:
+        config: The run's.
+        callbacks: Further callbacks.
+        when_built: Called on each rank before the training, when no bad input can end the run anymore.
+    """
     from composer import Trainer
 
     from d2v_composer.builders.fit import fit_and_close, join_and_seed
@@ -78,6 +86,7 @@ def fit(config: "TrainConfig", callbacks: "Sequence[Callback]" = ()) -> "Trainer
         trainer = Trainer(**run.trainer_arguments)
     if trainer.state.fsdp_config is not None:
         join_units(run.model, trainer.state.fsdp_config.device_mesh)
+    when_built()
     fit_and_close(trainer, config, run.header, lambda: report(trainer, config, run.retrieval))
     return trainer
 

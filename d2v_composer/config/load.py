@@ -27,18 +27,19 @@ MESSAGES = {
 }
 
 
-def load_config(argv: Sequence[str]) -> TrainConfig:
+def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainConfig:
     """Read and check a YAML and its overrides.
 
     ``${here:FILE}`` in a YAML is FILE beside that YAML.
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
+        values: Dotted key → value, which replaces the YAML's; an override replaces it.
 
     Raises:
         InputError: It names each wrong key and what is allowed, in a line for each.
     """
-    return load_checked(TrainConfig, argv)
+    return load_checked(TrainConfig, argv, values)
 
 
 def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
@@ -52,11 +53,10 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
     return load_checked(EvaluateConfig, argv if has_yaml else ["/dev/null", *argv])
 
 
-def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}) -> ConfigT:
     problems: list[str] = []
     try:
-        values = merge(schema, argv, problems)
-        config = schema.model_validate(values)
+        config = schema.model_validate(merge(schema, argv, values, problems))
         if not problems:
             return config
     except ValidationError as error:
@@ -67,8 +67,9 @@ def load_checked(schema: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     raise InputError(*dict.fromkeys(problems))
 
 
-def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> Any:
-    """Merge defaults, YAML and overrides, and resolve references; add unreadable overrides to ``problems``."""
+def merge(schema: type[Section], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
+    """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
+    ``problems``."""
     if not argv:
         raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
     path, *overrides = argv
@@ -83,9 +84,11 @@ def merge(schema: type[Section], argv: Sequence[str], problems: list[str]) -> An
     values: Any = OmegaConf.to_container(from_file)
     values = values.get("config", values)  # of a run's record, run.yaml
     merged = OmegaConf.create(layered(defaults(schema), values))
+    for key, value in own.items():
+        assign(merged, key, value)
     for override in overrides:
         try:
-            apply(merged, override)
+            assign(merged, *parse(override))
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
@@ -110,16 +113,21 @@ def defaults(schema: type[Section]) -> dict[str, Any]:
     return schema.model_construct().model_dump(mode="json") | sections
 
 
-def apply(merged: Any, override: str) -> None:
-    """Set one ``dotted.key=value``."""
+def parse(override: str) -> tuple[str, Any]:
+    """Return key and value of one ``dotted.key=value``."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"got {key!r}")
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    assert isinstance(value, dict)
+    return key, value["value"]
+
+
+def assign(merged: Any, key: str, value: Any) -> None:
+    """Set the value of a dotted key."""
     # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced, empty or not.
     is_mapping = key.startswith(("callbacks", "loggers")) or key.endswith("datasets")
-    assert isinstance(value, dict)
-    OmegaConf.update(merged, key, value["value"], merge=isinstance(value["value"], dict) and not is_mapping)
+    OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
 def describe(schema: type[Section], error: Any) -> list[str]:

@@ -200,7 +200,7 @@ class Audio(Modality):
         }
 
     def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
-        return {"most_seconds": config.train_loader.crop_seconds} if held_out else {}
+        return {"most_seconds": min(config.train_loader.crop_seconds, LONGEST_WHOLE)} if held_out else {}
 
     def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomCrop:
         # Views are halves: of a clip that a crop takes whole, both would be the same.

@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -66,6 +68,17 @@ class SampleSource(NamedTuple):
     keeps_files: bool = False
     """Store what ``load`` returns unchanged, even if it is not a JPEG."""
     modality: type[Modality] = Images
+
+    def read(self, file: SampleFile) -> bytes | Image.Image:
+        """Return a sample as it is stored.
+
+        Raises:
+            UnreadableSampleError: It is missing or too large.
+            InputError, RunError: The machine cannot read it, or its shard is corrupt.
+        """
+        path = f"{self.root}/{file.path}"
+        with reading(path):
+            return read_sample_file(Path(path)) if self.load is None else self.load(int(file.path))
 
 
 def find_samples(
@@ -165,20 +178,48 @@ def list_samples(source: str, column: str, cache: Path, modality: type[Modality]
     return SampleSource(root, files, None, {}, lambda number: samples[number][column], modality=modality)
 
 
-def hold_out(source: SampleSource, record: Path) -> dict[str, SampleSource]:
-    """Split samples into ``test`` (a tenth, at most 5,000) and ``train`` (the rest).
+def hold_out(source: SampleSource, record: Path, workers: int = 0) -> tuple[dict[str, SampleSource], int]:
+    """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    A hash of its path chooses a sample. The chosen paths are kept in the file ``record``: one that comes or goes before
-    the next call moves no other.
+    A hash of its path chooses a sample. The paths of ``test`` are kept in the file ``record``: one that comes or goes
+    before the next call moves no other, but copies of these samples.
+
+    Args:
+        source: The samples.
+        record: A JSON file.
+        workers: Processes that read the samples that may be copies, by their size.
+
+    Returns:
+        The two parts, and the number of copies that this call has found.
     """
-    if not record.exists():
+    if record.exists():
+        held = {*json.loads(record.read_bytes())}
+    else:
         paths = [file.path for file in source.files]
         paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
-        write_atomically(record, json.dumps(sorted(paths[: min(len(paths) // 10, MOST_HELD_OUT)])))
-    held, parts = {*json.loads(record.read_bytes())}, {"test": [], "train": []}
+        held = {*paths[: min(len(paths) // 10, MOST_HELD_OUT)]}
+    counts = Counter(file.num_bytes for file in source.files)
+    sizes = {file.num_bytes for file in source.files if file.path in held and counts[file.num_bytes] > 1}
+    alike = [file for file in source.files if file.num_bytes in sizes]
+    found = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
+    bar = progress_bar(found, total=len(alike), desc="comparing", unit=source.modality.unit)
+    digests = dict(zip([file.path for file in alike], bar, strict=True))
+    copied = {digests[path] for path in held & digests.keys()} - {None}
+    test = held | {path for path, digest in digests.items() if digest in copied}
+    write_atomically(record, json.dumps(sorted(test)))
+    parts = {"test": [], "train": []}
     for file in source.files:
-        parts["test" if file.path in held else "train"].append(file)
-    return {split: source._replace(files=files) for split, files in parts.items()}
+        parts["test" if file.path in test else "train"].append(file)
+    return {split: source._replace(files=files) for split, files in parts.items()}, len(test - held)
+
+
+def _digest(source: SampleSource, file: SampleFile) -> bytes | None:
+    """Return a hash of a sample as it is stored; ``None`` if it cannot be read."""
+    try:
+        stored = source.read(file)
+    except UnreadableSampleError:
+        return None
+    return hashlib.sha256(stored if isinstance(stored, bytes) else stored.tobytes()).digest()
 
 
 class _Task(NamedTuple):
@@ -281,9 +322,8 @@ class _Task(NamedTuple):
         return done
 
     def _encode(self, file: SampleFile) -> dict[str, Any]:
-        name, load, modality = f"{self.source.root}/{file.path}", self.source.load, self.source.modality
+        name, modality, stored = f"{self.source.root}/{file.path}", self.source.modality, self.source.read(file)
         with reading(name):
-            stored = read_sample_file(Path(name)) if load is None else load(int(file.path))
             return {modality.name: stored} if self.source.keeps_files else modality.encode(stored, name, **self.options)
 
 

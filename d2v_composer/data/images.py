@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,14 +22,19 @@ from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.sizes import ImageSize, height_and_width, parse_image_size
 from d2v_composer.system.errors import UnreadableSampleError
 
-# Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # of an EXIF record
 # What turns an image of each orientation upright; one of orientation 1 is.
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+with suppress(ImportError):
+    import_module("pillow_heif").register_heif_opener()
 # Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
 Image.init()
+# Suffixes that Pillow knows if it can decode such files, and the package that it needs for that.
+NEEDS = {".avif": "pillow>=11.3", **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")}
+KNOWN = {suffix: Image.EXTENSION[suffix] for suffix in NEEDS if suffix in Image.EXTENSION}
+# Formats that Pillow decodes without other programs; for some it would run Ghostscript on an untrusted file.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", *sorted({*KNOWN.values()}))
 
 
 def open_image(encoded: bytes) -> Image.Image:
@@ -262,8 +268,9 @@ class Images(Modality):
     interpolation: str = "bicubic"
     name = "image"
     unit = "images"
-    # What torchvision's ImageFolder reads.
-    suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    # What torchvision's ImageFolder reads, and more.
+    suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", *KNOWN)
+    needs = NEEDS
     columns: ClassVar = {"image": "bytes"}
     encodings = tuple(IMAGES)
     options = frozenset({"crop_scale", "crop_ratio", "flip"})

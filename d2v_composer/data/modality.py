@@ -4,11 +4,11 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Modality(ABC):
         name: Name of the entry in a batch, and of the column in an MDS data set.
         unit: What messages call several samples.
         suffixes: Of the files that a folder's scan takes.
+        needs: Suffix of files that cannot be decoded here → the package that can.
         columns: Name → encoding of the columns of a converted data set, beside the label.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
@@ -55,6 +56,7 @@ class Modality(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    needs: ClassVar[Mapping[str, str]] = {}
     columns: ClassVar[Mapping[str, str]]
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
@@ -134,32 +136,45 @@ class SampleFile(NamedTuple):
 
 
 def list_files(root: Path, modality: Modality | type[Modality]) -> tuple[list[SampleFile], dict[str, int]]:
-    """List a modality's files in a folder and its subfolders, sorted by path, and count the other files by suffix.
+    """List a modality's files in a folder and its subfolders, sorted by path, and count what is left out by its kind.
 
-    Hidden files and folders are skipped, links are followed, as torchvision's ImageFolder does.
+    Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
+    Hidden files and folders are left out.
 
     Raises:
         InputError: There are none.
         OSError: A folder cannot be listed.
     """
-    files: list[SampleFile] = []
-    ignored: Counter[str] = Counter()
-
-    def fail(error: OSError) -> NoReturn:  # os.walk would take a folder that cannot be listed for an empty one
-        raise error
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() not in modality.suffixes:
-                ignored[path.suffix.lower() or "without suffix"] += 1
-                continue
-            # A dangling link counts as unreadable when it is read, as a corrupt file does.
-            status = path.stat() if path.exists() else path.lstat()
-            files.append(SampleFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, label=None))
+    files, others, seen = list[SampleFile](), Counter[str](), set[object]()
+    named, links = deque([root]), deque[Path]()
+    while named or links:
+        path = (named or links).popleft()
+        # A dangling link counts as unreadable when it is read, as a corrupt file does.
+        status = path.stat() if path.exists() else path.lstat()
+        mode, suffix = status.st_mode, path.suffix.lower()
+        is_folder = path is root or stat.S_ISDIR(mode)
+        identity = (status.st_dev, status.st_ino) if status.st_ino else path.resolve()  # some file systems have none
+        if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            others["special files"] += 1
+        elif not is_folder and suffix not in modality.suffixes:
+            needed = modality.needs.get(suffix)
+            others[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
+        elif identity in seen:
+            others["links to files or folders already listed"] += 1
+        elif is_folder:
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    others["hidden"] += 1
+                else:
+                    (links if entry.is_symlink() else named).append(Path(entry.path))
+        else:
+            name = path.relative_to(root).as_posix()
+            files.append(SampleFile(name, status.st_size, status.st_mtime_ns, label=None))
+        seen.add(identity)
     if not files:
-        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {', '.join(modality.suffixes)}")
-    return sorted(files), dict(sorted(ignored.items()))
+        supported, found = ", ".join(modality.suffixes), name_counts(others)
+        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
+    return sorted(files), dict(sorted(others.items()))
 
 
 def list_subfolders(folder: Path) -> list[str]:

@@ -3,13 +3,16 @@
 import errno
 import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
@@ -176,3 +179,40 @@ def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pyte
         images.decode_rgb(HOLED, "sample 3")
     # Pillow would drop a format whose module cannot be opened at its first use.
     assert set(images.IMAGE_FORMATS) <= Image.OPEN.keys()
+
+
+PLUGIN = """
+import io
+from PIL import Image
+
+def register_heif_opener():
+    Image.register_open("HEIF", lambda file, _: Image.open(io.BytesIO(file.read()[12:])), lambda head: b"heic" in head)
+    Image.register_extension("HEIF", ".heic")
+"""
+PROGRAM = """
+from pathlib import Path
+from d2v_composer.data.images import Images, decode_rgb
+from d2v_composer.data.modality import list_files
+
+files, others = list_files(Path("."), Images)
+print([file.path for file in files], others, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
+"""
+
+
+def test_heic_is_decoded_with_its_plugin(tmp_path: Path) -> None:
+    """A plugin of the tests', because pillow-heif need not be here; without one, tests/promises/test_distill.py."""
+    (tmp_path / "pillow_heif.py").write_text(PLUGIN)
+    (tmp_path / "0.heic").write_bytes(b"\0\0\0\x0cftypheic" + saved(photo(40, 30), "PNG"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", PROGRAM]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.stdout == "['0.heic'] {'.py': 1} (40, 30)\n", ended.stderr
+
+
+def test_avif_is_decoded_if_pillow_can() -> None:
+    assert (".avif" in images.Images.suffixes) == features.check("avif")
+    if features.check("avif"):
+        decoded = np.asarray(
+            images.decode_rgb(saved(photo(64, 48), "AVIF", quality=100, subsampling="4:4:4"), "0.avif")
+        )
+        assert np.abs(decoded.astype(int) - photo(64, 48)).max() <= 3

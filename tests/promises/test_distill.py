@@ -1,0 +1,580 @@
+"""Promises 4, 5, 7 to 10, 12, 18 and 20 for d2v distill: one command from a folder to a student, whatever happens."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from streaming import MDSWriter, StreamingDataset
+
+from d2v_composer import load_student
+from gated_store import GatedStore
+from helpers import (
+    D2V,
+    GOLDEN,
+    ROOT,
+    TRACED,
+    assert_same_student,
+    d2v,
+    encoded_clip,
+    encoded_image,
+    failure,
+    flip_bit,
+    log_of,
+    run_ranks,
+    start_python,
+    truncated,
+    wait_until,
+)
+from programs.preloaded import Program
+
+NUM_IMAGES, NUM_HELD_OUT = 200, 20
+TEACHER = GOLDEN / "tiny_base.pt"
+SHORT = (
+    "max_duration=4ba",
+    "global_train_batch_size=16",
+    "precision=fp32",
+    "save_interval=2ba",
+    "train_loader.num_workers=0",
+    "callbacks={}",
+    "report=false",
+)
+
+
+def command(source: Path | str, out: Path | str, *changes: str, teacher: Path | str = TEACHER) -> list[str]:
+    return ["distill", str(source), "--teacher", str(teacher), "--out", str(out), *changes]
+
+
+def distill(*arguments: Any, changes: tuple[str, ...] = SHORT, **options: Any) -> str:
+    """Run the command, which must succeed, and return its output."""
+    ended = d2v(*command(*arguments, *changes, **options))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def refused(*arguments: Any, status: int = 2, cwd: Path = ROOT, **options: Any) -> str:
+    """Run the command, which must fail, and return its only line."""
+    ended = d2v(*command(*arguments, **options), cwd=cwd)
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    return failure(ended, status)
+
+
+def samples_of(folder: Path, column: str = "image") -> list[bytes]:
+    """Return the samples of a data set, as Streaming reads them."""
+    return [sample[column] for sample in StreamingDataset(local=str(folder), batch_size=1, shuffle=False)]
+
+
+def held_out_first(names: list[str]) -> list[str]:
+    """Sort names of files in the order in which they are held out."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files; the lock's names its last user."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".in_use"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 images in three folders, of which one has a split's name; read-only."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(NUM_IMAGES):
+        subfolder = folder / ("cats", "dogs", "train")[i % 3]
+        subfolder.mkdir(exist_ok=True)
+        (subfolder / f"{i}.jpg").write_bytes(encoded_image(i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed call; read-only."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    said = distill(photos, out)
+    assert "optimizer.lr=0.016" in said  # 0.768 / 48 channels
+    assert "other files: none" in said
+    assert " embed " in said.splitlines()[-1]
+    return out
+
+
+@pytest.fixture
+def copied(distilled: Path, tmp_path: Path) -> Path:
+    """A copy of the undisturbed call's folder."""
+    return shutil.copytree(distilled, tmp_path / "copied", symlinks=True)
+
+
+def test_a_folder_becomes_a_student(distilled: Path, photos: Path) -> None:
+    """4, 8, 9: a tenth is in no form trained on, and measures the student."""
+    assert load_student(distilled / "student.safetensors").config.depth == 5
+    settings = yaml.safe_load((distilled / "distill.yaml").read_text())
+    assert settings["max_duration"] == "4ba"
+    assert settings["scheduler"] == {"t_warmup": "0.1dur", "alpha_f": 0.0}
+    measured = log_of(distilled)
+    for key in ("agreement@10", "instance/top1", "teacher/instance/top1", "pixels/agreement@10"):
+        assert set(measured[f"metrics/held_out/{key}"]) >= {0}
+    held, trained = (samples_of(distilled / "images" / split) for split in ("test", "train"))
+    assert len(held) == NUM_HELD_OUT
+    assert {*held, *trained} == {path.read_bytes() for path in photos.rglob("*.jpg")}
+    assert len(held + trained) == NUM_IMAGES
+    loader = yaml.safe_load((distilled / "run.yaml").read_text())["config"]["train_loader"]
+    assert (loader["local"], loader["remote"]) == (str(distilled / "images" / "train"), None)
+
+
+# A file that exists in OUT, or when traced.py kills or hangs the program.
+MOMENTS = {
+    "lock": ".in_use",
+    "settings": "distill.yaml",
+    "choice": "images/held_out.json",
+    "shard": {"HANG": "streaming MDSWriter flush_shard"},
+    "held-out samples": "images/test/index.json",
+    "conversion": "images/train/.converting",
+    "training samples": "images/train/index.json",
+    "start": {"AT": "fit_start 0 kill"},
+    "batch": {"AT": "batch_start 1 kill"},
+    "checkpoint": {"AT": "batch_start 3 kill"},
+    "report": {"HANG": "matplotlib.figure Figure savefig"},
+    "export": {"HANG": "jinja2 Template render"},
+}
+QUICK = ("shard", "checkpoint", "export")
+
+
+@contextmanager
+def started(moment: str, photos: Path, out: Path) -> Iterator[Program]:
+    """Start the command, and wait until a moment."""
+    when, changes = MOMENTS[moment], (*SHORT, "report=true") if moment == "report" else SHORT
+    program = start_python(
+        TRACED,
+        ROOT / "d2v_composer" / "commands" / "__main__.py",
+        *command(photos, out, *changes),
+        environment=when if isinstance(when, dict) else {},
+    )
+    try:
+        wait_until(
+            lambda: (
+                (isinstance(when, str) and (out / when).exists())
+                or "hangs" in program.stdout
+                or program.poll() is not None
+            ),
+            seconds=60,
+        )
+        yield program
+    finally:
+        program.kill()
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in MOMENTS]
+)
+def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
+    """10: it ends with the tensors of an undisturbed call."""
+    out = tmp_path / "run"
+    with started(moment, photos, out) as program:
+        program.kill()
+        assert program.wait(20) == -signal.SIGKILL, program.stderr
+    distill(photos, out)
+    assert_same_student(out, distilled)
+    ours, expected = (load_student(folder / "student.safetensors").state_dict() for folder in (out, distilled))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    before, after = contents_of(distilled), contents_of(out)
+    assert {
+        name for name in before.keys() ^ after.keys() if not re.search(r"partial$|^report|\.converting", name)
+    } == set()
+
+
+@pytest.mark.slow  # a lock is waited for: ten seconds
+@pytest.mark.parametrize("moment", ["shard", "export"])
+def test_two_calls_at_once(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
+    """7: one of them ends in one line that names the other, or both are right."""
+    out = tmp_path / "run"
+    with started(moment, photos, out) as program:
+        if moment == "shard":
+            line = refused(photos, out, *SHORT)
+            assert "in use by another run" in line
+            assert f"process {program.pid} of" in line
+            assert "--out" in line
+            assert "save_folder" not in line
+        else:
+            distill(photos, out)
+        assert program.poll() is None
+    distill(photos, out)
+    assert_same_student(out, distilled)
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    """8, 9: of a folder with spoiled, foreign and linked files; every name is in one of the printed counts."""
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    (folder / "more").mkdir(parents=True)
+    for i in range(NUM_IMAGES):
+        (folder / f"{i}.jpg").write_bytes(encoded_image(i))
+    first, second, *others = held_out_first([f"{i}.jpg" for i in range(NUM_IMAGES)])
+    for i, name in enumerate((second, *others[-9:])):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes((truncated(content), b"", b"\x89PNG")[i % 3])
+    for i in range(8):
+        (folder / f"{i}.heic").write_bytes(encoded_image(i))
+        (folder / f"link{i}.jpg").symlink_to(f"{i}.jpg")
+    (folder / "notes.TXT").touch()
+    (folder / ".hidden.jpg").touch()
+    (folder / "hard.jpg").hardlink_to(folder / "9.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "more" / "socket.png"))
+    (folder / "more" / "self").symlink_to("..")
+    (folder / "more" / "dangling.jpg").symlink_to("nowhere.jpg")
+    copy = folder / "more" / f"copy of {first}"
+    shutil.copy(folder / first, copy)
+    said = distill(folder, out, changes=(*SHORT, "max_duration=2ba"))
+    counts = dict(re.findall(r"^(.+): (.*)$", said, re.MULTILINE))
+    left_out = {kind: int(count) for count, kind in re.findall(r"(\d+) ([^,]+)", counts["other files"])}
+    assert left_out == {
+        ".heic (needs pillow-heif)": 8,
+        ".txt": 1,
+        "hidden": 1,
+        "links to files or folders already listed": 10,
+        "special files": 2,
+    }
+    assert counts["copies of held-out images, also held out"] == "1"
+    images, skipped = {}, []
+    for split in ("test", "train"):
+        images[split] = {*samples_of(out / "images" / split)}
+        summary = json.loads((out / "images" / split / "conversion.json").read_bytes())
+        line = counts[str(out / "images" / split)]
+        assert line == f"{summary['images']} images, {len(summary['skipped'])} unreadable; see its conversion.json"
+        skipped += summary["skipped"]
+        assert summary["images"] >= len(images[split])
+    assert not images["test"] & images["train"]
+    assert copy.read_bytes() in images["test"]
+    assert len(skipped) == 11  # the dangling link too
+    assert any(second in line for line in skipped)
+    num_samples = sum(int(counts[str(out / "images" / split)].split()[0]) for split in images)
+    names = [path for path in folder.rglob("*") if path != folder / "more"]
+    assert num_samples + len(skipped) + sum(left_out.values()) == len(names)
+    others = f"other files: {counts['other files']}\n"
+    assert (
+        others in d2v("embed", TEACHER, folder, tmp_path / "photos.npy", "--skip-unreadable", "--workers", "0").stdout
+    )
+    assert others in d2v("convert-images", folder, tmp_path / "mds", "--labels", "none", "--skip-unreadable").stdout
+
+
+def test_a_file_that_comes_later_is_not_trained_on_if_it_is_a_copy(photos: Path, tmp_path: Path) -> None:
+    """8: and the choice of the others stays."""
+    source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    with started("shard", source, out):
+        pass
+    held = json.loads((out / "images" / "held_out.json").read_bytes())
+    shutil.copy(source / held[0], source / "copy.jpg")
+    (source / "new.jpg").write_bytes(encoded_image(1000))
+    (source / held[1]).unlink()
+    distill(source, out, changes=(*SHORT, "max_duration=2ba"))
+    assert json.loads((out / "images" / "held_out.json").read_bytes()) == sorted([*held, "copy.jpg"])
+    trained = samples_of(out / "images" / "train")
+    assert encoded_image(1000) in trained
+    assert (source / held[0]).read_bytes() not in trained
+
+
+@pytest.fixture
+def project(photos: Path, small_data: Path, tmp_path: Path) -> Path:
+    """A user's folders, with names that are ours too; and a run of another command."""
+    folder = tmp_path / "project"
+    shutil.copytree(photos, folder / "images" / "source")
+    (folder / "clips" / "train").mkdir(parents=True)
+    (folder / "clips" / "train" / "index.json").write_text("mine")
+    (folder / "link").symlink_to("clips")
+    (folder / "images" / "source" / "empty").mkdir()
+    (folder / "into").symlink_to("images/source/empty")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "copied").mkdir()
+    (folder / "copied" / "distill.yaml").write_text(f"# d2v distill {photos} --teacher {TEACHER}\n")
+    (folder / "run").mkdir()
+    for name in (".in_use", "run.yaml"):
+        (folder / "run" / name).touch()
+    return folder
+
+
+def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
+    """7, 11: OUT is the user's, his link, inside the source or the source itself, or another run's."""
+    before = contents_of(project)
+    for source, out, problem in (
+        (photos, ".", "--out: .*project holds files that are not ours, such as "),
+        ("images/source", ".", "--out: .*project holds files that are not ours, such as "),
+        ("images/source", "images", "--out: .*images holds files that are not ours, such as source"),
+        ("images/source", "images/source", "source: is inside the folder of samples, "),
+        ("images/source", "images/source/run", "run: is inside the folder of samples, "),
+        ("images/source", "into", "into: is inside the folder of samples, "),
+        (photos, "link", "--out: .*link holds files that are not ours, such as train"),
+        (photos, "gone", "gone/distill.yaml: cannot be written"),
+        (photos, "clips/train/index.json", "index.json/distill.yaml: cannot be written"),
+        (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.yaml"),
+        (photos, "run", "run: holds a run of another command; choose another --out"),
+        (photos, "new[1]", r"--out: expected only letters, .*new\[1\]'"),
+        (photos, "s3://bucket/run", "expected a local file, not one in an object store"),
+    ):
+        assert re.search(problem, refused(source, out, cwd=project)), (source, out)
+    assert contents_of(project) == before
+    assert not (project / "new[1]").exists()
+
+
+def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos: Path, tmp_path: Path) -> None:
+    """11, 12: the original command works next."""
+    before = contents_of(copied)
+    for changes, problem in (
+        (["student.depth=3"], "student.depth: checkpoint has 5, config has 3; .*another --out"),
+        (["student.embed_dim=9999"], "student.embed_dim must be a whole number from 1 to 48, got 9999"),
+        (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, config has 1; optimizer.lr: "),
+        (["optimiser.lr=1"], "optimiser: no such key; did you mean optimizer"),
+    ):
+        line = refused(photos, copied, *SHORT, *changes)
+        assert re.search(problem, line), line
+        assert "save_folder" not in line
+    other = shutil.copytree(photos, tmp_path / "other")
+    assert re.search(r"was made by 'd2v distill .*photos\d+ .*; choose another --out", refused(other, copied))
+    teacher = shutil.copy(TEACHER, tmp_path / "teacher.pt")
+    assert "; choose another --out" in refused(photos, copied, teacher=teacher)
+    assert contents_of(copied) == before
+    assert "this run is complete at 4ba" in distill(photos, copied)
+    assert_same_student(copied, distilled)
+    distill(photos, copied, changes=("max_duration=6ba",))  # what a resume may change
+    assert yaml.safe_load((copied / "distill.yaml").read_text())["max_duration"] == "6ba"
+
+
+def test_a_refused_change_before_the_training_changes_nothing(photos: Path, distilled: Path, tmp_path: Path) -> None:
+    """7, 11: what only the built run can refuse is not kept; the user's folders in OUT are not read or removed."""
+    out = tmp_path / "run"
+    with started("held-out samples", photos, out):
+        pass
+    for name in ("clips/train/index.json", "images/source/mine"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+    before = contents_of(out)
+    for changes, problem in (
+        (["student.embed_dim=9999"], "student.embed_dim must be a whole number from 1 to 48, got 9999"),
+        (["targets.average_top_k_layers=9"], "targets.average_top_k_layers: must be at most the teacher's depth"),
+        (["train_loader.crop_seconds=5"], "train_loader.crop_seconds: the teacher takes images"),
+        (["retrieval.baselines=[log_mel]"], "retrieval.baselines: must be among pixels, encoder, teacher with"),
+        (["student.depth=0", "retrieval.pooling=max"], r"student.depth: .*\n.*retrieval.pooling: "),
+    ):
+        ended = d2v(*command(photos, out, *SHORT, *changes))
+        assert re.search(problem, ended.stderr), ended.stderr
+        assert ended.returncode == 2
+        assert contents_of(out) == before
+    assert "batches per epoch" in refused(photos, out, *SHORT, "scheduler.t_warmup=1ep")
+    distill(photos, out)
+    assert_same_student(out, distilled)
+    for name in ("clips/train/index.json", "images/source/mine"):
+        assert (out / name).read_text() == "mine"
+
+
+def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
+    """18: before anything is written."""
+    few, none = tmp_path / "few", tmp_path / "none"
+    few.mkdir()
+    none.mkdir()
+    (few / "0.jpg").write_bytes(encoded_image(0))
+    for i in range(3):
+        (none / f"{i}.heic").touch()
+    out = tmp_path / "run"
+    for source, to, teacher, changes, problem in (
+        (tmp_path / "missing", out, TEACHER, [], "missing: No such file or directory"),
+        (few, out, TEACHER, [], "few: expected at least 200 images, got 1$"),
+        (none, out, TEACHER, [], r"none: no images; .*; other files: 3 \.heic \(needs pillow-heif\)$"),
+        (photos, out, "none.pt", [], "teacher.checkpoint: .*/none.pt: no such file$"),
+        (photos, out, "timm/vit", [], "teacher.*no model 'timm/vit'"),
+        (photos, out, TEACHER, ["save_folder=here"], "save_folder: use --out instead$"),
+        (
+            photos,
+            out,
+            TEACHER,
+            ["retrieval.baselines=[log_mel]"],
+            "retrieval.baselines: must be among pixels, ",
+        ),
+        (photos, out, TEACHER, ["callbacks.health={interval: no}"], "callbacks.health "),
+        (photos, "/proc/run", TEACHER, [], "/proc/run/distill.yaml: cannot be written"),
+    ):
+        line = refused(source, to, *changes, teacher=teacher)
+        assert re.search(problem, line), line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (lambda i: b"corrupt %d" % i, "photos: none of the 20 images can be read"),
+        (lambda _: encoded_image(0), "_size: must be at most 0, the number of images left to train on; got 16"),
+    ],
+)
+def test_a_folder_without_images_to_train_on_is_one_line(
+    content: Callable[[int], bytes], problem: str, tmp_path: Path
+) -> None:
+    """8, 18: they are corrupt, or all of them are copies of those that are held out."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(NUM_IMAGES):
+        (folder / f"{i}.jpg").write_bytes(content(i))
+    assert refused(folder, tmp_path / "run").endswith(problem)
+
+
+def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
+    """4, 8: its labels, here texts, are not read; equal images are on one side."""
+    source, out = tmp_path / "mds", tmp_path / "run"
+    with MDSWriter(out=str(source), columns={"photo": "pil", "label": "str"}, size_limit=1 << 14) as writer:
+        for i in range(NUM_IMAGES + 10):
+            image = Image.open(io.BytesIO(encoded_image(i % NUM_IMAGES))).convert("CMYK")
+            writer.write({"photo": image, "label": "cat"})
+    said = distill(source, out, "--column", "photo", changes=(*SHORT, "max_duration=2ba"))
+    assert int(re.findall("also held out: (.*)", said)[0]) > 0
+    held, trained = (samples_of(out / "images" / split) for split in ("test", "train"))
+    assert len(held + trained) == NUM_IMAGES + 10
+    assert not {*held} & {*trained}
+
+
+@pytest.fixture(scope="module")
+def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as a data set of several shards; read-only."""
+    folder = tmp_path_factory.mktemp("shards") / "images"
+    with MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit=1 << 15, hashes=["xxh64"]) as writer:
+        for path in sorted(photos.rglob("*.jpg")):
+            writer.write({"image": path.read_bytes()})
+    return folder
+
+
+def test_a_corrupt_shard_is_named(shards: Path, copied: Path, photos: Path, tmp_path: Path) -> None:
+    """5: one of the source, and one of OUT."""
+    source, out = shutil.copytree(shards, tmp_path / "mds"), tmp_path / "run"
+    shard = source / "shard.00001.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(truncated(whole))
+    assert shard.name in refused(source, out)
+    assert not out.exists()
+    shard.write_bytes(flip_bit(whole))
+    assert shard.name in refused(source, out, status=1)
+    shard.write_bytes(whole)
+    distill(source, out, changes=(*SHORT, "max_duration=2ba"))
+    shard = copied / "images" / "train" / "shard.00000.mds"
+    shard.write_bytes(flip_bit(shard.read_bytes()))
+    assert shard.name in failure(d2v(*command(photos, copied, *SHORT, "max_duration=6ba")), 1)
+
+
+def test_a_damaged_newest_checkpoint_is_skipped(copied: Path, distilled: Path, photos: Path) -> None:
+    """12."""
+    newest = copied / "latest-rank0.pt"
+    newest.write_bytes(flip_bit(newest.read_bytes()))
+    assert "ba2-rank0.pt at batch 2" in distill(photos, copied)
+    assert_same_student(copied, distilled)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 clips of less than half a second, and a picture; one that is held out has 61 seconds."""
+    folder = tmp_path_factory.mktemp("sounds")
+    names = held_out_first([f"{i}.flac" for i in range(200)])
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded_clip(i, 61 * 16_000 if i == 0 else 1000 + 30 * i))
+    (folder / "cover.jpg").write_bytes(encoded_image(0))
+    return folder
+
+
+def lengths_of(out: Path) -> dict[str, list[int]]:
+    summaries = {split: out / "clips" / split / "conversion.json" for split in ("test", "train")}
+    return {split: json.loads(path.read_bytes())["lengths"] for split, path in summaries.items()}
+
+
+def test_a_folder_of_sound_becomes_a_student(sounds: Path, tmp_path: Path) -> None:
+    """The teacher says that the samples are sound; the held-out clips are cut as training cuts them."""
+    out = tmp_path / "run"
+    changes = (*SHORT, "train_loader.crop_seconds=0.2", "student.depth=2")
+    said = distill(sounds, out, changes=changes, teacher=GOLDEN / "audio_base.pt")
+    assert "chosen for 200 clips: " in said
+    assert "other files: 1 .jpg" in said
+    assert load_student(out / "student.safetensors").config.depth == 2
+    assert set(log_of(out)["metrics/held_out/log_mel/agreement@10"]) >= {0}
+    lengths = lengths_of(out)
+    assert (len(lengths["test"]), len(lengths["train"])) == (20, 180)
+    assert max(lengths["test"]) == 3200
+    assert max(lengths["train"]) > 6000
+    assert not (out / "images").exists()
+
+
+@pytest.mark.slow
+def test_held_out_clips_are_short_enough_to_be_evaluated(sounds: Path, tmp_path: Path) -> None:
+    """Crops of training may be longer than what an evaluation takes whole."""
+    out, once = tmp_path / "run", ("max_duration=1ba", "retrieval.at_start=false", "retrieval.baselines=[]")
+    changes = (*SHORT, *once, "train_loader.crop_seconds=90", "device_eval_batch_size=1")
+    distill(sounds, out, changes=changes, teacher=GOLDEN / "audio_base.pt")
+    assert max(lengths_of(out)["test"]) == 60 * 16_000
+
+
+def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -> None:
+    """23: an interrupted call had held-out samples of another length."""
+    out, teacher = tmp_path / "run", GOLDEN / "audio_base.pt"
+    program = start_python(*D2V, *command(sounds, out, *SHORT, "train_loader.crop_seconds=0.2", teacher=teacher))
+    wait_until(lambda: (out / "clips" / "test" / "index.json").exists(), seconds=60)
+    program.kill()
+    before = contents_of(out)
+    line = refused(sounds, out, *SHORT, "train_loader.crop_seconds=0.3", teacher=teacher)
+    assert line.endswith("clips/test: was not converted with {'most_seconds': 0.3}; choose another --out")
+    assert contents_of(out) == before
+
+
+def test_a_data_set_in_a_store_leaves_no_shards_behind(
+    shards: Path, photos: Path, object_store: GatedStore, tmp_path: Path
+) -> None:
+    """5 to 7, 10: killed while shards are fetched, the same command goes on; nothing of it stays in OUT."""
+    out, environment = tmp_path / "run", object_store.environment
+    object_store.create_bucket_of_images("distill", shards)
+    address, changes = "s3://distill/images", (*SHORT, "max_duration=2ba")
+    arguments = command(address, out, *changes)
+    program = start_python(*D2V, *arguments, environment=environment)
+    wait_until(lambda: any(out.glob("images/.fetched/*.mds")), seconds=60)
+    program.kill()
+    ended = d2v(*arguments, environment=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in (out / "images").iterdir()} == {"held_out.json", "test", "train"}
+    samples = [sample for split in ("test", "train") for sample in samples_of(out / "images" / split)]
+    assert sorted(samples) == sorted(path.read_bytes() for path in photos.rglob("*.jpg"))
+
+
+@pytest.mark.slow
+def test_readers_beside_a_run(photos: Path, tmp_path: Path) -> None:
+    """7, 20: and a second call ends in one line."""
+    out = tmp_path / "run"
+    program = start_python(*D2V, *command(photos, out, *SHORT, "max_duration=100000ba"))
+    try:
+        wait_until(lambda: (out / "latest-rank0.pt").exists(), seconds=90)
+        newest, datasets = (
+            out / "latest-rank0.pt",
+            f"datasets={{held: {{format: mds, root: {out / 'images'}, label_column: null}}}}",
+        )
+        for ended in (
+            d2v("export", newest, tmp_path / "student.safetensors"),
+            d2v("embed", newest, photos, tmp_path / "photos.npy", "--workers", "0"),
+            d2v("evaluate", f"model={newest}", datasets, "probes=[agreement]", f"out={tmp_path / 'evaluation'}"),
+            d2v("report", out),
+        ):
+            assert ended.returncode == 0, ended.stderr
+        line = refused(photos, out, *SHORT, "max_duration=100000ba")
+        assert f"process {program.pid} of" in line
+        assert program.poll() is None
+    finally:
+        program.kill()
+
+
+@pytest.mark.slow
+def test_ranks_share_what_the_first_process_prepared(copied: Path, photos: Path) -> None:
+    """10: they go on where one process ended."""
+    (copied / "student.safetensors").unlink()
+    run_ranks(*D2V, *command(photos, copied, *SHORT, "max_duration=6ba", "retrieval.ks=[1,5]"))
+    assert (copied / "latest-rank0.pt").readlink().name.endswith("-ba6-rank0.pt")
+    load_student(copied / "student.safetensors")
+    assert yaml.safe_load((copied / "distill.yaml").read_text())["retrieval"]["ks"] == [1, 5]
