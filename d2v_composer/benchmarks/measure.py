@@ -42,22 +42,20 @@ def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats
     return rates
 
 
-def ratio(own: Rates, baseline: Rates) -> float:
-    """Return the median over rounds of own rate / baseline rate: a slow round slows both, so it cancels out."""
-    return float(np.median(own / baseline))
-
-
 def describe(
     setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Return a benchmark's result, ready for JSON."""
+    """Return a benchmark's result, ready for JSON; a ratio is the median over rounds, since a slow one slows both."""
     return {
         **setting,
         "machine": describe_machine(),
         "versions": package_versions("simplejpeg", "faiss-cpu"),
         "unit": unit,
         "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
-        "ratios": [{"what": f"{own} ÷ {other}", "ratio": ratio(rates[own], rates[other])} for own, other in compared],
+        "ratios": [
+            {"what": f"{own} ÷ {other}", "ratio": float(np.median(rates[own] / rates[other]))}
+            for own, other in compared
+        ],
     }
 
 

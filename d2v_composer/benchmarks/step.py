@@ -13,10 +13,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from composer import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
@@ -24,11 +25,12 @@ from torch.profiler import profile
 
 from d2v_composer.benchmarks.measure import describe, interleave
 from d2v_composer.builders.run import build_trainer_arguments
-from d2v_composer.builders.training import build_algorithms, build_scheduler
+from d2v_composer.builders.training import build_algorithms, build_optimizer, build_scheduler
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.models.attention import Attention, Block, init_linear_layers
+from d2v_composer.models import attention
+from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import PRECISIONS, choose_precision, compile_model, find_missing, name_precision
@@ -89,7 +91,7 @@ def benchmark(
     on_gpu = torch.cuda.is_available()
     if compiles and (missing := find_missing()) is not None:
         raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
-    precision = name_precision(precision, on_gpu)
+    precision = name_precision(precision)
     steps, products = (20, 200) if on_gpu else (1, 40)
     batch_size = batch_size or (256 if on_gpu else 8)
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
@@ -100,10 +102,10 @@ def benchmark(
     encoder = model.teacher.encoder
     images = encoder.noise(batch_size).to("cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(images[:1])
-    own = only or (OURS if compiles else EAGER)
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
+    own = names[-1]
     names += [TRAINER] if loop == TRAINER else []
-    order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP) if name]
+    order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP)] if sdp else []
     with sdpa_kernel(order, set_priority=True) if sdp else nullcontext():
         runs = {name: build_run(name, model, config, images, steps) for name in names}
         # Only now: a Trainer allows TF32.
@@ -143,17 +145,18 @@ def build_run(
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
-        naive = NaiveDistillation(model).to(images.device)
-        return partial(repeat, partial(train_step, naive, build_optimizer(naive, fused=False), dtype, images))
+        teacher, student = (copy.deepcopy(each).to(images.device) for each in (model.teacher, model.student))
+        optimizer = torch.optim.AdamW(student.parameters(), config.optimizer.lr, fused=False)
+        return partial(repeat, partial(train_step, partial(naive_loss, teacher, student), optimizer, dtype, images))
     ours = copy.deepcopy(model).to(images.device)
     ours.teacher.cast_weights(dtype)
     ours.teacher.encoder.half_residual = config.half_residual
     if name != EAGER and config.compile:
         compile_model(ours, choice=config.compile)
-    optimizer = build_optimizer(ours, fused=True)
+    optimizer = build_optimizer(config.optimizer, ours)
     if name == TRAINER:
         return in_trainer(ours, optimizer, config, images, steps)
-    return partial(repeat, partial(train_step, partial(own_loss, ours), optimizer, dtype, images))
+    return partial(repeat, partial(train_step, lambda x: ours.loss(ours(x), x), optimizer, dtype, images))
 
 
 def in_trainer(
@@ -206,72 +209,30 @@ def build_model(size: str) -> DistillationModel:
     return DistillationModel(teacher, teacher.build_student(depth=student_depth))
 
 
-def own_loss(model: DistillationModel, images: Tensor) -> Tensor:
-    """Compute the loss of a batch of images as Composer's Trainer does."""
-    return model.loss(model(images), images)
-
-
-class NaiveDistillation(nn.Module):
+def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
     """Compute the loss of a batch of images as a user's first version would.
 
-    Two whole models with an encoder each, every layer's output kept, attention with one bias an image or clip.
-
-    Args:
-        model: The model to copy, with ``layer_mean`` prediction and all tokens regressed.
+    Two whole models with an encoder each, every layer's output kept, attention in eager mode; ``layer_mean``
+    prediction, all tokens regressed.
     """
-
-    def __init__(self, model: DistillationModel) -> None:
-        super().__init__()
-        self.final_layer_norm = model.student.final_layer_norm
-        self.top_k = model.teacher.config.average_top_k_layers
-        self.teacher, self.student = copy.deepcopy(model.teacher), copy.deepcopy(model.student)
-
-    def forward(self, images: Tensor) -> Tensor:
+    with patch.object(attention, "attend", attend):
         with torch.no_grad():
-            target = norm_mean(ffn_outputs(self.teacher, images)[-self.top_k :], self.final_layer_norm)
-        return mse_loss(norm_mean(ffn_outputs(self.student, images), self.final_layer_norm), target)
+            _, layers = teacher.forward_blocks(teacher.encode(images))
+            target = norm_mean(layers[-teacher.config.average_top_k_layers :], student.final_layer_norm)
+        _, layers = student.forward_blocks(student.encode(images))
+        return mse_loss(norm_mean(layers, student.final_layer_norm), target)
 
 
-def ffn_outputs(transformer: Any, images: Tensor) -> list[Tensor]:
-    encoder = transformer.encoder
-    x = encoder.embed_tokens(images)
-    for block, bias in zip(encoder.block_list, encoder.block_contexts(x), strict=True):
-        x, _ = run_block(block, x, bias)
-    bias = transformer.block_contexts(x)[0]  # the same for all blocks
-    bias = None if bias is None else bias.repeat(len(x), 1, 1, 1)
-    outputs = []
-    for block in transformer.block_list:
-        x, ffn_output = run_block(block, x, bias)
-        outputs.append(ffn_output)
-    return outputs
-
-
-def run_block(block: Block, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    attended = block.norm1(x + attention(block.attn, x, bias))
-    ffn_output = block.mlp(attended)
-    return block.norm2(attended + ffn_output), ffn_output
-
-
-def attention(layer: Attention, x_BTD: Tensor, bias_BHTT: Tensor | None) -> Tensor:
-    num_inputs, num_tokens, dim = x_BTD.shape
-    qkv = layer.qkv(x_BTD).reshape(num_inputs, num_tokens, 3, layer.num_heads, dim // layer.num_heads)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    if bias_BHTT is not None:
-        scores = scores + bias_BHTT
-    attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    return layer.proj(attended.transpose(1, 2).reshape(num_inputs, num_tokens, dim))
+def attend(query_BHTK: Tensor, key_BHTK: Tensor, value_BHTK: Tensor, bias: Tensor | None) -> Tensor:
+    scores_BHTT = (query_BHTK * query_BHTK.shape[-1] ** -0.5) @ key_BHTK.transpose(-2, -1)
+    scores_BHTT = scores_BHTT if bias is None else scores_BHTT + bias.contiguous()  # its rows are aligned for kernels
+    return scores_BHTT.softmax(dim=-1, dtype=torch.float32).to(value_BHTK.dtype) @ value_BHTK
 
 
 def norm_mean(layers: list[Tensor], final_layer_norm: bool) -> Tensor:
     normalized = [instance_norm(layer.transpose(1, 2).float(), eps=NORM_EPS).transpose(1, 2) for layer in layers]
     total = sum(normalized[1:], normalized[0]) / len(normalized)
     return layer_norm(total, total.shape[-1:], eps=NORM_EPS) if final_layer_norm else total
-
-
-def build_optimizer(module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 
 def train_step(
@@ -281,7 +242,7 @@ def train_step(
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
-    clip_grad_norm_(optimizer.param_groups[0]["params"], CLIPPING_THRESHOLD)
+    clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIPPING_THRESHOLD)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()

@@ -258,16 +258,14 @@ class Throughput(Callback):
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
-        self.asked_at = self.got_at = 0.0
-        self.images_before = 0
-        self.flops_at_peak = 0.0
-        self.reset()
+        self.asked_at = self.got_at = self.flops_at_peak = 0.0
 
-    def reset(self) -> None:
+    def reset(self, state: State) -> None:
         """Start a new average."""
-        self.images, self.flops, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.first_image, self.flops, self.seconds, self.waited = int(state.timestamp.sample), 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self.reset(state)
         if hasattr(unwrapped(state), "flops_per_batch"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Composer does not know every GPU
@@ -278,18 +276,16 @@ class Throughput(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.got_at = time.perf_counter()
-        self.images_before = int(state.timestamp.sample)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.images += int(state.timestamp.sample) - self.images_before
         if self.flops_at_peak:
             self.flops += cast("Any", unwrapped(state)).flops_per_batch(state.batch)
         self.seconds += time.perf_counter() - self.asked_at
         self.waited += self.got_at - self.asked_at
         if int(state.timestamp.batch) % self.every == 0:
-            speed = self.images / self.seconds
+            speed = (int(state.timestamp.sample) - self.first_image) / self.seconds
             metrics = {"throughput/images_per_sec": speed, "throughput/data_wait": self.waited / self.seconds}
             if self.flops_at_peak:
                 metrics["throughput/device/mfu"] = self.flops / self.seconds / self.flops_at_peak
             logger.log_metrics(metrics)
-            self.reset()
+            self.reset(state)

@@ -95,7 +95,7 @@ class EpochOrder(DistributedSampler[Sample]):
         self.shuffle = self.epoch_seed_change = shuffle
         self.shuffle_seed, self.shuffle_block_size = seed, shuffle_block_size
         self.num_canonical_nodes = num_canonical_nodes
-        self.streams, self.shards_per_stream = [SimpleNamespace(choose=self.epoch_size)], np.array([len(shard_sizes)])
+        self.streams, self.shards_per_stream = [SimpleNamespace(choose=self.epoch_size)], [len(shard_sizes)]
         self.samples_per_shard = shard_sizes
         self.sample_offset_per_shard = shard_sizes.cumsum() - shard_sizes
 
@@ -190,14 +190,14 @@ class LengthOrder(EpochOrder):
         return work.transpose(2, 3, 1, 0, 4)
 
 
-def padded_sizes(lengths: NDArray[np.int64], most: int = 16) -> list[int]:
-    """Return at most so many lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
+def padded_sizes(lengths: NDArray[np.int64]) -> list[int]:
+    """Return at most 16 lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
 
     A compiled model needs a graph for each. They are close where most of the sound is, and nowhere far apart.
     """
     ascending = np.sort(lengths)
     place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
-    chosen = np.searchsorted(place, np.linspace(place[0], place[-1], most + 1)[1:-1])
+    chosen = np.searchsorted(place, np.linspace(place[0], place[-1], 17)[1:-1])
     return np.unique(np.append(ascending[chosen], ascending[-1])).tolist()
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from d2v_composer.system.addresses import hide_secrets
 
+# The local disk is full, or the user's share of it.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What an installation without the extra 'train' lacks.
 OF_TRAIN = {"boto3", "botocore", "composer", "streaming", "torchmetrics"}
 
@@ -57,7 +59,7 @@ def lacks_train(error: BaseException) -> bool:
 def find_full_disk(error: BaseException | None) -> OSError | None:
     """Return the full-disk or quota error behind an error: torch's archive writer wraps it in its own."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -10,7 +10,7 @@ from typing import TypeVar
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import reason
+from d2v_composer.system.errors import FULL, reason
 
 # Timeout of a connection: a reachable host answers immediately. Clients' defaults are a minute and several attempts.
 CONNECT_SECONDS = 10.0
@@ -23,8 +23,8 @@ LASTING = (FileNotFoundError, ValueError)
 LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError")
 # Faults of the local disk: full, denied, or something else in the way.
 LOCAL = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *FULL,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 
 log = logging.getLogger(__name__)
