@@ -9,7 +9,6 @@ import os
 import platform
 import signal
 import sys
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -260,17 +259,19 @@ class FolderLock:
             if (folder.local / name).is_dir():
                 raise InputError(f"save_folder: {folder.local / name}: is a folder; expected a run's file")
         try:
+            said = self.path.read_text(errors="replace") if self.path.exists() else ""
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local}: cannot be written ({error.strerror})") from error
-        other, user = [*self.path.read_text(errors="replace").splitlines(), "", "it"][:2]
+        other, user = [*said.splitlines(), "", "it"][:2]
         if lock is None:
             raise InputError(
                 f"save_folder: {folder.local} is in use by another run: choose another run_name or save_folder, "
                 f"or stop {user}"
             )
-        self.lock, self.release = lock, weakref.finalize(self, os.close, lock)
+        self.status, self.release = os.stat(self.path), lock.release
         if other not in ("", folder.address):
+            self.path.write_text(said)  # the lock may have emptied it
             this = folder.address or "this run"
             raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
         self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
@@ -278,8 +279,7 @@ class FolderLock:
     def is_removed(self) -> bool:
         """Return True if the folder or its lock was removed, even if the path now names a new file."""
         try:
-            os.stat(self.path)
-            return os.fstat(self.lock).st_nlink == 0
+            return not os.path.samestat(os.stat(self.path), self.status)
         except FileNotFoundError:
             return True
         except OSError:  # a file system that is away for a moment must not end the run

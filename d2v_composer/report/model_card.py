@@ -38,7 +38,7 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
         RunError: The disk is full.
     """
     readme, evaluation = out.with_name("README.md"), Path(source).with_name("evaluation.json")
-    if readme.exists() and MARK not in readme.read_text(errors="replace"):
+    if readme.exists() and MARK not in readme.read_text("utf-8", "replace"):
         return f"kept {readme}: d2v export did not write it"
     with reading(evaluation):
         evaluated = json.loads(evaluation.read_bytes()) if evaluation.is_file() else {}
@@ -48,7 +48,7 @@ def write_model_card(student: Student, source: str, out: Path) -> str:
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
         licence = name_licence(teacher["licence"] or "")
-        template = Path(__file__).with_name("model_card.md").read_text()
+        template = Path(__file__).with_name("model_card.md").read_text("utf-8")
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
             mark=MARK,
             licence=licence,
