@@ -12,6 +12,19 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint"]
 PYTHONS = ["3.10", "3.11", "3.12"]
 SLOW_ON = "3.11"
+# What the extra 'train' is not needed for.
+CORE = [
+    "tests/core",
+    "tests/checkpoints/test_altered_sizes.py",
+    "tests/checkpoints/test_fairseq.py",
+    "tests/checkpoints/test_safe_pickle.py",
+    "tests/checkpoints/test_safetensors_file.py",
+    "tests/commands/test_env.py",
+    "tests/embedding/test_embed_sound.py",
+    "tests/evaluation/test_retrieval.py",
+    "tests/models/test_attention.py",
+    "tests/models/test_precision.py",
+]
 
 
 @nox.session(python=PYTHONS)
@@ -29,6 +42,13 @@ def newest(session: nox.Session) -> None:
     session.install("--override", ".uv/newest-torch.txt", "-e", ".[dev]")
     session.run("python", "-c", "import torch; print(torch.__version__)")
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Run the core's tests, without the extra 'train', on the Python that runs nox, and on any system."""
+    session.install("-e", ".", "pytest", "pytest-xdist")
+    session.run("python", "-m", "pytest", *(session.posargs or CORE))
 
 
 @nox.session(venv_backend="none")

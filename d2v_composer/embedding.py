@@ -6,6 +6,7 @@ Shapes: N samples, D channels.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -197,7 +198,10 @@ def embed_collection(
                 bar.update(len(batch))
         seconds = time.monotonic() - start
         ids = np.delete(collection.ids, [index for index, _ in progress["skipped"]])
-        _finish(rows[: len(ids)], ids, out, folder)
+        del rows  # Windows renames no file that is mapped, and removes none that is open, such as the lock
+        _finish((len(ids), channels), np.dtype(options.dtype), ids, out, folder)
+    with suppress(OSError):
+        folder.rmdir()
     return Embedding(len(ids), channels, [reason for _, reason in progress["skipped"]], resumed, seconds)
 
 
@@ -249,17 +253,17 @@ def _start_or_resume(
     return progress, rows
 
 
-def _finish(rows: NDArray, ids: NDArray, out: Path, folder: Path) -> None:
+def _finish(shape: tuple[int, int], dtype: np.dtype, ids: NDArray, out: Path, folder: Path) -> None:
     """Move the complete file to ``out``, replacing an old one, and remove the folder."""
     complete = folder / "embeddings.npy"
     with complete.open("r+b") as file:  # skipped samples leave fewer rows than were reserved
-        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(rows))
-        file.truncate(file.tell() + rows.nbytes)
+        npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)
     np.save(folder / "ids.npy", ids)
     out.unlink(missing_ok=True)  # new ids must not be beside old embeddings
     (folder / "ids.npy").replace(_ids_file(out))
     complete.replace(out)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _embed(model: Transformer, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:

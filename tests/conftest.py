@@ -1,5 +1,8 @@
 """The order of the tests; what they share is in ``shared_fixtures.py``."""
 
+from collections.abc import Iterator
+from importlib.util import find_spec
+
 import pytest
 
 # Those with the longest tests.
@@ -27,6 +30,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures, except in the process that only hands the tests out: their imports take seconds."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+    """Load the fixtures, except in the process that only hands the tests out: their imports take seconds.
+
+    Without the extra 'train', whose packages they import, the core's tests run: they need none.
+    """
+    hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not hands_out and find_spec("composer") is not None:
         config.pluginmanager.import_plugin("shared_fixtures")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch, as in the programs that tests start, so that runs in this process give the same bits."""
+    import torch  # takes seconds, which the process that hands the tests out does not need
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -25,15 +25,6 @@ botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread for torch, as in the programs that tests start, so that runs in this process give the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Initialize a process group of one rank."""
     if torch.distributed.is_initialized():  # by a test before, in this process

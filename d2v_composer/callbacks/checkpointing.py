@@ -9,7 +9,6 @@ import os
 import platform
 import signal
 import sys
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.object_store import S3ObjectStore
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -280,16 +280,18 @@ class FolderLock:
         check_owned(folder.local, MARK, "save_folder")
         made = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
+            said = self.path.read_text(errors="replace") if self.path.exists() else ""
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local}: cannot be written ({error.strerror})") from error
-        other, user = [*self.path.read_text(errors="replace").splitlines(), "", "it"][:2]
-        if lock is None or not os.fstat(lock).st_nlink:
+        other, user = [*said.splitlines(), "", "it"][:2]
+        if lock is None:
             raise InputError(
                 f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"
             )
-        self.lock, self.release = lock, weakref.finalize(self, release, lock, made)
+        self.status, self.release = os.stat(self.path), weakref.finalize(self, release, lock, made)
         if other not in ("", folder.address):
+            self.path.write_text(said)  # the lock may have emptied it
             this = folder.address or "this run"
             raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
         self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
@@ -297,22 +299,21 @@ class FolderLock:
     def is_removed(self) -> bool:
         """Return True if the folder or its lock was removed, even if the path now names a new file."""
         try:
-            os.stat(self.path)
-            return os.fstat(self.lock).st_nlink == 0
+            return not os.path.samestat(os.stat(self.path), self.status)
         except FileNotFoundError:
             return True
         except OSError:  # a file system that is away for a moment must not end the run
             return False
 
 
-def release(lock: int, made: list[Path]) -> None:
+def release(lock: FileLock, made: list[Path]) -> None:
     """Unlock a run's folder, and remove the file and the folders that the lock made if nothing was added to them."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == made[:1]:
             made[0].unlink()
             for folder in made[1:]:
                 folder.rmdir()
-    os.close(lock)
+    lock.release()
 
 
 # fairseq's --min-loss-scale: below it every step is skipped.

@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--workers",
         type=whole(0, 1024),
         default=os.cpu_count() or 1,
-        help="processes that decode; default: one per core",
+        help="processes that decode, on Linux; default: one per core",
     )
     add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote SOURCE")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")

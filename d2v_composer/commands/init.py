@@ -28,6 +28,6 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     name = parser.parse_args(argv).name
-    text = (YAMLS / f"{name}.yaml").read_text()
+    text = (YAMLS / f"{name}.yaml").read_text("utf-8")
     print(re.sub(r"\$\{here:(.*?)\}", lambda reference: str(YAMLS / reference[1]), text), end="")
     print(f"next: {READERS.get(name) or d2v('train', 'FILE.yaml')}", file=sys.stderr)

@@ -10,6 +10,7 @@ It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n 
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +44,9 @@ def relaunch_on_gpus(*arguments: str) -> None:
         return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
     program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
-    os.execv(sys.executable, [*program, *arguments])
+    # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
+    escaped = [re.sub(r"^~|\$", lambda found: f"${{D2V_{ord(found[0])}}}", each) for each in arguments]
+    os.execve(sys.executable, [*program, *escaped], os.environ | {f"D2V_{ord(each)}": each for each in "~$"})
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from os import devnull
 from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -50,7 +51,7 @@ def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
     """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML is optional."""
     has_yaml = not argv or "=" not in argv[0] or isfile(argv[0])  # Path.is_file raises for a long text
-    return load_checked(EvaluateConfig, argv if has_yaml else ["/dev/null", *argv])
+    return load_checked(EvaluateConfig, argv if has_yaml else [devnull, *argv])
 
 
 def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}) -> ConfigT:

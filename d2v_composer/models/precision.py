@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
 
     TF32 is off: it keeps 10 of 23 mantissa bits, and Composer allows it in matrix products, torch in convolutions.
     """
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:

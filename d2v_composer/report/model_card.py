@@ -44,7 +44,7 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
     readme = out.with_name("README.md")
     check_out_file(readme)
     with reading(readme):
-        text = readme.read_text(errors="replace") if os.path.lexists(readme) else MARK
+        text = readme.read_text("utf-8", "replace") if os.path.lexists(readme) else MARK
         named = re.search(r"^hf upload \S+ (.+) student\.safetensors$", text, re.MULTILINE)
         described = shlex.split(named[1])[0] if named else out.name
     if MARK not in text:
@@ -57,7 +57,7 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
         record |= hide_secrets(student.provenance)  # an older one has some
         teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
         licence = name_licence(teacher["licence"] or "")
-        template = Path(__file__).with_name("model_card.md").read_text()
+        template = Path(__file__).with_name("model_card.md").read_text("utf-8")
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
             mark=MARK,
             licence=licence,

@@ -45,7 +45,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         title: [(name, _png(figure), *(clips or [()])) for name, figure, *clips in plots]
         for title, plots in found.items()
     }
-    template = Path(__file__).with_name("page.html").read_text()
+    template = Path(__file__).with_name("page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
         num_batches=int(run.last("time/batch") or 0),

@@ -72,7 +72,7 @@ def read_run(folder: Path) -> Run:
     record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
     images = {}
     with reading(record_file):
-        run = Run(yaml.safe_load(record_file.read_text()), {}, {}, {})
+        run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {})
         retrieval, modality = run.retrieval, run.modality
     with reading(log_file):
         run = run._replace(log=read_jsonl(log_file))

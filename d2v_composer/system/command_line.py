@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
             print(line, file=sys.stderr)
     finally:
         processes.defer_signals()  # Composer's launcher sends SIGTERM to the last ranks, whose status is decided
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker killed at exit
+        with suppress(AttributeError):  # Windows has neither
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker killed at exit
         gc.freeze()  # at exit, Python would look for garbage among all imports, which takes seconds
     sys.exit(status)
 

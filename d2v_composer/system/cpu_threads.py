@@ -6,9 +6,17 @@ gets; but two such processes on two cores take each other's time slices, and fal
 """
 
 import os
+from contextlib import suppress
 
 # About 10 microseconds: long enough for the gaps between a training step's operations, too short to waste a time slice.
 SPIN_COUNT = 1000
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    with suppress(AttributeError):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def share_cores() -> None:
@@ -19,7 +27,7 @@ def share_cores() -> None:
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1:
-        share = max(1, len(os.sched_getaffinity(0)) // ranks)
+        share = max(1, available_cores() // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(share, 32)))
     if "OMP_WAIT_POLICY" not in os.environ:

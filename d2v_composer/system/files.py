@@ -1,7 +1,6 @@
 """Write local files atomically, so that readers and restarts find them complete or not at all; lock files."""
 
 import errno
-import fcntl
 import logging
 import multiprocessing.util
 import os
@@ -9,10 +8,11 @@ import re
 import secrets
 import stat
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from d2v_composer.system.errors import InputError, reading, writing
 
@@ -20,7 +20,6 @@ from d2v_composer.system.errors import InputError, reading, writing
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 # Errors of file systems without locks, such as Lustre without its option for them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-POLL_SECONDS = 0.05
 # multiprocessing appends 33 characters for a socket, whose path has at most 107.
 LONGEST_SOCKET_FOLDER = 70
 
@@ -33,7 +32,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
     """
-    if re.match(r"\w+:/", str(path)):
+    if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file to write")
@@ -78,7 +77,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if sync:
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows flushes no file that is open for reading
                 os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
@@ -117,60 +116,47 @@ def find_partials(paths: Collection[Path]) -> Iterator[Path]:
                 yield partial
 
 
-def acquire(path: Path, wait: float = 0) -> int | None:
-    """Lock a file for as long as the descriptor is open, in this process or one forked from it.
+def acquire(path: Path, wait: float = 0) -> FileLock | None:
+    """Lock a file until the lock is released, or this process ends.
 
-    A file system without locks counts as locked, with a warning: two runs may then use the same files.
+    On a file system without locks this succeeds, with a warning: two runs may then use the same files.
 
     Args:
-        path: The file; created, with its folders, if missing. Only its holder may remove it, with what it protects.
+        path: The file; created, with its folders, if missing, and perhaps emptied. Only its holder may remove it.
         wait: Maximum time to wait for another holder, in seconds.
 
     Returns:
-        A descriptor for :func:`os.close`; ``None`` if the lock is held elsewhere, even in this process, or if its
-        holder removed the file meanwhile.
+        The lock; ``None`` if it is held elsewhere, even in this process, or if its holder removed the folder meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink:
-                return descriptor
-            os.close(descriptor)
-            return None
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(descriptor)
-                return None
-            time.sleep(POLL_SECONDS)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning(
-                "%s: this file system has no locks (%s), so two runs may use the same files", path, error.strerror
-            )
-            return descriptor
+    # Any thread may release it. A lock that is the file's existence, filelock's fallback, would outlive a killed run.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(wait)
+    except (Timeout, FileNotFoundError):
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks (%s), so two runs may use the same files", path, error.strerror)
+    return lock
 
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
     """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
-    descriptor = acquire(path, wait)
+    lock = acquire(path, wait)
     try:
-        yield descriptor is not None
+        yield lock is not None
     finally:
-        if descriptor is not None:
-            with suppress(OSError):  # on a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # even if forked processes still have it open
-            os.close(descriptor)
+        if lock is not None:
+            lock.release()
 
 
 def shorten_socket_paths() -> None:
     """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long, so that a DataLoader cannot hang."""
     long = tempfile.gettempdir()
-    if len(long) > LONGEST_SOCKET_FOLDER:
+    if len(long) > LONGEST_SOCKET_FOLDER and os.name == "posix":
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long

@@ -2,13 +2,13 @@
 
 A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
 to the whole group, as schedulers and terminals send it, reaches a data worker or an upload. One thread waits for them.
+Windows has no masks, and commands no children there: handlers take the thread's place.
 """
 
 import ctypes
 import io
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
-from pathlib import Path
 from typing import Any
 
 NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
@@ -41,14 +40,20 @@ def handle_signals() -> None:
     if _is_watching:
         return
     _is_watching = True
+    if not hasattr(signal, "pthread_sigmask"):
+        _set_handlers()
+        return
     resource_tracker.ensure_running()  # its start would unblock the signals
     signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
     # Children inherit the mask: SIGTERM would not end them, and multiprocessing would wait for them for ever at exit.
     popen_fork.Popen.terminate = popen_fork.Popen.kill
     threading.Thread(target=_watch, args=(_not_ignored(),), daemon=True).start()
     # A shell or nohup that started a rank may end before it.
-    if is_launched() and b"composer" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
-        _at_parents_death(signal.SIGTERM)
+    if is_launched():
+        import psutil  # only then: it takes a twentieth of a second
+
+        if "composer" in " ".join(psutil.Process(os.getppid()).cmdline()):
+            _at_parents_death(signal.SIGTERM)
 
 
 def received() -> signal.Signals | None:
@@ -64,9 +69,7 @@ def defer_signals(notice: str | None = None) -> None:
     """
     global _is_deferred, _notice
     if not (_is_deferred or _is_watching):  # a program of somebody else's, which has its own handlers
-        _previous.update(
-            {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
-        )
+        _previous.update(_set_handlers())
     _is_deferred, _notice = True, notice
 
 
@@ -112,6 +115,11 @@ def end_by_signal(signum: signal.Signals) -> None:
     _end(": ".join([NAMES[signum], *filter(None, said)]))
 
 
+def _set_handlers() -> dict[signal.Signals, Any]:
+    """Receive the signals in the main thread, and return what received each before."""
+    return {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
+
+
 def _not_ignored() -> list[signal.Signals]:
     return [each for each in NAMES if signal.getsignal(each) is not signal.SIG_IGN]
 
@@ -149,7 +157,7 @@ def _print(line: str, stream: Any) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies; for a worker's initializer.
+    """Ask Linux to kill this process when its parent dies; for a worker's initializer. torch's also look for it.
 
     The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
     """
@@ -173,13 +181,17 @@ def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[
 
 
 def _at_parents_death(signum: signal.Signals) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+    with suppress(AttributeError):  # macOS
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 def allow_open_files() -> None:
     """Raise the open-file limit to the hard limit: each tensor that a data worker has ready is an open file."""
+    import resource  # Windows has none, and does not train
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(ValueError):  # macOS: no limit, which it does not accept
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Pipe(io.FileIO):
@@ -199,10 +211,12 @@ def survive_closed_pipes() -> None:
     """Print each line immediately, and survive if the output's reader exits, as in ``d2v report runs/a | head``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream.isatty():  # which prints each line, and on Windows needs its own encoding
+            continue
         with suppress(OSError):  # replaced by something without a file
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
             stream.flush()
-            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 # The first rank of a node may start so much later than the others.

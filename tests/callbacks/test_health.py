@@ -19,7 +19,8 @@ from d2v_composer.callbacks.health import Health, effective_rank
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES, read_jsonl
 from d2v_composer.models.targets import Regression, regression_loss
-from helpers import fit, small_run
+from foreign_models import fit
+from helpers import small_run
 from recipes import train as train_recipe
 
 NUM_BATCHES = 20

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from d2v_composer.builders.training import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
-from helpers import Linear, fit
+from foreign_models import Linear, fit
 
 
 class Clock:

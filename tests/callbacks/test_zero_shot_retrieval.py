@@ -16,7 +16,7 @@ from d2v_composer.data.labeled import Augmentation, LabeledSamples, LabeledSet
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
-from helpers import Classifier, fit
+from foreign_models import Classifier, fit
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, evaluate
 from helpers import GOLDEN, QUICKSTART, encoded_image
 
-SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
+SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 @pytest.fixture

@@ -26,16 +26,15 @@ from mutations import Mutation, mutations
 from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import ZeroShotRetrieval, retrieval_accuracy
+from foreign_models import Classifier, fit
 from helpers import (
     D2V,
     GOLDEN,
     ROOT,
-    Classifier,
     command_environment,
     d2v,
     encoded_image,
     failure,
-    fit,
     run_command,
     small_run,
     start_python,

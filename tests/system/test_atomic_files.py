@@ -59,9 +59,9 @@ def test_a_lock_has_one_holder_and_others_may_wait_for_it(tmp_path: Path) -> Non
     path = tmp_path / "folder" / "lock"
     with sole_user(path) as first, sole_user(path) as second:
         assert (first, second) == (True, False)
-    descriptor = acquire(path)
-    assert descriptor is not None
-    threading.Timer(0.5, os.close, (descriptor,)).start()
+    lock = acquire(path)
+    assert lock is not None
+    threading.Timer(0.5, lock.release).start()
     with contextlib.suppress(KeyError), sole_user(path, wait=30) as alone:
         assert alone
         raise KeyError

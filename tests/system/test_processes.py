@@ -34,6 +34,31 @@ def test_all_threads_block_the_signals_and_a_command_ends_its_workers() -> None:
     assert sorted(masks) == [0, 0x4002]
 
 
+# A command where the kernel cannot block signals, as on Windows.
+WITHOUT_MASKS = """
+import signal, sys, time
+for name in ("pthread_sigmask", "sigwait", "SIGCHLD"):
+    delattr(signal, name)
+from d2v_composer.system import command_line
+
+def main(argv):
+    print("ready", flush=True)
+    time.sleep(600)
+
+command_line.run(main)
+"""
+
+
+def test_ctrl_c_ends_a_command_where_signals_cannot_be_blocked() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WITHOUT_MASKS], **pipes) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=60)[1] == "Interrupted\n"
+    assert program.returncode == 130
+
+
 def test_programs_of_others_are_started_without_the_mask() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:

@@ -10,7 +10,7 @@ from composer.callbacks import LRMonitor, RuntimeEstimator
 from composer.loggers import InMemoryLogger, Logger
 
 from d2v_composer.system.third_party import lean_engine
-from helpers import Linear
+from foreign_models import Linear
 
 
 class Everything(Callback):

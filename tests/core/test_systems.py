@@ -1,0 +1,99 @@
+"""The core's commands run on Linux, macOS and Windows, without the extra 'train', and give the same bytes."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, encoded_image
+
+LIGHT = ROOT / "tests" / "programs" / "light.py"
+RECORD = {
+    "config": {"run_name": "né", "max_duration": "2ba", "retrieval": {"datasets": {}, "max_images": None}},
+    "command": "composer recipes/train.py",
+    "hardware": {"ranks": 1, "cpu": "a CPU", "gpu": ""},
+    "data": {},
+}
+
+
+def run_core(folder: Path, *system: str) -> str:
+    """Run each command in a folder, in one process; return what they print."""
+    (folder / "run").mkdir()
+    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(RECORD, allow_unicode=True), "utf-8")
+    (folder / "run" / "log.jsonl").write_text(
+        '{"step": 0, "loss/train/total": 1}\n{"step": 1, "loss/train/total": 0.5}\n'
+    )
+    datasets = f"datasets={{small: {{format: mds, root: {(QUICKSTART / 'cifar10').as_posix()}}}}}"
+    commands = [
+        ["env"],
+        ["convert-teacher", (GOLDEN / "tiny_base.pt").as_posix(), "teacher.safetensors"],
+        ["embed", "teacher.safetensors", "../photos", "photos.npy", "--workers", "2", "--batch-size", "4"],
+        ["export", "../student.safetensors", "student.safetensors"],
+        ["evaluate", "model=student.safetensors", "max_images=40", datasets, "out=evaluation"],
+        ["report", "run"],
+        ["init", "evaluate"],
+        ["--help"],
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-X", "warn_default_encoding", LIGHT, *system],
+        input="\n".join(map(shlex.join, commands)),
+        capture_output=True,
+        encoding="utf-8",
+        cwd=folder,
+        env=command_environment(),
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of what the commands write on this system, beside what they read."""
+    root = tmp_path_factory.mktemp("core")
+    (root / "photos").mkdir()
+    for i in range(10):
+        (root / "photos" / f"{i}.jpg").write_bytes(encoded_image(i))
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), root / "student.safetensors")
+    (root / "here").mkdir()
+    said = run_core(root / "here")
+    assert re.search(r"^cpu +\S.*\n(.*\n)*?cores +[1-9]", said, re.MULTILINE)
+    return root / "here"
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Return what must be the same on each system."""
+    found = {name: (folder / name).read_bytes() for name in ("photos.npy", "photos.ids.npy", "README.md")}
+    for name in ("teacher.safetensors", "student.safetensors"):
+        content = (folder / name).read_bytes()
+        found[name] = content[8 + int.from_bytes(content[:8], "little") :]  # its header is in any order
+    results = json.loads((folder / "evaluation" / "evaluation.json").read_bytes())["results"]
+    return found | {"results": repr(results).encode()}
+
+
+def test_the_commands_compute_what_the_models_do(here: Path) -> None:
+    embeddings, teacher = np.load(here / "photos.npy"), load_teacher(GOLDEN / "tiny_base.pt")
+    assert embeddings.shape == (10, teacher.embed_dim)
+    assert np.isfinite(embeddings).all()
+    assert np.load(here / "photos.ids.npy").tolist() == [f"{i}.jpg" for i in range(10)]
+    student = load_student(here / "student.safetensors")
+    assert student.state_dict().keys() == load_student(here.parent / "student.safetensors").state_dict().keys()
+    assert "né" in (here / "run" / "report.html").read_text("utf-8")
+    assert not (here / "run" / "report.html").read_bytes().count(b"\xc3\x83")  # UTF-8 that was read as Latin-1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes away what Linux has")
+@pytest.mark.parametrize("system", [pytest.param("macos", marks=pytest.mark.slow), "windows"])
+def test_other_systems_give_the_same_bytes(here: Path, system: str) -> None:
+    folder = here.with_name(system)
+    folder.mkdir()
+    assert "torch cpu" in run_core(folder, system)
+    assert written(folder) == written(here)
