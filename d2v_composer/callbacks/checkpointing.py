@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
