@@ -1,7 +1,6 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -106,6 +105,9 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
+        recorded = lookup(model.provenance, "config.train_loader") or {}
+        options = modality_of(model.encoder.config).options & recorded.keys()
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
     student = model if isinstance(model, Student) else None
     embedding = choose_embedding(model, config.pooling, config.representation)
     named = {"untrained student": untrained, "student": student, "teacher": teacher}
@@ -117,8 +119,4 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     for name, each in models.items():
         costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * (macs + each.forward_macs()))
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
-    loader = ShardLoaderConfig()
-    with suppress(LookupError, TypeError, ValueError):  # no run's record
-        recorded = model.provenance["config"]["train_loader"]
-        loader = ShardLoaderConfig(**{name: recorded[name] for name in modality_of(encoder.config).options})
     return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed, True))

@@ -273,9 +273,9 @@ def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
 
 def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
     """Return the primary embedding in the record of a model's run, or ``DEFAULT_PRIMARY`` without such a record."""
-    for section in (lambda: provenance["config"]["retrieval"], lambda: provenance["model"]):  # of a fine-tuning run
+    for key in ("config.retrieval", "model"):  # of a fine-tuning run
         with suppress(LookupError, TypeError, ValueError):
-            return PrimaryEmbedding.parse(section())
+            return PrimaryEmbedding.parse(lookup(provenance, key))
     return DEFAULT_PRIMARY
 
 

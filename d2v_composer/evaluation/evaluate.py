@@ -265,7 +265,7 @@ def check_out(folder: Path, weights: str) -> None:
     for path in (folder / "evaluation.json", folder / "evaluation.csv"):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
-            raise InputError(f"out: {path} is not of this model's weights; choose another folder")
+            raise InputError(f"out: {path} is not of these weights; remove it, or choose another folder")
 
 
 def describe_measure(measure: Measure) -> dict[str, str | int | None]:

@@ -22,7 +22,7 @@ LOGIN = re.compile(
 )
 # Query and fragment of an address, without a sentence's punctuation after it.
 _LAST = r"[^\s\"'<>\\:;,.)}\]#]"
-QUERY = re.compile(rf"(://[^\s\"'<>?#]*)(?:\?([^\s#]*{_LAST})?)?(#(?:\S*{_LAST})?)?")
+QUERY = re.compile(rf"(://[^\s?#]*)(?:\?([^\s#]*{_LAST})?)?(#(?:\S*{_LAST})?)?")
 # Names of values that are secret wherever they stand, as in loggers.wandb.init_kwargs.settings.api_key.
 _NAME = r"[\w-]{0,30}(?:passw(?:or)?d|secret|(?:api|access)_?key|(?:access|auth)_?token)|token"
 NAME = re.compile(_NAME, re.IGNORECASE)

@@ -13,14 +13,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_TRAIN = {"boto3", "botocore", "composer", "streaming", "torchmetrics"}
 
 
-class _Shown(Exception):  # noqa: N818
+class _ShownError(Exception):
     """An error whose lines are shown and kept in records, and so without secrets."""
 
     def __init__(self, *lines: object) -> None:
         super().__init__(*map(hide_secrets, lines))
 
 
-class InputError(_Shown, ValueError):
+class InputError(_ShownError, ValueError):
     """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
 
     Args:
@@ -35,7 +35,7 @@ class UnreadableSampleError(InputError):
     """A sample that is missing, corrupt or of another format; others may be readable."""
 
 
-class RunError(_Shown, RuntimeError):
+class RunError(_ShownError, RuntimeError):
     """A foreseen failure while running, such as a full disk. A command prints the line and exits with status 1."""
 
 
