@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from math import inf
 from operator import truediv
 from os import killpg
 from pathlib import Path
@@ -20,7 +21,7 @@ from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.builders.data import count_samples, read_train_data
-from d2v_composer.builders.distillation import build_teacher, check_fit
+from d2v_composer.builders.distillation import build_teacher
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.checkpoints.resume import LOG, MARK
@@ -127,16 +128,14 @@ class Rehearsal:
 
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
-        check_fit(self.config, teacher)
         self.modality = modality_of(teacher.config)
         return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
         """Read the index and check that each shard exists: at full size on this machine, or by name in the store."""
-        loader = self.config.train_loader
-        remote, folder = loader.remote, Path(loader.local)
+        loader, remote = self.config.train_loader, self.config.train_loader.remote
+        folder = Path(self.temporary.name if remote else loader.local)
         if remote is not None:
-            folder = Path(self.temporary.name)
             fetch_index(remote, folder)
         self.shards, _ = read_train_data(loader, folder, self.modality)
         if remote is not None:
@@ -172,7 +171,7 @@ class Rehearsal:
     def train(self) -> str:
         """Train a few batches, with retrieval at every batch."""
         self.start("max_duration=500ba", "retrieval.interval=1ba")
-        self.wait(PHASE_SECONDS, lambda: self.num_batches() >= STOP_AFTER_BATCHES)
+        self.wait(PHASE_SECONDS, STOP_AFTER_BATCHES)
         if (trained := self.num_batches()) < STOP_AFTER_BATCHES:
             raise self.fault(f"trained only {trained} of {STOP_AFTER_BATCHES} batches")
         return f"{trained} batches, each with a retrieval"
@@ -240,17 +239,17 @@ class Rehearsal:
             "loggers={jsonl: {}}",  # other loggers would show a run that does not exist
             f"retrieval.max_images={IMAGES_PER_SET}",
             f"train_loader.shuffle_block_size={min(loader.shuffle_block_size, SHUFFLED_SAMPLES)}",
-            f"train_loader.local={self.cache if loader.remote else loader.local}",
+            *([f"train_loader.local={self.cache}"] if loader.remote else []),
         ]
         with self.output.open("wb") as output:
             command = [*launcher, *self.command, *own, *overrides]
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
-    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
-        """Wait until a condition holds, or the run exits or takes too long; return its exit status."""
+    def wait(self, seconds: float, batches: float = inf) -> int | None:
+        """Wait until the run has trained so many batches, exits or takes too long; return its exit status."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
-        while self.process.poll() is None and not until() and time.monotonic() < deadline:
+        while self.process.poll() is None and self.num_batches() < batches and time.monotonic() < deadline:
             time.sleep(0.2)
         return self.process.poll()
 
@@ -292,14 +291,14 @@ class Rehearsal:
     def needs(self) -> str:
         """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
-        last = {key: [*values.values()] for key, values in self.logged.items()}
-        paces, waits = (last[f"throughput/{name}"][-self.intervals :] for name in ("images_per_sec", "data_wait"))
+        logged = (self.logged[f"throughput/{name}"] for name in ("images_per_sec", "data_wait"))
+        paces, waits = ([*each.values()][-self.intervals :] for each in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals
         retrievals = batches // self.in_batches(config.retrieval.interval) if self.num_labeled else 0
         measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled) or 1
-        retrieval = last.get("time/zero_shot_retrieval", [0.0])[-1] * sum(self.num_labeled) / measured
-        evaluating = retrievals * retrieval / 3600
+        *_, seconds = self.logged.get("time/zero_shot_retrieval", {0: 0.0}).values()
+        evaluating = retrievals * seconds * sum(self.num_labeled) / measured / 3600
         hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
         return (
             f"pace          {pace:,.0f} {self.modality.unit}/s on {self.ranks} rank(s), "

@@ -91,6 +91,7 @@ class Shards:
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         self._paths = [self.local / shard.raw.basename for shard in self.shards]
         self._known = set(self._paths)
+        self._locks = self.local / LOCKS
         self._largest = max(shard.raw.bytes for shard in self.shards)
         self._room = self.limit - index.stat().st_size
         if self.limit and self._room < 4 * self._largest:
@@ -115,7 +116,7 @@ class Shards:
             IndexError: There is no such sample.
             ShardError: Its shard cannot be fetched, or is corrupt.
         """
-        shard_id = self.shard_of(sample_id)
+        shard_id = bisect_right(self._ends, sample_id)
         shard = self.shards[shard_id]
         sample_in_shard = sample_id - self._ends[shard_id] + shard.samples
         while True:
@@ -129,10 +130,6 @@ class Shards:
                     f"{self.local}: shard {shard_id} is corrupt: its sample {sample_in_shard} cannot be read "
                     f"({reason(error)})"
                 ) from error
-
-    def shard_of(self, sample_id: int) -> int:
-        """Return the number of a sample's shard."""
-        return bisect_right(self._ends, sample_id)
 
     def prepare(self, shard_id: int) -> None:
         """Fetch and verify a shard, or wait for the thread that does.
@@ -177,14 +174,11 @@ class Shards:
             return min(on_machine, self.limit // (2 * self._largest)) // processes
         return max(1, on_machine // processes)
 
-    def _lock(self, name: str) -> Path:
-        return self.local / LOCKS / name
-
     def _remove_abandoned(self, suffix: str = "") -> None:
         """Remove the temporary files of killed processes, which no longer hold their locks."""
         for left in find_partials(self._known):
             if left.name.endswith(suffix):
-                with sole_user(self._lock(PARTIAL.sub("", left.name))) as is_abandoned:
+                with sole_user(self._locks / PARTIAL.sub("", left.name)) as is_abandoned:
                     if is_abandoned:
                         left.unlink(missing_ok=True)
 
@@ -225,7 +219,7 @@ class Shards:
             if (fault := shard.raw.find_fault(fetched)) is not None:
                 raise ValueError(f"the download does not match the index: {fault}")
 
-        with writing(self.local), sole_user(self._lock(path.name)) as is_ours:
+        with writing(self.local), sole_user(self._locks / path.name) as is_ours:
             if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
                 log.warning("%s; fetching it again", fault)
                 path.unlink()
@@ -254,7 +248,7 @@ class Shards:
             NoRoomError: Shards that are being fetched take the room.
         """
         # Suppressed: another program may remove the cache.
-        with suppress(FileNotFoundError), sole_user(self._lock("room"), self.timeout) as is_our_turn:
+        with suppress(FileNotFoundError), sole_user(self._locks / "room", self.timeout) as is_our_turn:
             fetching = sum(path.name.endswith(RESERVED) for path in find_partials(self._known))
             room = self._room - self._largest * (1 + fetching)
             if room >= 0 and is_our_turn:
