@@ -571,10 +571,14 @@ def test_readers_beside_a_run(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_share_what_the_first_process_prepared(copied: Path, photos: Path) -> None:
-    """10: they go on where one process ended."""
-    (copied / "student.safetensors").unlink()
-    run_ranks(*D2V, *command(photos, copied, *SHORT, "max_duration=6ba", "retrieval.ks=[1,5]"))
-    assert (copied / "latest-rank0.pt").readlink().name.endswith("-ba6-rank0.pt")
-    load_student(copied / "student.safetensors")
-    assert yaml.safe_load((copied / "distill.yaml").read_text())["retrieval"]["ks"] == [1, 5]
+def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Path) -> None:
+    """10: as it starts them on several GPUs, and once more with changes."""
+    out = tmp_path / "run"
+    with started("training samples", photos, out):
+        pass
+    run_ranks(*D2V, *command(photos, out, *SHORT))
+    (out / "student.safetensors").unlink()
+    run_ranks(*D2V, *command(photos, out, *SHORT, "max_duration=6ba", "retrieval.ks=[1,5]"))
+    assert (out / "latest-rank0.pt").readlink().name.endswith("-ba6-rank0.pt")
+    load_student(out / "student.safetensors")
+    assert yaml.safe_load((out / "distill.yaml").read_text())["retrieval"]["ks"] == [1, 5]
