@@ -29,13 +29,15 @@ RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
 # Bytes a second. A link may be slow, and shared by many requests; a slower download is broken off.
 LEAST_RATE = 1024
+# A command may need a file several times: it asks once, and uses one version.
+ASK_SECONDS = 60.0
 # A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
 HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 
 log = logging.getLogger(__name__)
 
-_named: set[Path] = set()
-"""Cached files whose servers did not say whether they have changed; a process asks them once."""
+_asked: dict[Path, float] = {}
+"""Cached file → when this process last asked its server whether it has changed, by the monotonic clock."""
 
 
 class UnchangedError(ValueError):
@@ -84,19 +86,20 @@ def fetch(address: str | Path) -> Path:
     name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A node's ranks use what its first one has found.
-    may_ask = os.environ.get("LOCAL_RANK", "0") == "0" and path not in _named
+    is_asked = time.monotonic() - _asked.get(path, -ASK_SECONDS) < ASK_SECONDS
+    is_asked |= os.environ.get("LOCAL_RANK", "0") != "0"  # by the node's first rank
     with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
         try:
-            if may_ask or not path.exists():
+            if not (is_asked and path.exists()):
                 _renew(address, path)
         except Exception as error:
             problem = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
             if not path.exists():
                 raise InputError(problem) from error
-            _named.add(path)
             since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             log.warning("%s; using the copy of %s; delete %s to fetch it again", problem, since, path)
+        if not is_asked:
+            _asked[path] = time.monotonic()
     return path
 
 

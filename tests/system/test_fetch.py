@@ -155,6 +155,10 @@ def test_a_replaced_file_is_fetched_again(
     """Even if an earlier call was killed between the two files of the cache; a cached file alone is named."""
     address = f"http://127.0.0.1:{server.server_port}/bucket/file" if scheme == "http" else "s3://bucket/file"
     path = fetch(address)
+    num_requests = len(server.requests)
+    assert fetch(address) == path  # in the same command
+    assert len(server.requests) == num_requests
+    monkeypatch.setattr(fetch_module, "ASK_SECONDS", 0)
     version = path.with_name(f"{path.name}.version")
     inode = path.stat().st_ino
     assert fetch(address) == path
@@ -174,15 +178,17 @@ def test_a_replaced_file_is_fetched_again(
     assert not caplog.records
 
     server.status = 503
-    for _ in range(2):  # within a minute
-        assert fetch(address).read_bytes() == FILE[::-1]
+    assert fetch(address).read_bytes() == FILE[::-1]
     [said] = caplog.messages
     assert re.match(
         rf"{address}: cannot be fetched \(.*503.*\); using the copy of [\d-]+; delete {path} to fetch", said
     )
 
 
-def test_a_file_without_a_version_is_named(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_without_a_version_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fetch_module, "ASK_SECONDS", 0)
     server.versions = False
     address = f"http://127.0.0.1:{server.server_port}/bucket/file"
     fetch(address)
