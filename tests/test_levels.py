@@ -26,7 +26,7 @@ LEVELS = [
 LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # Tokens of package and recipes. It only falls: a feature pays for itself, or raises it in a commit that says why.
-CEILING = 104_850
+CEILING = 107_550
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

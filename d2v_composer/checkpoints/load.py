@@ -180,7 +180,7 @@ def load_any(
     if not isinstance(model, Student):
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
-    elif weights != "model" and teacher_path is None:
+    elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
     elif teacher is not None:
         teacher.follow(model)
@@ -191,9 +191,9 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     """Load ``file``, the local copy of ``path``."""
     kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
     if is_trained(contents):
-        return _load_checkpoint(file, contents, weights, teacher_path)
+        return _load_checkpoint(file, contents, teacher_path)
     if kind == "student":
-        return _with_teacher(load_student(path), teacher_path, weights)
+        return _with_teacher(load_student(path), teacher_path)
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
         raise InputError(
             f"{path}: does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
@@ -203,7 +203,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     return teacher, teacher
 
 
-def _with_teacher(student: Student, path: str | None, weights: Weights) -> Models:
+def _with_teacher(student: Student, path: str | None) -> Models:
     """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
     if path is None:
         return student, None
@@ -213,19 +213,19 @@ def _with_teacher(student: Student, path: str | None, weights: Weights) -> Model
     if isinstance(sizes, TimmEncoderConfig):
         file = None if path == sizes.model else path  # the name of a timm model stands for its pretrained weights
         options |= {"model": sizes.model, "image_size": sizes.image_size}
-    teacher = load_teacher(file, lookup(record, "teacher.weights") or weights, **options)
+    teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options)
     check_same_teacher(path, teacher, record)
     check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
 
-def _load_checkpoint(path: Path, contents: Any, weights: Weights, teacher_path: str | None) -> Models:
+def _load_checkpoint(path: Path, contents: Any, teacher_path: str | None) -> Models:
     """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
         state = contents["state"]
         record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
         if "model" in record:
-            return _with_teacher(_load_finetuned(path, record, tensors), teacher_path, weights)
+            return _with_teacher(_load_finetuned(path, record, tensors), teacher_path)
         if retrieved := state["callbacks"].get("ZeroShotRetrieval", {}).get("history"):
             baselines = state["callbacks"]["ZeroShotRetrieval"]["baseline_metrics"]
             batch = int(state["timestamp"]["Timestamp"]["batch"])
