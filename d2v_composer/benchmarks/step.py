@@ -31,6 +31,7 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models.attention import Attention, Block, init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import PRECISIONS, choose_precision, compile_model, find_missing, name_precision
 from d2v_composer.models.sizes import RELEASED, Data2Vec2Config
 from d2v_composer.models.targets import NORM_EPS
@@ -223,7 +224,7 @@ class NaiveDistillation(nn.Module):
 
     def __init__(self, model: DistillationModel) -> None:
         super().__init__()
-        self.final_layer_norm = model.student.final_layer_norm
+        self.final_layer_norm = model.layer_mean.final_layer_norm
         self.top_k = model.teacher.config.average_top_k_layers
         self.teacher, self.student = copy.deepcopy(model.teacher), copy.deepcopy(model.student)
 
@@ -235,7 +236,7 @@ class NaiveDistillation(nn.Module):
 
 def ffn_outputs(transformer: Any, images: Tensor) -> list[Tensor]:
     encoder = transformer.encoder
-    x = encoder.embed_tokens(images)
+    x = encoder.embed_tokens(Inputs(images))
     for block, bias in zip(encoder.block_list, encoder.block_contexts(x), strict=True):
         x, _ = run_block(block, x, bias)
     bias = transformer.block_contexts(x)[0]  # the same for all blocks

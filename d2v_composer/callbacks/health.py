@@ -71,8 +71,8 @@ class Health(Callback):
 
     The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; else override
     :meth:`regression`. Leading tokens that are not patches are the ``num_extra_tokens`` of its ``student``, or none.
-    The layers' cosines need a method ``layer_cosines(batch, num_images)``. It costs a forward pass of that many inputs:
-    at most 1 % of a training run, at the default interval.
+    The layers' cosines need a method ``layer_cosines(batch)``. It costs a microbatch's forward pass: at most 1 % of
+    a training run, at the default interval.
 
     Args:
         interval: Composer time string.
@@ -124,7 +124,7 @@ class Health(Callback):
         metrics = self.compare(outputs, num_extra_tokens, getattr(student, "has_cls_token", True))
         if hasattr(model, "layer_cosines"):  # in the run's precision; on all ranks, as FSDP requires
             with get_precision_context(state.precision, state.precision_config):
-                layers = model.layer_cosines(self.microbatch, len(outputs.target))
+                layers = model.layer_cosines(self.microbatch)
             metrics |= {f"cosine/layer_{i}": each for i, each in enumerate(layers)}
         # Waits for the device only once.
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
