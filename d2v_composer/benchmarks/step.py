@@ -224,7 +224,7 @@ class NaiveDistillation(nn.Module):
 
     def __init__(self, model: DistillationModel) -> None:
         super().__init__()
-        self.final_layer_norm = model.layer_mean.final_layer_norm
+        self.final_layer_norm = model.student.layer_mean.final_layer_norm
         self.top_k = model.teacher.config.average_top_k_layers
         self.teacher, self.student = copy.deepcopy(model.teacher), copy.deepcopy(model.student)
 

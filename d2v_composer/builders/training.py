@@ -219,7 +219,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         sizes = model.teacher.config
         datasets = build_labeled_sets(retrieval, modality_of(sizes))
     models = {"student": model.student, "teacher": model.teacher}
-    embeds = build_embeds(model.teacher, models, model.layer_mean)
+    embeds = build_embeds(model.teacher, models, model.student.layer_mean)
     embeds = {name: model.in_precision(embed) for name, embed in embeds.items()}
     if unknown := [name for name in retrieval.baselines if name not in embeds]:
         allowed = ", ".join(name for name in embeds if name != "student")

@@ -13,7 +13,6 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
 from d2v_composer.models.objective import LayerRegression, Objective
 from d2v_composer.models.student import Student
@@ -43,19 +42,16 @@ class Distillation(ComposerModel):
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
-        layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
         forward_methods: Methods besides ``forward`` that run encoder or blocks, for FSDP's hooks.
     """
 
     forward_methods = ("compute", "layer_cosines")
-    layer_mean: LayerMean
 
     def __init__(self, student: Student, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
         super().__init__()
         self.student = student
         self.objectives: Any = nn.ModuleDict(objectives)
         self.objectives._fsdp_wrap = False
-        self.layer_mean = student.layer_mean
         self.cpu_bf16 = cpu_bf16
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_(any(each.needs_output for each in objectives.values()))
@@ -117,7 +113,7 @@ class Distillation(ComposerModel):
 
     def embed_all(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
-        return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)
+        return self.compute(self.student.embed_all, *inputs)
 
     def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
         """Wrap a function of this model's parts so that it runs in the model's precision."""
@@ -170,8 +166,8 @@ class DistillationModel(Distillation):
         average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
-        final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
-            which is by default the teacher's.
+        final_layer_norm: End target and prediction with a LayerNorm; default as in the student's ``layer_mean``, and by
+            default as in the teacher's.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -195,18 +191,9 @@ class DistillationModel(Distillation):
     ) -> None:
         options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
         layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
-        objective = LayerRegression(teacher, student, layer_mean, prediction)
-        super().__init__(student, {"tokens": objective}, cpu_bf16)
-        self.layer_mean = layer_mean
-
-    @property
-    def teacher(self) -> Teacher:
-        return self.objectives["tokens"].teacher
-
-    @property
-    def ignored_tokens(self) -> int:
-        """Number of leading tokens excluded from target and statistics."""
-        return self.student.num_extra_tokens if self.layer_mean.extra_tokens == "drop" else 0
+        super().__init__(student, {"tokens": LayerRegression(teacher, student, layer_mean, prediction)}, cpu_bf16)
+        self.teacher = teacher
+        self.ignored_tokens = student.num_extra_tokens if extra_tokens == "drop" else 0
 
     @torch.no_grad()
     def layer_cosines(self, batch: Batch) -> Tensor:
@@ -219,7 +206,7 @@ class DistillationModel(Distillation):
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""
-        return {"teacher": self.in_precision(partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
+        return {"teacher": self.in_precision(partial(self.teacher.embed_all, layer_mean=self.student.layer_mean))}
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
