@@ -24,7 +24,7 @@ from d2v_composer.builders.data import count_samples, read_train_data
 from d2v_composer.builders.distillation import build_teacher
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LOG, MARK
+from d2v_composer.checkpoints.resume import LOG
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
@@ -33,7 +33,7 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.student import Student
-from d2v_composer.system.addresses import Address, RunFolder
+from d2v_composer.system.addresses import MARK, Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import check_owned
 from d2v_composer.system.processes import if_interrupted, start_program

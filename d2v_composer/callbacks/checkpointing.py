@@ -30,7 +30,6 @@ from d2v_composer.callbacks.trainer_state import find_callback, loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import (
     LOG,
-    MARK,
     list_names,
     newest_first,
     open_store,
@@ -40,7 +39,7 @@ from d2v_composer.checkpoints.resume import (
 )
 from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system import processes
-from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import acquire, check_owned
 from d2v_composer.system.ranks import rank_zero_first

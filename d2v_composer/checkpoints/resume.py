@@ -15,15 +15,13 @@ from composer.utils import ObjectStore, maybe_create_object_store_from_uri, pars
 from composer.utils.file_helpers import create_symlink_file
 
 from d2v_composer.checkpoints.safe_load import LATEST, CorruptCheckpointError, check_checkpoint
-from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing
 from d2v_composer.system.retry import is_missing, retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LOG = "log.jsonl"
-# The file of a run's lock; a folder that has it is a run's, and in a store too.
-MARK = ".in_use"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
 

@@ -27,7 +27,7 @@ from d2v_composer.commands.export import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width
-from d2v_composer.system.addresses import STUDENT_FILE, RunFolder, hide_secrets
+from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
@@ -44,15 +44,13 @@ FEWEST = 200
 EPOCHS, MOST_BATCHES = 6, 30_000
 # Chosen for any teacher and number of samples.
 ALWAYS = {"precision": "auto", "scheduler.t_warmup": "0.1dur"}
-# A folder's mark: of the user's folders, none has the file of a run's lock.
-MARK = ".in_use"
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
 # In the folder of samples: the shards of a data set in a store, until they are converted.
 FETCHED = ".fetched"
 
 
 class Plan(NamedTuple):
-    """What a call will do, checked before it writes anything."""
+    """The run of a call and its samples, checked before anything is written."""
 
     config: "TrainConfig"
     modality: "Modality"
@@ -77,8 +75,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         distill(arguments, argv)
     except InputError as error:  # settings that follow from --out
-        lines = (str(line).replace("run_name or save_folder", "--out") for line in error.args)
-        raise InputError(*(line.replace("save_folder", "--out") for line in lines)) from error
+        raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
 
 
 def distill(arguments: Namespace, argv: Sequence[str]) -> None:

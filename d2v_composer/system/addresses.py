@@ -10,6 +10,8 @@ from typing_extensions import Self
 
 # An exported student, beside its run and on the Hugging Face hub.
 STUDENT_FILE = "student.safetensors"
+# The file of a run's lock; a folder that has it is a run's, and in a store too.
+MARK = ".in_use"
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")
